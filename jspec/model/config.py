@@ -1,0 +1,78 @@
+"""The static description of a decoder-only transformer: what Llama, Qwen2 and Qwen3 differ in, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jspec.errors import InputError
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding and its scaling, with the names of the published configs.
+
+    `factor` is used by every scaling but `default`; `low_freq_factor`, `high_freq_factor` by `llama3`; the betas,
+    `attention_factor`, the mscales and `truncate` by `yarn`. `original_max_position` is the length before scaling.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+    def __post_init__(self):
+        if self.scaling not in ROPE_SCALINGS:
+            raise InputError(f"rope scaling {self.scaling!r} is not supported; supported: {', '.join(ROPE_SCALINGS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer. Hashable, so that it can be the static part of a pytree.
+
+    `stop_tokens` are the end tokens of the checkpoint (config and generation config united).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    family: str = "llama"
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    stop_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise InputError(f"model family {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads

@@ -1,0 +1,129 @@
+"""Parameters, declared once: shape, logical axes and initializer; everything else is derived from the declaration."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jspec.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter. `axes` are logical names that `jspec.sharding` maps to mesh axes; masters are float32."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"  # normal | zeros | ones
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        assert len(self.shape) == len(self.axes), (self.shape, self.axes)
+
+
+@struct.dataclass
+class Policy:
+    """A language model: weights and the static config that says how to use them.
+
+    Training layout: `weights["layers"]` is one dict of arrays with a leading layer axis, float32.
+    Rollout layout: `weights["layers"]` is a tuple with one dict a layer, in `dtype`.
+
+    Attributes:
+      weights: the tree that `param_specs(config)` declares.
+      config: static.
+      dtype: static; what is computed in ("float32" or "bfloat16"), over float32 masters.
+    """
+
+    weights: Any
+    config: ModelConfig = struct.field(pytree_node=False)
+    dtype: str = struct.field(pytree_node=False, default="float32")
+
+    @property
+    def stacked(self) -> bool:
+        """True in the training layout."""
+        return isinstance(self.weights["layers"], dict)
+
+
+def layer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    """The parameters of one decoder layer (no layer axis). Linear weights are [in, out]."""
+    d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * hd, config.num_kv_heads * hd
+    specs = {
+        "attn_norm": ParamSpec((d,), ("norm",), "ones"),
+        "q": ParamSpec((d, q), ("embed", "q_heads")),
+        "k": ParamSpec((d, kv), ("embed", "kv_heads")),
+        "v": ParamSpec((d, kv), ("embed", "kv_heads")),
+        "o": ParamSpec((q, d), ("q_heads", "embed")),
+        "mlp_norm": ParamSpec((d,), ("norm",), "ones"),
+        "gate": ParamSpec((d, f), ("embed", "mlp")),
+        "up": ParamSpec((d, f), ("embed", "mlp")),
+        "down": ParamSpec((f, d), ("mlp", "embed")),
+    }
+    if config.qkv_bias:
+        specs["q_bias"] = ParamSpec((q,), ("q_heads",), "zeros")
+        specs["k_bias"] = ParamSpec((kv,), ("kv_heads",), "zeros")
+        specs["v_bias"] = ParamSpec((kv,), ("kv_heads",), "zeros")
+    if config.out_bias:
+        specs["o_bias"] = ParamSpec((d,), ("norm",), "zeros")
+    if config.qk_norm:
+        specs["q_norm"] = ParamSpec((hd,), (None,), "ones")
+        specs["k_norm"] = ParamSpec((hd,), (None,), "ones")
+    if config.mlp_bias:
+        specs["gate_bias"] = ParamSpec((f,), ("mlp",), "zeros")
+        specs["up_bias"] = ParamSpec((f,), ("mlp",), "zeros")
+        specs["down_bias"] = ParamSpec((d,), ("norm",), "zeros")
+    return specs
+
+
+def param_specs(config: ModelConfig) -> dict[str, Any]:
+    """The whole tree of parameters in the training layout (layers stacked along a leading axis)."""
+    layers = {
+        name: dataclasses.replace(s, shape=(config.num_layers, *s.shape), axes=("layers", *s.axes))
+        for name, s in layer_specs(config).items()
+    }
+    specs = {
+        "embed": ParamSpec((config.vocab_size, config.hidden_size), ("vocab", "embed")),
+        "layers": layers,
+        "final_norm": ParamSpec((config.hidden_size,), ("norm",), "ones"),
+    }
+    if not config.tie_embeddings:
+        specs["head"] = ParamSpec((config.hidden_size, config.vocab_size), ("embed", "vocab"))
+    return specs
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
+    """Arrays for a tree of `ParamSpec`; each leaf's key is folded from its path, so that trees can grow."""
+
+    def make(path, spec: ParamSpec):
+        if spec.init == "zeros":
+            return jnp.zeros(spec.shape, spec.dtype)
+        if spec.init == "ones":
+            return jnp.ones(spec.shape, spec.dtype)
+        # crc32 and not hash(): the latter differs from process to process
+        leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return scale * jax.random.normal(leaf_key, spec.shape, spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(make, specs, is_leaf=is_spec)
+
+
+def init_policy(config: ModelConfig, key: jax.Array, dtype: str = "float32") -> Policy:
+    """A policy from random initialisation (normal, `config.initializer_range`), in the training layout."""
+    return Policy(init_weights(param_specs(config), key, config.initializer_range), config, dtype)
+
+
+def unstack(policy: Policy) -> Policy:
+    """Training layout to rollout layout: one dict a layer, in the compute dtype. Jittable; no-op if unstacked."""
+    if not policy.stacked:
+        return policy
+    weights = jax.tree.map(lambda x: x.astype(policy.dtype), policy.weights)
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], weights["layers"]) for i in range(policy.config.num_layers))
+    return policy.replace(weights={**weights, "layers": layers})

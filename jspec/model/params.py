@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.model.config import ModelConfig
+from jspec.sharding import current_mesh, spec_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Policy:
       weights: the tree that `param_specs(config)` declares.
       config: static.
       dtype: static; what is computed in ("float32" or "bfloat16"), over float32 masters.
+      layout: static; the row of `jspec.sharding.RULES` that places weights and activations.
     """
 
     weights: Any
     config: ModelConfig = struct.field(pytree_node=False)
     dtype: str = struct.field(pytree_node=False, default="float32")
+    layout: str = struct.field(pytree_node=False, default="train")
 
     @property
     def stacked(self) -> bool:
@@ -116,14 +119,39 @@ def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
 
 
 def init_policy(config: ModelConfig, key: jax.Array, dtype: str = "float32") -> Policy:
-    """A policy from random initialisation (normal, `config.initializer_range`), in the training layout."""
-    return Policy(init_weights(param_specs(config), key, config.initializer_range), config, dtype)
+    """A policy from random initialisation (normal, `config.initializer_range`), in the training layout.
+
+    Placed on the mesh of `jax.set_mesh`, if there is one; the values do not depend on it.
+    """
+    def make(key):
+        return init_weights(param_specs(config), key, config.initializer_range)
+
+    mesh = jax.sharding.get_mesh()
+    shardings = None if mesh.empty else policy_sharding(config, mesh)
+    return Policy(jax.jit(make, out_shardings=shardings)(key), config, dtype)
 
 
-def unstack(policy: Policy) -> Policy:
-    """Training layout to rollout layout: one dict a layer, in the compute dtype. Jittable; no-op if unstacked."""
+def policy_sharding(config: ModelConfig, mesh: Any) -> Any:
+    """NamedSharding of every weight in the training layout. Raises InputError where the mesh does not divide."""
+    return spec_sharding(param_specs(config), config, mesh, "train")
+
+
+def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
+    """Training layout to rollout layout: one dict a layer, in the compute dtype, sharded as `layout` has it.
+
+    Jittable, and a no-op on a policy that is in a rollout layout already. `layout`: "rollout" is tensor parallel over
+    the tensor axis, "rollout_wide" over fsdp x tensor; both replicate over the other axes.
+    """
     if not policy.stacked:
         return policy
+    config, mesh = policy.config, current_mesh()
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), policy.weights)
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], weights["layers"]) for i in range(policy.config.num_layers))
-    return policy.replace(weights={**weights, "layers": layers})
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], weights["layers"]) for i in range(config.num_layers))
+    weights = {**weights, "layers": layers}
+    if mesh is not None and mesh.size > 1:
+        specs = {**param_specs(config), "layers": (layer_specs(config),) * config.num_layers}
+        weights = jax.lax.with_sharding_constraint(weights, spec_sharding(specs, config, mesh, layout))
+    return policy.replace(weights=weights, layout=layout)
+
+
+reshard = jax.jit(to_rollout, static_argnames="layout")

@@ -1,0 +1,20 @@
+"""One decoder-only transformer for Llama, Qwen2 and Qwen3."""
+
+from jspec.model.attention import Cache
+from jspec.model.config import ModelConfig, RopeConfig
+from jspec.model.forward import Trunk, embed, logits, prefill, train_forward, verify
+from jspec.model.params import (
+    ParamSpec,
+    Policy,
+    init_policy,
+    init_weights,
+    layer_specs,
+    param_specs,
+    policy_sharding,
+    reshard,
+    to_rollout,
+)
+
+__all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "embed", "init_policy",
+           "init_weights", "layer_specs", "logits", "param_specs", "policy_sharding", "prefill", "reshard", "to_rollout",
+           "train_forward", "verify"]

@@ -1,0 +1,115 @@
+"""The pieces of a decoder layer as pure functions of (config, weights of one layer, activations)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jspec.model.config import ModelConfig, RopeConfig
+
+
+def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None, out_dtype=None) -> jax.Array:
+    """x [..., in] @ w [in, out] + b, in x's dtype. float32 stays float32: never TF32 or bfloat16 passes."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), precision=precision,
+                            preferred_element_type=out_dtype or x.dtype)
+    return y if b is None else y + b.astype(y.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32 (https://arxiv.org/abs/1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _yarn(inv_freq: np.ndarray, rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """YaRN: frequencies blended between extrapolation and interpolation (https://arxiv.org/abs/2309.00071)."""
+
+    def dimension(rotations: float) -> float:
+        length = rope.original_max_position / (rotations * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(rope.theta))
+
+    def mscale(scale: float, m: float = 1.0) -> float:
+        return 0.1 * m * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    blended = inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
+    attention_factor = rope.attention_factor
+    if attention_factor is None:
+        attention_factor = mscale(rope.factor)
+        if rope.mscale and rope.mscale_all_dim:
+            attention_factor = mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
+    return blended, attention_factor
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies float64 [head_dim / 2] and the factor on cos and sin, for every supported scaling."""
+    inv_freq = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    if rope.scaling == "linear":
+        return inv_freq / rope.factor, 1.0
+    if rope.scaling == "llama3":
+        wavelength = 2 * np.pi / inv_freq
+        smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor)
+        smooth = np.clip(smooth, 0, 1)
+        return (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq, 1.0
+    if rope.scaling == "yarn":
+        return _yarn(inv_freq, rope, head_dim)
+    return inv_freq, 1.0
+
+
+def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [..., head_dim / 2], at integer `positions` [...]."""
+    inv_freq, factor = rope_frequencies(config.rope, config.head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(inv_freq, jnp.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of x [B, T, heads, head_dim], halves convention (https://arxiv.org/abs/2104.09864)."""
+    cos, sin = (t[:, :, None, :] for t in rope)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def qkv(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries [B, T, heads, head_dim] and keys, and values, [B, T, kv_heads, head_dim]."""
+    b, t, _ = x.shape
+    q = linear(x, w["q"], w.get("q_bias")).reshape(b, t, config.num_heads, config.head_dim)
+    k = linear(x, w["k"], w.get("k_bias")).reshape(b, t, config.num_kv_heads, config.head_dim)
+    v = linear(x, w["v"], w.get("v_bias")).reshape(b, t, config.num_kv_heads, config.head_dim)
+    if config.qk_norm:
+        q = rms_norm(q, w["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, w["k_norm"], config.rms_norm_eps)
+    return rotate(q, rope), rotate(k, rope), v
+
+
+def mlp(w: dict[str, Any], x: jax.Array) -> jax.Array:
+    """SwiGLU feed-forward (https://arxiv.org/abs/2002.05202)."""
+    hidden = jax.nn.silu(linear(x, w["gate"], w.get("gate_bias"))) * linear(x, w["up"], w.get("up_bias"))
+    return linear(hidden, w["down"], w.get("down_bias"))
+
+
+def decoder_layer(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope, attend: Callable):
+    """One pre-norm layer over x [B, T, D].
+
+    `attend(q, k, v) -> (out [B, T, heads, head_dim], cache)` holds all that differs between training, prefill and
+    verification. Returns (x, cache).
+    """
+    with jax.named_scope("attention"):
+        q, k, v = qkv(config, w, rms_norm(x, w["attn_norm"], config.rms_norm_eps), rope)
+        out, cache = attend(q, k, v)
+        x = x + linear(out.reshape(*x.shape[:2], -1), w["o"], w.get("o_bias"))
+    with jax.named_scope("mlp"):
+        x = x + mlp(w, rms_norm(x, w["mlp_norm"], config.rms_norm_eps))
+    return x, cache

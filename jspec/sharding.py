@@ -1,0 +1,116 @@
+"""The mesh, the table of logical axes, the training and rollout layouts, and the reshard between them.
+
+Everything runs the same on one device and on many: the mesh is found through `jax.set_mesh`, and without one every
+constraint is a no-op. Mesh axes are Auto: XLA's partitioner propagates from the constraints given here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jspec.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+_TENSOR = {"vocab": ("tensor",), "q_heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)}
+_WIDE = {name: ("fsdp", "tensor") for name in _TENSOR}
+
+# logical axis -> mesh axes, by layout; a logical axis that is not listed is replicated
+RULES: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {"batch": ("data", "fsdp"), "embed": ("fsdp",), **_TENSOR},
+    "rollout": {"batch": ("data", "fsdp"), **_TENSOR},
+    "rollout_wide": {"batch": ("data",), **_WIDE},
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor), all Auto. One of the sizes may be -1: what the others leave.
+
+    Raises InputError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise InputError(f"mesh sizes must be positive, at most one of them -1; got data, fsdp, tensor = {sizes}")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        raise InputError(f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} does not fit "
+                         f"{len(devices)} devices; set mesh.data, mesh.fsdp and mesh.tensor so that the product does")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def current_mesh() -> Any:
+    """The mesh of `jax.set_mesh`, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def _degree(mesh: Any, axes: tuple[str, ...]) -> int:
+    return int(np.prod([mesh.shape[a] for a in axes if a in mesh.shape]))
+
+
+def partition(mesh: Any, layout: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Partition spec of an array with logical `axes`; mesh axes that do not divide a dimension are left out."""
+    entries = []
+    for size, name in zip(shape, axes, strict=True):
+        used: tuple[str, ...] = ()
+        for axis in RULES[layout].get(name, ()) if name else ():
+            if axis in mesh.shape and size % _degree(mesh, (*used, axis)) == 0:
+                used = (*used, axis)
+        entries.append(used or None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, layout: str, *axes: str | None) -> jax.Array:
+    """Constrain an intermediate array to `layout`'s sharding on the current mesh; no-op without one."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, layout, x.shape, axes)))
+
+
+def check_mesh(config: Any, mesh: Any, layout: str = "train") -> None:
+    """Raise InputError, naming the axis, if the mesh does not divide the model. More shards than KV heads is fine."""
+    rules = RULES[layout]
+    sizes = {"vocab": config.vocab_size, "q_heads": config.num_heads, "mlp": config.intermediate_size,
+             "embed": config.hidden_size}
+    for name, size in sizes.items():
+        degree = _degree(mesh, rules.get(name, ()))
+        if size % degree:
+            raise InputError(f"mesh axes {rules[name]} of {degree} shards do not divide the model's {name} = {size}")
+    degree = _degree(mesh, rules["kv_heads"])
+    if config.num_kv_heads % degree and degree <= config.num_kv_heads:
+        raise InputError(f"mesh axes {rules['kv_heads']} of {degree} shards do not divide num_kv_heads = "
+                         f"{config.num_kv_heads}; use a divisor, or more shards than heads (they are then replicated)")
+
+
+def spec_sharding(specs: Any, config: Any, mesh: Any, layout: str = "train") -> Any:
+    """NamedSharding for every leaf of a tree with `shape` and `axes` (see `model.ParamSpec`).
+
+    Raises InputError where the mesh does not divide the model.
+    """
+    check_mesh(config, mesh, layout)
+    replicated = config.num_kv_heads % _degree(mesh, RULES[layout]["kv_heads"]) != 0
+
+    def one(spec):
+        axes = tuple(None if replicated and a == "kv_heads" else a for a in spec.axes)
+        return NamedSharding(mesh, partition(mesh, layout, spec.shape, axes))
+
+    return jax.tree.map(one, specs, is_leaf=lambda x: hasattr(x, "axes"))
+
+
+def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
+    """Raise InputError if `rows` sequences cannot be split evenly over the mesh's batch axes."""
+    mesh = mesh or current_mesh()
+    if mesh is None:
+        return
+    degree = _degree(mesh, RULES[layout]["batch"])
+    if rows % degree:
+        raise InputError(f"a batch of {rows} sequences is not divided by the mesh's {degree} batch shards "
+                         f"({' x '.join(RULES[layout]['batch'])}); change prompts_per_step, group_size or the mesh")

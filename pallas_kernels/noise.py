@@ -1,0 +1,103 @@
+"""Counter-based noise: threefry-2x32, the same bits on every platform, device count and implementation.
+
+Keys are `uint32 [..., 2]`, folded from the batch's key; `fold` and `random_bits` equal `jax.random.fold_in` and
+partitionable `jax.random.bits` (https://www.thesalmons.org/john/random123/papers/random123sc11.pdf), so that any
+program can make them again. Two kinds of noise exist, and a rule is which kind it is given:
+
+- `CoupledNoise`: a key for every position of the sequence, whose counter is the global vocabulary id.
+- `RejectionNoise`: a few uniforms for one cycle. They are keyed by what was committed when the cycle began: noise that
+  outlived its cycle would make a rule that judges blocks biased.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+TARGET, DRAFT, ACCEPT, RESIDUAL = range(4)
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry2x32(k0, k1, c0, c1):
+    """The 20-round block function on uint32 arrays that broadcast; returns two uint32 arrays."""
+    keys = (k0, k1, k0 ^ k1 ^ jnp.uint32(0x1BD11BDA))
+    x0, x1 = c0 + keys[0], c1 + keys[1]
+    for i in range(5):
+        for r in _ROTATIONS[i % 2]:
+            x0 = x0 + x1
+            x1 = ((x1 << r) | (x1 >> (32 - r))) ^ x0
+        x0 = x0 + keys[(i + 1) % 3]
+        x1 = x1 + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+    return x0, x1
+
+
+def fold(key: jax.Array, *data) -> jax.Array:
+    """Fold integers into a key, one after the other: uint32 [..., 2] -> uint32 [..., 2], broadcasting with the data."""
+    k0, k1 = key[..., 0], key[..., 1]
+    for d in data:
+        k0, k1 = threefry2x32(k0, k1, jnp.uint32(0), jnp.asarray(d).astype(jnp.uint32))
+    return jnp.stack([k0, k1], -1)
+
+
+def random_bits(key: jax.Array, counter: jax.Array) -> jax.Array:
+    """uint32 bits for every counter, uint32; key [..., 2] and counter broadcast ([..., 1] keys against [V])."""
+    x0, x1 = threefry2x32(key[..., 0], key[..., 1], jnp.uint32(0), counter.astype(jnp.uint32))
+    return x0 ^ x1
+
+
+def uniform(bits: jax.Array) -> jax.Array:
+    """float32 in [0, 1), 24 bits: every value is exact, and 1 cannot occur."""
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def gumbel(bits: jax.Array) -> jax.Array:
+    """float32 g = -log(-log(u)), the standard Gumbel distribution; finite.
+
+    Computed from w = 1 - u in (0, 1): the draws that win an argmax have u near 1, where float32 holds u to 24 bits only
+    but w to its full relative precision.
+    """
+    w = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
+    return -jnp.log(-jnp.log1p(-jnp.minimum(w, jnp.float32(1 - 2**-24))))
+
+
+@struct.dataclass
+class RejectionNoise:
+    """Uniforms in [0, 1) of one cycle of N rows and K drafts, float32.
+
+    Attributes:
+      draft: [N, K, 2], two for each draft's inverse transform.
+      accept: [N, K].
+      residual: [N, 2], for the residual's or the bonus token's inverse transform.
+    """
+
+    draft: jax.Array
+    accept: jax.Array
+    residual: jax.Array
+
+
+@struct.dataclass
+class CoupledNoise:
+    """keys: uint32 [N, K + 1, 2], one for each position that the cycle may emit; [:, :K] are the drafts' too."""
+
+    keys: jax.Array
+
+
+def rejection_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> RejectionNoise:
+    """Noise of a cycle that begins with `committed` int32 [N] tokens (prompt included) in sequences `sequence_ids`."""
+    base = fold(key, sequence_ids, committed)[:, None]
+    offsets = jnp.arange(max(k, 1))[None]
+    pair = jnp.arange(2)
+
+    def uniforms(offset, tag):
+        return uniform(random_bits(fold(base, offset, tag)[..., None, :], pair))
+
+    return RejectionNoise(uniforms(offsets, DRAFT)[:, :k], uniforms(offsets, ACCEPT)[:, :k, 0],
+                          uniforms(jnp.zeros((1, 1), jnp.int32), RESIDUAL)[:, 0])
+
+
+def coupled_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> CoupledNoise:
+    """Noise of the K + 1 positions from `committed` int32 [N] on; position 0 is the prompt's first token."""
+    positions = committed[:, None] + jnp.arange(k + 1)[None]
+    return CoupledNoise(fold(key, sequence_ids[:, None], positions, TARGET))

@@ -1,0 +1,134 @@
+"""Plain JAX: the specification, and what the CPU runs. See `api` for shapes and meaning."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import noise as noise_lib
+from pallas_kernels.noise import CoupledNoise, RejectionNoise
+
+# the inverse transform picks a block by one uniform and a token inside it by another, so that neither the noise nor
+# the cumulative sums span the vocabulary
+VOCAB_BLOCK = 512
+
+
+def _top_k(log_p: jax.Array, k: int) -> jax.Array:
+    """Keep the k largest, -inf elsewhere; ties go to the lowest id (as `lax.top_k` orders them)."""
+    values, ids = jax.lax.top_k(log_p, min(k, log_p.shape[-1]))
+    return jnp.put_along_axis(jnp.full_like(log_p, -jnp.inf), ids, values, axis=-1, inplace=False)
+
+
+def _top_p(log_p: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Keep the smallest set of most likely tokens whose mass reaches top_p; the one that crosses is kept."""
+    order = jnp.argsort(-log_p, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(log_p, order, axis=-1)
+    mass = jnp.exp(ranked)
+    # rank 0 by name: at top_p = 0 no mass is below it; top_p >= 1 keeps all, whatever the sums round to
+    keep = (jnp.cumsum(mass, axis=-1) - mass < top_p) | (jnp.arange(mass.shape[-1]) == 0) | (top_p >= 1)
+    kept = jnp.where(keep, ranked, -jnp.inf)
+    return jnp.put_along_axis(jnp.full_like(log_p, -jnp.inf), order, kept, axis=-1, inplace=False)
+
+
+def process_logits(logits, temperature, top_p=None, *, top_k=0, ban=None, banned_tokens=()):
+    """See `api.process_logits`."""
+    logits = logits.astype(jnp.float32)
+    if ban is not None and banned_tokens:
+        logits = logits.at[..., jnp.array(banned_tokens)].add(jnp.where(ban, -jnp.inf, 0.0)[..., None])
+    temperature = jnp.broadcast_to(temperature, logits.shape[:-1])[..., None]
+    greedy = jnp.where(jnp.arange(logits.shape[-1]) == jnp.argmax(logits, -1)[..., None], 0.0, -jnp.inf)
+    log_p = jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0))
+    log_p = jnp.where(temperature > 0, log_p, greedy)
+    if top_k:
+        log_p = jax.nn.log_softmax(_top_k(log_p, top_k))
+    if top_p is not None:
+        top_p = jnp.broadcast_to(top_p, logits.shape[:-1])[..., None]
+        log_p = jax.nn.log_softmax(_top_p(log_p, top_p))
+    return log_p
+
+
+def _first_above(mass: jax.Array, u: jax.Array) -> jax.Array:
+    """The first index whose cumulative mass exceeds u times the total; never one of zero mass, if the total is not."""
+    total = jnp.cumsum(mass, -1)
+    return jnp.argmax(total > u[..., None] * total[..., -1:], -1)
+
+
+def inverse_transform(mass: jax.Array, u: jax.Array) -> jax.Array:
+    """Draw int32 [B] from unnormalised probabilities float32 [B, V] with two uniforms each, [B, 2]."""
+    size = mass.shape[-1]
+    padded = jnp.pad(mass, ((0, 0), (0, -size % VOCAB_BLOCK))).reshape(mass.shape[0], -1, VOCAB_BLOCK)
+    block = _first_above(padded.sum(-1), u[:, 0])
+    inside = _first_above(jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0], u[:, 1])
+    return (block * VOCAB_BLOCK + inside).astype(jnp.int32)
+
+
+def _coupled_argmax(log_p: jax.Array, keys: jax.Array) -> jax.Array:
+    """argmax(log p + g) over the last axis, log_p [..., V], keys uint32 [..., 2]."""
+    bits = noise_lib.random_bits(keys[..., None, :], jnp.arange(log_p.shape[-1], dtype=jnp.uint32))
+    return jnp.argmax(log_p + noise_lib.gumbel(bits), -1).astype(jnp.int32)
+
+
+def draw(log_q, noise, offset):
+    """See `api.draw`."""
+    if isinstance(noise, CoupledNoise):
+        return _coupled_argmax(log_q, noise.keys[:, offset])
+    return inverse_transform(jnp.exp(log_q), noise.draft[:, offset])
+
+
+def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[..., index]: one element of the last axis for every leading position."""
+    return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+
+
+def _leading(flags: jax.Array) -> jax.Array:
+    """How many leading flags are true, int32 [B] from bool [B, K]."""
+    return jnp.cumprod(flags.astype(jnp.int32), axis=-1).sum(-1)
+
+
+def _coupled(log_p, draft_tokens, noise: CoupledNoise):
+    target = _coupled_argmax(log_p, noise.keys)
+    return _leading(target[:, :-1] == draft_tokens), target
+
+
+def residual(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """(p - q)+, unnormalised, float32 [B, V]; p itself where rounding leaves nothing."""
+    p = jnp.exp(log_p)
+    mass = jnp.maximum(p - jnp.exp(log_q), 0.0)
+    return jnp.where(mass.sum(-1, keepdims=True) > 0, mass, p)
+
+
+def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise):
+    k = draft_tokens.shape[1]
+    ratio = _pick(log_p[:, :k], draft_tokens)
+    if draft_log_q is not None:
+        ratio = ratio - _pick(draft_log_q, draft_tokens)
+    accepted = _leading(jnp.log(noise.accept) < ratio)
+    last = jnp.take_along_axis(log_p, accepted[:, None, None], axis=1)[:, 0]
+    if k:
+        at = jnp.minimum(accepted, k - 1)
+        if draft_log_q is None:
+            refused = jnp.arange(last.shape[-1]) == _pick(draft_tokens, at)[:, None]
+            log_q = jnp.where(refused, 0.0, -jnp.inf)
+        else:
+            log_q = jnp.take_along_axis(draft_log_q, at[:, None, None], axis=1)[:, 0]
+        mass = jnp.where((accepted < k)[:, None], residual(last, log_q), jnp.exp(last))
+    else:
+        mass = jnp.exp(last)
+    drawn = inverse_transform(mass, noise.residual)
+    padded = jnp.pad(draft_tokens, ((0, 0), (0, 1)))
+    return accepted, jnp.where(jnp.arange(k + 1) == accepted[:, None], drawn[:, None], padded)
+
+
+def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p=None, *, top_k=0, ban=None,
+                       banned_tokens=()):
+    """See `api.rejection_sampling`; returns the fields of `api.Verdict`."""
+    log_p = process_logits(logits, temperature[:, None], None if top_p is None else top_p[:, None], top_k=top_k,
+                           ban=ban, banned_tokens=banned_tokens)
+    if isinstance(noise, CoupledNoise):
+        accepted, tokens = _coupled(log_p, draft_tokens, noise)
+    else:
+        accepted, tokens = _rejection(log_p, draft_tokens, draft_log_q, noise)
+    scale = jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
+    raw = jax.nn.log_softmax(logits.astype(jnp.float32) / scale)
+    entropy = -jnp.sum(jnp.where(raw > -jnp.inf, jnp.exp(raw) * raw, 0.0), -1)
+    return accepted, tokens, _pick(raw, tokens), entropy

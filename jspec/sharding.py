@@ -90,13 +90,21 @@ def check_mesh(config: Any, mesh: Any, layout: str = "train") -> None:
                          f"{config.num_kv_heads}; use a divisor, or more shards than heads (they are then replicated)")
 
 
+def heads_replicated(config: Any, mesh: Any = None) -> bool:
+    """True where the mesh has more tensor shards than the model has KV heads, in any layout."""
+    mesh = mesh or current_mesh()
+    if mesh is None:
+        return False
+    return any(config.num_kv_heads % _degree(mesh, rules["kv_heads"]) != 0 for rules in RULES.values())
+
+
 def spec_sharding(specs: Any, config: Any, mesh: Any, layout: str = "train") -> Any:
     """NamedSharding for every leaf of a tree with `shape` and `axes` (see `model.ParamSpec`).
 
     Raises InputError where the mesh does not divide the model.
     """
     check_mesh(config, mesh, layout)
-    replicated = config.num_kv_heads % _degree(mesh, RULES[layout]["kv_heads"]) != 0
+    replicated = heads_replicated(config, mesh)
 
     def one(spec):
         axes = tuple(None if replicated and a == "kv_heads" else a for a in spec.axes)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.model.attention import Cache, causal_attention, to_cache
-from jspec.model.layers import decoder_layer, linear, rms_norm, rope_table
+from jspec.model.layers import decoder_layer, fuse, linear, rms_norm, rope_table
 from jspec.model.params import Policy
 from jspec.sharding import constrain
 from pallas_kernels.verify_attention import verify_attention
@@ -61,7 +61,7 @@ def train_forward(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...
     def layer(carry, xs):
         x, kept = carry
         w, depth = xs
-        x, _ = decoder_layer(config, w, x, rope, lambda q, k, v: (causal_attention(q, k, v), None))
+        x, _ = decoder_layer(config, fuse(config, w), x, rope, lambda q, k, v: (causal_attention(q, k, v), None))
         x = constrain(x, policy.layout, "batch", None, None)
         kept = tuple(jnp.where(depth == i, x, f) for i, f in zip(features, kept, strict=True))
         return (x, kept), None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.model.config import ModelConfig
+from jspec.model.layers import fuse
 from jspec.sharding import current_mesh, spec_sharding
 
 
@@ -32,7 +33,7 @@ class Policy:
     """A language model: weights and the static config that says how to use them.
 
     Training layout: `weights["layers"]` is one dict of arrays with a leading layer axis, float32.
-    Rollout layout: `weights["layers"]` is a tuple with one dict a layer, in `dtype`.
+    Rollout layout: `weights["layers"]` is a tuple with one dict a layer, fused (`layers.fuse`), in `dtype`.
 
     Attributes:
       weights: the tree that `param_specs(config)` declares.
@@ -137,7 +138,7 @@ def policy_sharding(config: ModelConfig, mesh: Any) -> Any:
 
 
 def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
-    """Training layout to rollout layout: one dict a layer, in the compute dtype, sharded as `layout` has it.
+    """Training layout to rollout layout: one dict a layer, fused, in the compute dtype, sharded as `layout` has it.
 
     Jittable, and a no-op on a policy that is in a rollout layout already. `layout`: "rollout" is tensor parallel over
     the tensor axis, "rollout_wide" over fsdp x tensor; both replicate over the other axes.
@@ -151,6 +152,7 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     if mesh is not None and mesh.size > 1:
         specs = {**param_specs(config), "layers": (layer_specs(config),) * config.num_layers}
         weights = jax.lax.with_sharding_constraint(weights, spec_sharding(specs, config, mesh, layout))
+    weights["layers"] = tuple(fuse(config, w) for w in weights["layers"])
     return policy.replace(weights=weights, layout=layout)
 
 

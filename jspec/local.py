@@ -1,0 +1,102 @@
+"""Runs N processes of one jspec program on this machine: `python -m jspec.local N ARGUMENTS OF jspec...`.
+
+Process 0 has the terminal; what the others print goes to stderr behind their number. SIGINT and SIGTERM are passed on
+to all. When one process fails the others are stopped, and the exit code is that of the one that failed first.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+GRACE_S = 15.0  # from the first failure to SIGKILL: the others may hang in a collective that will never finish
+
+
+def run(count: int, command: Sequence[str]) -> int:
+    """Runs `command` in `count` processes that know each other; returns the exit code (128 + n for signal n)."""
+    address = f"127.0.0.1:{_free_port()}"
+    processes = [_start(index, count, address, command) for index in range(count)]
+
+    def forward(number, _frame):
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(processes)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _start(index: int, count: int, address: str, command: Sequence[str]) -> subprocess.Popen:
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_COORDINATOR_BIND_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+    if _has_gpus(environment):
+        environment["JAX_LOCAL_DEVICE_IDS"] = str(index)
+    output = None if index == 0 else subprocess.PIPE
+    # A session of its own: Ctrl-C in the terminal must reach a process once, by way of `forward`.
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if output else None,
+                               stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
+    if output:
+        threading.Thread(target=_relay, args=(index, process.stdout), daemon=True).start()
+    return process
+
+
+def _has_gpus(environment) -> bool:
+    platforms = environment.get("JAX_PLATFORMS", "")
+    return os.path.exists("/dev/nvidia0") and (not platforms or "cuda" in platforms or "gpu" in platforms)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _relay(index: int, stream) -> None:
+    for line in stream:
+        sys.stderr.write(f"[{index}] {line.decode(errors='replace')}")
+        sys.stderr.flush()
+
+
+def _wait(processes: Sequence[subprocess.Popen]) -> int:
+    failure, failed_at = 0, 0.0
+    while any(process.poll() is None for process in processes):
+        codes = [process.returncode for process in processes]
+        if not failure and any(codes):
+            failure, failed_at = next(code for code in codes if code), time.monotonic()
+            for process in processes:
+                if process.poll() is None:
+                    process.terminate()
+        if failure and time.monotonic() - failed_at > GRACE_S:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    failure = failure or next((process.returncode for process in processes if process.returncode), 0)
+    return 128 - failure if failure < 0 else failure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    return run(int(arguments[0]), [sys.executable, "-m", "jspec", *arguments[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -88,8 +88,8 @@ install() {
   fi
   say "installing jspec[$1] into $venv (once)"
   # uv does not read pip's settings, and a cluster's package mirror is often only there.
-  index=${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-${PIP_INDEX_URL:-$(python3 -m pip config get global.index-url 2>/dev/null)}}}
-  [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
+  index=${PIP_INDEX_URL:-$(python3 -m pip config get global.index-url 2>/dev/null || true)}
+  if [ -n "$index" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=$index; fi
   UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install --quiet --python "$venv/bin/python" --editable "$root[$1]" \
     || die "the installation failed; uv's message is above"
 }

@@ -1,0 +1,257 @@
+"""Rewards: functions of a response's text, run in processes of their own that may hang or die without harm.
+
+The processes are spawned and import this module, so neither it nor what it imports may import jax: that would cost
+each of them seconds and memory, and on some machines the accelerator.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import logging
+import multiprocessing
+import numbers
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError as Expired
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pebble
+
+from jspec.errors import InputError
+from jspec.rl import tasks
+
+log = logging.getLogger(__name__)
+LARGEST = float(np.finfo(np.float32).max)
+
+Reward = Callable[..., float]
+FAILURES = ("raised", "timed_out", "invalid", "died")
+"""Why a response scores 0 unjudged: the function raised, ran past the time-out, returned what is no finite number, or
+its process ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardInput:
+    """One response to grade: the prompt's text as its source has it, and what the source says about it."""
+
+    prompt: str
+    response: str
+    answer: str
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardResult:
+    """Grades of N responses, in the order they were given in.
+
+    Attributes:
+        rewards: float32 [N], finite.
+        failures: for each of `FAILURES`, how many of the N scored 0 for that reason.
+        messages: for each kind of failure that happened, what the first of its kind said.
+    """
+
+    rewards: np.ndarray
+    failures: dict[str, int]
+    messages: dict[str, str]
+
+
+def math_verify(prompt: str, response: str, answer: str, **meta) -> float:
+    """1 if the last number or formula of the response equals the answer (42.0 is 42, 0.5 is \\frac{1}{2}), else 0.
+
+    Raises:
+        ValueError: the answer itself is neither a number nor a formula.
+    """
+    from math_verify import parse, verify
+
+    # Its own time-outs are alarm signals, off here: the pool has one.
+    gold = parse(answer, parsing_timeout=None) or parse(f"${answer}$", parsing_timeout=None)
+    if not gold:
+        raise ValueError(f"math_verify cannot read the answer {answer!r} of the prompt {prompt!r}")
+    return float(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+
+
+def reasoning_gym(prompt: str, response: str, answer: str, *, task: str, options: dict, entry: dict, **meta) -> float:
+    """The verdict of the reasoning_gym task that the prompt is from; a response may put it in <answer></answer>."""
+    return tasks.score(response, task, options, entry)
+
+
+def check_reward(function: str, source: str | None = None) -> None:
+    """Refuses a reward that cannot work, before anything expensive is done.
+
+    Args:
+        function: "math_verify", "reasoning_gym", or "path/to/file.py:function".
+        source: the prompts' `data.source`, if it is to fit.
+
+    Raises:
+        InputError: the function is not there, does not import, is not callable, or does not take
+            (prompt, response, answer, **meta); or it is reasoning_gym's and the prompts are not.
+    """
+    if function == "reasoning_gym":
+        if source is not None and not source.startswith("reasoning_gym:"):
+            raise InputError(
+                f"reward.function=reasoning_gym grades only its own tasks, not data.source={source!r}; "
+                f"use math_verify or a function of yours"
+            )
+        tasks.import_gym()
+    load_reward(function)
+
+
+def load_reward(function: str) -> Reward:
+    """The function that `reward.function` names; raises as `check_reward` does."""
+    if function == "math_verify":
+        quiet = logging.getLogger("math_verify")  # warns on every call that its time-outs are off
+        quiet.setLevel(logging.ERROR)
+        return math_verify
+    if function == "reasoning_gym":
+        return reasoning_gym
+    file, colon, name = function.rpartition(":")
+    if not (colon and file.endswith(".py") and name):
+        raise InputError(
+            f"reward.function={function!r} is none of 'math_verify', 'reasoning_gym', 'path/to/file.py:function'"
+        )
+    module = import_file(Path(file), function)
+    reward = getattr(module, name, None)
+    if reward is None:
+        raise InputError(f"reward.function={function!r}: {file} has no {name!r}{their_functions(module)}")
+    if not callable(reward):
+        raise InputError(f"reward.function={function!r}: {name!r} is not a function, but {type(reward).__name__}")
+    try:
+        inspect.signature(reward).bind(prompt="", response="", answer="", any_other_key=None)
+    except TypeError as error:
+        raise InputError(
+            f"reward.function={function!r} must take (prompt, response, answer, **meta) by name: {error}"
+        ) from error
+    return reward
+
+
+def import_file(file: Path, function: str):
+    """Runs a Python file as a module of its own."""
+    if not file.is_file():
+        raise InputError(f"reward.function={function!r}: there is no file {file} (looked in {Path.cwd()})")
+    spec = importlib.util.spec_from_file_location(f"jspec_reward_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # anything may go wrong in a file of the user's
+        raise InputError(f"reward.function={function!r}: {file} does not import: {one_line(error)}") from error
+    return module
+
+
+def their_functions(module) -> str:
+    functions = inspect.getmembers(module, inspect.isfunction)
+    own = [name for name, value in functions if value.__module__ == module.__name__]
+    return f"; its functions are: {', '.join(own)}" if own else ""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+cached_reward = functools.cache(load_reward)
+
+
+def start_process(function: str) -> None:
+    """Prepares a reward process: no accelerator for it, an end with its parent's, and the function imported."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        reward = cached_reward(function)
+        if reward is math_verify:
+            math_verify("", "1", "1")  # imports sympy and builds the parsers, which no response shall pay for
+    except BaseException:  # noqa: B036 - what is wrong will be said by the first response that is graded
+        return
+
+
+def exit_with_parent(parent: int) -> None:
+    """A response that hangs must not outlive a training process that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def grade_one(function: str, item: RewardInput) -> tuple[float, str | None, str]:
+    """In a reward process: (reward, kind of failure or None, message)."""
+    try:
+        value = cached_reward(function)(prompt=item.prompt, response=item.response, answer=item.answer, **item.meta)
+        if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST:
+            return float(value), None, ""
+    except BaseException as error:  # noqa: B036 - SystemExit included: nothing that a reward does may stop the run
+        return 0.0, "raised", one_line(error)
+    return 0.0, "invalid", f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32"
+
+
+class RewardPool:
+    """Grades responses in `workers` spawned processes, each response within `timeout_s` seconds.
+
+        with RewardPool("math_verify", workers=2, timeout_s=10.0) as pool:
+            result = pool.grade(items)                # waits
+            pending = pool.submit(items)              # does not
+            result = pending()
+
+    A response whose grading raises, hangs, dies or returns no finite number scores 0, is counted, and stops nothing;
+    the first of each kind is logged with what it said. Check the function with `check_reward` beforehand.
+    """
+
+    def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0):
+        self.function, self.workers, self.timeout_s = function, workers, timeout_s
+        self.logged: set[str] = set()
+        self.pool = self.start()
+
+    def start(self) -> pebble.ProcessPool:
+        pool = pebble.ProcessPool(
+            max_workers=self.workers,
+            initializer=start_process,
+            initargs=(self.function,),
+            context=multiprocessing.get_context("spawn"),
+        )
+        _ = pool.active  # to ask is to start the processes: they import while the model loads
+        return pool
+
+    def submit(self, items: Sequence[RewardInput]) -> Callable[[], RewardResult]:
+        """Starts grading; the function returned waits for the grades and may be called once."""
+        if not self.pool.active:  # pebble gives up a pool whose idle process died
+            self.pool = self.start()
+        futures = [self.pool.schedule(grade_one, args=(self.function, item), timeout=self.timeout_s) for item in items]
+        return lambda: self.collect(futures)
+
+    def grade(self, items: Sequence[RewardInput]) -> RewardResult:
+        """Grades of all items, in order."""
+        return self.submit(items)()
+
+    def collect(self, futures: Sequence[pebble.ProcessFuture]) -> RewardResult:
+        grades = [self.wait(future) for future in futures]
+        counts = Counter(kind for _, kind, _ in grades if kind)
+        messages = {kind: message for _, kind, message in reversed(grades) if kind}
+        for kind in messages.keys() - self.logged:
+            log.warning("reward %s scored a response 0 (%s): %s", self.function, kind, messages[kind])
+        self.logged |= messages.keys()
+        rewards = np.asarray([reward for reward, _, _ in grades], dtype=np.float32)
+        return RewardResult(rewards, {kind: counts[kind] for kind in FAILURES}, messages)
+
+    def wait(self, future: pebble.ProcessFuture) -> tuple[float, str | None, str]:
+        try:
+            return future.result()
+        except Expired:
+            return 0.0, "timed_out", f"took longer than reward.timeout_s={self.timeout_s:g} seconds and was killed"
+        except pebble.ProcessExpired as error:
+            return 0.0, "died", f"its process ended with exit code {error.exitcode}"
+        except Exception as error:  # no process could be started, or none could be sent the response
+            return 0.0, "died", one_line(error)
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are doing."""
+        self.pool.stop()
+        self.pool.join()
+
+    def __enter__(self) -> "RewardPool":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()

@@ -5,6 +5,7 @@ each of them seconds and memory, and on some machines the accelerator.
 """
 
 import dataclasses
+import faulthandler
 import functools
 import importlib.util
 import inspect
@@ -13,8 +14,6 @@ import multiprocessing
 import numbers
 import os
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as Expired
@@ -29,6 +28,8 @@ from jspec.rl import tasks
 
 log = logging.getLogger(__name__)
 LARGEST = float(np.finfo(np.float32).max)
+ORPHAN_S = 10.0
+"""Seconds past its time-out that a hung reward process may outlive a training process that was killed."""
 
 Reward = Callable[..., float]
 FAILURES = ("raised", "timed_out", "invalid", "died")
@@ -155,12 +156,12 @@ def one_line(error: BaseException) -> str:
 
 
 cached_reward = functools.cache(load_reward)
+nowhere = functools.cache(functools.partial(open, os.devnull, "w"))
 
 
 def start_process(function: str) -> None:
-    """Prepares a reward process: no accelerator for it, an end with its parent's, and the function imported."""
+    """Prepares a reward process: no accelerator for it, and the function imported before the first response."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         reward = cached_reward(function)
         if reward is math_verify:
@@ -169,21 +170,19 @@ def start_process(function: str) -> None:
         return
 
 
-def exit_with_parent(parent: int) -> None:
-    """A response that hangs must not outlive a training process that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def grade_one(function: str, item: RewardInput) -> tuple[float, str | None, str]:
+def grade_one(function: str, item: RewardInput, timeout_s: float) -> tuple[float, str | None, str]:
     """In a reward process: (reward, kind of failure or None, message)."""
+    # The pool kills what hangs. Should the pool itself be killed, the process must still not hang for ever, and this
+    # is the one timer that works while C code holds the interpreter.
+    faulthandler.dump_traceback_later(timeout_s + ORPHAN_S, exit=True, file=nowhere())
     try:
         value = cached_reward(function)(prompt=item.prompt, response=item.response, answer=item.answer, **item.meta)
         if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST:
             return float(value), None, ""
     except BaseException as error:  # noqa: B036 - SystemExit included: nothing that a reward does may stop the run
         return 0.0, "raised", one_line(error)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return 0.0, "invalid", f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32"
 
 
@@ -218,7 +217,8 @@ class RewardPool:
         """Starts grading; the function returned waits for the grades and may be called once."""
         if not self.pool.active:  # pebble gives up a pool whose idle process died
             self.pool = self.start()
-        futures = [self.pool.schedule(grade_one, args=(self.function, item), timeout=self.timeout_s) for item in items]
+        timeout = self.timeout_s
+        futures = [self.pool.schedule(grade_one, (self.function, item, timeout), timeout=timeout) for item in items]
         return lambda: self.collect(futures)
 
     def grade(self, items: Sequence[RewardInput]) -> RewardResult:

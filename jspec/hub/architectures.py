@@ -1,0 +1,237 @@
+"""What the published checkpoints call things: configs to and from `ModelConfig`, tensor names to and from our paths."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jspec.errors import InputError
+from jspec.model.config import ROPE_SCALINGS, ModelConfig, RopeConfig
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+# what transformers assumes of a key that config.json leaves out
+_DEFAULTS = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "eos_token_id": 2},
+    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None},
+    "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None, "head_dim": 128},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint and where it goes.
+
+    `name` is transformers' and safetensors' name, `gguf` llama.cpp's; `key` is the path in `Policy.weights`; `layer` the
+    index along that array's leading axis (None: no layer axis); `shape` is as stored, and `transposed` says that ours
+    is the other way round ([in, out] from [out, in]).
+    """
+
+    name: str
+    gguf: str
+    key: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+_TOP = {
+    "embed": ("model.embed_tokens.weight", "token_embd.weight", False),
+    "final_norm": ("model.norm.weight", "output_norm.weight", False),
+    "head": ("lm_head.weight", "output.weight", True),
+}
+_LAYER = {
+    "attn_norm": ("input_layernorm.weight", "attn_norm.weight", False),
+    "q": ("self_attn.q_proj.weight", "attn_q.weight", True),
+    "k": ("self_attn.k_proj.weight", "attn_k.weight", True),
+    "v": ("self_attn.v_proj.weight", "attn_v.weight", True),
+    "o": ("self_attn.o_proj.weight", "attn_output.weight", True),
+    "q_bias": ("self_attn.q_proj.bias", "attn_q.bias", False),
+    "k_bias": ("self_attn.k_proj.bias", "attn_k.bias", False),
+    "v_bias": ("self_attn.v_proj.bias", "attn_v.bias", False),
+    "o_bias": ("self_attn.o_proj.bias", "attn_output.bias", False),
+    "q_norm": ("self_attn.q_norm.weight", "attn_q_norm.weight", False),
+    "k_norm": ("self_attn.k_norm.weight", "attn_k_norm.weight", False),
+    "mlp_norm": ("post_attention_layernorm.weight", "ffn_norm.weight", False),
+    "gate": ("mlp.gate_proj.weight", "ffn_gate.weight", True),
+    "up": ("mlp.up_proj.weight", "ffn_up.weight", True),
+    "down": ("mlp.down_proj.weight", "ffn_down.weight", True),
+    "gate_bias": ("mlp.gate_proj.bias", "ffn_gate.bias", False),
+    "up_bias": ("mlp.up_proj.bias", "ffn_up.bias", False),
+    "down_bias": ("mlp.down_proj.bias", "ffn_down.bias", False),
+}
+
+
+def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
+    """Every tensor that a checkpoint of this config holds, in the order of the file."""
+    from jspec.model.params import layer_specs, param_specs
+
+    def stored(shape, transposed):
+        return shape[::-1] if transposed else shape
+
+    specs, out = param_specs(config), []
+    for key, (name, gguf, transposed) in _TOP.items():
+        if key in specs:
+            out.append(StoredTensor(name, gguf, (key,), None, stored(specs[key].shape, transposed), transposed))
+    for layer in range(config.num_layers):
+        for key, spec in layer_specs(config).items():
+            name, gguf, transposed = _LAYER[key]
+            out.append(StoredTensor(f"model.layers.{layer}.{name}", f"blk.{layer}.{gguf}", ("layers", key), layer,
+                                    stored(spec.shape, transposed), transposed))
+    return out
+
+
+def end_tokens(*ids: Any) -> tuple[int, ...]:
+    """End-token ids (each an int, a list of them, or None) united, in order of appearance."""
+    flat = [i for x in ids if x is not None for i in (x if isinstance(x, list | tuple) else [x])]
+    return tuple(dict.fromkeys(int(i) for i in flat))
+
+
+def family_of(config: dict) -> str:
+    """The family of a config.json. Raises InputError, naming the supported architectures, for any other."""
+    supported = ", ".join(ARCHITECTURES)
+    names = config.get("architectures") or []
+    if len(names) != 1 or names[0] not in ARCHITECTURES:
+        what = ", ".join(map(str, names)) or f"model_type {config.get('model_type')!r} without an architecture"
+        raise InputError(f"architecture {what} is not supported; supported: {supported}")
+    return ARCHITECTURES[names[0]]
+
+
+def _number(config: dict, key: str, kind: type, default: Any = None) -> Any:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+        problem = "has no" if value is None else f"has {value!r} as"
+        raise InputError(f"config.json {problem} {key}; expected {'an integer' if kind is int else 'a number'}")
+    return kind(value)
+
+
+def rope_from_hf(config: dict, max_position: int) -> RopeConfig:
+    """RopeConfig of a config.json, in its old spelling (rope_theta, rope_scaling) or its new one (rope_parameters)."""
+    params = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(v, dict) for v in params.values()):
+        raise InputError("rope parameters that differ by layer type are not supported; "
+                         f"supported: one of {', '.join(ROPE_SCALINGS)} for all layers")
+    scaling = params.get("rope_type") or params.get("type") or "default"
+    if scaling not in ROPE_SCALINGS:
+        raise InputError(f"rope scaling {scaling!r} is not supported; supported: {', '.join(ROPE_SCALINGS)}")
+    if _number({**config, **params}, "partial_rotary_factor", float, 1.0) != 1.0:
+        raise InputError("partial_rotary_factor other than 1 is not supported")
+    theta = _number({**config, **params}, "rope_theta", float, 10000.0)
+    if scaling == "default":
+        return RopeConfig(theta=theta)
+    original = config.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
+    original = int(original or max_position)
+    rope = RopeConfig(theta=theta, scaling=scaling, original_max_position=original)
+    if scaling == "yarn":
+        attention_factor = params.get("attention_factor")
+        return dataclasses.replace(
+            rope, factor=_number(params, "factor", float, max_position / original),
+            beta_fast=float(params.get("beta_fast") or 32), beta_slow=float(params.get("beta_slow") or 1),
+            attention_factor=None if attention_factor is None else float(attention_factor),
+            mscale=float(params.get("mscale") or 0), mscale_all_dim=float(params.get("mscale_all_dim") or 0),
+            truncate=bool(params.get("truncate", True)))
+    rope = dataclasses.replace(rope, factor=_number(params, "factor", float))
+    if scaling == "llama3":
+        return dataclasses.replace(rope, low_freq_factor=_number(params, "low_freq_factor", float),
+                                   high_freq_factor=_number(params, "high_freq_factor", float))
+    return dataclasses.replace(rope, original_max_position=0)
+
+
+def _check_supported(config: dict, layers: int, max_position: int) -> None:
+    """Raise InputError for what a config may ask that our transformer does not compute."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"hidden_act {config['hidden_act']!r} is not supported; supported: silu")
+    if config.get("quantization_config"):
+        raise InputError("a checkpoint with a quantization_config is not supported; load the unquantized one or a GGUF")
+    window = config.get("sliding_window")
+    if not config.get("use_sliding_window", False) or window is None or window >= max_position:
+        return
+    types = config.get("layer_types")
+    if types is not None:
+        sliding = "sliding_attention" in types
+    else:
+        sliding = config.get("max_window_layers", 28) < layers
+    if sliding:
+        raise InputError(f"sliding-window attention (window {window}) is not supported; supported: full attention, "
+                         "that is use_sliding_window false")
+
+
+def config_from_hf(config: dict, generation_config: dict | None = None) -> ModelConfig:
+    """ModelConfig of a config.json and, if there is one, its generation_config.json.
+
+    Raises InputError for an unsupported architecture, rope scaling, sliding window or activation (naming what is
+    supported), and for a missing or malformed key.
+    """
+    family = family_of(config)
+    config = {**_DEFAULTS[family], **config}
+    generation = generation_config or {}
+    heads, hidden = _number(config, "num_attention_heads", int), _number(config, "hidden_size", int)
+    layers, max_position = _number(config, "num_hidden_layers", int), _number(config, "max_position_embeddings", int)
+    _check_supported(config, layers, max_position)
+    bias = bool(config.get("attention_bias", False))
+    stop = end_tokens(config.get("eos_token_id"), generation.get("eos_token_id"))
+    pad = config.get("pad_token_id")
+    pad = generation.get("pad_token_id") if pad is None else pad
+    return ModelConfig(
+        family=family, vocab_size=_number(config, "vocab_size", int), hidden_size=hidden,
+        intermediate_size=_number(config, "intermediate_size", int), num_layers=layers, num_heads=heads,
+        num_kv_heads=_number(config, "num_key_value_heads", int, heads),
+        head_dim=_number(config, "head_dim", int, hidden // heads),
+        rms_norm_eps=_number(config, "rms_norm_eps", float), rope=rope_from_hf(config, max_position),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=True if family == "qwen2" else bias, out_bias=False if family == "qwen2" else bias,
+        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)), qk_norm=family == "qwen3",
+        max_position_embeddings=max_position, initializer_range=_number(config, "initializer_range", float, 0.02),
+        stop_tokens=stop, pad_token=int(pad) if pad is not None and pad >= 0 else (stop[0] if stop else 0))
+
+
+def rope_to_hf(rope: RopeConfig) -> dict | None:
+    """The `rope_scaling` entry of a config.json (theta apart), in the spelling that every transformers reads."""
+    out: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling == "default":
+        return None
+    if rope.scaling in ("llama3", "yarn"):
+        out["original_max_position_embeddings"] = rope.original_max_position
+    if rope.scaling == "llama3":
+        out.update(low_freq_factor=rope.low_freq_factor, high_freq_factor=rope.high_freq_factor)
+    if rope.scaling == "yarn":
+        out.update(beta_fast=rope.beta_fast, beta_slow=rope.beta_slow, truncate=rope.truncate)
+        optional = {"attention_factor": rope.attention_factor, "mscale": rope.mscale,
+                    "mscale_all_dim": rope.mscale_all_dim}
+        out.update({k: v for k, v in optional.items() if v})
+    return out
+
+
+def config_to_hf(config: ModelConfig, bos_token: int | None = None) -> tuple[dict, dict]:
+    """(config.json, generation_config.json) of a ModelConfig; `config_from_hf` reads the same ModelConfig back.
+
+    Raises InputError if no supported architecture has this combination of biases and norms.
+    """
+    bias = config.qkv_bias
+    variants = {"llama": (bias, bias, config.mlp_bias, False), "qwen2": (True, False, False, False),
+                "qwen3": (bias, bias, False, True)}
+    if variants[config.family] != (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm):
+        raise InputError(f"no published {config.family} architecture has qkv_bias={config.qkv_bias}, "
+                         f"out_bias={config.out_bias}, mlp_bias={config.mlp_bias}, qk_norm={config.qk_norm}; "
+                         "such a policy cannot be exported")
+    eos = config.stop_tokens[0] if len(config.stop_tokens) == 1 else list(config.stop_tokens) or None
+    tokens = {"bos_token_id": bos_token, "eos_token_id": eos, "pad_token_id": config.pad_token}
+    hf = {
+        "architectures": [next(a for a, f in ARCHITECTURES.items() if f == config.family)],
+        "model_type": config.family, "hidden_act": "silu", "torch_dtype": "float32",
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope.theta,
+        "rope_scaling": rope_to_hf(config.rope), "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_position_embeddings, "initializer_range": config.initializer_range,
+        "use_cache": True, **tokens,
+    }
+    if config.family != "qwen2":
+        hf["attention_bias"] = bias
+    if config.family == "llama":
+        hf["mlp_bias"] = config.mlp_bias
+    else:
+        hf["use_sliding_window"] = False
+    return hf, dict(tokens)

@@ -1,0 +1,32 @@
+"""Reinforcement-learning post-training for language models in JAX, with lossless speculative rollouts.
+
+The names below are imported when first used: command-line help and reward workers need no JAX.
+"""
+
+import importlib
+
+_SURFACE = {
+    "load": "jspec.hub", "load_tokenizer": "jspec.hub", "fetch": "jspec.hub", "export": "jspec.hub",
+    "rollout": "jspec.speculate", "PromptBatch": "jspec.speculate", "Rollout": "jspec.speculate",
+    "Sampling": "jspec.speculate", "Speculation": "jspec.speculate",
+    "Policy": "jspec.model", "ModelConfig": "jspec.model", "RopeConfig": "jspec.model", "init_policy": "jspec.model",
+    "reshard": "jspec.model",
+    "Draft": "jspec.drafts",
+    "TrainState": "jspec.rl.state",
+    "make_mesh": "jspec.sharding",
+    "InputError": "jspec.errors",
+}
+
+__all__ = [*_SURFACE, "drafts"]
+
+
+def __getattr__(name: str):
+    if name == "drafts":
+        return importlib.import_module("jspec.drafts")
+    if name not in _SURFACE:
+        raise AttributeError(f"module 'jspec' has no attribute {name!r}")
+    return getattr(importlib.import_module(_SURFACE[name]), name)
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,126 @@
+"""One cycle of speculative decoding: propose, verify, accept, commit. Pure in its state and its noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jspec.drafts.base import Committed, Draft, Observation, Sampler
+from jspec.model import Cache, Policy, logits, verify
+from jspec.speculate.types import Sampling
+from pallas_kernels import noise as noise_lib
+from pallas_kernels.rejection_sampling import Verdict, rejection_sampling
+
+RULES = {"rejection": noise_lib.rejection_noise, "coupled": noise_lib.coupled_noise}
+
+
+@struct.dataclass
+class Slots:
+    """The loop's state: one row a slot, and each slot knows which sequence it holds.
+
+    The last committed token of a row is pending: its keys and values are not in the cache yet.
+
+    Attributes:
+      sequence_ids, prompt_lengths, lengths: int32 [N]; lengths counts committed tokens, the prompt included.
+      tokens: int32 [N, S], prompt and output; garbage from `lengths` on.
+      logprobs, entropy: float32 [N, T + K], by generated token; garbage beyond what is committed.
+      done: bool [N], stopped or at the cap. stopped: bool [N], an end token was emitted.
+      temperature: float32 [N]; top_p: float32 [N] or None.
+      cache: of the policy, S positions a row. draft_state: the drafter's, rows leading.
+      cycles: int32 [N]; drafted, accepted: int32 [K].
+    """
+
+    sequence_ids: jax.Array
+    prompt_lengths: jax.Array
+    lengths: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array
+    entropy: jax.Array
+    done: jax.Array
+    stopped: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array | None
+    cache: Cache
+    draft_state: Any
+    cycles: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
+
+
+def _write_rows(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
+    """Write values [N, W] into buffer [N, S] at each row's start [N]."""
+    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(buffer, values, start)
+
+
+def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_k: int, k: int):
+    """Drafted tokens int32 [N, K], the log q they were drawn from (or None), and the drafter's state."""
+    if draft is None or k == 0:
+        return jnp.zeros((slots.lengths.shape[0], 0), jnp.int32), None, slots.draft_state
+    sampler = Sampler(noise, slots.temperature, slots.top_p, top_k, k)
+    return draft.module.propose(policy, draft, slots.draft_state, Committed(slots.tokens, slots.lengths), sampler)
+
+
+def _accept(policy: Policy, slots: Slots, hidden: jax.Array, drafted: jax.Array, log_q: jax.Array | None, noise: Any,
+            sampling: Sampling, stop_tokens: tuple[int, ...]) -> Verdict:
+    ban = None
+    if sampling.min_new_tokens and stop_tokens:
+        generated = (slots.lengths - slots.prompt_lengths)[:, None] + jnp.arange(hidden.shape[1])
+        ban = generated < sampling.min_new_tokens
+    return rejection_sampling(logits(policy, hidden), drafted, log_q, noise, slots.temperature, slots.top_p,
+                              top_k=sampling.top_k, ban=ban, banned_tokens=stop_tokens)
+
+
+def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int, stop_tokens: tuple[int, ...]) -> tuple[Slots, jax.Array]:
+    """Keep the emitted tokens up to the first end token and the cap. Returns (slots, count int32 [N])."""
+    width = verdict.tokens.shape[1]
+    offsets = jnp.arange(width)
+    count = verdict.accepted + 1
+    is_stop = jnp.isin(verdict.tokens, jnp.array(stop_tokens, jnp.int32)) & (offsets < count[:, None])
+    first_stop = jnp.where(is_stop, offsets, width).min(-1)
+    room = slots.prompt_lengths + max_new_tokens - slots.lengths
+    count = jnp.where(slots.done, 0, jnp.minimum(jnp.minimum(count, first_stop + 1), room))
+    generated = slots.lengths - slots.prompt_lengths
+    live = ~slots.done
+    drafted = jnp.broadcast_to(live[:, None], (live.shape[0], width - 1))
+    stopped = slots.stopped | (live & (first_stop < count))
+    return slots.replace(
+        tokens=_write_rows(slots.tokens, verdict.tokens, slots.lengths),
+        logprobs=_write_rows(slots.logprobs, verdict.logprobs, generated),
+        entropy=_write_rows(slots.entropy, verdict.entropy, generated),
+        lengths=slots.lengths + count,
+        stopped=stopped,
+        done=slots.done | stopped | (count == room),
+        cycles=slots.cycles + live,
+        drafted=slots.drafted + drafted.sum(0),
+        accepted=slots.accepted + (drafted & (offsets[:-1] < verdict.accepted[:, None])).sum(0),
+    ), count
+
+
+def cycle(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, *, sampling: Sampling,
+          stop_tokens: tuple[int, ...], k: int) -> Slots:
+    """Advance every live row by 1 .. k + 1 tokens, with exactly the policy's distribution.
+
+    Args:
+      policy: in a rollout layout. draft: prepared, or None for autoregressive decoding (k = 0).
+      noise: of this cycle, as `RULES[rule](key, sequence_ids, lengths, k)` makes it; it names the rule.
+      sampling, stop_tokens, k: static but for sampling's leaves, which the slots hold by row.
+    """
+    with jax.named_scope("propose"):
+        drafted, log_q, draft_state = _propose(policy, draft, slots, noise, sampling.top_k, k)
+    with jax.named_scope("verify"):
+        pending = jnp.take_along_axis(slots.tokens, slots.lengths[:, None] - 1, axis=1)
+        features = () if draft is None else draft.module.features(draft.config)
+        trunk, cache = verify(policy, jnp.concatenate([pending, drafted], axis=1), slots.cache, slots.lengths - 1,
+                              features=features)
+    with jax.named_scope("accept"):
+        verdict = _accept(policy, slots, trunk.hidden, drafted, log_q, noise, sampling, stop_tokens)
+    with jax.named_scope("commit"):
+        new, count = _commit(slots.replace(cache=cache), verdict, sampling.max_new_tokens, stop_tokens)
+    if draft is None:
+        return new
+    with jax.named_scope("observe"):
+        observation = Observation(trunk, verdict.tokens, slots.lengths, count)
+        return new.replace(draft_state=draft.module.observe(policy, draft, draft_state, observation))

@@ -1,0 +1,161 @@
+"""`jspec.rollout`: prefill each prompt once, then one `while_loop` of speculative cycles until every row is done."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jspec.drafts.base import Draft, Prefill
+from jspec.errors import InputError
+from jspec.model import Policy, prefill, to_rollout
+from jspec.sharding import check_rows, constrain
+from jspec.speculate.cycle import RULES, Slots, cycle
+from jspec.speculate.types import PromptBatch, Rollout, RolloutStats, Sampling, Speculation
+
+_LANES = 128  # cache sizes beyond one block are whole blocks
+
+
+def _concrete(x) -> np.ndarray | None:
+    """The value of x, or None while it is being traced (or lives partly on other hosts)."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)
+
+
+def _check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, spec: Speculation) -> None:
+    """Raise InputError for what cannot work, before anything is compiled."""
+    rows = batch.tokens.shape[0] * batch.group_size
+    if spec.rule not in RULES:
+        raise InputError(f"speculation rule {spec.rule!r} is unknown; known: {', '.join(RULES)}")
+    if spec.k < 0:
+        raise InputError(f"speculation k = {spec.k} is negative; 0 turns speculation off")
+    if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens or sampling.max_new_tokens < 1:
+        raise InputError(f"sampling needs 0 <= min_new_tokens <= max_new_tokens >= 1; got {sampling.min_new_tokens} and "
+                         f"{sampling.max_new_tokens}")
+    if sampling.top_k < 0:
+        raise InputError(f"sampling top_k = {sampling.top_k} is negative; 0 turns it off")
+    for name, value in (("temperature", sampling.temperature), ("top_p", sampling.top_p)):
+        if value is None:
+            continue
+        if jnp.shape(value) not in ((), (rows,)):
+            raise InputError(f"sampling {name} has shape {jnp.shape(value)}; give a scalar or one value for each of the "
+                             f"{rows} sequences")
+        known = _concrete(value)
+        if known is not None and not np.all((known >= 0) & np.isfinite(known)):
+            raise InputError(f"sampling {name} must be finite and at least 0; got {known.min()}")
+    _check_tokens(policy, batch, sampling)
+    if draft is not None:
+        draft.check(policy)
+    check_rows(rows, layout=policy.layout if not policy.stacked else "rollout")
+
+
+def _check_tokens(policy: Policy, batch: PromptBatch, sampling: Sampling) -> None:
+    config = policy.config
+    lengths, tokens = _concrete(batch.lengths), _concrete(batch.tokens)
+    longest = batch.tokens.shape[1] if lengths is None else int(lengths.max())
+    if longest + sampling.max_new_tokens > config.max_position_embeddings:
+        raise InputError(f"a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} do not fit the "
+                         f"model's {config.max_position_embeddings} positions; shorten one of them")
+    if tokens is not None and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+        raise InputError(f"prompt token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is outside the model's "
+                         f"vocabulary of {config.vocab_size}; was it made with another tokenizer?")
+    for token in sampling.stop_tokens or ():
+        if not 0 <= token < config.vocab_size:
+            raise InputError(f"stop token {token} is outside the model's vocabulary of {config.vocab_size}")
+
+
+def _cache_size(prompt: int, max_new_tokens: int, k: int) -> int:
+    """Positions that a row may touch: the last cycle writes up to k tokens beyond the cap."""
+    size = prompt + max_new_tokens + k + 1
+    return size if size <= _LANES else -(-size // _LANES) * _LANES
+
+
+def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, k: int) -> Slots:
+    """Prefill every prompt once, and give each of its group's rows a copy of the keys and values."""
+    prompts, length = batch.tokens.shape
+    rows = prompts * batch.group_size
+    size = _cache_size(length, sampling.max_new_tokens, k)
+    features = () if draft is None else draft.module.features(draft.config)
+    with jax.named_scope("prefill"):
+        trunk, cache = prefill(policy, batch.tokens, size, features=features)
+        state = None
+        if draft is not None:
+            state = draft.module.start(policy, draft, Prefill(trunk, batch.tokens, batch.lengths), size)
+
+        def share(x):
+            names = ("batch", "kv_heads") if x.ndim == 4 else ("batch",)
+            x = jnp.repeat(x, batch.group_size, axis=0)
+            return constrain(x, policy.layout, *names, *(None,) * (x.ndim - len(names)))
+
+        cache, state, lengths, tokens = jax.tree.map(share, (cache, state, batch.lengths, batch.tokens))
+    by_row = partial(jnp.broadcast_to, shape=(rows,))
+    flags = constrain(jnp.zeros(rows, bool), policy.layout, "batch")
+    values = jnp.zeros((rows, sampling.max_new_tokens + k + 1), jnp.float32)
+    return Slots(
+        sequence_ids=batch.sequence_ids, prompt_lengths=lengths, lengths=lengths,
+        tokens=jnp.pad(tokens, ((0, 0), (0, size - length))),
+        logprobs=values, entropy=values, done=flags, stopped=flags,
+        temperature=by_row(jnp.asarray(sampling.temperature, jnp.float32)),
+        top_p=None if sampling.top_p is None else by_row(jnp.asarray(sampling.top_p, jnp.float32)),
+        cache=cache, draft_state=state,
+        cycles=jnp.zeros(rows, jnp.int32), drafted=jnp.zeros(k, jnp.int32), accepted=jnp.zeros(k, jnp.int32))
+
+
+def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:
+    """The generated part of every row, with nothing but zeros and padding outside the mask."""
+    lengths = slots.lengths - slots.prompt_lengths
+    mask = jnp.arange(max_new_tokens) < lengths[:, None]
+    columns = jnp.minimum(slots.prompt_lengths[:, None] + jnp.arange(max_new_tokens), slots.tokens.shape[1] - 1)
+    tokens = jnp.where(mask, jnp.take_along_axis(slots.tokens, columns, axis=1), pad_token)
+    logprobs, entropy = (jnp.where(mask, x[:, :max_new_tokens], 0.0) for x in (slots.logprobs, slots.entropy))
+    return Rollout(tokens, mask, logprobs, mask, entropy, lengths, slots.stopped,
+                   RolloutStats(slots.cycles, slots.drafted, slots.accepted))
+
+
+@partial(jax.jit, static_argnames="speculation")
+def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation) -> Rollout:
+    policy = to_rollout(params)
+    if draft is not None:
+        draft = draft.module.prepare(policy, draft)
+    k = 0 if draft is None else speculation.k
+    if k == 0:
+        draft = None
+    stops = policy.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
+    key = jax.random.key_data(batch.key)
+    make_noise = RULES[speculation.rule]
+
+    def body(slots: Slots) -> Slots:
+        noise = make_noise(key, slots.sequence_ids, slots.lengths, k)
+        return cycle(policy, draft, slots, noise, sampling=sampling, stop_tokens=stops, k=k)
+
+    slots = start(policy, draft, batch, sampling, k)
+    with jax.named_scope("decode"):
+        slots = jax.lax.while_loop(lambda s: ~jnp.all(s.done), body, slots)
+    return _gather(slots, sampling.max_new_tokens, policy.config.pad_token)
+
+
+def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *, sampling: Sampling | None = None,
+            speculation: Speculation | None = None) -> Rollout:
+    """Continue every prompt, with exactly the policy's distribution and as few passes over its weights as drafts allow.
+
+    Pure and jittable; inside a caller's `jax.jit` it finds the mesh by `jax.set_mesh`.
+
+    Args:
+      params: the policy, in the training or a rollout layout.
+      draft_params: a draft (`jspec.drafts`), or None for autoregressive decoding under the same rule.
+      batch: prompts, sequence ids and the key.
+      sampling: defaults to `Sampling()`.
+      speculation: defaults to `Speculation()`.
+
+    Returns:
+      `Rollout` with N = prompts x group_size rows.
+
+    Raises InputError for a bad argument, a prompt that does not fit the model's positions, a batch that the mesh does
+    not divide, and a draft made for another policy.
+    """
+    sampling, speculation = sampling or Sampling(), speculation or Speculation()
+    _check(params, draft_params, batch, sampling, speculation)
+    return _rollout(params, draft_params, batch, sampling, speculation)

@@ -21,6 +21,10 @@ def run(count: int, command: Sequence[str]) -> int:
     """Runs `command` in `count` processes that know each other; returns the exit code (128 + n for signal n)."""
     address = f"127.0.0.1:{_free_port()}"
     processes = [_start(index, count, address, command) for index in range(count)]
+    relays = [threading.Thread(target=_relay, args=(index, process.stdout), daemon=True)
+              for index, process in enumerate(processes) if process.stdout]
+    for relay in relays:
+        relay.start()
 
     def forward(number, _frame):
         for process in processes:
@@ -29,7 +33,10 @@ def run(count: int, command: Sequence[str]) -> int:
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(processes)
+        code = _wait(processes)
+        for relay in relays:  # what the processes said last; a grandchild may hold the pipe open for longer
+            relay.join(timeout=5)
+        return code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -52,11 +59,8 @@ def _start(index: int, count: int, address: str, command: Sequence[str]) -> subp
         environment["JAX_LOCAL_DEVICE_IDS"] = str(index)
     output = None if index == 0 else subprocess.PIPE
     # A session of its own: Ctrl-C in the terminal must reach a process once, by way of `forward`.
-    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if output else None,
-                               stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
-    if output:
-        threading.Thread(target=_relay, args=(index, process.stdout), daemon=True).start()
-    return process
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if output else None,
+                            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
 
 
 def _has_gpus(environment) -> bool:
@@ -71,26 +75,29 @@ def _die_with_parent() -> None:
 
 
 def _relay(index: int, stream) -> None:
-    for line in stream:
-        sys.stderr.write(f"[{index}] {line.decode(errors='replace')}")
-        sys.stderr.flush()
+    with stream:
+        for line in stream:
+            sys.stderr.write(f"[{index}] {line.decode(errors='replace')}")
+            sys.stderr.flush()
 
 
 def _wait(processes: Sequence[subprocess.Popen]) -> int:
     failure, failed_at = 0, 0.0
-    while any(process.poll() is None for process in processes):
-        codes = [process.returncode for process in processes]
+    while None in (codes := [process.poll() for process in processes]):
         if not failure and any(codes):
-            failure, failed_at = next(code for code in codes if code), time.monotonic()
+            failure, failed_at = _first_failure(codes), time.monotonic()
             for process in processes:
-                if process.poll() is None:
-                    process.terminate()
+                process.terminate()
         if failure and time.monotonic() - failed_at > GRACE_S:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    failure = failure or next((process.returncode for process in processes if process.returncode), 0)
+    failure = failure or _first_failure(codes)
     return 128 - failure if failure < 0 else failure
+
+
+def _first_failure(codes: Sequence[int | None]) -> int:
+    return next((code for code in codes if code), 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,211 @@
+"""The command line. Handlers import what they need when they run, so that `--help` and mistakes answer at once."""
+
+import argparse
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from jspec.errors import InputError
+
+EPILOG = """\
+a first look:
+  jspec rollout smollm2-135m-instruct --prompt "Count from one to twenty."
+  jspec train configs/quickstart.yaml
+  jspec train --help                     every key of a config, with default and meaning
+"""
+
+MODEL = "short name (smollm2-135m-instruct), hub id, directory of safetensors, .gguf file, or a run's output_dir"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; `keys=True` appends all configuration keys to the help."""
+
+    def __init__(self, *arguments, keys: bool = False, **options):
+        super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.keys = keys
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{keys_help()}" if self.keys else "")
+
+
+def keys_help() -> str:
+    """Every configuration key with its type, default and meaning, as text."""
+    from jspec.config import describe
+
+    lines = ["keys of a config, each also settable as key=value after it:"]
+    for key, kind, default, meaning in describe():
+        if not kind:
+            lines.append(f"\n  {key}: {meaning}")
+            continue
+        lines.append(f"    {key + ' = ' + default:<44} {kind}")
+        lines += textwrap.wrap(meaning, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> Parser:
+    """The whole command line; each command's handler is its `run` default."""
+    top = Parser(prog="jspec", description="GRPO with lossless speculative rollouts, in one JAX program on one mesh.",
+                 epilog=EPILOG)
+    commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, run, summary: str, **options) -> Parser:
+        made = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", **options)
+        made.set_defaults(run=run)
+        return made
+
+    def with_config(made: Parser) -> None:
+        made.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+        made.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=2e-6 steps=20")
+
+    train = command("train", _train, "train a policy with GRPO; the same command again resumes", keys=True)
+    with_config(train)
+    train.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML and stop")
+
+    _add_rollout(command("rollout", _rollout, "speculative and autoregressive decoding of one prompt, side by side"))
+    _add_eval(command("eval", _eval, "mean reward of a policy over a task"))
+
+    fetch = command("fetch", _fetch, "download a model into the cache; a second time does nothing")
+    fetch.add_argument("model", metavar="NAME", help="short name or hub id")
+
+    export = command("export", _export, "write a directory that transformers loads")
+    export.add_argument("source", metavar="SOURCE", help=MODEL)
+    export.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty")
+
+    command("bench", _bench, "time rollouts and updates; arguments are those of benchmarks/rollout.py", add_help=False)
+
+    profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys=True)
+    with_config(profile)
+    profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: output_dir/profile)")
+    return top
+
+
+def _add_rollout(made: Parser) -> None:
+    made.add_argument("model", metavar="MODEL", help=MODEL)
+    made.add_argument("--prompt", required=True, help="what to answer")
+    made.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    made.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
+    made.add_argument("--draft", choices=("ngram", "mtp", "none"), help="the drafter (default: the trained one of a "
+                      "run's output_dir, ngram otherwise)")
+    made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
+    made.add_argument("--rule", choices=("rejection", "coupled"), default="rejection", help="rejection: exact in "
+                      "distribution; coupled: the autoregressive tokens themselves (default: rejection)")
+    made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    made.add_argument("--top-k", type=int, default=0, help="0: off (default)")
+    made.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
+    made.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
+    made.add_argument("--samples", type=int, default=1, help="answers decoded together; one is shown (default: 1)")
+    made.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on the CPU")
+
+
+def _add_eval(made: Parser) -> None:
+    made.add_argument("source", metavar="MODEL_OR_CONFIG", help=MODEL + ", or a config's .yaml file")
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="of a config, such as data.source=my.jsonl")
+    made.add_argument("--prompts", type=int, default=64, help="how many prompts (default: 64)")
+    made.add_argument("--samples", type=int, default=4, help="answers to each (default: 4)")
+    made.add_argument("--temperature", type=float, help="instead of sampling.temperature")
+    made.add_argument("--batch", type=int, default=8, help="prompts decoded together (default: 8)")
+    made.add_argument("--json", metavar="FILE", help="write the result as JSON, '-' for stdout")
+
+
+def _train(arguments) -> int:
+    from jspec.config import load_config, to_yaml
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from jspec import distributed
+    from jspec.train import train
+
+    distributed.initialize()
+    train(config)
+    return 0
+
+
+def _rollout(arguments) -> int:
+    from jspec.commands import rollout
+
+    return rollout(arguments)
+
+
+def _eval(arguments) -> int:
+    from jspec.commands import evaluate
+
+    return evaluate(arguments)
+
+
+def _fetch(arguments) -> int:
+    from jspec import hub
+
+    print(hub.fetch(arguments.model))
+    return 0
+
+
+def _export(arguments) -> int:
+    from jspec.commands import export
+
+    return export(arguments)
+
+
+def _bench(arguments) -> int:
+    import runpy
+
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "rollout.py"
+    if not script.is_file():
+        raise InputError(f"there is no {script}: `jspec bench` needs a source checkout of jspec, not a wheel")
+    sys.argv = ["jspec bench", *arguments.rest]
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _profile(arguments) -> int:
+    from jspec.config import load_config
+    from jspec.profiling import profile
+
+    config = load_config(arguments.config, arguments.overrides)
+    profile(config, Path(arguments.out or Path(config.output_dir) / "profile"))
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    top = parser()
+    chosen, rest = top.parse_known_args(arguments)
+    if chosen.run is _bench:
+        chosen.rest = rest
+    elif hasattr(chosen, "overrides") and not any(text.startswith("-") for text in rest):
+        chosen.overrides += rest  # argparse gives up on positional arguments that follow an option
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return chosen
+
+
+def _terminate(number, _frame):
+    # As an exception, so that pools are shut down and files closed on the way out. `train` takes the signal over.
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 after ^C."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        chosen = _parse(arguments)
+        return chosen.run(chosen)
+    except InputError as error:
+        print(f"jspec: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jspec: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `jspec train --help | head`
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+import dataclasses
+
+import pytest
+
+from jspec.config import Config, describe, load_config, to_yaml
+from jspec.errors import InputError
+
+RANDOM = ["model.name=random", "model.tokenizer=chars:ab", "model.architecture.hidden_size=64"]
+
+
+def test_later_layers_win_and_the_rest_are_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 9\ngrpo:\n  learning_rate: 2e-6\nsampling: {temperature: 1, stop_tokens: [1, 2]}\n")
+    config = load_config(path, ["steps=11", "sampling.temperature=0.5", "output_dir=runs/${seed}"])
+    assert (config.steps, config.grpo.learning_rate, config.sampling.temperature) == (11, 2e-6, 0.5)
+    assert config.sampling.stop_tokens == (1, 2)
+    assert config.output_dir == "runs/0"
+    assert config.data == Config().data
+
+
+def test_an_integer_is_a_float_where_a_float_is_meant():
+    temperature = load_config(None, ["sampling.temperature=1"]).sampling.temperature
+    assert temperature == 1.0 and isinstance(temperature, float)
+
+
+def test_options_and_architecture_take_any_keys():
+    config = load_config(None, [*RANDOM, "draft.options.longest=4"])
+    assert config.model.architecture == {"hidden_size": 64}
+    assert config.draft.options == {"longest": 4}
+
+
+def test_yaml_round_trip(tmp_path):
+    config = load_config(None, [*RANDOM, "sampling.stop_tokens=[7]", "data.system_prompt='a: b'"])
+    (tmp_path / "copy.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "copy.yaml") == config
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().grpo.clip = 2.0
+
+
+def test_every_field_has_a_meaning():
+    rows = describe()
+    assert all(meaning for *_, meaning in rows)
+    assert ("speculation.k", "a whole number", "3") in [row[:3] for row in rows]
+    assert ("grpo.advantage", "group | dr_grpo", "'group'") in [row[:3] for row in rows]
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("grpo.learnig_rate=3", "override 'grpo.learnig_rate=3': unknown key 'grpo.learnig_rate'; "
+                            "did you mean 'grpo.learning_rate'?"),
+    ("grpo.lr=3", "override 'grpo.lr=3': unknown key 'grpo.lr'; did you mean 'grpo.learning_rate'?"),
+    ("k=3", "override 'k=3': unknown key 'k'; did you mean 'speculation.k'?"),
+    ("temprature=3", "override 'temprature=3': unknown key 'temprature'; did you mean 'sampling.temperature'?"),
+    ("model=gpt", "override 'model=gpt': 'model' is a section, not a value; set its keys, such as 'model.name'"),
+    ("steps", "override 'steps' must be key=value, such as grpo.learning_rate=1e-6"),
+    ("seed=[1", "override 'seed=[1': did not find expected ',' or ']'"),
+    ("steps=many", "override 'steps=many': 'steps' must be a whole number, not 'many'"),
+    ("steps=1.5", "override 'steps=1.5': 'steps' must be a whole number, not 1.5"),
+    ("steps=true", "override 'steps=true': 'steps' must be a whole number, not true"),
+    ("steps=null", "override 'steps=null': 'steps' must be a whole number, not null"),
+    ("grpo.clip=.nan", "override 'grpo.clip=.nan': 'grpo.clip' must be a number, not nan"),
+    ("model.remat=1", "override 'model.remat=1': 'model.remat' must be true or false, not 1"),
+    ("model.name=7", "override 'model.name=7': 'model.name' must be text, not 7"),
+    ("sampling.stop_tokens=[a]", "override 'sampling.stop_tokens=[a]': 'sampling.stop_tokens' must be "
+                                 "a list of whole numbers or null, not ['a']"),
+    ("draft.name=mpt", "override 'draft.name=mpt': 'draft.name' must be one of mtp, ngram, none, not 'mpt'"),
+    ("speculation.k=0", "override 'speculation.k=0': 'speculation.k' must be at least 1, not 0"),
+    ("sampling.top_p=0", "override 'sampling.top_p=0': 'sampling.top_p' must be above 0, not 0"),
+    ("sampling.top_p=1.5", "override 'sampling.top_p=1.5': 'sampling.top_p' must be at most 1, not 1.5"),
+    ("grpo.clip_high=-1", "override 'grpo.clip_high=-1': 'grpo.clip_high' must be at least 0, not -1"),
+    ("output_dir=${nope}", "override 'output_dir=${nope}': 'output_dir': Interpolation key 'nope' not found"),
+    ("data.group_size=1", "data.group_size must be at least 2, not 1: an answer's advantage is measured against "
+                          "the others of its group"),
+    ("sampling.min_new_tokens=65", "sampling.min_new_tokens (65) is above sampling.max_new_tokens (64)"),
+    ("grpo.micro_batch=5", "grpo.micro_batch (5) must divide the rows of a step, "
+                           "data.prompts_per_step x data.group_size = 16"),
+    ("model.name=random", "model.name is 'random' and model.architecture is not set: an architecture goes with "
+                          "the name 'random', which needs one"),
+    ("mesh.fsdp=-1", "mesh.data, mesh.fsdp and mesh.tensor are (-1, -1, 1): each at least 1, "
+                     "and one of them at most may be -1"),
+])
+def test_a_bad_override_is_named(override, message):
+    with pytest.raises(InputError) as caught:
+        load_config(None, [override])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("steps: 3\nsampling:\n  topk: 3\n", "unknown key 'sampling.topk'; did you mean 'sampling.top_k'?"),
+    ("steps: many\n", "'steps' must be a whole number, not 'many'"),
+    ("model:\n", "'model' is a section, not a value; set its keys, such as 'model.name'"),
+    ("- steps\n", "must hold key: value pairs, such as 'steps: 10'"),
+    ("42\n", "must hold key: value pairs, such as 'steps: 10'"),
+    ("steps: 3\nsteps: 4\n", "is not valid YAML: line 2, column 1: found duplicate key steps"),
+    ("model: [\n", "is not valid YAML: line 2, column 1: did not find expected node content"),
+])
+def test_a_bad_file_is_named(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    assert str(caught.value).replace(f"{path}: ", "").replace(f"{path} ", "") == message
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_file_that_is_not_there_is_named_with_its_neighbour(tmp_path):
+    (tmp_path / "quickstart.yaml").write_text("steps: 3\n")
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "quickstrat.yaml")
+    assert str(caught.value) == (f"config file {tmp_path}/quickstrat.yaml does not exist; "
+                                 f"did you mean {tmp_path}/quickstart.yaml?")
+
+
+def test_an_override_of_a_bad_file_value_repairs_it(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("steps: many\n")
+    assert load_config(path, ["steps=4"]).steps == 4

@@ -1,0 +1,52 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+from jspec.local import run
+
+TELL = "import os, json; print(json.dumps({k: v for k, v in os.environ.items() if k.startswith('JAX_')}))"
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_processes_know_each_other_and_output_is_told_apart(capfd):
+    assert run(2, python(TELL)) == 0
+    out, err = capfd.readouterr()
+    first, second = json.loads(out), json.loads(err.removeprefix("[1] "))
+    assert (first["JAX_PROCESS_ID"], second["JAX_PROCESS_ID"]) == ("0", "1")
+    assert first["JAX_NUM_PROCESSES"] == second["JAX_NUM_PROCESSES"] == "2"
+    assert first["JAX_COORDINATOR_ADDRESS"] == second["JAX_COORDINATOR_ADDRESS"]
+
+
+def test_when_one_fails_the_others_are_stopped():
+    start = time.monotonic()
+    code = "import os, sys, time; sys.exit(3) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(60)"
+    assert run(3, python(code)) == 3
+    assert time.monotonic() - start < 10
+
+
+def test_a_killed_process_is_told_as_a_shell_would():
+    code = "import os, signal; os.environ['JAX_PROCESS_ID'] == '0' and os.kill(os.getpid(), signal.SIGKILL)"
+    assert run(2, python(code)) == 128 + signal.SIGKILL
+
+
+def test_signals_reach_every_process(tmp_path):
+    child = (
+        "import os, pathlib, signal, sys, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r}, os.environ['JAX_PROCESS_ID'])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (here.write_text('stopped'), sys.exit(0)))\n"
+        "here.write_text('ready'); time.sleep(60)\n"
+    )
+    parent = f"import sys; from jspec.local import run; sys.exit(run(2, [sys.executable, '-c', {child!r}]))"
+    process = subprocess.Popen(python(parent))
+    files = [tmp_path / "0", tmp_path / "1"]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    assert [file.read_text() for file in files] == ["stopped", "stopped"]

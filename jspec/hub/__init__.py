@@ -1,0 +1,93 @@
+"""Names to weights and tokenizers: safetensors in and out, GGUF in. Nothing here ever unpickles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jspec.errors import InputError
+from jspec.hub.architectures import config_from_hf
+from jspec.hub.assemble import Source, read_weights
+from jspec.hub.download import fetch
+from jspec.hub.exporter import export
+from jspec.hub.safetensors_io import open_directory
+from jspec.hub.tokenizer import CHARACTERS, character_tokenizer, tokenizer_from_directory, tokenizer_from_gguf
+from jspec.model.config import ModelConfig
+from jspec.model.params import Policy
+
+__all__ = ["character_tokenizer", "export", "fetch", "load", "load_tokenizer", "read_config"]
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _json(path: Path, required: bool = True) -> dict | None:
+    if not path.exists() and not required:
+        return None
+    if not path.exists():
+        raise InputError(f"{path.parent}: no {path.name}; a model directory has {path.name} and safetensors")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON ({e}); fetch the model again") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; fetch the model again")
+    return value
+
+
+def _open(path: Path) -> tuple[Source, ModelConfig]:
+    if path.is_file():
+        from jspec.hub.gguf_io import gguf_source
+
+        source, config, _ = gguf_source(path)
+        return source, config
+    config = config_from_hf(_json(path / "config.json"), _json(path / "generation_config.json", required=False))
+    return open_directory(path), config
+
+
+def read_config(name: str) -> ModelConfig:
+    """The ModelConfig of a model by name, without its weights (of a hub model only the configs are fetched)."""
+    path = fetch(name, weights=False)
+    if path.is_file():
+        return _open(path)[1]
+    return config_from_hf(_json(path / "config.json"), _json(path / "generation_config.json", required=False))
+
+
+def load(name: str, dtype: str | None = None, mesh: Any = None) -> Policy:
+    """A policy in the training layout: float32 master weights, layers stacked.
+
+    Args:
+      name: a short name ("smollm2-135m-instruct"), a hub id ("Qwen/Qwen3-8B"), a directory of safetensors with its
+        config.json, or a .gguf file.
+      dtype: what is computed in, "float32" or "bfloat16"; default bfloat16 on accelerators, float32 on the CPU.
+      mesh: where the weights go, shard by shard; default the mesh of `jax.set_mesh`, else the default device.
+
+    Raises InputError if the model is not there, its architecture is not supported, the checkpoint is cut short or has a
+    tensor missing, left over or of the wrong shape, or the mesh does not divide the model.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    source, config = _open(fetch(name))
+    if mesh is None:
+        current = jax.sharding.get_mesh()
+        mesh = None if current.empty else current
+    return Policy(read_weights(source, config, mesh), config, dtype)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model (any name that `load` takes) with its chat template, or "chars:ALPHABET".
+
+    A transformers PreTrainedTokenizerFast: host data, never part of a pytree. Raises InputError if there is none.
+    """
+    if name.startswith(CHARACTERS):
+        return character_tokenizer(name.removeprefix(CHARACTERS))
+    path = fetch(name, weights=False)
+    if path.is_file():
+        from jspec.hub.gguf_io import open_gguf
+
+        return tokenizer_from_gguf(open_gguf(path)[0])
+    return tokenizer_from_directory(path)

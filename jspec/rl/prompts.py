@@ -1,6 +1,7 @@
 """Prompts: where they come from, how they become tokens, and the order in which steps see them."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -77,11 +78,14 @@ class PromptData:
 
     def pipeline(self, seed: int) -> grain.IterDataset:
         """Steps as lists of record numbers, this process's share."""
-        steps = grain.MapDataset.range(len(self.records))
+        count = len(self.records)
+        steps = grain.MapDataset.range(count).repeat()
         if self.config.shuffle:
-            # grain seeds epoch e with seed + e; spread out, so that run 1 is not run 0 one epoch later.
-            steps = steps.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        steps = steps.repeat().batch(self.config.prompts_per_step, batch_fn=list)
+            # Not grain's shuffle: for small data sets it takes milliseconds a prompt, and its epoch e of seed s is
+            # epoch e - 1 of seed s + 1.
+            order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, count, seed))
+            steps = steps.map_with_index(lambda index, _: int(order(index // count)[index % count]))
+        steps = steps.batch(self.config.prompts_per_step, batch_fn=list)
         steps = steps.map(lambda numbers: numbers[self.first : self.first + self.share])
         return steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
@@ -129,6 +133,11 @@ class PromptData:
                 "data.prompts_per_step, data.shuffle or seed has changed); undo the change or choose another output_dir"
             )
         self.iterator.set_state(state["iterator"])
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [count]: an epoch's order."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def encode_prompt(tokenizer, text: str, system_prompt: str | None = None, chat_template: bool = True) -> list[int]:

@@ -28,7 +28,7 @@ from jspec.rl import tasks
 
 log = logging.getLogger(__name__)
 LARGEST = float(np.finfo(np.float32).max)
-ORPHAN_S = 10.0
+ORPHAN_S = 5.0
 """Seconds past its time-out that a hung reward process may outlive a training process that was killed."""
 
 Reward = Callable[..., float]
@@ -71,8 +71,10 @@ def math_verify(prompt: str, response: str, answer: str, **meta) -> float:
     from math_verify import parse, verify
 
     # Its own time-outs are alarm signals, off here: the pool has one.
-    gold = parse(answer, parsing_timeout=None) or parse(f"${answer}$", parsing_timeout=None)
-    if not gold:
+    gold = parse(answer, parsing_timeout=None)
+    if not gold and not answer.replace(" ", "").isalpha():  # a formula; of words it would make products of letters
+        gold = parse(f"${answer}$", parsing_timeout=None)
+    if not gold or isinstance(gold[0], str):
         raise ValueError(f"math_verify cannot read the answer {answer!r} of the prompt {prompt!r}")
     return float(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
 

@@ -113,6 +113,14 @@ def spec_sharding(specs: Any, config: Any, mesh: Any, layout: str = "train") -> 
     return jax.tree.map(one, specs, is_leaf=lambda x: hasattr(x, "axes"))
 
 
+def constrain_tree(tree: Any, specs: Any, config: Any, layout: str) -> Any:
+    """Constrain weights to `layout`'s sharding on the current mesh; no-op without one."""
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, spec_sharding(specs, config, mesh, layout))
+
+
 def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
     """Raise InputError if `rows` sequences cannot be split evenly over the mesh's batch axes."""
     mesh = mesh or current_mesh()

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from jspec.drafts.base import Committed, Draft, Observation, Prefill, Sampler
 from jspec.errors import InputError
-from jspec.model import ModelConfig, ParamSpec, Policy, embed, init_weights, layer_specs, logits
+from jspec.model import ModelConfig, ParamSpec, Policy, embed, init_weights, layer_specs, logits, place_on_mesh
 from jspec.model.attention import causal_attention, to_cache
 from jspec.model.chunks import sum_over_chunks
 from jspec.model.layers import decoder_layer, fuse, linear, rms_norm, rope_table
-from jspec.sharding import constrain, current_mesh, spec_sharding
+from jspec.sharding import constrain, constrain_tree
 from pallas_kernels.verify_attention import verify_attention
 
 
@@ -48,9 +48,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2) -> Draft:
         weights["proj"] = weights["proj"] + 0.5 * jnp.concatenate([jnp.eye(d), jnp.eye(d)])
         return weights
 
-    mesh = current_mesh()
-    shardings = None if mesh is None else spec_sharding(specs(config), policy.config, mesh)
-    return Draft(weights=jax.jit(make, out_shardings=shardings)(key), state={}, config=config)
+    return Draft(weights=place_on_mesh(make, specs(config), policy.config)(key), state={}, config=config)
 
 
 def features(config: MtpConfig) -> tuple[int, ...]:
@@ -69,8 +67,9 @@ def specs(config: MtpConfig) -> dict:
 
 
 def prepare(policy: Policy, draft: Draft) -> Draft:
-    """Cast to the policy's compute dtype and fuse the block's projections."""
+    """Cast to the policy's compute dtype, shard as the policy is, and fuse the block's projections."""
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
+    weights = constrain_tree(weights, specs(draft.config), policy.config, policy.layout)
     return draft.replace(weights={**weights, "layer": fuse(policy.config, weights["layer"])})
 
 

@@ -10,11 +10,12 @@ from jspec.model.params import (
     init_weights,
     layer_specs,
     param_specs,
+    place_on_mesh,
     policy_sharding,
     reshard,
     to_rollout,
 )
 
-__all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "embed", "init_policy",
-           "init_weights", "layer_specs", "logits", "param_specs", "policy_sharding", "prefill", "reshard", "to_rollout",
-           "train_forward", "verify"]
+__all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "embed", "init_policy", "init_weights",
+           "layer_specs", "logits", "param_specs", "place_on_mesh", "policy_sharding", "prefill", "reshard",
+           "to_rollout", "train_forward", "verify"]

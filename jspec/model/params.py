@@ -12,7 +12,7 @@ from flax import struct
 
 from jspec.model.config import ModelConfig
 from jspec.model.layers import fuse
-from jspec.sharding import current_mesh, spec_sharding
+from jspec.sharding import constrain_tree, current_mesh, spec_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,12 @@ def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
     return jax.tree_util.tree_map_with_path(make, specs, is_leaf=is_spec)
 
 
+def place_on_mesh(make: Any, specs: Any, config: ModelConfig) -> Any:
+    """`make` jitted, its result (a tree as `specs` declares it) placed in the training layout on the current mesh."""
+    mesh = current_mesh()
+    return jax.jit(make, out_shardings=None if mesh is None else spec_sharding(specs, config, mesh))
+
+
 def init_policy(config: ModelConfig, key: jax.Array, dtype: str = "float32") -> Policy:
     """A policy from random initialisation (normal, `config.initializer_range`), in the training layout.
 
@@ -127,9 +133,7 @@ def init_policy(config: ModelConfig, key: jax.Array, dtype: str = "float32") -> 
     def make(key):
         return init_weights(param_specs(config), key, config.initializer_range)
 
-    mesh = jax.sharding.get_mesh()
-    shardings = None if mesh.empty else policy_sharding(config, mesh)
-    return Policy(jax.jit(make, out_shardings=shardings)(key), config, dtype)
+    return Policy(place_on_mesh(make, param_specs(config), config)(key), config, dtype)
 
 
 def policy_sharding(config: ModelConfig, mesh: Any) -> Any:
@@ -145,13 +149,12 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     """
     if not policy.stacked:
         return policy
-    config, mesh = policy.config, current_mesh()
+    config = policy.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), policy.weights)
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], weights["layers"]) for i in range(config.num_layers))
     weights = {**weights, "layers": layers}
-    if mesh is not None and mesh.size > 1:
-        specs = {**param_specs(config), "layers": (layer_specs(config),) * config.num_layers}
-        weights = jax.lax.with_sharding_constraint(weights, spec_sharding(specs, config, mesh, layout))
+    specs = {**param_specs(config), "layers": (layer_specs(config),) * config.num_layers}
+    weights = constrain_tree(weights, specs, config, layout)
     weights["layers"] = tuple(fuse(config, w) for w in weights["layers"])
     return policy.replace(weights=weights, layout=layout)
 

@@ -96,16 +96,19 @@ class PromptData:
         """The next step's prompts of this process, `prompts_per_step / process_count` of them.
 
         Raises:
-            InputError: one of them is over `max_prompt_tokens`.
+            InputError: one of them is over `max_prompt_tokens`, or the tokenizer refuses it.
         """
         return [self.prompt(self.records[number]) for number in next(self.iterator)]
 
     def prompt(self, record: Mapping[str, Any]) -> Prompt:
         text = record["prompt"]
-        tokens = encode_prompt(self.tokenizer, text, self.config.system_prompt, self.config.chat_template)
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        try:
+            tokens = encode_prompt(self.tokenizer, text, self.config.system_prompt, self.config.chat_template)
+        except Exception as error:  # a character without a token, a role that the chat template refuses
+            raise InputError(f"the tokenizer cannot encode the prompt {shown!r}: {error}") from error
         limit = self.config.max_prompt_tokens
         if len(tokens) > limit:
-            shown = text if len(text) <= 60 else text[:57] + "..."
             raise InputError(
                 f"the prompt {shown!r} has {len(tokens)} tokens, over data.max_prompt_tokens={limit}; "
                 f"shorten it or raise the limit"

@@ -210,6 +210,13 @@ def test_a_prompt_over_the_limit_by_its_tokens_is_named_when_drawn(tmp_path):
         next(data)
 
 
+def test_a_prompt_that_the_tokenizer_refuses(numbers):
+    from jspec.hub.tokenizer import character_tokenizer
+
+    with pytest.raises(InputError, match="the tokenizer cannot encode the prompt '0': "):
+        PromptData(section(numbers), character_tokenizer("abc"), seed=0)
+
+
 def test_the_shipped_arithmetic_is_right():
     data = PromptData(DataSection(shuffle=False), Chat(), seed=0)
     assert 200 <= len(data.records) <= 2000

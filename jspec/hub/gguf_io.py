@@ -91,7 +91,7 @@ def _rope(fields: dict[str, Any], arch: str, head_dim: int, factors: np.ndarray 
     theta = _decimal(fields.get(f"{arch}.rope.freq_base", 10000.0))
     scaling = fields.get(f"{arch}.rope.scaling.type", "none")
     if factors is not None:
-        return _llama3(theta, head_dim, factors)
+        return llama3_rope(theta, head_dim, factors)
     factor = _decimal(fields.get(f"{arch}.rope.scaling.factor", 1.0))
     if scaling == "none":
         return RopeConfig(theta=theta)
@@ -108,7 +108,7 @@ def _rope(fields: dict[str, Any], arch: str, head_dim: int, factors: np.ndarray 
     return rope
 
 
-def _llama3(theta: float, head_dim: int, factors: np.ndarray) -> RopeConfig:
+def llama3_rope(theta: float, head_dim: int, factors: np.ndarray) -> RopeConfig:
     """The published llama3 scaling whose frequencies these divisors give. Raises InputError if it is another one."""
     plain, _ = rope_frequencies(RopeConfig(theta=theta), head_dim)
     rope = RopeConfig(theta=theta, scaling="llama3", factor=float(factors.max()), original_max_position=8192)

@@ -17,8 +17,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/expected.npz"))
 
 
+score = jax.jit(lambda policy, tokens: logits(policy, train_forward(policy, tokens).hidden))
+
+
 def golden_logits(policy, tokens):
-    return np.asarray(logits(policy, train_forward(policy, jnp.asarray(tokens)).hidden))
+    return np.asarray(score(policy, jnp.asarray(tokens)))
 
 
 def expected(case):
@@ -41,6 +44,7 @@ def test_logits_match_transformers(case):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if "linear" in c or "llama3" in c or "yarn" in c])
 def test_the_golden_files_would_show_a_scaling_that_is_not_applied(case):
     tokens, want = expected(case)
@@ -50,10 +54,9 @@ def test_the_golden_files_would_show_a_scaling_that_is_not_applied(case):
 
 
 def test_smollm2_gives_the_recorded_log_probabilities(smollm2):
-    score = jax.jit(lambda p, t: jax.nn.log_softmax(logits(p, train_forward(p, t).hidden)))
     for entry in json.loads((GOLDEN / "smollm2_greedy.json").read_text()):
         n, tokens = len(entry["prompt_tokens"]), entry["prompt_tokens"] + entry["greedy_tokens"]
         row = jnp.asarray([tokens + [0] * (96 - len(tokens))])
-        scores = np.asarray(score(smollm2, row))[0, n - 1:len(tokens) - 1]
+        scores = np.asarray(jax.nn.log_softmax(score(smollm2, row)))[0, n - 1:len(tokens) - 1]
         got = scores[np.arange(len(scores)), entry["greedy_tokens"]]
         np.testing.assert_allclose(got, entry["logprobs"], rtol=0, atol=1e-3)

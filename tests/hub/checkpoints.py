@@ -1,0 +1,92 @@
+"""Small checkpoints for the tests of this folder: copies of golden models, and GGUF files written as llama.cpp does."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def copy(case, target):
+    """A golden model's directory that a test may break."""
+    shutil.copytree(GOLDEN / case, target)
+    return target
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return directory
+
+
+def edit_tensors(directory, change):
+    """Apply `change(dict of tensors)` to model.safetensors."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def _permute(weights, heads):
+    """llama.cpp's convert_hf_to_gguf.py: LlamaModel.permute."""
+    return (weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+            .swapaxes(1, 2).reshape(weights.shape))
+
+
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _gguf_name(name):
+    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+           "lm_head.weight": "output.weight"}
+    if name in top:
+        return top[name]
+    _, _, layer, rest = name.split(".", 3)
+    module, kind = rest.rsplit(".", 1)
+    return f"blk.{layer}.{_GGUF_NAMES[module]}.{kind}"
+
+
+def write_gguf(case, path, fields=None, extra_tensors=None):
+    """The golden model `case` as llama.cpp's converter would write it: vectors float32, matrices as stored."""
+    directory = GOLDEN / case
+    config = json.loads((directory / "config.json").read_text())
+    arch, heads, kv_heads = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
+    rope = config.get("rope_parameters") or {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_eos_token_id(2)
+    for key, value in (fields or {}).items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32 if isinstance(
+            value, float) else writer.add_uint32
+        add(key, value)
+    tensors = {}
+    for file in directory.glob("*.safetensors"):
+        tensors.update(load_file(file))
+    for name, value in tensors.items():
+        if arch == "llama" and ".q_proj" in name or arch == "llama" and ".k_proj" in name:
+            value = _permute(value, heads if ".q_proj" in name else kv_heads)
+        writer.add_tensor(_gguf_name(name), value.astype(np.float32) if value.ndim == 1 else value)
+    for name, value in (extra_tensors or {}).items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,113 @@
+"""Configs to and from the published spelling, and the messages for what is not supported."""
+
+import dataclasses
+
+import pytest
+
+from jspec.errors import InputError
+from jspec.hub.architectures import config_from_hf, config_to_hf, end_tokens, stored_tensors
+from jspec.model.config import ModelConfig, RopeConfig
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32,
+         "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 2}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+
+def rope(**config):
+    return config_from_hf({**LLAMA, "max_position_embeddings": 4096, **config}).rope
+
+
+def test_defaults_are_those_of_transformers():
+    config = config_from_hf(LLAMA)
+    assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (4, 8, 1e-6)
+    assert (config.tie_embeddings, config.qkv_bias, config.rope) == (False, False, RopeConfig(theta=10000.0))
+    assert (config_from_hf(QWEN2).qkv_bias, config_from_hf(QWEN2).out_bias) == (True, False)
+    assert (config_from_hf(QWEN3).qk_norm, config_from_hf(QWEN3).head_dim) == (True, 128)
+
+
+def test_both_spellings_of_rope_are_the_same():
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    want = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_max_position=512)
+    assert rope(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **llama3}) == want
+    assert rope(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **llama3}) == want
+    assert rope(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2}) == RopeConfig(
+        theta=5e5, scaling="linear", factor=2.0)
+
+
+def test_yarn_defaults():
+    config = rope(rope_scaling={"type": "yarn", "original_max_position_embeddings": 1024, "beta_fast": None})
+    assert config == RopeConfig(scaling="yarn", factor=4.0, original_max_position=1024)
+    # without an original length the scaled one stands for it, as in transformers
+    assert rope(rope_scaling={"type": "yarn", "factor": 2.0}).original_max_position == 4096
+
+
+def test_end_tokens_of_config_and_generation_config_are_united():
+    assert config_from_hf(LLAMA, {"eos_token_id": [7, 2, 9]}).stop_tokens == (2, 7, 9)
+    assert config_from_hf({**LLAMA, "eos_token_id": None}, None).stop_tokens == ()
+    assert end_tokens([1, 1], None, 3) == (1, 3)
+
+
+def test_padding_token():
+    assert config_from_hf({**LLAMA, "pad_token_id": 5}).pad_token == 5
+    assert config_from_hf(LLAMA, {"pad_token_id": 6}).pad_token == 6
+    assert config_from_hf({**LLAMA, "pad_token_id": -1}).pad_token == 2
+
+
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, QWEN3])
+@pytest.mark.parametrize("scaling", [
+    RopeConfig(theta=1e4), RopeConfig(theta=1e5, scaling="linear", factor=2.0),
+    RopeConfig(theta=1e5, scaling="llama3", factor=8.0, low_freq_factor=2.0, original_max_position=64),
+    RopeConfig(theta=1e5, scaling="yarn", factor=4.0, original_max_position=64, beta_fast=16.0, attention_factor=1.25),
+    RopeConfig(theta=1e5, scaling="yarn", factor=4.0, original_max_position=64, mscale=1.0, mscale_all_dim=0.5,
+               truncate=False)])
+def test_config_round_trip(base, scaling):
+    config = dataclasses.replace(config_from_hf({**base, "tie_word_embeddings": True}, {"eos_token_id": 9}),
+                                 rope=scaling, pad_token=3)
+    assert config_from_hf(*config_to_hf(config)) == config
+
+
+def test_a_config_of_no_published_architecture_is_not_exported():
+    odd = dataclasses.replace(config_from_hf(LLAMA), qk_norm=True)
+    with pytest.raises(InputError, match="no published llama architecture has .*qk_norm=True"):
+        config_to_hf(odd)
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"architectures": ["MixtralForCausalLM"]},
+     "architecture MixtralForCausalLM is not supported; "
+     "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+    ({"architectures": None}, "model_type 'llama' without an architecture"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+     "rope scaling 'dynamic' is not supported; supported: default, linear, llama3, yarn"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer type"),
+    ({"rope_scaling": {"type": "linear"}}, "has no factor"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+    ({"hidden_size": "many"}, "has 'many' as hidden_size; expected an integer"),
+    ({"num_hidden_layers": None}, "has no num_hidden_layers"),
+    ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+])
+def test_unsupported_configs_are_named(changes, text):
+    with pytest.raises(InputError, match=text):
+        config_from_hf({**LLAMA, **changes})
+
+
+def test_sliding_windows_matter_only_where_they_are_used():
+    window = {**QWEN2, "use_sliding_window": True, "sliding_window": 512, "max_position_embeddings": 4096}
+    with pytest.raises(InputError, match="sliding-window attention .window 512. is not supported"):
+        config_from_hf({**window, "max_window_layers": 1})
+    with pytest.raises(InputError, match="sliding-window"):
+        config_from_hf({**window, "layer_types": ["full_attention", "sliding_attention"]})
+    for unused in ({"max_window_layers": 2}, {"use_sliding_window": False}, {"sliding_window": 4096},
+                   {"layer_types": ["full_attention"] * 2}, {"sliding_window": None}):
+        assert config_from_hf({**window, "max_window_layers": 1, **unused}).family == "qwen2"
+
+
+def test_every_parameter_has_a_stored_name():
+    config = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1,
+                         head_dim=2, tie_embeddings=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
+    tensors = stored_tensors(config)
+    assert len({t.name for t in tensors}) == len({t.gguf for t in tensors}) == len(tensors) == 3 + 2 * 18
+    assert [t.shape for t in tensors if t.name == "model.layers.1.mlp.down_proj.weight"] == [(4, 6)]

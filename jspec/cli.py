@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from jspec.config import DRAFTERS
 from jspec.errors import InputError
 
 EPILOG = """\
@@ -89,7 +90,7 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--prompt", required=True, help="what to answer")
     made.add_argument("--system", metavar="TEXT", help="system message of the chat")
     made.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
-    made.add_argument("--draft", choices=("ngram", "mtp", "none"), help="the drafter (default: the trained one of a "
+    made.add_argument("--draft", choices=(*DRAFTERS, "none"), help="the drafter (default: the trained one of a "
                       "run's output_dir, ngram otherwise)")
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
     made.add_argument("--rule", choices=("rejection", "coupled"), default="rejection", help="rejection: exact in "

@@ -7,6 +7,7 @@ check the other. Anything wrong is an `InputError` that names the key and where 
 import dataclasses
 import difflib
 import math
+import pkgutil
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,11 @@ def setting(default: Any, help: str, *, low: float | None = None, above: float |
     return dataclasses.field(default=default, metadata=bounds)
 
 
+# Every file in drafts/ is a drafter; listed without importing them, for they import JAX.
+_DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
+DRAFTERS = tuple(sorted(module.name for module in _DRAFT_FILES if module.name != "base"))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
     """The policy."""
@@ -45,7 +51,7 @@ class ModelSection:
 class DraftSection:
     """The drafter that makes rollouts fast; it never changes what they are distributed as."""
 
-    name: str = setting("mtp", "the drafter; none: plain autoregressive rollouts", choices=("mtp", "ngram", "none"))
+    name: str = setting("mtp", "the drafter; none: plain autoregressive rollouts", choices=(*DRAFTERS, "none"))
     path: str | None = setting(None, "directory of trained draft weights to start from; null: fresh ones")
     train: bool = setting(True, "train the draft in the update step (where it has weights)")
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
@@ -61,8 +67,6 @@ class SpeculationSection:
     k: int = setting(3, "tokens drafted per cycle; draft.name=none turns speculation off", low=1, high=64)
     rule: str = setting("rejection", "rejection: exact in distribution, fastest; coupled: token for token what "
                         "autoregressive decoding with the same seed gives", choices=("rejection", "coupled"))
-    kernels: str = setting("auto", "kernel implementation: auto takes the fastest that fits the machine; one asked for "
-                           "by name never falls back")
 
 
 @dataclasses.dataclass(frozen=True)

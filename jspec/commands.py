@@ -1,0 +1,251 @@
+"""What `jspec rollout`, `jspec eval` and `jspec export` do."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+import jspec
+from jspec.config import Config, load_config
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.model import Policy
+from jspec.rl.prompts import PromptData, encode_prompt
+from jspec.rl.rewards import RewardInput, RewardPool, check_reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A policy to look at: its tokenizer, its trained draft if it has one, and the configuration it goes with."""
+
+    policy: Policy
+    tokenizer: Any
+    draft: Draft | None
+    config: Config
+
+
+def open_source(name: str, overrides: list[str], dtype: str | None = None) -> Source:
+    """A run's output_dir (its last checkpoint), a config file, or any name that `jspec.load` takes.
+
+    Raises InputError for what cannot be found or read.
+    """
+    directory = Path(name)
+    if (directory / "checkpoints").is_dir():
+        from jspec.checkpoint import load_run
+
+        config, policy, draft = load_run(directory, overrides, dtype)
+        return Source(policy, jspec.load_tokenizer(config.model.tokenizer or config.model.name), draft, config)
+    if directory.suffix in (".yaml", ".yml"):
+        config = load_config(directory, overrides)
+        if config.model.name == "random":
+            raise InputError(f"{name} trains a policy drawn at random: give the output_dir of its run instead")
+    else:
+        config = load_config(None, [f"model.name='{name}'", *overrides])
+    if dtype is None and config.model.dtype != "auto":
+        dtype = config.model.dtype
+    policy = jspec.load(config.model.name, dtype=dtype)
+    return Source(policy, jspec.load_tokenizer(config.model.tokenizer or config.model.name), None, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A finished rollout, on the host, and the seconds it took without compiling."""
+
+    rollout: Any
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return int(self.rollout.lengths.sum())
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+
+def time_rollout(policy: Policy, draft: Draft | None, batch, sampling, speculation) -> Timed:
+    """Compiles, then runs once with the clock on."""
+    program = jax.jit(partial(jspec.rollout, sampling=sampling, speculation=speculation))
+    compiled = program.lower(policy, draft, batch).compile()
+    start = time.perf_counter()
+    out = jax.block_until_ready(compiled(policy, draft, batch))
+    return Timed(jax.device_get(out), time.perf_counter() - start)
+
+
+def rollout(arguments) -> int:
+    """`jspec rollout`: the same prompt and seed without and with a draft, side by side."""
+    console = Console()
+    overrides = [f"sampling.{key}={getattr(arguments, key)}"
+                 for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
+    overrides += [f"speculation.k={arguments.k}", f"speculation.rule={arguments.rule}"]
+    with console.status("loading"):
+        source = open_source(arguments.model, overrides, arguments.dtype)
+        draft = make_draft(source, arguments.draft)
+        tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
+        batch = jspec.PromptBatch.from_tokens([tokens], group_size=arguments.samples, seed=arguments.seed)
+        policy = jspec.reshard(source.policy)
+    sampling = sampling_of(source.config)
+    speculation = jspec.Speculation(k=arguments.k, rule=arguments.rule)
+    with console.status("decoding one token at a time"):
+        plain = time_rollout(policy, None, batch, sampling, speculation)
+    fast = None
+    if draft is not None:
+        with console.status(f"decoding with {draft.config.name} drafts"):
+            fast = time_rollout(policy, draft, batch, sampling, speculation)
+
+    def text(timed: Timed) -> str:
+        row = timed.rollout.tokens[0][timed.rollout.mask[0]]
+        return source.tokenizer.decode(row, skip_special_tokens=True)
+
+    console.print(Panel(text(plain), title="autoregressive", title_align="left"))
+    if fast is not None:
+        exact = arguments.rule == "coupled" or arguments.temperature == 0
+        same = f" ({compare(plain.rollout, fast.rollout)})" if exact else " (another sample of the same distribution)"
+        console.print(Panel(text(fast), title=draft.config.name + same, title_align="left"))
+    console.print(speed_table(plain, fast, draft, arguments.k))
+    return 0
+
+
+def make_draft(source: Source, name: str | None) -> Draft | None:
+    """The draft asked for: a run's own, trained one where there is one and none is named, else n-gram look-up."""
+    if name == "none":
+        return None
+    if source.draft is not None and name in (None, source.draft.config.name):
+        return source.draft
+    chosen = name or "ngram"
+    if chosen != "ngram":
+        print(f"jspec: this {chosen} draft is fresh, not trained: few of its tokens will be accepted", file=sys.stderr)
+    return getattr(jspec.drafts, chosen)(source.policy, jax.random.key(0))
+
+
+def sampling_of(config: Config) -> Any:
+    """`jspec.Sampling` as a configuration has it."""
+    return jspec.Sampling(**dataclasses.asdict(config.sampling))
+
+
+def compare(plain, fast) -> str:
+    """Whether two rollouts are the same tokens, and if not, where they part."""
+    for row in range(len(plain.lengths)):
+        one, other = (out.tokens[row][out.mask[row]] for out in (plain, fast))
+        length = min(len(one), len(other))
+        apart = np.flatnonzero(one[:length] != other[:length])
+        if len(apart) or len(one) != len(other):
+            return f"parts from it at token {int(apart[0]) if len(apart) else length} of answer {row}"
+    return "the same tokens"
+
+
+def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -> Table:
+    """Speed and acceptance side by side."""
+    def accepted(timed: Timed) -> str:
+        stats = timed.rollout.stats
+        return "  ".join(f"{a / max(d, 1):.0%}" for a, d in zip(stats.accepted, stats.drafted, strict=True)) or "-"
+
+    table = Table(show_edge=False)
+    table.add_column("")
+    columns = [("autoregressive", plain)] + ([(f"{draft.config.name}, k = {k}", fast)] if fast else [])
+    for title, _ in columns:
+        table.add_column(title, justify="right")
+    rows = {
+        "tokens": lambda t: str(t.tokens),
+        "seconds, compiling excluded": lambda t: f"{t.seconds:.2f}",
+        "tokens/s": lambda t: f"{t.speed:.1f}",
+        "speed-up": lambda t: f"{t.speed / plain.speed:.2f}x",
+        "passes over the weights": lambda t: str(int(t.rollout.stats.cycles.max())),
+        "tokens a cycle": lambda t: f"{float(t.rollout.lengths.sum() / max(t.rollout.stats.cycles.sum(), 1)):.2f}",
+        "accepted, by draft position": accepted,
+    }
+    for name, show in rows.items():
+        table.add_row(name, *(show(timed) for _, timed in columns))
+    return table
+
+
+def evaluate(arguments) -> int:
+    """`jspec eval`: samples answers to a task's prompts, grades them, and reports the mean reward."""
+    console = Console(stderr=arguments.json == "-")
+    overrides = list(arguments.overrides)
+    if arguments.temperature is not None:
+        overrides.append(f"sampling.temperature={arguments.temperature}")
+    for name in ("prompts", "samples", "batch"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    with console.status("loading"):
+        source = open_source(arguments.source, overrides)
+        check_reward(source.config.reward.function, source.config.data.source)
+    result = score(source, arguments.prompts, arguments.samples, arguments.batch, console)
+    result = {"source": arguments.source, "overrides": overrides, **result}
+    if arguments.json == "-":
+        print(json.dumps(result))
+    elif arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+    table = Table(show_edge=False, show_header=False)
+    for key, value in result.items():
+        if isinstance(value, int | float):
+            table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    return 0
+
+
+def score(source: Source, prompts: int, samples: int, batch: int, console: Console) -> dict[str, Any]:
+    """Mean reward of `samples` answers to each of `prompts` prompts, with its standard error over prompts."""
+    config, policy = source.config, jspec.reshard(source.policy)
+    batch = min(batch, prompts)
+    data = PromptData(dataclasses.replace(config.data, prompts_per_step=batch), source.tokenizer, seed=config.seed)
+    if prompts > len(data.records):
+        raise InputError(f"--prompts {prompts} is more than {config.data.source} has: {len(data.records)}")
+    key, sampling = jax.random.key(config.seed), sampling_of(config)
+    speculation = jspec.Speculation(k=config.speculation.k, rule=config.speculation.rule)
+    rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
+    with RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool:
+        for step in range(math.ceil(prompts / batch)):
+            chosen = next(data)
+            made = jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
+                                                 seed=jax.random.fold_in(key, step))
+            start = time.perf_counter()
+            out = jax.device_get(jspec.rollout(policy, source.draft, made, sampling=sampling, speculation=speculation))
+            seconds += time.perf_counter() - start
+            graded = pool.grade(grading(source.tokenizer, chosen, out, samples))
+            keep = min(batch, prompts - step * batch)  # the last batch is filled up with prompts that are not asked for
+            rewards.append(graded.rewards.reshape(batch, samples)[:keep])
+            lengths.append(out.lengths.reshape(batch, samples)[:keep])
+            finished.append(out.finished.reshape(batch, samples)[:keep])
+            failures += sum(graded.failures.values())
+            console.print(f"{min(prompts, (step + 1) * batch):>5} prompts, mean reward "
+                          f"{np.concatenate(rewards).mean():.3f}", highlight=False)
+    grades = np.concatenate(rewards)
+    by_prompt = grades.mean(axis=1)
+    return {
+        "prompts": prompts, "samples": samples, "temperature": config.sampling.temperature,
+        "mean_reward": float(grades.mean()),
+        "standard_error": float(by_prompt.std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else 0.0,
+        "mean_of_the_best_sample": float(grades.max(axis=1).mean()),
+        "mean_tokens": float(np.concatenate(lengths).mean()),
+        "share_finished": float(np.concatenate(finished).mean()),
+        "graded_0_by_failure": int(failures),
+        "seconds_of_rollouts_compiling_included": round(seconds, 3),
+    }
+
+
+def grading(tokenizer, prompts, out, samples: int) -> list[RewardInput]:
+    """What the reward function is shown of every answer."""
+    def response(row: int) -> str:
+        return tokenizer.decode(out.tokens[row][out.mask[row]], skip_special_tokens=True)
+
+    return [RewardInput(prompts[row // samples].text, response(row), prompts[row // samples].answer,
+                        prompts[row // samples].meta) for row in range(len(out.lengths))]
+
+
+def export(arguments) -> int:
+    """`jspec export`: a model, or a run's last checkpoint, as a directory that transformers loads."""
+    source = open_source(arguments.source, [])
+    print(jspec.export(source.policy, arguments.directory, source.tokenizer))
+    return 0

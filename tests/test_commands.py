@@ -1,0 +1,105 @@
+"""`jspec rollout`, `eval` and `export` on a small model in a directory, end to end."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jspec
+from jspec.cli import main
+from jspec.commands import compare, make_draft, open_source
+from jspec.hub import character_tokenizer
+from jspec.model import ModelConfig, init_policy
+
+REWARD = "def even(prompt, response, answer, **meta):\n    return float(int(answer) % 2 == 0)\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A directory with a model of characters, drawn at random."""
+    tokenizer = character_tokenizer("0123456789+= ")
+    config = ModelConfig(family="llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_layers=1,
+                         num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.2,
+                         stop_tokens=(tokenizer.eos_token_id,), pad_token=tokenizer.pad_token_id)
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    jspec.export(init_policy(config, jax.random.key(0)), directory, tokenizer)
+    return str(directory)
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Overrides for a task of six sums, of which the reward takes the even ones."""
+    (tmp_path / "sums.jsonl").write_text("".join(
+        json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(6)))
+    (tmp_path / "reward.py").write_text(REWARD)
+    return [f"data.source={tmp_path}/sums.jsonl", f"reward.function={tmp_path}/reward.py:even", "reward.workers=1",
+            "sampling.max_new_tokens=8"]
+
+
+def test_rollout_side_by_side(capsys, model):
+    code = main(["rollout", model, "--prompt", "1+1=", "--rule", "coupled", "--max-new-tokens", "12", "--samples", "2"])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert "ngram (the same tokens)" in out and "autoregressive" in out
+    for row in ("tokens/s", "speed-up", "tokens a cycle", "accepted, by draft position"):
+        assert row in out
+
+
+def test_which_draft(capsys, model):
+    source = open_source(model, [])
+    assert make_draft(source, None).config.name == "ngram"
+    assert make_draft(source, "none") is None
+    trained = make_draft(source, "mtp")
+    assert "this mtp draft is fresh, not trained" in capsys.readouterr().err
+    own = dataclasses.replace(source, draft=trained)
+    assert make_draft(own, None) is make_draft(own, "mtp") is trained
+    assert make_draft(own, "ngram").config.name == "ngram"
+
+
+def test_rollout_without_a_draft(capsys, model):
+    assert main(["rollout", model, "--prompt", "1+1=", "--draft", "none", "--max-new-tokens", "4"]) == 0
+    assert "ngram" not in capsys.readouterr().out
+
+
+def test_a_prompt_that_does_not_fit_is_one_line(capsys, model):
+    code = main(["rollout", model, "--prompt", "1" * 2000, "--max-new-tokens", "100"])
+    assert code == 2
+    assert "do not fit the model's 2048 positions" in capsys.readouterr().err
+
+
+def test_where_two_rollouts_part():
+    def rollout(tokens):
+        return jspec.Rollout(tokens=np.array([tokens]), mask=np.ones((1, len(tokens)), bool), logprobs=None,
+                             loss_mask=None, entropy=None, lengths=np.array([len(tokens)]), finished=None, stats=None)
+
+    assert compare(rollout([1, 2, 3]), rollout([1, 2, 3])) == "the same tokens"
+    assert compare(rollout([1, 2, 3]), rollout([1, 5, 3])) == "parts from it at token 1 of answer 0"
+    assert compare(rollout([1, 2, 3]), rollout([1, 2])) == "parts from it at token 2 of answer 0"
+
+
+def test_eval_counts_each_prompt_once(capsys, model, task, tmp_path):
+    code = main(["eval", model, *task, "--prompts", "6", "--samples", "2", "--batch", "4", "--json", "-"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["prompts"], result["samples"]) == (6, 2)
+    assert result["mean_reward"] == 0.5 == result["mean_of_the_best_sample"]  # 3 of the 6 answers are even
+    assert result["standard_error"] == pytest.approx(np.std([0, 1] * 3, ddof=1) / 6**0.5)
+    assert 0 < result["mean_tokens"] <= 8
+    assert result["graded_0_by_failure"] == 0
+    assert "mean reward" in err
+
+
+def test_eval_of_more_prompts_than_there_are(capsys, model, task):
+    assert main(["eval", model, *task, "--prompts", "7"]) == 2
+    assert "--prompts 7 is more than" in capsys.readouterr().err
+
+
+def test_export_of_a_model(capsys, model, tmp_path):
+    assert main(["export", model, str(tmp_path / "copy")]) == 0
+    one, other = jspec.load(model), jspec.load(str(tmp_path / "copy"))
+    jax.tree.map(np.testing.assert_array_equal, one.weights, other.weights)
+    assert main(["export", model, str(tmp_path / "copy")]) == 2
+    assert "exists and is not an empty directory" in capsys.readouterr().err

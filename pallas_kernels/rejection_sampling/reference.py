@@ -30,21 +30,32 @@ def _top_p(log_p: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.put_along_axis(jnp.full_like(log_p, -jnp.inf), order, kept, axis=-1, inplace=False)
 
 
-def process_logits(logits, temperature, top_p=None, *, top_k=0, ban=None, banned_tokens=()):
-    """See `api.process_logits`."""
-    logits = logits.astype(jnp.float32)
+def scaled_logprobs(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """log-softmax(logits / T), float32 [..., V], over the whole vocabulary; temperature [...], and 0 counts as 1."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)[..., None])
+
+
+def _process(logits, raw, temperature, top_p, top_k, ban, banned_tokens):
+    """`process_logits`, given `raw = scaled_logprobs(logits, temperature)`, which callers need for itself too."""
+    scores, log_p = logits.astype(jnp.float32), raw
     if ban is not None and banned_tokens:
-        logits = logits.at[..., jnp.array(banned_tokens)].add(jnp.where(ban, -jnp.inf, 0.0)[..., None])
-    temperature = jnp.broadcast_to(temperature, logits.shape[:-1])[..., None]
-    greedy = jnp.where(jnp.arange(logits.shape[-1]) == jnp.argmax(logits, -1)[..., None], 0.0, -jnp.inf)
-    log_p = jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0))
-    log_p = jnp.where(temperature > 0, log_p, greedy)
+        banned = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(banned_tokens)) & ban[..., None]
+        scores = jnp.where(banned, -jnp.inf, scores)
+        log_p = jax.nn.log_softmax(jnp.where(banned, -jnp.inf, log_p))
+    greedy = jnp.where(jnp.arange(logits.shape[-1]) == jnp.argmax(scores, -1)[..., None], 0.0, -jnp.inf)
+    log_p = jnp.where(temperature[..., None] > 0, log_p, greedy)
     if top_k:
         log_p = jax.nn.log_softmax(_top_k(log_p, top_k))
     if top_p is not None:
-        top_p = jnp.broadcast_to(top_p, logits.shape[:-1])[..., None]
-        log_p = jax.nn.log_softmax(_top_p(log_p, top_p))
+        log_p = jax.nn.log_softmax(_top_p(log_p, top_p[..., None]))
     return log_p
+
+
+def process_logits(logits, temperature, top_p=None, *, top_k=0, ban=None, banned_tokens=()):
+    """See `api.process_logits`."""
+    temperature = jnp.broadcast_to(temperature, logits.shape[:-1])
+    top_p = None if top_p is None else jnp.broadcast_to(top_p, logits.shape[:-1])
+    return _process(logits, scaled_logprobs(logits, temperature), temperature, top_p, top_k, ban, banned_tokens)
 
 
 def _first_above(mass: jax.Array, u: jax.Array) -> jax.Array:
@@ -122,13 +133,13 @@ def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise):
 def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p=None, *, top_k=0, ban=None,
                        banned_tokens=()):
     """See `api.rejection_sampling`; returns the fields of `api.Verdict`."""
-    log_p = process_logits(logits, temperature[:, None], None if top_p is None else top_p[:, None], top_k=top_k,
-                           ban=ban, banned_tokens=banned_tokens)
+    temperature = jnp.broadcast_to(temperature[:, None], logits.shape[:-1])
+    top_p = None if top_p is None else jnp.broadcast_to(top_p[:, None], logits.shape[:-1])
+    raw = scaled_logprobs(logits, temperature)
+    log_p = _process(logits, raw, temperature, top_p, top_k, ban, banned_tokens)
     if isinstance(noise, CoupledNoise):
         accepted, tokens = _coupled(log_p, draft_tokens, noise)
     else:
         accepted, tokens = _rejection(log_p, draft_tokens, draft_log_q, noise)
-    scale = jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
-    raw = jax.nn.log_softmax(logits.astype(jnp.float32) / scale)
     entropy = -jnp.sum(jnp.where(raw > -jnp.inf, jnp.exp(raw) * raw, 0.0), -1)
     return accepted, tokens, _pick(raw, tokens), entropy

@@ -76,7 +76,7 @@ prepare() {
 }
 
 install() {
-  local uv python index
+  local uv python
   if python_is "$venv/bin/python" True; then
     python_is "$venv/bin/python" 'sys.version_info >= (3, 11)' || die "$venv has a Python older than 3.11: remove it"
     uv=$(find_uv "$venv/bin/python") || exit 2
@@ -87,9 +87,17 @@ install() {
     "$uv" venv --quiet --clear --python "$python" "$venv" || die "uv could not make $venv; its message is above"
   fi
   say "installing jspec[$1] into $venv (once)"
-  # uv does not read pip's settings, and a cluster's package mirror is often only there.
-  index=${PIP_INDEX_URL:-$(python3 -m pip config get global.index-url 2>/dev/null || true)}
-  if [ -n "$index" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=$index; fi
+  use_pip_settings
   UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install --quiet --python "$venv/bin/python" --editable "$root[$1]" \
     || die "the installation failed; uv's message is above"
 }
+
+# uv does not read pip's settings, and a cluster's package mirror and its certificate are often only there.
+use_pip_settings() {
+  local index=${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-${PIP_INDEX_URL:-$(pip_setting index-url)}}}
+  local certificate=${SSL_CERT_FILE:-${PIP_CERT:-$(pip_setting cert)}}
+  if [ -n "$index" ]; then export UV_DEFAULT_INDEX=$index; fi
+  if [ -n "$certificate" ]; then export SSL_CERT_FILE=$certificate; fi
+}
+
+pip_setting() { python3 -m pip config get "global.$1" 2>/dev/null || true; }

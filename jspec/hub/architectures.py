@@ -22,9 +22,9 @@ _DEFAULTS = {
 class StoredTensor:
     """One tensor of a checkpoint and where it goes.
 
-    `name` is transformers' and safetensors' name, `gguf` llama.cpp's; `key` is the path in `Policy.weights`; `layer` the
-    index along that array's leading axis (None: no layer axis); `shape` is as stored, and `transposed` says that ours
-    is the other way round ([in, out] from [out, in]).
+    `name` is transformers' and safetensors' name, `gguf` llama.cpp's; `key` is the path in `Policy.weights`, `layer`
+    the index along that array's leading axis (None: no layer axis); `shape` is as stored, and `transposed` says that
+    ours is the other way round ([in, out] from [out, in]).
     """
 
     name: str

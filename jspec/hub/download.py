@@ -186,7 +186,8 @@ def _fetch_hub(repo: str, progress: bool, weights: bool) -> Path:
             cached = Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
             if not weights or any(cached.glob("*.safetensors")):
                 return cached
-        raise InputError(f"model {repo} cannot be fetched from the hub and is not in its cache: {_hub_reason(e)}") from e
+        reason = _hub_reason(e)
+        raise InputError(f"model {repo} cannot be fetched from the hub and is not in its cache: {reason}") from e
     finally:
         if not progress and not hidden:
             enable_progress_bars()

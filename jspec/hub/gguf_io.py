@@ -21,7 +21,7 @@ _ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling, stored as one divisor 
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies in the file. `shape` is logical (rows first); `heads` those whose rows are reordered (0: none)."""
+    """Where a tensor lies in the file. `shape` is logical (rows first); `heads` > 0: rows to reorder."""
 
     offset: int
     kind: gguf.GGMLQuantizationType

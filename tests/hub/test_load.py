@@ -1,0 +1,197 @@
+"""Loading a directory: what breaks is named, memory stays bounded, and a mesh gets exactly its shards."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jspec import hub
+from jspec.errors import InputError
+from jspec.hub.exporter import write_checkpoint
+from jspec.model.config import ModelConfig
+from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
+
+ROOT = Path(__file__).parents[2]
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def message(directory):
+    with pytest.raises(InputError) as e:
+        hub.load(str(directory))
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_a_file_cut_short(tmp_path):
+    path = copy("llama", tmp_path / "m") / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert "model.safetensors: cut short" in message(tmp_path / "m")
+    path.write_bytes(whole[:40])
+    assert "cut short in its header" in message(tmp_path / "m")
+    path.write_bytes(b"")
+    assert "not a safetensors file" in message(tmp_path / "m")
+
+
+def test_a_corrupt_header(tmp_path):
+    path = copy("llama", tmp_path / "m") / "model.safetensors"
+    whole = path.read_bytes()
+    replaced = [whole.replace(b'"data_offsets":[', b'"data_offsets":{', 1), whole.replace(b"[48,16]", b"[49,16]", 1)]
+    for broken in (whole[:8] + b"{{" + whole[10:], whole[:8] + b"[]" + b" " * 5000, *replaced):
+        path.write_bytes(broken)
+        assert "header is corrupt" in message(tmp_path / "m")
+
+
+def test_a_dtype_that_is_not_read(tmp_path):
+    directory = edit_tensors(copy("llama", tmp_path / "m"), lambda t: t.update({NORM: np.ones(16, np.int8)}))
+    assert f"tensor {NORM} is stored as I8; supported: F32, F16, BF16, F64" in message(directory)
+
+
+def test_tensors_missing_left_over_or_misshapen(tmp_path):
+    missing = edit_tensors(copy("llama", tmp_path / "a"), lambda t: t.pop(NORM))
+    assert f"tensor {NORM} is missing" in message(missing)
+    left = edit_tensors(copy("llama", tmp_path / "b"), lambda t: t.update({"model.extra": np.ones(1, np.float32)}))
+    assert "tensor model.extra has no place in a llama model" in message(left)
+    shape = edit_tensors(copy("llama", tmp_path / "c"), lambda t: t.update({NORM: np.ones(15, np.float32)}))
+    assert f"tensor {NORM} has shape [15], but the config says [16]" in message(shape)
+
+
+def test_a_tied_head_may_be_stored_twice_but_must_agree(tmp_path):
+    def head(change):
+        return lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + np.float32(change)})
+
+    same = edit_tensors(copy("llama_linear_tied", tmp_path / "a"), head(0))
+    assert "head" not in hub.load(str(same)).weights
+    assert "lm_head.weight differs from the embedding" in message(
+        edit_tensors(copy("llama_linear_tied", tmp_path / "b"), head(1)))
+
+
+def test_old_rotary_buffers_are_ignored(tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    hub.load(str(edit_tensors(copy("llama", tmp_path / "m"), lambda t: t.update({name: np.ones(4, np.float32)}))))
+
+
+def test_directories_that_are_no_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in message(tmp_path / "empty")
+    directory = copy("llama", tmp_path / "m")
+    (directory / "model.safetensors").rename(directory / "elsewhere")
+    assert "no model.safetensors and no model.safetensors.index.json" in message(directory)
+    (directory / "pytorch_model.bin").write_bytes(b"")
+    pickled = "only pickled weights (pytorch_model.bin), which are never loaded; convert the model to safetensors"
+    assert pickled in message(directory)
+    (directory / "config.json").write_text("{")
+    assert "config.json: not valid JSON" in message(directory)
+
+
+def test_an_index_that_does_not_hold(tmp_path):
+    directory = copy("qwen2_tied_sharded", tmp_path / "m")
+    index = directory / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    shard = good["weight_map"]["model.norm.weight"]
+    moved = next(s for s in good["weight_map"].values() if s != shard)
+    index.write_text(json.dumps({"weight_map": {**good["weight_map"], "model.lost.weight": moved}}))
+    assert "tensor model.lost.weight is missing, though" in message(directory)
+    index.write_text(json.dumps(good))
+    (directory / shard).unlink()
+    assert f"{shard}, which model.safetensors.index.json names, is missing" in message(directory)
+    index.write_text("[]")
+    assert "the index is corrupt" in message(directory)
+
+
+def test_dtype_and_architecture(tmp_path):
+    policy = hub.load(str(GOLDEN / "llama"), dtype="bfloat16")
+    assert policy.dtype == "bfloat16" and policy.weights["embed"].dtype == np.float32
+    assert hub.load(str(GOLDEN / "llama")).dtype == "float32"  # the tests run on the CPU
+    with pytest.raises(InputError, match="dtype 'float16' is not supported; supported: float32, bfloat16"):
+        hub.load(str(GOLDEN / "llama"), dtype="float16")
+    other = edit_config(copy("llama", tmp_path / "m"), architectures=["GPT2LMHeadModel"])
+    assert "architecture GPT2LMHeadModel is not supported; supported: LlamaForCausalLM" in message(other)
+
+
+def run(code, *args, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], cwd=ROOT, text=True,
+                         capture_output=True, timeout=300,
+                         env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+PEAK = """
+    import json, sys, threading, time
+    import jax, psutil
+    from jspec import hub
+    from jspec.sharding import make_mesh
+
+    def peak_ratio(directory, mesh):
+        process, stop = psutil.Process(), threading.Event()
+        before = process.memory_info().rss
+        peak = [before]
+        def watch():
+            while not stop.is_set():
+                peak[0] = max(peak[0], process.memory_info().rss)
+                time.sleep(0.001)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        policy = jax.block_until_ready(hub.load(directory, mesh=mesh))
+        alive.append(policy)  # memory that is freed and taken again would not be seen to grow
+        stop.set()
+        thread.join()
+        arrays = sum(s.data.nbytes for x in jax.tree.leaves(policy) for s in x.addressable_shards)
+        assert arrays > 100e6
+        return (peak[0] - before) / arrays
+
+    alive = []
+    mesh = make_mesh(1, 2, 2)
+    for m in (None, mesh):  # everything that is imported or set up once
+        hub.load("tests/golden/llama", mesh=m)
+    print(json.dumps([peak_ratio(sys.argv[1], m) for m in (None, mesh)]))
+"""
+
+
+def test_peak_memory_is_the_arrays_and_little_more(tmp_path):
+    # a large untied vocabulary: the embedding and the head are a third of the model each
+    config = ModelConfig(vocab_size=20000, hidden_size=512, intermediate_size=1024, num_layers=4, num_heads=8,
+                         num_kv_heads=4, head_dim=64, tie_embeddings=False)
+    random = np.random.default_rng(0)
+    write_checkpoint(tmp_path, config, lambda t: random.random(t.shape, np.float32), max_shard_bytes=10**8)
+    plain, sharded = run(PEAK, tmp_path, devices=4)
+    assert 0.5 < plain < 1.3
+    assert 0.5 < sharded < 1.3
+
+
+SHARDED = """
+    import json
+    import jax, numpy as np
+    from jspec import hub
+    from jspec.hub import assemble
+    from jspec.model.params import policy_sharding
+    from jspec.sharding import make_mesh
+    plain = hub.load("tests/golden/qwen2_tied_sharded")
+    assemble._CHUNK_BYTES = 200  # many chunks, cut anywhere
+    shards = []
+    for shape in ((1, 2, 4), (2, 2, 2), (8, 1, 1), (1, 8, 1)):
+        mesh = make_mesh(*shape)
+        policy = hub.load("tests/golden/qwen2_tied_sharded", mesh=mesh)
+        with jax.set_mesh(mesh):
+            found = hub.load("tests/golden/qwen2_tied_sharded")
+        for got in (policy, found):
+            assert jax.tree.map(lambda x: x.sharding, got.weights) == policy_sharding(policy.config, mesh)
+            jax.tree.map(np.testing.assert_array_equal, got.weights, plain.weights)
+        shards.append(policy.weights["layers"]["gate"].addressable_shards[0].data.shape)
+    try:
+        hub.load("tests/golden/llama", mesh=make_mesh(1, 1, 8, devices=jax.devices()))
+    except hub.InputError as e:
+        print(json.dumps([shards, str(e)]))
+"""
+
+
+def test_a_mesh_gets_its_shards():
+    shards, message = run(SHARDED, devices=8)
+    assert shards == [[2, 8, 6], [2, 8, 12], [2, 16, 24], [2, 2, 24]]
+    assert "do not divide the model's q_heads = 4" in message

@@ -94,10 +94,11 @@ install() {
 
 # uv does not read pip's settings, and a cluster's package mirror and its certificate are often only there.
 use_pip_settings() {
-  local index=${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-${PIP_INDEX_URL:-$(pip_setting index-url)}}}
-  local certificate=${SSL_CERT_FILE:-${PIP_CERT:-$(pip_setting cert)}}
+  local index=${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-$(pip_setting index-url)}}
+  local certificate=${SSL_CERT_FILE:-$(pip_setting cert)}
   if [ -n "$index" ]; then export UV_DEFAULT_INDEX=$index; fi
   if [ -n "$certificate" ]; then export SSL_CERT_FILE=$certificate; fi
 }
 
-pip_setting() { python3 -m pip config get "global.$1" 2>/dev/null || true; }
+# Of pip's files and environment; the last line is what counts.
+pip_setting() { python3 -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" | tail -n 1; }

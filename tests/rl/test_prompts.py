@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
 import json
+import re
+import subprocess
 import sys
 import types
 
@@ -9,7 +11,7 @@ import pytest
 
 from jspec.config import DataSection
 from jspec.errors import InputError
-from jspec.rl.prompts import PromptData, encode_prompt, read_jsonl
+from jspec.rl.prompts import ARITHMETIC, PromptData, encode_prompt, read_jsonl
 
 
 class Characters:
@@ -217,12 +219,14 @@ def test_a_prompt_that_the_tokenizer_refuses(numbers):
         PromptData(section(numbers), character_tokenizer("abc"), seed=0)
 
 
-def test_the_shipped_arithmetic_is_right():
-    data = PromptData(DataSection(shuffle=False), Chat(), seed=0)
-    assert 200 <= len(data.records) <= 2000
-    for record in data.records:
-        expression = record["prompt"].removeprefix("What is ").partition("?")[0]
-        assert eval(expression.replace("×", "*")) == int(record["answer"])
+def test_the_shipped_arithmetic_is_right_and_what_its_script_makes():
+    records = PromptData(DataSection(), Chat(), seed=0).records
+    made = subprocess.run([sys.executable, ARITHMETIC.with_name("make_arithmetic.py")], capture_output=True, check=True)
+    assert made.stdout == ARITHMETIC.read_bytes()
+    for record in records:
+        left, sign, right = re.search(r"(\d) ([+-]) (\d)", record["prompt"]).groups()
+        assert int(record["answer"]) == int(left) + (1 if sign == "+" else -1) * int(right)
+    assert len({record["prompt"] for record in records}) == len(records) == 279
 
 
 # reasoning_gym is an optional extra: the tests below drive a stand-in with its interface, and the real one if it is

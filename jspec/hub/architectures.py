@@ -84,7 +84,9 @@ def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
 def end_tokens(*ids: Any) -> tuple[int, ...]:
     """End-token ids (each an int, a list of them, or None) united, in order of appearance."""
     flat = [i for x in ids if x is not None for i in (x if isinstance(x, list | tuple) else [x])]
-    return tuple(dict.fromkeys(int(i) for i in flat))
+    if not all(isinstance(i, int) for i in flat):
+        raise InputError(f"eos_token_id must be an integer or a list of them, not {flat}")
+    return tuple(dict.fromkeys(flat))
 
 
 def family_of(config: dict) -> str:
@@ -100,9 +102,10 @@ def family_of(config: dict) -> str:
 def _number(config: dict, key: str, kind: type, default: Any = None) -> Any:
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and kind(value) == value
+    if not good or (kind is int and value < 1):
         problem = "has no" if value is None else f"has {value!r} as"
-        raise InputError(f"config.json {problem} {key}; expected {'an integer' if kind is int else 'a number'}")
+        raise InputError(f"config.json {problem} {key}; expected a {'positive integer' if kind is int else 'number'}")
     return kind(value)
 
 
@@ -120,16 +123,16 @@ def rope_from_hf(config: dict, max_position: int) -> RopeConfig:
     theta = _number({**config, **params}, "rope_theta", float, 10000.0)
     if scaling == "default":
         return RopeConfig(theta=theta)
-    original = config.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
-    original = int(original or max_position)
+    key = "original_max_position_embeddings"  # at the top it wins, as in transformers
+    original = _number({key: config.get(key) or params.get(key)}, key, int, max_position)
     rope = RopeConfig(theta=theta, scaling=scaling, original_max_position=original)
     if scaling == "yarn":
-        attention_factor = params.get("attention_factor")
+        given = params.get("attention_factor") is not None
         return dataclasses.replace(
             rope, factor=_number(params, "factor", float, max_position / original),
-            beta_fast=float(params.get("beta_fast") or 32), beta_slow=float(params.get("beta_slow") or 1),
-            attention_factor=None if attention_factor is None else float(attention_factor),
-            mscale=float(params.get("mscale") or 0), mscale_all_dim=float(params.get("mscale_all_dim") or 0),
+            beta_fast=_number(params, "beta_fast", float, 32.0), beta_slow=_number(params, "beta_slow", float, 1.0),
+            attention_factor=_number(params, "attention_factor", float) if given else None,
+            mscale=_number(params, "mscale", float, 0.0), mscale_all_dim=_number(params, "mscale_all_dim", float, 0.0),
             truncate=bool(params.get("truncate", True)))
     rope = dataclasses.replace(rope, factor=_number(params, "factor", float))
     if scaling == "llama3":

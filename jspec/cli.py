@@ -167,11 +167,10 @@ def _bench(arguments) -> int:
 
 def _profile(arguments) -> int:
     from jspec.config import load_config
-    from jspec.profiling import profile
+    from jspec.profile_step import profile
 
     config = load_config(arguments.config, arguments.overrides)
-    profile(config, Path(arguments.out or Path(config.output_dir) / "profile"))
-    return 0
+    return profile(config, Path(arguments.out or Path(config.output_dir) / "profile"))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

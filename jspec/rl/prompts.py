@@ -12,10 +12,9 @@ import grain
 import numpy as np
 
 from jspec.errors import InputError
-from jspec.rl.tasks import ReasoningGym
+from jspec.rl.tasks import PREFIX, ReasoningGym
 
 ARITHMETIC = Path(__file__).parent / "data" / "arithmetic.jsonl"
-REASONING_GYM = "reasoning_gym:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +154,8 @@ def encode_prompt(tokenizer, text: str, system_prompt: str | None = None, chat_t
 
 def load_records(config, seed: int) -> tuple[Sequence[Mapping[str, Any]], str]:
     """The source's records of {prompt, answer, ...}, and a string that changes when they do."""
-    if config.source.startswith(REASONING_GYM):
-        tasks = ReasoningGym(config.source.removeprefix(REASONING_GYM), {"seed": seed} | dict(config.options))
+    if config.source.startswith(PREFIX):
+        tasks = ReasoningGym(config.source.removeprefix(PREFIX), {"seed": seed} | dict(config.options))
         return tasks, json.dumps([tasks.task, tasks.options], sort_keys=True, default=str)
     if config.options:
         raise InputError(f"data.options are for reasoning_gym tasks; data.source={config.source!r} takes none")

@@ -95,13 +95,11 @@ def check_reward(function: str, source: str | None = None) -> None:
         InputError: the function is not there, does not import, is not callable, or does not take
             (prompt, response, answer, **meta); or it is reasoning_gym's and the prompts are not.
     """
-    if function == "reasoning_gym":
-        if source is not None and not source.startswith("reasoning_gym:"):
-            raise InputError(
-                f"reward.function=reasoning_gym grades only its own tasks, not data.source={source!r}; "
-                f"use math_verify or a function of yours"
-            )
-        tasks.import_gym()
+    if function == "reasoning_gym" and source is not None and not source.startswith(tasks.PREFIX):
+        raise InputError(
+            f"reward.function=reasoning_gym grades only its own tasks, not data.source={source!r}; "
+            f"use math_verify or a function of yours"
+        )
     load_reward(function)
 
 
@@ -112,6 +110,7 @@ def load_reward(function: str) -> Reward:
         quiet.setLevel(logging.ERROR)
         return math_verify
     if function == "reasoning_gym":
+        tasks.import_gym()  # takes seconds, which no response shall pay for
         return reasoning_gym
     file, colon, name = function.rpartition(":")
     if not (colon and file.endswith(".py") and name):
@@ -167,7 +166,7 @@ def start_process(function: str) -> None:
     try:
         reward = cached_reward(function)
         if reward is math_verify:
-            math_verify("", "1", "1")  # imports sympy and builds the parsers, which no response shall pay for
+            math_verify("", "1", "1")  # imports sympy and builds the parsers: seconds, which no response shall pay for
     except BaseException:  # noqa: B036 - what is wrong will be said by the first response that is graded
         return
 

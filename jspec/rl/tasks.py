@@ -12,6 +12,8 @@ from typing import Any
 
 from jspec.errors import InputError
 
+PREFIX = "reasoning_gym:"
+"""What `data.source` begins with when it names a task."""
 DEFAULT_SIZE = 1024
 """Questions in one epoch of a task whose `size` is not given."""
 

@@ -125,6 +125,7 @@ def _train(arguments) -> int:
     from jspec.train import train
 
     distributed.initialize()
+    signal.signal(signal.SIGTERM, _terminate)  # JAX's service for several processes has put a handler of its own there
     train(config)
     return 0
 

@@ -1,0 +1,97 @@
+"""The losses of the update, as pure functions of hidden states: nothing here knows how they were computed.
+
+The papers: GRPO (https://arxiv.org/abs/2402.03300), DAPO's token-level mean and separate clips
+(https://arxiv.org/abs/2503.14476), Dr. GRPO (https://arxiv.org/abs/2503.20783), and J. Schulman's note on
+approximating KL divergence for the k3 estimator (http://joschu.net/blog/kl-approx.html).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jspec.model import Policy, logits
+from jspec.model.chunks import CHUNK_TOKENS, split_chunks
+
+
+def at_responses(x: jax.Array, response_start: jax.Array, length: int) -> jax.Array:
+    """The hidden states that predict the response: x [N, S, D] at start-1 .. start+length-2 -> [N, length, D].
+
+    `response_start` int32 [N] is the position of the first response token; rows are contiguous sequences, so the
+    state one position earlier is the one that predicts a token.
+    """
+    positions = response_start[:, None] + jnp.arange(length)[None] - 1
+    return jnp.take_along_axis(x, positions[:, :, None], axis=1, mode="clip")
+
+
+def training_temperature(temperature: jax.Array) -> jax.Array:
+    """The temperature that the rollout's log-probabilities were taken at: its own, and 1 where it was 0."""
+    temperature = jnp.asarray(temperature, jnp.float32)
+    return jnp.where(temperature == 0, 1.0, temperature)
+
+
+def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, temperature: jax.Array,
+                   chunk_tokens: int = CHUNK_TOKENS) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of `tokens` and entropy of what they were drawn from, the output head applied in chunks.
+
+    A scan over chunks of positions, each recomputed in the backward pass, so that logits [N, T, V] never exist at
+    once, neither forward nor backward. Chunks run along T: each then holds some positions of every row, and a batch
+    that is sharded over rows stays balanced.
+
+    Args:
+      hidden: [N, T, D], final-normed, the states that predict `tokens`.
+      tokens: int32 [N, T].
+      temperature: float32 scalar or [N]; 0 counts as 1, as in the rollout.
+
+    Returns:
+      (logprobs, entropy), float32 [N, T], of softmax(logits / temperature) over the whole vocabulary. The entropy
+      carries no gradient.
+    """
+    n, t, _ = hidden.shape
+    temperature = jnp.broadcast_to(training_temperature(temperature), (n,))[:, None, None]
+
+    @jax.checkpoint
+    def one(hidden, tokens):
+        scaled = logits(policy, hidden) / temperature
+        normaliser = jax.nn.logsumexp(scaled, axis=-1)
+        chosen = jnp.take_along_axis(scaled, tokens[..., None], axis=-1)[..., 0]
+        still = jax.lax.stop_gradient(scaled - normaliser[..., None])
+        # A banned token's logit may be -inf, and 0 x -inf is not 0.
+        entropy = -jnp.sum(jnp.where(jnp.isneginf(still), 0.0, jnp.exp(still) * still), axis=-1)
+        return chosen - normaliser, entropy
+
+    with jax.named_scope("token_logprobs"):
+        chunks = split_chunks((hidden, tokens), chunk_tokens)
+        _, out = jax.lax.scan(lambda _, chunk: (None, one(*chunk)), None, chunks)
+        return tuple(x.swapaxes(0, 1).reshape(n, -1)[:, :t] for x in out)
+
+
+def clipped_objective(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array,
+                      clip_low: float, clip_high: float) -> tuple[jax.Array, jax.Array]:
+    """The clipped surrogate of every token, to be maximised, and where the clip is what decides.
+
+    min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs): PPO's surrogate with a
+    group-relative advantage (GRPO), and the two sides of the clip apart (DAPO).
+
+    Args:
+      logprobs, old_logprobs: float32 [N, T]; the latter are the verifier's.
+      advantages: float32 [N], one for each sequence.
+      mask: bool [N, T]; values elsewhere are ignored, whatever they are.
+
+    Returns:
+      (surrogate float32 [N, T], clipped bool [N, T]), 0 and False outside the mask.
+    """
+    ratio = jnp.exp(jnp.where(mask, logprobs - old_logprobs, 0.0))
+    advantages = advantages[:, None]
+    free = ratio * advantages
+    bound = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
+    return jnp.where(mask, jnp.minimum(free, bound), 0.0), mask & (bound < free)
+
+
+def k3(logprobs: jax.Array, reference_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
+    """Schulman's k3 estimate of KL(policy || reference) for each token, float32 [N, T], 0 outside the mask.
+
+    exp(d) - d - 1 with d = reference - policy at the sampled token: unbiased, and never negative.
+    """
+    d = jnp.where(mask, reference_logprobs - logprobs, 0.0)
+    return jnp.exp(d) - d - 1.0

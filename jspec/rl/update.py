@@ -1,0 +1,290 @@
+"""The GRPO update: policy loss and detached draft loss from one forward, each with an optimizer of its own.
+
+One jitted, donated step. The draft's gradient is taken of the draft's weights only, from hidden states behind
+`stop_gradient`, so that nothing of it can reach the policy; a barrier on those states keeps XLA from compiling the
+policy's part differently because somebody else reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jspec.config import Config
+from jspec.drafts import Draft
+from jspec.model import Policy, train_forward
+from jspec.rl.losses import at_responses, clipped_objective, k3, token_logprobs
+from jspec.rl.state import TrainState
+from jspec.sharding import constrain, current_mesh
+from jspec.speculate import PromptBatch, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+    """What an update needs to know and what is fixed for a run; `jspec.config` says what each of them means."""
+
+    temperature: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_weight: float = 0.0
+    updates_per_rollout: int = 1
+    micro_batch: int = 0
+    remat: bool = False
+    learning_rate: float = 1e-6
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    train_draft: bool = True
+    draft_every: int = 1
+    draft_learning_rate: float = 1e-3
+    draft_clip: float = 1.0
+
+    @classmethod
+    def of(cls, config: Config) -> UpdateSettings:
+        """The settings that a run's configuration gives."""
+        grpo, draft = config.grpo, config.draft
+        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "learning_rate", "clip",
+                "weight_decay", "warmup_steps")
+        return cls(temperature=config.sampling.temperature, remat=config.model.remat, train_draft=draft.train,
+                   draft_every=draft.every_n_steps, draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
+                   **{name: getattr(grpo, name) for name in same})
+
+
+@struct.dataclass
+class TrainBatch:
+    """N sequences of prompt and response, contiguous, left-aligned and right-padded; S = L + T positions.
+
+    Attributes:
+      tokens: int32 [N, S].
+      response_start: int32 [N], position of the first response token.
+      logprobs: float32 [N, T], of the response's tokens, from the verifier.
+      mask: bool [N, T], the response's tokens that are trained.
+      advantages: float32 [N].
+    """
+
+    tokens: jax.Array
+    response_start: jax.Array
+    logprobs: jax.Array
+    mask: jax.Array
+    advantages: jax.Array
+
+
+def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array) -> TrainBatch:
+    """Join prompts [P, L] and responses [N, T] to rows without a gap between the two. Jittable."""
+    def by_row(x):
+        x = jnp.repeat(x, prompts.group_size, axis=0)
+        return constrain(x, "train", "batch", *(None,) * (x.ndim - 1))
+
+    start, length = by_row(prompts.lengths), prompts.tokens.shape[1]
+    size = length + rollout.tokens.shape[1]
+    joined = jnp.pad(jnp.concatenate([by_row(prompts.tokens), rollout.tokens], axis=1), ((0, 0), (0, 1)))
+    position = jnp.arange(size)[None]
+    # from `start` on, read the response; past its end, the one column of padding
+    source = jnp.where(position < start[:, None], position, length + position - start[:, None])
+    tokens = jnp.take_along_axis(joined, jnp.minimum(source, size), axis=1)
+    return TrainBatch(tokens, start, rollout.logprobs, rollout.loss_mask, advantages)
+
+
+def optimizers(settings: UpdateSettings) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Policy's and draft's AdamW, each behind a global-norm clip of its own."""
+    rate = settings.learning_rate
+    if settings.warmup_steps:
+        # the first update already moves: rate x 1/warmup, 2/warmup, ...
+        rate = optax.linear_schedule(rate / settings.warmup_steps, rate, settings.warmup_steps - 1)
+    policy = optax.chain(optax.clip_by_global_norm(settings.clip),
+                         optax.adamw(rate, weight_decay=settings.weight_decay))
+    draft = optax.chain(optax.clip_by_global_norm(settings.draft_clip),
+                        optax.adamw(settings.draft_learning_rate, weight_decay=0.0))
+    return policy, draft
+
+
+def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:
+    """Whether there is a draft with a loss, and it is to be trained."""
+    return draft is not None and settings.train_draft and draft.module.loss is not None
+
+
+def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, seed: int) -> TrainState:
+    """The state before the first update; moments are placed as the weights they belong to."""
+    optimizer, draft_optimizer = optimizers(settings)
+    draft_opt_state = _init_optimizer(draft_optimizer, draft.weights) if trains_draft(draft, settings) else ()
+    mesh = current_mesh()
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    zero, key = jax.jit(lambda: (jnp.zeros((), jnp.int32), jax.random.key(seed)), out_shardings=everywhere)()
+    counts = [zero, *(zero.copy() for _ in range(4))]  # one buffer each: the update donates them all
+    return TrainState(policy, draft, _init_optimizer(optimizer, policy.weights), draft_opt_state, *counts, key)
+
+
+def _init_optimizer(optimizer: optax.GradientTransformation, weights: Any) -> Any:
+    mesh = current_mesh()
+    if mesh is None:
+        return jax.jit(optimizer.init)(weights)
+    # zeros depend on nothing, so XLA would not place them by itself
+    shapes = jax.eval_shape(optimizer.init, weights)
+    shardings = optax.tree_map_params(optimizer, lambda _, weight: weight.sharding, shapes, weights,
+                                      transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(optimizer.init, out_shardings=shardings)(weights)
+
+
+def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: TrainBatch, count: jax.Array,
+                settings: UpdateSettings) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+    """The clipped objective of `batch`'s rows over the global `count` of trained tokens, plus the KL where asked for.
+
+    Returns (loss, (metrics, hidden [N, S, D])). Metrics are this batch's share of token means over `count`, so that
+    those of micro-batches add up; `logprob_gap` is a maximum.
+    """
+    policy = policy.replace(weights=weights)
+    length = batch.mask.shape[1]
+    hidden = jax.lax.optimization_barrier(train_forward(policy, batch.tokens, remat=settings.remat).hidden)
+    positions = batch.response_start[:, None] + jnp.arange(length)[None]
+    tokens = jnp.take_along_axis(batch.tokens, positions, axis=1, mode="clip")
+    logprobs, entropy = token_logprobs(policy, at_responses(hidden, batch.response_start, length), tokens,
+                                       settings.temperature)
+    surrogate, clipped = clipped_objective(logprobs, batch.logprobs, batch.advantages, batch.mask, settings.clip_low,
+                                           settings.clip_high)
+    gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0)
+
+    def mean(x):
+        return jnp.sum(x, where=batch.mask, dtype=jnp.float32) / count
+
+    loss = -mean(surrogate)
+    metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped), "logprob_gap_mean": mean(gap)}
+    if settings.kl_weight:
+        still = train_forward(reference, batch.tokens, remat=settings.remat).hidden
+        anchor, _ = token_logprobs(reference, at_responses(still, batch.response_start, length), tokens,
+                                   settings.temperature)
+        metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchor), batch.mask))
+        loss = loss + settings.kl_weight * metrics["kl"]
+    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, hidden)
+
+
+def draft_loss(weights: Any, draft: Draft, policy: Policy, hidden: jax.Array, batch: TrainBatch,
+               settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The drafter's own loss, a sum over trained tokens, with policy and hidden states detached.
+
+    Returns (loss, metrics), all of them sums over trained tokens.
+    """
+    # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or
+    # fuse anything of the two.
+    policy, hidden = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, hidden)))
+    loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), hidden, batch.tokens,
+                                         batch.response_start, batch.mask, settings.temperature)
+    return loss, {**metrics, "loss": loss}
+
+
+def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, settings: UpdateSettings):
+    """Gradients and metrics of all rows, micro-batch by micro-batch, accumulated in float32.
+
+    Returns ((policy gradients, policy metrics), (draft gradients, draft metrics) or None). Gradients of the policy are
+    of the token mean over all rows; the draft's too.
+    """
+    count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
+    with_draft = trains_draft(state.draft, settings)
+
+    def one(rows: TrainBatch):
+        with jax.named_scope("policy_loss"):
+            of_policy = jax.value_and_grad(policy_loss, has_aux=True)
+            (_, (metrics, hidden)), grads = of_policy(state.policy.weights, state.policy, reference, rows, count,
+                                                      settings)
+        if not with_draft:
+            return grads, metrics, None, None
+        with jax.named_scope("draft_loss"):
+            of_draft = jax.value_and_grad(draft_loss, has_aux=True)
+            (_, draft_metrics), draft_grads = every(
+                settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, hidden, rows,
+                                                          settings))
+        return grads, metrics, draft_grads, draft_metrics
+
+    grads, metrics, draft_grads, draft_metrics = accumulate(one, batch, settings.micro_batch)
+    if not with_draft:
+        return (grads, metrics), None
+    return (grads, metrics), jax.tree.map(lambda x: x / count, (draft_grads, draft_metrics))
+
+
+def every(settings: UpdateSettings, updates: jax.Array, compute: Callable[[], Any]) -> Any:
+    """`compute()` where the draft is due, zeros in the steps between."""
+    if settings.draft_every == 1:
+        return compute()
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+    return jax.lax.cond(draft_due(settings, updates), compute, lambda: zeros)
+
+
+def draft_due(settings: UpdateSettings, updates: jax.Array) -> jax.Array:
+    """Whether this update is of a step that trains the draft: the first, and every `draft_every`-th after it."""
+    return updates // settings.updates_per_rollout % settings.draft_every == 0
+
+
+def accumulate(one: Callable[[TrainBatch], Any], batch: TrainBatch, micro_batch: int) -> Any:
+    """`one` over chunks of `micro_batch` rows: gradients (float32) and metrics add up, `logprob_gap` is a maximum."""
+    rows = batch.tokens.shape[0]
+    if not micro_batch or micro_batch == rows:
+        return one(batch)
+    count = rows // micro_batch
+
+    def split(x):
+        # chunk j takes rows j, j + count, ...: of every device's contiguous block its share
+        x = x.reshape(micro_batch, count, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, "train", None, "batch", *(None,) * (x.ndim - 2))
+
+    def body(total, rows):
+        grads, metrics, draft_grads, draft_metrics = one(rows)
+        gap = jnp.maximum(total[1]["logprob_gap"], metrics["logprob_gap"])
+        new = jax.tree.map(jnp.add, total, (grads, metrics, draft_grads, draft_metrics))
+        return (new[0], {**new[1], "logprob_gap": gap}, *new[2:]), None
+
+    chunks = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
+    return jax.lax.scan(body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)[0]
+
+
+def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_state: Any, grads: Any,
+                    sound: jax.Array) -> tuple[Any, Any]:
+    """One optimizer step where `sound`, nothing at all where not. Returns (weights, opt_state)."""
+    changes, new_state = optimizer.update(grads, opt_state, weights)
+    new = (optax.apply_updates(weights, changes), new_state)
+    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (weights, opt_state))
+
+
+def update(state: TrainState, reference: Policy | None, batch: TrainBatch, settings: UpdateSettings):
+    """One update of the policy and, where it is due, of the draft. Jittable; the loop donates `state`.
+
+    A non-finite loss or gradient leaves its own side as it was, optimizer state included, and is counted.
+
+    Returns (state, metrics): float32 scalars `loss`, `entropy`, `clip_fraction`, `kl` (with a reference),
+    `logprob_gap` and `logprob_gap_mean` (|verifier's - own log-probability|, nats), `grad_norm` (before the clip),
+    `trained_tokens`, and `draft/...` the same of the draft; and int32 counts of skipped updates.
+    """
+    (grads, metrics), of_draft = gradients(state, reference, batch, settings)
+    optimizer, draft_optimizer = optimizers(settings)
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    with jax.named_scope("optimizer"):
+        weights, opt_state = apply_gradients(optimizer, state.policy.weights, state.opt_state, grads, sound)
+    metrics = {**metrics, "grad_norm": norm, "trained_tokens": batch.mask.sum(dtype=jnp.float32)}
+    new = state.replace(policy=state.policy.replace(weights=weights), opt_state=opt_state, updates=state.updates + 1,
+                        skipped=state.skipped + ~sound, skipped_in_row=jnp.where(sound, 0, state.skipped_in_row + 1))
+    if of_draft is not None:
+        new, draft_metrics = update_draft(new, draft_optimizer, *of_draft, draft_due(settings, state.updates))
+        metrics |= draft_metrics
+    counts = ("skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
+    return new, {**metrics, **{name: getattr(new, name) for name in counts}}
+
+
+def update_draft(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, metrics: dict[str, jax.Array],
+                 due: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The draft's side of `update`; nothing changes where it is not due."""
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    with jax.named_scope("draft_optimizer"):
+        weights, opt_state = apply_gradients(optimizer, state.draft.weights, state.draft_opt_state, grads, sound & due)
+    failed = ~sound & due
+    in_row = jnp.where(due, jnp.where(sound, 0, state.draft_skipped_in_row + 1), state.draft_skipped_in_row)
+    state = state.replace(draft=state.draft.replace(weights=weights), draft_opt_state=opt_state,
+                          draft_skipped=state.draft_skipped + failed, draft_skipped_in_row=in_row)
+    return state, {f"draft/{name}": value for name, value in {**metrics, "grad_norm": norm}.items()}

@@ -1,0 +1,113 @@
+"""The losses against plain NumPy, and what they must not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jspec.model import ModelConfig, init_policy, logits
+from jspec.rl import losses
+
+CONFIG = ModelConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1,
+                     head_dim=8, initializer_range=0.5)
+N, T = 3, 10
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return init_policy(CONFIG, jax.random.key(0))
+
+
+def states():
+    a, b = jax.random.split(jax.random.key(1))
+    return jax.random.normal(a, (N, T, CONFIG.hidden_size)), jax.random.randint(b, (N, T), 0, CONFIG.vocab_size)
+
+
+def plain(policy, hidden, tokens, temperature):
+    z = np.asarray(logits(policy, hidden), np.float64) / np.reshape(temperature, (-1, 1, 1))
+    logp = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+    return np.take_along_axis(logp, np.asarray(tokens)[..., None], -1)[..., 0], -(np.exp(logp) * logp).sum(-1)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, np.array([0.5, 1.0, 2.0])])
+def test_logprobs_and_entropy_in_chunks_are_those_of_the_whole(policy, chunk_tokens, temperature):
+    hidden, tokens = states()
+    logprobs, entropy = losses.token_logprobs(policy, hidden, tokens, temperature, chunk_tokens)
+    expected, expected_entropy = plain(policy, hidden, tokens, temperature)
+    np.testing.assert_allclose(logprobs, expected, atol=2e-6)
+    np.testing.assert_allclose(entropy, expected_entropy, atol=2e-6)
+
+
+def test_temperature_zero_is_scored_as_one(policy):
+    hidden, tokens = states()
+    mixed, _ = losses.token_logprobs(policy, hidden, tokens, jnp.array([0.0, 2.0, 1.0]))
+    expected, _ = plain(policy, hidden, tokens, np.array([1.0, 2.0, 1.0]))
+    np.testing.assert_allclose(mixed, expected, atol=2e-6)
+
+
+def test_gradient_in_chunks_is_that_of_the_whole(policy):
+    hidden, tokens = states()
+
+    def loss(weights, hidden, chunk_tokens):
+        return losses.token_logprobs(policy.replace(weights=weights), hidden, tokens, 0.7, chunk_tokens)[0].sum()
+
+    whole = jax.grad(loss, (0, 1))(policy.weights, hidden, 1024)
+    parts = jax.grad(loss, (0, 1))(policy.weights, hidden, 6)
+    assert max(jnp.abs(x).max() for x in jax.tree.leaves(whole)) > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
+
+
+def test_entropy_has_no_gradient(policy):
+    hidden, tokens = states()
+    grad = jax.grad(lambda h: losses.token_logprobs(policy, h, tokens, 1.0)[1].sum())(hidden)
+    assert not jnp.any(grad)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_logits_of_all_positions_never_exist_at_once(policy, backward):
+    hidden = jnp.zeros((4, 512, CONFIG.hidden_size))
+    tokens = jnp.zeros((4, 512), jnp.int32)
+
+    def loss(hidden):
+        return losses.token_logprobs(policy, hidden, tokens, 1.0, chunk_tokens=64)[0].sum()
+
+    text = jax.jit(jax.grad(loss) if backward else loss).lower(hidden).as_text()
+    assert f"4x16x{CONFIG.vocab_size}xf32" in text  # 64 tokens of logits
+    assert f"512x{CONFIG.vocab_size}xf32" not in text and f"2048x{CONFIG.vocab_size}xf32" not in text
+    assert f"32x4x16x{CONFIG.vocab_size}xf32" not in text  # nor stacked up by the scan
+
+
+def test_states_that_predict_the_response():
+    x = jnp.arange(2 * 8, dtype=jnp.float32).reshape(2, 8, 1)
+    got = losses.at_responses(x, jnp.array([1, 4]), 3)
+    np.testing.assert_array_equal(got[..., 0], [[0, 1, 2], [11, 12, 13]])
+
+
+def test_clipped_objective_by_hand():
+    ratio = np.array([0.5, 0.9, 1.0, 1.25, 1.5, 9.0])
+    mask = np.array([True] * 5 + [False])
+    old = np.full(6, -1.0)
+    rows = np.stack([np.log(ratio) + old] * 2)
+    surrogate, clipped = losses.clipped_objective(jnp.array(rows), jnp.stack([jnp.array(old)] * 2), jnp.array([2.0, -2.0]),
+                                                  jnp.stack([jnp.array(mask)] * 2), 0.2, 0.28)
+    np.testing.assert_allclose(surrogate[0], [1.0, 1.8, 2.0, 2.5, 2.56, 0], rtol=1e-6)  # gains are capped at 1.28
+    np.testing.assert_allclose(surrogate[1], [-1.6, -1.8, -2.0, -2.5, -3.0, 0], rtol=1e-6)  # losses at 0.8
+    np.testing.assert_array_equal(clipped, [[0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]])
+
+
+def test_a_clipped_token_has_no_gradient_and_a_masked_one_may_hold_anything():
+    old = jnp.zeros((1, 4))
+    logprobs = jnp.log(jnp.array([[1.5, 1.0, 1.1, jnp.nan]]))
+    mask = jnp.array([[True, True, True, False]])
+    grad = jax.grad(lambda x: losses.clipped_objective(x, old, jnp.array([3.0]), mask, 0.2, 0.28)[0].sum())(logprobs)
+    np.testing.assert_allclose(grad, [[0, 3.0, 3.3, 0]], rtol=1e-6)
+
+
+def test_k3_is_an_unbiased_and_never_negative_kl():
+    a, b = jax.random.split(jax.random.key(3))
+    p, q = (jax.nn.log_softmax(jax.random.normal(k, (50,))) for k in (a, b))
+    each = losses.k3(p[None], q[None], jnp.ones((1, 50), bool))[0]
+    assert jnp.all(each >= 0)
+    np.testing.assert_allclose(jnp.sum(jnp.exp(p) * each), jnp.sum(jnp.exp(p) * (p - q)), rtol=1e-5)
+    assert not jnp.any(losses.k3(p[None], q[None], jnp.zeros((1, 50), bool)))

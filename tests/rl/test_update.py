@@ -1,0 +1,251 @@
+"""One update: what it computes, what it must not depend on, and what it does with numbers that are none."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jspec
+from jspec.model import ModelConfig, init_policy, train_forward
+from jspec.rl import update as up
+from jspec.rl.losses import at_responses, token_logprobs
+
+CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
+                     head_dim=8, initializer_range=0.2)
+SETTINGS = up.UpdateSettings(temperature=0.8, learning_rate=1e-3, draft_learning_rate=1e-3)
+WITH_KL = dataclasses.replace(SETTINGS, kl_weight=0.5)
+N, L, T = 8, 16, 6
+
+gradients = partial(jax.jit, static_argnames="settings")(up.gradients)
+update = partial(jax.jit, static_argnames="settings")(up.update)
+
+
+def make_state(draft="mtp", settings=SETTINGS):
+    policy = init_policy(CONFIG, jax.random.key(0))
+    options = {"depths": 1} if draft == "mtp" else {}
+    made = draft and getattr(jspec.drafts, draft)(policy, jax.random.key(1), **options)
+    return up.init_state(policy, made, settings, seed=0)
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    start = rng.integers(1, L + 1, N)
+    lengths = rng.integers(1, T + 1, N)
+    return up.TrainBatch(
+        tokens=jnp.asarray(rng.integers(0, CONFIG.vocab_size, (N, L + T)), jnp.int32),
+        response_start=jnp.asarray(start, jnp.int32),
+        logprobs=jnp.asarray(rng.normal(-3, 0.3, (N, T)), jnp.float32),
+        mask=jnp.arange(T) < jnp.asarray(lengths)[:, None],
+        advantages=jnp.asarray(rng.normal(0, 1, N), jnp.float32))
+
+
+def same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def close(a, b, tolerance=1e-4):
+    """Each leaf within `tolerance` of its own largest number: sums in another order round differently."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * (1e-3 + np.abs(x).max())), a, b)
+
+
+def change(a, b):
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
+
+
+def own_logprobs(policy, batch, temperature=SETTINGS.temperature):
+    hidden = at_responses(train_forward(policy, batch.tokens).hidden, batch.response_start, T)
+    at = batch.response_start[:, None] + jnp.arange(T)
+    tokens = jnp.take_along_axis(batch.tokens, at, axis=1)
+    return token_logprobs(policy, hidden, tokens, temperature)[0]
+
+
+def test_rows_are_joined_without_a_gap():
+    prompts = jspec.PromptBatch.from_tokens([[1, 2, 3], [4]], group_size=2, seed=0, buckets=(4,))
+    tokens = jnp.array([[11, 12, 13], [14, 15, 0], [16, 0, 0], [17, 18, 19]])
+    mask = tokens > 0
+    rollout = jspec.Rollout(tokens=tokens, mask=mask, logprobs=mask * -1.5, loss_mask=mask, entropy=None, lengths=None,
+                            finished=None, stats=None)
+    batch = jax.jit(up.make_batch)(prompts, rollout, jnp.arange(4.0))
+    np.testing.assert_array_equal(batch.tokens, [[1, 2, 3, 11, 12, 13, 0], [1, 2, 3, 14, 15, 0, 0],
+                                                 [4, 16, 0, 0, 0, 0, 0], [4, 17, 18, 19, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.response_start, [3, 3, 1, 1])
+    np.testing.assert_array_equal(batch.mask, mask)
+
+
+@pytest.mark.parametrize("micro_batch", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_policy_gradients_are_the_same_bits_with_and_without_a_draft(micro_batch):
+    settings = dataclasses.replace(SETTINGS, micro_batch=micro_batch)
+    batch = make_batch()
+    (with_draft, metrics), of_draft = gradients(make_state("mtp"), None, batch, settings)
+    (without, plain_metrics), nothing = gradients(make_state(None), None, batch, settings)
+    assert nothing is None and optax.tree.norm(of_draft[0]) > 1e-3
+    assert optax.tree.norm(without) > 1e-3
+    same_bits(with_draft, without)
+    same_bits(metrics, plain_metrics)
+
+
+def test_policy_and_optimizer_after_an_update_are_the_same_bits_with_and_without_a_draft():
+    batch = make_batch()
+    a, _ = update(make_state("mtp"), None, batch, SETTINGS)
+    b, _ = update(make_state("ngram"), None, batch, SETTINGS)
+    same_bits((a.policy.weights, a.opt_state), (b.policy.weights, b.opt_state))
+
+
+def test_the_draft_loss_has_no_gradient_to_the_policy():
+    state, batch = make_state(), make_batch()
+
+    def loss(weights, draft_weights):
+        policy = state.policy.replace(weights=weights)
+        hidden = train_forward(policy, batch.tokens).hidden
+        return up.draft_loss(draft_weights, state.draft, policy, hidden, batch, SETTINGS)[0]
+
+    of_policy, of_draft = jax.jit(jax.grad(loss, (0, 1)))(state.policy.weights, state.draft.weights)
+    assert all(not np.any(x) for x in jax.tree.leaves(of_policy))
+    assert optax.tree.norm(of_draft) > 1e-3
+
+
+def test_the_gradient_is_that_of_the_objective_written_out():
+    state, batch = make_state(None), make_batch()
+
+    def objective(weights):
+        logprobs = own_logprobs(state.policy.replace(weights=weights), batch)
+        ratio, adv = jnp.exp(logprobs - batch.logprobs), batch.advantages[:, None]
+        each = jnp.minimum(ratio * adv, jnp.clip(ratio, 0.8, 1.28) * adv)
+        return -jnp.sum(each * batch.mask) / batch.mask.sum()
+
+    expected, grads = jax.jit(jax.value_and_grad(objective))(state.policy.weights)
+    (got, metrics), _ = gradients(state, None, batch, SETTINGS)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    close(got, grads)
+
+
+@pytest.mark.parametrize("micro_batch", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_neither_micro_batches_nor_remat_change_the_update(micro_batch):
+    # rows have different numbers of tokens: a mean of means would show
+    batch, reference = make_batch(), init_policy(CONFIG, jax.random.key(7))
+    split = dataclasses.replace(WITH_KL, micro_batch=micro_batch, remat=True)
+    a, b = (gradients(make_state(), reference, batch, settings) for settings in (WITH_KL, split))
+    close(a, b)
+
+
+def test_only_masked_tokens_count_the_last_one_included():
+    state, batch = make_state(), make_batch()
+    (grads, metrics), (draft_grads, _) = gradients(state, None, batch, SETTINGS)
+    past = ~batch.mask
+    at = batch.response_start[:, None] + jnp.arange(T)
+    spoiled = batch.tokens.at[jnp.arange(N)[:, None], at].set(
+        jnp.where(past, 3, jnp.take_along_axis(batch.tokens, at, axis=1)))
+    other = batch.replace(tokens=spoiled, logprobs=jnp.where(past, 99.0, batch.logprobs))
+    (again, same), (draft_again, _) = gradients(state, None, other, SETTINGS)
+    close((grads, metrics, draft_grads), (again, same, draft_again), 1e-6)
+    last = jnp.arange(T) == batch.mask.sum(1, keepdims=True) - 1
+    (shorter, _), (draft_shorter, _) = gradients(state, None, batch.replace(mask=batch.mask & ~last), SETTINGS)
+    for a, b in ((grads, shorter), (draft_grads, draft_shorter)):
+        assert change(a, b) > 1e-3
+
+
+def test_metrics_say_what_happened():
+    state, batch = make_state(), make_batch()
+    logprobs = own_logprobs(state.policy, batch)
+    old = logprobs.at[2, 0].add(0.5)  # a ratio of exp(-0.5), and row 2's advantage is made negative
+    batch = batch.replace(logprobs=old, advantages=batch.advantages.at[2].set(-1.0))
+    _, metrics = update(state, None, batch, SETTINGS)
+    count = float(batch.mask.sum())
+    np.testing.assert_allclose(metrics["logprob_gap"], 0.5, rtol=1e-4)
+    np.testing.assert_allclose(metrics["logprob_gap_mean"], 0.5 / count, rtol=1e-3)
+    np.testing.assert_allclose(metrics["clip_fraction"], 1 / count, rtol=1e-5)
+    assert metrics["trained_tokens"] == count and 0 < metrics["entropy"] < np.log(CONFIG.vocab_size)
+    assert metrics["draft/loss"] > 0 and metrics["draft/overlap"].shape == (state.draft.config.depths,)
+    assert np.all((metrics["draft/overlap"] > 0) & (metrics["draft/overlap"] <= 1))
+
+
+def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later():
+    state, batch = make_state(), make_batch()
+    batch = batch.replace(advantages=jnp.zeros(N))  # nothing but the KL is left
+    (grads, metrics), _ = gradients(state, state.policy, batch, WITH_KL)
+    assert abs(metrics["kl"]) < 1e-6 and optax.tree.norm(grads) < 1e-4
+    other = init_policy(CONFIG, jax.random.key(5))
+    (grads, metrics), _ = gradients(state, other, batch, WITH_KL)
+    assert metrics["kl"] > 0.1 and optax.tree.norm(grads) > 1e-2
+    np.testing.assert_allclose(metrics["loss"], 0.5 * metrics["kl"], rtol=1e-6)
+
+
+def test_the_drafts_clip_rate_and_pace_are_its_own():
+    theirs = dataclasses.replace(SETTINGS, draft_clip=1e-6, draft_learning_rate=7.0, draft_every=3,
+                                 updates_per_rollout=2)
+    a = b = make_state()
+    batch, moved = make_batch(), []
+    for _ in range(8):
+        before = b.draft.weights
+        (a, _), (b, metrics) = (update(state, None, batch, s) for state, s in ((a, SETTINGS), (b, theirs)))
+        moved.append(change(b.draft.weights, before) > 0)
+        same_bits(a.policy.weights, b.policy.weights)
+        assert moved[-1] or metrics["draft/grad_norm"] == 0
+    assert moved == [True, True, False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_gradients_are_clipped_to_each_sides_own_norm(side):
+    settings = up.UpdateSettings(learning_rate=0.5, clip=2.0, draft_learning_rate=0.25, draft_clip=3.0)
+    optimizer = up.optimizers(settings)[side]
+    weights = {"a": jnp.zeros(3)}
+    _, (_, (adam, *_)) = up.apply_gradients(optimizer, weights, optimizer.init(weights), {"a": jnp.full(3, 1e3)},
+                                            jnp.array(True))
+    np.testing.assert_allclose(optax.tree.norm(adam.mu), 0.1 * (2.0, 3.0)[side], rtol=1e-5)
+
+
+def test_warmup_rises_to_the_rate_and_the_first_update_moves():
+    optimizer, _ = up.optimizers(up.UpdateSettings(learning_rate=1e-2, warmup_steps=4))
+    weights, opt_state, sizes = {"a": jnp.zeros(2)}, optimizer.init({"a": jnp.zeros(2)}), []
+    for _ in range(6):
+        new, opt_state = up.apply_gradients(optimizer, weights, opt_state, {"a": jnp.ones(2)}, jnp.array(True))
+        sizes.append(change(new, weights) / np.sqrt(2))
+        weights = new
+    np.testing.assert_allclose(sizes, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01], rtol=1e-3)
+
+
+def test_a_policy_without_sound_gradients_is_left_alone_while_the_draft_goes_on():
+    state, batch = make_state(), make_batch()
+    bad = batch.replace(advantages=batch.advantages.at[0].set(jnp.nan))
+    new, metrics = update(state, None, bad, SETTINGS)
+    same_bits((new.policy.weights, new.opt_state), (state.policy.weights, state.opt_state))
+    assert int(new.skipped) == int(new.skipped_in_row) == 1 and int(new.draft_skipped) == 0
+    assert change(new.draft.weights, state.draft.weights) > 1e-3
+    again, _ = update(new, None, bad, SETTINGS)
+    assert int(again.skipped_in_row) == 2
+    healed, metrics = update(again, None, batch, SETTINGS)
+    assert int(healed.skipped) == 2 and int(healed.skipped_in_row) == 0 and int(metrics["skipped"]) == 2
+    assert int(healed.updates) == 3
+
+
+def test_a_draft_without_sound_gradients_is_left_alone_while_the_policy_goes_on():
+    state, batch = make_state(), make_batch()
+    broken = state.draft.weights | {"proj": state.draft.weights["proj"].at[0, 0].set(jnp.inf)}
+    state = state.replace(draft=state.draft.replace(weights=broken))
+    new, _ = update(state, None, batch, SETTINGS)
+    same_bits((new.draft.weights, new.draft_opt_state), (state.draft.weights, state.draft_opt_state))
+    assert int(new.draft_skipped) == int(new.draft_skipped_in_row) == 1 and int(new.skipped) == 0
+    plain, _ = update(make_state("ngram"), None, batch, SETTINGS)
+    same_bits(new.policy.weights, plain.policy.weights)
+
+
+def test_the_updates_own_logprobs_are_the_rollouts():
+    state = make_state()
+    prompts = jspec.PromptBatch.from_tokens([[1, 2, 3], [4, 5]], group_size=4, seed=3)
+    gaps = []
+    for temperature in (0.8, 0.0):
+        rollout = jspec.rollout(state.policy, state.draft, prompts, sampling=jspec.Sampling(
+            max_new_tokens=T, temperature=temperature, stop_tokens=tuple(range(0, 23, 2))), speculation=jspec.Speculation(k=2))
+        assert bool(jnp.any(rollout.finished))  # so that end tokens are among them
+        batch = up.make_batch(prompts, rollout, jnp.ones(N))
+        gap = own_logprobs(state.policy, batch, temperature) - batch.logprobs
+        gaps.append(jnp.abs(jnp.where(batch.mask, gap, 0.0)).max())
+        if temperature:
+            _, metrics = update(state, None, batch, SETTINGS)
+            np.testing.assert_allclose(metrics["logprob_gap"], gaps[0], atol=2e-6)
+            np.testing.assert_allclose(metrics["entropy"], rollout.entropy.sum() / rollout.mask.sum(), rtol=1e-5)
+    assert max(gaps) < 1e-5

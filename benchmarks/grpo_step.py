@@ -1,0 +1,113 @@
+"""Time whole GRPO steps, phase by phase, at SmolLM2-135M's shape from random weights: what peers/tunix_grpo.py times.
+
+    python benchmarks/grpo_step.py --prompts 1 --group 8 --steps 3
+    python benchmarks/grpo_step.py --prompts 4 --group 8 --steps 3 --draft mtp --k 3
+
+Every row runs to --new-tokens. The reward is a function of the tokens, computed on the host. A first step compiles and
+is not counted. Prints a table and, with --json, writes the seconds of every phase of every step.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+import jspec  # noqa: E402
+from benchmarks import measure  # noqa: E402
+from benchmarks.shapes import SHAPES  # noqa: E402
+from jspec.rl.advantages import group_advantages  # noqa: E402
+from jspec.rl.update import UpdateSettings, init_state, make_batch, update  # noqa: E402
+
+PHASES = ("reshard", "rollout", "reward", "update")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--draft", choices=["none", "ngram", "mtp"], default="none")
+    parser.add_argument("--k", type=int, default=3)
+    parser.add_argument("--micro-batch", type=int, default=0, help="rows of one forward and backward; 0: all")
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--json", help="write the result there")
+    return parser.parse_args(arguments)
+
+
+def programs(args: argparse.Namespace):
+    """(rollout, update), jitted: the update takes the state's buffers over, as the training loop's does."""
+    settings = UpdateSettings(micro_batch=args.micro_batch, remat=args.remat)
+    sampling = jspec.Sampling(max_new_tokens=args.new_tokens, stop_tokens=())
+    roll = partial(jspec.rollout, sampling=sampling, speculation=jspec.Speculation(k=args.k))
+
+    @partial(jax.jit, donate_argnums=0)
+    def learn(state, prompts, rollout, rewards):
+        batch = make_batch(prompts, rollout, group_advantages(rewards, args.group))
+        return update(state, None, batch, settings)
+
+    return roll, learn, settings
+
+
+def step(args: argparse.Namespace, state: Any, roll: Any, learn: Any, number: int) -> tuple[Any, dict[str, float]]:
+    """One GRPO step. Returns (state, seconds by phase and the metrics that say it was a real one)."""
+    rng = np.random.default_rng(number)
+    tokens = rng.integers(5, state.policy.config.vocab_size - 5, (args.prompts, args.prompt_tokens))
+    key = jax.random.fold_in(jax.random.key(0), number)
+    prompts = jspec.PromptBatch.from_tokens(tokens.tolist(), group_size=args.group, seed=key,
+                                            buckets=(args.prompt_tokens,))
+    marks = [time.perf_counter()]
+    policy = jax.block_until_ready(jspec.reshard(state.policy))
+    marks.append(time.perf_counter())
+    out = jax.block_until_ready(roll(policy, state.draft, prompts))
+    del policy  # the update needs its memory
+    marks.append(time.perf_counter())
+    rewards = np.array([len(set(row)) for row in np.asarray(out.tokens).tolist()], np.float32)
+    marks.append(time.perf_counter())
+    state, metrics = jax.block_until_ready(learn(state, prompts, out, jnp.asarray(rewards)))
+    marks.append(time.perf_counter())
+    seconds = dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
+    generated = int(out.lengths.sum())
+    return state, {**seconds, "step": marks[-1] - marks[0], "tokens": generated,
+                   "tok_per_s": generated / seconds["rollout"], "acceptance_length": float(out.acceptance_length),
+                   "logprob_gap": float(metrics["logprob_gap"]), "grad_norm": float(metrics["grad_norm"])}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    args = parse(arguments)
+    policy = jspec.init_policy(SHAPES[args.shape], jax.random.key(0))
+    draft = None if args.draft == "none" else getattr(jspec.drafts, args.draft)(policy, jax.random.key(1))
+    roll, learn, settings = programs(args)
+    state, rows = init_state(policy, draft, settings, seed=0), []
+    del policy, draft  # the state's buffers are donated
+    for number in range(args.steps + 1):
+        state, row = step(args, state, roll, learn, number)
+        if number:
+            rows.append(row)
+    table = Table(title=f"GRPO step, {args.shape}, {args.prompts} x {args.group} rows, {args.prompt_tokens} + "
+                        f"{args.new_tokens} tokens, draft {args.draft}")
+    shown = [*PHASES, "step", "tok_per_s", "acceptance_length", "logprob_gap"]
+    for name in shown:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{row[name]:.3g}" for name in shown))
+    Console(width=max(110, Console().width)).print(table)
+    result = measure.report(rows, model=args.shape, sequences=args.prompts * args.group, draft=args.draft)
+    measure.write_json(args.json, result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What every benchmark shares: interleaved timing, the machine, its copy bandwidth, counted bytes, results as data."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jspec.model import ModelConfig, Policy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def interleaved(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of `rounds` runs of each program, taken in turn, so that all of them see the same drifting machine.
+
+    Each runs once before, which compiles it and is not counted.
+    """
+    for program in programs.values():
+        jax.block_until_ready(program())
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(program())
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def copy_bandwidth(size: int | None = None) -> float:
+    """Bytes per second of a plain copy of `size` bytes, read plus write, on the default device.
+
+    The CPU's is a memcpy by all cores into memory that is there already: XLA would pay for fresh pages instead.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    size = size or (2**29 if on_cpu else 2**31)
+    if on_cpu:
+        cores = os.cpu_count() or 1
+        sources, targets = (np.ones((cores, size // cores // 4), np.float32) for _ in range(2))
+        with ThreadPoolExecutor(cores) as pool:
+            seconds = interleaved({"copy": lambda: list(pool.map(np.copyto, targets, sources))}, 7)
+        return 2 * sources.nbytes / median(seconds["copy"])
+    array = jax.random.bits(jax.random.key(0), (size // 4,))
+    copy = jax.jit(lambda x: x + 1)  # adding one keeps XLA from aliasing input and output
+    seconds = interleaved({"copy": lambda: copy(array)}, 7)
+    return 2 * array.nbytes / median(seconds["copy"])
+
+
+def weight_bytes(policy: Policy) -> int:
+    """Bytes of weights that a decode step has to read: all but an untied embedding, of which it reads a row a token."""
+    total = sum(x.nbytes for x in jax.tree.leaves(policy.weights))
+    return total if policy.config.tie_embeddings else total - policy.weights["embed"].nbytes
+
+
+def kv_bytes(config: ModelConfig, itemsize: int, positions: float) -> float:
+    """Bytes of keys and values of `positions` cached tokens."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize * positions
+
+
+def machine() -> dict[str, Any]:
+    """What this was measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = named[0] if named else cpu
+    device = jax.devices()[0]
+    return {"cpu": cpu, "cores": os.cpu_count(), "device": device.device_kind, "devices": jax.device_count(),
+            "platform": device.platform, "jax": jax.__version__, "python": platform.python_version(),
+            "load_average": os.getloadavg()[0]}
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus if files differ from it."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def report(rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
+    """A result as data: what was run, on what, when, and the rows."""
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **facts, "rows": rows}
+
+
+def write_json(path: str | None, result: dict[str, Any]) -> None:
+    if path:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=1) + "\n")

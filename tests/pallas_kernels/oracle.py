@@ -1,0 +1,71 @@
+"""What the kernels' references are compared to: the same rules again, one row at a time, in float64 numpy."""
+
+import numpy as np
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def process(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
+    """Probabilities float64 [V] that one row of logits [V] is sampled from."""
+    x = np.array(logits, np.float64)
+    x[list(banned)] = -np.inf
+    if temperature == 0:
+        p = np.zeros(len(x))
+        p[np.argmax(x)] = 1
+        return p
+    p = np.exp(log_softmax(x / temperature))
+    order = np.argsort(-p, kind="stable")  # ties to the lowest id
+    if top_k:
+        p[order[top_k:]] = 0
+        p = p / p.sum()
+    if top_p < 1:
+        before = np.cumsum(p[order]) - p[order]
+        cut = before >= top_p
+        cut[0] = False
+        p[order[cut]] = 0
+    return p / p.sum()
+
+
+def crossing_margin(logits, temperature, top_k, top_p, banned=()):
+    """How close the mass before any token comes to top_p: below float32's rounding, the cut is a matter of taste."""
+    p = process(logits, temperature, top_k, 1.0, banned)
+    before = np.cumsum(np.sort(p)[::-1])
+    return np.abs(before - top_p).min()
+
+
+def inverse_transform(mass, u, block):
+    """The token that two uniforms u [2] draw from unnormalised mass [V]: a block of the vocabulary, then inside it."""
+    mass = np.asarray(mass, np.float64)
+    blocks = [mass[i:i + block] for i in range(0, len(mass), block)]
+    sums = np.array([b.sum() for b in blocks])
+    first = int(np.argmax(np.cumsum(sums) > u[0] * sums.sum()))
+    inside = np.cumsum(blocks[first])
+    return first * block + int(np.argmax(inside > u[1] * inside[-1]))
+
+
+def reject(p, drafts, q, accept, residual_u, block):
+    """One row of the rejection rule. p [K + 1, V], drafts [K], q [K, V] or None, accept [K], residual_u [2].
+    Returns (accepted, last token)."""
+    for j, y in enumerate(drafts):
+        one = np.eye(p.shape[1])[y] if q is None else q[j]
+        if one[y] > 0 and accept[j] * one[y] < p[j][y]:
+            continue
+        mass = np.maximum(p[j] - one, 0)
+        return j, inverse_transform(mass if mass.sum() > 0 else p[j], residual_u, block)
+    return len(drafts), inverse_transform(p[-1], residual_u, block)
+
+
+def attention(q, k, v, length):
+    """Dense attention of one row: q [T, H, D] at positions length.., k and v [S, H_kv, D] with the new ones written."""
+    t, h, d = q.shape
+    out = np.zeros((t, h, d))
+    for i in range(t):
+        for j in range(h):
+            head = j // (h // k.shape[1])
+            keys, values = (x[: length + i + 1, head].astype(np.float64) for x in (k, v))
+            scores = keys @ q[i, j].astype(np.float64) / np.sqrt(d)
+            out[i, j] = np.exp(log_softmax(scores)) @ values
+    return out

@@ -1,0 +1,122 @@
+"""The distribution of what `jspec.rollout` itself emits, noise and loop included."""
+
+import importlib
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import jspec
+from pallas_kernels import noise
+from tests.speculate import planted, tiny
+
+PROMPT = [1, 0, 1, 0]
+SAMPLES = 200_000
+REFUSE = 1e-4  # fixed seeds: a correct program passes for good
+PLANTED = 1e-12
+
+
+def p_value(observed, want):
+    """Chi-square of a Counter of sequences against their probabilities; rare sequences are one bin."""
+    total = sum(observed.values())
+    assert set(observed) <= set(want)
+    common = [x for x in want if want[x] * total >= 5]
+    seen = [observed[x] for x in common]
+    expected = [want[x] * total for x in common]
+    rest = total - sum(expected)
+    if rest > 1e-6 * total:
+        seen, expected = [*seen, total - sum(seen)], [*expected, rest]
+    return stats.chisquare(seen, np.array(expected) * (sum(seen) / sum(expected))).pvalue
+
+
+def make(draft, policy):
+    if draft == "table":
+        return tiny.table_draft(policy, seed=3)
+    made = getattr(jspec.drafts, draft)(policy, jax.random.key(2))
+    return tiny.shaken(made, scale=0.2) if draft == "mtp" else made
+
+
+def rows(draft, rule, *, k=2, samples=SAMPLES, seed=0, **sampling):
+    policy = tiny.policy(4, seed=2, scale=0.2, stop_tokens=(3,))
+    batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=samples, seed=seed, buckets=(4,))
+    out = jspec.rollout(policy, make(draft, policy), batch, sampling=jspec.Sampling(**sampling),
+                        speculation=jspec.Speculation(k=k, rule=rule))
+    return tiny.sequences(out), policy
+
+
+def check(draft, rule, *, k=2, samples=SAMPLES, **sampling):
+    emitted, policy = rows(draft, rule, k=k, samples=samples, **sampling)
+    want = tiny.autoregressive(policy, PROMPT, stop_tokens=(3,), **sampling)
+    assert p_value(Counter(emitted), want) > REFUSE
+
+
+CASES = [("mtp", "rejection", 2, SAMPLES, {}),
+         ("ngram", "rejection", 3, SAMPLES, {"min_new_tokens": 2}),
+         ("mtp", "coupled", 1, SAMPLES // 4, {"temperature": 0.7, "top_k": 3})]
+LONG = [("table", "rejection", 1, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}),
+        ("table", "rejection", 3, {}),
+        ("mtp", "rejection", 2, {}),
+        ("mtp", "rejection", 3, {"top_k": 3, "min_new_tokens": 1}),
+        ("ngram", "rejection", 2, {"top_p": 0.8}),
+        ("ngram", "coupled", 3, {"temperature": 0.7}),
+        ("mtp", "coupled", 2, {"top_k": 3, "top_p": 0.9})]
+
+
+@pytest.mark.parametrize("draft, rule, k, samples, sampling", CASES)
+def test_rollout(draft, rule, k, samples, sampling):
+    check(draft, rule, k=k, samples=samples, max_new_tokens=3, **sampling)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft, rule, k, sampling", LONG)
+def test_rollout_in_full(draft, rule, k, sampling):
+    check(draft, rule, k=k, samples=3 * SAMPLES, max_new_tokens=4, **sampling)
+
+
+def test_rows_of_different_temperature_and_top_p():
+    kinds = [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7), (0.0, 1.0)]
+    samples = 20_000 * len(kinds)
+    temperature, top_p = (jnp.tile(jnp.array(x), samples // len(kinds)) for x in zip(*kinds, strict=True))
+    emitted, policy = rows("table", "rejection", samples=samples, max_new_tokens=3, temperature=temperature, top_p=top_p)
+    for i, (t, p) in enumerate(kinds):
+        want = tiny.autoregressive(policy, PROMPT, max_new_tokens=3, stop_tokens=(3,), temperature=t, top_p=p)
+        seen = Counter(emitted[i::len(kinds)])
+        if len(want) == 1:
+            assert set(seen) == set(want)
+        else:
+            assert p_value(seen, want) > REFUSE
+
+
+@pytest.fixture
+def retraced():
+    """Compiled rollouts hold the code as it was: nothing may be reused over a planted bug."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def planted_p_value():
+    emitted, policy = rows("table", "rejection", samples=SAMPLES // 4, max_new_tokens=3)
+    want = tiny.autoregressive(policy, PROMPT, max_new_tokens=3, stop_tokens=(3,))
+    return p_value(Counter(emitted), want)
+
+
+@planted.each_bug
+def test_planted_bugs_are_seen(bug, monkeypatch, retraced):
+    planted.plant(monkeypatch, bug)
+    assert planted_p_value() < PLANTED
+
+
+@pytest.mark.slow
+def test_noise_that_outlives_its_cycle_is_seen(monkeypatch, retraced):
+    """The enumeration cannot see this one: noise is the cycle's argument there."""
+    rules = importlib.import_module("jspec.speculate.rollout").RULES
+
+    def stale(key, sequence_ids, committed, k):
+        return noise.rejection_noise(key, sequence_ids, jnp.zeros_like(committed), k)
+
+    monkeypatch.setitem(rules, "rejection", stale)
+    assert planted_p_value() < PLANTED

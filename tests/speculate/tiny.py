@@ -1,0 +1,118 @@
+"""Policies small enough to be enumerated, a drafter whose q is a table, and the autoregressive distribution."""
+
+import dataclasses
+import itertools
+import sys
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jspec.drafts.base import Draft
+from jspec.model import ModelConfig, init_policy, logits, train_forward
+from tests.pallas_kernels.oracle import process
+
+
+def policy(vocab=4, *, layers=1, heads=2, kv_heads=1, hidden=16, scale=0.5, stop_tokens=(), seed=0, **options):
+    """A transformer with spread-out logits."""
+    config = ModelConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_layers=layers,
+                         num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads, initializer_range=scale,
+                         max_position_embeddings=options.pop("max_positions", 64), stop_tokens=stop_tokens, **options)
+    return init_policy(config, jax.random.key(seed))
+
+
+def shaken(draft, seed=0, scale=0.4):
+    """The draft with noise on every weight, so that nothing in it is zero or the identity."""
+    leaves, tree = jax.tree.flatten(draft.weights)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x + scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return draft.replace(weights=tree.unflatten(leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class TableConfig:
+    policy: ModelConfig
+    sampled: bool = True
+    name: str = "table"
+
+
+def table_draft(policy, *, sampled=True, seed=0, spread=1.0):
+    """A drafter that knows the last token only: q is a row of a table; not `sampled`: its largest entry, as one-hot."""
+    vocab = policy.config.vocab_size
+    return Draft({"table": spread * jax.random.normal(jax.random.key(seed), (vocab, vocab))}, {},
+                 TableConfig(policy.config, sampled))
+
+
+def _propose(policy, draft, state, committed, sampler):
+    token = jnp.take_along_axis(committed.tokens, committed.lengths[:, None] - 1, axis=1)[:, 0]
+    tokens, log_qs = [], []
+    for j in range(sampler.k):
+        row = draft.weights["table"][token]
+        token, log_q = sampler.draw(row, j) if draft.config.sampled else (jnp.argmax(row, -1).astype(jnp.int32), None)
+        tokens.append(token)
+        log_qs.append(log_q)
+    return jnp.stack(tokens, 1), jnp.stack(log_qs, 1) if draft.config.sampled else None, state
+
+
+def install_table_module():
+    """Make `jspec.drafts.table`: a drafter is a module, and no other file changes."""
+    module = ModuleType("jspec.drafts.table")
+    module.features = lambda config: ()
+    module.specs = lambda config: {}
+    module.prepare = lambda policy, draft: draft
+    module.start = lambda policy, draft, prefill, cache_size: {}
+    module.propose = _propose
+    module.observe = lambda policy, draft, state, observation: state
+    module.loss = None
+    sys.modules[module.__name__] = module
+
+
+install_table_module()
+
+
+@jax.jit
+def _score(policy, tokens):
+    return logits(policy, train_forward(policy, tokens).hidden)
+
+
+def prefix_logits(policy, prompt, depth):
+    """{prefix of generated tokens: logits float64 [V]} for every prefix shorter than depth."""
+    vocab = policy.config.vocab_size
+    rows = list(itertools.product(range(vocab), repeat=depth - 1))
+    tokens = jnp.array([[*prompt, *r] for r in rows], jnp.int32)
+    scores = np.asarray(_score(policy, tokens), np.float64)[:, len(prompt) - 1:]
+    return {r[:i]: scores[n, i] for n, r in enumerate(rows) for i in range(depth)}
+
+
+def autoregressive(policy, prompt, *, max_new_tokens, min_new_tokens=0, stop_tokens=(), temperature=1.0, top_k=0,
+                   top_p=1.0):
+    """{(tokens, stopped): probability} of sampling one token at a time, in float64."""
+    scores = prefix_logits(policy, prompt, max_new_tokens)
+    out = {}
+
+    def walk(prefix, mass):
+        banned = stop_tokens if len(prefix) < min_new_tokens else ()
+        p = process(scores[prefix], temperature, top_k, top_p, banned)
+        for token in np.flatnonzero(p):
+            tokens, stopped = (*prefix, int(token)), int(token) in stop_tokens
+            if stopped or len(tokens) == max_new_tokens:
+                out[tokens, stopped] = mass * p[token]
+            else:
+                walk(tokens, mass * p[token])
+
+    walk((), 1.0)
+    return out
+
+
+def sequences(out):
+    """[(generated tokens, finished)] of a Rollout's rows."""
+    tokens, lengths, finished = (np.asarray(x) for x in (out.tokens, out.lengths, out.finished))
+    return [(tuple(map(int, t[:n])), bool(f)) for t, n, f in zip(tokens, lengths, finished, strict=True)]
+
+
+def distance(a, b):
+    """The largest difference between two distributions given as dictionaries."""
+    return max(abs(a.get(x, 0.0) - b.get(x, 0.0)) for x in a.keys() | b.keys())
+
+

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
@@ -115,20 +116,22 @@ def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, se
     optimizer, draft_optimizer = optimizers(settings)
     draft_opt_state = _init_optimizer(draft_optimizer, draft.weights) if trains_draft(draft, settings) else ()
     mesh = current_mesh()
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    zero, key = jax.jit(lambda: (jnp.zeros((), jnp.int32), jax.random.key(seed)), out_shardings=everywhere)()
-    counts = [zero, *(zero.copy() for _ in range(4))]  # one buffer each: the update donates them all
+    everywhere = None if mesh is None else NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    # one buffer each, since the update donates them all
+    counts = [jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=everywhere)() for _ in range(5)]
+    data = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    key = jax.random.wrap_key_data(jax.jit(lambda: jnp.asarray(data), out_shardings=everywhere)())
     return TrainState(policy, draft, _init_optimizer(optimizer, policy.weights), draft_opt_state, *counts, key)
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, weights: Any) -> Any:
-    mesh = current_mesh()
-    if mesh is None:
+    if current_mesh() is None:
         return jax.jit(optimizer.init)(weights)
     # zeros depend on nothing, so XLA would not place them by itself
     shapes = jax.eval_shape(optimizer.init, weights)
+    everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
     shardings = optax.tree_map_params(optimizer, lambda _, weight: weight.sharding, shapes, weights,
-                                      transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()))
+                                      transform_non_params=lambda _: everywhere)
     return jax.jit(optimizer.init, out_shardings=shardings)(weights)
 
 

@@ -239,7 +239,8 @@ def test_the_updates_own_logprobs_are_the_rollouts():
     gaps = []
     for temperature in (0.8, 0.0):
         rollout = jspec.rollout(state.policy, state.draft, prompts, sampling=jspec.Sampling(
-            max_new_tokens=T, temperature=temperature, stop_tokens=tuple(range(0, 23, 2))), speculation=jspec.Speculation(k=2))
+            max_new_tokens=T, temperature=temperature, stop_tokens=tuple(range(0, 23, 2))),
+            speculation=jspec.Speculation(k=2))
         assert bool(jnp.any(rollout.finished))  # so that end tokens are among them
         batch = up.make_batch(prompts, rollout, jnp.ones(N))
         gap = own_logprobs(state.policy, batch, temperature) - batch.logprobs

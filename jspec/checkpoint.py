@@ -1,0 +1,249 @@
+"""Checkpoints of a run: all that training carries, saved in the background, kept by count, whole or not there at all.
+
+`output_dir/checkpoints/STEP` holds the items `policy`, `draft`, `optimizer` (with counters and key) and `meta` (model
+config, position in the data), so that a policy can be read without the rest; `output_dir/config.yaml` is the run's
+configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+import jspec.drafts
+from jspec.config import Config, load_config, to_yaml
+from jspec.distributed import any_process, is_main
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.model import ModelConfig, Policy, RopeConfig, param_specs
+from jspec.rl.state import TrainState
+from jspec.sharding import spec_sharding
+
+log = logging.getLogger(__name__)
+
+COUNTERS = ("updates", "skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
+FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile", "reward.workers",
+                  "speculation.kernels")
+"""What a run may be resumed with another value of: nothing that decides what it computes."""
+
+
+def check_config(config: Config) -> None:
+    """Refuse to resume a run under another configuration, and write the run's own where there is none yet.
+
+    Raises InputError naming the key, and what it was.
+    """
+    path = Path(config.output_dir) / "config.yaml"
+    if path.exists():
+        before, now = dict(_flat(dataclasses.asdict(load_config(path)))), dict(_flat(dataclasses.asdict(config)))
+        for key in now:
+            if now[key] != before[key] and not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE):
+                raise InputError(f"{config.output_dir} holds a run with {key}={before[key]}, not {now[key]}; give that "
+                                 "value to go on with it, or choose another output_dir")
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(".tmp")
+        whole.write_text(to_yaml(config))
+        whole.replace(path)
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        # options and architecture are compared whole: their keys are not the configuration's
+        if isinstance(value, dict) and not prefix:
+            yield from _flat(value, f"{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state, by item; those without any array are left out."""
+    items = {
+        "policy": state.policy.weights,
+        "draft": None if state.draft is None else {"weights": state.draft.weights, "state": state.draft.state},
+        "optimizer": {"policy": state.opt_state, "draft": state.draft_opt_state, "key": jax.random.key_data(state.key),
+                      **{name: getattr(state, name) for name in COUNTERS}},
+    }
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
+
+
+def _put_back(state: TrainState, items: dict[str, Any]) -> TrainState:
+    optimizer = items["optimizer"]
+    draft = state.draft.replace(**items["draft"]) if "draft" in items else state.draft
+    return state.replace(policy=state.policy.replace(weights=items["policy"]), draft=draft,
+                         opt_state=optimizer["policy"], draft_opt_state=optimizer["draft"],
+                         key=jax.random.wrap_key_data(optimizer["key"]), **{name: optimizer[name] for name in COUNTERS})
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+        with Checkpoints(output_dir, keep=2) as checkpoints:
+            restored = checkpoints.restore(state)           # (step, state, data position), or None
+            checkpoints.save(step, state, data.state())     # copies now, writes in the background
+    """
+
+    def __init__(self, output_dir: str | Path, keep: int):
+        self.directory = Path(output_dir).absolute() / "checkpoints"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.keep = keep
+        self.manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True,
+                                               enable_async_checkpointing=True)
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: TrainState, data: dict) -> None:
+        """Save the state after `step` steps. `data` is the position in the data, as JSON can hold it."""
+        policy = state.policy
+        meta = {"step": step, "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
+
+    def restore(self, state: TrainState) -> tuple[int, TrainState, dict] | None:
+        """The latest checkpoint that can be read, placed as `state` is, whose own arrays are freed first.
+
+        One that cannot is set aside with a warning, and the one before it is tried. Returns None if there is none at
+        all; raises InputError if none of those there are can be read.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        wanted = {name: _abstract(tree) for name, tree in _items(state).items()}
+        for leaf in jax.tree.leaves(_items(state)) if steps else ():
+            leaf.delete()
+        for step in steps:
+            items, reason = self._read(step, wanted)
+            if not any_process(items is None):
+                return step, _put_back(state, items), items["meta"]["data"]
+            if step == steps[-1]:
+                raise InputError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}), and there is "
+                                 f"no earlier one; remove {self.directory.parent} to start over, or choose another "
+                                 "output_dir")
+            self._set_aside(step, reason)
+        return None
+
+    def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict | None, str]:
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        try:
+            return dict(self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))), ""
+        except Exception as error:  # what is cut short raises whatever its reader comes to trip over
+            return None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Move a broken checkpoint out of the way: its step will be saved again."""
+        log.warning("the checkpoint %s cannot be read (%s): set aside, going back to the one before it",
+                    self.directory / str(step), reason)
+        self.manager.close()
+        if is_main():
+            broken = self.directory.parent / "broken_checkpoints"
+            broken.mkdir(exist_ok=True)
+            taken = len(os.listdir(broken))
+            (self.directory / str(step)).rename(broken / f"{step}-{taken}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self.manager = self._open()
+
+    def wait(self) -> None:
+        """Return when everything saved is on disk."""
+        self.manager.wait_until_finished()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.manager.close()  # waits for what is being written
+
+
+def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run, with `key=value` overrides. Raises InputError if the directory is not one."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.exists():
+        raise InputError(f"{run_dir} is not the output_dir of a run: it has no config.yaml")
+    return load_config(path, overrides)
+
+
+def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
+    """Items of a run's latest checkpoint. Raises InputError if there is none, or it cannot be read."""
+    directory = Path(run_dir).absolute() / "checkpoints"
+    if not directory.is_dir():
+        raise InputError(f"{run_dir} has no checkpoint yet; train with it first")
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{run_dir} has no checkpoint yet; train with it first")
+        try:
+            return dict(manager.restore(step, args=ocp.args.Composite(**items)))
+        except Exception as error:  # as above
+            raise InputError(f"the checkpoint {directory / str(step)} cannot be read ({type(error).__name__}); move it "
+                             "away, and the one before it is taken") from error
+
+
+def _meta(run_dir: str | Path) -> dict:
+    return _restore(run_dir, meta=ocp.args.JsonRestore())["meta"]
+
+
+def _model_config(meta: dict) -> ModelConfig:
+    fields = dict(meta["model"])
+    return ModelConfig(**fields | {"rope": RopeConfig(**fields["rope"]), "stop_tokens": tuple(fields["stop_tokens"])})
+
+
+def _is_spec(x: Any) -> bool:
+    return hasattr(x, "axes")
+
+
+def _placed(specs: Any, config: ModelConfig) -> Any:
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: one, specs, is_leaf=_is_spec)
+    else:
+        shardings = spec_sharding(specs, config, mesh)
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs, shardings,
+                        is_leaf=_is_spec)
+
+
+def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
+    """The policy of a run's latest checkpoint, in the training layout, on the mesh of `jax.set_mesh` if there is one.
+
+    Args:
+      run_dir: a run's output_dir.
+      dtype: what is computed in; default what the run computed in.
+
+    Raises InputError if there is no such run or checkpoint, or it cannot be read.
+    """
+    run_config(run_dir)
+    meta = _meta(run_dir)
+    config = _model_config(meta)
+    weights = _restore(run_dir, policy=ocp.args.StandardRestore(_placed(param_specs(config), config)))["policy"]
+    return Policy(weights, config, dtype or meta["dtype"])
+
+
+def load_draft(run_dir: str | Path) -> Draft | None:
+    """The draft of a run's latest checkpoint, or None if the run had none. Raises as `load_policy` does."""
+    section = run_config(run_dir).draft
+    if section.name == "none":
+        return None
+
+    config, make = _model_config(_meta(run_dir)), getattr(jspec.drafts, section.name)
+    weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), param_specs(config), is_leaf=_is_spec)
+    draft = jax.eval_shape(lambda weights: make(Policy(weights, config), jax.random.key(0), **section.options), weights)
+    if not jax.tree.leaves(draft):
+        return draft
+    tree = {"weights": _placed(draft.module.specs(draft.config), config), "state": draft.state}
+    return draft.replace(**_restore(run_dir, draft=ocp.args.StandardRestore(tree))["draft"])
+
+
+def load_run(run_dir: str | Path, overrides: Sequence[str] = (), dtype: str | None = None) -> tuple:
+    """(Config, Policy, Draft or None) of a run's latest checkpoint; see `load_policy` and `run_config`."""
+    return run_config(run_dir, overrides), load_policy(run_dir, dtype), load_draft(run_dir)

@@ -1,0 +1,114 @@
+"""From a configuration to what a run starts from: checks, tokenizer, policy, reference, draft, sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import jspec.drafts
+from jspec import hub
+from jspec.checkpoint import load_draft
+from jspec.config import Config
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.model import ModelConfig, Policy, RopeConfig, init_policy
+from jspec.rl.rewards import check_reward
+from jspec.sharding import check_mesh, check_rows
+from jspec.speculate import Sampling
+
+# folded into the run's key as steps are; no step has these numbers
+POLICY_KEY, DRAFT_KEY = 2**32 - 1, 2**32 - 2
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """Raise InputError for what would fail later, without loading any weights."""
+    check_reward(config.reward.function, config.data.source)
+    rows, layout = config.data.prompts_per_step * config.data.group_size, "train"
+    check_rows(rows, mesh, layout)
+    if config.grpo.micro_batch:
+        check_rows(config.grpo.micro_batch, mesh, layout)
+    model = model_config(config)
+    check_mesh(model, mesh)
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if longest > model.max_position_embeddings:
+        raise InputError(f"data.max_prompt_tokens + sampling.max_new_tokens = {longest} is more than the model's "
+                         f"{model.max_position_embeddings} positions; lower one of them")
+    if not config.checkpoint.resume and any(Path(config.output_dir).glob("checkpoints/[0-9]*")):
+        raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; choose another "
+                         "output_dir, or checkpoint.resume=true to go on from them")
+
+
+def model_config(config: Config) -> ModelConfig:
+    """The policy's shape, without its weights. Raises InputError for an architecture that is none."""
+    if config.model.name != "random":
+        return hub.read_config(config.model.name)
+    fields, known = dict(config.model.architecture), {f.name: f for f in dataclasses.fields(ModelConfig)}
+    for name in fields.keys() - known.keys():
+        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise InputError(f"unknown key 'model.architecture.{name}'; did you mean '{near}'?")
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
+    if missing:
+        raise InputError(f"model.architecture needs {', '.join(missing)} too")
+    fields["stop_tokens"] = tuple(fields.get("stop_tokens", ()))
+    try:
+        return ModelConfig(**fields | {"rope": RopeConfig(**fields.get("rope", {}))})
+    except TypeError as error:
+        raise InputError(f"model.architecture: {error}") from error
+
+
+def make_tokenizer(config: Config) -> Any:
+    """The tokenizer that `config.model` names."""
+    return hub.load_tokenizer(config.model.tokenizer or config.model.name)
+
+
+def make_policy(config: Config, tokenizer: Any) -> Policy:
+    """The policy before the first step, on the mesh. Raises InputError if the tokenizer has ids that it has not."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    shape = model_config(config)
+    if len(tokenizer) > shape.vocab_size:
+        name = config.model.tokenizer or config.model.name
+        raise InputError(f"the tokenizer {name} has {len(tokenizer)} tokens, the model {config.model.name} only "
+                         f"{shape.vocab_size}; give the model its own, or a larger vocab_size")
+    if config.model.name == "random":
+        return init_policy(shape, jax.random.fold_in(jax.random.key(config.seed), POLICY_KEY), dtype)
+    return hub.load(config.model.name, dtype=dtype)
+
+
+def make_reference(config: Config, policy: Policy) -> Policy | None:
+    """A frozen copy of the first policy in its compute dtype, if the objective has a KL term."""
+    if not config.grpo.kl_weight:
+        return None
+    # `+ 0` makes a buffer of its own: the policy's is donated
+    weights = jax.jit(lambda w: jax.tree.map(lambda x: (x + 0).astype(policy.dtype), w))(policy.weights)
+    return policy.replace(weights=weights)
+
+
+def make_draft(config: Config, policy: Policy) -> Draft | None:
+    """The draft before the first step: fresh, or from `draft.path`. Raises InputError if it does not fit the policy."""
+    section = config.draft
+    if section.name == "none":
+        return None
+    if section.path is not None:
+        draft = load_draft(section.path)
+        if draft is None or draft.config.name != section.name:
+            held = "no" if draft is None else f"a {draft.config.name}"
+            raise InputError(f"draft.path={section.path} holds {held} draft, and draft.name is {section.name}")
+        draft.check(policy)
+        return draft
+    key = jax.random.fold_in(jax.random.key(config.seed), DRAFT_KEY)
+    try:
+        return getattr(jspec.drafts, section.name)(policy, key, **section.options)
+    except TypeError as error:
+        raise InputError(f"draft.options: {error}") from error
+
+
+def make_sampling(config: Config) -> Sampling:
+    """`Sampling` as the configuration has it."""
+    return Sampling(**dataclasses.asdict(config.sampling))

@@ -1,0 +1,310 @@
+"""The training loop: data, reshard, rollout, rewards, advantages, update, metrics, checkpoint, and again.
+
+Everything that the user may have got wrong is looked for first, in the order of what it costs to look.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from rich.console import Console
+from rich.logging import RichHandler
+
+from jspec.checkpoint import Checkpoints, check_config
+from jspec.config import Config
+from jspec.distributed import any_process, is_main
+from jspec.metrics import Clock, Metrics, phase_table, table
+from jspec.model import Policy, reshard
+from jspec.prepare import check, make_draft, make_policy, make_reference, make_sampling, make_tokenizer
+from jspec.profiling import trace
+from jspec.rl.advantages import group_advantages
+from jspec.rl.prompts import Prompt, PromptData
+from jspec.rl.rewards import FAILURES, RewardInput, RewardPool
+from jspec.rl.state import TrainState
+from jspec.rl.update import UpdateSettings, init_state, make_batch, trains_draft, update
+from jspec.sharding import make_mesh, partition
+from jspec.speculate import PromptBatch, Rollout, Speculation, rollout
+from jspec.speculate.types import BUCKETS
+
+log = logging.getLogger(__name__)
+
+def train(config: Config) -> int:
+    """Run or resume the training that `config` describes, with metrics and checkpoints in its output_dir.
+
+    Returns the exit code: 0 when all steps are done, 1 after too many updates in a row with a non-finite loss or
+    gradient, 128 + n after signal n, in every case with a checkpoint to go on from. Raises InputError for what the user
+    can put right, before anything expensive is done.
+    """
+    console = Console(quiet=not is_main())
+    set_up_logging(config.log_level, console)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    with jax.set_mesh(mesh), ExitStack() as stack:
+        check(config, mesh)
+        stop = stack.enter_context(StopSignal())
+        pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s))
+        tokenizer = make_tokenizer(config)
+        data = PromptData(config.data, tokenizer, seed=config.seed)
+        check_config(config)
+        policy = make_policy(config, tokenizer)
+        reference = make_reference(config, policy)
+        draft = make_draft(config, policy)
+        settings = UpdateSettings.of(config)
+        checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))
+        done, state = resume(config, checkpoints, data, init_state(policy, draft, settings, config.seed))
+        del policy, draft
+        metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
+        metrics.say(opening(config, mesh, done))
+        run = Run(config, mesh, tokenizer, data, pool, checkpoints, metrics, stop)
+        code = loop(run, state, reference, done)
+    console.print(table(metrics.records))
+    console.print(phase_table(metrics.records))
+    console.print(closing(config, code, len(metrics.records)), highlight=False, soft_wrap=True)
+    return code
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run has besides its state: where prompts come from and where results go."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Any
+    data: PromptData
+    pool: RewardPool
+    checkpoints: Checkpoints
+    metrics: Metrics
+    stop: StopSignal
+
+
+def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> int:
+    """The steps from `done` on. Returns the exit code, with every checkpoint on disk."""
+    config, sampling = run.config, make_sampling(run.config)
+    speculation = Speculation(k=config.speculation.k, rule=config.speculation.rule)
+    layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
+    learn = make_learn(config, state)
+    code, saving = 0, 0.0
+    for step in range(done, config.steps):
+        clock = Clock()
+        with traced(config, step):
+            with clock("data"):
+                prompts = next(run.data)
+                batch = make_prompt_batch(run, prompts, jax.random.fold_in(state.key, step))
+            with clock("reshard"):
+                weights = jax.block_until_ready(reshard(state.policy, layout=layout))
+            with clock("rollout"):
+                out = rollout(weights, state.draft, batch, sampling=sampling, speculation=speculation)
+                on_host = fetch(out)
+            del weights  # the rollout's copy of the policy is gone before the update needs the memory
+            with clock("reward"):
+                rewards, failures = grade(run, prompts, on_host)
+            with clock("update"):
+                state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))
+        clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
+        run.metrics.write({"step": step + 1, **describe(on_host, rewards, clock), **failures, **learned,
+                           **clock.record()})
+        code = exit_code(run, learned)
+        if code == 1:
+            break  # the last checkpoint is of a better time
+        saving = save(run, step + 1, state, always=bool(code))
+        if code:
+            break
+    run.checkpoints.wait()
+    return code
+
+
+def save(run: Run, step: int, state: TrainState, always: bool) -> float:
+    """Save where it is time to, or `always`. Returns the seconds for which the loop had to wait."""
+    if not (always or step == run.config.steps or step % run.config.checkpoint.every == 0):
+        return 0.0
+    clock = Clock()
+    with clock("checkpoint"):
+        run.checkpoints.save(step, state, run.data.state())
+    return clock.seconds["checkpoint"]
+
+
+def exit_code(run: Run, learned: dict[str, Any]) -> int:
+    """Why to stop after this step, or 0; the same on every process. Says so where an update was skipped."""
+    limit, code = run.config.grpo.max_skipped, 0
+    for side, prefix in (("policy", ""), ("draft", "draft_")):
+        in_row = learned[f"{prefix}skipped_in_row"]
+        if in_row:
+            run.metrics.say(f"the {side}'s loss or gradient was not finite: update skipped ({in_row} in a row, "
+                            f"{learned[f'{prefix}skipped']} in all)", "bold red")
+        if in_row >= limit:
+            run.metrics.say(f"grpo.max_skipped={limit} such updates in a row: stopping; lower the {side}'s learning "
+                            "rate, or look at its data", "bold red")
+            code = 1
+    if any_process(run.stop.number is not None):
+        code = code or 128 + (run.stop.number or signal.SIGTERM)
+    return code
+
+
+# --- what a step is made of ---
+
+
+def make_prompt_batch(run: Run, prompts: Sequence[Prompt], key: jax.Array) -> PromptBatch:
+    """The step's prompts on the mesh. Every process has them all and makes the rows that its devices hold."""
+    longest = run.config.data.max_prompt_tokens
+    batch = PromptBatch.from_tokens([prompt.tokens for prompt in prompts], group_size=run.config.data.group_size,
+                                    seed=key, buckets=(*(b for b in BUCKETS if b < longest), longest))
+    put = partial(place, run.mesh)
+    return batch.replace(tokens=put(batch.tokens, "batch", None), lengths=put(batch.lengths, "batch"),
+                         sequence_ids=put(batch.sequence_ids, "batch"))
+
+
+def place(mesh: Mesh, x: Any, *axes: str | None) -> jax.Array:
+    """An array that every process has whole, sharded over the mesh by logical axes."""
+    x = np.asarray(x)
+    sharding = NamedSharding(mesh, partition(mesh, "rollout", x.shape, axes))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def fetch(out: Rollout) -> Rollout:
+    """A rollout as NumPy arrays, whole on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(out)
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), out)
+
+
+def grade(run: Run, prompts: Sequence[Prompt], out: Rollout) -> tuple[np.ndarray, dict[str, int]]:
+    """Rewards float32 [N] and counts of failures, of all rows; each process grades its own share of them."""
+    group = run.config.data.group_size
+    rows = np.array_split(np.arange(len(out.lengths)), jax.process_count())[jax.process_index()]
+    items = [RewardInput(prompts[row // group].text, answer_text(run.tokenizer, out, row), prompts[row // group].answer,
+                         prompts[row // group].meta) for row in rows]
+    graded = run.pool.grade(items)
+    rewards = np.zeros(len(out.lengths), np.float32)
+    rewards[rows] = graded.rewards
+    counts = np.array([graded.failures[kind] for kind in FAILURES], np.int32)
+    if jax.process_count() > 1:
+        rewards, counts = (multihost_utils.process_allgather(x).sum(0) for x in (rewards, counts))
+    by_kind = {f"reward_failures/{kind}": int(n) for kind, n in zip(FAILURES, counts, strict=True)}
+    return rewards, {"reward_failures": int(counts.sum()), **by_kind}
+
+
+def answer_text(tokenizer: Any, out: Rollout, row: int) -> str:
+    """A row's answer as text, without the token that ended it."""
+    tokens = out.tokens[row][out.mask[row]]
+    return tokenizer.decode(tokens[: len(tokens) - int(out.finished[row])], skip_special_tokens=True)
+
+
+def make_learn(config: Config, state: TrainState) -> Callable:
+    """`learn(state, reference, prompts, rollout, rewards) -> (state, record)`: one jitted, donated update, done
+    `updates_per_rollout` times. The record holds plain numbers."""
+    settings = UpdateSettings.of(config)
+
+    def one(state, reference, prompts, out, rewards):
+        advantages = group_advantages(rewards, config.data.group_size, config.grpo.advantage)
+        return update(state, reference, make_batch(prompts, out, advantages), settings)
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compiled = jax.jit(one, donate_argnums=0, out_shardings=(shardings, None))
+    trained = trains_draft(state.draft, settings)
+
+    def learn(state, reference, prompts, out, rewards):
+        due = trained and int(state.updates) // settings.updates_per_rollout % settings.draft_every == 0
+        records = []
+        for _ in range(settings.updates_per_rollout):
+            state, metrics = compiled(state, reference, prompts, out, rewards)
+            records.append(metrics)
+        records = jax.device_get(records)
+        # counts are those of the last update; the gap to the verifier means something at the first one only
+        record = {name: np.mean([r[name] for r in records], axis=0).tolist() for name in records[0]
+                  if due or not name.startswith("draft/")}
+        record |= {name: float(records[0][name]) for name in ("logprob_gap", "logprob_gap_mean")}
+        return state, record | {name: int(value) for name, value in records[-1].items() if "skipped" in name}
+
+    return learn
+
+
+def describe(out: Rollout, rewards: np.ndarray, clock: Clock) -> dict[str, Any]:
+    """The rollout in numbers."""
+    stats, tokens = out.stats, int(out.lengths.sum())
+    record = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()), "length": float(out.lengths.mean()),
+              "finished": float(out.finished.mean()), "tokens": tokens,
+              "tokens_per_second": round(tokens / clock.seconds["rollout"], 2),
+              "acceptance_length": tokens / int(stats.cycles.sum())}
+    if stats.drafted.sum():
+        record["acceptance"] = float(stats.accepted.sum() / stats.drafted.sum())
+        record["acceptance_by_position"] = (stats.accepted / np.maximum(stats.drafted, 1)).tolist()
+    return record
+
+
+def traced(config: Config, step: int) -> AbstractContextManager:
+    """The profiler, around the one step that the configuration asks for."""
+    return trace(Path(config.output_dir) / "trace") if step == config.profile.trace_step else nullcontext()
+
+
+def resume(config: Config, checkpoints: Checkpoints, data: PromptData, state: TrainState) -> tuple[int, TrainState]:
+    """(steps done, state) of the latest checkpoint, with `data` set to its position; or (0, state)."""
+    restored = checkpoints.restore(state)
+    if restored is None:
+        return 0, state
+    done, state, position = restored
+    data.restore(position)
+    return done, state
+
+
+# --- around it ---
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
+
+    def __init__(self):
+        self.number: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # Python has signals there only
+            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number: int, _frame: Any) -> None:
+        if self.number is not None:
+            raise SystemExit(128 + number)
+        self.number = number
+        name = signal.Signals(number).name
+        print(f"jspec: {name}: stopping after this step, with a checkpoint; again to stop at once", file=sys.stderr)
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def set_up_logging(level: str, console: Console) -> None:
+    """jspec's own log goes through the console, above the progress bar; libraries' only from warnings on."""
+    ours = logging.getLogger("jspec")
+    ours.setLevel(level.upper())
+    ours.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
+    ours.propagate = False
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def opening(config: Config, mesh: Mesh, done: int) -> str:
+    """The first line of a run."""
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    draft = "no draft" if config.draft.name == "none" else f"{config.draft.name} drafts, k = {config.speculation.k}"
+    start = f"going on after step {done}" if done else "the first step compiles"
+    return f"{config.model.name} on {mesh.size} {jax.default_backend()} device(s) ({shape}), {draft}; {start}"
+
+
+def closing(config: Config, code: int, steps: int) -> str:
+    """The last line of a run."""
+    where = f"metrics and checkpoints are in {config.output_dir}"
+    if code:
+        return f"stopped after step {steps} of {config.steps}; {where}; the same command goes on"
+    return f"all {config.steps} steps are done; {where}"

@@ -126,8 +126,7 @@ def _train(arguments) -> int:
 
     distributed.initialize()
     signal.signal(signal.SIGTERM, _terminate)  # JAX's service for several processes has put a handler of its own there
-    train(config)
-    return 0
+    return train(config)
 
 
 def _rollout(arguments) -> int:
@@ -192,7 +191,8 @@ def _terminate(number, _frame):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 after ^C."""
+    """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on stderr), 128 + n after
+    signal n; `train` has one more (see `jspec.train`)."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         chosen = _parse(arguments)

@@ -14,14 +14,18 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 import jspec
+from jspec.checkpoint import load_run
 from jspec.config import Config, load_config
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
+from jspec.prepare import make_policy, make_sampling, make_tokenizer
 from jspec.rl.prompts import PromptData, encode_prompt
 from jspec.rl.rewards import RewardInput, RewardPool, check_reward
+from jspec.train import answer_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +43,20 @@ def open_source(name: str, overrides: list[str], dtype: str | None = None) -> So
 
     Raises InputError for what cannot be found or read.
     """
-    directory = Path(name)
-    if (directory / "checkpoints").is_dir():
-        from jspec.checkpoint import load_run
-
-        config, policy, draft = load_run(directory, overrides, dtype)
-        return Source(policy, jspec.load_tokenizer(config.model.tokenizer or config.model.name), draft, config)
-    if directory.suffix in (".yaml", ".yml"):
-        config = load_config(directory, overrides)
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        config, policy, draft = load_run(path, overrides, dtype)
+        return Source(policy, make_tokenizer(config), draft, config)
+    if path.suffix in (".yaml", ".yml"):
+        config = load_config(path, overrides)
         if config.model.name == "random":
             raise InputError(f"{name} trains a policy drawn at random: give the output_dir of its run instead")
     else:
         config = load_config(None, [f"model.name='{name}'", *overrides])
-    if dtype is None and config.model.dtype != "auto":
-        dtype = config.model.dtype
-    policy = jspec.load(config.model.name, dtype=dtype)
-    return Source(policy, jspec.load_tokenizer(config.model.tokenizer or config.model.name), None, config)
+    if dtype is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    tokenizer = make_tokenizer(config)
+    return Source(make_policy(config, tokenizer), tokenizer, None, config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ def rollout(arguments) -> int:
         tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
         batch = jspec.PromptBatch.from_tokens([tokens], group_size=arguments.samples, seed=arguments.seed)
         policy = jspec.reshard(source.policy)
-    sampling = sampling_of(source.config)
+    sampling = make_sampling(source.config)
     speculation = jspec.Speculation(k=arguments.k, rule=arguments.rule)
     with console.status("decoding one token at a time"):
         plain = time_rollout(policy, None, batch, sampling, speculation)
@@ -103,9 +105,8 @@ def rollout(arguments) -> int:
         with console.status(f"decoding with {draft.config.name} drafts"):
             fast = time_rollout(policy, draft, batch, sampling, speculation)
 
-    def text(timed: Timed) -> str:
-        row = timed.rollout.tokens[0][timed.rollout.mask[0]]
-        return source.tokenizer.decode(row, skip_special_tokens=True)
+    def text(timed: Timed) -> Text:
+        return Text(answer_text(source.tokenizer, timed.rollout, 0))  # a model may write what looks like markup
 
     console.print(Panel(text(plain), title="autoregressive", title_align="left"))
     if fast is not None:
@@ -126,11 +127,6 @@ def make_draft(source: Source, name: str | None) -> Draft | None:
     if chosen != "ngram":
         print(f"jspec: this {chosen} draft is fresh, not trained: few of its tokens will be accepted", file=sys.stderr)
     return getattr(jspec.drafts, chosen)(source.policy, jax.random.key(0))
-
-
-def sampling_of(config: Config) -> Any:
-    """`jspec.Sampling` as a configuration has it."""
-    return jspec.Sampling(**dataclasses.asdict(config.sampling))
 
 
 def compare(plain, fast) -> str:
@@ -202,7 +198,7 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
     data = PromptData(dataclasses.replace(config.data, prompts_per_step=batch), source.tokenizer, seed=config.seed)
     if prompts > len(data.records):
         raise InputError(f"--prompts {prompts} is more than {config.data.source} has: {len(data.records)}")
-    key, sampling = jax.random.key(config.seed), sampling_of(config)
+    key, sampling = jax.random.key(config.seed), make_sampling(config)
     speculation = jspec.Speculation(k=config.speculation.k, rule=config.speculation.rule)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
     with RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool:
@@ -237,11 +233,9 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
 
 def grading(tokenizer, prompts, out, samples: int) -> list[RewardInput]:
     """What the reward function is shown of every answer."""
-    def response(row: int) -> str:
-        return tokenizer.decode(out.tokens[row][out.mask[row]], skip_special_tokens=True)
-
-    return [RewardInput(prompts[row // samples].text, response(row), prompts[row // samples].answer,
-                        prompts[row // samples].meta) for row in range(len(out.lengths))]
+    asked = [prompt for prompt in prompts for _ in range(samples)]
+    return [RewardInput(prompt.text, answer_text(tokenizer, out, row), prompt.answer, prompt.meta)
+            for row, prompt in enumerate(asked)]
 
 
 def export(arguments) -> int:

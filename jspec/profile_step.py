@@ -2,26 +2,29 @@
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 import jspec
 from jspec.config import Config
+from jspec.metrics import Clock
 from jspec.model import to_rollout
+from jspec.prepare import check, make_draft, make_policy, make_reference, make_sampling, make_tokenizer
 from jspec.profiling import PARTS, PHASES, Phase, memory_of, module_name, phases_of_program, seconds_by_phase, trace
+from jspec.rl.advantages import group_advantages
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
 from jspec.rl.update import UpdateSettings, init_state, make_batch, update
 from jspec.sharding import make_mesh
+from jspec.train import Run, make_prompt_batch, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,73 +35,68 @@ class Step:
     state: TrainState
     reference: Any
     prompts: Any
-    advantages: jax.Array
+    rewards: jax.Array
 
-    def run(self, clock: Callable[[str, float], None] = lambda name, seconds: None) -> tuple["Step", Any]:
-        """Runs reshard, rollout and update, telling `clock` the seconds of each. Returns (next step, rollout)."""
-        def timed(name, *arguments):
-            start = time.perf_counter()
-            out = jax.block_until_ready(self.programs[name](*arguments))
-            clock(name, time.perf_counter() - start)
-            return out
-
-        policy = timed("reshard", self.state.policy)
-        out = timed("rollout", policy, self.state.draft, self.prompts)
+    def run(self, clock: Clock) -> tuple["Step", Any]:
+        """Runs reshard, rollout and update, each a phase of the clock. Returns (the step after it, its rollout)."""
+        with clock("reshard"):
+            policy = jax.block_until_ready(self.programs["reshard"](self.state.policy))
+        with clock("rollout"):
+            out = jax.block_until_ready(self.programs["rollout"](policy, self.state.draft, self.prompts))
         del policy  # as in training: the rollout's weights are gone before the update needs memory
-        state, _ = timed("update", self.state, self.reference, self.prompts, out, self.advantages)
+        with clock("update"):
+            state, _ = jax.block_until_ready(
+                self.programs["update"](self.state, self.reference, self.prompts, out, self.rewards))
         return dataclasses.replace(self, state=state), out
 
 
-def compile_step(config: Config) -> Step:
-    """Compiles the step of a configuration, on the mesh of `jax.set_mesh`. Rewards are left out: they are the host's.
+def compile_step(config: Config, mesh: Mesh) -> Step:
+    """Compiles the step of a configuration, as the training loop does, for its first prompts.
 
-    Advantages are +1 and -1 in turn, so that every token is trained.
+    Rewards are the host's work and no part of it: here they are 1 and 0 in turn, so that every token is trained.
     """
-    from jspec.train import make_draft, make_policy, make_sampling, make_tokenizer
-
-    tokenizer = make_tokenizer(config)
+    check(config, mesh)
+    tokenizer, settings = make_tokenizer(config), UpdateSettings.of(config)
     policy = make_policy(config, tokenizer)
+    reference = make_reference(config, policy)
     draft = make_draft(config, policy)
-    settings = UpdateSettings.of(config)
-    reference = jax.tree.map(jnp.copy, policy) if config.grpo.kl_weight else None
+    data = PromptData(config.data, tokenizer, seed=config.seed)
+    run = Run(config, mesh, tokenizer, data, pool=None, checkpoints=None, metrics=None, stop=None)
+    prompts = make_prompt_batch(run, next(data), jax.random.key(config.seed))
+    rewards = place(mesh, np.resize(np.float32([1, 0]), prompts.sequence_ids.shape), "batch")
     state = init_state(policy, draft, settings, config.seed)
-    chosen = next(PromptData(config.data, tokenizer, seed=config.seed))
-    prompts = jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=config.data.group_size,
-                                            seed=config.seed)
-    advantages = jnp.asarray(np.resize([1.0, -1.0], prompts.sequence_ids.shape), jnp.float32)
+    layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
     speculation = jspec.Speculation(k=config.speculation.k, rule=config.speculation.rule)
 
-    def learn(state, reference, prompts, out, advantages):
+    def learn(state, reference, prompts, out, rewards):
+        advantages = group_advantages(rewards, config.data.group_size, config.grpo.advantage)
         return update(state, reference, make_batch(prompts, out, advantages), settings)
 
-    layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
     reshard = jax.jit(partial(to_rollout, layout=layout)).lower(policy).compile()
     resharded = reshard(policy)
     rollout = jax.jit(partial(jspec.rollout, sampling=make_sampling(config), speculation=speculation))
     rollout = rollout.lower(resharded, draft, prompts).compile()
     out = rollout(resharded, draft, prompts)
-    learn = jax.jit(learn, donate_argnums=0).lower(state, reference, prompts, out, advantages).compile()
-    return Step({"reshard": reshard, "rollout": rollout, "update": learn}, state, reference, prompts, advantages)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    learn = jax.jit(learn, donate_argnums=0, out_shardings=(shardings, None))
+    learn = learn.lower(state, reference, prompts, out, rewards).compile()
+    return Step({"reshard": reshard, "rollout": rollout, "update": learn}, state, reference, prompts, rewards)
 
 
 def profile(config: Config, directory: Path) -> int:
     """`jspec profile`: prints the table, and writes trace and profile.json under `directory`."""
     console = Console()
-    mesh = config.mesh
-    with jax.set_mesh(make_mesh(mesh.data, mesh.fsdp, mesh.tensor)):
+    mesh, clock = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), Clock()
+    with jax.set_mesh(mesh):
         with console.status("compiling"):
-            step = compile_step(config)
+            step = compile_step(config, mesh)
         with console.status("timing"):
-            step, _ = step.run()
-            seconds: dict[str, float] = dict.fromkeys(step.programs, 0.0)
-
-            def clock(name: str, spent: float) -> None:
-                seconds[name] += spent / config.profile.repeats
-
+            step, _ = step.run(Clock())
             for _ in range(config.profile.repeats):
                 step, out = step.run(clock)
         with console.status("tracing"), trace(directory):
-            step.run()
+            step.run(Clock())
+    seconds = {name: total / config.profile.repeats for name, total in clock.seconds.items()}
     with console.status("reading the trace"):
         known = {}
         for name, compiled in step.programs.items():

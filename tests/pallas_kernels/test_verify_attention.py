@@ -25,7 +25,7 @@ def case(seed, lengths, t, size, heads=4, kv_heads=2, d=8, dtype=np.float32):
 def dense(q, k, v, cache_k, cache_v, lengths):
     out = []
     for i, length in enumerate(np.asarray(lengths)):
-        keys, values = (np.concatenate([np.asarray(c[i], np.float64).swapaxes(0, 1)[:length], np.asarray(x[i], np.float64)])
+        keys, values = (np.concatenate([np.asarray(c[i]).swapaxes(0, 1)[:length], np.asarray(x[i])])
                         for c, x in ((cache_k, k), (cache_v, v)))
         out.append(oracle.attention(np.asarray(q[i], np.float64), keys, values, length))
     return np.stack(out)

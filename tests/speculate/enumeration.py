@@ -1,8 +1,8 @@
 """Drives `jspec.speculate.cycle.cycle` over every accept, refuse and draw, cycle after cycle.
 
-Noise is the cycle's argument, and every uniform enters by a step function of at most 2^24 values. The thresholds are not
-presupposed: they are found in the code's own behaviour, by bisection between the points of a grid, one uniform after
-the other, for thousands of rows at once. An outcome's weight is the share of uniform values that lead to it, exactly.
+Noise is the cycle's argument, and every uniform enters by a step function of 2^24 values. The thresholds are not
+presupposed: they are found in the code's own behaviour by bisection, one uniform after the other, for thousands of rows
+at once. An outcome's weight is the share of uniform values that lead to it, exactly.
 """
 
 import importlib
@@ -157,8 +157,8 @@ def _one_cycle(cycle, pool, states):
     return origin, noise, weight
 
 
-def enumerate_sequences(policy, draft, prompt, *, k, max_new_tokens, stop_tokens=(), temperature=1.0, top_k=0, top_p=None,
-                        min_new_tokens=0):
+def enumerate_sequences(policy, draft, prompt, *, k, max_new_tokens, min_new_tokens=0, stop_tokens=(), temperature=1.0,
+                        top_k=0, top_p=None):
     """({(tokens, stopped): probability}, cycles) of all sequences that chains of cycles emit."""
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens,
                         min_new_tokens=min_new_tokens, stop_tokens=stop_tokens)

@@ -80,7 +80,8 @@ def test_rows_of_different_temperature_and_top_p():
     kinds = [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7), (0.0, 1.0)]
     samples = 20_000 * len(kinds)
     temperature, top_p = (jnp.tile(jnp.array(x), samples // len(kinds)) for x in zip(*kinds, strict=True))
-    emitted, policy = rows("table", "rejection", samples=samples, max_new_tokens=3, temperature=temperature, top_p=top_p)
+    emitted, policy = rows("table", "rejection", samples=samples, max_new_tokens=3, temperature=temperature,
+                           top_p=top_p)
     for i, (t, p) in enumerate(kinds):
         want = tiny.autoregressive(policy, PROMPT, max_new_tokens=3, stop_tokens=(3,), temperature=t, top_p=p)
         seen = Counter(emitted[i::len(kinds)])

@@ -68,7 +68,8 @@ def test_a_seed_is_required():
 
 
 def test_a_batch():
-    batch = jspec.PromptBatch.from_tokens([[1, 2, 3], [4]], group_size=3, seed=jax.random.key(5), buckets=(2, 4, 8), pad_token=7)
+    batch = jspec.PromptBatch.from_tokens([[1, 2, 3], [4]], group_size=3, seed=jax.random.key(5), buckets=(2, 4, 8),
+                                          pad_token=7)
     assert batch.tokens.tolist() == [[1, 2, 3, 7], [4, 7, 7, 7]] and batch.lengths.tolist() == [3, 1]
     assert batch.sequence_ids.tolist() == list(range(6)) and batch.group_size == 3
     assert (jax.random.key_data(batch.key) == jax.random.key_data(jax.random.key(5))).all()

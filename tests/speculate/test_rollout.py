@@ -127,7 +127,8 @@ score = jax.jit(lambda policy, tokens: logits(policy, train_forward(policy, toke
 def test_logprobs_and_entropy_are_those_of_the_training_forward(policy, drafts, draft):
     """Whatever the truncation; per-row temperature, 0 counting as 1."""
     temperature = np.tile([0.7, 1.0, 0.0, 1.6], 4).astype(np.float32)
-    sampling = jspec.Sampling(max_new_tokens=10, min_new_tokens=2, top_k=6, top_p=0.95, temperature=jnp.asarray(temperature))
+    sampling = jspec.Sampling(max_new_tokens=10, min_new_tokens=2, top_k=6, top_p=0.95,
+                              temperature=jnp.asarray(temperature))
     batch = make_batch()
     out = jspec.rollout(policy, drafts[draft], batch, sampling=sampling)
     want, entropy = true_logprobs(policy, batch, out, temperature)
@@ -167,11 +168,12 @@ def test_inside_a_callers_jit(policy, drafts):
 
     @jax.jit
     def step(policy, draft, batch, temperature):
-        return jspec.rollout(policy, draft, batch, sampling=sampling.replace(temperature=temperature), speculation=COUPLED)
+        hot = sampling.replace(temperature=temperature)
+        return jspec.rollout(policy, draft, batch, sampling=hot, speculation=COUPLED)
 
-    for t in (0.0, 1.0):
-        inside = step(policy, drafts["ngram"], make_batch(), jnp.float32(t))
-        outside = jspec.rollout(policy, drafts["ngram"], make_batch(), sampling=sampling.replace(temperature=jnp.float32(t)),
+    for t in (jnp.float32(0), jnp.float32(1)):
+        inside = step(policy, drafts["ngram"], make_batch(), t)
+        outside = jspec.rollout(policy, drafts["ngram"], make_batch(), sampling=sampling.replace(temperature=t),
                                 speculation=COUPLED)
         assert generated(inside) == generated(outside)
     assert step._cache_size() == 1
@@ -179,8 +181,8 @@ def test_inside_a_callers_jit(policy, drafts):
 
 def test_a_policy_in_the_rollout_layout_is_taken_as_it_is(policy, drafts):
     sampling = jspec.Sampling(max_new_tokens=6)
-    assert generated(jspec.rollout(jspec.reshard(policy), drafts["ngram"], make_batch(), sampling=sampling)) == generated(
-        jspec.rollout(policy, drafts["ngram"], make_batch(), sampling=sampling))
+    a, b = (jspec.rollout(p, drafts["ngram"], make_batch(), sampling=sampling) for p in (policy, jspec.reshard(policy)))
+    assert generated(a) == generated(b)
 
 
 def test_a_new_prompt_length_is_no_new_compilation(policy):

@@ -26,8 +26,8 @@ def deciding_margin(policy, batch, sampling, row, prefix, tokens):
     score = logits(policy, train_forward(policy, jnp.array([before], jnp.int32)).hidden[0, -1])
     temperature = _row(jnp.asarray(sampling.temperature, jnp.float32), row)
     log_p = process_logits(score, temperature, _row(sampling.top_p, row), top_k=sampling.top_k)
-    keys = noise.coupled_noise(jax.random.key_data(batch.key), batch.sequence_ids[row][None], jnp.array([len(before)]), 0)
-    bits = noise.random_bits(keys.keys[0, 0], jnp.arange(log_p.shape[-1]))
+    key = noise.fold(jax.random.key_data(batch.key), batch.sequence_ids[row], len(before), noise.TARGET)
+    bits = noise.random_bits(key, jnp.arange(log_p.shape[-1]))
     # at temperature 0 the largest logit decides, and there is no noise
     score = jnp.where(temperature > 0, log_p + noise.gumbel(bits), score)
     return float(score.max() - score[jnp.array(tokens)].min())

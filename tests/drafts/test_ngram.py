@@ -1,0 +1,63 @@
+"""Look-up against a plain search, and the folder's promise that a drafter is a file."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jspec
+from jspec.drafts import base
+from tests.speculate import tiny
+
+POLICY = tiny.policy(5)
+
+
+def search(tokens, k, max_ngram):
+    """The rule in words: the longest suffix that occurred before, its latest occurrence, and what followed it."""
+    end = len(tokens) - 1
+    best = None
+    for n in range(1, max_ngram + 1):
+        for at in range(n - 1, end):
+            if tokens[at - n + 1:at + 1] == tokens[end - n + 1:end + 1]:
+                best = at  # longer beats shorter, later beats earlier
+    out = []
+    period = 1 if best is None else end - best
+    for j in range(k):
+        out.append(tokens[end - period + 1 + j % period])
+    return out
+
+
+@pytest.mark.parametrize("max_ngram", [1, 3])
+def test_equals_a_plain_search(max_ngram):
+    rng = np.random.default_rng(max_ngram)
+    lengths = rng.integers(1, 15, 200)
+    rows = [rng.integers(0, 4, n).tolist() for n in lengths]
+    padded = jnp.array([r + rng.integers(0, 4, 16 - len(r)).tolist() for r in rows], jnp.int32)
+    draft = jspec.drafts.ngram(POLICY, max_ngram=max_ngram)
+    sampler = base.Sampler(None, jnp.ones(200), None, 0, 4)
+    propose = jax.jit(lambda t, n: draft.module.propose(POLICY, draft, {}, base.Committed(t, n), sampler)[:2])
+    got, log_q = propose(padded, jnp.asarray(lengths))
+    assert log_q is None  # deterministic: judged as q = 1
+    assert got.tolist() == [search(r, 4, max_ngram) for r in rows]
+
+
+def test_a_repeating_sequence_is_drafted_whole():
+    draft = jspec.drafts.ngram(POLICY)
+    tokens = jnp.array([[1, 2, 3, 1, 2, 3, 1, 0, 0, 0]])
+    got, *_ = draft.module.propose(POLICY, draft, {}, base.Committed(tokens, jnp.array([7])),
+                                   base.Sampler(None, jnp.ones(1), None, 0, 7))
+    assert got.tolist() == [[2, 3, 1, 2, 3, 1, 2]]
+
+
+@pytest.mark.parametrize("name", jspec.drafts.NAMES)
+def test_every_drafter_has_all_functions(name):
+    module = importlib.import_module(f"jspec.drafts.{name}")
+    for function in ("init", "features", "specs", "prepare", "start", "propose", "observe"):
+        assert callable(getattr(module, function)), function
+    assert module.loss is None or callable(module.loss)
+    draft = getattr(jspec.drafts, name)(POLICY, jax.random.key(0))
+    assert draft.module is module and hash(draft.config) is not None
+    shapes = jax.tree.map(lambda s: s.shape, module.specs(draft.config), is_leaf=lambda s: hasattr(s, "axes"))
+    assert jax.tree.map(jnp.shape, draft.weights) == shapes

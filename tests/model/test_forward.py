@@ -1,0 +1,105 @@
+"""The three ways through the transformer are one function. (Families and rope scalings: golden files in tests/hub.)"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jspec
+from jspec.model import attention, chunks, logits, prefill, train_forward, verify
+from tests.speculate import tiny
+
+KINDS = {
+    "llama": dict(),
+    "qwen2": dict(family="qwen2", qkv_bias=True, tie_embeddings=False),
+    "qwen3": dict(family="qwen3", qk_norm=True),
+    "biases": dict(qkv_bias=True, out_bias=True, mlp_bias=True),
+}
+
+
+def make(kind, **options):
+    policy = tiny.policy(13, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.2, **KINDS[kind], **options)
+    # biases and norms begin as zeros and ones, which would hide them
+    leaves, tree = jax.tree.flatten(policy.weights)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    weights = tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return policy.replace(weights=weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_prefill_and_verify_agree(kind):
+    policy = make(kind)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 13, (3, 12)), jnp.int32)
+    lengths = jnp.array([4, 1, 6])
+
+    @jax.jit
+    def ways(policy, tokens, lengths):
+        ready = jspec.reshard(policy)
+        whole = train_forward(policy, tokens, features=(0, 2, 3))
+        first, cache = prefill(ready, tokens[:, :6], 16, features=(0, 2, 3))
+        # the prompt is right-padded: what lies beyond each length is garbage that the next write replaces
+        a, cache = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + jnp.arange(4), 1), cache, lengths)
+        b, _ = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + 2 + jnp.arange(4), 1), cache, lengths + 2,
+                      features=(0, 2, 3))
+        return whole, first, a, b
+
+    whole, first, a, b = ways(policy, tokens, lengths)
+    np.testing.assert_allclose(first.hidden, whole.hidden[:, :6], atol=1e-5)
+    for i, n in enumerate([4, 1, 6]):
+        np.testing.assert_allclose(a.hidden[i], whole.hidden[i, n:n + 4], atol=1e-5)
+        np.testing.assert_allclose(b.hidden[i], whole.hidden[i, n + 2:n + 6], atol=1e-5)
+        for f, g in zip(whole.features, b.features, strict=True):
+            np.testing.assert_allclose(g[i], f[i, n + 2:n + 6], atol=1e-5)
+    np.testing.assert_allclose(whole.features[0], policy.weights["embed"][tokens], atol=1e-6)
+
+
+def test_padding_influences_nothing_before_it():
+    policy = make("llama")
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 13, (2, 8)), jnp.int32)
+    score = jax.jit(lambda p, t: train_forward(p, t).hidden)
+    np.testing.assert_array_equal(score(policy, tokens)[:, :5], score(policy, tokens.at[:, 5:].set(0))[:, :5])
+
+
+def test_remat_changes_no_value_and_no_gradient():
+    policy = make("llama")
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 13, (2, 8)), jnp.int32)
+
+    def loss(weights, remat):
+        p = policy.replace(weights=weights)
+        return jnp.square(logits(p, train_forward(p, tokens, remat=remat).hidden)).sum()
+
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+                 grad(policy.weights, False), grad(policy.weights, True))
+
+
+def test_bfloat16_computes_over_float32_masters():
+    policy = make("llama").replace(dtype="bfloat16")
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    ready = jspec.reshard(policy)
+    assert {x.dtype for x in jax.tree.leaves(policy.weights)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(ready.weights)} == {jnp.dtype("bfloat16")}
+    hidden = jax.jit(lambda p: train_forward(p, tokens).hidden)(policy)
+    assert hidden.dtype == jnp.bfloat16 and logits(policy, hidden).dtype == jnp.float32
+    exact = jax.jit(lambda p: train_forward(p, tokens).hidden)(policy.replace(dtype="float32"))
+    assert 0 < np.abs(np.asarray(hidden, np.float32) - exact).max() < 0.1
+
+
+def test_attention_in_blocks_of_queries(monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 11, h, 8)), jnp.float32) for h in (4, 2, 2))
+    blocked = attention.causal_attention(q, k, v)
+    np.testing.assert_allclose(blocked, attention._attend(q, k, v, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 7, 100])
+def test_sums_over_chunks(chunk):
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(2, 9, 3)), jnp.float32)
+    mask = jnp.arange(9)[None] < jnp.array([9, 4])[:, None]
+
+    def total(x):
+        return chunks.sum_over_chunks(lambda c: jnp.sum(jnp.square(c[0]), where=c[1][..., None]), (x, mask), chunk)
+
+    np.testing.assert_allclose(total(x), jnp.sum(jnp.square(x), where=mask[..., None]), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(total)(x), 2 * x * mask[..., None], rtol=1e-6)

@@ -1,0 +1,159 @@
+"""The same tokens on one device and on eight, and the mesh's refusals. Eight virtual devices need their own process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jspec
+from jspec.model import param_specs, policy_sharding
+from jspec.sharding import check_rows, make_mesh, partition
+from tests.speculate import tiny
+from tests.speculate.ties import assert_same
+
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
+SAMPLING = jspec.Sampling(max_new_tokens=8, stop_tokens=(3,))
+KV_HEADS = (8, 2)
+
+
+def make(kv_heads):
+    return tiny.policy(16, layers=2, heads=8, kv_heads=kv_heads, hidden=64, scale=0.2)
+
+
+def make_batch():
+    prompts = [[1, 2, 1, 2], [5], [7, 6, 7, 6, 7], [4, 4, 4]]
+    return jspec.PromptBatch.from_tokens(prompts, group_size=4, seed=0, buckets=(8,))
+
+
+def run(policy, name):
+    draft = None if name is None else getattr(jspec.drafts, name)(policy, jax.random.key(1))
+    return jspec.rollout(policy, draft, make_batch(), sampling=SAMPLING,
+                         speculation=jspec.Speculation(k=3, rule="coupled"))
+
+
+def worker(folder):
+    """One npz of tokens and log-probabilities for each policy, drafter and mesh, and how weights were placed."""
+    placed = {}
+    for kv_heads in KV_HEADS:
+        policy = make(kv_heads)
+        for sizes in MESHES:
+            mesh = make_mesh(*sizes)
+            with jax.set_mesh(mesh):
+                sharded = policy.replace(weights=jax.device_put(policy.weights, policy_sharding(policy.config, mesh)))
+                out = run(sharded, "mtp")
+                ready = jspec.reshard(sharded)
+            name = f"{kv_heads}-{'x'.join(map(str, sizes))}"
+            np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs)
+            both = sharded.weights["layers"]["q"], ready.weights["layers"][0]["o"]
+            placed[name] = [str(x.sharding.spec) for x in both]
+    with jax.set_mesh(make_mesh(8, 1, 1)):
+        try:
+            jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0), sampling=SAMPLING)
+        except jspec.InputError as error:
+            placed["refused"] = str(error)
+    print(json.dumps(placed))
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """Results of the worker process: (folder, placements)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    root = Path(__file__).parents[1]
+    code = f"from tests.test_sharding import worker; worker({str(folder)!r})"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
+def test_eight_devices_give_the_tokens_of_one(eight, kv_heads):
+    folder, _ = eight
+    policy = make(kv_heads)
+    one, plain = run(policy, "mtp"), run(policy, None)
+    assert_same(policy, make_batch(), SAMPLING, plain, one)
+    for sizes in MESHES:
+        with np.load(folder / f"{kv_heads}-{'x'.join(map(str, sizes))}.npz") as data:
+            sharded = one.replace(tokens=data["tokens"], lengths=data["lengths"])
+            assert_same(policy, make_batch(), SAMPLING, one, sharded)
+            same = data["tokens"] == np.asarray(one.tokens)
+            np.testing.assert_allclose(np.where(same, data["logprobs"], 0), np.where(same, one.logprobs, 0), atol=1e-5)
+
+
+def test_weights_are_where_the_table_says(eight):
+    _, placed = eight
+    assert placed["8-2x2x2"] == [str(P(None, ("fsdp",), ("tensor",))), str(P(("tensor",), None))]
+    assert placed["2-1x1x8"] == [str(P(None, ("fsdp",), ("tensor",))), str(P(("tensor",), None))]
+
+
+def test_a_batch_that_the_mesh_does_not_divide(eight):
+    _, placed = eight
+    assert "4 sequences" in placed["refused"] and "8 batch shards" in placed["refused"]
+
+
+def abstract(data, fsdp, tensor):
+    return jax.sharding.AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+
+
+def message(call):
+    with pytest.raises(jspec.InputError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_one_device_is_a_mesh():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.size == 1
+    with jax.set_mesh(mesh):
+        inside = run(make(2), None)
+    assert inside.tokens.tolist() == run(make(2), None).tokens.tolist()
+
+
+@pytest.mark.parametrize("sizes, words", [((2, 2, 2), ("2 x 2 x 2", "1 devices", "mesh.data")),
+                                          ((-1, -1, 1), ("at most one",)), ((0, 1, 1), ("positive",)),
+                                          ((-1, 3, 1), ("-1 x 3 x 1",))])
+def test_a_mesh_that_the_devices_do_not_fill(sizes, words):
+    text = message(lambda: make_mesh(*sizes, devices=jax.devices()[:1]))
+    assert all(w in text for w in words), text
+
+
+def test_every_parameter_has_a_row_in_the_table():
+    config = make(8).config
+    shardings = policy_sharding(config, abstract(2, 2, 2))
+    specs = {jax.tree_util.keystr(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
+    assert specs["['embed']"] == P(("tensor",), ("fsdp",))
+    assert specs["['layers']['down']"] == P(None, ("tensor",), ("fsdp",))
+    assert specs["['layers']['attn_norm']"] == P(None, None)
+    assert len(specs) == len(jax.tree.leaves(param_specs(config), is_leaf=lambda s: hasattr(s, "axes")))
+
+
+def test_key_value_heads_beyond_the_tensor_axis_are_replicated():
+    specs = policy_sharding(make(2).config, abstract(1, 1, 8))
+    assert specs["layers"]["k"].spec == P(None, ("fsdp",), None)
+    assert specs["layers"]["q"].spec == P(None, ("fsdp",), ("tensor",))
+
+
+def test_a_model_that_the_mesh_does_not_divide():
+    odd = tiny.policy(15, heads=8, kv_heads=2, hidden=64).config
+    assert "vocab = 15" in message(lambda: policy_sharding(odd, abstract(1, 1, 2)))
+    six = tiny.policy(16, heads=6, kv_heads=6, hidden=48).config
+    assert "q_heads = 6" in message(lambda: policy_sharding(six, abstract(1, 1, 4)))
+
+
+def test_rows_that_the_mesh_does_not_divide():
+    check_rows(8, abstract(2, 4, 1))
+    assert "6 sequences" in message(lambda: check_rows(6, abstract(2, 4, 1)))
+    check_rows(6, abstract(2, 4, 1), "rollout_wide")  # rows over data only
+
+
+def test_partition_leaves_out_axes_that_do_not_divide():
+    assert partition(abstract(2, 2, 2), "train", (6, 5), ("batch", None)) == P(("data",), None)
+    assert partition(abstract(2, 2, 2), "rollout_wide", (8, 5), ("q_heads", "embed")) == P(("fsdp", "tensor"), None)

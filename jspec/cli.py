@@ -1,6 +1,7 @@
 """The command line. Handlers import what they need when they run, so that `--help` and mistakes answer at once."""
 
 import argparse
+import logging
 import signal
 import sys
 import textwrap
@@ -194,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on stderr), 128 + n after
     signal n; `train` has one more (see `jspec.train`)."""
     signal.signal(signal.SIGTERM, _terminate)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it was asked to do
     try:
         chosen = _parse(arguments)
         return chosen.run(chosen)

@@ -1,7 +1,10 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jspec.cli import main
 from jspec.profiling import Phase, memory_of, module_name, phase_of, phases_of_program, seconds_by_phase, trace
 
 
@@ -73,3 +76,22 @@ def test_memory_counts_donated_arguments_once():
     memory = memory_of(compiled)
     assert memory["arguments"] == memory["results"] == memory["donated"] == x.nbytes
     assert memory["peak"] == x.nbytes + memory["temporaries"]
+
+
+@pytest.mark.slow
+def test_profile_of_a_step(tmp_path, capsys):
+    """`jspec profile` end to end: what it prints and writes adds up."""
+    code = main(["profile", "configs/tiny.yaml", "--out", str(tmp_path), "data.prompts_per_step=2"])
+    out = capsys.readouterr().out
+    assert code == 0
+    record = json.loads((tmp_path / "profile.json").read_text())
+    assert set(record["seconds"]) == set(record["memory_bytes"]) == {"reshard", "rollout", "update"}
+    names = {phase["name"] for phase in record["phases"]}
+    assert names >= {"prefill", "propose", "verify", "accept", "commit", "observe", "policy_loss, forward",
+                     "policy_loss, backward", "draft_loss, backward", "optimizer", "draft_optimizer"}
+    assert all(name in out for name in names)
+    operations = sum(phase["seconds"] for phase in record["phases"])
+    assert 0 < operations < 3 * sum(record["seconds"].values())
+    memory = record["memory_bytes"]["update"]
+    assert memory["donated"] > 0 and memory["peak"] >= memory["arguments"]
+    assert "perfetto_trace.json.gz" in out

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -105,7 +106,7 @@ class Metrics:
                 self.board.add_scalar(name, value, record["step"])
         alarm = acceptance_alarm(self.records, record)
         self.records.append(record)
-        self.progress.console.print(line(record, self.steps), highlight=False)
+        self.say(line(record, self.steps))
         if alarm:
             self.say(alarm, "bold red")
         self.progress.advance(self.task)
@@ -170,14 +171,13 @@ def line(record: dict[str, Any], steps: int) -> str:
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """The run at a glance: at most `TABLE_ROWS` of its steps, evenly spread."""
     columns = (("step", "step", "d"), ("reward", "reward", ".3f"), ("length", "length", ".1f"),
-               ("finished", "finished", ".0%"), ("tok/s", "tokens_per_second", ".1f"),
-               ("tok/cycle", "acceptance_length", ".2f"), ("accepted", "acceptance", ".0%"),
-               ("entropy", "entropy", ".3f"), ("clipped", "clip_fraction", ".1%"),
-               ("logprob gap", "logprob_gap", ".1e"), ("grad norm", "grad_norm", ".3f"),
-               ("draft loss", "draft/loss", ".3f"), ("seconds", "seconds/step", ".1f"))
-    shown = Table(title="the run, step by step")
+               ("done", "finished", ".0%"), ("tok/s", "tokens_per_second", ".1f"),
+               ("tok/cycle", "acceptance_length", ".2f"), ("accept", "acceptance", ".0%"),
+               ("gap", "logprob_gap", ".1e"), ("grad", "grad_norm", ".2f"), ("draft", "draft/loss", ".3f"),
+               ("seconds", "seconds/step", ".1f"))
+    shown = Table(title="the run, step by step", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title, _, _ in columns:
-        shown.add_column(title, justify="right")
+        shown.add_column(title, justify="right", no_wrap=True)
     count = min(len(records), TABLE_ROWS)
     for i in range(count):
         record = records[round(i * (len(records) - 1) / max(count - 1, 1))]
@@ -187,9 +187,10 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 def phase_table(records: Sequence[dict[str, Any]]) -> Table:
     """Seconds a step spends in each phase, as the median over steps (the first ones compile), and their share."""
-    medians = {phase: statistics.median([r.get(f"seconds/{phase}", 0.0) for r in records]) for phase in PHASES}
+    medians = {phase: statistics.median([r.get(f"seconds/{phase}", 0.0) for r in records] or [0.0])
+               for phase in PHASES}
     total = sum(medians.values()) or 1.0
-    shown = Table(title="seconds of a step by phase (median)")
+    shown = Table(title="seconds of a step by phase (median)", box=SIMPLE_HEAD)
     for phase in (*PHASES, "all"):
         shown.add_column(phase, justify="right")
     shown.add_row(*(f"{medians[phase]:.2f}" for phase in PHASES), f"{total:.2f}")

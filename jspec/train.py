@@ -48,7 +48,7 @@ def train(config: Config) -> int:
     gradient, 128 + n after signal n, in every case with a checkpoint to go on from. Raises InputError for what the user
     can put right, before anything expensive is done.
     """
-    console = Console(quiet=not is_main())
+    console = Console(quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
     set_up_logging(config.log_level, console)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh), ExitStack() as stack:

@@ -1,0 +1,191 @@
+"""Checkpoints: whole or not there, readable without the run, and clear about what is wrong with them."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jspec
+from jspec import checkpoint
+from jspec.checkpoint import Checkpoints, check_config, load_draft, load_policy, load_run
+from jspec.config import Config, DraftSection, GrpoSection, to_yaml
+from jspec.errors import InputError
+from jspec.model import ModelConfig, init_policy
+from jspec.rl.update import UpdateSettings, init_state
+from jspec.sharding import make_mesh
+
+MODEL = ModelConfig(vocab_size=11, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1,
+                    head_dim=8, stop_tokens=(1, 2))
+DATA = {"fingerprint": "abc", "iterator": {"next_index": 3}}
+
+
+@functools.cache
+def first_state(draft):
+    policy = init_policy(MODEL, jax.random.key(0))
+    made = draft and getattr(jspec.drafts, draft)(policy, jax.random.key(1))
+    return init_state(policy, made, UpdateSettings(), seed=0)
+
+
+def make_state(draft="mtp", seed=0):
+    """A state of its own buffers, different for every seed, and nothing in it what a fresh state would have."""
+    state = first_state(draft)
+    key = jax.random.wrap_key_data(jax.random.key_data(state.key) + np.uint32(seed))
+    moved = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + np.asarray(seed + 1, x.dtype)),
+                         state.replace(key=None))
+    return moved.replace(key=key)
+
+
+def values(state):
+    return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def spoil(directory, item):
+    """Cut every array file of an item short."""
+    files = [path for path in (directory / item / "d").iterdir()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("draft", ["mtp", "ngram", None])
+def test_everything_comes_back_as_it_was(tmp_path, draft):
+    state = make_state(draft)
+    expected = values(state)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(make_state(draft, seed=5)) is None
+        checkpoints.save(4, state, DATA)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        step, restored, data = checkpoints.restore(make_state(draft, seed=5))
+    assert step == 4 and data == DATA
+    same(values(restored), expected)
+
+
+def test_the_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+    expected = values(make_state())
+    state = jax.tree.map(jnp.copy, make_state())  # NumPy must hold no view of it, or nothing would be donated
+    spend = jax.jit(lambda x: -x - 1, donate_argnums=0)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, DATA)
+        jax.block_until_ready(jax.tree.map(spend, (state.policy, state.opt_state)))
+        assert state.policy.weights["embed"].is_deleted()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        same(values(checkpoints.restore(make_state(seed=5))[1]), expected)
+
+
+def test_old_ones_are_removed_by_count(tmp_path):
+    state = make_state(None)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, state, DATA)
+        checkpoints.wait()
+        assert sorted(checkpoints.manager.all_steps()) == [3, 4]
+
+
+@pytest.mark.parametrize("item", ["draft", "optimizer"])
+def test_one_that_is_cut_short_is_set_aside_and_the_one_before_it_taken(tmp_path, item, caplog):
+    first, second = make_state(), make_state(seed=3)
+    expected = values(first)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, first, DATA)
+        checkpoints.save(2, second, DATA)
+    spoil(tmp_path / "checkpoints" / "2", item)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        step, restored, _ = checkpoints.restore(make_state(seed=5))
+        assert step == 1
+        same(values(restored), expected)
+        checkpoints.save(2, restored, DATA)  # its place is free again
+    assert "checkpoints/2 cannot be read" in caplog.text and "set aside" in caplog.text
+    assert [path.name for path in (tmp_path / "broken_checkpoints").iterdir()] == ["2-0"]
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.restore(make_state(seed=5))[0] == 2
+
+
+def test_when_none_can_be_read_it_says_which_and_what_to_do(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(6, make_state(), DATA)
+    spoil(tmp_path / "checkpoints" / "6", "optimizer")
+    with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError) as error:
+        checkpoints.restore(make_state(seed=5))
+    assert "checkpoints/6 cannot be read" in str(error.value) and "choose another output_dir" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def make_run(directory, draft="mtp"):
+    state = make_state(draft)
+    config = Config(output_dir=str(directory), draft=DraftSection(name=draft or "none"))
+    check_config(config)
+    with Checkpoints(directory, keep=1) as checkpoints:
+        checkpoints.save(3, state, DATA)
+    return state, config
+
+
+@pytest.mark.parametrize("draft", ["mtp", "ngram", None])
+def test_policy_and_draft_are_read_from_a_run_without_it(tmp_path, draft):
+    state, _ = make_run(tmp_path, draft)
+    config, policy, trained = load_run(tmp_path, ["steps=99"])
+    assert config.steps == 99 and policy.config == MODEL and policy.dtype == "float32"
+    same(policy.weights, state.policy.weights)
+    assert (trained is None) == (draft is None)
+    if trained is not None:
+        assert trained.config == state.draft.config
+        same(trained.weights, state.draft.weights)
+    assert load_policy(tmp_path, "bfloat16").dtype == "bfloat16"
+
+
+def test_a_run_is_read_onto_the_mesh(tmp_path):
+    make_run(tmp_path)
+    with jax.set_mesh(make_mesh(1, 1, 1)):
+        policy, draft = load_policy(tmp_path), load_draft(tmp_path)
+    assert all(isinstance(x.sharding, jax.sharding.NamedSharding) for x in jax.tree.leaves((policy, draft)))
+
+
+def test_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(InputError, match="not the output_dir of a run"):
+        load_policy(tmp_path)
+    check_config(Config(output_dir=str(tmp_path)))
+    with pytest.raises(InputError, match="has no checkpoint yet"):
+        load_policy(tmp_path)
+
+
+def test_a_run_whose_checkpoint_is_cut_short_says_so(tmp_path):
+    make_run(tmp_path)
+    spoil(tmp_path / "checkpoints" / "3", "policy")
+    with pytest.raises(InputError, match="checkpoints/3 cannot be read"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("change, key", [
+    ({"seed": 1}, "seed=0, not 1"), ({"grpo": GrpoSection(learning_rate=5e-6)}, "grpo.learning_rate=1e-06, not 5e-06"),
+    ({"draft": DraftSection(options={"depths": 3})}, "draft.options={}, not {'depths': 3}")])
+def test_a_run_is_not_resumed_under_another_configuration(tmp_path, change, key):
+    config = Config(output_dir=str(tmp_path))
+    check_config(config)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(InputError) as error:
+        check_config(dataclasses.replace(config, **change))
+    assert key in str(error.value) and str(tmp_path) in str(error.value)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_more_steps_and_another_mesh_are_no_other_run(tmp_path):
+    config = Config(output_dir=str(tmp_path))
+    check_config(config)
+    longer = dataclasses.replace(config, steps=50, mesh=dataclasses.replace(config.mesh, fsdp=2),
+                                 checkpoint=dataclasses.replace(config.checkpoint, keep=9))
+    check_config(longer)
+    assert (tmp_path / "config.yaml").read_text() == to_yaml(longer)
+
+
+def test_the_data_position_is_json(tmp_path):
+    json.dumps(DATA)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(None), DATA)
+    assert checkpoint._restore(tmp_path, meta=checkpoint.ocp.args.JsonRestore())["meta"]["data"] == DATA

@@ -9,7 +9,7 @@ A module `jspec/drafts/NAME.py` defines, and nothing else in the project changes
     start(policy, draft, prefill, cache_size) -> state      rows are prompts; the rollout copies them to sequences
     propose(policy, draft, state, committed, sampler) -> (tokens [N, K], log_q [N, K, V] or None, state)
     observe(policy, draft, state, observation) -> state     fold in what the verifier just computed
-    loss(policy, draft, hidden, tokens, response_start, mask, temperature) -> (sum, count, metrics); or None if not trained
+    loss(policy, draft, hidden, tokens, response_start, mask, temperature) -> (sum, count, metrics); None: not trained
 
 State is a pytree whose leaves lead with rows, and depends on committed tokens only (what `propose` leaves in it beyond
 them, `observe` overwrites).

@@ -90,8 +90,11 @@ def _shift(hidden: jax.Array) -> jax.Array:
 def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
     """The head's cache over the prompts, and its state at each prompt's last token."""
     rope = rope_table(policy.config, jnp.arange(prefill.tokens.shape[1])[None])
-    states, (k, v) = _block(policy, draft.weights, _shift(prefill.trunk.hidden), prefill.tokens, rope,
-                            lambda q, k, v: (causal_attention(q, k, v), (to_cache(k, cache_size), to_cache(v, cache_size))))
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v), (to_cache(k, cache_size), to_cache(v, cache_size))
+
+    states, (k, v) = _block(policy, draft.weights, _shift(prefill.trunk.hidden), prefill.tokens, rope, attend)
     last = jnp.take_along_axis(states, prefill.lengths[:, None, None] - 1, axis=1)
     return {"k": k, "v": v, "hidden": last}
 
@@ -174,8 +177,8 @@ def loss(policy: Policy, draft: Draft, hidden: jax.Array, tokens: jax.Array, res
       temperature: float32 scalar or [B]; 0 counts as 1.
 
     Returns:
-      (sum over trained tokens and depths / depths, count of trained tokens float32, metrics), where the metrics are sums
-      over trained tokens: "overlap" float32 [depths], the probability that the draft of that depth is accepted.
+      (sum over trained tokens and depths / depths, count of trained tokens float32, metrics), where the metrics are
+      sums over trained tokens: "overlap" float32 [depths], the probability that the draft of that depth is accepted.
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     weights = {**weights, "layer": fuse(policy.config, weights["layer"])}

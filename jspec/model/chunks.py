@@ -26,7 +26,7 @@ def split_chunks(tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
 
 
 def sum_over_chunks(fn: Callable[[Any], Any], tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
-    """Sum of fn over chunks of a tree of [N, T, ...], each recomputed in the backward pass. Padding is zeros (False)."""
+    """Sum of fn over chunks of a tree of [N, T, ...], each recomputed in the backward pass. Padding is 0 (False)."""
     chunks = split_chunks(tree, chunk_tokens)
     one = jax.checkpoint(fn)
     if jax.tree.leaves(chunks)[0].shape[0] == 1:

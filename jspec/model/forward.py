@@ -94,7 +94,8 @@ def prefill(policy: Policy, tokens: jax.Array, cache_size: int, *, features: tup
     """
     def attend(_):
         def causal(q, k, v):
-            caches = tuple(constrain(to_cache(x, cache_size), policy.layout, "batch", "kv_heads", None, None) for x in (k, v))
+            caches = tuple(constrain(to_cache(x, cache_size), policy.layout, "batch", "kv_heads", None, None)
+                           for x in (k, v))
             return causal_attention(q, k, v), caches
         return causal
 

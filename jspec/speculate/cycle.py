@@ -73,7 +73,8 @@ def _accept(policy: Policy, slots: Slots, hidden: jax.Array, drafted: jax.Array,
                               top_k=sampling.top_k, ban=ban, banned_tokens=stop_tokens)
 
 
-def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int, stop_tokens: tuple[int, ...]) -> tuple[Slots, jax.Array]:
+def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int,
+            stop_tokens: tuple[int, ...]) -> tuple[Slots, jax.Array]:
     """Keep the emitted tokens up to the first end token and the cap. Returns (slots, count int32 [N])."""
     width = verdict.tokens.shape[1]
     offsets = jnp.arange(width)

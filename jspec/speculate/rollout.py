@@ -33,16 +33,16 @@ def _check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sa
     if spec.k < 0:
         raise InputError(f"speculation k = {spec.k} is negative; 0 turns speculation off")
     if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens or sampling.max_new_tokens < 1:
-        raise InputError(f"sampling needs 0 <= min_new_tokens <= max_new_tokens >= 1; got {sampling.min_new_tokens} and "
-                         f"{sampling.max_new_tokens}")
+        raise InputError("sampling needs 0 <= min_new_tokens <= max_new_tokens >= 1; got "
+                         f"{sampling.min_new_tokens} and {sampling.max_new_tokens}")
     if sampling.top_k < 0:
         raise InputError(f"sampling top_k = {sampling.top_k} is negative; 0 turns it off")
     for name, value in (("temperature", sampling.temperature), ("top_p", sampling.top_p)):
         if value is None:
             continue
         if jnp.shape(value) not in ((), (rows,)):
-            raise InputError(f"sampling {name} has shape {jnp.shape(value)}; give a scalar or one value for each of the "
-                             f"{rows} sequences")
+            raise InputError(f"sampling {name} has shape {jnp.shape(value)}; give a scalar or one value for each of "
+                             f"the {rows} sequences")
         known = _concrete(value)
         if known is not None and not np.all((known >= 0) & np.isfinite(known)):
             raise InputError(f"sampling {name} must be finite and at least 0; got {known.min()}")
@@ -60,8 +60,8 @@ def _check_tokens(policy: Policy, batch: PromptBatch, sampling: Sampling) -> Non
         raise InputError(f"a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} do not fit the "
                          f"model's {config.max_position_embeddings} positions; shorten one of them")
     if tokens is not None and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
-        raise InputError(f"prompt token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is outside the model's "
-                         f"vocabulary of {config.vocab_size}; was it made with another tokenizer?")
+        raise InputError(f"prompt token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is outside the "
+                         f"model's vocabulary of {config.vocab_size}; was it made with another tokenizer?")
     for token in sampling.stop_tokens or ():
         if not 0 <= token < config.vocab_size:
             raise InputError(f"stop token {token} is outside the model's vocabulary of {config.vocab_size}")

@@ -57,15 +57,16 @@ class PromptBatch:
             raise InputError(f"prompt {lengths.index(0)} is empty; a prompt needs at least one token")
         bucket = next((b for b in buckets if b >= max(lengths)), None)
         if bucket is None:
-            raise InputError(f"prompt {int(np.argmax(lengths))} has {max(lengths)} tokens, more than the longest bucket, "
-                             f"{buckets[-1]}; shorten it or pass buckets=")
+            raise InputError(f"prompt {int(np.argmax(lengths))} has {max(lengths)} tokens, more than the longest "
+                             f"bucket, {buckets[-1]}; shorten it or pass buckets=")
         tokens = np.full((len(prompts), bucket), pad_token, np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         rows = len(prompts) * group_size
         ids = np.arange(rows) if sequence_ids is None else np.asarray(sequence_ids)
         if ids.shape != (rows,) or len(np.unique(ids)) != rows:
-            raise InputError(f"sequence_ids must be {rows} distinct integers (prompts x group_size); got shape {ids.shape}")
+            raise InputError(f"sequence_ids must be {rows} distinct integers (prompts x group_size); got shape "
+                             f"{ids.shape}")
         key = jax.random.key(seed) if isinstance(seed, numbers.Integral) else seed
         return cls(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.asarray(ids, jnp.int32), key, group_size)
 

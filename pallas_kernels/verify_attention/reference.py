@@ -16,7 +16,7 @@ def _write(cache: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def _online_step(carry, q, k, v, visible):
-    """One block of online softmax (https://arxiv.org/abs/1805.02867), float32, q [B, H_kv, R, D], k, v [B, H_kv, C, D]."""
+    """Block of online softmax (https://arxiv.org/abs/1805.02867), float32. q [B, H_kv, R, D], k, v [B, H_kv, C, D]."""
     top, total, out = carry
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("bhrd,bhcd->bhrc", q, k, precision=precision, preferred_element_type=jnp.float32)

@@ -89,8 +89,8 @@ def test_clipped_objective_by_hand():
     mask = np.array([True] * 5 + [False])
     old = np.full(6, -1.0)
     rows = np.stack([np.log(ratio) + old] * 2)
-    surrogate, clipped = losses.clipped_objective(jnp.array(rows), jnp.stack([jnp.array(old)] * 2), jnp.array([2.0, -2.0]),
-                                                  jnp.stack([jnp.array(mask)] * 2), 0.2, 0.28)
+    surrogate, clipped = losses.clipped_objective(jnp.array(rows), jnp.stack([jnp.array(old)] * 2),
+                                                  jnp.array([2.0, -2.0]), jnp.stack([jnp.array(mask)] * 2), 0.2, 0.28)
     np.testing.assert_allclose(surrogate[0], [1.0, 1.8, 2.0, 2.5, 2.56, 0], rtol=1e-6)  # gains are capped at 1.28
     np.testing.assert_allclose(surrogate[1], [-1.6, -1.8, -2.0, -2.5, -3.0, 0], rtol=1e-6)  # losses at 0.8
     np.testing.assert_array_equal(clipped, [[0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]])

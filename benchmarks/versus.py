@@ -1,0 +1,121 @@
+"""Run the peers and jspec in one sitting, in turn, and write all their figures as data.
+
+    bash benchmarks/peers/install.sh PEERS                 # once; makes PEERS/tunix and PEERS/vllm
+    python -m jspec export smollm2-135m-instruct PEERS/smollm2
+    python benchmarks/versus.py PEERS --rounds 2 --json benchmarks/results/cpu.json
+    python benchmarks/versus.py --show benchmarks/results/cpu.json
+
+At SmolLM2-135M's shape, float32, 48 prompt and 64 new tokens. Each round runs every program once in a process of its
+own; a program warms up before it counts. Tables hold medians over rounds and ratios of those medians.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from benchmarks import measure  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+# (what, peer, target: jspec over the peer, or for seconds the other way round)
+TARGETS = [("batch 1, tok/s", "vllm", 1.5), ("batch 8, tok/s", "vllm", 1.0), ("batch 32, tok/s", "vllm", 1.0),
+           ("batch 8, tok/s", "tunix", 1.5), ("batch 32, tok/s", "tunix", 1.5),
+           ("GRPO step, 8 rows, s", "tunix", 1 / 0.65), ("GRPO step, 32 rows, s", "tunix", 1 / 0.65)]
+REPEATED = "prompt that repeats itself, n-gram k = 3, batch 1, tok/s"
+
+
+def run(command: list[str], timeout_s: float) -> list[dict[str, Any]]:
+    """The JSON lines that a program prints. A program that fails ends the sitting with its last words."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def ours(script: str, arguments: list[str], timeout_s: float) -> list[dict[str, Any]]:
+    """The rows that one of our own benchmarks writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        run([sys.executable, str(HERE / script), *arguments, "--json", str(out)], timeout_s)
+        return json.loads(out.read_text())["rows"]
+
+
+def one_round(peers: Path, timeout_s: float, found: dict[tuple[str, str], list[float]]) -> None:
+    """Run every program once; append what it measured to found[system, what]."""
+    python = {name: str(peers / name / "bin" / "python") for name in ("tunix", "vllm")}
+    for row in ours("rollout.py", ["--batch", "1", "8", "32", "--rounds", "3"], timeout_s):
+        found["jspec", f"batch {row['batch']}, tok/s"].append(row["tok_per_s"])
+    vllm = [python["vllm"], str(HERE / "peers" / "vllm_cpu_rollout.py"), str(peers / "smollm2")]
+    for row in run(vllm + ["--batch", "1", "8", "32"], timeout_s):
+        found["vllm", f"batch {row['batch']}, tok/s"].append(row["tok_per_s"])
+    for prompts in (1, 4):
+        rows, options = 8 * prompts, ["--prompts", str(prompts), "--group", "8", "--steps", "3"]
+        for row in run([python["tunix"], str(HERE / "peers" / "tunix_grpo.py"), *options], timeout_s):
+            found["tunix", f"batch {rows}, tok/s"].append(row["tok_per_s"])
+            found["tunix", f"GRPO step, {rows} rows, s"].append(row["step_s"])
+        for row in ours("grpo_step.py", options, timeout_s):
+            found["jspec", f"GRPO step, {rows} rows, s"].append(row["step"])
+    repeat = ["--weights", "smollm2-135m-instruct", "--prompt", "repeat", "--prompt-tokens", "96", "--batch", "1",
+              "--draft", "ngram", "--k", "3", "--rounds", "3"]
+    for row in ours("rollout.py", repeat, timeout_s):
+        name = {"none": "jspec, autoregressive", "ngram": "jspec"}.get(row["draft"])
+        if name:
+            found[name, REPEATED].append(row["tok_per_s"])
+
+
+def rows_of(found: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+    """Each comparison with its medians, its ratio (above 1: jspec is faster) and its target."""
+    rows = []
+    for what, peer, target in [*TARGETS, (REPEATED, "jspec, autoregressive", 1.5)]:
+        mine, theirs = (measure.median(found[system, what]) for system in ("jspec", peer))
+        ratio = theirs / mine if what.endswith(", s") else mine / theirs
+        rows.append({"what": what, "peer": peer, "jspec": mine, "theirs": theirs, "ratio": ratio, "target": target,
+                     "jspec_all": found["jspec", what], "theirs_all": found[peer, what]})
+    return rows
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['date']}, commit {result['commit']}, {result['machine']['cpu']} "
+                        f"x {result['machine']['cores']}, {result['rounds']} rounds")
+    for name in ("what", "peer", "jspec", "theirs", "faster by", "target", "met"):
+        table.add_column(name, justify="left" if name in ("what", "peer") else "right")
+    for row in result["rows"]:
+        table.add_row(row["what"], row["peer"], f"{row['jspec']:.1f}", f"{row['theirs']:.1f}", f"{row['ratio']:.2f}x",
+                      f"{row['target']:.2f}x", "yes" if row["ratio"] >= row["target"] else "no")
+    Console(width=max(120, Console().width)).print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peers", nargs="?", type=Path, help="where install.sh put the peers, and smollm2 beside them")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one program")
+    parser.add_argument("--json", help="write the result there")
+    parser.add_argument("--show", help="print the table of a result that was written before, and run nothing")
+    args = parser.parse_args(arguments)
+    if args.show:
+        show(json.loads(Path(args.show).read_text()))
+        return
+    if not args.peers:
+        parser.error("where are the peers? see --help")
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(args.rounds):
+        one_round(args.peers, args.timeout, found)
+    result = measure.report(rows_of(found), rounds=args.rounds)
+    measure.write_json(args.json, result)
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

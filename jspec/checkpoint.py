@@ -36,12 +36,12 @@ FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "pro
 
 
 def check_config(config: Config) -> None:
-    """Refuse to resume a run under another configuration, and write the run's own where there is none yet.
+    """Refuse to go on from checkpoints under another configuration. Without any, this one is the run's from now on.
 
     Raises InputError naming the key, and what it was.
     """
     path = Path(config.output_dir) / "config.yaml"
-    if path.exists():
+    if path.exists() and has_checkpoints(config.output_dir):
         before, now = dict(_flat(dataclasses.asdict(load_config(path)))), dict(_flat(dataclasses.asdict(config)))
         for key in now:
             if now[key] != before[key] and not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE):
@@ -52,6 +52,11 @@ def check_config(config: Config) -> None:
         whole = path.with_suffix(".tmp")
         whole.write_text(to_yaml(config))
         whole.replace(path)
+
+
+def has_checkpoints(run_dir: str | Path) -> bool:
+    """Whether there is a whole checkpoint: one that is still being written has a longer name."""
+    return any(path.name.isdigit() for path in Path(run_dir).glob("checkpoints/*"))
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

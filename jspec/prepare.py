@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 
 import jspec.drafts
 from jspec import hub
-from jspec.checkpoint import load_draft
+from jspec.checkpoint import has_checkpoints, load_draft
 from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.errors import InputError
@@ -38,7 +37,7 @@ def check(config: Config, mesh: Mesh) -> None:
     if longest > model.max_position_embeddings:
         raise InputError(f"data.max_prompt_tokens + sampling.max_new_tokens = {longest} is more than the model's "
                          f"{model.max_position_embeddings} positions; lower one of them")
-    if not config.checkpoint.resume and any(Path(config.output_dir).glob("checkpoints/[0-9]*")):
+    if not config.checkpoint.resume and has_checkpoints(config.output_dir):
         raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; choose another "
                          "output_dir, or checkpoint.resume=true to go on from them")
 

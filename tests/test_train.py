@@ -1,0 +1,266 @@
+"""The whole loop on a tiny policy: that it says, learns, resumes to the same numbers, and stops as it should."""
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jspec
+from jspec import prepare, train
+from jspec.config import Config, load_config
+from jspec.errors import InputError
+from jspec.metrics import Metrics, read_records, untimed
+
+ROOT = Path(__file__).resolve().parent.parent
+# smaller than tiny.yaml, for tests that ask for sameness and not for learning
+SMALL = ["model.architecture.hidden_size=32", "model.architecture.intermediate_size=32",
+         "model.architecture.num_layers=1", "draft.options.depths=1", "data.prompts_per_step=4", "data.group_size=4",
+         "reward.workers=1", "checkpoint.every=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """A cache of compiled programs for this module, and for the processes that it starts."""
+    directory = str(tmp_path_factory.mktemp("compiled"))
+    names = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.0,
+             "jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
+
+
+def tiny(directory, *overrides, small=True) -> Config:
+    return load_config(ROOT / "configs/tiny.yaml", [
+        f"data.source={ROOT}/configs/data/count_up.jsonl",
+        f"reward.function={ROOT}/configs/rewards/count_up.py:count_up",
+        f"output_dir={directory}", *(SMALL if small else []), *overrides])
+
+
+def records(directory) -> list[dict]:
+    return [untimed(record) for record in read_records(Path(directory) / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of 10 steps."""
+    directory = tmp_path_factory.mktemp("whole")
+    assert train.train(tiny(directory, "steps=10")) == 0
+    return directory
+
+
+def test_a_run_says_everything_that_is_asked_of_it(whole):
+    every = read_records(whole / "metrics.jsonl")
+    assert [record["step"] for record in every] == list(range(1, 11))
+    wanted = {"reward", "length", "finished", "tokens_per_second", "acceptance_length", "acceptance",
+              "acceptance_by_position", "logprob_gap", "logprob_gap_mean", "entropy", "clip_fraction", "grad_norm",
+              "draft/grad_norm", "draft/loss", "reward_failures", "skipped", "draft_skipped",
+              *(f"seconds/{phase}" for phase in ("data", "reshard", "rollout", "reward", "update", "checkpoint"))}
+    for record in every:
+        assert wanted <= record.keys()
+        assert record["logprob_gap"] < 1e-4 and record["reward_failures"] == record["skipped"] == 0
+        assert len(record["acceptance_by_position"]) == 3
+    assert (whole / "config.yaml").exists() and list((whole / "tensorboard").iterdir())
+    assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [8, 10]
+
+
+def test_a_finished_run_started_again_does_nothing(whole, capsys):
+    before = (whole / "metrics.jsonl").read_text()
+    assert train.train(tiny(whole, "steps=10")) == 0
+    assert (whole / "metrics.jsonl").read_text() == before
+    assert "all 10 steps are done" in capsys.readouterr().out
+
+
+def test_the_next_start_goes_on_where_the_last_one_ended(whole, tmp_path):
+    assert train.train(tiny(tmp_path, "steps=4")) == 0
+    assert records(tmp_path) == records(whole)[:4]
+    assert train.train(tiny(tmp_path, "steps=10")) == 0
+    assert records(tmp_path) == records(whole)
+
+
+def test_sigterm_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkeypatch, capsys):
+    write = Metrics.write
+
+    def interrupted(self, record):
+        write(self, record)
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", interrupted)
+        assert train.train(tiny(tmp_path, "steps=10")) == 128 + signal.SIGTERM
+    said = capsys.readouterr()
+    assert "stopping after this step, with a checkpoint" in said.err and "stopped after step 3 of 10" in said.out
+    assert (tmp_path / "checkpoints" / "3").is_dir()  # though 2 is what checkpoint.every says
+    assert train.train(tiny(tmp_path, "steps=10")) == 0
+    assert records(tmp_path) == records(whole)
+
+
+def test_a_second_signal_stops_at_once():
+    with train.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(SystemExit) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path, kills):
+    steps = 12 * kills
+    arguments = [*SMALL, f"steps={steps}", "checkpoint.every=3"]
+    command = [sys.executable, "-m", "jspec", "train", "configs/tiny.yaml", *arguments]
+
+    def start(directory):
+        return subprocess.Popen([*command, f"output_dir={directory}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait(300) == 0
+    expected = records(tmp_path / "whole")
+    assert len(expected) == steps
+    rng = random.Random(0)
+    for kill in range(kills):
+        process = start(tmp_path / "killed")
+        goal = max((r["step"] for r in records(tmp_path / "killed")), default=0) + rng.randrange(1, 9)
+        if kill:  # the first time there is nothing to go on from yet
+            goal = min(goal, steps - 2)
+        while len(records(tmp_path / "killed")) < goal and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.15)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+    assert start(tmp_path / "killed").wait(300) == 0
+    assert records(tmp_path / "killed") == expected
+
+
+def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(tmp_path, monkeypatch):
+    fetch, runs = train.fetch, {}
+    for name in ("none", "mtp"):
+        seen = runs.setdefault(name, [])
+        monkeypatch.setattr(train, "fetch", lambda out, seen=seen: seen.append(fetch(out)) or seen[-1])
+        assert train.train(tiny(tmp_path / name, "steps=8", "speculation.rule=coupled", f"draft.name={name}",
+                                *(["draft.options={}"] if name == "none" else []))) == 0
+    for plain, fast in zip(runs["none"], runs["mtp"], strict=True):
+        np.testing.assert_array_equal(plain.tokens, fast.tokens)
+        assert plain.stats.cycles.sum() > fast.stats.cycles.sum()
+    for plain, fast in zip(records(tmp_path / "none"), records(tmp_path / "mtp"), strict=True):
+        assert plain["reward"] == fast["reward"]
+        assert abs(plain["loss"] - fast["loss"]) < 1e-5
+        assert "acceptance" not in plain and plain["acceptance_length"] == 1
+
+
+def check_learning(every, last, reward):
+    assert every[0]["reward"] < 0.2
+    assert np.mean([r["reward"] for r in every[-last:]]) > reward
+    first, final = (np.mean([r["acceptance_length"] for r in part]) for part in (every[:5], every[-last:]))
+    assert final > first + 0.5, (first, final)
+
+
+def test_the_tiny_policy_learns_and_its_draft_with_it(tmp_path):
+    assert train.train(tiny(tmp_path, "steps=40", "checkpoint.every=40", small=False)) == 0
+    check_learning(records(tmp_path), 5, 0.7)
+
+
+@pytest.mark.slow
+def test_the_tiny_run_ends_above_four_fifths_within_three_minutes(tmp_path):
+    start = time.monotonic()
+    assert train.train(tiny(tmp_path, small=False)) == 0
+    assert time.monotonic() - start < 180
+    check_learning(records(tmp_path), 10, 0.8)
+
+
+def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(tmp_path, monkeypatch, capsys):
+    real = train.group_advantages
+    monkeypatch.setattr(train, "group_advantages", lambda *a: real(*a) * np.nan)
+    assert train.train(tiny(tmp_path, "steps=10")) == 1
+    every = records(tmp_path)
+    assert [record["skipped_in_row"] for record in every] == [1, 2, 3, 4, 5] and every[-1]["loss"] is None
+    assert every[-1]["draft_skipped"] == 0  # the draft was trained all the same
+    said = " ".join(capsys.readouterr().out.split())
+    assert "update skipped (5 in a row" in said and "grpo.max_skipped=5" in said and "stopped after step 5" in said
+    # the policy in the checkpoint is the one it began with
+    config = tiny(tmp_path)
+    first = prepare.make_policy(config, prepare.make_tokenizer(config))
+    saved = jspec.checkpoint.load_policy(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, saved.weights, first.weights)
+
+
+def test_a_reward_that_fails_is_counted_and_stops_nothing(tmp_path):
+    (tmp_path / "bad.py").write_text("def bad(prompt, response, answer, **meta):\n    raise RuntimeError('no')\n")
+    assert train.train(tiny(tmp_path / "run", "steps=1", f"reward.function={tmp_path}/bad.py:bad")) == 0
+    (record,) = records(tmp_path / "run")
+    assert record["reward"] == 0 and record["reward_failures"] == record["reward_failures/raised"] == 16
+
+
+def refused(config) -> str:
+    with pytest.raises(InputError) as error:
+        train.train(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
+    mesh = jax.sharding.AbstractMesh((3, 1, 1), ("data", "fsdp", "tensor"))
+    with pytest.raises(InputError, match="16 sequences is not divided by the mesh's 3 batch shards"):
+        prepare.check(tiny(tmp_path), mesh)
+    with pytest.raises(InputError, match="a batch of 1 sequences is not divided by the mesh's 2 batch shards"):
+        prepare.check(tiny(tmp_path, "grpo.micro_batch=1"),
+                      jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor")))
+
+
+@pytest.mark.parametrize("override, message", [
+    ("mesh.tensor=3", "does not fit 1 devices"),
+    ("reward.function=nowhere.py:f", "there is no file nowhere.py"),
+    ("data.max_prompt_tokens=60", "more than the model's 64 positions"),
+    ("data.max_prompt_tokens=2", "has 3 tokens, over data.max_prompt_tokens=2"),
+    ("data.source=nowhere.jsonl", "cannot read the prompts nowhere.jsonl"),
+    ("model.architecture.hiden_size=3", "did you mean 'hidden_size'?"),
+    ("model.architecture.vocab_size=8", "has 12 tokens, the model random only 8"),
+    ("model.architecture.num_kv_heads=3", "not a multiple of num_kv_heads"),
+    ("draft.options.depth=3", "draft.options:"),
+    ("draft.path=nowhere", "nowhere is not the output_dir of a run"),
+])
+def test_what_the_user_can_put_right_is_one_line(tmp_path, override, message):
+    assert message in refused(tiny(tmp_path, override))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_draft_made_for_another_policy(whole, tmp_path):
+    said = refused(tiny(tmp_path, f"draft.path={whole}", "model.architecture.hidden_size=48"))
+    assert "draft was made for another policy: its hidden_size is 32, the policy's is 48" in said
+    assert "holds a mtp draft, and draft.name is ngram" in refused(
+        tiny(tmp_path, f"draft.path={whole}", "draft.name=ngram"))
+
+
+def test_a_run_under_another_configuration(whole):
+    assert "grpo.learning_rate=0.001, not 0.5" in refused(tiny(whole, "grpo.learning_rate=0.5"))
+    assert "checkpoint.resume is false" in refused(tiny(whole, "checkpoint.resume=false"))
+
+
+def test_the_reference_is_a_copy_of_the_first_policy(tmp_path):
+    assert train.train(tiny(tmp_path, "steps=2", "grpo.kl_weight=0.1", "grpo.updates_per_rollout=2")) == 0
+    first, second = records(tmp_path)
+    assert 0 < first["kl"] < second["kl"]  # the mean over two updates, the first of them from the reference itself
+
+
+def test_config_sections_reach_the_update():
+    config = Config()
+    settings = train.UpdateSettings.of(dataclasses.replace(
+        config, draft=dataclasses.replace(config.draft, clip=7.0, every_n_steps=3),
+        grpo=dataclasses.replace(config.grpo, clip=5.0, clip_high=0.5, micro_batch=2)))
+    assert (settings.draft_clip, settings.draft_every, settings.clip, settings.clip_high,
+            settings.micro_batch) == (7.0, 3, 5.0, 0.5, 2)

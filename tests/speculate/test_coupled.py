@@ -34,7 +34,7 @@ def run(policy):
 
 
 slow = pytest.mark.slow
-DRAFTS = [(draft, k) if (draft, k) in (("mtp", 1), ("mtp", 3), ("ngram", 2), ("ngram", 7)) else
+DRAFTS = [(draft, k) if (draft, k) in (("mtp", 2), ("ngram", 3)) else
           pytest.param(draft, k, marks=slow) for draft in ("mtp", "ngram") for k in (1, 2, 3, 5, 7)]
 
 
@@ -59,7 +59,7 @@ def test_equals_autoregressive_when_truncated(run, policy, draft, k):
                 run(draft, batch, k, sampling=sampling))
 
 
-@pytest.mark.parametrize("draft, k", [("ngram", 2), pytest.param("mtp", 3, marks=slow)])
+@pytest.mark.parametrize("draft, k", [("ngram", 3), pytest.param("mtp", 3, marks=slow)])
 def test_slot_order_and_company_do_not_matter(run, draft, k):
     prompts = [p for p in PROMPTS for _ in range(8)]
     reference = generated(run(draft, make_batch(prompts, 1), k))
@@ -77,8 +77,8 @@ def test_slot_order_and_company_do_not_matter(run, draft, k):
 
 
 def test_another_seed_or_sequence_is_other_noise(run):
-    a, b = (generated(run("ngram", make_batch(seed=s), 2)) for s in (0, 1))
-    c = generated(run("ngram", make_batch(sequence_ids=range(32, 64)), 2))
+    a, b = (generated(run("ngram", make_batch(seed=s), 3)) for s in (0, 1))
+    c = generated(run("ngram", make_batch(sequence_ids=range(32, 64)), 3))
     assert sum(x == y for x, y in zip(a, b, strict=True)) < 8
     assert sum(x == y for x, y in zip(a, c, strict=True)) < 8
 

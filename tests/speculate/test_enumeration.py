@@ -68,7 +68,7 @@ def test_emitted_sequences_have_the_autoregressive_distribution_in_full(draft, v
     check(draft, vocab, k, cycles, **sampling)
 
 
-@pytest.mark.parametrize("draft", ["table", "fixed", pytest.param("mtp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draft", ["table", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fixed", "mtp"))])
 def test_vocabularies_of_several_blocks(draft, monkeypatch):
     """Both levels of the inverse transform count, and the last block is padded."""
     monkeypatch.setattr(reference, "VOCAB_BLOCK", 2)

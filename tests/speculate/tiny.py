@@ -14,12 +14,16 @@ from jspec.model import ModelConfig, init_policy, logits, train_forward
 from tests.pallas_kernels.oracle import process
 
 
-def policy(vocab=4, *, layers=1, heads=2, kv_heads=1, hidden=16, scale=0.5, stop_tokens=(), seed=0, **options):
-    """A transformer with spread-out logits."""
-    config = ModelConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_layers=layers,
-                         num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads, initializer_range=scale,
-                         max_position_embeddings=options.pop("max_positions", 64), stop_tokens=stop_tokens, **options)
-    return init_policy(config, jax.random.key(seed))
+def config(vocab=4, *, layers=1, heads=2, kv_heads=1, hidden=16, scale=0.5, **options):
+    """A transformer with spread-out logits and room for 64 positions."""
+    return ModelConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_layers=layers,
+                       num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads, initializer_range=scale,
+                       max_position_embeddings=64, **options)
+
+
+def policy(*args, seed=0, **options):
+    """A policy of `config(...)`."""
+    return init_policy(config(*args, **options), jax.random.key(seed))
 
 
 def shaken(draft, seed=0, scale=0.4):

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model.architecture.hidden_size=32", "model.architecture.intermediate_size=32",
          "model.architecture.num_layers=1", "draft.options.depths=1", "data.prompts_per_step=4", "data.group_size=4",
          "reward.workers=1", "checkpoint.every=2"]
+COUPLED = ["steps=5", "speculation.rule=coupled"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -147,20 +148,71 @@ def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path
     assert records(tmp_path / "killed") == expected
 
 
-def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(tmp_path, monkeypatch):
-    fetch, runs = train.fetch, {}
-    for name in ("none", "mtp"):
-        seen = runs.setdefault(name, [])
-        monkeypatch.setattr(train, "fetch", lambda out, seen=seen: seen.append(fetch(out)) or seen[-1])
-        assert train.train(tiny(tmp_path / name, "steps=8", "speculation.rule=coupled", f"draft.name={name}",
-                                *(["draft.options={}"] if name == "none" else []))) == 0
-    for plain, fast in zip(runs["none"], runs["mtp"], strict=True):
-        np.testing.assert_array_equal(plain.tokens, fast.tokens)
-        assert plain.stats.cycles.sum() > fast.stats.cycles.sum()
-    for plain, fast in zip(records(tmp_path / "none"), records(tmp_path / "mtp"), strict=True):
-        assert plain["reward"] == fast["reward"]
-        assert abs(plain["loss"] - fast["loss"]) < 1e-5
-        assert "acceptance" not in plain and plain["acceptance_length"] == 1
+def recorded(config, monkeypatch):
+    """The rollouts of a run, on the host, and its records."""
+    fetch, seen = train.fetch, []
+    monkeypatch.setattr(train, "fetch", lambda out: seen.append(fetch(out)) or seen[-1])
+    assert train.train(config) == 0
+    return seen, records(config.output_dir)
+
+
+@pytest.fixture(scope="module")
+def coupled(tmp_path_factory):
+    """Rollouts and records of a run whose tokens any other way of computing them must reproduce."""
+    with pytest.MonkeyPatch.context() as patch:
+        return recorded(tiny(tmp_path_factory.mktemp("coupled"), *COUPLED), patch)
+
+
+def same_run(expected, got):
+    assert len(expected) == len(got)
+    for a, b in zip(expected, got, strict=True):
+        assert a["reward"] == b["reward"] and a["tokens"] == b["tokens"]
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert b["logprob_gap"] < 1e-4
+
+
+def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(coupled, tmp_path, monkeypatch):
+    plain, described = recorded(tiny(tmp_path, *COUPLED, "draft.name=none", "draft.options={}"), monkeypatch)
+    for slow, fast in zip(plain, coupled[0], strict=True):
+        np.testing.assert_array_equal(slow.tokens, fast.tokens)
+        assert slow.stats.cycles.sum() > fast.stats.cycles.sum()
+    same_run(coupled[1], described)
+    assert all("acceptance" not in record and record["acceptance_length"] == 1 for record in described)
+
+
+def jspec_train(module, *overrides, **environment):
+    command = [sys.executable, "-m", *module, "train", "configs/tiny.yaml", *SMALL, *COUPLED, *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+KV_HEADS = "model.architecture.num_kv_heads=2"  # fewer than the tensor axis has shards
+
+
+@pytest.mark.slow  # tests/test_sharding.py has the small version
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
+def test_eight_devices_compute_what_one_does(coupled, tmp_path, shape):
+    axes = [f"mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), shape, strict=True)]
+    jspec_train(["jspec"], f"output_dir={tmp_path}", *axes, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    same_run(coupled[1], records(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
+def test_eight_devices_with_two_kv_heads(tmp_path, shape):
+    axes = [f"mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), shape, strict=True)]
+    jspec_train(["jspec"], f"output_dir={tmp_path}/one", KV_HEADS)
+    jspec_train(["jspec"], f"output_dir={tmp_path}/eight", KV_HEADS, *axes,
+                XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    same_run(records(tmp_path / "one"), records(tmp_path / "eight"))
+
+
+@pytest.mark.parametrize("starts", [(5,), pytest.param((2, 5), marks=pytest.mark.slow)])
+def test_two_processes_compute_what_one_does(coupled, tmp_path, starts):
+    for steps in starts:  # the second start resumes
+        jspec_train(["jspec.local", "2"], f"output_dir={tmp_path}", f"steps={steps}")
+        assert len(records(tmp_path)) == steps
+    same_run(coupled[1], records(tmp_path))
 
 
 def check_learning(every, last, reward):
@@ -251,10 +303,21 @@ def test_a_run_under_another_configuration(whole):
     assert "checkpoint.resume is false" in refused(tiny(whole, "checkpoint.resume=false"))
 
 
-def test_the_reference_is_a_copy_of_the_first_policy(tmp_path):
+def test_the_reference_is_a_frozen_copy_in_the_compute_dtype(tmp_path):
+    config = tiny(tmp_path, "grpo.kl_weight=0.1", "model.dtype=bfloat16")
+    policy = prepare.make_policy(config, prepare.make_tokenizer(config))
+    reference = prepare.make_reference(config, policy)
+    jax.tree.map(lambda x: x.delete(), policy.weights)  # as the update does, by donation
+    assert {str(x.dtype) for x in jax.tree.leaves(reference)} == {"bfloat16"}
+    assert np.isfinite(np.asarray(reference.weights["embed"], np.float32)).all()
+    assert prepare.make_reference(tiny(tmp_path), policy) is None
+
+
+@pytest.mark.slow
+def test_the_policy_moves_away_from_the_reference(tmp_path):
     assert train.train(tiny(tmp_path, "steps=2", "grpo.kl_weight=0.1", "grpo.updates_per_rollout=2")) == 0
     first, second = records(tmp_path)
-    assert 0 < first["kl"] < second["kl"]  # the mean over two updates, the first of them from the reference itself
+    assert first["kl"] > 1e-4 and second["kl"] > 1e-4  # means over two updates; at the very first they are the same
 
 
 def test_config_sections_reach_the_update():

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,53 +32,80 @@ HERE = Path(__file__).resolve().parent
 TARGETS = [("batch 1, tok/s", "vllm", 1.5), ("batch 8, tok/s", "vllm", 1.0), ("batch 32, tok/s", "vllm", 1.0),
            ("batch 8, tok/s", "tunix", 1.5), ("batch 32, tok/s", "tunix", 1.5),
            ("GRPO step, 8 rows, s", "tunix", 1 / 0.65), ("GRPO step, 32 rows, s", "tunix", 1 / 0.65)]
-REPEATED = "prompt that repeats itself, n-gram k = 3, batch 1, tok/s"
+REPEATED = "prompt that repeats itself, greedy, n-gram k = 3, batch 1, tok/s"
+
+
+class Failed(Exception):
+    """A program did not end well; the message has its last words."""
 
 
 def run(command: list[str], timeout_s: float) -> list[dict[str, Any]]:
-    """The JSON lines that a program prints. A program that fails ends the sitting with its last words."""
+    """The JSON lines that a program prints. Raises Failed."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"took over {timeout_s:.0f} s") from error
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        raise Failed(f"exit code {done.returncode}: {done.stderr[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def ours(script: str, arguments: list[str], timeout_s: float) -> list[dict[str, Any]]:
-    """The rows that one of our own benchmarks writes."""
+    """The rows that one of our own benchmarks writes. Raises Failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         run([sys.executable, str(HERE / script), *arguments, "--json", str(out)], timeout_s)
         return json.loads(out.read_text())["rows"]
 
 
-def one_round(peers: Path, timeout_s: float, found: dict[tuple[str, str], list[float]]) -> None:
-    """Run every program once; append what it measured to found[system, what]."""
-    python = {name: str(peers / name / "bin" / "python") for name in ("tunix", "vllm")}
+def rollouts(peers: Path, timeout_s: float):
     for row in ours("rollout.py", ["--batch", "1", "8", "32", "--rounds", "3"], timeout_s):
-        found["jspec", f"batch {row['batch']}, tok/s"].append(row["tok_per_s"])
-    vllm = [python["vllm"], str(HERE / "peers" / "vllm_cpu_rollout.py"), str(peers / "smollm2")]
-    for row in run(vllm + ["--batch", "1", "8", "32"], timeout_s):
-        found["vllm", f"batch {row['batch']}, tok/s"].append(row["tok_per_s"])
-    for prompts in (1, 4):
-        rows, options = 8 * prompts, ["--prompts", str(prompts), "--group", "8", "--steps", "3"]
-        for row in run([python["tunix"], str(HERE / "peers" / "tunix_grpo.py"), *options], timeout_s):
-            found["tunix", f"batch {rows}, tok/s"].append(row["tok_per_s"])
-            found["tunix", f"GRPO step, {rows} rows, s"].append(row["step_s"])
-        for row in ours("grpo_step.py", options, timeout_s):
-            found["jspec", f"GRPO step, {rows} rows, s"].append(row["step"])
-    repeat = ["--weights", "smollm2-135m-instruct", "--prompt", "repeat", "--prompt-tokens", "96", "--batch", "1",
-              "--draft", "ngram", "--k", "3", "--rounds", "3"]
-    for row in ours("rollout.py", repeat, timeout_s):
-        name = {"none": "jspec, autoregressive", "ngram": "jspec"}.get(row["draft"])
-        if name:
-            found[name, REPEATED].append(row["tok_per_s"])
+        yield "jspec", f"batch {row['batch']}, tok/s", row["tok_per_s"]
+
+
+def vllm(peers: Path, timeout_s: float):
+    python = str(peers / "vllm" / "bin" / "python")
+    command = [python, str(HERE / "peers" / "vllm_cpu_rollout.py"), str(peers / "smollm2"), "--batch", "1", "8", "32"]
+    for row in run(command, timeout_s):
+        yield "vllm", f"batch {row['batch']}, tok/s", row["tok_per_s"]
+
+
+def steps(prompts: int) -> list[str]:
+    return ["--prompts", str(prompts), "--group", "8", "--steps", "4"]
+
+
+def tunix(peers: Path, timeout_s: float, prompts: int):
+    python = str(peers / "tunix" / "bin" / "python")
+    for row in run([python, str(HERE / "peers" / "tunix_grpo.py"), *steps(prompts)], timeout_s):
+        yield "tunix", f"batch {8 * prompts}, tok/s", row["tok_per_s"]
+        yield "tunix", f"GRPO step, {8 * prompts} rows, s", row["step_s"]
+
+
+def grpo(peers: Path, timeout_s: float, prompts: int):
+    for row in ours("grpo_step.py", steps(prompts), timeout_s):
+        yield "jspec", f"GRPO step, {8 * prompts} rows, s", row["step"]
+
+
+def repeat(peers: Path, timeout_s: float):
+    options = ["--weights", "smollm2-135m-instruct", "--prompt", "repeat", "--prompt-tokens", "160", "--batch", "1",
+               "--draft", "ngram", "--k", "3", "--temperature", "0", "--rounds", "3"]
+    systems = {"none": "jspec, autoregressive", "ngram": "jspec"}
+    for row in ours("rollout.py", options, timeout_s):
+        if row["draft"] in systems:
+            yield systems[row["draft"]], REPEATED, row["tok_per_s"]
+
+
+PROGRAMS = {"rollouts": rollouts, "vllm": vllm, "tunix8": partial(tunix, prompts=1), "grpo8": partial(grpo, prompts=1),
+            "tunix32": partial(tunix, prompts=4), "grpo32": partial(grpo, prompts=4), "repeat": repeat}
 
 
 def rows_of(found: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
-    """Each comparison with its medians, its ratio (above 1: jspec is faster) and its target."""
+    """Each comparison that was measured: medians, their ratio (above 1: jspec is faster) and its target."""
     rows = []
     for what, peer, target in [*TARGETS, (REPEATED, "jspec, autoregressive", 1.5)]:
+        if not found["jspec", what] or not found[peer, what]:
+            continue
         mine, theirs = (measure.median(found[system, what]) for system in ("jspec", peer))
         ratio = theirs / mine if what.endswith(", s") else mine / theirs
         rows.append({"what": what, "peer": peer, "jspec": mine, "theirs": theirs, "ratio": ratio, "target": target,
@@ -100,6 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peers", nargs="?", type=Path, help="where install.sh put the peers, and smollm2 beside them")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one program")
     parser.add_argument("--json", help="write the result there")
     parser.add_argument("--show", help="print the table of a result that was written before, and run nothing")
@@ -110,10 +139,17 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.peers:
         parser.error("where are the peers? see --help")
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _ in range(args.rounds):
-        one_round(args.peers, args.timeout, found)
-    result = measure.report(rows_of(found), rounds=args.rounds)
-    measure.write_json(args.json, result)
+    console = Console(stderr=True)
+    for number in range(1, args.rounds + 1):
+        for name in args.only:
+            console.print(f"round {number}: {name} (load {os.getloadavg()[0]:.1f})")
+            try:
+                for system, what, value in PROGRAMS[name](args.peers, args.timeout):
+                    found[system, what].append(value)
+            except Failed as error:
+                console.print(f"{name} failed: {error}", markup=False)
+        result = measure.report(rows_of(found), rounds=number)
+        measure.write_json(args.json, result)
     show(result)
 
 

@@ -4,8 +4,8 @@ Process 0 has the terminal; what the others print goes to stderr behind their nu
 to all. When one process fails the others are stopped, and the exit code is that of the one that failed first.
 """
 
-import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -58,20 +58,16 @@ def _start(index: int, count: int, address: str, command: Sequence[str]) -> subp
     if _has_gpus(environment):
         environment["JAX_LOCAL_DEVICE_IDS"] = str(index)
     output = None if index == 0 else subprocess.PIPE
+    # If this process is killed, so are the others. Not by preexec_fn: to fork is unsafe once JAX has threads.
+    prefix = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     # A session of its own: Ctrl-C in the terminal must reach a process once, by way of `forward`.
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if output else None,
-                            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
+    return subprocess.Popen([*prefix, *command], env=environment, stdout=output, stdin=subprocess.DEVNULL,
+                            stderr=subprocess.STDOUT if output else None, start_new_session=True)
 
 
 def _has_gpus(environment) -> bool:
     platforms = environment.get("JAX_PLATFORMS", "")
     return os.path.exists("/dev/nvidia0") and (not platforms or "cuda" in platforms or "gpu" in platforms)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _relay(index: int, stream) -> None:

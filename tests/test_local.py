@@ -1,8 +1,12 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
 
 from jspec.local import run
 
@@ -44,9 +48,34 @@ def test_signals_reach_every_process(tmp_path):
     parent = f"import sys; from jspec.local import run; sys.exit(run(2, [sys.executable, '-c', {child!r}]))"
     process = subprocess.Popen(python(parent))
     files = [tmp_path / "0", tmp_path / "1"]
-    deadline = time.monotonic() + 60
-    while not all(file.exists() and file.read_text() for file in files) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 0
     assert [file.read_text() for file in files] == ["stopped", "stopped"]
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="the machine has no setpriv")
+def test_when_the_launcher_is_killed_nothing_stays_behind(tmp_path):
+    child = (
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['JAX_PROCESS_ID']).write_text(str(os.getpid())); time.sleep(60)\n"
+    )
+    parent = f"import sys; from jspec.local import run; sys.exit(run(2, [sys.executable, '-c', {child!r}]))"
+    process = subprocess.Popen(python(parent))
+    files = [tmp_path / "0", tmp_path / "1"]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(alive(int(file.read_text())) for file in files))
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

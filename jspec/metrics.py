@@ -22,6 +22,7 @@ TIMINGS = ("seconds/", "tokens_per_second")
 
 PHASES = ("data", "reshard", "rollout", "reward", "update", "checkpoint")
 WINDOW = 20  # steps in the running mean that acceptance is compared with
+EXPECTED = 20  # accepted tokens that the mean promises for a step: with fewer, half of them is within chance
 TABLE_ROWS = 12
 
 
@@ -143,10 +144,15 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def acceptance_alarm(before: Sequence[dict[str, Any]], record: dict[str, Any]) -> str | None:
-    """A line that says so if the share of accepted drafts fell under half of its mean over the latest steps."""
+    """A line that says so if the share of accepted drafts fell under half of its mean over the latest steps.
+
+    A draft of which next to nothing was ever accepted falls under half by chance, and is no news.
+    """
     earlier = [r["acceptance"] for r in before[-WINDOW:] if r.get("acceptance") is not None]
     now = record.get("acceptance")
     if now is None or len(earlier) < 3 or now >= statistics.mean(earlier) / 2:
+        return None
+    if statistics.mean(earlier) * record["drafted"] < EXPECTED:
         return None
     return (f"ALARM: acceptance fell to {now:.1%} of drafted tokens at step {record['step']}, under half of its mean "
             f"of {statistics.mean(earlier):.1%}: look at the draft (draft/loss, draft/grad_norm)")

@@ -238,6 +238,7 @@ def describe(out: Rollout, rewards: np.ndarray, clock: Clock) -> dict[str, Any]:
               "tokens_per_second": round(tokens / clock.seconds["rollout"], 2),
               "acceptance_length": tokens / int(stats.cycles.sum())}
     if stats.drafted.sum():
+        record["drafted"] = int(stats.drafted.sum())
         record["acceptance"] = float(stats.accepted.sum() / stats.drafted.sum())
         record["acceptance_by_position"] = (stats.accepted / np.maximum(stats.drafted, 1)).tolist()
     return record

@@ -12,7 +12,8 @@ from jspec.metrics import Metrics, acceptance_alarm, read_records, untimed
 
 def record(step, **more):
     return {"step": step, "reward": 0.5, "length": 3.0, "finished": 1.0, "tokens_per_second": 10.0,
-            "acceptance_length": 2.0, "acceptance": 0.5, "acceptance_by_position": [0.6, 0.4], "logprob_gap": 1e-6,
+            "acceptance_length": 2.0, "acceptance": 0.5, "drafted": 300, "acceptance_by_position": [0.6, 0.4],
+            "logprob_gap": 1e-6,
             "seconds/step": 1.0, **more}
 
 
@@ -64,6 +65,11 @@ def test_alarm_when_acceptance_falls_under_half_of_its_running_mean(before, now,
     said = acceptance_alarm([record(i, acceptance=a) for i, a in enumerate(before)], record(9, acceptance=now))
     assert bool(said) == alarms
     assert not alarms or ("step 9" in said and "80.0%" in said)
+
+
+def test_no_alarm_about_chance():
+    assert acceptance_alarm([record(i, acceptance=0.02) for i in range(9)], record(9, acceptance=0.0)) is None
+    assert acceptance_alarm([record(i, acceptance=0.02) for i in range(9)], record(9, acceptance=0.0, drafted=3000))
 
 
 def test_the_alarm_is_printed_and_its_mean_survives_a_resume(tmp_path):

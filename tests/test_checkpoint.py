@@ -162,7 +162,7 @@ def test_a_run_whose_checkpoint_is_cut_short_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("change, key", [
-    ({"seed": 1}, "seed=0, not 1"), ({"grpo": GrpoSection(learning_rate=5e-6)}, "grpo.learning_rate=1e-06, not 5e-06"),
+    ({"seed": 1}, "seed=0, not 1"), ({"grpo": GrpoSection(clip_low=0.1)}, "grpo.clip_low=0.2, not 0.1"),
     ({"draft": DraftSection(options={"depths": 3})}, "draft.options={}, not {'depths': 3}")])
 def test_a_run_is_not_resumed_under_another_configuration(tmp_path, change, key):
     config = Config(output_dir=str(tmp_path))

@@ -299,7 +299,7 @@ def test_a_draft_made_for_another_policy(whole, tmp_path):
 
 
 def test_a_run_under_another_configuration(whole):
-    assert "grpo.learning_rate=0.001, not 0.5" in refused(tiny(whole, "grpo.learning_rate=0.5"))
+    assert "grpo.clip_low=0.2, not 0.1" in refused(tiny(whole, "grpo.clip_low=0.1"))
     assert "checkpoint.resume is false" in refused(tiny(whole, "checkpoint.resume=false"))
 
 

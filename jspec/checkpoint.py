@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 
 COUNTERS = ("updates", "skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
 FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile", "reward.workers",
-                  "speculation.kernels")
-"""What a run may be resumed with another value of: nothing that decides what it computes."""
+                  "grpo.learning_rate", "grpo.clip", "grpo.max_skipped", "draft.learning_rate", "draft.clip")
+"""What a run may be resumed with another value of: what decides nothing that it computes, and what a run whose updates
+are not finite has to be rescued with."""
 
 
 def check_config(config: Config) -> None:
@@ -48,9 +49,12 @@ def check_config(config: Config) -> None:
                 raise InputError(f"{config.output_dir} holds a run with {key}={before[key]}, not {now[key]}; give that "
                                  "value to go on with it, or choose another output_dir")
     if is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(".tmp")
-        whole.write_text(to_yaml(config))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole.write_text(to_yaml(config))
+        except OSError as error:
+            raise InputError(f"output_dir={config.output_dir} cannot be written to: {error.strerror}") from None
         whole.replace(path)
 
 

@@ -92,7 +92,10 @@ def rollout(arguments) -> int:
     with console.status("loading"):
         source = open_source(arguments.model, overrides, arguments.dtype)
         draft = make_draft(source, arguments.draft)
-        tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
+        try:
+            tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
+        except Exception as error:  # tokenizers raise nothing narrower
+            raise InputError(f"the model's tokenizer refuses the prompt: {error}") from None
         batch = jspec.PromptBatch.from_tokens([tokens], group_size=arguments.samples, seed=arguments.seed)
         policy = jspec.reshard(source.policy)
     sampling = make_sampling(source.config)

@@ -52,7 +52,7 @@ class DraftSection:
     """The drafter that makes rollouts fast; it never changes what they are distributed as."""
 
     name: str = setting("mtp", "the drafter; none: plain autoregressive rollouts", choices=(*DRAFTERS, "none"))
-    path: str | None = setting(None, "directory of trained draft weights to start from; null: fresh ones")
+    path: str | None = setting(None, "output_dir of a run whose draft to start from; null: a fresh one")
     train: bool = setting(True, "train the draft in the update step (where it has weights)")
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
     learning_rate: float = setting(1e-3, "peak learning rate of the draft's own AdamW", low=0)

@@ -53,8 +53,8 @@ def model_config(config: Config) -> ModelConfig:
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if missing:
         raise InputError(f"model.architecture needs {', '.join(missing)} too")
-    fields["stop_tokens"] = tuple(fields.get("stop_tokens", ()))
     try:
+        fields["stop_tokens"] = tuple(fields.get("stop_tokens", ()))
         return ModelConfig(**fields | {"rope": RopeConfig(**fields.get("rope", {}))})
     except TypeError as error:
         raise InputError(f"model.architecture: {error}") from error

@@ -118,7 +118,9 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> in
         code = exit_code(run, learned)
         if code == 1:
             break  # the last checkpoint is of a better time
-        saving = save(run, step + 1, state, always=bool(code))
+        # weights that ran away are finite at first: a checkpoint waits until the updates go through again
+        sound = not (learned["skipped_in_row"] or learned["draft_skipped_in_row"])
+        saving = save(run, step + 1, state, always=bool(code)) if sound else 0.0
         if code:
             break
     run.checkpoints.wait()
@@ -306,6 +308,9 @@ def opening(config: Config, mesh: Mesh, done: int) -> str:
 def closing(config: Config, code: int, steps: int) -> str:
     """The last line of a run."""
     where = f"metrics and checkpoints are in {config.output_dir}"
+    if code == 1:
+        return (f"stopped at step {steps} of {config.steps}: updates are not finite; {where}; go on from the last good "
+                "checkpoint with a lower grpo.learning_rate (or draft.learning_rate)")
     if code:
         return f"stopped after step {steps} of {config.steps}; {where}; the same command goes on"
     return f"all {config.steps} steps are done; {where}"

@@ -17,6 +17,7 @@ them, `observe` overwrites).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,9 @@ from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, Trunk
 from pallas_kernels.noise import CoupledNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import draw, process_logits
+
+UNLIKE = ("stop_tokens", "pad_token", "max_position_embeddings", "initializer_range")
+"""Fields of a ModelConfig that a draft and its policy need not share."""
 
 
 @struct.dataclass
@@ -47,13 +51,13 @@ class Draft:
         return importlib.import_module(f"jspec.drafts.{self.config.name}")
 
     def check(self, policy: Policy) -> None:
-        """Raise InputError if this draft was made for a policy of another shape or vocabulary."""
+        """Raise InputError if this draft was made for a policy of another architecture or vocabulary."""
         made: ModelConfig = self.config.policy
-        for field in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim"):
-            a, b = getattr(made, field), getattr(policy.config, field)
-            if a != b:
-                raise InputError(f"this {self.config.name} draft was made for another policy: its {field} is {a}, the "
-                                 f"policy's is {b}; make one with jspec.drafts.{self.config.name}(policy, ...)")
+        for field in dataclasses.fields(ModelConfig):
+            a, b = getattr(made, field.name), getattr(policy.config, field.name)
+            if a != b and field.name not in UNLIKE:
+                raise InputError(f"this {self.config.name} draft was made for another policy: its {field.name} is {a}, "
+                                 f"the policy's is {b}; make one with jspec.drafts.{self.config.name}(policy, ...)")
 
 
 @struct.dataclass

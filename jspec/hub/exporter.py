@@ -27,8 +27,11 @@ MAX_SHARD_BYTES = 5 * 10**9
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place on success and vanishes on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"{target} cannot be written to: {error.strerror}; choose another directory") from None
     try:
         yield work
         work.chmod(0o755)

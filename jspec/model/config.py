@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 from jspec.errors import InputError
 
@@ -66,6 +67,14 @@ class ModelConfig:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise InputError(f"model family {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                     "head_dim", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for token in self.stop_tokens:
+            if not isinstance(token, numbers.Integral) or not 0 <= token < self.vocab_size:
+                raise InputError(f"stop token {token!r} is not an id of the vocabulary of {self.vocab_size}")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")

@@ -141,7 +141,7 @@ def import_file(file: Path, function: str):
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # anything may go wrong in a file of the user's
+    except (Exception, SystemExit) as error:  # anything may go wrong in a file of the user's
         raise InputError(f"reward.function={function!r}: {file} does not import: {one_line(error)}") from error
     return module
 

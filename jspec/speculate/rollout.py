@@ -38,12 +38,14 @@ def _check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sa
     if sampling.top_k < 0:
         raise InputError(f"sampling top_k = {sampling.top_k} is negative; 0 turns it off")
     for name, value in (("temperature", sampling.temperature), ("top_p", sampling.top_p)):
-        if value is None:
+        if value is None and name == "top_p":
             continue
         if jnp.shape(value) not in ((), (rows,)):
             raise InputError(f"sampling {name} has shape {jnp.shape(value)}; give a scalar or one value for each of "
                              f"the {rows} sequences")
         known = _concrete(value)
+        if known is not None and not np.issubdtype(known.dtype, np.number):
+            raise InputError(f"sampling {name} must be a number, not {value!r}")
         if known is not None and not np.all((known >= 0) & np.isfinite(known)):
             raise InputError(f"sampling {name} must be finite and at least 0; got {known.min()}")
     _check_tokens(policy, batch, sampling)

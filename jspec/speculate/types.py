@@ -105,8 +105,8 @@ class Speculation:
 
     Attributes:
       k: drafted tokens a cycle, 0 for none.
-      rule: "rejection" or "coupled" (see DESIGN: both are lossless; coupled also reproduces, token for token, what
-        autoregressive decoding with the same key gives).
+      rule: "rejection" or "coupled". Both are lossless; coupled also reproduces, token for token, what autoregressive
+        decoding with the same key gives.
     """
 
     k: int = struct.field(pytree_node=False, default=3)

@@ -28,6 +28,20 @@ def draft(policy):
     return tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3), scale=0.15)
 
 
+trunk_states = jax.jit(lambda policy, tokens: train_forward(policy, tokens).hidden)
+
+
+@jax.jit
+def spied_loss(policy, draft, *args):
+    """The logits that the loss computes: the target's, then those of every depth, [B, T, V]."""
+    seen, original = [], draft.module.logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft.module, "logits", lambda *a: seen.append(original(*a)) or seen[-1])
+        patch.setattr(draft.module, "sum_over_chunks", lambda fn, tree: fn(tree))
+        draft.module.loss(policy, draft, *args)
+    return seen
+
+
 def test_state_depends_on_committed_tokens_only(policy, draft):
     """After several cycles the head's cache and state are what `start` makes of the committed tokens."""
     sampling = Sampling(max_new_tokens=16, stop_tokens=())
@@ -79,26 +93,18 @@ def test_the_loss_unrolls_what_propose_computes(policy, draft):
         def draw(self, logits, offset):
             return drawn[:, offset], super().draw(logits, offset)[1]
 
-    trunk, _ = prefill(ready, tokens, 16)
-    state = draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths), 16)
-    noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, K)
-    _, log_q, _ = draft.module.propose(ready, prepared, state, base.Committed(tokens, lengths),
-                                       Forced(noise, jnp.ones(5), None, 0, K))
+    @jax.jit
+    def infer(ready, prepared):
+        trunk, _ = prefill(ready, tokens, 16)
+        state = draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths), 16)
+        noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, K)
+        sampler = Forced(noise, jnp.ones(5), None, 0, K)
+        return draft.module.propose(ready, prepared, state, base.Committed(tokens, lengths), sampler)[1]
 
-    hidden = train_forward(policy, jnp.array([sequence], jnp.int32)).hidden
-    seen = []
-    original = draft.module.logits
-
-    def spy(policy, states):
-        seen.append(original(policy, states))
-        return seen[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft.module, "logits", spy)
-        patch.setattr(draft.module, "sum_over_chunks", lambda fn, tree: fn(tree))
-        draft.module.loss(policy, draft, hidden, jnp.array([sequence], jnp.int32), jnp.array([1]),
-                          jnp.ones((1, 9), bool), 1.0)
-    target, *heads = seen
+    log_q = infer(ready, prepared)
+    whole = jnp.array([sequence], jnp.int32)
+    hidden = trunk_states(policy, whole)
+    target, *heads = spied_loss(policy, draft, hidden, whole, jnp.array([1]), jnp.ones((1, 9), bool), jnp.ones(1))
     np.testing.assert_allclose(target[0], logits(policy, hidden)[0, :9], atol=1e-5)
     for depth, head in enumerate(heads):
         trained = jax.nn.log_softmax(head[0])
@@ -112,14 +118,10 @@ def test_the_loss_is_the_forward_kl_over_trained_tokens(policy, draft):
     tokens = jnp.asarray(rng.integers(0, 11, (3, 9)), jnp.int32)
     start, mask = jnp.array([1, 3, 4]), jnp.asarray(rng.random((3, 5)) < 0.7)
     temperature = jnp.array([1.0, 0.5, 0.0])
-    hidden = train_forward(policy, tokens).hidden
-    seen = []
-    original = draft.module.logits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft.module, "logits", lambda *a: seen.append(original(*a)) or seen[-1])
-        patch.setattr(draft.module, "sum_over_chunks", lambda fn, tree: fn(tree))
-        draft.module.loss(policy, draft, hidden, tokens, start, mask, temperature)
-    total, count, metrics = draft.module.loss(policy, draft, hidden, tokens, start, mask, temperature)
+    hidden = trunk_states(policy, tokens)
+    seen = spied_loss(policy, draft, hidden, tokens, start, mask, temperature)
+    loss = jax.jit(draft.module.loss)
+    total, count, metrics = loss(policy, draft, hidden, tokens, start, mask, temperature)
     scale = np.array([1.0, 0.5, 1.0])[:, None, None]
     log_p, *log_q = (np.asarray(jax.nn.log_softmax(x / scale), np.float64) for x in seen)
     kl = [(np.exp(log_p) * (log_p - q)).sum(-1)[np.asarray(mask)].sum() for q in log_q]
@@ -127,8 +129,7 @@ def test_the_loss_is_the_forward_kl_over_trained_tokens(policy, draft):
     assert float(count) == int(mask.sum()) and min(kl) > 0
     overlap = [np.minimum(np.exp(log_p), np.exp(q)).sum(-1)[np.asarray(mask)].sum() for q in log_q]
     np.testing.assert_allclose(metrics["overlap"], overlap, rtol=1e-5)
-    # chunks change nothing
-    assert draft.module.loss(policy, draft, hidden, tokens, start, mask * 0 > 0, temperature)[0] == 0
+    assert loss(policy, draft, hidden, tokens, start, jnp.zeros_like(mask), temperature)[0] == 0
 
 
 def test_a_trained_head_is_accepted_more_often(policy):
@@ -142,7 +143,7 @@ def test_a_trained_head_is_accepted_more_often(policy):
     at = jnp.arange(20)
     response = jnp.take_along_axis(before.tokens, jnp.clip(at - start[:, None], 0, 11), axis=1)
     tokens = jnp.where(at < start[:, None], jnp.pad(prompt, ((0, 0), (0, 12))), response)
-    hidden = train_forward(policy, tokens).hidden
+    hidden = trunk_states(policy, tokens)
 
     @jax.jit
     def step(weights):

@@ -24,6 +24,7 @@ from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, RopeConfig, param_specs
+from jspec.model.params import is_spec
 from jspec.rl.state import TrainState
 from jspec.sharding import spec_sharding
 
@@ -207,19 +208,15 @@ def _model_config(meta: dict) -> ModelConfig:
     return ModelConfig(**fields | {"rope": RopeConfig(**fields["rope"]), "stop_tokens": tuple(fields["stop_tokens"])})
 
 
-def _is_spec(x: Any) -> bool:
-    return hasattr(x, "axes")
-
-
 def _placed(specs: Any, config: ModelConfig) -> Any:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, specs, is_leaf=_is_spec)
+        shardings = jax.tree.map(lambda _: one, specs, is_leaf=is_spec)
     else:
         shardings = spec_sharding(specs, config, mesh)
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs, shardings,
-                        is_leaf=_is_spec)
+                        is_leaf=is_spec)
 
 
 def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
@@ -245,7 +242,7 @@ def load_draft(run_dir: str | Path) -> Draft | None:
         return None
 
     config, make = _model_config(_meta(run_dir)), getattr(jspec.drafts, section.name)
-    weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), param_specs(config), is_leaf=_is_spec)
+    weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), param_specs(config), is_leaf=is_spec)
     draft = jax.eval_shape(lambda weights: make(Policy(weights, config), jax.random.key(0), **section.options), weights)
     if not jax.tree.leaves(draft):
         return draft

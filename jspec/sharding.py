@@ -121,12 +121,15 @@ def constrain_tree(tree: Any, specs: Any, config: Any, layout: str) -> Any:
     return jax.lax.with_sharding_constraint(tree, spec_sharding(specs, config, mesh, layout))
 
 
+def batch_shards(layout: str, mesh: Any = None) -> int:
+    """Over how many shards the mesh (default: the current one, if any) splits a batch's rows."""
+    mesh = mesh or current_mesh()
+    return 1 if mesh is None else _degree(mesh, RULES[layout]["batch"])
+
+
 def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
     """Raise InputError if `rows` sequences cannot be split evenly over the mesh's batch axes."""
-    mesh = mesh or current_mesh()
-    if mesh is None:
-        return
-    degree = _degree(mesh, RULES[layout]["batch"])
+    degree = batch_shards(layout, mesh)
     if rows % degree:
         raise InputError(f"a batch of {rows} sequences is not divided by the mesh's {degree} batch shards "
                          f"({' x '.join(RULES[layout]['batch'])}); change prompts_per_step, group_size or the mesh")

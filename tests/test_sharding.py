@@ -91,9 +91,9 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
                 assert_same(policy, make_batch(), SAMPLING, one, sharded)
                 same = data["tokens"] == np.asarray(one.tokens)
                 np.testing.assert_allclose(np.where(same, data["logprobs"] - one.logprobs, 0), 0, atol=1e-5)
-    # q and k [1, 64, heads x 8] in training, o [64, 64] in the rollout: (fsdp, tensor), then tensor alone
-    assert placed["8-2x2x2"] == [[1, 32, 32], [1, 32, 32], [32, 64]]
-    assert placed["2-1x1x8"] == [[1, 64, 8], [1, 64, 16], [8, 64]]
+    # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor alone
+    assert placed["8-2x2x2"] == [[1, 32, 32], [1, 32, 32], [64, 32]]
+    assert placed["2-1x1x8"] == [[1, 8, 64], [1, 16, 64], [64, 8]]
     assert "4 sequences" in placed["refused"] and "8 batch shards" in placed["refused"]
 
 
@@ -128,15 +128,15 @@ def test_every_parameter_has_a_row_in_the_table():
     shardings = policy_sharding(config(8), abstract(2, 2, 2))
     specs = {jax.tree_util.keystr(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
     assert specs["['embed']"] == P(("tensor",), ("fsdp",))
-    assert specs["['layers']['down']"] == P(None, ("tensor",), ("fsdp",))
+    assert specs["['layers']['down']"] == P(None, ("fsdp",), ("tensor",))
     assert specs["['layers']['attn_norm']"] == P(None, None)
     assert len(specs) == len(jax.tree.leaves(param_specs(config(8)), is_leaf=lambda s: hasattr(s, "axes")))
 
 
 def test_key_value_heads_beyond_the_tensor_axis_are_replicated():
     specs = policy_sharding(config(2), abstract(1, 1, 8))
-    assert specs["layers"]["k"].spec == P(None, ("fsdp",), None)
-    assert specs["layers"]["q"].spec == P(None, ("fsdp",), ("tensor",))
+    assert specs["layers"]["k"].spec == P(None, None, ("fsdp",))
+    assert specs["layers"]["q"].spec == P(None, ("tensor",), ("fsdp",))
 
 
 def test_a_model_that_the_mesh_does_not_divide():

@@ -45,7 +45,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2) -> Draft:
 
     def make(key):
         weights = init_weights(specs(config), key, policy.config.initializer_range)
-        weights["proj"] = weights["proj"] + 0.5 * jnp.concatenate([jnp.eye(d), jnp.eye(d)])
+        weights["proj"] = weights["proj"] + 0.5 * jnp.concatenate([jnp.eye(d), jnp.eye(d)], axis=1)
         return weights
 
     return Draft(weights=place_on_mesh(make, specs(config), policy.config)(key), state={}, config=config)
@@ -62,7 +62,7 @@ def specs(config: MtpConfig) -> dict:
     for name in ("o", "down"):
         layer[name] = dataclasses.replace(layer[name], init="zeros")
     return {"embed_norm": ParamSpec((d,), ("norm",), "ones"), "hidden_norm": ParamSpec((d,), ("norm",), "ones"),
-            "proj": ParamSpec((2 * d, d), (None, "embed")), "layer": layer,
+            "proj": ParamSpec((d, 2 * d), ("embed", None)), "layer": layer,
             "final_norm": ParamSpec((d,), ("norm",), "ones")}
 
 
@@ -181,7 +181,6 @@ def loss(policy: Policy, draft: Draft, hidden: jax.Array, tokens: jax.Array, res
       sums over trained tokens: "overlap" float32 [depths], the probability that the draft of that depth is accepted.
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    weights = {**weights, "layer": fuse(policy.config, weights["layer"])}
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
     temperature = jnp.broadcast_to(jnp.where(jnp.asarray(temperature) == 0, 1.0, temperature), tokens.shape[:1])
     at = response_start[:, None] - 1 + jnp.arange(mask.shape[1])[None]

@@ -23,8 +23,7 @@ class StoredTensor:
     """One tensor of a checkpoint and where it goes.
 
     `name` is transformers' and safetensors' name, `gguf` llama.cpp's; `key` is the path in `Policy.weights`, `layer`
-    the index along that array's leading axis (None: no layer axis); `shape` is as stored, and `transposed` says that
-    ours is the other way round ([in, out] from [out, in]).
+    the index along that array's leading axis (None: no layer axis).
     """
 
     name: str
@@ -32,33 +31,32 @@ class StoredTensor:
     key: tuple[str, ...]
     layer: int | None
     shape: tuple[int, ...]
-    transposed: bool
 
 
 _TOP = {
-    "embed": ("model.embed_tokens.weight", "token_embd.weight", False),
-    "final_norm": ("model.norm.weight", "output_norm.weight", False),
-    "head": ("lm_head.weight", "output.weight", True),
+    "embed": ("model.embed_tokens.weight", "token_embd.weight"),
+    "final_norm": ("model.norm.weight", "output_norm.weight"),
+    "head": ("lm_head.weight", "output.weight"),
 }
 _LAYER = {
-    "attn_norm": ("input_layernorm.weight", "attn_norm.weight", False),
-    "q": ("self_attn.q_proj.weight", "attn_q.weight", True),
-    "k": ("self_attn.k_proj.weight", "attn_k.weight", True),
-    "v": ("self_attn.v_proj.weight", "attn_v.weight", True),
-    "o": ("self_attn.o_proj.weight", "attn_output.weight", True),
-    "q_bias": ("self_attn.q_proj.bias", "attn_q.bias", False),
-    "k_bias": ("self_attn.k_proj.bias", "attn_k.bias", False),
-    "v_bias": ("self_attn.v_proj.bias", "attn_v.bias", False),
-    "o_bias": ("self_attn.o_proj.bias", "attn_output.bias", False),
-    "q_norm": ("self_attn.q_norm.weight", "attn_q_norm.weight", False),
-    "k_norm": ("self_attn.k_norm.weight", "attn_k_norm.weight", False),
-    "mlp_norm": ("post_attention_layernorm.weight", "ffn_norm.weight", False),
-    "gate": ("mlp.gate_proj.weight", "ffn_gate.weight", True),
-    "up": ("mlp.up_proj.weight", "ffn_up.weight", True),
-    "down": ("mlp.down_proj.weight", "ffn_down.weight", True),
-    "gate_bias": ("mlp.gate_proj.bias", "ffn_gate.bias", False),
-    "up_bias": ("mlp.up_proj.bias", "ffn_up.bias", False),
-    "down_bias": ("mlp.down_proj.bias", "ffn_down.bias", False),
+    "attn_norm": ("input_layernorm.weight", "attn_norm.weight"),
+    "q": ("self_attn.q_proj.weight", "attn_q.weight"),
+    "k": ("self_attn.k_proj.weight", "attn_k.weight"),
+    "v": ("self_attn.v_proj.weight", "attn_v.weight"),
+    "o": ("self_attn.o_proj.weight", "attn_output.weight"),
+    "q_bias": ("self_attn.q_proj.bias", "attn_q.bias"),
+    "k_bias": ("self_attn.k_proj.bias", "attn_k.bias"),
+    "v_bias": ("self_attn.v_proj.bias", "attn_v.bias"),
+    "o_bias": ("self_attn.o_proj.bias", "attn_output.bias"),
+    "q_norm": ("self_attn.q_norm.weight", "attn_q_norm.weight"),
+    "k_norm": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+    "mlp_norm": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    "gate": ("mlp.gate_proj.weight", "ffn_gate.weight"),
+    "up": ("mlp.up_proj.weight", "ffn_up.weight"),
+    "down": ("mlp.down_proj.weight", "ffn_down.weight"),
+    "gate_bias": ("mlp.gate_proj.bias", "ffn_gate.bias"),
+    "up_bias": ("mlp.up_proj.bias", "ffn_up.bias"),
+    "down_bias": ("mlp.down_proj.bias", "ffn_down.bias"),
 }
 
 
@@ -66,18 +64,15 @@ def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
     """Every tensor that a checkpoint of this config holds, in the order of the file."""
     from jspec.model.params import layer_specs, param_specs
 
-    def stored(shape, transposed):
-        return shape[::-1] if transposed else shape
-
     specs, out = param_specs(config), []
-    for key, (name, gguf, transposed) in _TOP.items():
+    for key, (name, gguf) in _TOP.items():
         if key in specs:
-            out.append(StoredTensor(name, gguf, (key,), None, stored(specs[key].shape, transposed), transposed))
+            out.append(StoredTensor(name, gguf, (key,), None, specs[key].shape))
     for layer in range(config.num_layers):
         for key, spec in layer_specs(config).items():
-            name, gguf, transposed = _LAYER[key]
+            name, gguf = _LAYER[key]
             out.append(StoredTensor(f"model.layers.{layer}.{name}", f"blk.{layer}.{gguf}", ("layers", key), layer,
-                                    stored(spec.shape, transposed), transposed))
+                                    spec.shape))
     return out
 
 

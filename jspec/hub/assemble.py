@@ -95,8 +95,7 @@ def _fill(buffers: dict[Bounds, np.ndarray], source: Source, tensor: StoredTenso
             bounds, target = bounds[1:], buffer[tensor.layer - bounds[0][0]]
         else:
             continue
-        # seen as it is stored: rows first
-        places.append((bounds[::-1], target.T) if tensor.transposed else (bounds, target))
+        places.append((bounds, target))
     for start, stop in _chunks(tensor.shape):
         wanted = [(b, t) for b, t in places if b[0][0] < stop and start < b[0][1]]
         if not wanted:

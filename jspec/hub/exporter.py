@@ -89,8 +89,7 @@ def _host_value(policy: Policy, tensor: StoredTensor) -> np.ndarray:
     array = array if tensor.layer is None else array[tensor.layer]
     if not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
-    host = np.asarray(array, np.float32)
-    return host.T if tensor.transposed else host
+    return np.asarray(array, np.float32)
 
 
 def export(policy: Policy, directory: str | Path, tokenizer: Any = None, *,

@@ -2,7 +2,7 @@
 
 from jspec.model.attention import Cache
 from jspec.model.config import ModelConfig, RopeConfig
-from jspec.model.forward import Trunk, embed, logits, prefill, train_forward, verify
+from jspec.model.forward import Trunk, embed, group_forward, logits, prefill, train_forward, verify
 from jspec.model.params import (
     ParamSpec,
     Policy,
@@ -16,6 +16,6 @@ from jspec.model.params import (
     to_rollout,
 )
 
-__all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "embed", "init_policy", "init_weights",
-           "layer_specs", "logits", "param_specs", "place_on_mesh", "policy_sharding", "prefill", "reshard",
-           "to_rollout", "train_forward", "verify"]
+__all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "embed", "group_forward",
+           "init_policy", "init_weights", "layer_specs", "logits", "param_specs", "place_on_mesh", "policy_sharding",
+           "prefill", "reshard", "to_rollout", "train_forward", "verify"]

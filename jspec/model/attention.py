@@ -1,6 +1,8 @@
-"""Causal attention over whole sequences, and the per-layer KV cache. Verification is a kernel: `pallas_kernels`."""
+"""Causal attention over sequences, and the per-layer KV cache. Verification is a kernel: `pallas_kernels`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +22,49 @@ class Cache:
     v: tuple[jax.Array, ...]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | int) -> jax.Array:
-    """Attention of q [B, T, H, D], the queries at positions first..first+T-1, to k, v [B, S, H_kv, D]."""
-    mask = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(q.shape[1])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
-
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal grouped-query attention, q [B, S, H, D], k and v [B, S, H_kv, D] -> [B, S, H, D].
-
-    Queries go in blocks when S is large, so that scores take S x QUERY_BLOCK and not S x S.
-    """
+def _in_query_blocks(q: jax.Array, k: jax.Array, v: jax.Array, visible: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Attention of q [B, T, H, D] to k, v [B, S, H_kv, D], in blocks where T is large, so that scores take
+    S x QUERY_BLOCK and not S x T. `visible(rows)` says what queries int32 [rows] may see, bool [B or 1, rows, S]."""
     length = q.shape[1]
     if length <= 2 * QUERY_BLOCK:
-        return _attend(q, k, v, 0)
+        return jax.nn.dot_product_attention(q, k, v, mask=visible(jnp.arange(length))[:, None])
     blocks = -(-length // QUERY_BLOCK)
     padded = jnp.pad(q, ((0, 0), (0, blocks * QUERY_BLOCK - length), (0, 0), (0, 0)))
     padded = padded.reshape(q.shape[0], blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
-    one = jax.checkpoint(lambda args: _attend(args[0], k, v, args[1] * QUERY_BLOCK))
+
+    @jax.checkpoint
+    def one(block):
+        queries, index = block
+        rows = index * QUERY_BLOCK + jnp.arange(QUERY_BLOCK)
+        return jax.nn.dot_product_attention(queries, k, v, mask=visible(rows)[:, None])
+
     out = jax.lax.map(one, (padded, jnp.arange(blocks)))
     return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal grouped-query attention, q [B, S, H, D], k and v [B, S, H_kv, D] -> [B, S, H, D]."""
+    return _in_query_blocks(q, k, v, lambda rows: (jnp.arange(k.shape[1]) <= rows[:, None])[None])
+
+
+def continued_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.Array, prompt_v: jax.Array,
+                        prompt_lengths: jax.Array) -> jax.Array:
+    """Attention of sequences that continue a shared prompt, q [N, T, H, D], k and v [N, T, H_kv, D] -> [N, T, H, D].
+
+    prompt_k, prompt_v: [P, L, H_kv, D], of the prompts, right-padded, prompt_lengths int32 [P]. Row i of N continues
+    prompt i // (N // P): it sees all of that, and itself causally.
+    """
+    group, length = q.shape[0] // prompt_k.shape[0], prompt_k.shape[1]
+    k, v = (jnp.concatenate([jnp.repeat(a, group, axis=0), b], axis=1) for a, b in ((prompt_k, k), (prompt_v, v)))
+    in_prompt = jnp.arange(length) < jnp.repeat(prompt_lengths, group)[:, None]
+
+    def visible(rows):
+        own = jnp.arange(q.shape[1]) <= rows[:, None]
+        shape = (q.shape[0], rows.shape[0])
+        return jnp.concatenate([jnp.broadcast_to(in_prompt[:, None], (*shape, length)),
+                                jnp.broadcast_to(own[None], (*shape, q.shape[1]))], axis=-1)
+
+    return _in_query_blocks(q, k, v, visible)
 
 
 def to_cache(x: jax.Array, cache_size: int) -> jax.Array:

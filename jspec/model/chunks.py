@@ -25,12 +25,17 @@ def split_chunks(tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
     return jax.tree.map(split, tree)
 
 
-def sum_over_chunks(fn: Callable[[Any], Any], tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
-    """Sum of fn over chunks of a tree of [N, T, ...], each recomputed in the backward pass. Padding is 0 (False)."""
+def map_chunks(fn: Callable[[Any], Any], tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
+    """fn over chunks of a tree of [N, T, ...], one after the other; its results along a new leading axis.
+
+    Each is recomputed in the backward pass, unless there is one only: then nothing could be saved by it.
+    """
     chunks = split_chunks(tree, chunk_tokens)
-    one = jax.checkpoint(fn)
     if jax.tree.leaves(chunks)[0].shape[0] == 1:
-        return one(jax.tree.map(lambda x: x[0], chunks))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], chunks)))
-    total, _ = jax.lax.scan(lambda carry, x: (jax.tree.map(jnp.add, carry, one(x)), None), zero, chunks)
-    return total
+        return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], chunks)))
+    return jax.lax.scan(lambda _, chunk: (None, jax.checkpoint(fn)(chunk)), None, chunks)[1]
+
+
+def sum_over_chunks(fn: Callable[[Any], Any], tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
+    """The sum of `map_chunks`. Padding is 0 (False)."""
+    return jax.tree.map(lambda x: x.sum(0), map_chunks(fn, tree, chunk_tokens))

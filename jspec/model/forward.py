@@ -1,13 +1,15 @@
-"""The transformer's three ways through: training (stacked, scanned), prefill and verification (unrolled, cached)."""
+"""The transformer's ways through: training (stacked, scanned), prefill and verification (unrolled, cached)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jspec.model.attention import Cache, causal_attention, to_cache
-from jspec.model.layers import decoder_layer, fuse, linear, rms_norm, rope_table
+from jspec.model.attention import Cache, causal_attention, continued_attention, to_cache
+from jspec.model.layers import decoder_layer, linear, rms_norm, rope_table
 from jspec.model.params import Policy
 from jspec.sharding import constrain
 from pallas_kernels.verify_attention import verify_attention
@@ -34,18 +36,36 @@ def embed(policy: Policy, tokens: jax.Array) -> jax.Array:
 def logits(policy: Policy, hidden: jax.Array) -> jax.Array:
     """Next-token logits, float32 [..., V], of final-normed hidden states [..., D]."""
     with jax.named_scope("head"):
-        if policy.config.tie_embeddings:
-            table = policy.weights["embed"].astype(hidden.dtype)
-            precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-            out = jax.lax.dot_general(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())), precision=precision,
-                                      preferred_element_type=jnp.float32)
-        else:
-            out = linear(hidden, policy.weights["head"], out_dtype=jnp.float32)
+        table = policy.weights["embed" if policy.config.tie_embeddings else "head"]
+        out = linear(hidden, table, out_dtype=jnp.float32)
         return constrain(out, policy.layout, "batch", *(None,) * (out.ndim - 2), "vocab")
 
 
 def _final(policy: Policy, x: jax.Array, features: list[jax.Array]) -> Trunk:
     return Trunk(rms_norm(x, policy.weights["final_norm"], policy.config.rms_norm_eps), tuple(features))
+
+
+def _scanned(policy: Policy, streams: tuple[jax.Array, ...], layer: Callable, features: tuple[int, ...],
+             remat: bool) -> tuple[Trunk, ...]:
+    """Scan `layer(weights, streams) -> streams` over the stacked layers; a Trunk for each residual stream."""
+    def step(carry, xs):
+        streams, kept = carry
+        w, depth = xs
+        streams = layer(w, streams)
+        streams = tuple(constrain(x, policy.layout, "batch", None, None) for x in streams)
+        kept = tuple(jax.tree.map(lambda x, old, i=i: jnp.where(depth == i, x, old), streams, old)
+                     for i, old in zip(features, kept, strict=True))
+        return (streams, kept), None
+
+    with jax.named_scope("trunk"):
+        xs = (policy.weights["layers"], 1 + jnp.arange(policy.config.num_layers))
+        start = (streams, (streams,) * len(features))
+        (streams, kept), _ = jax.lax.scan(jax.checkpoint(step) if remat else step, start, xs)
+    return tuple(_final(policy, x, [depth[i] for depth in kept]) for i, x in enumerate(streams))
+
+
+def _embedded(policy: Policy, tokens: jax.Array) -> jax.Array:
+    return constrain(embed(policy, tokens), policy.layout, "batch", None, None)
 
 
 def train_forward(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...] = (), remat: bool = False) -> Trunk:
@@ -54,29 +74,41 @@ def train_forward(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...
     Rows are right-padded: padding can only influence positions after it. `remat` recomputes each layer in the
     backward pass, so that only one residual stream a layer is kept.
     """
-    config = policy.config
-    rope = rope_table(config, jnp.arange(tokens.shape[1])[None])
-    x = constrain(embed(policy, tokens), policy.layout, "batch", None, None)
+    rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
-    def layer(carry, xs):
-        x, kept = carry
-        w, depth = xs
-        x, _ = decoder_layer(config, fuse(config, w), x, rope, lambda q, k, v: (causal_attention(q, k, v), None))
-        x = constrain(x, policy.layout, "batch", None, None)
-        kept = tuple(jnp.where(depth == i, x, f) for i, f in zip(features, kept, strict=True))
-        return (x, kept), None
+    def layer(w, streams):
+        x, _ = decoder_layer(policy.config, w, *streams, rope, lambda q, k, v: (causal_attention(q, k, v), None))
+        return (x,)
 
-    with jax.named_scope("trunk"):
-        xs = (policy.weights["layers"], 1 + jnp.arange(config.num_layers))
-        (x, kept), _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, (x, (x,) * len(features)), xs)
-    return _final(policy, x, list(kept))
+    return _scanned(policy, (_embedded(policy, tokens),), layer, features, remat)[0]
+
+
+def group_forward(policy: Policy, prompts: jax.Array, lengths: jax.Array, responses: jax.Array, *,
+                  features: tuple[int, ...] = (), remat: bool = False) -> tuple[Trunk, Trunk]:
+    """What `train_forward` computes of every prompt followed by its responses, with each prompt computed once.
+
+    Prompts int32 [P, L], right-padded, lengths int32 [P]; responses int32 [N, T], row i continues prompt i // (N // P)
+    at its length. Returns the Trunks over [P, L] and [N, T].
+    """
+    config, group = policy.config, responses.shape[0] // prompts.shape[0]
+    prompt_rope = rope_table(config, jnp.arange(prompts.shape[1])[None])
+    rope = rope_table(config, jnp.repeat(lengths, group)[:, None] + jnp.arange(responses.shape[1])[None])
+
+    def layer(w, streams):
+        prompt, (k, v) = decoder_layer(config, w, streams[0], prompt_rope,
+                                       lambda q, k, v: (causal_attention(q, k, v), (k, v)))
+        response, _ = decoder_layer(config, w, streams[1], rope, lambda q, own_k, own_v: (
+            continued_attention(q, own_k, own_v, k, v, lengths), None))
+        return prompt, response
+
+    return _scanned(policy, (_embedded(policy, prompts), _embedded(policy, responses)), layer, features, remat)
 
 
 def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features: tuple[int, ...], attend) -> tuple:
     """Run the layers one by one; `attend(i)` gives layer i's attention. Returns (Trunk, Cache)."""
     config = policy.config
     rope = rope_table(config, positions)
-    x = constrain(embed(policy, tokens), policy.layout, "batch", None, None)
+    x = _embedded(policy, tokens)
     residual, caches = [x], []
     for i, w in enumerate(policy.weights["layers"]):
         x, cache = decoder_layer(config, w, x, rope, attend(i))

@@ -54,19 +54,19 @@ class Policy:
 
 
 def layer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
-    """The parameters of one decoder layer (no layer axis). Linear weights are [in, out]."""
+    """The parameters of one decoder layer (no layer axis). Linear weights are [out, in], as checkpoints have them."""
     d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * hd, config.num_kv_heads * hd
     specs = {
         "attn_norm": ParamSpec((d,), ("norm",), "ones"),
-        "q": ParamSpec((d, q), ("embed", "q_heads")),
-        "k": ParamSpec((d, kv), ("embed", "kv_heads")),
-        "v": ParamSpec((d, kv), ("embed", "kv_heads")),
-        "o": ParamSpec((q, d), ("q_heads", "embed")),
+        "q": ParamSpec((q, d), ("q_heads", "embed")),
+        "k": ParamSpec((kv, d), ("kv_heads", "embed")),
+        "v": ParamSpec((kv, d), ("kv_heads", "embed")),
+        "o": ParamSpec((d, q), ("embed", "q_heads")),
         "mlp_norm": ParamSpec((d,), ("norm",), "ones"),
-        "gate": ParamSpec((d, f), ("embed", "mlp")),
-        "up": ParamSpec((d, f), ("embed", "mlp")),
-        "down": ParamSpec((f, d), ("mlp", "embed")),
+        "gate": ParamSpec((f, d), ("mlp", "embed")),
+        "up": ParamSpec((f, d), ("mlp", "embed")),
+        "down": ParamSpec((d, f), ("embed", "mlp")),
     }
     if config.qkv_bias:
         specs["q_bias"] = ParamSpec((q,), ("q_heads",), "zeros")
@@ -96,7 +96,7 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
         "final_norm": ParamSpec((config.hidden_size,), ("norm",), "ones"),
     }
     if not config.tie_embeddings:
-        specs["head"] = ParamSpec((config.hidden_size, config.vocab_size), ("embed", "vocab"))
+        specs["head"] = ParamSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"))
     return specs
 
 

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from jspec.model import Policy, logits
-from jspec.model.chunks import CHUNK_TOKENS, split_chunks
+from jspec.model.chunks import CHUNK_TOKENS, map_chunks
 
 
-def at_responses(x: jax.Array, response_start: jax.Array, length: int) -> jax.Array:
-    """The hidden states that predict the response: x [N, S, D] at start-1 .. start+length-2 -> [N, length, D].
+def predicting_states(prompt_hidden: jax.Array, response_hidden: jax.Array, prompt_lengths: jax.Array) -> jax.Array:
+    """The hidden states that predict the responses' tokens, [N, T, D]: each token's is that of the token before it.
 
-    `response_start` int32 [N] is the position of the first response token; rows are contiguous sequences, so the
-    state one position earlier is the one that predicts a token.
+    prompt_hidden [P, L, D] with prompt_lengths int32 [P], and response_hidden [N, T, D], row i of prompt i // (N // P).
     """
-    positions = response_start[:, None] + jnp.arange(length)[None] - 1
-    return jnp.take_along_axis(x, positions[:, :, None], axis=1, mode="clip")
+    last = jnp.take_along_axis(prompt_hidden, prompt_lengths[:, None, None] - 1, axis=1)
+    last = jnp.repeat(last, response_hidden.shape[0] // prompt_hidden.shape[0], axis=0)
+    return jnp.concatenate([last, response_hidden[:, :-1]], axis=1)
 
 
 def training_temperature(temperature: jax.Array) -> jax.Array:
@@ -34,9 +34,7 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
                    chunk_tokens: int = CHUNK_TOKENS) -> tuple[jax.Array, jax.Array]:
     """Log-probability of `tokens` and entropy of what they were drawn from, the output head applied in chunks.
 
-    A scan over chunks of positions, each recomputed in the backward pass, so that logits [N, T, V] never exist at
-    once, neither forward nor backward. Chunks run along T: each then holds some positions of every row, and a batch
-    that is sharded over rows stays balanced.
+    Logits [N, T, V] never exist at once, neither forward nor backward: see `model.chunks`.
 
     Args:
       hidden: [N, T, D], final-normed, the states that predict `tokens`.
@@ -50,8 +48,8 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
     n, t, _ = hidden.shape
     temperature = jnp.broadcast_to(training_temperature(temperature), (n,))[:, None, None]
 
-    @jax.checkpoint
-    def one(hidden, tokens):
+    def one(chunk):
+        hidden, tokens = chunk
         scaled = logits(policy, hidden) / temperature
         normaliser = jax.nn.logsumexp(scaled, axis=-1)
         chosen = jnp.take_along_axis(scaled, tokens[..., None], axis=-1)[..., 0]
@@ -61,8 +59,7 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
         return chosen - normaliser, entropy
 
     with jax.named_scope("token_logprobs"):
-        chunks = split_chunks((hidden, tokens), chunk_tokens)
-        _, out = jax.lax.scan(lambda _, chunk: (None, one(*chunk)), None, chunks)
+        out = map_chunks(one, (hidden, tokens), chunk_tokens)
         return tuple(x.swapaxes(0, 1).reshape(n, -1)[:, :t] for x in out)
 
 

@@ -1,13 +1,15 @@
 """The GRPO update: policy loss and detached draft loss from one forward, each with an optimizer of its own.
 
-One jitted, donated step. The draft's gradient is taken of the draft's weights only, from hidden states behind
-`stop_gradient`, so that nothing of it can reach the policy; a barrier on those states keeps XLA from compiling the
-policy's part differently because somebody else reads them.
+One jitted, donated step. As in the rollout, a prompt is computed once for all the sequences of its group. The draft's
+gradient is taken of the draft's weights only, from hidden states behind `stop_gradient`, so that nothing of it reaches
+the policy; a barrier on those states keeps XLA from compiling the policy's part differently because somebody else reads
+them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +22,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jspec.config import Config
 from jspec.drafts import Draft
-from jspec.model import Policy, train_forward
-from jspec.rl.losses import at_responses, clipped_objective, k3, token_logprobs
+from jspec.model import Policy, Trunk, group_forward
+from jspec.rl.losses import clipped_objective, k3, predicting_states, token_logprobs
 from jspec.rl.state import TrainState
-from jspec.sharding import constrain, current_mesh
+from jspec.sharding import batch_shards, constrain, current_mesh
 from jspec.speculate import PromptBatch, Rollout
 
 
@@ -60,37 +62,43 @@ class UpdateSettings:
 
 @struct.dataclass
 class TrainBatch:
-    """N sequences of prompt and response, contiguous, left-aligned and right-padded; S = L + T positions.
+    """P prompts and the N sequences that continue them, row i prompt i // (N // P).
 
     Attributes:
-      tokens: int32 [N, S].
-      response_start: int32 [N], position of the first response token.
-      logprobs: float32 [N, T], of the response's tokens, from the verifier.
-      mask: bool [N, T], the response's tokens that are trained.
+      prompts: int32 [P, L], right-padded. prompt_lengths: int32 [P].
+      tokens: int32 [N, T], the responses.
+      logprobs: float32 [N, T], of the responses' tokens, from the verifier.
+      mask: bool [N, T], the responses' tokens that are trained.
       advantages: float32 [N].
     """
 
+    prompts: jax.Array
+    prompt_lengths: jax.Array
     tokens: jax.Array
-    response_start: jax.Array
     logprobs: jax.Array
     mask: jax.Array
     advantages: jax.Array
 
+    @property
+    def group_size(self) -> int:
+        """Sequences of one prompt."""
+        return self.tokens.shape[0] // self.prompts.shape[0]
+
 
 def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array) -> TrainBatch:
-    """Join prompts [P, L] and responses [N, T] to rows without a gap between the two. Jittable."""
-    def by_row(x):
-        x = jnp.repeat(x, prompts.group_size, axis=0)
-        return constrain(x, "train", "batch", *(None,) * (x.ndim - 1))
+    """What a rollout gives the update to learn from. Jittable."""
+    return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs, rollout.loss_mask, advantages)
 
-    start, length = by_row(prompts.lengths), prompts.tokens.shape[1]
-    size = length + rollout.tokens.shape[1]
-    joined = jnp.pad(jnp.concatenate([by_row(prompts.tokens), rollout.tokens], axis=1), ((0, 0), (0, 1)))
-    position = jnp.arange(size)[None]
-    # from `start` on, read the response; past its end, the one column of padding
-    source = jnp.where(position < start[:, None], position, length + position - start[:, None])
-    tokens = jnp.take_along_axis(joined, jnp.minimum(source, size), axis=1)
-    return TrainBatch(tokens, start, rollout.logprobs, rollout.loss_mask, advantages)
+
+def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Array:
+    """Prompts [P, L, ...] and responses [N, T, ...] as rows [N, L + T, ...] without a gap, zeros after them."""
+    group, length = responses.shape[0] // prompts.shape[0], prompts.shape[1]
+    start, position = jnp.repeat(lengths, group)[:, None], jnp.arange(length + responses.shape[1])
+    rows = jnp.concatenate([jnp.repeat(prompts, group, axis=0), responses], axis=1)
+    rows = jnp.pad(rows, ((0, 0), (0, 1), *((0, 0),) * (rows.ndim - 2)))  # one column of padding, to read from
+    source = jnp.where(position < start, position, jnp.minimum(length + position - start, rows.shape[1] - 1))
+    rows = jnp.take_along_axis(rows, source.reshape(*source.shape, *(1,) * (rows.ndim - 2)), axis=1)
+    return constrain(rows, "train", "batch", *(None,) * (rows.ndim - 1))
 
 
 def optimizers(settings: UpdateSettings) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
@@ -136,19 +144,13 @@ def _init_optimizer(optimizer: optax.GradientTransformation, weights: Any) -> An
 
 
 def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: TrainBatch, count: jax.Array,
-                settings: UpdateSettings) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+                settings: UpdateSettings) -> tuple[jax.Array, tuple[dict[str, jax.Array], tuple[Trunk, Trunk]]]:
     """The clipped objective of `batch`'s rows over the global `count` of trained tokens, plus the KL where asked for.
 
-    Returns (loss, (metrics, hidden [N, S, D])). Metrics are this batch's share of token means over `count`, so that
-    those of micro-batches add up; `logprob_gap` is a maximum.
+    Returns (loss, (metrics, trunks of prompts and responses)). Metrics are this batch's share of token means over
+    `count`, so that those of micro-batches add up; `logprob_gap` is a maximum.
     """
-    policy = policy.replace(weights=weights)
-    length = batch.mask.shape[1]
-    hidden = jax.lax.optimization_barrier(train_forward(policy, batch.tokens, remat=settings.remat).hidden)
-    positions = batch.response_start[:, None] + jnp.arange(length)[None]
-    tokens = jnp.take_along_axis(batch.tokens, positions, axis=1, mode="clip")
-    logprobs, entropy = token_logprobs(policy, at_responses(hidden, batch.response_start, length), tokens,
-                                       settings.temperature)
+    trunks, logprobs, entropy = response_logprobs(policy.replace(weights=weights), batch, settings)
     surrogate, clipped = clipped_objective(logprobs, batch.logprobs, batch.advantages, batch.mask, settings.clip_low,
                                            settings.clip_high)
     gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0)
@@ -159,15 +161,22 @@ def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: T
     loss = -mean(surrogate)
     metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped), "logprob_gap_mean": mean(gap)}
     if settings.kl_weight:
-        still = train_forward(reference, batch.tokens, remat=settings.remat).hidden
-        anchor, _ = token_logprobs(reference, at_responses(still, batch.response_start, length), tokens,
-                                   settings.temperature)
+        _, anchor, _ = response_logprobs(reference, batch, settings)
         metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchor), batch.mask))
         loss = loss + settings.kl_weight * metrics["kl"]
-    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, hidden)
+    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunks)
 
 
-def draft_loss(weights: Any, draft: Draft, policy: Policy, hidden: jax.Array, batch: TrainBatch,
+def response_logprobs(policy: Policy, batch: TrainBatch,
+                      settings: UpdateSettings) -> tuple[tuple[Trunk, Trunk], jax.Array, jax.Array]:
+    """(trunks of prompts and responses, log-probabilities of the responses' tokens, entropy, both float32 [N, T])."""
+    trunks = jax.lax.optimization_barrier(group_forward(policy, batch.prompts, batch.prompt_lengths, batch.tokens,
+                                                        remat=settings.remat))
+    hidden = predicting_states(*(trunk.hidden for trunk in trunks), batch.prompt_lengths)
+    return trunks, *token_logprobs(policy, hidden, batch.tokens, settings.temperature)
+
+
+def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk], batch: TrainBatch,
                settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The drafter's own loss, a sum over trained tokens, with policy and hidden states detached.
 
@@ -175,9 +184,12 @@ def draft_loss(weights: Any, draft: Draft, policy: Policy, hidden: jax.Array, ba
     """
     # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or
     # fuse anything of the two.
-    policy, hidden = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, hidden)))
-    loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), hidden, batch.tokens,
-                                         batch.response_start, batch.mask, settings.temperature)
+    policy, trunks = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, trunks)))
+    hidden, tokens = (join(a, batch.prompt_lengths, b) for a, b in (
+        (trunks[0].hidden, trunks[1].hidden), (batch.prompts, batch.tokens)))
+    start = jnp.repeat(batch.prompt_lengths, batch.group_size)
+    loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), hidden, tokens, start, batch.mask,
+                                         settings.temperature)
     return loss, {**metrics, "loss": loss}
 
 
@@ -193,14 +205,14 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     def one(rows: TrainBatch):
         with jax.named_scope("policy_loss"):
             of_policy = jax.value_and_grad(policy_loss, has_aux=True)
-            (_, (metrics, hidden)), grads = of_policy(state.policy.weights, state.policy, reference, rows, count,
+            (_, (metrics, trunks)), grads = of_policy(state.policy.weights, state.policy, reference, rows, count,
                                                       settings)
         if not with_draft:
             return grads, metrics, None, None
         with jax.named_scope("draft_loss"):
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
             (_, draft_metrics), draft_grads = every(
-                settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, hidden, rows,
+                settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, trunks, rows,
                                                           settings))
         return grads, metrics, draft_grads, draft_metrics
 
@@ -225,15 +237,8 @@ def draft_due(settings: UpdateSettings, updates: jax.Array) -> jax.Array:
 
 def accumulate(one: Callable[[TrainBatch], Any], batch: TrainBatch, micro_batch: int) -> Any:
     """`one` over chunks of `micro_batch` rows: gradients (float32) and metrics add up, `logprob_gap` is a maximum."""
-    rows = batch.tokens.shape[0]
-    if not micro_batch or micro_batch == rows:
+    if not micro_batch or micro_batch == batch.tokens.shape[0]:
         return one(batch)
-    count = rows // micro_batch
-
-    def split(x):
-        # chunk j takes rows j, j + count, ...: of every device's contiguous block its share
-        x = x.reshape(micro_batch, count, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, "train", None, "batch", *(None,) * (x.ndim - 2))
 
     def body(total, rows):
         grads, metrics, draft_grads, draft_metrics = one(rows)
@@ -241,9 +246,29 @@ def accumulate(one: Callable[[TrainBatch], Any], batch: TrainBatch, micro_batch:
         new = jax.tree.map(jnp.add, total, (grads, metrics, draft_grads, draft_metrics))
         return (new[0], {**new[1], "logprob_gap": gap}, *new[2:]), None
 
-    chunks = jax.tree.map(split, batch)
+    chunks = micro_batches(batch, micro_batch)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
     return jax.lax.scan(body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)[0]
+
+
+def micro_batches(batch: TrainBatch, rows: int) -> TrainBatch:
+    """The batch cut into chunks of `rows` sequences along a new leading axis, with as many siblings together as fit."""
+    prompts, group = batch.prompts.shape[0], batch.group_size
+    shards = batch_shards("train")
+    siblings = math.gcd(rows // shards if prompts % shards == 0 else rows, group)
+    together = rows // siblings  # prompts of a chunk
+
+    def split(x):
+        # a chunk takes every n-th prompt and every m-th sibling: of every device's contiguous block its share
+        per_prompt = x.shape[0] // prompts
+        taken = min(siblings, per_prompt)
+        x = x.reshape(together, prompts // together, taken, per_prompt // taken, *x.shape[1:])
+        x = jnp.broadcast_to(jnp.moveaxis(x, (1, 3), (0, 1)),
+                             (prompts // together, group // siblings, together, taken, *x.shape[4:]))
+        x = x.reshape(-1, together * taken, *x.shape[4:])
+        return constrain(x, "train", None, "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(split, batch)
 
 
 def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_state: Any, grads: Any,

@@ -193,5 +193,5 @@ SHARDED = """
 
 def test_a_mesh_gets_its_shards():
     shards, message = run(SHARDED, devices=8)
-    assert shards == [[2, 8, 6], [2, 8, 12], [2, 16, 24], [2, 2, 24]]
+    assert shards == [[2, 6, 8], [2, 12, 8], [2, 24, 16], [2, 24, 2]]
     assert "do not divide the model's q_heads = 4" in message

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jspec
-from jspec.model import attention, chunks, logits, prefill, train_forward, verify
+from jspec.model import attention, chunks, group_forward, layers, logits, prefill, train_forward, verify
 from tests.speculate import tiny
 
 KINDS = {
@@ -90,7 +90,32 @@ def test_attention_in_blocks_of_queries(monkeypatch):
     rng = np.random.default_rng(3)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 11, h, 8)), jnp.float32) for h in (4, 2, 2))
     blocked = attention.causal_attention(q, k, v)
-    np.testing.assert_allclose(blocked, attention._attend(q, k, v, 0), atol=1e-6)
+    np.testing.assert_allclose(blocked, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_responses_of_a_group_share_its_prompt(blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    policy, rng = make("qwen3"), np.random.default_rng(5)
+    prompts, lengths = jnp.asarray(rng.integers(0, 13, (2, 6)), jnp.int32), jnp.array([6, 2])
+    responses = jnp.asarray(rng.integers(0, 13, (6, 5)), jnp.int32)
+    forward = jax.jit(lambda p: group_forward(p, prompts, lengths, responses, features=(0, 2, 3)))
+    prompt, response = forward(policy)
+    for i, row in enumerate(responses):
+        n = int(lengths[i // 3])
+        whole = train_forward(policy, jnp.concatenate([prompts[i // 3, :n], row])[None], features=(0, 2, 3))
+        for both, a, b in zip(*map(jax.tree.leaves, (whole, prompt, response)), strict=True):
+            np.testing.assert_allclose(a[i // 3, :n], both[0, :n], atol=1e-5)
+            np.testing.assert_allclose(b[i], both[0, n:], atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65])
+def test_products_by_core_are_products(rows, monkeypatch):
+    monkeypatch.setattr(layers.os, "cpu_count", lambda: 3)
+    rng = np.random.default_rng(6)
+    x, w, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((rows, 1, 7), (2, 3, 257, 7), (2, 3, 257)))
+    np.testing.assert_allclose(jax.jit(layers.linear)(x, w, b), np.einsum("bti,xyoi->btxyo", x, w) + b, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 7, 100])

@@ -79,9 +79,10 @@ def test_logits_of_all_positions_never_exist_at_once(policy, backward):
 
 
 def test_states_that_predict_the_response():
-    x = jnp.arange(2 * 8, dtype=jnp.float32).reshape(2, 8, 1)
-    got = losses.at_responses(x, jnp.array([1, 4]), 3)
-    np.testing.assert_array_equal(got[..., 0], [[0, 1, 2], [11, 12, 13]])
+    prompts = jnp.arange(2 * 4, dtype=jnp.float32).reshape(2, 4, 1)
+    responses = 100 + jnp.arange(4 * 3, dtype=jnp.float32).reshape(4, 3, 1)
+    got = losses.predicting_states(prompts, responses, jnp.array([1, 4]))
+    np.testing.assert_array_equal(got[..., 0], [[0, 100, 101], [0, 103, 104], [7, 106, 107], [7, 109, 110]])
 
 
 def test_clipped_objective_by_hand():

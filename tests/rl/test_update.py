@@ -10,15 +10,16 @@ import optax
 import pytest
 
 import jspec
-from jspec.model import ModelConfig, init_policy, train_forward
+from jspec.model import ModelConfig, group_forward, init_policy, train_forward
 from jspec.rl import update as up
-from jspec.rl.losses import at_responses, token_logprobs
+from jspec.rl.losses import token_logprobs
 
 CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=8, initializer_range=0.2)
 SETTINGS = up.UpdateSettings(temperature=0.8, learning_rate=1e-3, draft_learning_rate=1e-3)
 WITH_KL = dataclasses.replace(SETTINGS, kl_weight=0.5)
-N, L, T = 8, 16, 6
+P, G, L, T = 2, 4, 16, 6
+N = P * G
 
 gradients = partial(jax.jit, static_argnames="settings")(up.gradients)
 update = partial(jax.jit, static_argnames="settings")(up.update)
@@ -33,11 +34,11 @@ def make_state(draft="mtp", settings=SETTINGS):
 
 def make_batch(seed=0):
     rng = np.random.default_rng(seed)
-    start = rng.integers(1, L + 1, N)
     lengths = rng.integers(1, T + 1, N)
     return up.TrainBatch(
-        tokens=jnp.asarray(rng.integers(0, CONFIG.vocab_size, (N, L + T)), jnp.int32),
-        response_start=jnp.asarray(start, jnp.int32),
+        prompts=jnp.asarray(rng.integers(0, CONFIG.vocab_size, (P, L)), jnp.int32),
+        prompt_lengths=jnp.asarray(rng.integers(1, L + 1, P), jnp.int32),
+        tokens=jnp.asarray(rng.integers(0, CONFIG.vocab_size, (N, T)), jnp.int32),
         logprobs=jnp.asarray(rng.normal(-3, 0.3, (N, T)), jnp.float32),
         mask=jnp.arange(T) < jnp.asarray(lengths)[:, None],
         advantages=jnp.asarray(rng.normal(0, 1, N), jnp.float32))
@@ -57,23 +58,34 @@ def change(a, b):
 
 
 def own_logprobs(policy, batch, temperature=SETTINGS.temperature):
-    hidden = at_responses(train_forward(policy, batch.tokens).hidden, batch.response_start, T)
-    at = batch.response_start[:, None] + jnp.arange(T)
-    tokens = jnp.take_along_axis(batch.tokens, at, axis=1)
-    return token_logprobs(policy, hidden, tokens, temperature)[0]
+    """Of every row by itself, prompt included: what the update computes by group."""
+    start = jnp.repeat(batch.prompt_lengths, G)
+    hidden = train_forward(policy, up.join(batch.prompts, batch.prompt_lengths, batch.tokens)).hidden
+    at = start[:, None] - 1 + jnp.arange(T)
+    return token_logprobs(policy, jnp.take_along_axis(hidden, at[..., None], axis=1), batch.tokens, temperature)[0]
 
 
 def test_rows_are_joined_without_a_gap():
-    prompts = jspec.PromptBatch.from_tokens([[1, 2, 3], [4]], group_size=2, seed=0, buckets=(4,))
-    tokens = jnp.array([[11, 12, 13], [14, 15, 0], [16, 0, 0], [17, 18, 19]])
-    mask = tokens > 0
-    rollout = jspec.Rollout(tokens=tokens, mask=mask, logprobs=mask * -1.5, loss_mask=mask, entropy=None, lengths=None,
-                            finished=None, stats=None)
-    batch = jax.jit(up.make_batch)(prompts, rollout, jnp.arange(4.0))
-    np.testing.assert_array_equal(batch.tokens, [[1, 2, 3, 11, 12, 13, 0], [1, 2, 3, 14, 15, 0, 0],
-                                                 [4, 16, 0, 0, 0, 0, 0], [4, 17, 18, 19, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.response_start, [3, 3, 1, 1])
-    np.testing.assert_array_equal(batch.mask, mask)
+    prompts, lengths = jnp.array([[1, 2, 3, 9], [4, 9, 9, 9]]), jnp.array([3, 1])
+    responses = jnp.array([[11, 12, 13], [14, 15, 0], [16, 0, 0], [17, 18, 19]])
+    joined = jax.jit(up.join)(prompts, lengths, responses)
+    np.testing.assert_array_equal(joined, [[1, 2, 3, 11, 12, 13, 0], [1, 2, 3, 14, 15, 0, 0], [4, 16, 0, 0, 0, 0, 0],
+                                           [4, 17, 18, 19, 0, 0, 0]])
+    pairs = up.join(*(jnp.stack([x, -x], -1) if x.ndim == 2 else x for x in (prompts, lengths, responses)))
+    np.testing.assert_array_equal(pairs, jnp.stack([joined, -joined], -1))
+
+
+@pytest.mark.parametrize("rows, prompts, siblings", [(8, 2, 4), (4, 1, 4), (2, 1, 2), (1, 1, 1)])
+def test_micro_batches_keep_siblings_and_prompts_together(rows, prompts, siblings):
+    batch = make_batch().replace(advantages=jnp.arange(N, dtype=jnp.float32))
+    chunks = up.micro_batches(batch, rows)
+    assert chunks.prompts.shape == (N // rows, prompts, L) and chunks.tokens.shape == (N // rows, rows, T)
+    assert sorted(chunks.advantages.ravel().tolist()) == list(range(N))
+    for j in range(N // rows):
+        for i, row in enumerate(chunks.advantages[j].astype(int).tolist()):
+            np.testing.assert_array_equal(chunks.tokens[j, i], batch.tokens[row])
+            np.testing.assert_array_equal(chunks.prompts[j, i // siblings], batch.prompts[row // G])
+            assert chunks.prompt_lengths[j, i // siblings] == batch.prompt_lengths[row // G]
 
 
 @pytest.mark.parametrize("micro_batch", [0, pytest.param(4, marks=pytest.mark.slow)])
@@ -100,8 +112,8 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
 
     def loss(weights, draft_weights):
         policy = state.policy.replace(weights=weights)
-        hidden = train_forward(policy, batch.tokens).hidden
-        return up.draft_loss(draft_weights, state.draft, policy, hidden, batch, SETTINGS)[0]
+        trunks = group_forward(policy, batch.prompts, batch.prompt_lengths, batch.tokens)
+        return up.draft_loss(draft_weights, state.draft, policy, trunks, batch, SETTINGS)[0]
 
     of_policy, of_draft = jax.jit(jax.grad(loss, (0, 1)))(state.policy.weights, state.draft.weights)
     assert all(not np.any(x) for x in jax.tree.leaves(of_policy))
@@ -136,10 +148,7 @@ def test_only_masked_tokens_count_the_last_one_included():
     state, batch = make_state(), make_batch()
     (grads, metrics), (draft_grads, _) = gradients(state, None, batch, SETTINGS)
     past = ~batch.mask
-    at = batch.response_start[:, None] + jnp.arange(T)
-    spoiled = batch.tokens.at[jnp.arange(N)[:, None], at].set(
-        jnp.where(past, 3, jnp.take_along_axis(batch.tokens, at, axis=1)))
-    other = batch.replace(tokens=spoiled, logprobs=jnp.where(past, 99.0, batch.logprobs))
+    other = batch.replace(tokens=jnp.where(past, 3, batch.tokens), logprobs=jnp.where(past, 99.0, batch.logprobs))
     (again, same), (draft_again, _) = gradients(state, None, other, SETTINGS)
     close((grads, metrics, draft_grads), (again, same, draft_again), 1e-6)
     last = jnp.arange(T) == batch.mask.sum(1, keepdims=True) - 1

@@ -38,8 +38,8 @@ def forced(policy, successor):
     eye = jnp.eye(vocab, d) * 8
     layers = {k: v * 0 if k in ("o", "down") else v for k, v in policy.weights["layers"].items()}
     order = jnp.array([successor.get(t, 0) for t in range(vocab)])
-    # head[:, v] answers to the embeddings of all tokens that v follows
-    head = jnp.zeros((d, vocab)).at[jnp.arange(vocab), order].set(8.0)
+    # head[v] answers to the embeddings of all tokens that v follows
+    head = jnp.zeros((vocab, d)).at[order, jnp.arange(vocab)].set(8.0)
     return policy.replace(weights={"embed": eye, "layers": layers, "final_norm": jnp.ones(d), "head": head}), \
         tiny.table_draft(policy, sampled=False).replace(weights={"table": jax.nn.one_hot(order, vocab)})
 

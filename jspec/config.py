@@ -114,7 +114,7 @@ class GrpoSection:
     clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high", low=0)
     kl_weight: float = setting(0.0, "weight of the k3 KL to the frozen first policy; 0: no reference is kept", low=0)
     updates_per_rollout: int = setting(1, "optimizer steps on each rollout", low=1)
-    micro_batch: int = setting(0, "rows per forward and backward, for memory; 0: all at once", low=0)
+    micro_batch: int = setting(0, "rows per forward and backward, for memory, best whole groups; 0: all rows", low=0)
     learning_rate: float = setting(1e-6, "peak learning rate of the policy's AdamW", low=0)
     clip: float = setting(1.0, "global-norm clip of the policy's gradient", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay", low=0)

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import jspec
-from jspec.model import init_policy, param_specs, policy_sharding
+from jspec.model import init_policy, layers, param_specs, policy_sharding
 from jspec.sharding import check_rows, make_mesh, partition
 from tests.speculate import tiny
 from tests.speculate.ties import assert_same
@@ -55,10 +56,12 @@ def worker(folder, cases):
             sharded = policy.replace(weights=jax.device_put(policy.weights, policy_sharding(policy.config, mesh)))
             out = run(sharded, "mtp")
             ready = jspec.reshard(sharded)
+            mlp = jax.jit(layers.mlp).lower(ready.weights["layers"][0], jnp.ones((1, 2, 64))).compile().as_text()
         name = f"{kv_heads}-{'x'.join(map(str, sizes))}"
         np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs)
-        layers = sharded.weights["layers"]
-        placed[name] = shard_shapes(layers["q"], layers["k"], ready.weights["layers"][0]["o"])
+        stacked = sharded.weights["layers"]
+        placed[name] = shard_shapes(stacked["q"], stacked["k"], ready.weights["layers"][0]["o"])
+        placed["gathers"] = placed.get("gathers", 0) + mlp.count("all-gather(")
     with jax.set_mesh(make_mesh(8, 1, 1)):
         try:
             jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0), sampling=SAMPLING)
@@ -94,6 +97,7 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
     # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor alone
     assert placed["8-2x2x2"] == [[1, 32, 32], [1, 32, 32], [64, 32]]
     assert placed["2-1x1x8"] == [[1, 8, 64], [1, 16, 64], [64, 8]]
+    assert placed["gathers"] == 0  # of weights, in a layer
     assert "4 sequences" in placed["refused"] and "8 batch shards" in placed["refused"]
 
 

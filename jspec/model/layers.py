@@ -27,8 +27,20 @@ def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None, out_dtype=Non
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype or x.dtype)
-    matrix = w.astype(x.dtype).reshape(-1, w.shape[-1])  # of more dimensions, XLA's CPU compiler loses its fast paths
-    count, parts = math.prod(x.shape[:-1]), _parts(matrix.shape[0])
+    w = w.astype(x.dtype)
+    mesh = current_mesh()
+    if mesh is not None and mesh.size > 1:
+        y = dot(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
+    else:  # of more dimensions, XLA's CPU compiler loses its fast paths; sharded ones must be kept apart
+        y = _product(dot, x, w.reshape(-1, w.shape[-1])).reshape(*x.shape[:-1], *w.shape[:-1])
+    return y if b is None else y + b.astype(y.dtype)
+
+
+def _product(dot: Callable, x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x [..., in] times matrix [out, in] -> [..., out], on one device; on a CPU each core gets a part of the matrix."""
+    count, size = math.prod(x.shape[:-1]), matrix.shape[0]
+    cores = range(2, (os.cpu_count() or 1) + 1)
+    parts = max((n for n in cores if size % n == 0 and size // n >= LEAST_PART), default=1)
 
     def whole(x, matrix):
         return dot(x, matrix, (((x.ndim - 1,), (1,)), ((), ())))
@@ -38,19 +50,16 @@ def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None, out_dtype=Non
         y = dot(matrix.reshape(parts, -1, matrix.shape[1]), each, (((2,), (2,)), ((0,), (0,))))
         return y.transpose(2, 0, 1).reshape(*x.shape[:-1], -1)
 
-    if 1 < count <= FEW_ROWS and parts > 1:
-        y = jax.lax.platform_dependent(x, matrix, cpu=by_core, default=whole)
-    else:
-        y = whole(x, matrix)
-    y = y.reshape(*x.shape[:-1], *w.shape[:-1])
-    return y if b is None else y + b.astype(y.dtype)
+    @jax.custom_jvp
+    def product(x, matrix):
+        return jax.lax.platform_dependent(x, matrix, cpu=by_core, default=whole)
 
+    @product.defjvp
+    def product_jvp(primals, tangents):  # without it, training would save a copy of the matrix for its backward pass
+        (x, matrix), (dx, dmatrix) = primals, tangents
+        return product(x, matrix), whole(dx, matrix) + whole(x, dmatrix)
 
-def _parts(size: int) -> int:
-    """Into how many parts a CPU's cores share a matrix of `size` rows; 1 on a mesh, whose devices have cores enough."""
-    mesh = current_mesh()
-    cores = 1 if mesh is not None and mesh.size > 1 else os.cpu_count() or 1
-    return max(n for n in range(1, cores + 1) if size % n == 0 and (n == 1 or size // n >= LEAST_PART))
+    return product(x, matrix) if 1 < count <= FEW_ROWS and parts > 1 else whole(x, matrix)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -1,9 +1,9 @@
 """The GRPO update: policy loss and detached draft loss from one forward, each with an optimizer of its own.
 
-One jitted, donated step. As in the rollout, a prompt is computed once for all the sequences of its group. The draft's
-gradient is taken of the draft's weights only, from hidden states behind `stop_gradient`, so that nothing of it reaches
-the policy; a barrier on those states keeps XLA from compiling the policy's part differently because somebody else reads
-them.
+One jitted, donated step. As in the rollout, a prompt is computed once for all the sequences of its group that a
+micro-batch holds. The draft's gradient is taken of the draft's weights only, from hidden states behind `stop_gradient`,
+so that nothing of it reaches the policy; a barrier on those states keeps XLA from compiling the policy's part
+differently because somebody else reads them.
 """
 
 from __future__ import annotations
@@ -252,20 +252,27 @@ def accumulate(one: Callable[[TrainBatch], Any], batch: TrainBatch, micro_batch:
 
 
 def micro_batches(batch: TrainBatch, rows: int) -> TrainBatch:
-    """The batch cut into chunks of `rows` sequences along a new leading axis, with as many siblings together as fit."""
+    """The batch cut into chunks of `rows` sequences along a new leading axis, with as many siblings together as fit.
+
+    A chunk takes every n-th prompt and every m-th sibling: where the prompts are sharded, of every device's contiguous
+    block its share.
+    """
     prompts, group = batch.prompts.shape[0], batch.group_size
     shards = batch_shards("train")
     siblings = math.gcd(rows // shards if prompts % shards == 0 else rows, group)
     together = rows // siblings  # prompts of a chunk
+    n, m = prompts // together, group // siblings
+
+    def by_row(x):
+        return jnp.moveaxis(x.reshape(together, n, siblings, m, *x.shape[1:]), (1, 3), (0, 1))
+
+    def by_prompt(x):
+        x = x.reshape(together, n, 1, *x.shape[1:]).swapaxes(0, 1)[:, None]
+        return jnp.broadcast_to(x, (n, m, *x.shape[2:]))
 
     def split(x):
-        # a chunk takes every n-th prompt and every m-th sibling: of every device's contiguous block its share
-        per_prompt = x.shape[0] // prompts
-        taken = min(siblings, per_prompt)
-        x = x.reshape(together, prompts // together, taken, per_prompt // taken, *x.shape[1:])
-        x = jnp.broadcast_to(jnp.moveaxis(x, (1, 3), (0, 1)),
-                             (prompts // together, group // siblings, together, taken, *x.shape[4:]))
-        x = x.reshape(-1, together * taken, *x.shape[4:])
+        x = by_prompt(x) if x.shape[0] == prompts else by_row(x)
+        x = x.reshape(n * m, -1, *x.shape[4:])
         return constrain(x, "train", None, "batch", *(None,) * (x.ndim - 2))
 
     return jax.tree.map(split, batch)

@@ -75,17 +75,22 @@ def test_rows_are_joined_without_a_gap():
     np.testing.assert_array_equal(pairs, jnp.stack([joined, -joined], -1))
 
 
-@pytest.mark.parametrize("rows, prompts, siblings", [(8, 2, 4), (4, 1, 4), (2, 1, 2), (1, 1, 1)])
-def test_micro_batches_keep_siblings_and_prompts_together(rows, prompts, siblings):
-    batch = make_batch().replace(advantages=jnp.arange(N, dtype=jnp.float32))
+@pytest.mark.parametrize("prompts, group, shards, rows, together", [
+    (2, 4, 1, 8, 2), (2, 4, 1, 4, 1), (2, 4, 1, 2, 1), (2, 4, 1, 1, 1), (4, 6, 1, 8, 4), (4, 6, 1, 12, 2),
+    (4, 4, 4, 8, 4), (4, 4, 2, 8, 2), (2, 8, 8, 8, 1), (3, 8, 2, 4, 1)])
+def test_micro_batches_keep_siblings_and_their_prompt_together(prompts, group, shards, rows, together, monkeypatch):
+    monkeypatch.setattr(up, "batch_shards", lambda layout: shards)
+    n = prompts * group
+    own, ours = jnp.arange(n), jnp.arange(prompts)
+    batch = up.TrainBatch(ours[:, None], ours, own[:, None], own[:, None], own[:, None] >= 0, own)
     chunks = up.micro_batches(batch, rows)
-    assert chunks.prompts.shape == (N // rows, prompts, L) and chunks.tokens.shape == (N // rows, rows, T)
-    assert sorted(chunks.advantages.ravel().tolist()) == list(range(N))
-    for j in range(N // rows):
-        for i, row in enumerate(chunks.advantages[j].astype(int).tolist()):
-            np.testing.assert_array_equal(chunks.tokens[j, i], batch.tokens[row])
-            np.testing.assert_array_equal(chunks.prompts[j, i // siblings], batch.prompts[row // G])
-            assert chunks.prompt_lengths[j, i // siblings] == batch.prompt_lengths[row // G]
+    assert chunks.prompts.shape == (n // rows, together, 1) and chunks.tokens.shape == (n // rows, rows, 1)
+    assert sorted(chunks.advantages.ravel().tolist()) == list(range(n))
+    np.testing.assert_array_equal(chunks.tokens[..., 0], chunks.advantages)
+    np.testing.assert_array_equal(chunks.prompts[..., 0], chunks.prompt_lengths)
+    # as the update has it: row i of a chunk continues its prompt i // (rows // together)
+    np.testing.assert_array_equal(jnp.repeat(chunks.prompt_lengths, rows // together, axis=1),
+                                  chunks.advantages // group)
 
 
 @pytest.mark.parametrize("micro_batch", [0, pytest.param(4, marks=pytest.mark.slow)])

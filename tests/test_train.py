@@ -19,8 +19,9 @@ from jspec.errors import InputError
 from jspec.metrics import Metrics, read_records, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
-# smaller than tiny.yaml, for tests that ask for sameness and not for learning
-SMALL = ["model.architecture.hidden_size=32", "model.architecture.intermediate_size=32",
+# smaller than tiny.yaml, for tests that ask for sameness and not for learning; eight devices divide its vocabulary
+SMALL = ["model.tokenizer=chars:0123456789abcd", "model.architecture.vocab_size=16",
+         "model.architecture.hidden_size=32", "model.architecture.intermediate_size=32",
          "model.architecture.num_layers=1", "draft.options.depths=1", "data.prompts_per_step=4", "data.group_size=4",
          "reward.workers=1", "checkpoint.every=2"]
 COUPLED = ["steps=5", "speculation.rule=coupled"]
@@ -279,7 +280,7 @@ def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
     ("data.max_prompt_tokens=2", "has 3 tokens, over data.max_prompt_tokens=2"),
     ("data.source=nowhere.jsonl", "cannot read the prompts nowhere.jsonl"),
     ("model.architecture.hiden_size=3", "did you mean 'hidden_size'?"),
-    ("model.architecture.vocab_size=8", "has 12 tokens, the model random only 8"),
+    ("model.architecture.vocab_size=8", "has 16 tokens, the model random only 8"),
     ("model.architecture.num_kv_heads=3", "not a multiple of num_kv_heads"),
     ("draft.options.depth=3", "draft.options:"),
     ("draft.path=nowhere", "nowhere is not the output_dir of a run"),

@@ -21,7 +21,7 @@ from jspec.config import Config, load_config
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
-from jspec.prepare import make_policy, make_sampling, make_tokenizer
+from jspec.prepare import make_policy, make_sampling, make_speculation, make_tokenizer
 from jspec.rl.prompts import PromptData, encode_prompt
 from jspec.rl.rewards import RewardInput, RewardPool, check_reward
 from jspec.train import answer_text
@@ -99,7 +99,7 @@ def rollout(arguments) -> int:
         batch = jspec.PromptBatch.from_tokens([tokens], group_size=arguments.samples, seed=arguments.seed)
         policy = jspec.reshard(source.policy)
     sampling = make_sampling(source.config)
-    speculation = jspec.Speculation(k=arguments.k, rule=arguments.rule)
+    speculation = make_speculation(source.config)
     with console.status("decoding one token at a time"):
         plain = time_rollout(policy, None, batch, sampling, speculation)
     fast = None
@@ -201,7 +201,7 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
     if prompts > len(data.records):
         raise InputError(f"--prompts {prompts} is more than {config.data.source} has: {len(data.records)}")
     key, sampling = jax.random.key(config.seed), make_sampling(config)
-    speculation = jspec.Speculation(k=config.speculation.k, rule=config.speculation.rule)
+    speculation = make_speculation(config)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
     with RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool:
         for step in range(math.ceil(prompts / batch)):

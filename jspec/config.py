@@ -67,6 +67,9 @@ class SpeculationSection:
     k: int = setting(3, "tokens drafted per cycle; draft.name=none turns speculation off", low=1, high=64)
     rule: str = setting("rejection", "rejection: exact in distribution, fastest; coupled: token for token what "
                         "autoregressive decoding with the same seed gives", choices=("rejection", "coupled"))
+    kernels: str = setting("auto", "auto: the chip's own (TPU, Hopper GPU) where they take the shapes; reference: "
+                           "plain JAX; pallas: the kernels or an error (a CPU interprets them: slow, for checks)",
+                           choices=("auto", "reference", "pallas"))
 
 
 @dataclasses.dataclass(frozen=True)

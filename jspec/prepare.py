@@ -18,7 +18,7 @@ from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, RopeConfig, init_policy
 from jspec.rl.rewards import check_reward
 from jspec.sharding import check_mesh, check_rows
-from jspec.speculate import Sampling
+from jspec.speculate import Sampling, Speculation
 
 # folded into the run's key as steps are; no step has these numbers
 POLICY_KEY, DRAFT_KEY = 2**32 - 1, 2**32 - 2
@@ -111,3 +111,8 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
 def make_sampling(config: Config) -> Sampling:
     """`Sampling` as the configuration has it."""
     return Sampling(**dataclasses.asdict(config.sampling))
+
+
+def make_speculation(config: Config) -> Speculation:
+    """`Speculation` as the configuration has it."""
+    return Speculation(**dataclasses.asdict(config.speculation))

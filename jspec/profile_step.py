@@ -17,7 +17,15 @@ import jspec
 from jspec.config import Config
 from jspec.metrics import Clock
 from jspec.model import to_rollout
-from jspec.prepare import check, make_draft, make_policy, make_reference, make_sampling, make_tokenizer
+from jspec.prepare import (
+    check,
+    make_draft,
+    make_policy,
+    make_reference,
+    make_sampling,
+    make_speculation,
+    make_tokenizer,
+)
 from jspec.profiling import PARTS, PHASES, Phase, memory_of, module_name, phases_of_program, seconds_by_phase, trace
 from jspec.rl.advantages import group_advantages
 from jspec.rl.prompts import PromptData
@@ -66,7 +74,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     rewards = place(mesh, np.resize(np.float32([1, 0]), prompts.sequence_ids.shape), "batch")
     state = init_state(policy, draft, settings, config.seed)
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
-    speculation = jspec.Speculation(k=config.speculation.k, rule=config.speculation.rule)
+    speculation = make_speculation(config)
 
     def learn(state, reference, prompts, out, rewards):
         advantages = group_advantages(rewards, config.data.group_size, config.grpo.advantage)

@@ -26,9 +26,18 @@ from rich.logging import RichHandler
 from jspec.checkpoint import Checkpoints, check_config
 from jspec.config import Config
 from jspec.distributed import any_process, is_main
+from jspec.kernels import picked
 from jspec.metrics import Clock, Metrics, phase_table, table
 from jspec.model import Policy, reshard
-from jspec.prepare import check, make_draft, make_policy, make_reference, make_sampling, make_tokenizer
+from jspec.prepare import (
+    check,
+    make_draft,
+    make_policy,
+    make_reference,
+    make_sampling,
+    make_speculation,
+    make_tokenizer,
+)
 from jspec.profiling import trace
 from jspec.rl.advantages import group_advantages
 from jspec.rl.prompts import Prompt, PromptData
@@ -36,7 +45,7 @@ from jspec.rl.rewards import FAILURES, RewardInput, RewardPool
 from jspec.rl.state import TrainState
 from jspec.rl.update import UpdateSettings, init_state, make_batch, trains_draft, update
 from jspec.sharding import make_mesh, partition
-from jspec.speculate import PromptBatch, Rollout, Speculation, rollout
+from jspec.speculate import PromptBatch, Rollout, rollout
 from jspec.speculate.types import BUCKETS
 
 log = logging.getLogger(__name__)
@@ -92,7 +101,7 @@ class Run:
 def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> int:
     """The steps from `done` on. Returns the exit code, with every checkpoint on disk."""
     config, sampling = run.config, make_sampling(run.config)
-    speculation = Speculation(k=config.speculation.k, rule=config.speculation.rule)
+    speculation = make_speculation(config)
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
     learn = make_learn(config, state)
     code, saving = 0, 0.0
@@ -302,7 +311,8 @@ def opening(config: Config, mesh: Mesh, done: int) -> str:
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     draft = "no draft" if config.draft.name == "none" else f"{config.draft.name} drafts, k = {config.speculation.k}"
     start = f"going on after step {done}" if done else "the first step compiles"
-    return f"{config.model.name} on {mesh.size} {jax.default_backend()} device(s) ({shape}), {draft}; {start}"
+    return (f"{config.model.name} on {mesh.size} {jax.default_backend()} device(s) ({shape}), {draft}, "
+            f"{picked(config.speculation.kernels)}; {start}")
 
 
 def closing(config: Config, code: int, steps: int) -> str:

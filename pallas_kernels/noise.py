@@ -56,10 +56,14 @@ def gumbel(bits: jax.Array) -> jax.Array:
     """float32 g = -log(-log(u)), the standard Gumbel distribution; finite.
 
     Computed from w = 1 - u in (0, 1): the draws that win an argmax have u near 1, where float32 holds u to 24 bits only
-    but w to its full relative precision.
+    but w to its full relative precision. -log(1 - w) of a small w is its series, since not every kernel has a log1p.
     """
     w = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
-    return -jnp.log(-jnp.log1p(-jnp.minimum(w, jnp.float32(1 - 2**-24))))
+    w = jnp.minimum(w, jnp.float32(1 - 2**-24))
+    series = jnp.float32(1 / 8)
+    for n in range(7, 0, -1):
+        series = series * w + jnp.float32(1 / n)
+    return -jnp.log(jnp.where(w < 1 / 8, w * series, -jnp.log(1 - w)))
 
 
 @struct.dataclass

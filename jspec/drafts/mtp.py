@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from jspec.drafts.base import Committed, Draft, Observation, Prefill, Sampler
 from jspec.errors import InputError
+from jspec.kernels import attend as attend_cached
 from jspec.model import ModelConfig, ParamSpec, Policy, embed, init_weights, layer_specs, logits, place_on_mesh
 from jspec.model.attention import causal_attention, to_cache
 from jspec.model.chunks import sum_over_chunks
 from jspec.model.layers import decoder_layer, fuse, linear, rms_norm, rope_table
 from jspec.sharding import constrain, constrain_tree
-from pallas_kernels.verify_attention import verify_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _extend(policy: Policy, draft: Draft, state: dict, hidden: jax.Array, tokens
     rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v):
-        out, new_k, new_v = verify_attention(q, k, v, state["k"], state["v"], lengths)
+        out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], lengths)
         return out, (new_k, new_v)
 
     states, (k, v) = _block(policy, draft.weights, hidden, tokens, rope, attend)

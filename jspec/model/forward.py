@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jspec.kernels import attend as attend_cached
 from jspec.model.attention import Cache, causal_attention, continued_attention, to_cache
 from jspec.model.layers import decoder_layer, linear, rms_norm, rope_table
 from jspec.model.params import Policy
 from jspec.sharding import constrain
-from pallas_kernels.verify_attention import verify_attention
 
 
 @struct.dataclass
@@ -141,7 +141,7 @@ def verify(policy: Policy, tokens: jax.Array, cache: Cache, lengths: jax.Array, 
     """
     def attend(i):
         def ragged(q, k, v):
-            out, new_k, new_v = verify_attention(q, k, v, cache.k[i], cache.v[i], lengths)
+            out, new_k, new_v = attend_cached(policy, q, k, v, cache.k[i], cache.v[i], lengths)
             return out, (new_k, new_v)
         return ragged
 

@@ -13,6 +13,7 @@ from flax import struct
 from jspec.model.config import ModelConfig
 from jspec.model.layers import fuse
 from jspec.sharding import constrain_tree, current_mesh, spec_sharding
+from pallas_kernels.implementation import REFERENCE, Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,14 @@ class Policy:
       config: static.
       dtype: static; what is computed in ("float32" or "bfloat16"), over float32 masters.
       layout: static; the row of `jspec.sharding.RULES` that places weights and activations.
+      kernels: static; which implementation of the kernels decoding runs. `jspec.rollout` sets it.
     """
 
     weights: Any
     config: ModelConfig = struct.field(pytree_node=False)
     dtype: str = struct.field(pytree_node=False, default="float32")
     layout: str = struct.field(pytree_node=False, default="train")
+    kernels: Implementation = struct.field(pytree_node=False, default=REFERENCE)
 
     @property
     def stacked(self) -> bool:

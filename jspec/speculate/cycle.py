@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.drafts.base import Committed, Draft, Observation, Sampler
+from jspec.kernels import judge
 from jspec.model import Cache, Policy, logits, verify
 from jspec.speculate.types import Sampling
 from pallas_kernels import noise as noise_lib
-from pallas_kernels.rejection_sampling import Verdict, rejection_sampling
+from pallas_kernels.rejection_sampling import Verdict
 
 RULES = {"rejection": noise_lib.rejection_noise, "coupled": noise_lib.coupled_noise}
 
@@ -69,8 +70,8 @@ def _accept(policy: Policy, slots: Slots, hidden: jax.Array, drafted: jax.Array,
     if sampling.min_new_tokens and stop_tokens:
         generated = (slots.lengths - slots.prompt_lengths)[:, None] + jnp.arange(hidden.shape[1])
         ban = generated < sampling.min_new_tokens
-    return rejection_sampling(logits(policy, hidden), drafted, log_q, noise, slots.temperature, slots.top_p,
-                              top_k=sampling.top_k, ban=ban, banned_tokens=stop_tokens)
+    return judge(policy, logits(policy, hidden), drafted, log_q, noise, slots.temperature, slots.top_p,
+                 top_k=sampling.top_k, ban=ban, banned_tokens=stop_tokens)
 
 
 def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int,

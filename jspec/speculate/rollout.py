@@ -10,12 +10,14 @@ import numpy as np
 
 from jspec.drafts.base import Draft, Prefill
 from jspec.errors import InputError
+from jspec.kernels import choose
 from jspec.model import Policy, prefill, to_rollout
 from jspec.sharding import check_rows, constrain
 from jspec.speculate.cycle import RULES, Slots, cycle
 from jspec.speculate.types import PromptBatch, Rollout, RolloutStats, Sampling, Speculation
 
-_LANES = 128  # cache sizes beyond one block are whole blocks
+# cache sizes are whole tiles of a TPU's memory, and beyond one block of attention whole blocks
+_TILE, _BLOCK = 16, 128
 
 
 def _concrete(x) -> np.ndarray | None:
@@ -48,6 +50,7 @@ def _check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sa
             raise InputError(f"sampling {name} must be a number, not {value!r}")
         if known is not None and not np.all((known >= 0) & np.isfinite(known)):
             raise InputError(f"sampling {name} must be finite and at least 0; got {known.min()}")
+    choose(spec.kernels)
     _check_tokens(policy, batch, sampling)
     if draft is not None:
         draft.check(policy)
@@ -72,7 +75,8 @@ def _check_tokens(policy: Policy, batch: PromptBatch, sampling: Sampling) -> Non
 def _cache_size(prompt: int, max_new_tokens: int, k: int) -> int:
     """Positions that a row may touch: the last cycle writes up to k tokens beyond the cap."""
     size = prompt + max_new_tokens + k + 1
-    return size if size <= _LANES else -(-size // _LANES) * _LANES
+    unit = _TILE if size <= _BLOCK else _BLOCK
+    return -(-size // unit) * unit
 
 
 def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, k: int) -> Slots:
@@ -119,7 +123,7 @@ def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:
 
 @partial(jax.jit, static_argnames="speculation")
 def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation) -> Rollout:
-    policy = to_rollout(params)
+    policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
     if draft is not None:
         draft = draft.module.prepare(policy, draft)
     k = 0 if draft is None else speculation.k

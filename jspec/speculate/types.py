@@ -107,10 +107,13 @@ class Speculation:
       k: drafted tokens a cycle, 0 for none.
       rule: "rejection" or "coupled". Both are lossless; coupled also reproduces, token for token, what autoregressive
         decoding with the same key gives.
+      kernels: "auto" is the chip's Pallas kernels where they take the shapes, else the reference; "reference" is plain
+        JAX; "pallas" is the kernels or an error (a CPU interprets them, slowly). Or an `Implementation`.
     """
 
     k: int = struct.field(pytree_node=False, default=3)
     rule: str = struct.field(pytree_node=False, default="rejection")
+    kernels: Any = struct.field(pytree_node=False, default="auto")
 
 
 @struct.dataclass

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 from flax import struct
 
+from pallas_kernels.implementation import REFERENCE, Implementation
 from pallas_kernels.noise import CoupledNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import reference
+from pallas_kernels.rejection_sampling.summary import judge
 
 
 @struct.dataclass
@@ -41,18 +45,21 @@ def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array |
     return reference.process_logits(logits, temperature, top_p, top_k=top_k, ban=ban, banned_tokens=banned_tokens)
 
 
-def draw(log_q: jax.Array, noise: RejectionNoise | CoupledNoise, offset: int) -> jax.Array:
+def draw(log_q: jax.Array, noise: RejectionNoise | CoupledNoise, offset: int,
+         draft_vocab: jax.Array | None = None) -> jax.Array:
     """Draw draft token `offset` of the block, int32 [B], from normalised log-probabilities float32 [B, V].
 
     Under `CoupledNoise` this is the target's own Gumbel noise at that position; under `RejectionNoise` it is noise that
-    no later judgement looks at.
+    no later judgement looks at. draft_vocab: int32 [V], the global ids of a reduced vocabulary; None: they are 0..V-1.
     """
-    return reference.draw(log_q, noise, offset)
+    return reference.draw(log_q, noise, offset, draft_vocab)
 
 
 def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
                        noise: RejectionNoise | CoupledNoise, temperature: jax.Array, top_p: jax.Array | None = None, *,
-                       top_k: int = 0, ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()) -> Verdict:
+                       draft_vocab: jax.Array | None = None, top_k: int = 0, ban: jax.Array | None = None,
+                       banned_tokens: tuple[int, ...] = (), implementation: Implementation = REFERENCE,
+                       axis: tuple[str, ...] | None = None) -> Verdict:
     """Judge K drafted tokens a row, without changing the distribution of what is emitted.
 
     With p the processed target (`process_logits`), and the kind of the noise naming the rule:
@@ -65,11 +72,22 @@ def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
     Args:
       logits: [B, K + 1, V], float32 or bfloat16; row j judges draft j, row K gives the bonus token.
       draft_tokens: int32 [B, K].
-      draft_log_q: float32 [B, K, V], the normalised log-probabilities that the drafts were drawn from, or None for
+      draft_log_q: float32 [B, K, Vd], the normalised log-probabilities that the drafts were drawn from, or None for
         deterministic drafts.
       temperature: float32 [B]; 0 is greedy.
-      top_p: float32 [B] or None. top_k: static, 0 is off.
+      top_p: float32 [B] or None. top_k: static, 0 is off. With either of them the reference runs: both sort.
+      draft_vocab: int32 [Vd], distinct global ids of a reduced draft vocabulary, outside of which q is 0; None: Vd = V.
       ban: bool [B, K + 1] or None; where true `banned_tokens` have probability zero in p.
+      implementation: the kernels read the logits once, and with sampled drafts one row a sequence again.
+      axis: for a kernel inside `shard_map`, the mesh axes that share the vocabulary: logits (and draft_log_q, where
+        there is no draft_vocab) are then this device's V consecutive ids of it.
+
+    Raises NotImplementedError where the kernel does not take these shapes.
     """
-    return Verdict(*reference.rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p,
-                                                 top_k=top_k, ban=ban, banned_tokens=banned_tokens))
+    if implementation.name == "reference" or top_k or top_p is not None:
+        return Verdict(*reference.rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p,
+                                                     draft_vocab=draft_vocab, top_k=top_k, ban=ban,
+                                                     banned_tokens=banned_tokens))
+    summarize = partial(implementation.load(__package__).summarize, interpret=implementation.interpret)
+    return Verdict(*judge(summarize, logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban,
+                          banned_tokens, axis))

@@ -58,32 +58,68 @@ def process_logits(logits, temperature, top_p=None, *, top_k=0, ban=None, banned
     return _process(logits, scaled_logprobs(logits, temperature), temperature, top_p, top_k, ban, banned_tokens)
 
 
-def _first_above(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """The first index whose cumulative mass exceeds u times the total; never one of zero mass, if the total is not."""
-    total = jnp.cumsum(mass, -1)
-    return jnp.argmax(total > u[..., None] * total[..., -1:], -1)
+def first_above(mass: jax.Array, u: jax.Array, ids: jax.Array, axis=None) -> jax.Array:
+    """The first id, int32 [B], whose cumulative mass exceeds u [B] times the total; never one without mass, if any has.
+
+    mass: float32 [B, n], of ascending ids int32 [n] or [B, n]. `axis`: mesh axes over which both are split, in order; a
+    sum and two ids a row cross them.
+    """
+    cumulative, positive = jnp.cumsum(mass, -1), mass > 0
+    total = cumulative[:, -1]
+    if axis is not None:
+        before = jnp.zeros_like(total)
+        sums = jax.lax.all_gather(total, axis)
+        # one after the other: the last cumulative mass and the total must be the same float
+        prefixes = [before := before + part for part in sums]
+        prefix = jnp.stack([jnp.zeros_like(total), *prefixes])[jax.lax.axis_index(axis)]
+        cumulative, total = prefix[:, None] + cumulative, prefixes[-1]
+    ids = jnp.broadcast_to(ids, mass.shape)
+    none = jnp.iinfo(jnp.int32).max
+    # parallel sums are not quite monotone: an id without mass may be the first above, or none may be
+    first = jnp.where((cumulative > u[:, None] * total[:, None]) & positive, ids, none).min(-1)
+    last = jnp.where(positive, ids, 0).max(-1)
+    if axis is not None:
+        first, last = jax.lax.pmin(first, axis), jax.lax.pmax(last, axis)
+    return jnp.where(first == none, last, first).astype(jnp.int32)
 
 
 def inverse_transform(mass: jax.Array, u: jax.Array) -> jax.Array:
     """Draw int32 [B] from unnormalised probabilities float32 [B, V] with two uniforms each, [B, 2]."""
     size = mass.shape[-1]
     padded = jnp.pad(mass, ((0, 0), (0, -size % VOCAB_BLOCK))).reshape(mass.shape[0], -1, VOCAB_BLOCK)
-    block = _first_above(padded.sum(-1), u[:, 0])
-    inside = _first_above(jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0], u[:, 1])
-    return (block * VOCAB_BLOCK + inside).astype(jnp.int32)
+    block = first_above(padded.sum(-1), u[:, 0], jnp.arange(padded.shape[1]))
+    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
+    return block * VOCAB_BLOCK + first_above(inside, u[:, 1], jnp.arange(VOCAB_BLOCK))
 
 
-def _coupled_argmax(log_p: jax.Array, keys: jax.Array) -> jax.Array:
-    """argmax(log p + g) over the last axis, log_p [..., V], keys uint32 [..., 2]."""
-    bits = noise_lib.random_bits(keys[..., None, :], jnp.arange(log_p.shape[-1], dtype=jnp.uint32))
+def _coupled_argmax(log_p: jax.Array, keys: jax.Array, ids: jax.Array | None = None) -> jax.Array:
+    """Where log p + g is largest over the last axis, log_p [..., V], keys uint32 [..., 2], of ids int32 [V]."""
+    ids = jnp.arange(log_p.shape[-1]) if ids is None else ids
+    bits = noise_lib.random_bits(keys[..., None, :], ids)
     return jnp.argmax(log_p + noise_lib.gumbel(bits), -1).astype(jnp.int32)
 
 
-def draw(log_q, noise, offset):
+def draw(log_q, noise, offset, draft_vocab=None):
     """See `api.draw`."""
     if isinstance(noise, CoupledNoise):
-        return _coupled_argmax(log_q, noise.keys[:, offset])
-    return inverse_transform(jnp.exp(log_q), noise.draft[:, offset])
+        at = _coupled_argmax(log_q, noise.keys[:, offset], draft_vocab)
+    else:
+        at = inverse_transform(jnp.exp(log_q), noise.draft[:, offset])
+    return at if draft_vocab is None else draft_vocab[at]
+
+
+def draft_logprobs(log_q: jax.Array, tokens: jax.Array, draft_vocab: jax.Array | None) -> jax.Array:
+    """log q of tokens int32 [B, K], float32 [B, K], from log_q [B, K, Vd]; -inf outside the draft's vocabulary."""
+    if draft_vocab is None:
+        return _pick(log_q, tokens)
+    return jnp.where(draft_vocab == tokens[..., None], log_q, -jnp.inf).max(-1)
+
+
+def spread(log_q: jax.Array, draft_vocab: jax.Array, vocab: int, first: jax.Array | int = 0) -> jax.Array:
+    """log_q [B, Vd] of a reduced vocabulary over the `vocab` ids from `first` on, [B, vocab]; -inf outside it."""
+    column = draft_vocab - first
+    column = jnp.where((column >= 0) & (column < vocab), column, vocab)
+    return jnp.full((log_q.shape[0], vocab), -jnp.inf, log_q.dtype).at[:, column].set(log_q, mode="drop")
 
 
 def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -91,14 +127,14 @@ def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
 
 
-def _leading(flags: jax.Array) -> jax.Array:
+def leading(flags: jax.Array) -> jax.Array:
     """How many leading flags are true, int32 [B] from bool [B, K]."""
     return jnp.cumprod(flags.astype(jnp.int32), axis=-1).sum(-1)
 
 
 def _coupled(log_p, draft_tokens, noise: CoupledNoise):
     target = _coupled_argmax(log_p, noise.keys)
-    return _leading(target[:, :-1] == draft_tokens), target
+    return leading(target[:, :-1] == draft_tokens), target
 
 
 def residual(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -108,12 +144,12 @@ def residual(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     return jnp.where(mass.sum(-1, keepdims=True) > 0, mass, p)
 
 
-def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise):
+def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise, draft_vocab):
     k = draft_tokens.shape[1]
     ratio = _pick(log_p[:, :k], draft_tokens)
     if draft_log_q is not None:
-        ratio = ratio - _pick(draft_log_q, draft_tokens)
-    accepted = _leading(jnp.log(noise.accept) < ratio)
+        ratio = ratio - draft_logprobs(draft_log_q, draft_tokens, draft_vocab)
+    accepted = leading(jnp.log(noise.accept) < ratio)
     last = jnp.take_along_axis(log_p, accepted[:, None, None], axis=1)[:, 0]
     if k:
         at = jnp.minimum(accepted, k - 1)
@@ -122,6 +158,7 @@ def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise):
             log_q = jnp.where(refused, 0.0, -jnp.inf)
         else:
             log_q = jnp.take_along_axis(draft_log_q, at[:, None, None], axis=1)[:, 0]
+            log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, last.shape[-1])
         mass = jnp.where((accepted < k)[:, None], residual(last, log_q), jnp.exp(last))
     else:
         mass = jnp.exp(last)
@@ -130,8 +167,8 @@ def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise):
     return accepted, jnp.where(jnp.arange(k + 1) == accepted[:, None], drawn[:, None], padded)
 
 
-def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p=None, *, top_k=0, ban=None,
-                       banned_tokens=()):
+def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p=None, *, draft_vocab=None,
+                       top_k=0, ban=None, banned_tokens=()):
     """See `api.rejection_sampling`; returns the fields of `api.Verdict`."""
     temperature = jnp.broadcast_to(temperature[:, None], logits.shape[:-1])
     top_p = None if top_p is None else jnp.broadcast_to(top_p[:, None], logits.shape[:-1])
@@ -140,6 +177,6 @@ def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, to
     if isinstance(noise, CoupledNoise):
         accepted, tokens = _coupled(log_p, draft_tokens, noise)
     else:
-        accepted, tokens = _rejection(log_p, draft_tokens, draft_log_q, noise)
+        accepted, tokens = _rejection(log_p, draft_tokens, draft_log_q, noise, draft_vocab)
     entropy = -jnp.sum(jnp.where(raw > -jnp.inf, jnp.exp(raw) * raw, 0.0), -1)
     return accepted, tokens, _pick(raw, tokens), entropy

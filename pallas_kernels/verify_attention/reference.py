@@ -29,7 +29,7 @@ def _online_step(carry, q, k, v, visible):
     return new_top, total * scale + weights.sum(-1, keepdims=True), out * scale + values
 
 
-def verify_attention(q, k, v, cache_k, cache_v, lengths):
+def verify_attention(q, k, v, cache_k, cache_v, lengths, *, window=None):
     """See `api.verify_attention`. Blocks beyond the longest live row are not read."""
     b, t, h, d = q.shape
     kv_heads, size = cache_k.shape[1], cache_k.shape[2]
@@ -45,7 +45,10 @@ def verify_attention(q, k, v, cache_k, cache_v, lengths):
         position = start + jnp.arange(block)
         k_block = jax.lax.dynamic_slice_in_dim(cache_k, start, block, axis=2)
         v_block = jax.lax.dynamic_slice_in_dim(cache_v, start, block, axis=2)
-        return _online_step(carry, packed, k_block, v_block, (position >= i * block) & (position <= last))
+        visible = (position >= i * block) & (position <= last)
+        if window is not None:
+            visible &= position > last - window
+        return _online_step(carry, packed, k_block, v_block, visible)
 
     # -1e30 and not -inf: a row whose first block is all masked must not compute inf - inf
     carry = (jnp.full((*packed.shape[:3], 1), -1e30, jnp.float32), jnp.zeros((*packed.shape[:3], 1), jnp.float32),

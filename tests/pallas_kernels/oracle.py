@@ -69,3 +69,27 @@ def attention(q, k, v, length):
             scores = keys @ q[i, j].astype(np.float64) / np.sqrt(d)
             out[i, j] = np.exp(log_softmax(scores)) @ values
     return out
+
+
+def summary(logits, temperature, drafted, gumbel, ban, banned_tokens, offset, chunk):
+    """One row of `rejection_sampling.summary.Summary` as a dict of float64 [C]; gumbel [V] or None, drafted a global
+    id or -1."""
+    z = np.asarray(logits, np.float64) / (temperature or 1.0)
+    ids = offset + np.arange(len(z))
+    banned = np.isin(ids, banned_tokens) & bool(ban)
+    score = np.where(banned, -np.inf, z + (gumbel if gumbel is not None and temperature > 0 else 0.0))
+    names = ("top", "total", "weighted", "best", "best_id", "best_z", "mass", "spill")
+    out = {name: [] for name in names}
+    for start in range(0, len(z), chunk):
+        part = slice(start, start + chunk)
+        top = z[part].max()
+        d = z[part] - (top if top > -np.inf else 0.0)
+        e = np.exp(d)
+        at = start + int(np.argmax(score[part]))
+        candidate = ~banned[part] & (ids[part] != drafted)
+        first = ids[part] < (ids[start] // chunk + 1) * chunk
+        values = (top, e.sum(), (e * np.where(e > 0, d, 0.0)).sum(), score[at], ids[at], z[at],
+                  e[candidate & first].sum(), e[candidate & ~first].sum())
+        for name, value in zip(names, values, strict=True):
+            out[name].append(value)
+    return {name: np.array(value) for name, value in out.items()}

@@ -53,7 +53,7 @@ class Cycle:
             return seen["verdict"]
 
         with mock.patch.object(cycle_module, "_propose", propose), \
-                mock.patch.object(cycle_module, "rejection_sampling", judge):
+                mock.patch.object(cycle_module, "judge", judge):
             new = cycle_module.cycle(policy, draft, slots, noise, sampling=self.sampling,
                                      stop_tokens=self.sampling.stop_tokens, k=self.k)
         return new, seen["drafted"][0], seen["verdict"]
@@ -92,7 +92,7 @@ class Cycle:
         return code
 
 
-_PROPOSE, _JUDGE = cycle_module._propose, cycle_module.rejection_sampling
+_PROPOSE, _JUDGE = cycle_module._propose, cycle_module.judge
 
 
 def _map_rows(fn, slots, *more):

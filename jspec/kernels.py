@@ -1,0 +1,137 @@
+"""The kernels as the model uses them: which implementation runs, and how it runs on the shards of a mesh.
+
+The reference is plain JAX, which XLA partitions by itself. A Pallas kernel is a program for one device, so on a mesh it
+runs under `shard_map`, split as the rollout layout splits rows, heads and vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jspec.errors import InputError
+from jspec.sharding import current_mesh, heads_replicated, partition
+from pallas_kernels.implementation import REFERENCE, Implementation
+from pallas_kernels.rejection_sampling import Verdict, rejection_sampling
+from pallas_kernels.verify_attention import verify_attention
+
+KERNELS = ("auto", "reference", "pallas")
+"""What `speculation.kernels` may be: the kernel where the chip has one that takes the shapes, else the reference; the
+reference everywhere; the kernel or an error (a CPU interprets the TPU's, slowly: for checks)."""
+
+log = logging.getLogger(__name__)
+
+
+def platform() -> str:
+    """The platform that programs are being made for: the current mesh's, else JAX's default."""
+    mesh = current_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
+def choose(kernels: str | Implementation) -> Implementation:
+    """The implementation that `speculation.kernels` stands for here. An `Implementation` is itself.
+
+    Raises InputError for a name that is not one of KERNELS, and for "pallas" on a GPU older than Hopper.
+    """
+    if isinstance(kernels, Implementation):
+        return kernels
+    if kernels not in KERNELS:
+        raise InputError(f"speculation kernels {kernels!r} is unknown; known: {', '.join(KERNELS)}")
+    chip = "gpu" if platform() in ("gpu", "cuda") else platform()
+    if kernels == "reference" or kernels == "auto" and chip not in ("tpu", "gpu"):
+        return REFERENCE
+    if chip == "gpu" and jax.default_backend() == "gpu":  # else it is being compiled for a GPU that is not here
+        capability = jax.local_devices()[0].compute_capability
+        if float(capability) < 9.0:
+            if kernels == "auto":
+                return REFERENCE
+            raise InputError(f"speculation.kernels=pallas needs a Hopper GPU or newer, and this one has compute "
+                             f"capability {capability}; set speculation.kernels=auto")
+    if chip == "cpu":
+        return Implementation("tpu", interpret=True)
+    return Implementation(chip, fall_back=kernels == "auto")
+
+
+def picked(kernels: str | Implementation) -> str:
+    """In a few words what `choose` picks, for logs."""
+    chosen = choose(kernels)
+    return f"{chosen.name} kernels" + (", interpreted" if chosen.interpret else "")
+
+
+def _or_reference(implementation: Implementation, kernel: Callable[[], Any], reference: Callable[[], Any]) -> Any:
+    if implementation.name == "reference":
+        return reference()
+    try:
+        return kernel()
+    except NotImplementedError as refusal:
+        if not implementation.fall_back:
+            raise InputError(f"speculation.kernels=pallas: {refusal}; set speculation.kernels=auto") from None
+        log.warning("the reference takes the place of a %s kernel: %s", implementation.name, refusal)
+        return reference()
+
+
+def _split(layout: str, x: jax.Array, *axes: str | None) -> PartitionSpec:
+    """How the mesh splits x; `axes` are the logical names of its leading dimensions."""
+    return partition(current_mesh(), layout, x.shape, (*axes, *(None,) * (x.ndim - len(axes))))
+
+
+def _one_device() -> bool:
+    mesh = current_mesh()
+    return mesh is None or mesh.size == 1
+
+
+def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array,
+           lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`.
+
+    Where KV heads are replicated, every shard computes all heads: the copies of the cache must stay equal.
+    """
+    args = (q, k, v, cache_k, cache_v, lengths)
+
+    def kernel():
+        run = partial(verify_attention, implementation=policy.kernels)
+        if _one_device():
+            return run(*args)
+        whole = heads_replicated(policy.config)
+        queries = _split(policy.layout, q, "batch", None, None if whole else "q_heads")
+        new = _split(policy.layout, k, "batch", None, None if whole else "kv_heads")
+        cache = _split(policy.layout, cache_k, "batch", None if whole else "kv_heads")
+        rows = _split(policy.layout, lengths, "batch")
+        return jax.shard_map(run, in_specs=(queries, new, new, cache, cache, rows), out_specs=(queries, cache, cache),
+                             check_vma=False)(*args)
+
+    return _or_reference(policy.kernels, kernel, lambda: verify_attention(*args))
+
+
+def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: Any,
+          temperature: jax.Array, top_p: jax.Array | None = None, *, draft_vocab: jax.Array | None = None,
+          top_k: int = 0, ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()) -> Verdict:
+    """`rejection_sampling` as `policy.kernels` says, on the shards of `policy.layout`."""
+    args = (logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban)
+
+    def run(logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban, **where):
+        return rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p, draft_vocab=draft_vocab,
+                                  top_k=top_k, ban=ban, banned_tokens=banned_tokens, **where)
+
+    def kernel():
+        if _one_device() or top_k or top_p is not None:  # truncation sorts: the reference's, which XLA partitions
+            return run(*args, implementation=policy.kernels)
+        by_row = partial(_split, policy.layout)
+        scores = by_row(logits, "batch", None, "vocab")
+        rows = jax.tree.map(lambda x: by_row(x, "batch"), (draft_tokens, noise, temperature, ban))
+        q = draft_log_q if draft_log_q is None else by_row(draft_log_q, "batch", None,
+                                                          "vocab" if draft_vocab is None else None)
+        tokens, noises, temperatures, bans = rows
+        axis = scores[2] and tuple(scores[2])
+        split = jax.shard_map(partial(run, implementation=policy.kernels, axis=axis or None),
+                              in_specs=(scores, tokens, q, noises, temperatures, PartitionSpec(), bans),
+                              out_specs=Verdict(*(PartitionSpec(scores[0]),) * 4), check_vma=False)
+        return split(*args)
+
+    return _or_reference(policy.kernels, kernel, lambda: run(*args))

@@ -1,0 +1,237 @@
+"""What one pass over the logits leaves of each row, and the verdict that follows from it.
+
+The pass is the kernels' (`tpu.summarize`, `gpu.summarize`); it is all that reads the whole of the logits. A chunk is
+CHUNK neighbouring columns, which one program can summarise without knowing the rest of its row, so the grid is split
+as the chip likes; putting the chunks together is arithmetic on a few numbers a chunk. Where the vocabulary is sharded
+every shard does this with its part, and a few numbers a row cross the mesh (`axis`), never logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from pallas_kernels.noise import CoupledNoise
+from pallas_kernels.rejection_sampling.reference import VOCAB_BLOCK, draft_logprobs, first_above, leading, spread
+
+CHUNK = VOCAB_BLOCK
+
+
+@struct.dataclass
+class Summary:
+    """Of R rows of logits [R, V] in C = ceil(V / CHUNK) chunks. All arrays are [R, C].
+
+    With z = logits / T in float32 (T = 0 counts as 1), and id = column + offset the global vocabulary id:
+
+    Attributes:
+      top: float32, the largest z; -inf if all are.
+      total: float32, sum of exp(z - top); 0 where top is -inf.
+      weighted: float32, sum of exp(z - top) * (z - top), a term of z = -inf counting 0.
+      best: float32, the largest score over the chunk's ids that are not banned: z, plus the Gumbel noise of
+        (key, id) where keys are given and T > 0. -inf if there is none.
+      best_id: int32, its global id; ties go to the lowest. Anything where best is -inf.
+      best_z: float32, its z.
+      mass: float32, sum of exp(z - top) over the ids below the first multiple of CHUNK that is greater than the chunk's
+        first id, without the row's drafted token and banned ids; None where keys are given.
+      spill: float32, the same over the chunk's other ids (none, if offset is a multiple of CHUNK); None where keys are
+        given, and where the whole vocabulary is here (offset None).
+    """
+
+    top: jax.Array
+    total: jax.Array
+    weighted: jax.Array
+    best: jax.Array
+    best_id: jax.Array
+    best_z: jax.Array
+    mass: jax.Array | None
+    spill: jax.Array | None
+
+
+@struct.dataclass
+class _Rows:
+    """Of whole rows, float32 [R]: the largest z (0 if all are -inf), log-sum-exp and entropy of the policy."""
+
+    top: jax.Array
+    lse: jax.Array
+    entropy: jax.Array
+
+
+def _sum(x, axis):
+    return x if axis is None else jax.lax.psum(x, axis)
+
+
+def _max(x, axis):
+    return x if axis is None else jax.lax.pmax(x, axis)
+
+
+def _rows(s: Summary, axis) -> _Rows:
+    top = _max(s.top.max(-1), axis)
+    top = jnp.where(top > -jnp.inf, top, 0.0)
+    shift = jnp.where(s.top > -jnp.inf, s.top - top[:, None], 0.0)
+    scale = jnp.exp(shift)
+    total = _sum((scale * s.total).sum(-1), axis)
+    weighted = _sum((scale * (s.weighted + s.total * shift)).sum(-1), axis)
+    return _Rows(top, top + jnp.log(total), jnp.log(total) - weighted / total)
+
+
+def _best(s: Summary, axis) -> tuple[jax.Array, jax.Array]:
+    """Id int32 [R] and z float32 [R] of each row's largest score."""
+    def pick(scores, *values):
+        at = jnp.argmax(scores, 0)[None]
+        return tuple(jnp.take_along_axis(x, at, axis=0)[0] for x in (scores, *values))
+
+    best = pick(s.best.T, s.best_id.T, s.best_z.T)
+    if axis is not None:
+        best = pick(*(jax.lax.all_gather(x, axis) for x in best))
+    return best[1:]
+
+
+def _pieces(summary: jax.Array, spill: jax.Array | None) -> jax.Array:
+    """What lies in each block of the vocabulary, [..., C + 1], from the chunks' two parts [..., C]."""
+    if spill is None:
+        return jnp.pad(summary, [(0, 0)] * (summary.ndim - 1) + [(0, 1)])
+    last = [(0, 0)] * (summary.ndim - 1)
+    return jnp.pad(summary, [*last, (0, 1)]) + jnp.pad(spill, [*last, (1, 0)])
+
+
+def _slice(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    """x[b, start[b] : start[b] + width] of every row, [B, width]."""
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (width,)))(x, start)
+
+
+def _at(x: jax.Array, position: jax.Array) -> jax.Array:
+    """x[b, position[b]] of every row, [B, ...] from [B, n, ...]."""
+    index = position.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, index, axis=1)[:, 0]
+
+
+@struct.dataclass
+class _Last:
+    """The row of each sequence that yields its last token, and how its candidates are weighed.
+
+    Attributes:
+      logits: [B, V], this shard's. temperature, lse: float32 [B]; p = exp(logits / T - lse).
+      banned: bool [B] or None.
+      refused: int32 [B], global id of the refused draft; -1 where all were accepted.
+      log_q: float32 [B, V], this shard's part of what the refused draft was drawn from; None if that is certain.
+    """
+
+    logits: jax.Array
+    temperature: jax.Array
+    lse: jax.Array
+    banned: jax.Array | None
+    refused: jax.Array
+    log_q: jax.Array | None
+
+    def weigh(self, logits: jax.Array, log_q: jax.Array | None, ids: jax.Array, banned_tokens: tuple[int, ...]):
+        """z, p and the residual (p - q)+ of ids [B or 1, n], float32 [B, n]."""
+        z = _scaled(logits, self.temperature[:, None])
+        p = jnp.exp(z - self.lse[:, None])
+        if self.banned is not None:
+            p = jnp.where(self.banned[:, None] & jnp.isin(ids, jnp.array(banned_tokens)), 0.0, p)
+        if log_q is None:
+            return z, p, jnp.where(ids == self.refused[:, None], 0.0, p)
+        return z, p, jnp.where(self.refused[:, None] < 0, p, jnp.maximum(p - jnp.exp(log_q), 0.0))
+
+
+def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    return logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
+
+
+def _row_pieces(mass: jax.Array, ids: jax.Array) -> jax.Array:
+    """mass [B, V] of ids [V] summed over the blocks of the vocabulary, [B, C + 1], as `_pieces` has them."""
+    pad = -mass.shape[1] % CHUNK
+    chunks = jnp.pad(mass, ((0, 0), (0, pad))).reshape(mass.shape[0], -1, CHUNK)
+    ids = ids[0] + jnp.arange(mass.shape[1] + pad).reshape(-1, CHUNK)
+    first = ids < (ids[:, :1] // CHUNK + 1) * CHUNK
+    return _pieces(jnp.where(first, chunks, 0.0).sum(-1), jnp.where(first, 0.0, chunks).sum(-1))
+
+
+def _draw_last(last: _Last, pieces: jax.Array, u: jax.Array, first: jax.Array | int, banned_tokens, axis):
+    """Inverse transform of each sequence's residual (of p, where nothing was refused): its id int32 [B] and z.
+
+    pieces: float32 [B, C + 1], the residual's mass by block of the vocabulary; computed here where drafts were sampled.
+    """
+    vocab = last.logits.shape[1]
+    empty = jnp.zeros(u.shape[0], bool)
+    if last.log_q is not None:
+        ids = first + jnp.arange(vocab)
+        _, p, residual = last.weigh(last.logits, last.log_q, ids[None], banned_tokens)
+        pieces, whole = _row_pieces(residual, ids), _row_pieces(p, ids)
+        empty = _sum(pieces.sum(-1), axis) == 0  # by rounding
+        pieces = jnp.where(empty[:, None], whole, pieces)
+    block = first_above(pieces, u[:, 0], first // CHUNK + jnp.arange(pieces.shape[1]), axis)
+    width = min(CHUNK, vocab)
+    start = jnp.clip(block * CHUNK - first, 0, vocab - width)
+    ids = first + start[:, None] + jnp.arange(width)
+    log_q = None if last.log_q is None else _slice(last.log_q, start, width)
+    z, p, residual = last.weigh(_slice(last.logits, start, width), log_q, ids, banned_tokens)
+    mass = jnp.where(empty[:, None], p, residual)
+    token = first_above(jnp.where(ids // CHUNK == block[:, None], mass, 0.0), u[:, 1], ids, axis)
+    return token, _max(jnp.where(ids == token[:, None], z, -jnp.inf).max(-1), axis)
+
+
+def _local(x: jax.Array, ids: jax.Array, first: jax.Array | int, axis) -> jax.Array:
+    """x[..., id] of global ids, float32, where x [B, K, V] is this shard's part."""
+    column = ids - first
+    inside = (column >= 0) & (column < x.shape[-1])
+    value = jnp.take_along_axis(x, jnp.clip(column, 0, x.shape[-1] - 1)[..., None], axis=-1)[..., 0]
+    return _max(jnp.where(inside, value.astype(jnp.float32), -jnp.inf), axis)
+
+
+def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits, draft_tokens, draft_log_q, noise,
+               temperature, draft_vocab, ban, banned_tokens, first, axis):
+    """Accepted int32 [B], and tokens and their z [B, K + 1]."""
+    b, k = draft_tokens.shape
+    scale = jnp.exp(s.top - rows.top.reshape(-1, 1))
+    pieces = _pieces(s.mass * scale, None if s.spill is None else s.spill * scale).reshape(b, k + 1, -1)
+    z = _local(logits[:, :k], draft_tokens, first, axis) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    log_p, lse = z - rows.lse[:, :k], rows.lse
+    if ban is not None:
+        log_z = jnp.where(ban[:, :k] & jnp.isin(draft_tokens, jnp.array(banned_tokens)), -jnp.inf, z)
+        drafted = jnp.pad(jnp.exp(log_z - rows.top[:, :k]), ((0, 0), (0, 1)))
+        lse = rows.top + jnp.log(_sum(pieces.sum(-1), axis) + drafted)
+        log_p = log_z - lse[:, :k]
+    log_q, ratio = None, log_p
+    if draft_log_q is not None:
+        ratio = log_p - (_local(draft_log_q, draft_tokens, first, axis) if draft_vocab is None else
+                         draft_logprobs(draft_log_q, draft_tokens, draft_vocab))
+    greedy = temperature == 0
+    accepted = leading(jnp.where(greedy[:, None], draft_tokens == best[0][:, :k], jnp.log(noise.accept) < ratio))
+    refused = _at(jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1), accepted)
+    if draft_log_q is not None and k:
+        log_q = _at(draft_log_q, jnp.minimum(accepted, k - 1))
+        log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
+    last = _Last(_at(logits, accepted), temperature, _at(lse, accepted), None if ban is None else _at(ban, accepted),
+                 refused, log_q)
+    token, token_z = _draw_last(last, _at(pieces, accepted), noise.residual, first, banned_tokens, axis)
+    token, token_z = (jnp.where(greedy, _at(x, accepted), y) for x, y in zip(best, (token, token_z), strict=True))
+    at = jnp.arange(k + 1) == accepted[:, None]
+    return accepted, *(jnp.where(at, x[:, None], jnp.pad(y, ((0, 0), (0, 1))))
+                       for x, y in ((token, draft_tokens), (token_z, z)))
+
+
+def judge(summarize: Callable[..., Summary], logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban,
+          banned_tokens, axis):
+    """See `api.rejection_sampling`; returns the fields of `api.Verdict`."""
+    b, width, vocab = logits.shape
+    offset = None if axis is None else jax.lax.axis_index(axis) * vocab
+    ban = None if not banned_tokens else ban
+    drafted = keys = None
+    if isinstance(noise, CoupledNoise):
+        keys = noise.keys.reshape(b * width, 2)
+    else:
+        drafted = jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1).reshape(-1)
+    s = summarize(logits.reshape(b * width, vocab), jnp.repeat(temperature, width), drafted, keys,
+                  None if ban is None else ban.reshape(-1), offset, banned_tokens=banned_tokens)
+    rows, best = jax.tree.map(lambda x: x.reshape(b, width), (_rows(s, axis), _best(s, axis)))
+    if isinstance(noise, CoupledNoise):
+        tokens, z = best
+        accepted = leading(tokens[:, :-1] == draft_tokens)
+    else:
+        accepted, tokens, z = _rejection(s, rows, best, logits, draft_tokens, draft_log_q, noise, temperature,
+                                         draft_vocab, ban, banned_tokens, 0 if offset is None else offset, axis)
+    return accepted, tokens, z - rows.lse, rows.entropy

@@ -1,7 +1,7 @@
 """One pass over the logits on a TPU (Mosaic).
 
-A program takes a block of rows and up to CHUNKS neighbouring chunks of them, 2 MB of float32, which the pipeline fetches
-while the last block is reduced. Inside it goes chunk by chunk, a few vector registers at a time, and every chunk's
+A program takes a few rows and up to CHUNKS neighbouring chunks of them, 2 MB of float32, which the pipeline fetches
+while the last block is reduced. Inside, it goes chunk by chunk, a few vector registers at a time, and every chunk's
 numbers take a lane of their own in the outputs. With one exponential and about 15 other operations a logit the
 rejection rule is bound by memory on every TPU; the coupled rule's hash is about 110 operations.
 """

@@ -46,7 +46,8 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
     Raises NotImplementedError for more than MAX_NEW new positions, dtypes other than float32 and bfloat16, and caches
     whose size is no multiple of SMALLEST (of TILE, if they are smaller).
     """
-    (b, new, heads, d), (kv_heads, size) = q.shape, cache_k.shape[1:3]
+    b, new, _, d = q.shape
+    kv_heads, size = cache_k.shape[1:3]
     if new > MAX_NEW:
         raise NotImplementedError(f"{new} new positions a row are more than {MAX_NEW}")
     if cache_k.dtype not in (jnp.float32, jnp.bfloat16) or q.dtype != cache_k.dtype:

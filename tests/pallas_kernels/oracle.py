@@ -58,14 +58,17 @@ def reject(p, drafts, q, accept, residual_u, block):
     return len(drafts), inverse_transform(p[-1], residual_u, block)
 
 
-def attention(q, k, v, length):
-    """Dense attention of one row: q [T, H, D] at positions length.., k and v [S, H_kv, D] with the new ones written."""
+def attention(q, k, v, length, window=None):
+    """Dense attention of one row: q [T, H, D] at positions length.., k and v [S, H_kv, D] with the new ones written;
+    a position sees itself and the window - 1 before it."""
     t, h, d = q.shape
     out = np.zeros((t, h, d))
     for i in range(t):
         for j in range(h):
             head = j // (h // k.shape[1])
-            keys, values = (x[: length + i + 1, head].astype(np.float64) for x in (k, v))
+            end = length + i + 1
+            seen = slice(0 if window is None else max(end - window, 0), end)
+            keys, values = (x[seen, head].astype(np.float64) for x in (k, v))
             scores = keys @ q[i, j].astype(np.float64) / np.sqrt(d)
             out[i, j] = np.exp(log_softmax(scores)) @ values
     return out

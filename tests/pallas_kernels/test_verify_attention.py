@@ -1,5 +1,7 @@
 """The reference of verification against dense float64 attention."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +24,12 @@ def case(seed, lengths, t, size, heads=4, kv_heads=2, d=8, dtype=np.float32):
             normal(b, kv_heads, size, d), normal(b, kv_heads, size, d), jnp.asarray(lengths, jnp.int32))
 
 
-def dense(q, k, v, cache_k, cache_v, lengths):
+def dense(q, k, v, cache_k, cache_v, lengths, window=None):
     out = []
     for i, length in enumerate(np.asarray(lengths)):
         keys, values = (np.concatenate([np.asarray(c[i]).swapaxes(0, 1)[:length], np.asarray(x[i])])
                         for c, x in ((cache_k, k), (cache_v, v)))
-        out.append(oracle.attention(np.asarray(q[i], np.float64), keys, values, length))
+        out.append(oracle.attention(np.asarray(q[i], np.float64), keys, values, length, window))
     return np.stack(out)
 
 
@@ -48,6 +50,13 @@ def test_equals_dense_attention(size, t):
 def test_grouped_queries(heads, kv_heads):
     args = case(0, [3, 11], 3, 16, heads, kv_heads)
     np.testing.assert_allclose(attend(*args)[0], dense(*args), atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 3, 128, 200])
+def test_window(window):
+    args = case(7, [0, 3, 140, 380], 4, 384)
+    out = jax.jit(partial(verify_attention, window=window))(*args)[0]
+    np.testing.assert_allclose(out, dense(*args, window), atol=2e-6)
 
 
 def test_garbage_beyond_the_length_is_not_read():

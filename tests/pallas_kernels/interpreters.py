@@ -1,0 +1,29 @@
+"""How each chip's kernels run on a machine without the chip."""
+
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as gpu_interpreter
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.implementation import Implementation
+
+PLAIN = Implementation("tpu", interpret=True)
+"""Operations one after the other: fast, and jittable."""
+
+CHIPS = {"tpu": Implementation("tpu", interpret=pltpu.InterpretParams(detect_races=True)),
+         "gpu": Implementation("gpu", interpret=InterpretGPUParams(detect_races=True))}
+"""Memory spaces, copies in flight, threads, and races between them."""
+
+
+def races_found(chip):
+    """Whether the last kernel that `CHIPS[chip]` ran raced."""
+    races = tpu_interpreter.races if chip == "tpu" else gpu_interpreter.get_races()
+    return races.races_found
+
+
+def forget(chip):
+    """What a racing kernel leaves behind must not reach the next one."""
+    if chip == "tpu":
+        tpu_interpreter.reset_tpu_interpret_mode_state()
+    else:
+        gpu_interpreter.reset_gpu_interpret_mode_state()

@@ -128,8 +128,9 @@ def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
         q = draft_log_q if draft_log_q is None else by_row(draft_log_q, "batch", None,
                                                           "vocab" if draft_vocab is None else None)
         tokens, noises, temperatures, bans = rows
-        axis = scores[2] and tuple(scores[2])
-        split = jax.shard_map(partial(run, implementation=policy.kernels, axis=axis or None),
+        # PartitionSpec unwraps a tuple of one
+        axis = (scores[2],) if isinstance(scores[2], str) else scores[2] or None
+        split = jax.shard_map(partial(run, implementation=policy.kernels, axis=axis),
                               in_specs=(scores, tokens, q, noises, temperatures, PartitionSpec(), bans),
                               out_specs=Verdict(*(PartitionSpec(scores[0]),) * 4), check_vma=False)
         return split(*args)

@@ -15,6 +15,10 @@ from jax.sharding import PartitionSpec as P
 import jspec
 from jspec.model import init_policy, layers, param_specs, policy_sharding
 from jspec.sharding import check_rows, make_mesh, partition
+from pallas_kernels.rejection_sampling import rejection_sampling
+from tests.pallas_kernels.interpreters import PLAIN
+from tests.pallas_kernels.test_rejection_sampling_kernels import assert_same as assert_same_verdicts
+from tests.pallas_kernels.test_rejection_sampling_kernels import case, verdict
 from tests.speculate import tiny
 from tests.speculate.ties import assert_same
 
@@ -37,10 +41,24 @@ def make_batch():
     return jspec.PromptBatch.from_tokens(prompts, group_size=4, seed=0, buckets=(8,))
 
 
-def run(policy, name):
+def run(policy, name, kernels="auto"):
     draft = None if name is None else getattr(jspec.drafts, name)(policy, jax.random.key(1))
     return jspec.rollout(policy, draft, make_batch(), sampling=SAMPLING,
-                         speculation=jspec.Speculation(k=2, rule="coupled"))
+                         speculation=jspec.Speculation(k=2, rule="coupled", kernels=kernels))
+
+
+def verdicts(mesh, axis, coupled):
+    """Whether kernels on a vocabulary in eight parts, whose blocks cross their edges, judge as the reference does."""
+    args = case(7, 16, 2, 8 * 200, "sampled", coupled)
+    names = list(args)
+
+    def judge(*args):
+        return rejection_sampling(**dict(zip(names, args, strict=True)), banned_tokens=(5, 17), implementation=PLAIN,
+                                  axis=axis)
+
+    specs = tuple(P(None, None, axis) if name in ("logits", "draft_log_q") else P() for name in names)
+    got = jax.jit(jax.shard_map(judge, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))(*args.values())
+    assert_same_verdicts(jax.device_get(got), args, verdict(banned_tokens=(5, 17)))
 
 
 def shard_shapes(*arrays):
@@ -54,11 +72,12 @@ def worker(folder, cases):
         policy, mesh = make(kv_heads), make_mesh(*sizes)
         with jax.set_mesh(mesh):
             sharded = policy.replace(weights=jax.device_put(policy.weights, policy_sharding(policy.config, mesh)))
-            out = run(sharded, "mtp")
+            out, kernels = run(sharded, "mtp"), run(sharded, "mtp", "pallas")
             ready = jspec.reshard(sharded)
             mlp = jax.jit(layers.mlp).lower(ready.weights["layers"][0], jnp.ones((1, 2, 64))).compile().as_text()
         name = f"{kv_heads}-{'x'.join(map(str, sizes))}"
-        np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs)
+        np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs,
+                 kernel_tokens=kernels.tokens, kernel_lengths=kernels.lengths)
         stacked = sharded.weights["layers"]
         placed[name] = shard_shapes(stacked["q"], stacked["k"], ready.weights["layers"][0]["o"])
         placed["gathers"] = placed.get("gathers", 0) + mlp.count("all-gather(")
@@ -67,6 +86,8 @@ def worker(folder, cases):
             jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0), sampling=SAMPLING)
         except jspec.InputError as error:
             placed["refused"] = str(error)
+    for axis, coupled in ((("tensor",), True), (("fsdp", "tensor"), False)):
+        verdicts(make_mesh(1, 4 if len(axis) > 1 else 1, -1), axis, coupled)
     print(json.dumps(placed))
 
 
@@ -92,6 +113,8 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
             with np.load(tmp_path / f"{kv_heads}-{'x'.join(map(str, sizes))}.npz") as data:
                 sharded = one.replace(tokens=data["tokens"], lengths=data["lengths"])
                 assert_same(policy, make_batch(), SAMPLING, one, sharded)
+                kernels = one.replace(tokens=data["kernel_tokens"], lengths=data["kernel_lengths"])
+                assert_same(policy, make_batch(), SAMPLING, one, kernels)
                 same = data["tokens"] == np.asarray(one.tokens)
                 np.testing.assert_allclose(np.where(same, data["logprobs"] - one.logprobs, 0), 0, atol=1e-5)
     # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor alone

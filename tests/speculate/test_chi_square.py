@@ -39,16 +39,21 @@ def make(draft, policy):
     return tiny.shaken(made, scale=0.2) if draft == "mtp" else made
 
 
-def rows(draft, rule, *, k=2, samples=SAMPLES, seed=0, **sampling):
+def rows(draft, rule, *, k=2, samples=SAMPLES, seed=0, kernels="auto", **sampling):
     policy = tiny.policy(4, seed=2, scale=0.2, stop_tokens=(3,))
-    batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=samples, seed=seed, buckets=(4,))
-    out = jspec.rollout(policy, make(draft, policy), batch, sampling=jspec.Sampling(**sampling),
-                        speculation=jspec.Speculation(k=k, rule=rule))
-    return tiny.sequences(out), policy
+    made, emitted = make(draft, policy), []
+    # an interpreter copies every row's cache for every row
+    size = samples if kernels == "auto" else 500
+    for part in range(samples // size):
+        batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=size, seed=seed + part, buckets=(4,))
+        out = jspec.rollout(policy, made, batch, sampling=jspec.Sampling(**sampling),
+                            speculation=jspec.Speculation(k=k, rule=rule, kernels=kernels))
+        emitted += tiny.sequences(out)
+    return emitted, policy
 
 
-def check(draft, rule, *, k=2, samples=SAMPLES, **sampling):
-    emitted, policy = rows(draft, rule, k=k, samples=samples, **sampling)
+def check(draft, rule, *, k=2, samples=SAMPLES, kernels="auto", **sampling):
+    emitted, policy = rows(draft, rule, k=k, samples=samples, kernels=kernels, **sampling)
     want = tiny.autoregressive(policy, PROMPT, stop_tokens=(3,), **sampling)
     assert p_value(Counter(emitted), want) > REFUSE
 
@@ -73,6 +78,14 @@ def test_rollout(draft, rule, k, sampling):
 @pytest.mark.parametrize("draft, rule, k, sampling", LONG)
 def test_rollout_in_full(draft, rule, k, sampling):
     check(draft, rule, k=k, max_new_tokens=4, **sampling)
+
+
+@pytest.mark.parametrize("draft, rule, k, samples, sampling", [
+    ("mtp", "rejection", 2, FEW // 4, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("table", "rejection", 3, FEW, {"temperature": 0.7}), ("ngram", "rejection", 3, FEW, {"min_new_tokens": 2}),
+        ("mtp", "coupled", 2, FEW, {"min_new_tokens": 1})))])
+def test_rollout_with_the_kernels_in(draft, rule, k, samples, sampling):
+    check(draft, rule, k=k, samples=samples, kernels="pallas", max_new_tokens=3, **sampling)
 
 
 def test_rows_of_different_temperature_and_top_p():

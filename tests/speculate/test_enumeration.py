@@ -4,8 +4,10 @@ import jax
 import pytest
 
 import jspec
+from pallas_kernels.implementation import REFERENCE
 from pallas_kernels.rejection_sampling import reference
-from tests.speculate import planted, tiny
+from tests.pallas_kernels.interpreters import PLAIN
+from tests.speculate import enumeration, planted, tiny
 from tests.speculate.enumeration import enumerate_sequences
 
 TOLERANCE = 5e-6  # probabilities of whole sequences: float32 sums in the code, float64 in the oracle; seen: 1e-6
@@ -22,8 +24,9 @@ def make(draft, vocab, k):
     return policy, tiny.table_draft(policy, sampled=draft == "table", seed=k)
 
 
-def check(draft, vocab, k, cycles, **sampling):
+def check(draft, vocab, k, cycles, kernels=REFERENCE, **sampling):
     policy, made = make(draft, vocab, k)
+    policy = policy.replace(kernels=kernels)
     got, seen = enumerate_sequences(policy, made, PROMPT, k=k, **sampling)
     want = tiny.autoregressive(policy, PROMPT, **{**sampling, "top_p": sampling.get("top_p") or 1.0})
     assert seen >= cycles
@@ -66,6 +69,14 @@ def test_emitted_sequences_have_the_autoregressive_distribution(draft, vocab, k,
 @pytest.mark.parametrize("draft, vocab, k, cycles, sampling", LONG)
 def test_emitted_sequences_have_the_autoregressive_distribution_in_full(draft, vocab, k, cycles, sampling):
     check(draft, vocab, k, cycles, **sampling)
+
+
+@pytest.mark.parametrize("draft, vocab, k, cycles, sampling",
+                         [CASES[1], *(pytest.param(*case, marks=pytest.mark.slow) for case in (*CASES, *LONG)
+                                      if not {"top_k", "top_p"} & set(case[-1]))])
+def test_with_the_kernels_in(draft, vocab, k, cycles, sampling, monkeypatch):
+    monkeypatch.setattr(enumeration, "ROWS", 128)  # an interpreter copies every row's cache for every row
+    check(draft, vocab, k, cycles, PLAIN, **sampling)
 
 
 @pytest.mark.parametrize("draft", ["table", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fixed", "mtp"))])

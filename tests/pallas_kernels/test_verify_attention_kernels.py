@@ -71,18 +71,38 @@ def test_tpu_in_full(case):
     assert not races_found("tpu")
 
 
+ON_GPU = cases([16, 48, 128, 640, 1024], [(4, 2), (3, 1), (24, 1)], [64, 128], ["bfloat16"])
+
+
+@few(6)
+@given(ON_GPU)
+@example(dict(seed=0, t=8, size=1088, fill=[0.0, 1.0, 0.499], heads=(4, 2), d=128, dtype="bfloat16", window=None))
+def test_gpu(case):
+    check(CHIPS["gpu"], **case)
+    assert not races_found("gpu")
+
+
+@pytest.mark.slow
+@few(150)
+@given(ON_GPU)
+def test_gpu_in_full(case):
+    check(CHIPS["gpu"], **case)
+    assert not races_found("gpu")
+
+
 @few(4)
 @given(cases([384, 640, 896], [(4, 2), (3, 1)], [64], ["float32", "bfloat16"]))
 def test_a_cache_that_no_block_divides(case):
     check(PLAIN, **case)
 
 
-def test_a_row_does_not_depend_on_the_others():
+@pytest.mark.parametrize("implementation", [PLAIN, CHIPS["gpu"]], ids=["tpu", "gpu"])
+def test_a_row_does_not_depend_on_the_others(implementation):
     """Bit for bit: others that are longer, shorter or absent."""
-    args = case(2, [600, 40, 9, 0], 3, 1024)
-    run = jax.jit(partial(verify_attention, implementation=PLAIN))
+    args = case(2, [600, 40, 9, 0], 3, 1024, d=64, dtype=jnp.bfloat16)
+    run = jax.jit(partial(verify_attention, implementation=implementation))
     out = run(*args)[0]
-    others = case(3, [600, 1000, 580, 700], 3, 1024)
+    others = case(3, [600, 1000, 580, 700], 3, 1024, d=64, dtype=jnp.bfloat16)
     mixed = [jnp.concatenate([a[:1], b[1:]]) for a, b in zip(args, others, strict=True)]
     np.testing.assert_array_equal(run(*mixed)[0][0], out[0])
     np.testing.assert_array_equal(run(*(x[:1] for x in args))[0][0], out[0])
@@ -114,3 +134,12 @@ def test_refusals_of_the_tpu(change, message):
     args = case(0, [3], **{"t": 2, "size": 64, **change})
     with pytest.raises(NotImplementedError, match=message):
         verify_attention(*args, implementation=PLAIN)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(t=17), "17 new positions a row are more than 16"), (dict(d=32), "of size 64 or 128, not 32"),
+    (dict(dtype=jnp.float16), "must be bfloat16, not float16 and float16")])
+def test_refusals_of_the_gpu(change, message):
+    args = case(0, [3], **{"t": 2, "size": 64, "d": 64, "dtype": jnp.bfloat16, **change})
+    with pytest.raises(NotImplementedError, match=message):
+        verify_attention(*args, implementation=CHIPS["gpu"])

@@ -97,9 +97,9 @@ def _pieces(summary: jax.Array, spill: jax.Array | None) -> jax.Array:
     return jnp.pad(summary, [*last, (0, 1)]) + jnp.pad(spill, [*last, (1, 0)])
 
 
-def _slice(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
-    """x[b, start[b] : start[b] + width] of every row, [B, width]."""
-    return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (width,)))(x, start)
+def _slice(x: jax.Array, row: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    """x[row[b], start[b] : start[b] + width], [B, width] from [R, n]."""
+    return jax.vmap(lambda r, at: jax.lax.dynamic_slice(x, (r, at), (1, width))[0])(row, start)
 
 
 def _at(x: jax.Array, position: jax.Array) -> jax.Array:
@@ -113,13 +113,15 @@ class _Last:
     """The row of each sequence that yields its last token, and how its candidates are weighed.
 
     Attributes:
-      logits: [B, V], this shard's. temperature, lse: float32 [B]; p = exp(logits / T - lse).
+      logits: [R, V], this shard's of all rows. row: int32 [B], which of them it is.
+      temperature, lse: float32 [B]; p = exp(logits / T - lse).
       banned: bool [B] or None.
       refused: int32 [B], global id of the refused draft; -1 where all were accepted.
       log_q: float32 [B, V], this shard's part of what the refused draft was drawn from; None if that is certain.
     """
 
     logits: jax.Array
+    row: jax.Array
     temperature: jax.Array
     lse: jax.Array
     banned: jax.Array | None
@@ -159,7 +161,7 @@ def _draw_last(last: _Last, pieces: jax.Array, u: jax.Array, first: jax.Array | 
     empty = jnp.zeros(u.shape[0], bool)
     if last.log_q is not None:
         ids = first + jnp.arange(vocab)
-        _, p, residual = last.weigh(last.logits, last.log_q, ids[None], banned_tokens)
+        _, p, residual = last.weigh(last.logits[last.row], last.log_q, ids[None], banned_tokens)
         pieces, whole = _row_pieces(residual, ids), _row_pieces(p, ids)
         empty = _sum(pieces.sum(-1), axis) == 0  # by rounding
         pieces = jnp.where(empty[:, None], whole, pieces)
@@ -167,28 +169,31 @@ def _draw_last(last: _Last, pieces: jax.Array, u: jax.Array, first: jax.Array | 
     width = min(CHUNK, vocab)
     start = jnp.clip(block * CHUNK - first, 0, vocab - width)
     ids = first + start[:, None] + jnp.arange(width)
-    log_q = None if last.log_q is None else _slice(last.log_q, start, width)
-    z, p, residual = last.weigh(_slice(last.logits, start, width), log_q, ids, banned_tokens)
+    log_q = None if last.log_q is None else _slice(last.log_q, jnp.arange(len(start)), start, width)
+    z, p, residual = last.weigh(_slice(last.logits, last.row, start, width), log_q, ids, banned_tokens)
     mass = jnp.where(empty[:, None], p, residual)
     token = first_above(jnp.where(ids // CHUNK == block[:, None], mass, 0.0), u[:, 1], ids, axis)
     return token, _max(jnp.where(ids == token[:, None], z, -jnp.inf).max(-1), axis)
 
 
-def _local(x: jax.Array, ids: jax.Array, first: jax.Array | int, axis) -> jax.Array:
-    """x[..., id] of global ids, float32, where x [B, K, V] is this shard's part."""
+def _local(x: jax.Array, rows: tuple[jax.Array, ...], ids: jax.Array, first: jax.Array | int, axis) -> jax.Array:
+    """x[*rows, id] of global ids, float32 of ids' shape, where x [..., V] is this shard's part."""
     column = ids - first
     inside = (column >= 0) & (column < x.shape[-1])
-    value = jnp.take_along_axis(x, jnp.clip(column, 0, x.shape[-1] - 1)[..., None], axis=-1)[..., 0]
+    value = x[*rows, jnp.clip(column, 0, x.shape[-1] - 1)]
     return _max(jnp.where(inside, value.astype(jnp.float32), -jnp.inf), axis)
 
 
 def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits, draft_tokens, draft_log_q, noise,
                temperature, draft_vocab, ban, banned_tokens, first, axis):
-    """Accepted int32 [B], and tokens and their z [B, K + 1]."""
+    """Accepted int32 [B], and tokens and their z [B, K + 1]. logits: [B * (K + 1), V]."""
     b, k = draft_tokens.shape
+    row = (k + 1) * jnp.arange(b)
     scale = jnp.exp(s.top - rows.top.reshape(-1, 1))
     pieces = _pieces(s.mass * scale, None if s.spill is None else s.spill * scale).reshape(b, k + 1, -1)
-    z = _local(logits[:, :k], draft_tokens, first, axis) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    sequence, offset = jnp.arange(b)[:, None], jnp.arange(k)[None]
+    z = _local(logits, (row[:, None] + offset,), draft_tokens, first, axis)
+    z = z / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     log_p, lse = z - rows.lse[:, :k], rows.lse
     if ban is not None:
         log_z = jnp.where(ban[:, :k] & jnp.isin(draft_tokens, jnp.array(banned_tokens)), -jnp.inf, z)
@@ -197,15 +202,18 @@ def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logit
         log_p = log_z - lse[:, :k]
     log_q, ratio = None, log_p
     if draft_log_q is not None:
-        ratio = log_p - (_local(draft_log_q, draft_tokens, first, axis) if draft_vocab is None else
-                         draft_logprobs(draft_log_q, draft_tokens, draft_vocab))
+        if draft_vocab is None:
+            drawn = _local(draft_log_q, (sequence, offset), draft_tokens, first, axis)
+        else:
+            drawn = draft_logprobs(draft_log_q, draft_tokens, draft_vocab)
+        ratio = log_p - drawn
     greedy = temperature == 0
     accepted = leading(jnp.where(greedy[:, None], draft_tokens == best[0][:, :k], jnp.log(noise.accept) < ratio))
     refused = _at(jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1), accepted)
     if draft_log_q is not None and k:
-        log_q = _at(draft_log_q, jnp.minimum(accepted, k - 1))
+        log_q = draft_log_q[sequence[:, 0], jnp.minimum(accepted, k - 1)]
         log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
-    last = _Last(_at(logits, accepted), temperature, _at(lse, accepted), None if ban is None else _at(ban, accepted),
+    last = _Last(logits, row + accepted, temperature, _at(lse, accepted), None if ban is None else _at(ban, accepted),
                  refused, log_q)
     token, token_z = _draw_last(last, _at(pieces, accepted), noise.residual, first, banned_tokens, axis)
     token, token_z = (jnp.where(greedy, _at(x, accepted), y) for x, y in zip(best, (token, token_z), strict=True))
@@ -218,6 +226,8 @@ def judge(summarize: Callable[..., Summary], logits, draft_tokens, draft_log_q, 
           banned_tokens, axis):
     """See `api.rejection_sampling`; returns the fields of `api.Verdict`."""
     b, width, vocab = logits.shape
+    # rows and vocabulary, from here on: K + 1 rows a sequence do not fill a tile of a TPU's memory
+    logits = logits.reshape(b * width, vocab)
     offset = None if axis is None else jax.lax.axis_index(axis) * vocab
     ban = None if not banned_tokens else ban
     drafted = keys = None
@@ -225,7 +235,7 @@ def judge(summarize: Callable[..., Summary], logits, draft_tokens, draft_log_q, 
         keys = noise.keys.reshape(b * width, 2)
     else:
         drafted = jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1).reshape(-1)
-    s = summarize(logits.reshape(b * width, vocab), jnp.repeat(temperature, width), drafted, keys,
+    s = summarize(logits, jnp.repeat(temperature, width), drafted, keys,
                   None if ban is None else ban.reshape(-1), offset, banned_tokens=banned_tokens)
     rows, best = jax.tree.map(lambda x: x.reshape(b, width), (_rows(s, axis), _best(s, axis)))
     if isinstance(noise, CoupledNoise):

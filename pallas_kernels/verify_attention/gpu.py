@@ -189,7 +189,7 @@ def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tile, keys,
 
         @pl.when(last & (tile == 0))
         def _():
-            for i, (new, cache) in enumerate(((new_k, cache_k), (new_v, cache_v))):
+            for i, new in enumerate((new_k, new_v)):
                 plgpu.copy_gmem_to_smem(new.at[row, head, pl.ds(0, plan.new)], rows.at[i], rows_arrived.at[i])
             for i, cache in enumerate((cache_k, cache_v)):
                 plgpu.barrier_wait(rows_arrived.at[i])

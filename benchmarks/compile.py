@@ -1,0 +1,223 @@
+"""Compile every kernel at every real shape, and `jspec.rollout` at Qwen3-8B's, for chips that are not here.
+
+    pip install -e '.[aot]' && python benchmarks/compile.py --json benchmarks/results/compile.json
+
+Runs on a CPU. The real compilers run: libtpu's for TPU v5e, v5p, v6e and tpu7x, and XLA's with Mosaic GPU and ptxas for
+sm_90. Recorded are, for a kernel, the vector memory or shared memory, registers and spills it takes, and for a rollout
+the memory a device needs. `refused` is a shape that an implementation does not take: the reference runs there. Exit
+code 1 if anything else does not compile. libtpu lets one process in at a time.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+DUMP = tempfile.mkdtemp(prefix="jspec-compile-")
+# read by JAX, libtpu and Mosaic when they start
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3", TPU_STDERR_LOG_LEVEL="3",
+                  MOSAIC_GPU_DUMP_TO=DUMP, MOSAIC_GPU_DUMP_PTXAS="1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+import jspec  # noqa: E402
+from benchmarks import kernel_cases, measure  # noqa: E402
+from benchmarks.shapes import SHAPES  # noqa: E402
+from jspec.model import init_policy, policy_sharding  # noqa: E402
+from jspec.sharding import make_mesh  # noqa: E402
+from pallas_kernels.implementation import Implementation  # noqa: E402
+from pallas_kernels.rejection_sampling import rejection_sampling  # noqa: E402
+from pallas_kernels.rejection_sampling import shapes as sampling_shapes  # noqa: E402
+from pallas_kernels.verify_attention import shapes as attention_shapes  # noqa: E402
+from pallas_kernels.verify_attention import verify_attention  # noqa: E402
+
+TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+GPU = "sm_90"
+ROLLOUTS = {"v5e:2x4": (2, 4), GPU: (1, 1)}  # fsdp, tensor
+H200 = """
+platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 8 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  device_memory_size: 150000000000 memory_bandwidth: 4800000000000 l2_cache_size: 52428800
+}
+"""
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", nargs="+", choices=[*TPUS, GPU], default=[*TPUS, GPU])
+    parser.add_argument("--what", nargs="+", choices=["kernels", "rollout"], default=["kernels", "rollout"])
+    parser.add_argument("--shape", default="", help="only shapes whose name contains this")
+    parser.add_argument("--json", help="write the result there")
+    return parser.parse_args(arguments)
+
+
+def devices(chip: str) -> list[Any]:
+    """Devices of a machine that is not here. Raises SystemExit where the compilers are not installed."""
+    try:
+        if chip == GPU:
+            return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=TPUS.get(chip, chip)).devices
+    except Exception as error:  # whatever a missing plugin or a busy libtpu raises
+        raise SystemExit(f"no compiler for {chip}: {str(error).splitlines()[0]}; pip install -e '.[aot]', and let one "
+                         "process use libtpu at a time") from None
+
+
+def compiled(function: Any, args: Any, chip: str) -> Any:
+    """`function`, a jax.jit, for `args` with shardings on the chip's devices."""
+    platform = "cuda" if chip == GPU else "tpu"
+    return function.trace(*args).lower(lowering_platforms=(platform,)).compile()
+
+
+def on(sharding: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def kernels(chip: str, wanted: str) -> Any:
+    """(kernel, shape's name, rule, jitted function, arguments) of everything that is compiled for one device."""
+    implementation = Implementation("gpu" if chip == GPU else "tpu")
+    device = devices(chip)[0]
+    mesh = jax.sharding.Mesh([device], ("tensor",))
+    for shape in sampling_shapes.SHAPES:
+        for rule in kernel_cases.RULES:
+            if wanted not in shape.name or (rule.endswith("drafts") and not shape.k):
+                continue
+            args = jax.eval_shape(partial(kernel_cases.judging, shape, rule), jax.random.key(0))
+            # as the head makes them: [B * (K + 1), V]
+            args["logits"] = jax.eval_shape(lambda x: x.reshape(-1, x.shape[-1]), args["logits"])
+            args["ban"] = jax.ShapeDtypeStruct((shape.batch, shape.k + 1), bool)
+            names = tuple(args)
+
+            def judge(*values, names=names, shape=shape, axis=("tensor",) if shape.shards > 1 else None):
+                values = dict(zip(names, values, strict=True))
+                values["logits"] = values["logits"].reshape(shape.batch, shape.k + 1, -1)
+                return rejection_sampling(**values, banned_tokens=kernel_cases.STOPS, implementation=implementation,
+                                          axis=axis)
+
+            if shape.shards > 1:  # one shard of a vocabulary that is in parts
+                split = {"logits": PartitionSpec(None, "tensor"), "draft_log_q": PartitionSpec(None, None, "tensor")}
+                parts = tuple(split.get(name, PartitionSpec()) for name in names)
+                judge = jax.shard_map(judge, mesh=mesh, in_specs=parts, out_specs=PartitionSpec(), check_vma=False)
+            where = NamedSharding(mesh, PartitionSpec()) if shape.shards > 1 else SingleDeviceSharding(device)
+            yield "rejection_sampling", shape.name, rule, jax.jit(judge), on(where, tuple(args.values()))
+    for shape in attention_shapes.SHAPES:
+        if wanted in shape.name:
+            lengths = jnp.zeros(shape.batch, jnp.int32)
+            args = jax.eval_shape(partial(kernel_cases.attending, shape, lengths), jax.random.key(0))
+            attend = jax.jit(partial(verify_attention, window=shape.window, implementation=implementation),
+                             donate_argnums=(3, 4))
+            yield "verify_attention", shape.name, None, attend, on(SingleDeviceSharding(device), args)
+
+
+def resources(chip: str, program: Any) -> dict[str, Any]:
+    """What one compiled program takes; of a TPU's vector memory, and of a multiprocessor."""
+    memory = program.memory_analysis()
+    found = {"temp_bytes": memory.temp_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes}
+    if chip != GPU:
+        calls = [line for line in program.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+        sizes = [int(size) for line in calls for used in re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', line)
+                 for space, size in re.findall(r'"memory_space":"(\d+)","offset":"\d+","size":"(\d+)"', used)
+                 if space == "1"]
+        return found | {"vmem_bytes": max(sizes, default=0)}
+    logs, passes = ("".join(path.read_text() for path in Path(DUMP).glob(pattern))
+                    for pattern in ("*.ptxas", "*mlir-passes.log"))
+
+    def most(pattern: str, text: str) -> int:
+        return max(map(int, re.findall(pattern, text)), default=0)
+
+    if not logs:  # the kernel of the row before, in another program: it is not compiled twice
+        return found
+    return found | {"registers": most(r"Used (\d+) registers", logs), "spill_bytes": most(r"(\d+) bytes spill", logs),
+                    "smem_bytes": most(r"dynamic_shared_memory_size %c(\d+)_i32", passes)}
+
+
+def timed(chip: str, function: Any, args: Any) -> dict[str, Any]:
+    """One row: what the program takes, or why there is none."""
+    for old in Path(DUMP).iterdir():
+        old.unlink()
+    begin = time.perf_counter()
+    try:
+        program = compiled(function, args, chip)
+    except NotImplementedError as refusal:
+        return {"refused": str(refusal)}
+    except Exception as error:  # a compiler's: this is what the run is there to find
+        return {"failed": str(error)[:500]}
+    return {"seconds": round(time.perf_counter() - begin, 2), **resources(chip, program)}
+
+
+def rollout(chip: str) -> dict[str, Any]:
+    """A row of `jspec.rollout` at Qwen3-8B's shape: 64 rows, an MTP draft, k = 3, kernels asked for by name."""
+    config = SHAPES["qwen3-8b"]
+    fsdp, tensor = ROLLOUTS[chip]
+    mesh = make_mesh(1, fsdp, tensor, devices=devices(chip))
+    with jax.set_mesh(mesh):
+        policy = jax.eval_shape(lambda: init_policy(config, jax.random.key(0), "bfloat16"))
+        weights = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), policy.weights,
+                               policy_sharding(config, mesh))
+        policy = policy.replace(weights=weights)
+        draft = jax.eval_shape(lambda p: jspec.drafts.mtp(p, jax.random.key(0)), policy)
+        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 128] * 8, group_size=8, seed=0,
+                                                                     buckets=(128,)))
+        whole = NamedSharding(mesh, PartitionSpec())
+        run = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=512, stop_tokens=(1,)),
+                              speculation=jspec.Speculation(k=3, kernels="pallas")))
+        return timed(chip, run, (policy, on(whole, draft), on(whole, batch)))
+
+
+def rows(args: argparse.Namespace) -> Any:
+    if "kernels" in args.what:
+        for chip in args.chip:
+            for kernel, shape, rule, function, values in kernels(chip, args.shape):
+                yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule, **timed(chip, function, values)}
+    if "rollout" in args.what:
+        for chip in ROLLOUTS:
+            if chip.split(":")[0] in args.chip:
+                yield {"chip": chip, "what": "jspec.rollout", "shape": "qwen3-8b-b64", "rule": None, **rollout(chip)}
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    table = Table("chip", "what", "compiled", "refused", "failed", "seconds", "on-chip KiB", "registers", "spills")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault((row["chip"], row["what"]), []).append(row)
+    for (chip, what), group in groups.items():
+        good = [row for row in group if "seconds" in row]
+        most = {name: max((row.get(name, 0) for row in good), default=0)
+                for name in ("vmem_bytes", "smem_bytes", "registers", "spill_bytes")}
+        table.add_row(chip, what, str(len(good)), *(str(sum(name in row for row in group)) for name in
+                                                    ("refused", "failed")),
+                      f"{sum(row['seconds'] for row in good):.0f}",
+                      f"{max(most['vmem_bytes'], most['smem_bytes']) / 1024:,.0f}",
+                      *(str(most[name]) if chip == GPU else "" for name in ("registers", "spill_bytes")))
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    found = []
+    for row in rows(args):
+        found.append(row)
+        if "failed" in row:
+            print(f"{row['chip']} {row['what']} {row['shape']} {row['rule'] or ''}: {row['failed']}", file=sys.stderr)
+    show(found)
+    measure.write_json(args.json, measure.report(found))
+    return int(any("failed" in row for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

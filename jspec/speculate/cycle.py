@@ -70,8 +70,10 @@ def _accept(policy: Policy, slots: Slots, hidden: jax.Array, drafted: jax.Array,
     if sampling.min_new_tokens and stop_tokens:
         generated = (slots.lengths - slots.prompt_lengths)[:, None] + jnp.arange(hidden.shape[1])
         ban = generated < sampling.min_new_tokens
-    return judge(policy, logits(policy, hidden), drafted, log_q, noise, slots.temperature, slots.top_p,
-                 top_k=sampling.top_k, ban=ban, banned_tokens=stop_tokens)
+    # made as rows: K + 1 of them a sequence do not fill a tile of a TPU's memory, and would be copied to where they do
+    scores = logits(policy, hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
+    return judge(policy, scores, drafted, log_q, noise, slots.temperature, slots.top_p, top_k=sampling.top_k, ban=ban,
+                 banned_tokens=stop_tokens)
 
 
 def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int,

@@ -70,7 +70,7 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
       jnp.zeros(1, jnp.int32) if offset is None else jnp.reshape(offset, 1))
     fields = {name: x[:, :pl.cdiv(vocab, CHUNK)] for name, x in zip(plan.fields, out, strict=True)}
     # without noise the score is z
-    return Summary(**{"best_z": fields["best"], "mass": None, "spill": None, **fields})
+    return Summary(**{"best_z": fields["best"], "drafted_z": None, "mass": None, "spill": None, **fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,9 @@ class _Plan:
     def fields(self) -> tuple[str, ...]:
         """The names of the outputs, in the order of `_summaries`."""
         names = "top", "total", "weighted", "best", "best_id"
-        return names + (("best_z",) if self.coupled else ("mass", "spill") if self.sharded else ("mass",))
+        if self.coupled:
+            return *names, "best_z"
+        return (*names, "drafted_z", "mass") + (("spill",) if self.sharded else ())
 
     @property
     def chunks(self) -> int:
@@ -253,9 +255,12 @@ def _summaries(x, t, row_data, ban, first, offset, plan, plain):
     if plan.coupled:
         best_z = largest(jnp.where(ids == plan.spread(best_id), x, -jnp.inf)) * scale
         return *fields, best, best_id, best_z
-    fields = *fields, best * scale, best_id
+    drafted_z = jnp.full_like(top, -jnp.inf)
     if not plain:
-        e = jnp.where((ids == row_data[()]) | (score == -jnp.inf), 0.0, e)
+        drafted = ids == row_data[()]
+        drafted_z = largest(jnp.where(drafted, x, -jnp.inf)) * scale
+        e = jnp.where(drafted | (score == -jnp.inf), 0.0, e)
+    fields = *fields, best * scale, best_id, drafted_z
     if not plan.sharded:
         return *fields, fields[1] if plain else total(e)
     below = ids < plan.iota(0) * CHUNK + (first + CHUNK - lax.rem(offset, CHUNK))

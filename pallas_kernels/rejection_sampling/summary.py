@@ -34,6 +34,7 @@ class Summary:
         (key, id) where keys are given and T > 0. -inf if there is none.
       best_id: int32, its global id; ties go to the lowest. Anything where best is -inf.
       best_z: float32, its z.
+      drafted_z: float32, z of the row's drafted token where the chunk has it, else -inf; None where keys are given.
       mass: float32, sum of exp(z - top) over the ids below the first multiple of CHUNK that is greater than the chunk's
         first id, without the row's drafted token and banned ids; None where keys are given.
       spill: float32, the same over the chunk's other ids (none, if offset is a multiple of CHUNK); None where keys are
@@ -46,6 +47,7 @@ class Summary:
     best: jax.Array
     best_id: jax.Array
     best_z: jax.Array
+    drafted_z: jax.Array | None
     mass: jax.Array | None
     spill: jax.Array | None
 
@@ -176,12 +178,12 @@ def _draw_last(last: _Last, pieces: jax.Array, u: jax.Array, first: jax.Array | 
     return token, _max(jnp.where(ids == token[:, None], z, -jnp.inf).max(-1), axis)
 
 
-def _local(x: jax.Array, rows: tuple[jax.Array, ...], ids: jax.Array, first: jax.Array | int, axis) -> jax.Array:
-    """x[*rows, id] of global ids, float32 of ids' shape, where x [..., V] is this shard's part."""
+def _local(x: jax.Array, ids: jax.Array, first: jax.Array | int) -> jax.Array:
+    """x[..., id] of global ids, where x [B, K, V] is this shard's part; -inf for ids of others."""
     column = ids - first
     inside = (column >= 0) & (column < x.shape[-1])
-    value = x[*rows, jnp.clip(column, 0, x.shape[-1] - 1)]
-    return _max(jnp.where(inside, value.astype(jnp.float32), -jnp.inf), axis)
+    value = jnp.take_along_axis(x, jnp.clip(column, 0, x.shape[-1] - 1)[..., None], axis=-1)[..., 0]
+    return jnp.where(inside, value, -jnp.inf)
 
 
 def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits, draft_tokens, draft_log_q, noise,
@@ -191,9 +193,7 @@ def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logit
     row = (k + 1) * jnp.arange(b)
     scale = jnp.exp(s.top - rows.top.reshape(-1, 1))
     pieces = _pieces(s.mass * scale, None if s.spill is None else s.spill * scale).reshape(b, k + 1, -1)
-    sequence, offset = jnp.arange(b)[:, None], jnp.arange(k)[None]
-    z = _local(logits, (row[:, None] + offset,), draft_tokens, first, axis)
-    z = z / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    z = _max(s.drafted_z.max(-1), axis).reshape(b, k + 1)[:, :k]
     log_p, lse = z - rows.lse[:, :k], rows.lse
     if ban is not None:
         log_z = jnp.where(ban[:, :k] & jnp.isin(draft_tokens, jnp.array(banned_tokens)), -jnp.inf, z)
@@ -203,7 +203,7 @@ def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logit
     log_q, ratio = None, log_p
     if draft_log_q is not None:
         if draft_vocab is None:
-            drawn = _local(draft_log_q, (sequence, offset), draft_tokens, first, axis)
+            drawn = _max(_local(draft_log_q, draft_tokens, first), axis)
         else:
             drawn = draft_logprobs(draft_log_q, draft_tokens, draft_vocab)
         ratio = log_p - drawn
@@ -211,7 +211,7 @@ def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logit
     accepted = leading(jnp.where(greedy[:, None], draft_tokens == best[0][:, :k], jnp.log(noise.accept) < ratio))
     refused = _at(jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1), accepted)
     if draft_log_q is not None and k:
-        log_q = draft_log_q[sequence[:, 0], jnp.minimum(accepted, k - 1)]
+        log_q = _at(draft_log_q, jnp.minimum(accepted, k - 1))
         log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
     last = _Last(logits, row + accepted, temperature, _at(lse, accepted), None if ban is None else _at(ban, accepted),
                  refused, log_q)

@@ -41,7 +41,7 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
         raise NotImplementedError(f"logits must be float32 or bfloat16, not {logits.dtype}")
     coupled, sharded = keys is not None, offset is not None
     names = ["top", "total", "weighted", "best", "best_id"]
-    names += ["best_z"] if coupled else ["mass", "spill"] if sharded else ["mass"]
+    names += ["best_z"] if coupled else ["drafted_z", "mass", "spill"] if sharded else ["drafted_z", "mass"]
     count = pl.cdiv(vocab, CHUNK)
     chunks, height = min(CHUNKS, count), min(32 // logits.dtype.itemsize, rows)
     # one array for all that is known of a row: each would be padded to 128 lanes by itself
@@ -67,7 +67,7 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
       temperature[:, None], jnp.stack(of_row, 1))
     fields = {name: x[:, :count] for name, x in zip(names, out, strict=True)}
     # without noise the score is z
-    return Summary(**{"best_z": fields["best"], "mass": None, "spill": None, **fields})
+    return Summary(**{"best_z": fields["best"], "drafted_z": None, "mass": None, "spill": None, **fields})
 
 
 def _body(offset, logits, temperature, of_row, *out, vocab, chunks, names, banned_tokens):
@@ -118,7 +118,9 @@ def _summaries(x, column, offset, temperature, of_row, vocab, names, banned_toke
     if "best_z" in names:
         fields["best_z"] = largest(jnp.where(lane == winner, z, -jnp.inf))
     else:
-        e = jnp.where(banned | (ids == of_row[:, 1:2]), 0.0, e)
+        drafted = ids == of_row[:, 1:2]
+        fields["drafted_z"] = largest(jnp.where(drafted, z, -jnp.inf))
+        e = jnp.where(banned | drafted, 0.0, e)
         below = lane < CHUNK - jax.lax.rem(offset, CHUNK)
         fields["mass"] = total(jnp.where(below, e, 0.0) if "spill" in names else e)
         fields["spill"] = total(jnp.where(below, 0.0, e))

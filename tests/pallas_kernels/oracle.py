@@ -81,7 +81,7 @@ def summary(logits, temperature, drafted, gumbel, ban, banned_tokens, offset, ch
     ids = offset + np.arange(len(z))
     banned = np.isin(ids, banned_tokens) & bool(ban)
     score = np.where(banned, -np.inf, z + (gumbel if gumbel is not None and temperature > 0 else 0.0))
-    names = ("top", "total", "weighted", "best", "best_id", "best_z", "mass", "spill")
+    names = ("top", "total", "weighted", "best", "best_id", "best_z", "drafted_z", "mass", "spill")
     out = {name: [] for name in names}
     for start in range(0, len(z), chunk):
         part = slice(start, start + chunk)
@@ -91,7 +91,8 @@ def summary(logits, temperature, drafted, gumbel, ban, banned_tokens, offset, ch
         at = start + int(np.argmax(score[part]))
         candidate = ~banned[part] & (ids[part] != drafted)
         first = ids[part] < (ids[start] // chunk + 1) * chunk
-        values = (top, e.sum(), (e * np.where(e > 0, d, 0.0)).sum(), score[at], ids[at], z[at],
+        drafted_z = z[part][ids[part] == drafted].max(initial=-np.inf)
+        values = (top, e.sum(), (e * np.where(e > 0, d, 0.0)).sum(), score[at], ids[at], z[at], drafted_z,
                   e[candidate & first].sum(), e[candidate & ~first].sum())
         for name, value in zip(names, values, strict=True):
             out[name].append(value)

@@ -66,7 +66,7 @@ def check_summary(chip, seed, rows, chunks, dtype, rule, offset, banned, lone):
                            np.float64)
         want = oracle.summary(np.asarray(logits[i], np.float32), temperature[i], -1 if drafted is None else drafted[i],
                               g, banned and ban[i], tokens, first, summary.CHUNK)
-        missing = {"mass", "spill"} if keys is not None else {"spill"} if offset is None else set()
+        missing = {"drafted_z", "mass", "spill"} if keys is not None else {"spill"} if offset is None else set()
         some = want["best"] > -np.inf
         for name, value in want.items():
             if name in missing:

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-DUMP = tempfile.mkdtemp(prefix="jspec-compile-")
+SCRATCH = tempfile.TemporaryDirectory(prefix="jspec-compile-")
+DUMP = SCRATCH.name
 # read by JAX, libtpu and Mosaic when they start
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3", TPU_STDERR_LOG_LEVEL="3",
                   MOSAIC_GPU_DUMP_TO=DUMP, MOSAIC_GPU_DUMP_PTXAS="1")
@@ -68,14 +69,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def devices(chip: str) -> list[Any]:
-    """Devices of a machine that is not here. Raises SystemExit where the compilers are not installed."""
+    """Devices of a machine that is not here. Exits with code 2 where its compiler is not installed."""
     try:
         if chip == GPU:
             return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200).devices
         return topologies.get_topology_desc(platform="tpu", topology_name=TPUS.get(chip, chip)).devices
     except Exception as error:  # whatever a missing plugin or a busy libtpu raises
-        raise SystemExit(f"no compiler for {chip}: {str(error).splitlines()[0]}; pip install -e '.[aot]', and let one "
-                         "process use libtpu at a time") from None
+        print(f"no compiler for {chip}: {str(error).splitlines()[0]}; pip install -e '.[aot]', and let one process use "
+              "libtpu at a time", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def compiled(function: Any, args: Any, chip: str) -> Any:

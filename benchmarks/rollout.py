@@ -8,9 +8,10 @@
 Weights are random unless `--weights` names a model. Every row has a prompt of its own and runs to --new-tokens. The
 first line of each batch size is autoregressive; speed-ups are over it. With a draft, a drafter that costs nothing
 ("synthetic") is timed at each k as well: its cycle is the verification alone, and `draft ms` is what the real drafter
-adds to it. `--acceptance` sets the acceptance by position by hand, whatever the drafter (see synthetic.py).
-`floor` is the share of the memory floor: bytes of weights and live keys and values that a cycle must read, over the
-bandwidth of a plain copy measured in this run, over the cycle's time. All are medians of runs taken in turn.
+adds to it. `accept ms` is the verdict over given logits, as a program of its own. `--acceptance` sets the acceptance by
+position by hand, whatever the drafter (see synthetic.py). `floor` is the share of the memory floor: bytes of weights
+and live keys and values that a cycle must read, over the bandwidth of a plain copy measured in this run, over the
+cycle's time. All are medians of runs taken in turn.
 """
 
 import argparse
@@ -27,10 +28,12 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
-from benchmarks import measure, synthetic  # noqa: E402
+from benchmarks import kernel_cases, measure, synthetic  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
+from jspec.kernels import choose, judge  # noqa: E402
 from jspec.model import Policy, to_rollout  # noqa: E402
 from jspec.speculate.rollout import start  # noqa: E402
+from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
 
 REPEATED = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. "
 
@@ -96,6 +99,15 @@ def variants(args: argparse.Namespace) -> list[tuple[str, int]]:
     return [("none", 0)] + [(name, k) for name in names for k in args.k]
 
 
+def accept_program(args: argparse.Namespace, policy: Policy, size: int, k: int, sampled: bool) -> Any:
+    """The verdict of a cycle, over logits that are there already."""
+    rule = "coupled" if args.rule == "coupled" else "rejection, sampled drafts" if sampled else "rejection"
+    shape = Shape(args.shape, policy.config.vocab_size, size, k)
+    case = jax.jit(partial(kernel_cases.judging, shape, rule))(jax.random.key(0))
+    chosen = policy.replace(weights={}, kernels=choose("auto"))
+    return partial(jax.jit(lambda case: judge(chosen, **case)), case)
+
+
 def time_batch(args: argparse.Namespace, policy: Policy, size: int, rule: str) -> list[dict[str, Any]]:
     """One row of raw figures for each variant at one batch size."""
     batch = make_batch(args, policy, size)
@@ -108,6 +120,7 @@ def time_batch(args: argparse.Namespace, policy: Policy, size: int, rule: str) -
         prefill = jax.jit(partial(start, sampling=sampling, k=max(args.k)))
         programs[name, "prefill"] = partial(prefill, policy, draft, batch)
     for name, k in wanted:
+        programs[name, k, "accept"] = accept_program(args, policy, size, k, sampled=name == "mtp")
         # plain decoding has nothing to accept, and a rule for drafts would only change its noise
         speculation = jspec.Speculation(k=k, rule=rule if k else args.rule)
         programs[name, k] = partial(jspec.rollout, policy, make_draft(name, policy), batch, sampling=sampling,
@@ -119,9 +132,11 @@ def time_batch(args: argparse.Namespace, policy: Policy, size: int, rule: str) -
         cycles, total = int(out.stats.cycles.max()), measure.median(seconds[name, k])
         prefill = measure.median(seconds[name, "prefill"])
         acceptance = np.asarray(out.stats.accepted) / np.maximum(np.asarray(out.stats.drafted), 1)
+        accept_ms = 1e3 * measure.median(seconds[name, k, "accept"])
         rows.append({"batch": size, "draft": name, "k": k, "tok_per_s": int(out.lengths.sum()) / total,
                      "seconds": seconds[name, k], "prefill_s": prefill, "cycles": cycles,
-                     "cycle_ms": 1e3 * (total - prefill) / cycles, "acceptance_length": float(out.acceptance_length),
+                     "cycle_ms": 1e3 * (total - prefill) / cycles, "accept_ms": accept_ms,
+                     "acceptance_length": float(out.acceptance_length),
                      "accepted_by_position": acceptance.round(3).tolist()})
     return rows
 
@@ -141,14 +156,14 @@ def derive(args: argparse.Namespace, policy: Policy, rows: list[dict[str, Any]],
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
-    for name in ("batch", "draft", "k", "tok/s", "speed-up", "tokens/cycle", "cycle ms", "draft ms", "prefill ms",
-                 "floor"):
+    for name in ("batch", "draft", "k", "tok/s", "speed-up", "tokens/cycle", "cycle ms", "draft ms", "accept ms",
+                 "prefill ms", "floor"):
         table.add_column(name, justify="left" if name == "draft" else "right")
     for row in rows:
         draft_ms = "" if row["draft_ms"] is None else f"{row['draft_ms']:.2f}"
         table.add_row(str(row["batch"]), row["draft"], str(row["k"]), f"{row['tok_per_s']:.1f}",
                       f"{row['speedup']:.2f}x", f"{row['acceptance_length']:.2f}", f"{row['cycle_ms']:.2f}", draft_ms,
-                      f"{1e3 * row['prefill_s']:.1f}", f"{100 * row['share_of_floor']:.0f}%")
+                      f"{row['accept_ms']:.2f}", f"{1e3 * row['prefill_s']:.1f}", f"{100 * row['share_of_floor']:.0f}%")
     Console(width=max(110, Console().width)).print(table)
 
 

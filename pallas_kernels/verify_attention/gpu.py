@@ -1,11 +1,17 @@
 """Attention of a few new positions against a ragged cache on a GPU: Mosaic GPU, Hopper and later.
 
 A program takes SPLIT cached positions of one KV head of one row; programs beyond the row's length end at once. TMA
-brings blocks of keys and values to shared memory, two blocks ahead: 64 KB on their way in each of the two programs that
-a multiprocessor holds, where about 40 KB saturate an H200. The new positions are one more block of the row's last
-program, which also writes them into the cache once all that it reads has arrived: nothing that is read is written.
+brings blocks of keys and values by turns to a ring in shared memory: 64 KB of it in each of the two programs that a
+multiprocessor holds, where about 40 KB on their way saturate an H200. The new positions are one more block of the row's
+last program, which also writes them into the cache once all that it reads has arrived.
 
-A split's sums, unnormalised, take T x group rows of float32, 6% of what was read, and are put together by XLA.
+More than ROWS query rows are two warpgroups that read the same ring; their registers leave room for one such program,
+whose ring is 128 KB. Still more are taken in turns, each of which reads the positions again. A float32 block goes
+through registers to three bfloat16 tiles, which hold its 24 bits; of the nine products of parts, the three below 2^-24
+are left out.
+
+A split's sums, unnormalised, are T x group rows of float32: for 16 rows of 128 they are 3% of what was read, for 64
+rows 12%, written and read again by XLA, which puts them together.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BLOCK, STAGES = 64, 2  # positions of a block; blocks in shared memory
+BLOCK = 64  # positions
 SPLIT = 512
 ROWS = 64  # of a matrix instruction
 COLUMNS = 64  # of a line of shared memory as matrix instructions want it, bfloat16
@@ -38,10 +44,27 @@ class _Plan:
     window: int | None
     kv_heads: int
     splits: int
-    tiles: int  # of ROWS query rows
+    warpgroups: int
+    tiles: int  # of ROWS query rows, one to a warpgroup
     rows: int  # of a tile that exist, a multiple of 8
     head_dim: int
+    dtype: Any
     interpret: bool
+
+    @property
+    def parts(self) -> int:
+        """bfloat16 numbers that a number is cut into."""
+        return 3 if self.dtype == jnp.float32 else 1
+
+    @property
+    def slots(self) -> int:
+        """Blocks of keys or of values in the ring."""
+        return 4 * self.warpgroups if self.parts == 1 else 3
+
+    @property
+    def chunks(self) -> list[Any]:
+        """Of a head's columns."""
+        return [pl.ds(c, COLUMNS) for c in range(0, self.head_dim, COLUMNS)]
 
     def cast(self, x, layout):
         return x if self.interpret else plgpu.layout_cast(x, layout)
@@ -59,8 +82,8 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
                      lengths: jax.Array, *, window: int | None = None, interpret: Any = False):
     """See `api.verify_attention`. interpret: False, or an InterpretGPUParams.
 
-    Raises NotImplementedError for a cache that is not bfloat16, head sizes other than 64 and 128, and more than NEW new
-    positions.
+    Raises NotImplementedError for queries and a cache that are not both float32 or both bfloat16, head sizes other than
+    64 and 128, and more than NEW new positions.
     """
     b, new, _, d = q.shape
     kv_heads, size = cache_k.shape[1:3]
@@ -68,25 +91,30 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
         raise NotImplementedError(f"heads must be of size 64 or 128, not {d}")
     if new > NEW:
         raise NotImplementedError(f"{new} new positions a row are more than {NEW}")
-    if q.dtype != jnp.bfloat16 or cache_k.dtype != q.dtype:
-        raise NotImplementedError(f"queries and cache must be bfloat16, not {q.dtype} and {cache_k.dtype}")
+    if q.dtype not in (jnp.float32, jnp.bfloat16) or cache_k.dtype != q.dtype:
+        raise NotImplementedError("queries and cache that are not both float32 must be bfloat16, not "
+                                  f"{q.dtype} and {cache_k.dtype}")
     group = q.shape[2] // kv_heads
     packed = q.reshape(b, new, kv_heads, group, d).swapaxes(1, 2).reshape(b, kv_heads, -1, d)
-    tiles = pl.cdiv(new * group, ROWS)
-    packed = _pad(packed, ROWS if tiles > 1 else 8)
-    rows = packed.shape[2] // tiles
-    plan = _Plan(group, new, window, kv_heads, pl.cdiv(size, SPLIT), tiles, rows, d, bool(interpret))
+    several = new * group > ROWS
+    # in float32 the parts of the queries would not leave shared memory for a second warpgroup
+    warpgroups = 2 if several and q.dtype == jnp.bfloat16 else 1
+    packed = _pad(packed, warpgroups * ROWS if several else 8)
+    tiles = pl.cdiv(packed.shape[2], ROWS)
+    plan = _Plan(group, new, window, kv_heads, pl.cdiv(size, SPLIT), warpgroups, tiles, packed.shape[2] // tiles, d,
+                 q.dtype, bool(interpret))
     caches = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in (cache_k, cache_v)]
     shape = b, kv_heads, plan.splits, packed.shape[2]
     sums, stats = pl.kernel(
         partial(_scoped, plan=plan),
         out_type=[jax.ShapeDtypeStruct((*shape, d), jnp.float32),
                   jax.ShapeDtypeStruct((*shape[:3], tiles, 2, ROWS), jnp.float32)],
-        mesh=plgpu.Mesh(grid=(b * kv_heads * plan.splits * tiles,), grid_names=("program",)),
+        mesh=plgpu.Mesh(grid=(b * kv_heads * plan.splits,), grid_names=("program",),
+                        num_threads=warpgroups, thread_name="warpgroup"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         name="verify_attention",
-    )(packed, _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW), lengths, *caches)
+    )(jnp.stack(list(_parts(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW), lengths, *caches)
     out = _combine(sums, stats, lengths, plan)[:, :, :new * group].astype(q.dtype)
     return (out.reshape(b, kv_heads, new, group, d).swapaxes(1, 2).reshape(q.shape), *map(jax.freeze, caches))
 
@@ -94,6 +122,17 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
 def _pad(x, multiple):
     """Rows of x [B, H_kv, rows, D], zeros up to a multiple."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple), (0, 0)))
+
+
+def _parts(x):
+    """bfloat16 numbers whose sum is x, the largest first. Cut off, not rounded: no compiler takes that for nothing."""
+    if x.dtype == jnp.bfloat16:
+        yield x
+        return
+    for _ in range(3):
+        high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
+        yield high.astype(jnp.bfloat16)
+        x -= high
 
 
 def _live(split, length, window):
@@ -120,22 +159,25 @@ def _combine(sums, stats, lengths, plan):
 
 
 def _scoped(*refs, plan):
-    def lines(*shape):
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, COLUMNS)),
-                                                           plgpu.SwizzleTransform(128)))
+    n, d = plan.warpgroups, plan.head_dim
 
-    pl.run_scoped(partial(_body, *refs, plan=plan), lines(ROWS, plan.head_dim),
-                  *[lines(STAGES, BLOCK, plan.head_dim)] * 2, plgpu.SMEM((2, plan.new, plan.head_dim), jnp.bfloat16),
-                  plgpu.SMEM((ROWS, COLUMNS), jnp.float32), plgpu.SMEM((2, ROWS), jnp.float32),
-                  plgpu.Barrier(), plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_barriers=STAGES),
-                  plgpu.Barrier(num_barriers=2), collective_axes=())
+    def lines(dtype, *shape):
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)),
+                                                    plgpu.SwizzleTransform(128)))
+
+    pl.run_scoped(partial(_body, *refs, plan=plan), lines(jnp.bfloat16, n * plan.parts, ROWS, d),
+                  lines(plan.dtype, plan.slots, BLOCK, d),
+                  lines(jnp.bfloat16, plan.parts, BLOCK, d) if plan.parts > 1 else None,
+                  plgpu.SMEM((2, plan.new, d), plan.dtype), plgpu.SMEM((n, ROWS, COLUMNS), jnp.float32),
+                  plgpu.SMEM((n, 2, ROWS), jnp.float32), plgpu.Barrier(num_barriers=n * plan.parts),
+                  plgpu.Barrier(num_barriers=plan.slots), plgpu.Barrier(num_barriers=plan.slots, num_arrivals=n),
+                  plgpu.Barrier(num_arrivals=n), plgpu.Barrier(num_barriers=2), collective_axes="warpgroup")
 
 
-def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tile, keys, values, rows, part, numbers,
-          q_arrived, k_arrived, v_arrived, rows_arrived, *, plan):
-    program = lax.axis_index("program")
-    tile, rest = lax.rem(program, plan.tiles), lax.div(program, plan.tiles)
-    split, rest = lax.rem(rest, plan.splits), lax.div(rest, plan.splits)
+def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tiles, ring, tiles, rows, staged, numbers,
+          q_arrived, arrived, used, meet, rows_arrived, *, plan):
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    split, rest = lax.rem(program, plan.splits), lax.div(program, plan.splits)
     head, row = lax.rem(rest, plan.kv_heads), lax.div(rest, plan.kv_heads)
     length = lengths[row]
     live, last = _live(split, length, plan.window)
@@ -148,75 +190,142 @@ def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tile, keys,
         cached = lax.div(jnp.maximum(jnp.minimum((split + 1) * SPLIT, length) - begin, 0) + BLOCK - 1, BLOCK)
         blocks = cached + last.astype(jnp.int32)
 
-        def fetch(i):
-            slot = lax.rem(i, STAGES)
-            for new, cache, ring, arrived in ((new_k, cache_k, keys, k_arrived), (new_v, cache_v, values, v_arrived)):
-                @pl.when(i < cached)
-                def _(cache=cache, ring=ring, arrived=arrived):
-                    plgpu.copy_gmem_to_smem(cache.at[row, head, pl.ds(begin + i * BLOCK, BLOCK)], ring.at[slot],
-                                            arrived.at[slot])
+        def slot(i, item):
+            return lax.rem(2 * i + item, plan.slots)
 
-                @pl.when(i >= cached)
-                def _(new=new, ring=ring, arrived=arrived):
-                    plgpu.copy_gmem_to_smem(new.at[row, head], ring.at[slot, pl.ds(0, NEW)], arrived.at[slot])
+        def fetch(i, item):
+            """What comes `item` (static) after block i's keys: its values, then the next block's keys."""
+            block, to = i + item // 2, slot(i, item)
+            new, cache = ((new_k, cache_k), (new_v, cache_v))[item % 2]
 
-        plgpu.copy_gmem_to_smem(q.at[row, head, pl.ds(tile * plan.rows, plan.rows)], q_tile.at[pl.ds(0, plan.rows)],
-                                q_arrived)
-        for i in range(STAGES):
-            pl.when(i < blocks)(partial(fetch, i))
-        plgpu.barrier_wait(q_arrived)
+            @pl.when(block < cached)
+            def _():
+                plgpu.copy_gmem_to_smem(cache.at[row, head, pl.ds(begin + block * BLOCK, BLOCK)], ring.at[to],
+                                        arrived.at[to])
 
-        def step(i, carry):
-            slot = lax.rem(i, STAGES)
-            old = i < cached
-            # of what is masked keys may be anything, but 0 times NaN is not 0: values may not
-            start, end = jnp.where(old, begin + i * BLOCK, length), jnp.where(old, length, length + plan.new)
-            plgpu.barrier_wait(k_arrived.at[slot])
-            scores = _product(q_tile, keys.at[slot], plan, transposed=True)
-            top, total, out = carry
-            top, total, scale, weights = _softmax(scores, top, total, tile, start, length, end, plan)
-            plgpu.barrier_wait(v_arrived.at[slot])
-            pl.when(end - start < BLOCK)(partial(_clear, values.at[slot], end - start, plan))
-            out = tuple(part * lax.broadcast_in_dim(scale, part.shape, (0,)) +
-                        _product(weights, values.at[slot, :, pl.ds(c * COLUMNS, COLUMNS)], plan)
-                        for c, part in enumerate(out))
-            pl.when(i + STAGES < blocks)(partial(fetch, i + STAGES))
-            return top, total, out
+            @pl.when((block == cached) & last)
+            def _():
+                plgpu.copy_gmem_to_smem(new.at[row, head], ring.at[to, pl.ds(0, NEW)], arrived.at[to])
 
-        chunks = plan.head_dim // COLUMNS
-        top, total, out = lax.fori_loop(0, blocks, step, (
-            plan.full((ROWS,), -1e30), plan.full((ROWS,), 0.0), (plan.full((ROWS, COLUMNS), 0.0),) * chunks))
+        def refill(i, item):
+            """Block i's keys (0) or values (1) have been used by this warpgroup."""
+            @pl.when(i + (item + plan.slots) // 2 < blocks)
+            def _():
+                if plan.warpgroups > 1:
+                    plgpu.barrier_arrive(used.at[slot(i, item)])
 
-        @pl.when(last & (tile == 0))
+                @pl.when(warpgroup == 0)
+                def _():
+                    if plan.warpgroups > 1:
+                        plgpu.barrier_wait(used.at[slot(i, item)])
+                    fetch(i, item + plan.slots)
+
+        mine = [q_tiles.at[warpgroup * plan.parts + i] for i in range(plan.parts)]
+
+        def turn(n, _):
+            tile = n * plan.warpgroups + warpgroup
+            of_tile = pl.ds(tile * plan.rows, plan.rows)
+            for i, to in enumerate(mine):
+                plgpu.copy_gmem_to_smem(q.at[i, row, head, of_tile], to.at[pl.ds(0, plan.rows)],
+                                        q_arrived.at[warpgroup * plan.parts + i])
+
+            @pl.when(warpgroup == 0)
+            def _():
+                for item in range(plan.slots):
+                    fetch(0, item)
+
+            for i in range(plan.parts):
+                plgpu.barrier_wait(q_arrived.at[warpgroup * plan.parts + i])
+
+            def step(i, carry):
+                old = i < cached
+                start, end = jnp.where(old, begin + i * BLOCK, length), jnp.where(old, length, length + plan.new)
+                top, total, out = carry
+                plgpu.barrier_wait(arrived.at[slot(i, 0)])
+                keys = _cut(ring.at[slot(i, 0)], tiles, end - start, plan)
+                scores = _product(mine, keys, plan, transposed=True)
+                top, total, scale, weights = _softmax(scores, top, total, tile, start, length, end, plan)
+                refill(i, 0)
+                plgpu.barrier_wait(arrived.at[slot(i, 1)])
+                # of what is masked keys may be anything, but 0 times NaN is not 0: values may not
+                if plan.parts == 1:
+                    clear = partial(_clear, ring.at[slot(i, 1)], end - start, warpgroup, meet, plan)
+                    pl.when(end - start < BLOCK)(clear)
+                values = _cut(ring.at[slot(i, 1)], tiles, end - start, plan)
+                out = tuple(x * lax.broadcast_in_dim(scale, x.shape, (0,)) +
+                            _product(weights, [part.at[:, chunk] for part in values], plan)
+                            for x, chunk in zip(out, plan.chunks, strict=True))
+                refill(i, 1)
+                return top, total, out
+
+            top, total, out = lax.fori_loop(0, blocks, step, (
+                plan.full((ROWS,), -1e30), plan.full((ROWS,), 0.0),
+                tuple(plan.full((ROWS, COLUMNS), 0.0) for _ in plan.chunks)))
+            numbers[warpgroup, 0], numbers[warpgroup, 1] = top, total
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(numbers.at[warpgroup], stats.at[row, head, split, tile])
+            for x, chunk in zip(out, plan.chunks, strict=True):
+                staged[warpgroup] = x
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(staged.at[warpgroup, pl.ds(0, plan.rows)],
+                                        sums.at[row, head, split, of_tile, chunk])
+                plgpu.wait_smem_to_gmem(0)
+            if plan.tiles > plan.warpgroups:
+                _wait_for_all(meet, plan)  # the next turn fills the ring from its beginning
+
+        writes = last & (warpgroup == 0)
+
+        @pl.when(writes)
         def _():
             for i, new in enumerate((new_k, new_v)):
                 plgpu.copy_gmem_to_smem(new.at[row, head, pl.ds(0, plan.new)], rows.at[i], rows_arrived.at[i])
+
+        lax.fori_loop(0, plan.tiles // plan.warpgroups, turn, None)
+
+        # all that this program reads has arrived, and no earlier split reads beyond its row's length
+        @pl.when(writes)
+        def _():
             for i, cache in enumerate((cache_k, cache_v)):
                 plgpu.barrier_wait(rows_arrived.at[i])
                 plgpu.copy_smem_to_gmem(rows.at[i], cache.at[row, head, pl.ds(length, plan.new)])
-
-        numbers[0], numbers[1] = top, total
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(numbers, stats.at[row, head, split, tile])
-        to = sums.at[row, head, split, pl.ds(tile * plan.rows, plan.rows)]
-        for c, x in enumerate(out):
-            part[...] = x
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(part.at[pl.ds(0, plan.rows)], to.at[:, pl.ds(c * COLUMNS, COLUMNS)])
             plgpu.wait_smem_to_gmem(0)
 
 
+def _wait_for_all(barrier, plan):
+    if plan.warpgroups > 1:
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+
+
+def _cut(block, tiles, count, plan):
+    """What matrix instructions take of a block [BLOCK, D]: float32 is cut into tiles [3, BLOCK, D], of which the rows
+    from `count` on are zeros.
+    """
+    if plan.parts == 1:
+        return [block]
+    for chunk in plan.chunks:
+        x = plan.cast(block[:, chunk], plgpu.Layout.WGMMA)
+        for i, high in enumerate(_parts(jnp.where(plan.iota(x.shape, 0) < count, x, 0.0))):
+            tiles[i, :, chunk] = high
+    plgpu.commit_smem()
+    return [tiles.at[i] for i in range(plan.parts)]
+
+
 def _product(a, b, plan, *, transposed=False):
-    """float32 a @ b, or a @ b.T; a: a reference or registers."""
-    if plan.interpret:  # knows no transposed references
-        return lax.dot_general(a[...], b[...], (((1,), (1 if transposed else 0,)), ((), ())),
-                               preferred_element_type=jnp.float32)
+    """float32 a @ b, or a @ b.T, of lists of parts; a: references or registers."""
+    pairs = [(x, y) for i, x in enumerate(a) for y in b[:len(b) - i]]
+    if plan.interpret:  # knows no transposed references; plain loads want a fence before TMA writes where they read
+        dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
+        out = sum(lax.dot_general(x[...], y[...], dimensions, preferred_element_type=jnp.float32) for x, y in pairs)
+        plgpu.commit_smem()
+        return out
 
     def run(acc):
-        plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+        for x, y in pairs:
+            plgpu.wgmma(acc, x, plgpu.transpose_ref(y, (1, 0)) if transposed else y)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC((ROWS, b.shape[0] if transposed else b.shape[1]), jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((ROWS, b[0].shape[0] if transposed else b[0].shape[1]), jnp.float32))
 
 
 def _softmax(scores, top, total, tile, start, length, end, plan):
@@ -230,14 +339,16 @@ def _softmax(scores, top, total, tile, start, length, end, plan):
     highest = jnp.maximum(top, scores.max(1))
     weights = jnp.exp2(scores - lax.broadcast_in_dim(highest, scores.shape, (0,)))
     scale = jnp.exp2(top - highest)
-    return highest, total * scale + weights.sum(1), scale, weights.astype(jnp.bfloat16)
+    return highest, total * scale + weights.sum(1), scale, list(_parts(weights.astype(plan.dtype)))
 
 
-def _clear(values, count, plan):
-    """Zero the rows of values [BLOCK, D] from `count` on."""
-    for c in range(plan.head_dim // COLUMNS):
-        x = values.at[:, pl.ds(c * COLUMNS, COLUMNS)]
-        kept = x[...].astype(jnp.float32)
-        kept = plan.cast(kept, plgpu.Layout.WGMMA)
-        x[...] = jnp.where(plan.iota(kept.shape, 0) < count, kept, 0.0).astype(jnp.bfloat16)
-    plgpu.commit_smem()
+def _clear(values, count, warpgroup, meet, plan):
+    """Zero the rows of bfloat16 values [BLOCK, D] from `count` on, before any warpgroup reads them."""
+    @pl.when(warpgroup == 0)
+    def _():
+        for chunk in plan.chunks:
+            x = plan.cast(values[:, chunk].astype(jnp.float32), plgpu.Layout.WGMMA)
+            values[:, chunk] = jnp.where(plan.iota(x.shape, 0) < count, x, 0.0).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+
+    _wait_for_all(meet, plan)

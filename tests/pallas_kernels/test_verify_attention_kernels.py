@@ -71,7 +71,8 @@ def test_tpu_in_full(case):
     assert not races_found("tpu")
 
 
-ON_GPU = cases([16, 48, 128, 640, 1024], [(4, 2), (3, 1), (24, 1)], [64, 128], ["bfloat16"])
+# 24 query heads to one of the cache: up to 192 rows, in turns of two warpgroups
+ON_GPU = cases([16, 48, 128, 640, 1024], [(4, 2), (3, 1), (24, 1)], [64, 128], ["float32", "bfloat16"])
 
 
 @few(6)
@@ -138,7 +139,7 @@ def test_refusals_of_the_tpu(change, message):
 
 @pytest.mark.parametrize("change, message", [
     (dict(t=17), "17 new positions a row are more than 16"), (dict(d=32), "of size 64 or 128, not 32"),
-    (dict(dtype=jnp.float16), "must be bfloat16, not float16 and float16")])
+    (dict(dtype=jnp.float16), "not both float32 must be bfloat16, not float16 and float16")])
 def test_refusals_of_the_gpu(change, message):
     args = case(0, [3], **{"t": 2, "size": 64, "d": 64, "dtype": jnp.bfloat16, **change})
     with pytest.raises(NotImplementedError, match=message):

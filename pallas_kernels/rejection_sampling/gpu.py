@@ -255,7 +255,7 @@ def _summaries(x, t, row_data, ban, first, offset, plan, plain):
     if plan.coupled:
         best_z = largest(jnp.where(ids == plan.spread(best_id), x, -jnp.inf)) * scale
         return *fields, best, best_id, best_z
-    drafted_z = jnp.full_like(top, -jnp.inf)
+    drafted_z = jnp.minimum(top, -jnp.inf)  # in the layout of the others: a constant has none, and is not stored
     if not plain:
         drafted = ids == row_data[()]
         drafted_z = largest(jnp.where(drafted, x, -jnp.inf)) * scale

@@ -13,4 +13,5 @@ esac
 export JAX_PLATFORMS=cpu
 prepare "cpu,dev"
 "$venv/bin/python" -m ruff check --quiet .
-exec "$venv/bin/python" -m pytest -q "$@"
+# whole files to a process: what a file compiled stays with its tests
+exec "$venv/bin/python" -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

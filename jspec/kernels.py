@@ -34,27 +34,31 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
+def _is_hopper() -> bool:
+    """Whether the GPU has the kernels' matrix instructions: compute capability 9 does, older and newer ones do not."""
+    if jax.default_backend() != "gpu":  # it is being compiled for a GPU that is not here
+        return True
+    return str(getattr(jax.local_devices()[0], "compute_capability", "")).startswith("9.")
+
+
 def choose(kernels: str | Implementation) -> Implementation:
     """The implementation that `speculation.kernels` stands for here. An `Implementation` is itself.
 
-    Raises InputError for a name that is not one of KERNELS, and for "pallas" on a GPU older than Hopper.
+    Raises InputError for a name that is not one of KERNELS, and for "pallas" on an accelerator that has no kernels.
     """
     if isinstance(kernels, Implementation):
         return kernels
     if kernels not in KERNELS:
         raise InputError(f"speculation kernels {kernels!r} is unknown; known: {', '.join(KERNELS)}")
     chip = "gpu" if platform() in ("gpu", "cuda") else platform()
-    if kernels == "reference" or kernels == "auto" and chip not in ("tpu", "gpu"):
+    supported = chip == "tpu" or chip == "gpu" and _is_hopper()
+    if kernels == "reference" or kernels == "auto" and not supported:
         return REFERENCE
-    if chip == "gpu" and jax.default_backend() == "gpu":  # else it is being compiled for a GPU that is not here
-        capability = jax.local_devices()[0].compute_capability
-        if float(capability) < 9.0:
-            if kernels == "auto":
-                return REFERENCE
-            raise InputError(f"speculation.kernels=pallas needs a Hopper GPU or newer, and this one has compute "
-                             f"capability {capability}; set speculation.kernels=auto")
     if chip == "cpu":
         return Implementation("tpu", interpret=True)
+    if not supported:
+        raise InputError(f"speculation.kernels=pallas needs a TPU or a Hopper GPU, and this is "
+                         f"{jax.devices()[0].device_kind}; set speculation.kernels=auto")
     return Implementation(chip, fall_back=kernels == "auto")
 
 

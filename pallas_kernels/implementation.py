@@ -13,7 +13,7 @@ class Implementation:
     """Static and hashable.
 
     Attributes:
-      name: "reference", "tpu" (Mosaic) or "gpu" (Mosaic GPU, Hopper and later).
+      name: "reference", "tpu" (Mosaic) or "gpu" (Mosaic GPU, Hopper).
       interpret: what `pallas_call` takes by that name: False on the chip itself, else a way to run without it.
       fall_back: for the caller: whether the reference may take the place of a kernel that refuses a shape.
     """

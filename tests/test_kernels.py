@@ -35,8 +35,9 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize("draft, rule, k, sampling", [
-    ("mtp", "coupled", 3, MIXED), ("mtp", "rejection", 3, {}), ("ngram", "rejection", 2, GREEDY),
+    ("mtp", "coupled", 3, MIXED), ("mtp", "rejection", 3, {}),
     *(pytest.param(*case, marks=slow) for case in (
+        ("ngram", "rejection", 2, GREEDY),
         ("ngram", "coupled", 7, {}), ("ngram", "rejection", 3, MIXED), ("mtp", "rejection", 7, MIXED),
         (None, "coupled", 0, {}), (None, "rejection", 0, MIXED), ("mtp", "coupled", 1, GREEDY),
         ("mtp", "rejection", 2, {"top_k": 4}), ("mtp", "coupled", 2, {"top_p": 0.9})))])
@@ -65,15 +66,28 @@ def test_the_platform_chooses(monkeypatch):
     assert choose("METAL", "auto")[0] == REFERENCE
 
 
-def test_a_gpu_older_than_hopper(monkeypatch):
-    class Old:
-        compute_capability = "8.0"
+@pytest.mark.parametrize("capability", ["8.0", "10.0", "gfx942", None])
+def test_a_gpu_that_is_no_hopper(monkeypatch, capability):
+    class Other:
+        compute_capability, device_kind = capability, "another GPU"
 
-    for name, value in (("default_backend", lambda: "gpu"), ("local_devices", lambda: [Old()])):
-        monkeypatch.setattr(jax, name, value)
+    class Hopper:
+        compute_capability = "9.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Other()])
+    monkeypatch.setattr(jax, "local_devices", lambda: [Other()])
     assert kernels.choose("auto") == REFERENCE
-    with pytest.raises(InputError, match=r"compute capability 8.0; set speculation.kernels=auto"):
+    with pytest.raises(InputError, match=r"needs a TPU or a Hopper GPU, and this is another GPU; set"):
         kernels.choose("pallas")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Hopper()])
+    assert kernels.choose("auto").name == "gpu"
+
+
+def test_what_was_picked_is_logged(caplog):
+    with caplog.at_level(logging.INFO, "jspec"):
+        run("pallas", None, k=0, top_k=5)
+    assert "compiling a rollout with tpu kernels, interpreted" in caplog.text
 
 
 def test_an_unknown_name():

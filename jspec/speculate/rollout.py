@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from jspec.drafts.base import Draft, Prefill
 from jspec.errors import InputError
-from jspec.kernels import choose
+from jspec.kernels import choose, picked
 from jspec.model import Policy, prefill, to_rollout
 from jspec.sharding import check_rows, constrain
 from jspec.speculate.cycle import RULES, Slots, cycle
@@ -18,6 +19,8 @@ from jspec.speculate.types import PromptBatch, Rollout, RolloutStats, Sampling, 
 
 # cache sizes are whole tiles of a TPU's memory, and beyond one block of attention whole blocks
 _TILE, _BLOCK = 16, 128
+
+log = logging.getLogger(__name__)
 
 
 def _concrete(x) -> np.ndarray | None:
@@ -123,6 +126,7 @@ def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:
 
 @partial(jax.jit, static_argnames="speculation")
 def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation) -> Rollout:
+    log.info("compiling a rollout with %s", picked(speculation.kernels))
     policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
     if draft is not None:
         draft = draft.module.prepare(policy, draft)

@@ -82,9 +82,12 @@ def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
       axis: for a kernel inside `shard_map`, the mesh axes that share the vocabulary: logits (and draft_log_q, where
         there is no draft_vocab) are then this device's V consecutive ids of it.
 
-    Raises NotImplementedError where the kernel does not take these shapes.
+    Raises NotImplementedError where the kernel does not take these shapes, and for `axis` where the reference runs.
     """
     if implementation.name == "reference" or top_k or top_p is not None:
+        if axis is not None:
+            raise NotImplementedError("the reference judges a whole vocabulary, not a shard of it: leave out axis, "
+                                      "and XLA partitions it")
         return Verdict(*reference.rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p,
                                                      draft_vocab=draft_vocab, top_k=top_k, ban=ban,
                                                      banned_tokens=banned_tokens))

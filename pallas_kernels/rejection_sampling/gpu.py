@@ -1,4 +1,4 @@
-"""One pass over the logits on a GPU: Mosaic GPU, Hopper and later.
+"""One pass over the logits on a GPU: Mosaic GPU, Hopper.
 
 A row is cut into tiles of a few neighbouring chunks, contiguous in memory, and a warpgroup owns a run of tiles. One
 bulk copy brings a tile to shared memory, 16-byte reads bring it to registers, and while it is reduced there the next
@@ -259,7 +259,9 @@ def _summaries(x, t, row_data, ban, first, offset, plan, plain):
     if not plain:
         drafted = ids == row_data[()]
         drafted_z = largest(jnp.where(drafted, x, -jnp.inf)) * scale
-        e = jnp.where(drafted | (score == -jnp.inf), 0.0, e)
+        if plan.banned_tokens:
+            e = jnp.exp2((score - plan.spread(jnp.where(best > -jnp.inf, best, 0.0))) * (scale * LOG2E))
+        e = jnp.where(drafted, 0.0, e)
     fields = *fields, best * scale, best_id, drafted_z
     if not plan.sharded:
         return *fields, fields[1] if plain else total(e)

@@ -35,8 +35,9 @@ class Summary:
       best_id: int32, its global id; ties go to the lowest. Anything where best is -inf.
       best_z: float32, its z.
       drafted_z: float32, z of the row's drafted token where the chunk has it, else -inf; None where keys are given.
-      mass: float32, sum of exp(z - top) over the ids below the first multiple of CHUNK that is greater than the chunk's
-        first id, without the row's drafted token and banned ids; None where keys are given.
+      mass: float32, sum of exp(z - best) over the ids below the first multiple of CHUNK that is greater than the
+        chunk's first id, without the row's drafted token and banned ids; None where keys are given. (Against `top`,
+        what is left beside a banned id of large z would be 0.)
       spill: float32, the same over the chunk's other ids (none, if offset is a multiple of CHUNK); None where keys are
         given, and where the whole vocabulary is here (offset None).
     """
@@ -54,9 +55,8 @@ class Summary:
 
 @struct.dataclass
 class _Rows:
-    """Of whole rows, float32 [R]: the largest z (0 if all are -inf), log-sum-exp and entropy of the policy."""
+    """Of whole rows, float32 [R]: log-sum-exp and entropy of the policy."""
 
-    top: jax.Array
     lse: jax.Array
     entropy: jax.Array
 
@@ -75,8 +75,9 @@ def _rows(s: Summary, axis) -> _Rows:
     shift = jnp.where(s.top > -jnp.inf, s.top - top[:, None], 0.0)
     scale = jnp.exp(shift)
     total = _sum((scale * s.total).sum(-1), axis)
-    weighted = _sum((scale * (s.weighted + s.total * shift)).sum(-1), axis)
-    return _Rows(top, top + jnp.log(total), jnp.log(total) - weighted / total)
+    # a chunk so far below that it counts nothing may have a product that overflows
+    weighted = _sum(jnp.where(scale > 0, scale * (s.weighted + s.total * shift), 0.0).sum(-1), axis)
+    return _Rows(top + jnp.log(total), jnp.log(total) - weighted / total)
 
 
 def _best(s: Summary, axis) -> tuple[jax.Array, jax.Array]:
@@ -118,7 +119,7 @@ class _Last:
       logits: [R, V], this shard's of all rows. row: int32 [B], which of them it is.
       temperature, lse: float32 [B]; p = exp(logits / T - lse).
       banned: bool [B] or None.
-      refused: int32 [B], global id of the refused draft; -1 where all were accepted.
+      refused: int32 [B], global id of the refused draft; -1 where all were accepted. refused_z: float32 [B], its z.
       log_q: float32 [B, V], this shard's part of what the refused draft was drawn from; None if that is certain.
     """
 
@@ -128,6 +129,7 @@ class _Last:
     lse: jax.Array
     banned: jax.Array | None
     refused: jax.Array
+    refused_z: jax.Array
     log_q: jax.Array | None
 
     def weigh(self, logits: jax.Array, log_q: jax.Array | None, ids: jax.Array, banned_tokens: tuple[int, ...]):
@@ -142,7 +144,7 @@ class _Last:
 
 
 def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    return logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
+    return logits.astype(jnp.float32) * (1 / jnp.where(temperature > 0, temperature, 1.0))  # as the kernels do
 
 
 def _row_pieces(mass: jax.Array, ids: jax.Array) -> jax.Array:
@@ -160,12 +162,12 @@ def _draw_last(last: _Last, pieces: jax.Array, u: jax.Array, first: jax.Array | 
     pieces: float32 [B, C + 1], the residual's mass by block of the vocabulary; computed here where drafts were sampled.
     """
     vocab = last.logits.shape[1]
-    empty = jnp.zeros(u.shape[0], bool)
     if last.log_q is not None:
         ids = first + jnp.arange(vocab)
         _, p, residual = last.weigh(last.logits[last.row], last.log_q, ids[None], banned_tokens)
         pieces, whole = _row_pieces(residual, ids), _row_pieces(p, ids)
-        empty = _sum(pieces.sum(-1), axis) == 0  # by rounding
+    empty = _sum(pieces.sum(-1), axis) == 0  # by rounding: then p itself
+    if last.log_q is not None:
         pieces = jnp.where(empty[:, None], whole, pieces)
     block = first_above(pieces, u[:, 0], first // CHUNK + jnp.arange(pieces.shape[1]), axis)
     width = min(CHUNK, vocab)
@@ -175,7 +177,11 @@ def _draw_last(last: _Last, pieces: jax.Array, u: jax.Array, first: jax.Array | 
     z, p, residual = last.weigh(_slice(last.logits, last.row, start, width), log_q, ids, banned_tokens)
     mass = jnp.where(empty[:, None], p, residual)
     token = first_above(jnp.where(ids // CHUNK == block[:, None], mass, 0.0), u[:, 1], ids, axis)
-    return token, _max(jnp.where(ids == token[:, None], z, -jnp.inf).max(-1), axis)
+    z = _max(jnp.where(ids == token[:, None], z, -jnp.inf).max(-1), axis)
+    if last.log_q is None:  # all of p is the refused draft's
+        alone = empty & (last.refused >= 0)
+        token, z = jnp.where(alone, last.refused, token), jnp.where(alone, last.refused_z, z)
+    return token, z
 
 
 def _local(x: jax.Array, ids: jax.Array, first: jax.Array | int) -> jax.Array:
@@ -191,14 +197,15 @@ def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logit
     """Accepted int32 [B], and tokens and their z [B, K + 1]. logits: [B * (K + 1), V]."""
     b, k = draft_tokens.shape
     row = (k + 1) * jnp.arange(b)
-    scale = jnp.exp(s.top - rows.top.reshape(-1, 1))
+    top = jnp.where(best[1] > -jnp.inf, best[1], 0.0)
+    scale = jnp.exp(s.best - top.reshape(-1, 1))
     pieces = _pieces(s.mass * scale, None if s.spill is None else s.spill * scale).reshape(b, k + 1, -1)
     z = _max(s.drafted_z.max(-1), axis).reshape(b, k + 1)[:, :k]
     log_p, lse = z - rows.lse[:, :k], rows.lse
     if ban is not None:
         log_z = jnp.where(ban[:, :k] & jnp.isin(draft_tokens, jnp.array(banned_tokens)), -jnp.inf, z)
-        drafted = jnp.pad(jnp.exp(log_z - rows.top[:, :k]), ((0, 0), (0, 1)))
-        lse = rows.top + jnp.log(_sum(pieces.sum(-1), axis) + drafted)
+        drafted = jnp.pad(jnp.exp(log_z - top[:, :k]), ((0, 0), (0, 1)))
+        lse = top + jnp.log(_sum(pieces.sum(-1), axis) + drafted)
         log_p = log_z - lse[:, :k]
     log_q, ratio = None, log_p
     if draft_log_q is not None:
@@ -210,11 +217,12 @@ def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logit
     greedy = temperature == 0
     accepted = leading(jnp.where(greedy[:, None], draft_tokens == best[0][:, :k], jnp.log(noise.accept) < ratio))
     refused = _at(jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1), accepted)
+    refused_z = _at(jnp.pad(z, ((0, 0), (0, 1))), accepted)
     if draft_log_q is not None and k:
         log_q = _at(draft_log_q, jnp.minimum(accepted, k - 1))
         log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
     last = _Last(logits, row + accepted, temperature, _at(lse, accepted), None if ban is None else _at(ban, accepted),
-                 refused, log_q)
+                 refused, refused_z, log_q)
     token, token_z = _draw_last(last, _at(pieces, accepted), noise.residual, first, banned_tokens, axis)
     token, token_z = (jnp.where(greedy, _at(x, accepted), y) for x, y in zip(best, (token, token_z), strict=True))
     at = jnp.arange(k + 1) == accepted[:, None]
@@ -237,6 +245,7 @@ def judge(summarize: Callable[..., Summary], logits, draft_tokens, draft_log_q, 
         drafted = jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1).reshape(-1)
     s = summarize(logits, jnp.repeat(temperature, width), drafted, keys,
                   None if ban is None else ban.reshape(-1), offset, banned_tokens=banned_tokens)
+    s = s.replace(best_id=jnp.minimum(s.best_id, (0 if offset is None else offset) + vocab - 1))  # also of NaN
     rows, best = jax.tree.map(lambda x: x.reshape(b, width), (_rows(s, axis), _best(s, axis)))
     if isinstance(noise, CoupledNoise):
         tokens, z = best

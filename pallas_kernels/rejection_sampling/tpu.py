@@ -120,7 +120,9 @@ def _summaries(x, column, offset, temperature, of_row, vocab, names, banned_toke
     else:
         drafted = ids == of_row[:, 1:2]
         fields["drafted_z"] = largest(jnp.where(drafted, z, -jnp.inf))
-        e = jnp.where(banned | drafted, 0.0, e)
+        if banned_tokens:
+            e = jnp.exp(score - jnp.where(best > -jnp.inf, best, 0.0))
+        e = jnp.where(drafted, 0.0, e)
         below = lane < CHUNK - jax.lax.rem(offset, CHUNK)
         fields["mass"] = total(jnp.where(below, e, 0.0) if "spill" in names else e)
         fields["spill"] = total(jnp.where(below, 0.0, e))

@@ -1,4 +1,4 @@
-"""Attention of a few new positions against a ragged cache on a GPU: Mosaic GPU, Hopper and later.
+"""Attention of a few new positions against a ragged cache on a GPU: Mosaic GPU, Hopper.
 
 A program takes SPLIT cached positions of one KV head of one row; programs beyond the row's length end at once. TMA
 brings blocks of keys and values by turns to a ring in shared memory: 64 KB of it in each of the two programs that a

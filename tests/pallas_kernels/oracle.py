@@ -92,8 +92,9 @@ def summary(logits, temperature, drafted, gumbel, ban, banned_tokens, offset, ch
         candidate = ~banned[part] & (ids[part] != drafted)
         first = ids[part] < (ids[start] // chunk + 1) * chunk
         drafted_z = z[part][ids[part] == drafted].max(initial=-np.inf)
+        left = np.exp(np.where(candidate, z[part], -np.inf) - (z[at] if score[at] > -np.inf else 0.0))
         values = (top, e.sum(), (e * np.where(e > 0, d, 0.0)).sum(), score[at], ids[at], z[at], drafted_z,
-                  e[candidate & first].sum(), e[candidate & ~first].sum())
+                  left[first].sum(), left[~first].sum())
         for name, value in zip(names, values, strict=True):
             out[name].append(value)
     return {name: np.array(value) for name, value in out.items()}

@@ -236,3 +236,40 @@ def test_refusals():
     odd = case(0, 1, 1, 67, "certain", False)
     with pytest.raises(NotImplementedError, match="a row of 67 float32 logits is not a multiple of 128 bytes"):
         rejection_sampling(**odd, implementation=CHIPS["gpu"])
+
+
+@pytest.mark.parametrize("kind, k", [("certain", 2), ("sampled", 2), ("certain", 0)])
+def test_a_ban_of_what_outweighs_all_else(kind, k):
+    """What is left is e^-200 of the row: it must be weighed against itself."""
+    args = case(11, 64, k, 700, kind, False)
+    args["logits"] = args["logits"].at[..., 5].set(200.0)
+    args |= {"ban": jnp.ones_like(args["ban"]), "temperature": jnp.ones(64)}
+    want = assert_same(verdict(PLAIN, banned_tokens=(5,))(**args), args, verdict(banned_tokens=(5,)))
+    assert not (np.asarray(want.tokens[:, 0]) == 5).any()
+
+
+def test_a_ban_that_leaves_one_token():
+    """Its probability is 1, exactly: a draft of it is accepted whatever the uniform, and nothing else is emitted."""
+    logits = jnp.full((8, 2, 700), -jnp.inf).at[..., 5].set(3.3).at[..., 300].set(jnp.linspace(-7, 9, 8)[:, None])
+    top = 1 - 2**-24
+    noise = RejectionNoise(jnp.full((8, 1, 2), top), jnp.full((8, 1), top), jnp.full((8, 2), top))
+    out = verdict(PLAIN, banned_tokens=(5,))(logits, jnp.full((8, 1), 300), None, noise, jnp.ones(8),
+                                             ban=jnp.ones((8, 2), bool))
+    np.testing.assert_array_equal(out.accepted, 1)
+    np.testing.assert_array_equal(out.tokens, 300)
+
+
+def test_ids_stay_in_the_vocabulary_and_entropy_finite():
+    """A padded vocabulary of the smallest floats; and NaN, of which a token that exists must come."""
+    args = case(12, 4, 1, 1200, "certain", False) | {"temperature": jnp.ones(4)}
+    args["logits"] = args["logits"].at[..., 512:].set(jnp.finfo(jnp.float32).min)
+    assert_same(verdict(PLAIN)(**args), args, verdict())
+    args["logits"] = jnp.full_like(args["logits"], jnp.nan)
+    assert (np.asarray(verdict(PLAIN)(**args).tokens) < 1200).all()
+
+
+def test_the_reference_refuses_a_shard():
+    args = case(0, 1, 1, 64, "certain", False)
+    for options in ({}, {"implementation": PLAIN, "top_k": 3}):
+        with pytest.raises(NotImplementedError, match="judges a whole vocabulary, not a shard of it: leave out axis"):
+            rejection_sampling(**args, axis=("tensor",), **options)

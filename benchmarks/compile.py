@@ -5,7 +5,8 @@
 Runs on a CPU. The real compilers run: libtpu's for TPU v5e, v5p, v6e and tpu7x, and XLA's with Mosaic GPU and ptxas for
 sm_90. Recorded are, for a kernel, the vector memory or shared memory, registers and spills it takes, and for a rollout
 the memory a device needs. `refused` is a shape that an implementation does not take: the reference runs there. Exit
-code 1 if anything else does not compile. libtpu lets one process in at a time.
+code 1 if anything else does not compile. libtpu lets one process in at a time. Lines about nvdisasm, which the packages
+lack, mean nothing.
 """
 
 import argparse
@@ -216,6 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
         found.append(row)
         if "failed" in row:
             print(f"{row['chip']} {row['what']} {row['shape']} {row['rule'] or ''}: {row['failed']}", file=sys.stderr)
+    if not found:
+        print(f"nothing to compile: no shape has {args.shape!r} in its name, or --what {' '.join(args.what)} has no "
+              f"program for {' '.join(args.chip)} (rollouts: {', '.join(ROLLOUTS)})", file=sys.stderr)
+        return 2
     show(found)
     measure.write_json(args.json, measure.report(found))
     return int(any("failed" in row for row in found))

@@ -30,7 +30,7 @@ from rich.table import Table  # noqa: E402
 import jspec  # noqa: E402
 from benchmarks import kernel_cases, measure, synthetic  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
-from jspec.kernels import choose, judge  # noqa: E402
+from jspec.kernels import KERNELS, choose, judge, picked  # noqa: E402
 from jspec.model import Policy, to_rollout  # noqa: E402
 from jspec.speculate.rollout import start  # noqa: E402
 from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
@@ -52,6 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--acceptance", type=lambda text: tuple(map(float, text.split(","))),
                         help="acceptance by draft position, for example 0.8,0.7,0.6; the last one goes on")
     parser.add_argument("--rule", choices=["rejection", "coupled"], default="rejection")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32")
     parser.add_argument("--rounds", type=int, default=5)
@@ -104,7 +105,7 @@ def accept_program(args: argparse.Namespace, policy: Policy, size: int, k: int, 
     rule = "coupled" if args.rule == "coupled" else "rejection, sampled drafts" if sampled else "rejection"
     shape = Shape(args.shape, policy.config.vocab_size, size, k)
     case = jax.jit(partial(kernel_cases.judging, shape, rule))(jax.random.key(0))
-    chosen = policy.replace(weights={}, kernels=choose("auto"))
+    chosen = policy.replace(weights={}, kernels=choose(args.kernels))
     return partial(jax.jit(lambda case: judge(chosen, **case)), case)
 
 
@@ -122,7 +123,7 @@ def time_batch(args: argparse.Namespace, policy: Policy, size: int, rule: str) -
     for name, k in wanted:
         programs[name, k, "accept"] = accept_program(args, policy, size, k, sampled=name == "mtp")
         # plain decoding has nothing to accept, and a rule for drafts would only change its noise
-        speculation = jspec.Speculation(k=k, rule=rule if k else args.rule)
+        speculation = jspec.Speculation(k=k, rule=rule if k else args.rule, kernels=args.kernels)
         programs[name, k] = partial(jspec.rollout, policy, make_draft(name, policy), batch, sampling=sampling,
                                     speculation=speculation)
     seconds = measure.interleaved(programs, args.rounds)
@@ -179,8 +180,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows += new
     name = args.weights or args.shape
     show(rows, f"{name}, {args.dtype}, {args.prompt_tokens} + {args.new_tokens} tokens, {rule}, "
-               f"copy {bandwidth / 1e9:.1f} GB/s")
-    result = measure.report(rows, model=name, dtype=args.dtype, rule=rule, copy_gb_per_s=bandwidth / 1e9,
+               f"{picked(args.kernels)}, copy {bandwidth / 1e9:.1f} GB/s")
+    result = measure.report(rows, model=name, dtype=args.dtype, rule=rule, kernels=picked(args.kernels),
+                            copy_gb_per_s=bandwidth / 1e9,
                             prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens)
     measure.write_json(args.json, result)
     return result

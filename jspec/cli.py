@@ -96,6 +96,8 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
     made.add_argument("--rule", choices=("rejection", "coupled"), default="rejection", help="rejection: exact in "
                       "distribution; coupled: the autoregressive tokens themselves (default: rejection)")
+    made.add_argument("--kernels", choices=("auto", "reference", "pallas"), default="auto", help="auto: the chip's "
+                      "own where it has them; reference: plain JAX; pallas: the kernels or an error (default: auto)")
     made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     made.add_argument("--top-k", type=int, default=0, help="0: off (default)")
     made.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")

@@ -88,7 +88,7 @@ def rollout(arguments) -> int:
     console = Console()
     overrides = [f"sampling.{key}={getattr(arguments, key)}"
                  for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
-    overrides += [f"speculation.k={arguments.k}", f"speculation.rule={arguments.rule}"]
+    overrides += [f"speculation.{name}={getattr(arguments, name)}" for name in ("k", "rule", "kernels")]
     with console.status("loading"):
         source = open_source(arguments.model, overrides, arguments.dtype)
         draft = make_draft(source, arguments.draft)

@@ -68,7 +68,8 @@ class SpeculationSection:
     rule: str = setting("rejection", "rejection: exact in distribution, fastest; coupled: token for token what "
                         "autoregressive decoding with the same seed gives", choices=("rejection", "coupled"))
     kernels: str = setting("auto", "auto: the chip's own (TPU, Hopper GPU) where they take the shapes; reference: "
-                           "plain JAX; pallas: the kernels or an error (a CPU interprets them: slow, for checks)",
+                           "plain JAX; pallas: the kernels or an error (a CPU interprets them, for checks). Top-k and "
+                           "top-p are always the reference's",
                            choices=("auto", "reference", "pallas"))
 
 

@@ -23,7 +23,8 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
       window: static; a position sees itself and the window - 1 before it. None: all before it.
 
     Returns:
-      out [B, T, H, D], and the two caches with positions lengths .. lengths+T-1 written.
+      out [B, T, H, D], and the two caches with positions lengths .. lengths+T-1 written. What lies beyond those may
+      have changed too.
 
     The result of a row does not depend on the other rows: the split of the KV length is fixed. The kernels read only
     the blocks that a row's length (and window) covers, and write in place where the caches are donated.

@@ -27,6 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.verify_attention.packing import pack, unpack
+
 BLOCK = 64  # positions
 SPLIT = 512
 ROWS = 64  # of a matrix instruction
@@ -95,7 +97,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
         raise NotImplementedError("queries and cache that are not both float32 must be bfloat16, not "
                                   f"{q.dtype} and {cache_k.dtype}")
     group = q.shape[2] // kv_heads
-    packed = q.reshape(b, new, kv_heads, group, d).swapaxes(1, 2).reshape(b, kv_heads, -1, d)
+    packed = pack(q, kv_heads)
     several = new * group > ROWS
     # in float32 the parts of the queries would not leave shared memory for a second warpgroup
     warpgroups = 2 if several and q.dtype == jnp.bfloat16 else 1
@@ -116,7 +118,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
         name="verify_attention",
     )(jnp.stack(list(_parts(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW), lengths, *caches)
     out = _combine(sums, stats, lengths, plan)[:, :, :new * group].astype(q.dtype)
-    return (out.reshape(b, kv_heads, new, group, d).swapaxes(1, 2).reshape(q.shape), *map(jax.freeze, caches))
+    return unpack(out, new), *map(jax.freeze, caches)
 
 
 def _pad(x, multiple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.verify_attention.packing import pack, unpack
+
 KV_BLOCK = 128
 
 
@@ -31,11 +33,10 @@ def _online_step(carry, q, k, v, visible):
 
 def verify_attention(q, k, v, cache_k, cache_v, lengths, *, window=None):
     """See `api.verify_attention`. Blocks beyond the longest live row are not read."""
-    b, t, h, d = q.shape
+    t, h = q.shape[1:3]
     kv_heads, size = cache_k.shape[1], cache_k.shape[2]
     cache_k, cache_v = _write(cache_k, k, lengths), _write(cache_v, v, lengths)
-    # rows of the matrix unit: the query heads of a group next to each other for every new position
-    packed = q.reshape(b, t, kv_heads, h // kv_heads, d).transpose(0, 2, 1, 3, 4).reshape(b, kv_heads, -1, d)
+    packed = pack(q, kv_heads)
     last = jnp.repeat(lengths[:, None] + jnp.arange(t)[None], h // kv_heads, axis=1)[:, None, :, None]
     block = min(KV_BLOCK, size)
 
@@ -57,5 +58,4 @@ def verify_attention(q, k, v, cache_k, cache_v, lengths, *, window=None):
         carry = step(0, carry)
     else:
         carry = jax.lax.fori_loop(0, (jnp.max(lengths) + t + block - 1) // block, step, carry)
-    out = (carry[2] / carry[1]).astype(q.dtype).reshape(b, kv_heads, t, h // kv_heads, d)
-    return out.transpose(0, 2, 1, 3, 4).reshape(b, t, h, d), cache_k, cache_v
+    return unpack((carry[2] / carry[1]).astype(q.dtype), t), cache_k, cache_v

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.verify_attention.packing import pack, unpack
+
 # Keys of a block: large enough that fetching it hides what a program costs beside it (0.35 us), even where 2.7 TB/s do
 BLOCK_BYTES = 512 * 1024
 SMALLEST, LARGEST = 128, 512  # positions; half a block is read in vain at the end of a row
@@ -57,8 +59,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
         raise NotImplementedError(f"a cache of {size} positions is not a multiple of {SMALLEST}")
     block = _block(kv_heads, size, d, cache_k.dtype.itemsize)
     *schedule, programs = _schedule(lengths, new, window, block, pl.cdiv(size, block))
-    # rows of the matrix unit: the query heads of a group next to each other for every new position
-    packed = q.reshape(b, new, kv_heads, -1, d).swapaxes(1, 2).reshape(b, kv_heads, -1, d)
+    packed = pack(q, kv_heads)
 
     def of_row(rows):
         return pl.BlockSpec((None, kv_heads, rows, d), lambda i, row, *_: (row[i], 0, 0, 0))
@@ -83,7 +84,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
         name="verify_attention",
         interpret=interpret,
     )(*scalars, packed, k.swapaxes(1, 2), v.swapaxes(1, 2), cache_k, cache_v)
-    return out.reshape(b, kv_heads, new, -1, d).swapaxes(1, 2).reshape(q.shape), cache_k, cache_v
+    return unpack(out, new), cache_k, cache_v
 
 
 def _body(row_of, block_of, first_of, last_of, lengths, q, new_k, new_v, block_k, block_v, out, cache_k, cache_v,

@@ -85,7 +85,7 @@ def test_a_gpu_that_is_no_hopper(monkeypatch, capability):
 
 
 def test_what_was_picked_is_logged(caplog):
-    with caplog.at_level(logging.INFO, "jspec"):
+    with caplog.at_level(logging.DEBUG, "jspec"):
         run("pallas", None, k=0, top_k=5)
     assert "compiling a rollout with tpu kernels, interpreted" in caplog.text
 

@@ -126,7 +126,7 @@ def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:
 
 @partial(jax.jit, static_argnames="speculation")
 def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation) -> Rollout:
-    log.info("compiling a rollout with %s", picked(speculation.kernels))
+    log.debug("compiling a rollout with %s", picked(speculation.kernels))
     policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
     if draft is not None:
         draft = draft.module.prepare(policy, draft)

@@ -223,7 +223,6 @@ REAL = [pytest.param(s, marks=() if s.name in SMALL else pytest.mark.slow, id=s.
 def test_real_shapes(shape, coupled):
     args = case(shape.rows, shape.batch, shape.k, shape.vocab, "sampled" if shape.k else "certain", coupled,
                 shape.dtype)
-    # of the longest rows' sums: 150,000 terms, each rounded
     assert_same(verdict(PLAIN)(**args), args, verdict())
 
 

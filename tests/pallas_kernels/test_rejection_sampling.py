@@ -185,6 +185,25 @@ def test_a_coupled_draft_draws_with_the_noise_of_its_position():
     np.testing.assert_array_equal(out.accepted, 2)
 
 
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_draft_of_a_reduced_vocabulary(coupled):
+    """It is drawn with the noise of its global id, and is the draw over the whole vocabulary with q zero elsewhere."""
+    rng = np.random.default_rng(5)
+    ids = jnp.asarray(np.sort(rng.choice(600, 90, replace=False)), jnp.int32)
+    log_q = jax.nn.log_softmax(jax.random.normal(jax.random.key(1), (64, 90)))
+    whole = jnp.full((64, 600), -jnp.inf).at[:, ids].set(log_q)
+    if coupled:
+        noise = coupled_noise(jax.random.key_data(jax.random.key(0)), jnp.arange(64), jnp.full(64, 5), 1)
+        np.testing.assert_array_equal(draw(log_q, noise, 0, ids), draw(whole, noise, 0))
+        return
+    u = jnp.asarray(rng.random((64, 1, 2)), jnp.float32)
+    noise = RejectionNoise(u, jnp.zeros((64, 1)), jnp.zeros((64, 2)))
+    # 90 ids are one block: the second uniform alone decides
+    want = [int(ids[np.argmax(np.cumsum(np.exp(q)) > v * np.exp(q).sum())])
+            for q, v in zip(np.asarray(log_q, np.float64), np.asarray(u[:, 0, 1]), strict=True)]
+    assert (np.asarray(draw(log_q, noise, 0, ids)) == want).sum() >= 63  # a step itself may round either way
+
+
 def test_temperature_zero_needs_no_noise():
     rng = np.random.default_rng(2)
     logits, drafts, log_q, noise = random_case(rng, 32, 2, 6, True)

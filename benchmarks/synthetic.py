@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.drafts import Draft
+from jspec.drafts.base import Proposal
 from jspec.model import ModelConfig, Policy
 from jspec.speculate.cycle import RULES
 from pallas_kernels.noise import rejection_noise
@@ -71,7 +72,7 @@ def start(policy, draft, prefill, cache_size):
 
 
 def propose(policy, draft, state, committed, sampler):
-    return jnp.ones((committed.lengths.shape[0], sampler.k), jnp.int32), None, state
+    return Proposal(jnp.ones((committed.lengths.shape[0], sampler.k), jnp.int32)), state
 
 
 def observe(policy, draft, state, observation):

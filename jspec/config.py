@@ -32,7 +32,7 @@ def setting(default: Any, help: str, *, low: float | None = None, above: float |
 
 # Every file in drafts/ is a drafter; listed without importing them, for they import JAX.
 _DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
-DRAFTERS = tuple(sorted(module.name for module in _DRAFT_FILES if module.name != "base"))
+DRAFTERS = tuple(sorted(m.name for m in _DRAFT_FILES if m.name != "base" and not m.ispkg))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,8 @@ class DraftSection:
     path: str | None = setting(None, "output_dir of a run whose draft to start from; null: a fresh one")
     train: bool = setting(True, "train the draft in the update step (where it has weights)")
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
+    loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; overlap: -log of the "
+                        "overlap, the likelihood of acceptance", choices=("kl", "tv", "overlap"))
     learning_rate: float = setting(1e-3, "peak learning rate of the draft's own AdamW", low=0)
     clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
     options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match")

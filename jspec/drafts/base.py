@@ -7,9 +7,10 @@ A module `jspec/drafts/NAME.py` defines, and nothing else in the project changes
     specs(config) -> tree of ParamSpec           its weights, or {} (for placing and for checkpoints)
     prepare(policy, draft) -> Draft              once per rollout: cast, fuse
     start(policy, draft, prefill, cache_size) -> state      rows are prompts; the rollout copies them to sequences
-    propose(policy, draft, state, committed, sampler) -> (tokens [N, K], log_q [N, K, V] or None, state)
+    propose(policy, draft, state, committed, sampler) -> (Proposal, state)
     observe(policy, draft, state, observation) -> state     fold in what the verifier just computed
-    loss(policy, draft, hidden, tokens, response_start, mask, temperature) -> (sum, count, metrics); None: not trained
+    loss(policy, draft, trunk, tokens, response_start, mask, temperature, kind) -> (sum, count, metrics); None: not
+        trained
 
 State is a pytree whose leaves lead with rows, and depends on committed tokens only (what `propose` leaves in it beyond
 them, `observe` overwrites).
@@ -78,6 +79,21 @@ class Committed:
 
 
 @struct.dataclass
+class Proposal:
+    """What is drafted, for the rule to judge.
+
+    Attributes:
+      tokens: int32 [N, K], ids of the policy's vocabulary.
+      log_q: float32 [N, K, Vd], the normalised log-probabilities that they were drawn from; None: deterministic.
+      vocab: int32 [Vd], the ids of a reduced vocabulary, outside of which q is 0; None: Vd is the policy's.
+    """
+
+    tokens: jax.Array
+    log_q: jax.Array | None = None
+    vocab: jax.Array | None = None
+
+
+@struct.dataclass
 class Observation:
     """What a cycle computed and committed.
 
@@ -109,7 +125,10 @@ class Sampler:
     top_k: int = struct.field(pytree_node=False)
     k: int = struct.field(pytree_node=False)
 
-    def draw(self, logits: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
-        """Draw draft token `offset`, int32 [N], from logits [N, V]; returns it with the log q it was drawn from."""
+    def draw(self, logits: jax.Array, offset: int, vocab: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Draw draft token `offset`, int32 [N], from logits [N, Vd]; returns it with the log q it was drawn from.
+
+        vocab: int32 [Vd], the ids of a reduced vocabulary; None: they are 0..Vd-1.
+        """
         log_q = process_logits(logits, self.temperature, self.top_p, top_k=self.top_k)
-        return draw(log_q, self.noise, offset), log_q
+        return draw(log_q, self.noise, offset, vocab), log_q

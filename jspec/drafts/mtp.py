@@ -1,54 +1,76 @@
-"""A multi-token-prediction head: one decoder block of its own on the policy's trunk, embedding and output head.
+"""Multi-token-prediction heads: decoder blocks of their own on the policy's trunk, embedding and output head.
 
-At position p it reads the trunk's normed hidden state of position p - 1 and the embedding of token p, and predicts
-token p + 1; for more than one draft it is applied recursively, its own state standing in for the trunk's
-(https://arxiv.org/abs/2404.19737, https://arxiv.org/abs/2412.19437; unrolled in training as at inference,
-https://arxiv.org/abs/2503.01840). After each cycle its keys and values are rewritten from the verifier's states.
+At position p a block reads the trunk's normed hidden state of position p - 1 and the embedding of token p, and predicts
+token p + 1. The next depth reads the state of the depth before in the trunk's place: with a block of its own
+(https://arxiv.org/abs/2404.19737, https://arxiv.org/abs/2412.19437), or, where there are fewer blocks than depths, with
+the last block once more (unrolled in training as at inference, https://arxiv.org/abs/2503.01840). After each cycle the
+keys and values of committed positions are rewritten from the verifier's states.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jspec.drafts.base import Committed, Draft, Observation, Prefill, Sampler
+from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.parts.losses import loss_over_depths, predicting
+from jspec.drafts.parts.unroll import shift, unrolled_attention
+from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.errors import InputError
 from jspec.kernels import attend as attend_cached
-from jspec.model import ModelConfig, ParamSpec, Policy, embed, init_weights, layer_specs, logits, place_on_mesh
+from jspec.model import ModelConfig, ParamSpec, Policy, Trunk, embed, init_weights, layer_specs, place_on_mesh
 from jspec.model.attention import causal_attention, to_cache
-from jspec.model.chunks import sum_over_chunks
 from jspec.model.layers import decoder_layer, fuse, linear, rms_norm, rope_table
 from jspec.sharding import constrain, constrain_tree
 
 
 @dataclasses.dataclass(frozen=True)
 class MtpConfig:
-    """depths: how many recursive applications the loss unrolls; at inference k may be larger."""
+    """depths: how many are unrolled in training; at inference k may be larger. blocks: how many depths have a block of
+    their own. vocab_size: of the reduced vocabulary, 0: the policy's. hidden_first: the order in which hidden state and
+    embedding are concatenated."""
 
     policy: ModelConfig
     depths: int = 2
+    blocks: int = 1
+    vocab_size: int = 0
+    hidden_first: bool = False
     name: str = "mtp"
 
 
-def init(policy: Policy, key: jax.Array, *, depths: int = 2) -> Draft:
+def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
+         vocab: Sequence[int] | np.ndarray | None = None) -> Draft:
     """A head from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there is one.
 
-    The block starts as the identity (its two output projections are zero) on an even mix of both inputs.
-    Raises InputError if depths < 1.
+    A block starts as the identity (its two output projections are zero) on an even mix of both inputs.
+
+    Args:
+      policy: in the training layout.
+      depths: how many are unrolled in training.
+      blocks: the first depths that have a block of their own; the last one serves the depths after it too.
+      vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own rollouts), or None
+        for all of them.
+
+    Raises InputError if not 1 <= blocks <= depths, or for a vocabulary that is none.
     """
-    if depths < 1:
-        raise InputError(f"mtp draft: depths = {depths} must be at least 1")
-    config = MtpConfig(policy.config, depths)
+    if not 1 <= blocks <= depths:
+        raise InputError(f"mtp draft: blocks = {blocks} must be at least 1 and at most depths = {depths}")
+    ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "mtp")
+    config = MtpConfig(policy.config, depths, blocks, 0 if ids is None else len(ids))
     d = policy.config.hidden_size
 
     def make(key):
         weights = init_weights(specs(config), key, policy.config.initializer_range)
-        weights["proj"] = weights["proj"] + 0.5 * jnp.concatenate([jnp.eye(d), jnp.eye(d)], axis=1)
+        for block in weights["blocks"]:
+            block["proj"] = block["proj"] + 0.5 * jnp.concatenate([jnp.eye(d), jnp.eye(d)], axis=1)
         return weights
 
-    return Draft(weights=place_on_mesh(make, specs(config), policy.config)(key), state={}, config=config)
+    return Draft(weights=place_on_mesh(make, specs(config), policy.config)(key), config=config,
+                 state={} if ids is None else {"vocab": jnp.asarray(ids)})
 
 
 def features(config: MtpConfig) -> tuple[int, ...]:
@@ -61,149 +83,114 @@ def specs(config: MtpConfig) -> dict:
     layer = layer_specs(config.policy)
     for name in ("o", "down"):
         layer[name] = dataclasses.replace(layer[name], init="zeros")
-    return {"embed_norm": ParamSpec((d,), ("norm",), "ones"), "hidden_norm": ParamSpec((d,), ("norm",), "ones"),
-            "proj": ParamSpec((d, 2 * d), ("embed", None)), "layer": layer,
-            "final_norm": ParamSpec((d,), ("norm",), "ones")}
+    block = {"embed_norm": ParamSpec((d,), ("norm",), "ones"), "hidden_norm": ParamSpec((d,), ("norm",), "ones"),
+             "proj": ParamSpec((d, 2 * d), ("embed", None)), "layer": layer,
+             "final_norm": ParamSpec((d,), ("norm",), "ones")}
+    return {"blocks": (block,) * config.blocks}
 
 
 def prepare(policy: Policy, draft: Draft) -> Draft:
-    """Cast to the policy's compute dtype, shard as the policy is, and fuse the block's projections."""
+    """Cast to the policy's compute dtype, shard as the policy is, fuse the blocks' projections, and gather the rows of
+    the output head that are drafted from."""
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     weights = constrain_tree(weights, specs(draft.config), policy.config, policy.layout)
-    return draft.replace(weights={**weights, "layer": fuse(policy.config, weights["layer"])})
+    blocks = tuple({**w, "layer": fuse(policy.config, w["layer"])} for w in weights["blocks"])
+    return draft.replace(weights={"blocks": blocks, "table": output_table(policy, draft.state.get("vocab"))})
 
 
-def _block(policy: Policy, w: dict, hidden: jax.Array, tokens: jax.Array, rope, attend):
-    """hidden [B, T, D] of the positions before those of tokens [B, T] -> the head's normed states [B, T, D]."""
+def _block(policy: Policy, config: MtpConfig, w: dict, hidden: jax.Array, tokens: jax.Array, rope, attend):
+    """hidden [B, T, D] of the positions before those of tokens [B, T] -> the block's normed states [B, T, D]."""
     eps = policy.config.rms_norm_eps
-    x = jnp.concatenate([rms_norm(embed(policy, tokens), w["embed_norm"], eps),
-                         rms_norm(hidden, w["hidden_norm"], eps)], axis=-1)
+    inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps), rms_norm(hidden, w["hidden_norm"], eps)]
+    x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
     x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
     return rms_norm(x, w["final_norm"], eps), cache
 
 
-def _shift(hidden: jax.Array) -> jax.Array:
-    """[B, S, D] moved one position later; position 0 has no predecessor and reads zeros."""
-    return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-
-
-def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
-    """The head's cache over the prompts, and its state at each prompt's last token."""
+def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> tuple[dict, ...]:
+    """Of every block, its cache over the prompts and its state at each prompt's last token."""
     rope = rope_table(policy.config, jnp.arange(prefill.tokens.shape[1])[None])
 
     def attend(q, k, v):
         return causal_attention(q, k, v), (to_cache(k, cache_size), to_cache(v, cache_size))
 
-    states, (k, v) = _block(policy, draft.weights, _shift(prefill.trunk.hidden), prefill.tokens, rope, attend)
-    last = jnp.take_along_axis(states, prefill.lengths[:, None, None] - 1, axis=1)
-    return {"k": k, "v": v, "hidden": last}
+    states, out = prefill.trunk.hidden, []
+    for w in draft.weights["blocks"]:
+        states, (k, v) = _block(policy, draft.config, w, shift(states), prefill.tokens, rope, attend)
+        last = jnp.take_along_axis(states, prefill.lengths[:, None, None] - 1, axis=1)
+        out.append({"k": k, "v": v, "hidden": last})
+    return tuple(out)
 
 
-def _extend(policy: Policy, draft: Draft, state: dict, hidden: jax.Array, tokens: jax.Array, lengths: jax.Array):
-    """Run tokens [N, T] at positions lengths .. lengths + T - 1 through the block, writing its cache."""
+def _extend(policy: Policy, draft: Draft, index: int, state: dict, hidden: jax.Array, tokens: jax.Array,
+            lengths: jax.Array):
+    """Run tokens [N, T] at positions lengths .. lengths + T - 1 through a block, writing its cache."""
     rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v):
         out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], lengths)
         return out, (new_k, new_v)
 
-    states, (k, v) = _block(policy, draft.weights, hidden, tokens, rope, attend)
+    states, (k, v) = _block(policy, draft.config, draft.weights["blocks"][index], hidden, tokens, rope, attend)
     return states, {**state, "k": k, "v": v}
 
 
-def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sampler: Sampler):
-    """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's state and token."""
-    hidden, tokens, log_qs = state["hidden"], [], []
+def propose(policy: Policy, draft: Draft, state: tuple[dict, ...], committed: Committed, sampler: Sampler):
+    """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's states and tokens.
+
+    A block of its own has to catch up first: at depth j it has not yet seen the j - 1 tokens drafted before.
+    """
+    vocab, last = draft.state.get("vocab"), draft.config.blocks - 1
+    state, tokens, log_qs = list(state), [], []
+    states = state[0]["hidden"]  # of the current depth's block, from position lengths - 1 on
     for j in range(sampler.k):
-        if j:
-            hidden, state = _extend(policy, draft, state, hidden, tokens[-1][:, None], committed.lengths + j - 1)
-        token, log_q = sampler.draw(logits(policy, hidden)[:, 0], j)
+        if 0 < j <= last:
+            new, state[j] = _extend(policy, draft, j, state[j], states, jnp.stack(tokens, axis=1), committed.lengths)
+            states = jnp.concatenate([state[j]["hidden"], new], axis=1)
+        elif j:
+            states, state[last] = _extend(policy, draft, last, state[last], states[:, -1:], tokens[-1][:, None],
+                                          committed.lengths + j - 1)
+        scores = table_logits(policy, draft.weights["table"], states[:, -1], whole=vocab is None)
+        token, log_q = sampler.draw(scores, j, vocab)
         tokens.append(token)
         log_qs.append(log_q)
-    return jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), state
+    return Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab), tuple(state)
 
 
-def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:
-    """Rewrite the cache of the committed positions from the verifier's states; keep the state at the last one."""
-    states, state = _extend(policy, draft, state, observation.trunk.hidden, observation.tokens, observation.lengths)
+def observe(policy: Policy, draft: Draft, state: tuple[dict, ...], observation: Observation) -> tuple[dict, ...]:
+    """Rewrite the caches of the committed positions from the verifier's states; keep the states at the last one."""
     at = jnp.maximum(observation.count - 1, 0)[:, None, None]
-    last = jnp.take_along_axis(states, at, axis=1)
     live = (observation.count > 0)[:, None, None]
-    return {**state, "hidden": constrain(jnp.where(live, last, state["hidden"]), policy.layout, "batch", None, None)}
+    hidden, out = observation.trunk.hidden, []
+    for index, before in enumerate(state):
+        states, new = _extend(policy, draft, index, before, hidden, observation.tokens, observation.lengths)
+        last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before["hidden"])
+        out.append({**new, "hidden": constrain(last, policy.layout, "batch", None, None)})
+        hidden = jnp.concatenate([before["hidden"], states[:, :-1]], axis=1)
+    return tuple(out)
 
 
-def _unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]]):
-    """Attention of recursion depth d = len(earlier) + 1, as at inference, over all positions of a sequence at once.
-
-    A query at p sees what a draft of depth d sees: depth 1 (from the trunk's states) up to position p - d + 1, then one
-    position each of the depths since, the last its own. `earlier`: keys and values of depths 1 .. d - 1, grown here.
-    """
-    def attend(q, k, v):
-        pairs = [*earlier, (k, v)]
-        earlier.append((k, v))
-        if len(pairs) == 1:
-            return causal_attention(q, k, v), None
-        b, s, kv_heads, hd = k.shape
-        q = q.reshape(b, s, kv_heads, -1, hd) * hd**-0.5
-        scores = jnp.einsum("bthgd,bshd->bhgts", q, pairs[0][0], preferred_element_type=jnp.float32)
-        position = jnp.arange(s)
-        visible = position[None, :] <= position[:, None] - (len(pairs) - 1)
-        columns = [jnp.where(visible, scores, -jnp.inf)]
-        shifted = []
-        for i, (key, value) in enumerate(pairs[1:]):
-            back = len(pairs) - 2 - i
-            key, value = (jnp.pad(x, ((0, 0), (back, 0), (0, 0), (0, 0)))[:, :s] for x in (key, value))
-            score = jnp.einsum("bthgd,bthd->bhgt", q, key, preferred_element_type=jnp.float32)
-            columns.append(jnp.where(position >= back, score, -jnp.inf)[..., None])
-            shifted.append(value)
-        weights = jax.nn.softmax(jnp.concatenate(columns, axis=-1), axis=-1).astype(v.dtype)
-        out = jnp.einsum("bhgts,bshd->bthgd", weights[..., :s], pairs[0][1])
-        for i, value in enumerate(shifted):
-            out = out + jnp.einsum("bhgt,bthd->bthgd", weights[..., s + i], value)
-        return out.reshape(b, s, -1, hd), None
-
-    return attend
-
-
-def loss(policy: Policy, draft: Draft, hidden: jax.Array, tokens: jax.Array, response_start: jax.Array,
-         mask: jax.Array, temperature: jax.Array):
-    """Forward KL from the detached policy distribution at the sampling temperature, over recursive depths.
+def loss(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, response_start: jax.Array, mask: jax.Array,
+         temperature: jax.Array, kind: str):
+    """`parts.losses.loss_over_depths` of this head, its depths unrolled as at inference.
 
     Args:
-      policy: any layout; only its embedding and output head are read. Detach it (and `hidden`) before the call.
+      policy: any layout; only its embedding and output head are read. Detach it (and `trunk`) before the call.
       draft: unprepared, float32 masters.
-      hidden: [B, S, D], the trunk's normed states over contiguous prompt + response rows, tokens int32 [B, S].
+      trunk: over contiguous prompt + response rows [B, S, D], tokens int32 [B, S].
       response_start: int32 [B], position of the first response token, at least 1. mask: bool [B, T], tokens trained.
-      temperature: float32 scalar or [B]; 0 counts as 1.
-
-    Returns:
-      (sum over trained tokens and depths / depths, count of trained tokens float32, metrics), where the metrics are
-      sums over trained tokens: "overlap" float32 [depths], the probability that the draft of that depth is accepted.
+      temperature: float32 scalar or [B]; 0 counts as 1. kind: one of `parts.losses.LOSSES`.
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
-    temperature = jnp.broadcast_to(jnp.where(jnp.asarray(temperature) == 0, 1.0, temperature), tokens.shape[:1])
-    at = response_start[:, None] - 1 + jnp.arange(mask.shape[1])[None]
-
-    def respond(x):
-        return jnp.take_along_axis(x, at[:, :, None], axis=1, mode="clip")
-
-    earlier: list = []
-    states, outputs = hidden, []
-    for _ in range(draft.config.depths):
-        states, _ = _block(policy, weights, _shift(states), tokens, rope, _unrolled_attention(earlier))
-        outputs.append(respond(states))
-
-    def one(chunk):
-        target, mask, *heads = chunk
-        log_p = jax.nn.log_softmax(logits(policy, target) / temperature[:, None, None])
-        p = jnp.exp(log_p)
-        kl, overlap = [], []
-        for head in heads:
-            log_q = jax.nn.log_softmax(logits(policy, head) / temperature[:, None, None])
-            kl.append(jnp.sum(jnp.sum(p * (log_p - log_q), -1), where=mask))
-            overlap.append(jnp.sum(jnp.sum(jnp.minimum(p, jnp.exp(jax.lax.stop_gradient(log_q))), -1), where=mask))
-        return sum(kl) / len(heads), jnp.stack(overlap)
-
-    total, overlap = sum_over_chunks(one, (respond(hidden), mask, *outputs))
-    return total, mask.sum().astype(jnp.float32), {"overlap": overlap}
+    states, outputs = trunk.hidden, []
+    for depth in range(draft.config.depths):
+        if depth < draft.config.blocks:
+            w, earlier = weights["blocks"][depth], []
+        states, _ = _block(policy, draft.config, w, shift(states), tokens, rope, unrolled_attention(earlier))
+        outputs.append(predicting(states, response_start, mask.shape[1]))
+    vocab = draft.state.get("vocab")
+    table = output_table(policy, vocab)
+    return loss_over_depths(policy, predicting(trunk.hidden, response_start, mask.shape[1]), outputs,
+                            lambda x: table_logits(policy, table, x, whole=vocab is None), vocab, mask, temperature,
+                            kind)

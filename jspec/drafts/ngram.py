@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jspec.drafts.base import Committed, Draft, Observation, Prefill, Sampler
+from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy
 
@@ -65,7 +65,7 @@ def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sam
     found = jnp.take_along_axis(score, best, axis=1) >= 0
     period = jnp.where(found, end - best, 1)
     ahead = end - period + 1 + jnp.arange(sampler.k)[None] % period
-    return jnp.take_along_axis(tokens, ahead, axis=1), None, state
+    return Proposal(jnp.take_along_axis(tokens, ahead, axis=1)), state
 
 
 def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:

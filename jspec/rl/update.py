@@ -46,6 +46,7 @@ class UpdateSettings:
     warmup_steps: int = 0
     train_draft: bool = True
     draft_every: int = 1
+    draft_loss: str = "kl"
     draft_learning_rate: float = 1e-3
     draft_clip: float = 1.0
 
@@ -56,7 +57,7 @@ class UpdateSettings:
         same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "learning_rate", "clip",
                 "weight_decay", "warmup_steps")
         return cls(temperature=config.sampling.temperature, remat=config.model.remat, train_draft=draft.train,
-                   draft_every=draft.every_n_steps, draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
+                   draft_every=draft.every_n_steps, draft_loss=draft.loss, draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
                    **{name: getattr(grpo, name) for name in same})
 
 
@@ -144,13 +145,14 @@ def _init_optimizer(optimizer: optax.GradientTransformation, weights: Any) -> An
 
 
 def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: TrainBatch, count: jax.Array,
-                settings: UpdateSettings) -> tuple[jax.Array, tuple[dict[str, jax.Array], tuple[Trunk, Trunk]]]:
+                settings: UpdateSettings,
+                features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict[str, jax.Array], tuple[Trunk, Trunk]]]:
     """The clipped objective of `batch`'s rows over the global `count` of trained tokens, plus the KL where asked for.
 
-    Returns (loss, (metrics, trunks of prompts and responses)). Metrics are this batch's share of token means over
+    Returns (loss, (metrics, trunks of prompts and responses, with `features`)). Metrics are this batch's share of token means over
     `count`, so that those of micro-batches add up; `logprob_gap` is a maximum.
     """
-    trunks, logprobs, entropy = response_logprobs(policy.replace(weights=weights), batch, settings)
+    trunks, logprobs, entropy = response_logprobs(policy.replace(weights=weights), batch, settings, features)
     surrogate, clipped = clipped_objective(logprobs, batch.logprobs, batch.advantages, batch.mask, settings.clip_low,
                                            settings.clip_high)
     gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0)
@@ -167,11 +169,11 @@ def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: T
     return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunks)
 
 
-def response_logprobs(policy: Policy, batch: TrainBatch,
-                      settings: UpdateSettings) -> tuple[tuple[Trunk, Trunk], jax.Array, jax.Array]:
+def response_logprobs(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
+                      features: tuple[int, ...] = ()) -> tuple[tuple[Trunk, Trunk], jax.Array, jax.Array]:
     """(trunks of prompts and responses, log-probabilities of the responses' tokens, entropy, both float32 [N, T])."""
     trunks = jax.lax.optimization_barrier(group_forward(policy, batch.prompts, batch.prompt_lengths, batch.tokens,
-                                                        remat=settings.remat))
+                                                        features=features, remat=settings.remat))
     hidden = predicting_states(*(trunk.hidden for trunk in trunks), batch.prompt_lengths)
     return trunks, *token_logprobs(policy, hidden, batch.tokens, settings.temperature)
 
@@ -185,11 +187,11 @@ def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, 
     # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or
     # fuse anything of the two.
     policy, trunks = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, trunks)))
-    hidden, tokens = (join(a, batch.prompt_lengths, b) for a, b in (
-        (trunks[0].hidden, trunks[1].hidden), (batch.prompts, batch.tokens)))
+    trunk, tokens = jax.tree.map(lambda prompt, response: join(prompt, batch.prompt_lengths, response),
+                                 (trunks[0], batch.prompts), (trunks[1], batch.tokens))
     start = jnp.repeat(batch.prompt_lengths, batch.group_size)
-    loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), hidden, tokens, start, batch.mask,
-                                         settings.temperature)
+    loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), trunk, tokens, start, batch.mask,
+                                         settings.temperature, settings.draft_loss)
     return loss, {**metrics, "loss": loss}
 
 
@@ -201,12 +203,13 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     """
     count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
     with_draft = trains_draft(state.draft, settings)
+    features = state.draft.module.features(state.draft.config) if with_draft else ()
 
     def one(rows: TrainBatch):
         with jax.named_scope("policy_loss"):
             of_policy = jax.value_and_grad(policy_loss, has_aux=True)
             (_, (metrics, trunks)), grads = of_policy(state.policy.weights, state.policy, reference, rows, count,
-                                                      settings)
+                                                      settings, features)
         if not with_draft:
             return grads, metrics, None, None
         with jax.named_scope("draft_loss"):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jspec.drafts.base import Committed, Draft, Observation, Sampler
+from jspec.drafts.base import Committed, Draft, Observation, Proposal, Sampler
 from jspec.kernels import judge
 from jspec.model import Cache, Policy, logits, verify
 from jspec.speculate.types import Sampling
@@ -57,14 +57,14 @@ def _write_rows(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.A
 
 
 def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_k: int, k: int):
-    """Drafted tokens int32 [N, K], the log q they were drawn from (or None), and the drafter's state."""
+    """The Proposal, of K tokens a row, and the drafter's state."""
     if draft is None or k == 0:
-        return jnp.zeros((slots.lengths.shape[0], 0), jnp.int32), None, slots.draft_state
+        return Proposal(jnp.zeros((slots.lengths.shape[0], 0), jnp.int32)), slots.draft_state
     sampler = Sampler(noise, slots.temperature, slots.top_p, top_k, k)
     return draft.module.propose(policy, draft, slots.draft_state, Committed(slots.tokens, slots.lengths), sampler)
 
 
-def _accept(policy: Policy, slots: Slots, hidden: jax.Array, drafted: jax.Array, log_q: jax.Array | None, noise: Any,
+def _accept(policy: Policy, slots: Slots, hidden: jax.Array, proposal: Proposal, noise: Any,
             sampling: Sampling, stop_tokens: tuple[int, ...]) -> Verdict:
     ban = None
     if sampling.min_new_tokens and stop_tokens:
@@ -72,8 +72,8 @@ def _accept(policy: Policy, slots: Slots, hidden: jax.Array, drafted: jax.Array,
         ban = generated < sampling.min_new_tokens
     # made as rows: K + 1 of them a sequence do not fill a tile of a TPU's memory, and would be copied to where they do
     scores = logits(policy, hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
-    return judge(policy, scores, drafted, log_q, noise, slots.temperature, slots.top_p, top_k=sampling.top_k, ban=ban,
-                 banned_tokens=stop_tokens)
+    return judge(policy, scores, proposal.tokens, proposal.log_q, noise, slots.temperature, slots.top_p,
+                 draft_vocab=proposal.vocab, top_k=sampling.top_k, ban=ban, banned_tokens=stop_tokens)
 
 
 def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int,
@@ -113,14 +113,14 @@ def cycle(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, *, samp
       sampling, stop_tokens, k: static but for sampling's leaves, which the slots hold by row.
     """
     with jax.named_scope("propose"):
-        drafted, log_q, draft_state = _propose(policy, draft, slots, noise, sampling.top_k, k)
+        proposal, draft_state = _propose(policy, draft, slots, noise, sampling.top_k, k)
     with jax.named_scope("verify"):
         pending = jnp.take_along_axis(slots.tokens, slots.lengths[:, None] - 1, axis=1)
         features = () if draft is None else draft.module.features(draft.config)
-        trunk, cache = verify(policy, jnp.concatenate([pending, drafted], axis=1), slots.cache, slots.lengths - 1,
-                              features=features)
+        trunk, cache = verify(policy, jnp.concatenate([pending, proposal.tokens], axis=1), slots.cache,
+                              slots.lengths - 1, features=features)
     with jax.named_scope("accept"):
-        verdict = _accept(policy, slots, trunk.hidden, drafted, log_q, noise, sampling, stop_tokens)
+        verdict = _accept(policy, slots, trunk.hidden, proposal, noise, sampling, stop_tokens)
     with jax.named_scope("commit"):
         new, count = _commit(slots.replace(cache=cache), verdict, sampling.max_new_tokens, stop_tokens)
     if draft is None:

@@ -7,6 +7,7 @@ import pytest
 
 import jspec
 from jspec.drafts import base
+from jspec.drafts.parts import losses
 from jspec.model import logits, prefill, train_forward
 from jspec.speculate import Sampling
 from jspec.speculate.cycle import RULES, cycle
@@ -23,22 +24,28 @@ def policy():
     return tiny.policy(11, layers=2, heads=4, kv_heads=2, hidden=32, scale=0.2)
 
 
-@pytest.fixture(scope="module")
-def draft(policy):
-    return tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3), scale=0.15)
+@pytest.fixture(scope="module", params=[{}, {"blocks": 3}, {"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}],
+                ids=["recursive", "blocks", "two-blocks-reduced"])
+def draft(policy, request):
+    return tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **request.param), scale=0.15)
 
 
-trunk_states = jax.jit(lambda policy, tokens: train_forward(policy, tokens).hidden)
+trunk_states = jax.jit(lambda policy, tokens: train_forward(policy, tokens))
+
+
+def of_draft(draft, logits):
+    """The columns of logits [..., V] that the draft draws from."""
+    return logits[..., draft.state["vocab"]] if draft.state else logits
 
 
 @jax.jit
 def spied_loss(policy, draft, *args):
-    """The logits that the loss computes: the target's, then those of every depth, [B, T, V]."""
-    seen, original = [], draft.module.logits
+    """(log p, log q) of every depth that the loss compares, [B, T, Vd]."""
+    seen, original = [], losses.divergence
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft.module, "logits", lambda *a: seen.append(original(*a)) or seen[-1])
-        patch.setattr(draft.module, "sum_over_chunks", lambda fn, tree: fn(tree))
-        draft.module.loss(policy, draft, *args)
+        patch.setattr(losses, "divergence", lambda p, q, kind: seen.append((p, q)) or original(p, q, kind))
+        patch.setattr(losses, "sum_over_chunks", lambda fn, tree: fn(tree))
+        draft.module.loss(policy, draft, *args, "kl")
     return seen
 
 
@@ -68,10 +75,12 @@ def test_state_depends_on_committed_tokens_only(policy, draft):
         return draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths), tokens.shape[1]), cache
 
     want, cache = scratch(tokens, slots.lengths)
-    np.testing.assert_allclose(slots.draft_state["hidden"], want["hidden"], atol=2e-5)
+    for got, expected in zip(slots.draft_state, want, strict=True):
+        np.testing.assert_allclose(got["hidden"], expected["hidden"], atol=2e-5)
+        for i, n in enumerate(lengths):
+            for name in ("k", "v"):
+                np.testing.assert_allclose(got[name][i, :, :n], expected[name][i, :, :n], atol=2e-5)
     for i, n in enumerate(lengths):
-        for name in ("k", "v"):
-            np.testing.assert_allclose(slots.draft_state[name][i, :, :n], want[name][i, :, :n], atol=2e-5)
         for layer in range(2):
             np.testing.assert_allclose(slots.cache.k[layer][i, :, :n - 1], cache.k[layer][i, :, :n - 1], atol=2e-5)
 
@@ -90,8 +99,8 @@ def test_the_loss_unrolls_what_propose_computes(policy, draft):
     class Forced(base.Sampler):
         """Draws the sequence's own tokens."""
 
-        def draw(self, logits, offset):
-            return drawn[:, offset], super().draw(logits, offset)[1]
+        def draw(self, logits, offset, vocab=None):
+            return drawn[:, offset], super().draw(logits, offset, vocab)[1]
 
     @jax.jit
     def infer(ready, prepared):
@@ -99,37 +108,43 @@ def test_the_loss_unrolls_what_propose_computes(policy, draft):
         state = draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths), 16)
         noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, K)
         sampler = Forced(noise, jnp.ones(5), None, 0, K)
-        return draft.module.propose(ready, prepared, state, base.Committed(tokens, lengths), sampler)[1]
+        return draft.module.propose(ready, prepared, state, base.Committed(tokens, lengths), sampler)[0].log_q
 
     log_q = infer(ready, prepared)
     whole = jnp.array([sequence], jnp.int32)
-    hidden = trunk_states(policy, whole)
-    target, *heads = spied_loss(policy, draft, hidden, whole, jnp.array([1]), jnp.ones((1, 9), bool), jnp.ones(1))
-    np.testing.assert_allclose(target[0], logits(policy, hidden)[0, :9], atol=1e-5)
-    for depth, head in enumerate(heads):
-        trained = jax.nn.log_softmax(head[0])
+    trunk = trunk_states(policy, whole)
+    pairs = spied_loss(policy, draft, trunk, whole, jnp.array([1]), jnp.ones((1, 9), bool), jnp.ones(1))
+    target = of_draft(draft, jax.nn.log_softmax(logits(policy, trunk.hidden)))
+    for depth, (log_p, head) in enumerate(pairs):
+        np.testing.assert_allclose(log_p[0], target[0, :9], atol=1e-5)
+        trained = head[0]
         for i, start in enumerate(range(2, 7)):
             # depth d drafts the token at start + d, from position start + d - 1
             np.testing.assert_allclose(trained[start + depth - 1], log_q[i, depth], atol=2e-5)
 
 
-def test_the_loss_is_the_forward_kl_over_trained_tokens(policy, draft):
+@pytest.mark.parametrize("kind", losses.LOSSES)
+def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind):
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 11, (3, 9)), jnp.int32)
     start, mask = jnp.array([1, 3, 4]), jnp.asarray(rng.random((3, 5)) < 0.7)
     temperature = jnp.array([1.0, 0.5, 0.0])
-    hidden = trunk_states(policy, tokens)
-    seen = spied_loss(policy, draft, hidden, tokens, start, mask, temperature)
-    loss = jax.jit(draft.module.loss)
-    total, count, metrics = loss(policy, draft, hidden, tokens, start, mask, temperature)
+    trunk = trunk_states(policy, tokens)
+    seen = spied_loss(policy, draft, trunk, tokens, start, mask, temperature)
     scale = np.array([1.0, 0.5, 1.0])[:, None, None]
-    log_p, *log_q = (np.asarray(jax.nn.log_softmax(x / scale), np.float64) for x in seen)
-    kl = [(np.exp(log_p) * (log_p - q)).sum(-1)[np.asarray(mask)].sum() for q in log_q]
-    np.testing.assert_allclose(total, np.mean(kl), rtol=1e-5)
-    assert float(count) == int(mask.sum()) and min(kl) > 0
-    overlap = [np.minimum(np.exp(log_p), np.exp(q)).sum(-1)[np.asarray(mask)].sum() for q in log_q]
-    np.testing.assert_allclose(metrics["overlap"], overlap, rtol=1e-5)
-    assert loss(policy, draft, hidden, tokens, start, jnp.zeros_like(mask), temperature)[0] == 0
+    at = start[:, None] - 1 + np.arange(5)
+    target = of_draft(draft, jax.nn.log_softmax(logits(policy, trunk.hidden) / scale))
+    target = np.asarray(jnp.take_along_axis(target, at[..., None], axis=1, mode="clip"), np.float64)[np.asarray(mask)]
+    log_q = [np.asarray(q, np.float64)[np.asarray(mask)] for _, q in seen]
+    overlaps = [np.minimum(np.exp(target), np.exp(q)).sum(-1) for q in log_q]
+    want = {"kl": [(np.exp(target) * (target - q)).sum() for q in log_q],
+            "tv": [(1 - a).sum() for a in overlaps], "overlap": [-np.log(a).sum() for a in overlaps]}
+    loss = jax.jit(draft.module.loss, static_argnums=7)
+    total, count, metrics = loss(policy, draft, trunk, tokens, start, mask, temperature, kind)
+    np.testing.assert_allclose(total, np.mean(want[kind]), rtol=1e-5)
+    assert float(count) == int(mask.sum())
+    np.testing.assert_allclose(metrics["overlap"], [a.sum() for a in overlaps], rtol=1e-5)
+    assert loss(policy, draft, trunk, tokens, start, jnp.zeros_like(mask), temperature, kind)[0] == 0
 
 
 def test_a_trained_head_is_accepted_more_often(policy):
@@ -143,13 +158,13 @@ def test_a_trained_head_is_accepted_more_often(policy):
     at = jnp.arange(20)
     response = jnp.take_along_axis(before.tokens, jnp.clip(at - start[:, None], 0, 11), axis=1)
     tokens = jnp.where(at < start[:, None], jnp.pad(prompt, ((0, 0), (0, 12))), response)
-    hidden = trunk_states(policy, tokens)
+    trunk = trunk_states(policy, tokens)
 
     @jax.jit
     def step(weights):
         def mean(w):
             made = draft.replace(weights=w)
-            total, count, _ = draft.module.loss(policy, made, hidden, tokens, start, before.mask, 1.0)
+            total, count, _ = draft.module.loss(policy, made, trunk, tokens, start, before.mask, 1.0, "overlap")
             return total / count
 
         return jax.tree.map(lambda w, g: w - 0.3 * g, weights, jax.grad(mean)(weights))

@@ -56,7 +56,7 @@ class Cycle:
                 mock.patch.object(cycle_module, "judge", judge):
             new = cycle_module.cycle(policy, draft, slots, noise, sampling=self.sampling,
                                      stop_tokens=self.sampling.stop_tokens, k=self.k)
-        return new, seen["drafted"][0], seen["verdict"]
+        return new, seen["drafted"][0].tokens, seen["verdict"]
 
     def run(self, pool, rows, noise):
         """(new Slots, outcome codes int64) of rows [R] of the pool, in calls of fixed size."""

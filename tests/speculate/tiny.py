@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jspec.drafts.base import Draft
+from jspec.drafts.base import Draft, Proposal
 from jspec.model import ModelConfig, init_policy, logits, train_forward
 from tests.pallas_kernels.oracle import process
 
@@ -56,7 +56,7 @@ def _propose(policy, draft, state, committed, sampler):
         token, log_q = sampler.draw(row, j) if draft.config.sampled else (jnp.argmax(row, -1).astype(jnp.int32), None)
         tokens.append(token)
         log_qs.append(log_q)
-    return jnp.stack(tokens, 1), jnp.stack(log_qs, 1) if draft.config.sampled else None, state
+    return Proposal(jnp.stack(tokens, 1), jnp.stack(log_qs, 1) if draft.config.sampled else None), state
 
 
 def install_table_module():

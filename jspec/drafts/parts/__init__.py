@@ -1,0 +1,1 @@
+"""What several drafters are made of. A file here is not a drafter."""

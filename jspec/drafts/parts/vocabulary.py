@@ -1,0 +1,51 @@
+"""A reduced draft vocabulary: at small models the output head is most of what a draft costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jspec.errors import InputError
+from jspec.model import Policy
+from jspec.model.layers import linear
+from jspec.sharding import constrain
+
+
+def most_frequent(tokens: np.ndarray, size: int, vocab_size: int) -> np.ndarray:
+    """The `size` most frequent ids of `tokens` int [any shape], ascending, int32 [size]; ties go to the lowest id."""
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=vocab_size)
+    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
+
+
+def check_vocab(vocab: Sequence[int] | np.ndarray, vocab_size: int, name: str) -> np.ndarray:
+    """int32 [Vd], ascending. Raises InputError for an empty vocabulary, ids out of range and repeated ones."""
+    ids = np.asarray(vocab)
+    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"{name} draft: vocab must be a list of token ids, not {ids.dtype} of shape {ids.shape}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise InputError(f"{name} draft: vocab holds token {ids.min() if ids.min() < 0 else ids.max()}, outside the "
+                         f"policy's {vocab_size}")
+    if len(np.unique(ids)) != len(ids):
+        raise InputError(f"{name} draft: vocab holds a token twice")
+    return np.sort(ids).astype(np.int32)
+
+
+def output_table(policy: Policy, vocab: jax.Array | None) -> jax.Array:
+    """The rows of the policy's output head that a draft uses, [Vd, D], in the compute dtype.
+
+    The rows of a reduced vocabulary lie on every device: they are few, and every device draws from all of them.
+    """
+    table = policy.weights["embed" if policy.config.tie_embeddings else "head"]
+    if vocab is not None:
+        table = constrain(table[vocab], policy.layout, None, None)
+    return table.astype(policy.dtype)
+
+
+def table_logits(policy: Policy, table: jax.Array, states: jax.Array, whole: bool) -> jax.Array:
+    """Logits float32 [..., Vd] of states [..., D]; `whole`: the table is the whole vocabulary's, sharded as it is."""
+    with jax.named_scope("head"):
+        out = linear(states, table, out_dtype=jnp.float32)
+        return constrain(out, policy.layout, "batch", *(None,) * (out.ndim - 2), "vocab" if whole else None)

@@ -173,8 +173,14 @@ def fingerprint(config, seed: int, identity: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer"),
+               setting: str = "data.source") -> list[dict[str, Any]]:
     """Reads a file of one {"prompt": ..., "answer": ...} a line; further keys are kept, blank lines are skipped.
+
+    Args:
+        path: the file.
+        keys: what every line must have.
+        setting: what named the file, for errors.
 
     Raises:
         InputError: naming file and line, and what is wrong there.
@@ -183,28 +189,32 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read the prompts {path}: {reason}; check data.source") from error
-    records = [parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+        raise InputError(f"cannot read the prompts {path}: {reason}; check {setting}") from error
+    records = [parse_line(line, f"{path}:{number}", keys) for number, line in enumerate(lines, start=1) if line.strip()]
     if not records:
-        raise InputError(f'{path} holds no prompts; it needs lines of {{"prompt": "...", "answer": "..."}}')
+        raise InputError(f"{path} holds no prompts; it needs lines of {shape_of(keys)}")
     return records
 
 
-def parse_line(line: str, where: str) -> dict[str, Any]:
+def shape_of(keys: Sequence[str]) -> str:
+    return json.dumps(dict.fromkeys(keys, "..."))
+
+
+def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(record, dict):
-        raise InputError(f'{where}: not an object of {{"prompt": "...", "answer": "..."}}, but {type(record).__name__}')
-    for key in ("prompt", "answer"):
+        raise InputError(f"{where}: not an object of {shape_of(keys)}, but {type(record).__name__}")
+    for key in keys:
         if key not in record:
             raise InputError(f"{where}: no {key!r} (it has {', '.join(map(repr, record)) or 'no keys'})")
     if "response" in record:
         raise InputError(f"{where}: the key 'response' is taken by the policy's own text; rename it")
-    if isinstance(record["answer"], int | float) and not isinstance(record["answer"], bool):
+    if isinstance(record.get("answer"), int | float) and not isinstance(record["answer"], bool):
         record["answer"] = str(record["answer"])
-    for key in ("prompt", "answer"):
+    for key in keys:
         if not isinstance(record[key], str):
             raise InputError(f"{where}: {key!r} is not a string, but {type(record[key]).__name__}")
     if not record["prompt"].strip():

@@ -401,8 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                   for name in dict.fromkeys((PLAIN, *args.drafts))}
         policy = jspec.reshard(source.policy).replace(kernels=choose(args.kernels))
         del source
-    facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels), "max_new_tokens": args.max_new_tokens,
-             "prompts_file": str(args.prompts), "seed": args.seed, **measure.circumstances()}
+    facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels), "seed": args.seed,
+             "max_new_tokens": args.max_new_tokens, "prompts_file": str(args.prompts), **measure.circumstances()}
     records = []
     for size in args.batch:
         with console.status(f"batch {size}: compiling, then {args.rounds} rounds"):

@@ -20,7 +20,7 @@ import itertools
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,34 +234,37 @@ def features_of(draft: Draft | None) -> tuple[int, ...]:
 
 
 def part_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None], variants: list[Variant],
-                  batch: jspec.PromptBatch) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """Every part's key and program, each run once here, for the next part is given its result. The keys:
-    ("prefill", drafter), ("verify", k, features), ("draft", variant), ("verdict", variant)."""
+                  batch: jspec.PromptBatch) -> dict[Any, Callable[[], Any]]:
+    """("prefill", drafter), ("verify", k, features), ("draft", variant) and ("verdict", variant) -> a program. Each has
+    run once: what it gives is what the next part is given."""
+    programs = {}
+
+    def run(key: Any, function: Callable, *arguments: Any, **options: Any) -> Any:
+        programs[key] = partial(function, *arguments, **options)
+        return jax.block_until_ready(programs[key]())
+
     sampling = jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=1.0)
     key, times = jax.random.key_data(batch.key), part_times(args)
     slots, prepared, computed = {}, {}, {}
     for name, draft in drafts.items():
-        program = partial(parts.prefill, policy, draft, batch, sampling, k=max(args.k))
-        yield ("prefill", name), program
-        slots[name] = program() if name == PLAIN else program().replace(cache=None)
+        started = run(("prefill", name), parts.prefill, policy, draft, batch, sampling, k=max(args.k))
+        slots[name] = started if name == PLAIN else started.replace(cache=None)
         prepared[name] = jax.jit(parts.prepare)(policy, draft)
     for variant in variants:
         draft = prepared[variant.draft]
         pass_key = ("verify", variant.k, features_of(draft))
         if pass_key not in computed:
-            program = partial(parts.verification, policy, slots[PLAIN], k=variant.k, features=pass_key[2], times=times)
-            yield pass_key, program
-            computed[pass_key] = program()
+            computed[pass_key] = run(pass_key, parts.verification, policy, slots[PLAIN], k=variant.k,
+                                     features=pass_key[2], times=times)
         trunk, scores = computed[pass_key]
         mine = slots[variant.draft].replace(temperature=jnp.full(batch.lengths.shape, variant.temperature))
         proposal = Proposal(jnp.zeros((len(batch.lengths), 0), jnp.int32))
         if draft is not None:
-            program = partial(parts.drafting, policy, draft, mine, trunk, key, rule=variant.rule, k=variant.k,
-                              times=times)
-            yield ("draft", variant), program
-            proposal = program()
+            proposal = run(("draft", variant), parts.drafting, policy, draft, mine, trunk, key, rule=variant.rule,
+                           k=variant.k, times=times)
         mine = mine.replace(cache=None, draft_state=None)
-        yield ("verdict", variant), partial(parts.verdict, policy, mine, scores, proposal, key, rule=variant.rule)
+        run(("verdict", variant), parts.verdict, policy, mine, scores, proposal, key, rule=variant.rule)
+    return programs
 
 
 def part_times(args: argparse.Namespace) -> int:
@@ -273,12 +276,11 @@ def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
     """The records of one batch size, each variant's figures and its comparison with plain decoding."""
     batches, variants = make_batches(args, prompts, size), make_variants(args)
     rollouts = rollout_programs(args, policy, drafts, variants, batches)
-    timed_parts = dict(part_programs(args, policy, drafts, variants, batches[0]))
-    for key, program in (rollouts | timed_parts).items():
-        if key[0] != "rollout" or key[2] == 0:  # all batches have one shape: the first compiles for the others
-            jax.block_until_ready(program())
+    others = part_programs(args, policy, drafts, variants, batches[0])
+    for variant in variants:  # all batches have one shape: the first compiles for the others
+        jax.block_until_ready(rollouts["rollout", variant, 0]())
     seconds, counts = defaultdict(list), {}
-    for key, taken, result in measure.in_turn(rollouts | timed_parts, args.rounds):
+    for key, taken, result in measure.in_turn(rollouts | others, args.rounds):
         seconds[key].append(taken)
         if key[0] == "rollout":
             counts[key] = jax.device_get(result)
@@ -356,10 +358,9 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings = {(r["batch"], r["temperature"], r["rule"]): [] for r in records if r["k"]}
-    for r in records:
-        if r["k"]:
-            settings[r["batch"], r["temperature"], r["rule"]].append(r)
+    settings = defaultdict(list)
+    for r in (r for r in records if r["k"]):
+        settings[r["batch"], r["temperature"], r["rule"]].append(r)
     figure, rows = plt.subplots(max(1, len(settings)), 3, figsize=(14, 3.8 * max(1, len(settings))), squeeze=False,
                                 constrained_layout=True)
     names = dict.fromkeys(r["draft"] for r in records if r["k"])

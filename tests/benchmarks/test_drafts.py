@@ -47,7 +47,7 @@ def prompts(tmp_path_factory):
 def run(model, prompts, tmp_path_factory):
     """A whole run: (records as written, stdout, stderr, plot)."""
     folder = tmp_path_factory.mktemp("out")
-    code, out, err = bench(model, "--drafts", "none,ngram,mtp", "--k", "2", "1", "--batch", "2", "--temperature", "0,1",
+    code, out, err = bench(model, "--drafts", "none,ngram,mtp", "--k", "2", "--batch", "2", "--temperature", "0,1",
                            "--prompts", prompts, "--max-new-tokens", "6", "--rounds", "2",
                            "--json", str(folder / "records.json"), "--plot", str(folder / "plots" / "drafts.png"))
     assert code == 0, err
@@ -56,8 +56,8 @@ def run(model, prompts, tmp_path_factory):
 
 def test_a_record_for_every_variant(run):
     records, out, err, plot = run
-    wanted = [(draft, k) for draft, ks in (("none", [0]), ("ngram", [2, 1]), ("mtp", [2, 1])) for k in ks]
-    assert [(r["draft"], r["k"], r["temperature"]) for r in records] == [(*v, t) for t in (0.0, 1.0) for v in wanted]
+    assert [(r["draft"], r["k"], r["temperature"]) for r in records] == [
+        (draft, k, t) for t in (0.0, 1.0) for draft, k in (("none", 0), ("ngram", 2), ("mtp", 2))]
     assert all(FIELDS <= r.keys() for r in records)
     assert all((r["batch"], r["prompts"], len(r["seconds"])) == (2, 4, 2) for r in records)  # the fifth is left over
     assert all(len(r["acceptance_by_position"]) == r["k"] for r in records)
@@ -84,6 +84,17 @@ def test_figures_hang_together(run):
         if r["temperature"] == 0:  # greedy tokens are the same, whoever drafts
             assert r["tokens"] == base["tokens"]
     assert all((r["acceptance_length"], r["speedup"]) == (1.0, 1.0) for r in plain.values())
+
+
+def test_lists_and_what_they_are_multiplied_to():
+    for text in (["1", "2", "3"], ["1,2,3"], ["1,", "2,3", "2"]):
+        assert drafts.parse(["m", "--k", *text]).k == [1, 2, 3]
+    args = drafts.parse(["m", "--rule", "coupled,rejection", "--drafts", "mtp", "--k", "4,2", "--temperature", "0"])
+    assert drafts.make_variants(args) == [
+        drafts.Variant("none", 0, "rejection", 0.0),
+        *(drafts.Variant("mtp", k, rule, 0.0) for k in (4, 2) for rule in ("coupled", "rejection"))]
+    defaults = drafts.parse(["m"])
+    assert defaults.k == list(range(1, 8)) and set(defaults.drafts) == {"none", *jspec.drafts.NAMES}
 
 
 def test_tallies_of_all_batches():

@@ -57,7 +57,8 @@ class UpdateSettings:
         same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "learning_rate", "clip",
                 "weight_decay", "warmup_steps")
         return cls(temperature=config.sampling.temperature, remat=config.model.remat, train_draft=draft.train,
-                   draft_every=draft.every_n_steps, draft_loss=draft.loss, draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
+                   draft_every=draft.every_n_steps, draft_loss=draft.loss,
+                   draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
                    **{name: getattr(grpo, name) for name in same})
 
 
@@ -149,8 +150,8 @@ def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: T
                 features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict[str, jax.Array], tuple[Trunk, Trunk]]]:
     """The clipped objective of `batch`'s rows over the global `count` of trained tokens, plus the KL where asked for.
 
-    Returns (loss, (metrics, trunks of prompts and responses, with `features`)). Metrics are this batch's share of token means over
-    `count`, so that those of micro-batches add up; `logprob_gap` is a maximum.
+    Returns (loss, (metrics, trunks of prompts and responses, with `features`)). Metrics are this batch's share of
+    token means over `count`, so that those of micro-batches add up; `logprob_gap` is a maximum.
     """
     trunks, logprobs, entropy = response_logprobs(policy.replace(weights=weights), batch, settings, features)
     surrogate, clipped = clipped_objective(logprobs, batch.logprobs, batch.advantages, batch.mask, settings.clip_low,

@@ -238,7 +238,8 @@ def test_a_policy_without_sound_gradients_is_left_alone_while_the_draft_goes_on(
 
 def test_a_draft_without_sound_gradients_is_left_alone_while_the_policy_goes_on():
     state, batch = make_state(), make_batch()
-    broken = state.draft.weights | {"proj": state.draft.weights["proj"].at[0, 0].set(jnp.inf)}
+    (block,) = state.draft.weights["blocks"]
+    broken = {"blocks": ({**block, "proj": block["proj"].at[0, 0].set(jnp.inf)},)}
     state = state.replace(draft=state.draft.replace(weights=broken))
     new, _ = update(state, None, batch, SETTINGS)
     same_bits((new.draft.weights, new.draft_opt_state), (state.draft.weights, state.draft_opt_state))

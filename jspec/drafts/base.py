@@ -9,8 +9,8 @@ A module `jspec/drafts/NAME.py` defines, and nothing else in the project changes
     start(policy, draft, prefill, cache_size) -> state      rows are prompts; the rollout copies them to sequences
     propose(policy, draft, state, committed, sampler) -> (Proposal, state)
     observe(policy, draft, state, observation) -> state     fold in what the verifier just computed
-    loss(policy, draft, trunk, tokens, response_start, mask, temperature, kind) -> (sum, count, metrics); None: not
-        trained
+    loss(policy, draft, batch, kind) -> (sum, count, metrics); None: not trained
+    Config: the static config's dataclass, for readers of files
 
 State is a pytree whose leaves lead with rows, and depends on committed tokens only (what `propose` leaves in it beyond
 them, `observe` overwrites).
@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from jspec.errors import InputError
@@ -108,6 +109,37 @@ class Observation:
     tokens: jax.Array
     lengths: jax.Array
     count: jax.Array
+
+
+@struct.dataclass
+class DraftBatch:
+    """What a draft is trained on: B rows of prompt and response without a gap, and what the policy computed of them.
+
+    Attributes:
+      trunk: [B, S, ...], the policy's states, with the features that the drafter asks for. Detached.
+      tokens: int32 [B, S]. response_start: int32 [B], position of the first response token, at least 1.
+      mask: bool [B, T], the response's tokens that are trained.
+      logprobs: float32 [B, T], of the response's tokens, log-softmax(logits / temperature) over the whole vocabulary,
+        from these very states.
+      temperature: float32 scalar or [B], the sampling temperature; 0 counts as 1.
+    """
+
+    trunk: Trunk
+    tokens: jax.Array
+    response_start: jax.Array
+    mask: jax.Array
+    logprobs: jax.Array
+    temperature: jax.Array
+
+    def predicting(self, x: jax.Array) -> jax.Array:
+        """The entries of x [B, S, D] at the positions that predict the response's tokens, [B, T, D]."""
+        at = self.response_start[:, None] - 1 + jnp.arange(self.mask.shape[1])[None]
+        return jnp.take_along_axis(x, at[:, :, None], axis=1, mode="clip")
+
+    def response(self) -> jax.Array:
+        """The response's tokens, int32 [B, T]."""
+        at = self.response_start[:, None] + jnp.arange(self.mask.shape[1])[None]
+        return jnp.take_along_axis(self.tokens, at, axis=1, mode="clip")
 
 
 @struct.dataclass

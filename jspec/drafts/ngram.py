@@ -26,6 +26,9 @@ class NgramConfig:
     name: str = "ngram"
 
 
+Config = NgramConfig
+
+
 def init(policy: Policy, key: jax.Array | None = None, *, max_ngram: int = 3) -> Draft:
     """An n-gram draft. The key is not used: there is nothing random in it. Raises InputError if max_ngram < 1."""
     if max_ngram < 1:

@@ -173,8 +173,10 @@ def fingerprint(config, seed: int, identity: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer")) -> list[dict[str, Any]]:
     """Reads a file of one {"prompt": ..., "answer": ...} a line; further keys are kept, blank lines are skipped.
+
+    keys: those that every line must have, as text.
 
     Raises:
         InputError: naming file and line, and what is wrong there.
@@ -184,27 +186,27 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read the prompts {path}: {reason}; check data.source") from error
-    records = [parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    records = [parse_line(line, f"{path}:{number}", keys) for number, line in enumerate(lines, start=1) if line.strip()]
     if not records:
         raise InputError(f'{path} holds no prompts; it needs lines of {{"prompt": "...", "answer": "..."}}')
     return records
 
 
-def parse_line(line: str, where: str) -> dict[str, Any]:
+def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(record, dict):
         raise InputError(f'{where}: not an object of {{"prompt": "...", "answer": "..."}}, but {type(record).__name__}')
-    for key in ("prompt", "answer"):
+    for key in keys:
         if key not in record:
             raise InputError(f"{where}: no {key!r} (it has {', '.join(map(repr, record)) or 'no keys'})")
     if "response" in record:
         raise InputError(f"{where}: the key 'response' is taken by the policy's own text; rename it")
-    if isinstance(record["answer"], int | float) and not isinstance(record["answer"], bool):
+    if isinstance(record.get("answer"), int | float) and not isinstance(record["answer"], bool):
         record["answer"] = str(record["answer"])
-    for key in ("prompt", "answer"):
+    for key in keys:
         if not isinstance(record[key], str):
             raise InputError(f"{where}: {key!r} is not a string, but {type(record[key]).__name__}")
     if not record["prompt"].strip():

@@ -118,7 +118,8 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
     def loss(weights, draft_weights):
         policy = state.policy.replace(weights=weights)
         trunks = group_forward(policy, batch.prompts, batch.prompt_lengths, batch.tokens)
-        return up.draft_loss(draft_weights, state.draft, policy, trunks, batch, SETTINGS)[0]
+        logprobs = own_logprobs(policy, batch)
+        return up.draft_loss(draft_weights, state.draft, policy, trunks, logprobs, batch, SETTINGS)[0]
 
     of_policy, of_draft = jax.jit(jax.grad(loss, (0, 1)))(state.policy.weights, state.draft.weights)
     assert all(not np.any(x) for x in jax.tree.leaves(of_policy))

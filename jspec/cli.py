@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from jspec.config import DRAFTERS
+from jspec.config import DRAFTERS, RULES
 from jspec.errors import InputError
 
 EPILOG = """\
@@ -103,8 +103,9 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--draft", choices=(*DRAFTERS, "none"), help="the drafter (default: the trained one of a "
                       "run's output_dir, ngram otherwise)")
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
-    made.add_argument("--rule", choices=("rejection", "coupled"), default="rejection", help="rejection: exact in "
-                      "distribution; coupled: the autoregressive tokens themselves (default: rejection)")
+    made.add_argument("--rule", choices=RULES, default="rejection", help="rejection, block: exact in distribution, "
+                      "drafts judged one by one or together; coupled: the autoregressive tokens themselves (default: "
+                      "rejection)")
     made.add_argument("--kernels", choices=("auto", "reference", "pallas"), default="auto", help="auto: the chip's "
                       "own where it has them; reference: plain JAX; pallas: the kernels or an error (default: auto)")
     made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")

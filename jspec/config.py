@@ -33,6 +33,8 @@ def setting(default: Any, help: str, *, low: float | None = None, above: float |
 # Every file in drafts/ is a drafter; listed without importing them, for they import JAX.
 _DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
 DRAFTERS = tuple(sorted(m.name for m in _DRAFT_FILES if m.name != "base" and not m.ispkg))
+# of `speculate.cycle.RULES`, for the same reason
+RULES = ("rejection", "block", "coupled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,9 @@ class SpeculationSection:
     """How drafts are judged."""
 
     k: int = setting(3, "tokens drafted per cycle; draft.name=none turns speculation off", low=1, high=64)
-    rule: str = setting("rejection", "rejection: exact in distribution, fastest; coupled: token for token what "
-                        "autoregressive decoding with the same seed gives", choices=("rejection", "coupled"))
+    rule: str = setting("rejection", "rejection: exact in distribution, each draft judged by itself; block: exact in "
+                        "distribution, the drafts judged together, which accepts no fewer on average; coupled: token "
+                        "for token what autoregressive decoding with the same seed gives", choices=RULES)
     kernels: str = setting("auto", "auto: the chip's own (TPU, Hopper GPU) where they take the shapes; reference: "
                            "plain JAX; pallas: the kernels or an error (a CPU interprets them, for checks). Top-k and "
                            "top-p are always the reference's",

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from jspec.config import Config, describe, load_config, to_yaml
+from jspec.config import RULES, Config, describe, load_config, to_yaml
 from jspec.errors import InputError
 
 RANDOM = ["model.name=random", "model.tokenizer=chars:ab", "model.architecture.hidden_size=64"]
@@ -38,6 +38,12 @@ def test_yaml_round_trip(tmp_path):
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().grpo.clip = 2.0
+
+
+def test_the_rules_are_those_of_the_cycle():
+    from jspec.speculate import cycle
+
+    assert tuple(cycle.RULES) == RULES
 
 
 def test_every_field_has_a_meaning():

@@ -29,7 +29,7 @@ from flax import struct
 
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, Trunk
-from pallas_kernels.noise import CoupledNoise, RejectionNoise
+from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import draw, process_logits
 
 UNLIKE = ("stop_tokens", "pad_token", "max_position_embeddings", "initializer_range")
@@ -151,7 +151,7 @@ class Sampler:
       temperature: float32 [N]. top_p: float32 [N] or None. top_k, k: static.
     """
 
-    noise: RejectionNoise | CoupledNoise
+    noise: Noise
     temperature: jax.Array
     top_p: jax.Array | None
     top_k: int = struct.field(pytree_node=False)

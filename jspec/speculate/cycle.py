@@ -15,7 +15,7 @@ from jspec.speculate.types import Sampling
 from pallas_kernels import noise as noise_lib
 from pallas_kernels.rejection_sampling import Verdict
 
-RULES = {"rejection": noise_lib.rejection_noise, "coupled": noise_lib.coupled_noise}
+RULES = {"rejection": noise_lib.rejection_noise, "block": noise_lib.block_noise, "coupled": noise_lib.coupled_noise}
 
 
 @struct.dataclass

@@ -106,7 +106,8 @@ class Speculation:
 
     Attributes:
       k: drafted tokens a cycle, 0 for none.
-      rule: "rejection" or "coupled". Both are lossless; coupled also reproduces, token for token, what autoregressive
+      rule: "rejection", "block" or "coupled". All are lossless; block judges the drafts of a cycle together, and on
+        average accepts as many as rejection or more; coupled also reproduces, token for token, what autoregressive
         decoding with the same key gives.
       kernels: "auto" is the chip's Pallas kernels where they take the shapes, else the reference; "reference" is plain
         JAX; "pallas" is the kernels or an error (a CPU interprets them, slowly). Or an `Implementation`.

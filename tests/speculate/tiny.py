@@ -30,7 +30,8 @@ def shaken(draft, seed=0, scale=0.4):
     """The draft with noise on every weight, so that nothing in it is zero or the identity."""
     leaves, tree = jax.tree.flatten(draft.weights)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    leaves = [x + scale * jax.random.normal(k, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+              for k, x in zip(keys, leaves, strict=True)]
     return draft.replace(weights=tree.unflatten(leaves))
 
 

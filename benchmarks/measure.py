@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,19 +21,24 @@ from jspec.model import ModelConfig, Policy
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def interleaved(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of `rounds` runs of each program, taken in turn, so that all of them see the same drifting machine.
-
-    Each runs once before, which compiles it and is not counted.
-    """
-    for program in programs.values():
-        jax.block_until_ready(program())
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+def in_turn(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> Iterator[tuple[Any, float, Any]]:
+    """(name, seconds, result) of `rounds` runs of each program, taken in turn, so that all of them see the same
+    drifting machine. Nothing is run before: what has not been compiled is compiled within its first seconds."""
     for _ in range(rounds):
         for name, program in programs.items():
             begin = time.perf_counter()
-            jax.block_until_ready(program())
-            seconds[name].append(time.perf_counter() - begin)
+            result = jax.block_until_ready(program())
+            yield name, time.perf_counter() - begin, result
+
+
+def interleaved(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of `rounds` runs of each program, `in_turn`. Each runs once before, which compiles it and is not
+    counted."""
+    for program in programs.values():
+        jax.block_until_ready(program())
+    seconds: dict[Any, list[float]] = {name: [] for name in programs}
+    for name, taken, _ in in_turn(programs, rounds):
+        seconds[name].append(taken)
     return seconds
 
 
@@ -92,13 +97,18 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
-def report(rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
-    """A result as data: what was run, on what, when, and the rows."""
+def circumstances() -> dict[str, Any]:
+    """What was run, on what, when."""
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **facts, "rows": rows}
+            "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
 
 
-def write_json(path: str | None, result: dict[str, Any]) -> None:
+def report(rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
+    """A result as data: its circumstances, and the rows."""
+    return {**circumstances(), **facts, "rows": rows}
+
+
+def write_json(path: str | None, result: Any) -> None:
     if path:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

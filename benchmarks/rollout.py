@@ -28,12 +28,11 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
-from benchmarks import kernel_cases, measure, synthetic  # noqa: E402
+from benchmarks import kernel_cases, measure, parts, synthetic  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.kernels import KERNELS, choose, judge, picked  # noqa: E402
 from jspec.model import Policy, to_rollout  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
-from jspec.speculate.rollout import start  # noqa: E402
 from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
 
 REPEATED = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. "
@@ -116,11 +115,8 @@ def time_batch(args: argparse.Namespace, policy: Policy, size: int, rule: str) -
     sampling = jspec.Sampling(max_new_tokens=args.new_tokens, temperature=args.temperature, stop_tokens=())
     programs, wanted = {}, variants(args)
     for name in dict.fromkeys(name for name, _ in wanted):
-        draft = make_draft(name, policy)
-        if draft is not None:
-            draft = draft.module.prepare(policy, draft)
-        prefill = jax.jit(partial(start, sampling=sampling, k=max(args.k)))
-        programs[name, "prefill"] = partial(prefill, policy, draft, batch)
+        programs[name, "prefill"] = partial(parts.prefill, policy, make_draft(name, policy), batch, sampling,
+                                            k=max(args.k))
     for name, k in wanted:
         programs[name, k, "accept"] = accept_program(args, policy, size, k, sampled=name == "mtp")
         # plain decoding has nothing to accept, and a rule for drafts would only change its noise
@@ -133,13 +129,12 @@ def time_batch(args: argparse.Namespace, policy: Policy, size: int, rule: str) -
         out = programs[name, k]()
         cycles, total = int(out.stats.cycles.max()), measure.median(seconds[name, k])
         prefill = measure.median(seconds[name, "prefill"])
-        acceptance = np.asarray(out.stats.accepted) / np.maximum(np.asarray(out.stats.drafted), 1)
         accept_ms = 1e3 * measure.median(seconds[name, k, "accept"])
         rows.append({"batch": size, "draft": name, "k": k, "tok_per_s": int(out.lengths.sum()) / total,
                      "seconds": seconds[name, k], "prefill_s": prefill, "cycles": cycles,
                      "cycle_ms": 1e3 * (total - prefill) / cycles, "accept_ms": accept_ms,
                      "acceptance_length": float(out.acceptance_length),
-                     "accepted_by_position": acceptance.round(3).tolist()})
+                     "accepted_by_position": parts.by_position(out.stats).round(3).tolist()})
     return rows
 
 

@@ -16,3 +16,20 @@ def smollm2_tokenizer():
     import jspec.hub
 
     return jspec.hub.load_tokenizer("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A directory with a model of characters, drawn at random."""
+    import jax
+
+    import jspec
+    from jspec.hub import character_tokenizer
+
+    tokenizer = character_tokenizer("0123456789+= ")
+    config = jspec.ModelConfig(family="llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                               num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.2,
+                               stop_tokens=(tokenizer.eos_token_id,), pad_token=tokenizer.pad_token_id)
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    jspec.export(jspec.init_policy(config, jax.random.key(0)), directory, tokenizer)
+    return str(directory)

@@ -10,22 +10,8 @@ import pytest
 import jspec
 from jspec.cli import main
 from jspec.commands import compare, make_draft, open_source
-from jspec.hub import character_tokenizer
-from jspec.model import ModelConfig, init_policy
 
 REWARD = "def even(prompt, response, answer, **meta):\n    return float(int(answer) % 2 == 0)\n"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A directory with a model of characters, drawn at random."""
-    tokenizer = character_tokenizer("0123456789+= ")
-    config = ModelConfig(family="llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_layers=1,
-                         num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.2,
-                         stop_tokens=(tokenizer.eos_token_id,), pad_token=tokenizer.pad_token_id)
-    directory = tmp_path_factory.mktemp("model") / "tiny"
-    jspec.export(init_policy(config, jax.random.key(0)), directory, tokenizer)
-    return str(directory)
 
 
 @pytest.fixture

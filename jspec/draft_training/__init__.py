@@ -14,10 +14,10 @@ from pathlib import Path
 
 from jspec import hub
 from jspec.config import DraftTrainingConfig, to_yaml
-from jspec.draft_training.stages import fit
 from jspec.draft_training.prompts import gather
 from jspec.draft_training.report import report
 from jspec.draft_training.samples import sample
+from jspec.draft_training.stages import fit
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.prepare import make_policy

@@ -52,7 +52,7 @@ def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, director
         training.append([tokens for i, tokens in enumerate(prompts) if i % HELD_OUT])
     if config.report.prompts is not None:
         held_out = [[encode(config, tokenizer, record["prompt"]) for record in
-                     read_jsonl(Path(config.report.prompts), keys=("prompt",))]]
+                     read_jsonl(Path(config.report.prompts), keys=("prompt",), setting="report.prompts")]]
     return Prompts(in_turn(training, config.samples.count), in_turn(held_out, config.report.count))
 
 

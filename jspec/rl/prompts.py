@@ -173,10 +173,14 @@ def fingerprint(config, seed: int, identity: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer")) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer"),
+               setting: str = "data.source") -> list[dict[str, Any]]:
     """Reads a file of one {"prompt": ..., "answer": ...} a line; further keys are kept, blank lines are skipped.
 
-    keys: those that every line must have, as text.
+    Args:
+        path: the file.
+        keys: what every line must have.
+        setting: what named the file, for errors.
 
     Raises:
         InputError: naming file and line, and what is wrong there.
@@ -185,11 +189,15 @@ def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer")) -> list[d
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read the prompts {path}: {reason}; check data.source") from error
+        raise InputError(f"cannot read the prompts {path}: {reason}; check {setting}") from error
     records = [parse_line(line, f"{path}:{number}", keys) for number, line in enumerate(lines, start=1) if line.strip()]
     if not records:
-        raise InputError(f'{path} holds no prompts; it needs lines of {{"prompt": "...", "answer": "..."}}')
+        raise InputError(f"{path} holds no prompts; it needs lines of {shape_of(keys)}")
     return records
+
+
+def shape_of(keys: Sequence[str]) -> str:
+    return json.dumps(dict.fromkeys(keys, "..."))
 
 
 def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -198,7 +206,7 @@ def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(record, dict):
-        raise InputError(f'{where}: not an object of {{"prompt": "...", "answer": "..."}}, but {type(record).__name__}')
+        raise InputError(f"{where}: not an object of {shape_of(keys)}, but {type(record).__name__}")
     for key in keys:
         if key not in record:
             raise InputError(f"{where}: no {key!r} (it has {', '.join(map(repr, record)) or 'no keys'})")

@@ -1,0 +1,421 @@
+"""Compare drafters on the same prompts: acceptance, where a cycle's milliseconds go, tokens a second, speed-up.
+
+    jspec bench drafts smollm2-135m-instruct --drafts ngram,mtp --k 1,3,7 --batch 1,8 --json FILE --plot FILE.png
+
+Lists are separated by commas or spaces. Autoregressive decoding ("none") is always timed: speed-ups are over it, at the
+same batch and temperature. Every drafter continues every prompt, `batch` of them at a time, all programs in turn, chunk
+by chunk, so that a drifting machine drifts for all; figures are medians over rounds of seconds over all prompts.
+
+`cycle ms` is that of the rollouts, prefill taken out. `draft ms` and `verify ms` are programs of their own (parts.py),
+and `rest ms` is what then remains of the cycle: the verdict, the commit, the loop. `predicted` is the speed-up that
+acceptance and costs promise: tokens a cycle, times a plain step over a cycle, each the sum of its parts (drafting,
+verification, verdict) timed apart. The measured one also pays for prefill, and for rows that wait for the longest.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import itertools
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+import jspec  # noqa: E402
+from benchmarks import measure, parts  # noqa: E402
+from jspec import cli  # noqa: E402
+from jspec.checkpoint import load_draft  # noqa: E402
+from jspec.commands import open_source  # noqa: E402
+from jspec.drafts.base import Draft, Proposal  # noqa: E402
+from jspec.errors import InputError  # noqa: E402
+from jspec.kernels import KERNELS, choose, picked  # noqa: E402
+from jspec.model import ModelConfig, Policy  # noqa: E402
+from jspec.rl.prompts import encode_prompt, read_jsonl  # noqa: E402
+from jspec.speculate.cycle import RULES  # noqa: E402
+
+HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"
+PLAIN = "none"
+TIMES = 16  # runs of a part within its program
+_UNIT = 16  # prompts are padded to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What one record is about, at one batch size. `none` has k = 0, and runs under the rejection rule."""
+
+    draft: str
+    k: int
+    rule: str
+    temperature: float
+
+
+def one_of(what: str, known: Sequence[str]) -> Callable[[str], str]:
+    """A parser of names that names the nearest known one."""
+    def parse(text: str) -> str:
+        if text in known:
+            return text
+        near = difflib.get_close_matches(text, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise argparse.ArgumentTypeError(f"unknown {what} {text!r}; {hint}")
+    return parse
+
+
+def number(kind: type, low: float) -> Callable[[str], Any]:
+    """A parser of finite numbers from `low` on."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= low):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} of at least {low}, not {text!r}")
+        return value
+    return parse
+
+
+class Listed(argparse.Action):
+    """Items separated by commas, spaces or both, each once. `const` parses one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        items = [item for text in values for item in text.split(",") if item]
+        try:
+            parsed = list(dict.fromkeys(self.const(item) for item in items))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        if not parsed:
+            raise argparse.ArgumentError(self, "needs at least one")
+        setattr(namespace, self.dest, parsed)
+
+
+def named_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (equals and path):
+        raise argparse.ArgumentTypeError(f"must be NAME=DIR, not {text!r}")
+    return one_of("drafter", jspec.drafts.NAMES)(name), path
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Raises InputError for whatever can be known to be wrong before the model is loaded."""
+    names = (PLAIN, *jspec.drafts.NAMES)
+    parser = cli.Parser(prog="jspec bench drafts", description=__doc__)
+
+    def listed(option: str, item: Callable[[str], Any], default: list, help: str) -> None:
+        shown = " ".join(map(str, default))
+        parser.add_argument(option, nargs="+", action=Listed, const=item, default=default,
+                            metavar=option.strip("-").rstrip("s").upper(), help=f"{help} (default: {shown})")
+
+    parser.add_argument("model", metavar="MODEL", help=cli.MODEL)
+    listed("--drafts", one_of("drafter", names), list(names), "drafters")
+    listed("--k", number(int, 1), list(range(1, 8)), "tokens drafted a cycle")
+    listed("--batch", number(int, 1), [1], "prompts decoded together")
+    listed("--temperature", number(float, 0.0), [1.0], "0 is greedy")
+    listed("--rule", one_of("rule", tuple(RULES)), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=64, metavar="N",
+                        help="longest answer; an end token ends one earlier (default: 64)")
+    parser.add_argument("--prompts", type=Path, default=HELDOUT, metavar="FILE.jsonl",
+                        help='lines of {"prompt": "..."} (default: benchmarks/prompts/heldout.jsonl)')
+    parser.add_argument("--count", type=number(int, 1), metavar="N", help="only the first N prompts")
+    parser.add_argument("--draft-path", type=named_path, action="append", default=[], metavar="NAME=DIR",
+                        help="where a drafter's trained weights are: a run's output_dir; may be repeated")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, metavar="N", help="(default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="(default: auto)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--json", metavar="FILE", help="write a list of records there")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw acceptance and speed-up there (needs matplotlib)")
+    args = parser.parse_args(arguments)
+    args.draft_path = dict(args.draft_path)
+    for name in args.draft_path.keys() - set(args.drafts):
+        raise InputError(f"--draft-path {name}=... is for a drafter that --drafts leaves out; add {name} to it")
+    check_targets(args)
+    return args
+
+
+def check_targets(args: argparse.Namespace) -> None:
+    """Raise InputError now for what would fail when results are written, after hours."""
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path and Path(path).is_dir():
+            raise InputError(f"{option} {path} is a directory; name a file in it")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--plot {args.plot} must end in .png, .pdf or .svg")
+
+
+def read_texts(args: argparse.Namespace) -> list[str]:
+    """The prompts that are asked for. Raises InputError for a file that cannot be read, or with too few of them."""
+    texts = [record["prompt"] for record in read_jsonl(args.prompts, ("prompt",), "--prompts")]
+    wanted = args.count or len(texts)
+    if wanted > len(texts):
+        raise InputError(f"--count {wanted} is more than the {len(texts)} prompts of {args.prompts}")
+    if max(args.batch) > wanted:
+        raise InputError(f"--batch {max(args.batch)} is more than the {wanted} prompts; lower it or give more prompts")
+    return texts[:wanted]
+
+
+def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The prompts' token ids, within the tokenizer's chat template. Raises InputError."""
+    try:
+        return [encode_prompt(tokenizer, text) for text in texts]
+    except Exception as error:  # tokenizers raise nothing narrower
+        raise InputError(f"the model's tokenizer refuses one of the --prompts: {error}") from None
+
+
+def check_positions(args: argparse.Namespace, config: ModelConfig, prompts: list[list[int]]) -> None:
+    """Raise InputError if the longest prompt, its answer and the drafts after it do not fit the model's positions."""
+    longest, k = max(map(len, prompts)), max(args.k)
+    if longest + args.max_new_tokens + k > config.max_position_embeddings:
+        raise InputError(f"a prompt of {longest} tokens, --max-new-tokens {args.max_new_tokens} and --k {k} do not fit "
+                         f"the model's {config.max_position_embeddings} positions; lower one of them")
+
+
+def make_draft(name: str, policy: Policy, model_name: str, paths: dict[str, str]) -> Draft | None:
+    """The drafter `name` for `policy` (training layout): trained weights from `paths`, else fresh ones, with a warning
+    where there would be something to train. Raises InputError for a path that holds no such draft."""
+    if name == PLAIN:
+        return None
+    if name not in paths:
+        draft = getattr(jspec.drafts, name)(policy, jax.random.key(1))
+        if draft.module.loss is not None:
+            print(f"jspec: the {name} draft for {model_name} is untrained: few of its tokens will be accepted; give a "
+                  f"trained one with --draft-path {name}=DIR", file=sys.stderr)
+        return draft
+    draft = load_draft(paths[name])
+    if draft is None or draft.config.name != name:
+        held = "no" if draft is None else f"a {draft.config.name}"
+        raise InputError(f"--draft-path {name}={paths[name]} holds {held} draft")
+    draft.check(policy)
+    return draft
+
+
+def make_variants(args: argparse.Namespace) -> list[Variant]:
+    """Of each temperature, plain decoding and then the rest."""
+    names = [name for name in args.drafts if name != PLAIN]
+    return [variant for temperature in args.temperature for variant in (
+        Variant(PLAIN, 0, "rejection", temperature),
+        *itertools.starmap(partial(Variant, temperature=temperature), itertools.product(names, args.k, args.rule)))]
+
+
+def make_batches(args: argparse.Namespace, prompts: list[list[int]], size: int) -> list[jspec.PromptBatch]:
+    """`size` prompts at a time, all padded to one length; what is left over in the end is left out."""
+    length = -(-max(map(len, prompts)) // _UNIT) * _UNIT
+    return [jspec.PromptBatch.from_tokens(prompts[i:i + size], group_size=1, seed=args.seed, buckets=(length,),
+                                          sequence_ids=range(i, i + size))
+            for i in range(0, len(prompts) - size + 1, size)]
+
+
+def rollout_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None],
+                     variants: list[Variant], batches: list[jspec.PromptBatch]) -> dict[Any, Callable[[], Any]]:
+    """("rollout", variant, number of the batch) -> a program that gives lengths and statistics."""
+    def run(variant: Variant, batch: jspec.PromptBatch):
+        sampling = jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=variant.temperature)
+        speculation = jspec.Speculation(k=variant.k, rule=variant.rule, kernels=args.kernels)
+        out = jspec.rollout(policy, drafts[variant.draft], batch, sampling=sampling, speculation=speculation)
+        return out.lengths, out.stats
+
+    return {("rollout", variant, number): partial(run, variant, batch)
+            for number, batch in enumerate(batches) for variant in variants}
+
+
+def features_of(draft: Draft | None) -> tuple[int, ...]:
+    return () if draft is None else draft.module.features(draft.config)
+
+
+def part_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None], variants: list[Variant],
+                  batch: jspec.PromptBatch) -> dict[Any, Callable[[], Any]]:
+    """("prefill", drafter), ("verify", k, features), ("draft", variant) and ("verdict", variant) -> a program. Each has
+    run once: what it gives is what the next part is given."""
+    programs = {}
+
+    def run(key: Any, function: Callable, *arguments: Any, **options: Any) -> Any:
+        programs[key] = partial(function, *arguments, **options)
+        return jax.block_until_ready(programs[key]())
+
+    sampling = jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=1.0)
+    key, times = jax.random.key_data(batch.key), part_times(args)
+    slots, prepared, computed = {}, {}, {}
+    for name, draft in drafts.items():
+        started = run(("prefill", name), parts.prefill, policy, draft, batch, sampling, k=max(args.k))
+        slots[name] = started if name == PLAIN else started.replace(cache=None)
+        prepared[name] = jax.jit(parts.prepare)(policy, draft)
+    for variant in variants:
+        draft = prepared[variant.draft]
+        pass_key = ("verify", variant.k, features_of(draft))
+        if pass_key not in computed:
+            computed[pass_key] = run(pass_key, parts.verification, policy, slots[PLAIN], k=variant.k,
+                                     features=pass_key[2], times=times)
+        trunk, scores = computed[pass_key]
+        mine = slots[variant.draft].replace(temperature=jnp.full(batch.lengths.shape, variant.temperature))
+        proposal = Proposal(jnp.zeros((len(batch.lengths), 0), jnp.int32))
+        if draft is not None:
+            proposal = run(("draft", variant), parts.drafting, policy, draft, mine, trunk, key, rule=variant.rule,
+                           k=variant.k, times=times)
+        mine = mine.replace(cache=None, draft_state=None)
+        run(("verdict", variant), parts.verdict, policy, mine, scores, proposal, key, rule=variant.rule)
+    return programs
+
+
+def part_times(args: argparse.Namespace) -> int:
+    return min(TIMES, args.max_new_tokens)
+
+
+def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None], prompts: list[list[int]],
+               size: int) -> list[dict[str, Any]]:
+    """The records of one batch size, each variant's figures and its comparison with plain decoding."""
+    batches, variants = make_batches(args, prompts, size), make_variants(args)
+    rollouts = rollout_programs(args, policy, drafts, variants, batches)
+    others = part_programs(args, policy, drafts, variants, batches[0])
+    for variant in variants:  # all batches have one shape: the first compiles for the others
+        jax.block_until_ready(rollouts["rollout", variant, 0]())
+    seconds, counts = defaultdict(list), {}
+    for key, taken, result in measure.in_turn(rollouts | others, args.rounds):
+        seconds[key].append(taken)
+        if key[0] == "rollout":
+            counts[key] = jax.device_get(result)
+    records = []
+    for variant in variants:
+        keys = [("rollout", variant, number) for number in range(len(batches))]
+        records.append({"batch": size, **dataclasses.asdict(variant), "prompts": size * len(batches),
+                        **acceptance([counts[key] for key in keys]),
+                        "seconds": [sum(taken) for taken in zip(*(seconds[key] for key in keys), strict=True)],
+                        "prefill_s": len(batches) * measure.median(seconds["prefill", variant.draft]),
+                        **part_ms(seconds, variant, features_of(drafts[variant.draft]), part_times(args))})
+    return compared(records)
+
+
+def acceptance(counts: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """Over all batches' (lengths, statistics): tokens, `cycles` (of each batch's longest row, which is how often the
+    loop ran), tokens a cycle of a row, and the share accepted at each position."""
+    stats = jax.tree.map(lambda *x: sum(x), *(stats.replace(cycles=stats.cycles.sum()) for _, stats in counts))
+    tokens = int(sum(lengths.sum() for lengths, _ in counts))
+    return {"tokens": tokens, "cycles": int(sum(stats.cycles.max() for _, stats in counts)),
+            "acceptance_length": tokens / int(stats.cycles),
+            "acceptance_by_position": parts.by_position(stats).tolist()}
+
+
+def part_ms(seconds: dict[Any, list[float]], variant: Variant, features: tuple[int, ...],
+            times: int) -> dict[str, float]:
+    """Milliseconds of a cycle's parts, each a program of its own."""
+    drafting = measure.median(seconds["draft", variant]) / times if variant.k else 0.0
+    return {"draft_ms": 1e3 * drafting,
+            "verify_ms": 1e3 * measure.median(seconds["verify", variant.k, features]) / times,
+            "accept_ms": 1e3 * measure.median(seconds["verdict", variant])}
+
+
+def parts_sum_ms(record: dict[str, Any]) -> float:
+    """A cycle as the sum of its parts."""
+    return record["draft_ms"] + record["verify_ms"] + record["accept_ms"]
+
+
+def compared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of one batch size with tok/s, the cycle, what remains of it, and both speed-ups over `none`."""
+    plain = {record["temperature"]: record for record in records if record["draft"] == PLAIN}
+
+    def speed(record: dict[str, Any]) -> float:
+        return record["tokens"] / measure.median(record["seconds"])
+
+    def add(record: dict[str, Any]) -> dict[str, Any]:
+        base = plain[record["temperature"]]
+        cycle_ms = 1e3 * (measure.median(record["seconds"]) - record["prefill_s"]) / record["cycles"]
+        return {**record, "tok_per_s": speed(record), "cycle_ms": cycle_ms,
+                "rest_ms": cycle_ms - record["draft_ms"] - record["verify_ms"],
+                "speedup": speed(record) / speed(base),
+                "predicted_speedup": record["acceptance_length"] * parts_sum_ms(base) / parts_sum_ms(record)}
+
+    return [add(record) for record in records]
+
+
+def show(records: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    for name in ("draft", "k", "batch", "T", "rule", "tokens/cycle", "accepted by position", "cycle ms", "draft ms",
+                 "verify ms", "rest ms", "tok/s", "speed-up", "predicted"):
+        table.add_column(name, justify="left" if name in ("draft", "rule", "accepted by position") else "right")
+    for r in records:
+        table.add_row(r["draft"], str(r["k"]), str(r["batch"]), f"{r['temperature']:g}", r["rule"],
+                      f"{r['acceptance_length']:.2f}", " ".join(f"{a:.2f}" for a in r["acceptance_by_position"]),
+                      *(f"{r[name]:.2f}" for name in ("cycle_ms", "draft_ms", "verify_ms", "rest_ms")),
+                      f"{r['tok_per_s']:.1f}", f"{r['speedup']:.2f}x", f"{r['predicted_speedup']:.2f}x")
+    Console(width=max(150, Console().width)).print(table)
+
+
+def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+    """A row of three panels for each batch, temperature and rule: tokens a cycle and speed-up (measured; dashed:
+    predicted) over k, and acceptance by position at the largest k."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = defaultdict(list)
+    for r in (r for r in records if r["k"]):
+        settings[r["batch"], r["temperature"], r["rule"]].append(r)
+    figure, rows = plt.subplots(max(1, len(settings)), 3, figsize=(14, 3.8 * max(1, len(settings))), squeeze=False,
+                                constrained_layout=True)
+    names = dict.fromkeys(r["draft"] for r in records if r["k"])
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
+    for axes, ((batch, temperature, rule), group) in zip(rows, settings.items(), strict=False):
+        for name in dict.fromkeys(r["draft"] for r in group):
+            mine = sorted((r for r in group if r["draft"] == name), key=lambda r: r["k"])
+            ks, style = [r["k"] for r in mine], {"color": colors[name], "marker": "o"}
+            axes[0].plot(ks, [r["acceptance_length"] for r in mine], label=name, **style)
+            axes[1].plot(ks, [r["speedup"] for r in mine], label=name, **style)
+            axes[1].plot(ks, [r["predicted_speedup"] for r in mine], color=colors[name], linestyle="--")
+            axes[2].plot(range(1, ks[-1] + 1), mine[-1]["acceptance_by_position"], label=f"{name}, k = {ks[-1]}",
+                         **style)
+        where = f"batch {batch}, T = {temperature:g}, {rule}"
+        for axis, what, label in zip(axes, ("tokens a cycle", "speed-up (dashed: predicted)", "accepted, by position"),
+                                     ("k", "k", "draft position"), strict=True):
+            axis.set(title=f"{what}; {where}", xlabel=label)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+        axes[1].axhline(1, color="0.5", linewidth=1)
+        axes[2].set_ylim(0, 1.02)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Returns the records, which are what `--json` writes. Raises InputError for a mistake of the user's."""
+    args = parse(arguments)
+    texts, console = read_texts(args), Console(stderr=True)
+    with console.status("loading"):
+        source = open_source(args.model, [], args.dtype)
+        prompts = encode(texts, source.tokenizer)
+        check_positions(args, source.policy.config, prompts)
+        own = {} if source.draft is None else {source.draft.config.name: args.model}
+        drafts = {name: make_draft(name, source.policy, args.model, own | args.draft_path)
+                  for name in dict.fromkeys((PLAIN, *args.drafts))}
+        policy = jspec.reshard(source.policy).replace(kernels=choose(args.kernels))
+        del source
+    facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels), "seed": args.seed,
+             "max_new_tokens": args.max_new_tokens, "prompts_file": str(args.prompts), **measure.circumstances()}
+    records = []
+    for size in args.batch:
+        with console.status(f"batch {size}: compiling, then {args.rounds} rounds"):
+            records += [{**record, "draft_path": (own | args.draft_path).get(record["draft"]), **facts}
+                        for record in time_batch(args, policy, drafts, prompts, size)]
+        measure.write_json(args.json, records)
+    title = f"{args.model}, {facts['dtype']}, up to {args.max_new_tokens} new tokens, {facts['kernels']}"
+    show(records, title)
+    if args.plot:
+        draw(records, title, Path(args.plot))
+    return records
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["bench", "drafts", *sys.argv[1:]]))

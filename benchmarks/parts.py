@@ -1,0 +1,93 @@
+"""The parts of a rollout as programs of their own, so that each can be timed: prefill, drafting, verification, verdict.
+
+A part that writes a cache runs several times within its program, each time one position further and on what the time
+before left, as in the rollout's own loop. Called once by itself it would copy the caches that the loop writes in place.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jspec
+from jspec.drafts import Draft
+from jspec.drafts.base import Committed, Observation, Proposal, Sampler
+from jspec.kernels import judge
+from jspec.model import Policy, Trunk, logits, verify
+from jspec.speculate.cycle import RULES, Slots
+from jspec.speculate.rollout import start
+from pallas_kernels.rejection_sampling import Verdict
+
+
+def prepare(policy: Policy, draft: Draft | None) -> Draft | None:
+    """The draft as cycles use it."""
+    return None if draft is None else draft.module.prepare(policy, draft)
+
+
+@partial(jax.jit, static_argnames="k")
+def prefill(policy: Policy, draft: Draft | None, batch: jspec.PromptBatch, sampling: jspec.Sampling, k: int) -> Slots:
+    """All that a rollout does before its first cycle. The draft is not prepared yet."""
+    return start(policy, prepare(policy, draft), batch, sampling, k)
+
+
+def _repeated(step: Callable[[Any, Any], tuple[Any, Any]], state: Any, times: int) -> Any:
+    """The last `out` of `step(i, state) -> (state, out)`."""
+    out = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda s: step(0, s)[1], state))
+    return jax.lax.fori_loop(0, times, lambda i, carry: step(i, carry[0]), (state, out))[1]
+
+
+@partial(jax.jit, static_argnames=("k", "features", "times"))
+def verification(policy: Policy, slots: Slots, *, k: int, features: tuple[int, ...],
+                 times: int) -> tuple[Trunk, jax.Array]:
+    """`times` passes over the weights with K + 1 positions a row, output head included.
+
+    times: at most the sampling's max_new_tokens, which is what the caches have room for.
+    Returns the last pass's trunk [N, K + 1, D] and logits float32 [N, K + 1, V].
+    """
+    def step(i, cache):
+        tokens = (slots.tokens[:, :k + 1] + i) % policy.config.vocab_size
+        trunk, cache = verify(policy, tokens, cache, slots.lengths - 1 + i, features=features)
+        scores = logits(policy, trunk.hidden.reshape(-1, trunk.hidden.shape[-1]))
+        return cache, (trunk, scores.reshape(*tokens.shape, -1))
+
+    return _repeated(step, slots.cache, times)
+
+
+@partial(jax.jit, static_argnames=("rule", "k", "times"))
+def drafting(policy: Policy, draft: Draft, slots: Slots, trunk: Trunk, key: jax.Array, *, rule: str, k: int,
+             times: int) -> Proposal:
+    """`times` proposals of K tokens, each followed by what the drafter does once they are judged: of every proposal the
+    first token is committed. Returns the last one.
+
+    Args:
+      draft: prepared; slots hold its state over the prompts.
+      trunk: what it is shown of the verification, [N, K + 1, ...]. key: raw, of the noise.
+    """
+    def step(i, carry):
+        state, tokens = carry
+        lengths = slots.lengths + i
+        sampler = Sampler(RULES[rule](key, slots.sequence_ids, lengths, k), slots.temperature, slots.top_p, 0, k)
+        proposal, state = draft.module.propose(policy, draft, state, Committed(tokens, lengths), sampler)
+        new = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+        state = draft.module.observe(policy, draft, state, Observation(trunk, new, lengths, jnp.ones_like(lengths)))
+        tokens = jnp.where(jnp.arange(tokens.shape[1]) == lengths[:, None], new[:, :1], tokens)
+        return (state, tokens), proposal
+
+    return _repeated(step, (slots.draft_state, slots.tokens), times)
+
+
+@partial(jax.jit, static_argnames="rule")
+def verdict(policy: Policy, slots: Slots, scores: jax.Array, proposal: Proposal, key: jax.Array, *,
+            rule: str) -> Verdict:
+    """The verdict on one proposal, over logits that are there already; its noise is made here too."""
+    noise = RULES[rule](key, slots.sequence_ids, slots.lengths, proposal.tokens.shape[1])
+    return judge(policy, scores, proposal.tokens, proposal.log_q, noise, slots.temperature, slots.top_p,
+                 draft_vocab=proposal.vocab)
+
+
+def by_position(stats: Any) -> np.ndarray:
+    """float [K], the share of cycles in which the draft at each position was accepted."""
+    return np.asarray(stats.accepted) / np.maximum(np.asarray(stats.drafted), 1)

@@ -102,7 +102,7 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--system", metavar="TEXT", help="system message of the chat")
     made.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
     made.add_argument("--draft", choices=(*DRAFTERS, "none"), help="the drafter (default: the trained one of a "
-                      "run's output_dir, ngram otherwise)")
+                      "run's output_dir, or the one that ships for the model; ngram otherwise)")
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
     made.add_argument("--rule", choices=RULES, default="rejection", help="rejection, block: exact in distribution, "
                       "drafts judged one by one or together; coupled: the autoregressive tokens themselves (default: "

@@ -10,8 +10,14 @@ from jspec.errors import InputError
 from jspec.heads import files
 from jspec.model import Policy
 
-SHIPPED = tuple(sorted(path.name for path in Path(__file__).parent.iterdir() if (path / files.CONFIG).is_file()))
+_HOME = Path(__file__).parent
+SHIPPED = tuple(sorted(path.name for path in _HOME.iterdir() if (path / files.CONFIG).is_file()))
 """Short names of models for which a trained head lies beside this file."""
+
+
+def shipped(model: str, drafter: str | None = None) -> bool:
+    """Whether a trained head for the model of this name ships with jspec, and is of `drafter` where one is named."""
+    return model in SHIPPED and drafter in (None, files.read_config(_HOME / model).name)
 
 
 def load_draft(policy: Policy, source: str | Path) -> Draft:
@@ -24,7 +30,7 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
     Raises InputError if there is none, it cannot be read, or it was made for another policy.
     """
     if source in SHIPPED:
-        return files.read(Path(__file__).parent / source, policy)
+        return files.read(_HOME / source, policy)
     path = Path(source).expanduser()
     if files.is_head(path):
         return files.read(path, policy)

@@ -47,7 +47,7 @@ def change(directory, edit):
 
 @pytest.mark.parametrize("edit, message", [
     (lambda t: t.pop("weights.blocks.1.proj"), "tensor weights.blocks.1.proj is missing"),
-    (lambda t: t.update({"weights.extra": np.zeros(2, np.float32)}), "tensor weights.extra has no place in a mtp draft"),
+    (lambda t: t.update({"weights.more": np.zeros(2, np.float32)}), "tensor weights.more has no place in a mtp draft"),
     (lambda t: t.update({"weights.blocks.0.proj": np.zeros((2, 2), np.float32)}),
      "tensor weights.blocks.0.proj has shape [2, 2], but the config says [32, 64]"),
 ])

@@ -125,10 +125,10 @@ def make_draft(source: Source, name: str | None) -> Draft | None:
         return None
     if source.draft is not None and name in (None, source.draft.config.name):
         return source.draft
-    chosen = name or "ngram"
-    if chosen != "ngram":
-        print(f"jspec: this {chosen} draft is fresh, not trained: few of its tokens will be accepted", file=sys.stderr)
-    return getattr(jspec.drafts, chosen)(source.policy, jax.random.key(0))
+    draft = getattr(jspec.drafts, name or "ngram")(source.policy, jax.random.key(0))
+    if draft.module.loss is not None:
+        print(f"jspec: this {name} draft is fresh, not trained: few of its tokens will be accepted", file=sys.stderr)
+    return draft
 
 
 def compare(plain, fast) -> str:

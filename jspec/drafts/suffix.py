@@ -126,7 +126,7 @@ def _known(memory: dict, prompt: jax.Array) -> jax.Array:
 
 
 def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
-    """Prompts' lengths [P], and where there is a history what it holds of each prompt, made with other keys, [P, H, W]."""
+    """Prompts' lengths [P], and where there is a history what it holds of each, made with other keys: [P, H, W]."""
     state, memory = {"prompt_lengths": prefill.lengths}, draft.state
     if memory:
         known = _known(memory, fingerprint(prefill.tokens, prefill.lengths))

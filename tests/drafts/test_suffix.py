@@ -13,7 +13,6 @@ import jspec
 from jspec.drafts import base
 from jspec.drafts.parts.lookup import NOTHING
 from jspec.sharding import make_mesh
-from jspec.speculate import Rollout
 from tests.speculate import tiny
 from tests.speculate.test_chi_square import PLANTED, REFUSE, p_value
 from tests.speculate.ties import assert_same, generated
@@ -99,16 +98,6 @@ def test_what_a_sibling_wrote_is_drafted_whole_and_what_another_prompt_wrote_is_
 # --- what is remembered ---
 
 
-def made(prompts, outputs, seed=1, width=8, buckets=(8,)):
-    """A batch, and the Rollout of it whose outputs are these: a list of rows for each prompt."""
-    batch = jspec.PromptBatch.from_tokens(prompts, group_size=len(outputs[0]), seed=seed, buckets=buckets)
-    rows = [row for group in outputs for row in group]
-    tokens = jnp.array([row + [0] * (width - len(row)) for row in rows], jnp.int32)
-    lengths = jnp.array(list(map(len, rows)))
-    mask = jnp.arange(width) < lengths[:, None]
-    return batch, Rollout(tokens, mask, None, mask, None, lengths, None, None)
-
-
 def recalled(draft, prompt, seed=9, length=16):
     """The outputs that `start` finds for a prompt in a rollout with another key, newest first."""
     tokens = jnp.array([prompt + [3] * (length - len(prompt))], jnp.int32)
@@ -125,29 +114,31 @@ def test_the_newest_outputs_of_a_prompt_are_kept_and_the_oldest_prompt_is_forgot
     draft = jspec.drafts.suffix(POLICY, **SMALL)
     a, b, c, d = [1, 2], [1], [2, 1, 1, 1, 1, 1, 1, 1, 1, 4], [4]
     assert recalled(draft, a) == []
-    draft = remember(draft, *made([a, b], [[[1]], [[2, 3]]]))
-    draft = remember(draft, *made([a], [[[4, 4]]]))  # one newer row
+    draft = remember(draft, *tiny.finished([a, b], [[[1]], [[2, 3]]]))
+    draft = remember(draft, *tiny.finished([a], [[[4, 4]]]))  # one newer row
     assert recalled(draft, a) == [[4, 4], [1]] and recalled(draft, b) == [[2, 3]]
     assert recalled(draft, a, length=32) == [[4, 4], [1]]  # whatever it is padded to
     assert recalled(draft, [2, 1]) == recalled(draft, [1, 2, 0]) == recalled(draft, [1, 1]) == []
-    draft = remember(draft, *made([c], [[[1] * 8, [2], [3]]], buckets=(10,)))  # its first two rows, cut at six tokens
+    # of three rows the first two, cut at six tokens
+    draft = remember(draft, *tiny.finished([c], [[[1] * 8, [2], [3]]], buckets=(10,)))
     assert recalled(draft, c) == [[1] * 6, [2]]
-    draft = remember(draft, *made([d], [[[0]]]))  # b is the one remembered longest ago
+    draft = remember(draft, *tiny.finished([d], [[[0]]]))  # b is the one remembered longest ago
     assert [len(recalled(draft, x)) for x in (a, b, c, d)] == [2, 0, 2, 1]
-    draft = remember(draft, *made([b, b], [[[1]], [[2]]]))  # twice in a batch is one prompt, and a is the oldest now
+    # twice in a batch is one prompt, and a is the oldest now
+    draft = remember(draft, *tiny.finished([b, b], [[[1]], [[2]]]))
     assert recalled(draft, b) == [[2], [1]]
     assert [len(recalled(draft, x)) for x in (a, c, d)] == [0, 2, 1]
 
 
 def test_what_was_made_with_a_rollouts_own_key_is_passed_over():
-    draft = remember(jspec.drafts.suffix(POLICY, **SMALL), *made([[1]], [[[1]]], seed=1))
-    draft = remember(draft, *made([[1]], [[[2]]], seed=2))
+    draft = remember(jspec.drafts.suffix(POLICY, **SMALL), *tiny.finished([[1]], [[[1]]], seed=1))
+    draft = remember(draft, *tiny.finished([[1]], [[[2]]], seed=2))
     assert [recalled(draft, [1], seed=seed) for seed in (1, 2, 3)] == [[[2]], [[1]], [[2], [1]]]
 
 
 def test_without_a_history_there_is_none():
     draft = jspec.drafts.suffix(POLICY, history_prompts=0)
-    assert draft.state == {} and remember(draft, *made([[1]], [[[1]]])).state == {}
+    assert draft.state == {} and remember(draft, *tiny.finished([[1]], [[[1]]])).state == {}
 
 
 @pytest.mark.parametrize("name, value, least", [("max_match", 0, 1), ("siblings", -1, 0), ("history_prompts", -1, 0),
@@ -211,7 +202,7 @@ def pairs(share_noise):
     policy = tiny.policy(4, seed=2, scale=0.2, stop_tokens=(3,))
     prompt, count = [1, 0, 1, 0], 20_000
     draft = jspec.drafts.suffix(policy, **SMALL)
-    draft = remember(draft, *made([prompt], [[[1, 0, 2], [0, 0, 1]]], seed=7))
+    draft = remember(draft, *tiny.finished([prompt], [[[1, 0, 2], [0, 0, 1]]], seed=7))
     batch = jspec.PromptBatch.from_tokens([prompt] * count, group_size=2, seed=0, buckets=(4,))
     if share_noise:
         batch = batch.replace(sequence_ids=batch.sequence_ids // 2)

@@ -21,6 +21,9 @@ def make(draft, vocab, k):
         return policy, tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(k)))
     if draft == "ngram":
         return policy, jspec.drafts.ngram(policy)
+    if draft == "suffix":
+        made = jspec.drafts.suffix(policy, history_prompts=2, history_rows=2, history_tokens=3)
+        return policy, made.module.remember(made, *tiny.finished([PROMPT], [[[1, 2, 0], [1, 0, 2]]]))
     return policy, tiny.table_draft(policy, sampled=draft == "table", seed=k)
 
 
@@ -43,6 +46,7 @@ CASES = [
     ("table", 4, 2, 2, dict(max_new_tokens=3, stop_tokens=(3,), top_k=3, top_p=0.8)),
     ("ngram", 4, 3, 3, dict(max_new_tokens=4, stop_tokens=(0,), min_new_tokens=1)),
     ("fixed", 5, 2, 3, dict(max_new_tokens=3, stop_tokens=(4, 2), temperature=0.7, top_k=4)),
+    ("suffix", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
 ]
 
 LONG = [
@@ -54,6 +58,7 @@ LONG = [
     ("mtp", 4, 2, 4, dict(max_new_tokens=4, stop_tokens=(3,), min_new_tokens=1)),
     ("mtp", 4, 1, 4, dict(max_new_tokens=4, stop_tokens=(2,), temperature=0.7, top_k=3, top_p=0.9)),
     ("ngram", 5, 3, 4, dict(max_new_tokens=4, stop_tokens=(1,))),
+    ("suffix", 4, 3, 4, dict(max_new_tokens=4, stop_tokens=(3,), temperature=0.7, min_new_tokens=1)),
     ("ngram", 3, 2, 5, dict(max_new_tokens=5, stop_tokens=(2,), temperature=0.7)),
     ("ngram", 3, 1, 4, dict(max_new_tokens=5, stop_tokens=(2,), min_new_tokens=3, top_p=0.7)),
     ("fixed", 4, 3, 4, dict(max_new_tokens=4, stop_tokens=(3,), top_k=3, top_p=0.9)),

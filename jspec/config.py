@@ -64,7 +64,7 @@ class DraftSection:
                              choices=("adamw", "muon"))
     learning_rate: float = setting(1e-3, "peak learning rate of the draft's own optimizer", low=0)
     clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
-    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match")
+    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match or suffix's history")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,10 +93,9 @@ def worker(folder, cases):
     print(json.dumps(placed))
 
 
-def eight(folder, cases):
-    """What the worker process printed."""
+def eight(code):
+    """What a process with eight devices printed, as JSON on its last line, when it ran `code`."""
     root = Path(__file__).parents[1]
-    code = f"from tests.test_sharding import worker; worker({str(folder)!r}, {cases!r})"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=550)
@@ -106,7 +105,7 @@ def eight(folder, cases):
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
-    placed = eight(tmp_path, cases)
+    placed = eight(f"from tests.test_sharding import worker; worker({str(tmp_path)!r}, {cases!r})")
     for kv_heads in (8, 2):
         policy = make(kv_heads)
         one, plain = run(policy, "mtp"), run(policy, None)

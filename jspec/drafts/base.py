@@ -10,10 +10,14 @@ A module `jspec/drafts/NAME.py` defines, and nothing else in the project changes
     propose(policy, draft, state, committed, sampler) -> (Proposal, state)
     observe(policy, draft, state, observation) -> state     fold in what the verifier just computed
     loss(policy, draft, batch, kind) -> (sum, count, metrics); None: not trained
+    remember(draft, batch, rollout) -> Draft     optional: fold a rollout that is over (its `PromptBatch` and `Rollout`)
+        into the draft's persistent state; jittable, every array keeps its shape. The training loop calls it each step
     Config: the static config's dataclass, for readers of files
 
-State is a pytree whose leaves lead with rows, and depends on committed tokens only (what `propose` leaves in it beyond
-them, `observe` overwrites).
+State is a pytree whose leaves lead with rows, and depends on the draft and on committed tokens only (what `propose`
+leaves in it beyond them, `observe` overwrites). Siblings' committed tokens count too: they were made without the noise
+that judges this row's drafts. What is remembered of a rollout was made with its noise: it must not be drafted from in
+a rollout with the same key.
 """
 
 from __future__ import annotations
@@ -64,19 +68,27 @@ class Draft:
 
 @struct.dataclass
 class Prefill:
-    """What the policy computed over P prompts: trunk [P, L, ...], tokens int32 [P, L], lengths int32 [P]."""
+    """What the policy computed over P prompts: trunk [P, L, ...], tokens int32 [P, L], lengths int32 [P].
+
+    key: uint32 [2], of the batch: to know a rollout's noise again by, and not to make any.
+    """
 
     trunk: Trunk
     tokens: jax.Array
     lengths: jax.Array
+    key: jax.Array | None = None
 
 
 @struct.dataclass
 class Committed:
-    """Every row's tokens so far, prompt included: tokens int32 [N, S], garbage from lengths int32 [N] on."""
+    """Every row's tokens so far, prompt included: tokens int32 [N, S], garbage from lengths int32 [N] on.
+
+    group_size: static. Each group_size adjacent rows, from row 0 on, continue one prompt; 1: nothing is said of that.
+    """
 
     tokens: jax.Array
     lengths: jax.Array
+    group_size: int = struct.field(pytree_node=False, default=1)
 
 
 @struct.dataclass

@@ -33,6 +33,7 @@ class Slots:
       cache: of the policy, S positions a row. draft_state: the drafter's, rows leading.
       trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1 on.
       cycles: int32 [N]; drafted, accepted: int32 [K].
+      group_size: static; each group_size adjacent slots, from slot 0 on, hold sequences of one prompt.
     """
 
     sequence_ids: jax.Array
@@ -51,6 +52,7 @@ class Slots:
     cycles: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    group_size: int = struct.field(pytree_node=False, default=1)
 
 
 def split_features(trunk: Trunk, count: int) -> tuple[Trunk, Trunk]:
@@ -71,7 +73,8 @@ def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_
     if draft is None or k == 0:
         return Proposal(jnp.zeros((slots.lengths.shape[0], 0), jnp.int32)), slots.draft_state
     sampler = Sampler(noise, slots.temperature, slots.top_p, top_k, k)
-    return draft.module.propose(policy, draft, slots.draft_state, Committed(slots.tokens, slots.lengths), sampler)
+    committed = Committed(slots.tokens, slots.lengths, group_size=slots.group_size)
+    return draft.module.propose(policy, draft, slots.draft_state, committed, sampler)
 
 
 def _accept(policy: Policy, slots: Slots, hidden: jax.Array, proposal: Proposal, noise: Any,

@@ -96,7 +96,8 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
             lambda x: jnp.pad(x, ((0, 0), (0, size - length), (0, 0))), kept)
         state = None
         if draft is not None:
-            state = draft.module.start(policy, draft, Prefill(trunk, batch.tokens, batch.lengths), size)
+            computed = Prefill(trunk, batch.tokens, batch.lengths, jax.random.key_data(batch.key))
+            state = draft.module.start(policy, draft, computed, size)
 
         def share(x):
             names = ("batch", "kv_heads") if x.ndim == 4 else ("batch",)
@@ -114,7 +115,8 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
         temperature=by_row(jnp.asarray(sampling.temperature, jnp.float32)),
         top_p=None if sampling.top_p is None else by_row(jnp.asarray(sampling.top_p, jnp.float32)),
         cache=cache, draft_state=state, trunk=kept,
-        cycles=jnp.zeros(rows, jnp.int32), drafted=jnp.zeros(k, jnp.int32), accepted=jnp.zeros(k, jnp.int32))
+        cycles=jnp.zeros(rows, jnp.int32), drafted=jnp.zeros(k, jnp.int32), accepted=jnp.zeros(k, jnp.int32),
+        group_size=batch.group_size)
 
 
 def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:

@@ -39,6 +39,7 @@ CASES = [
     ("table", 4, 2, 2, dict(max_new_tokens=3, stop_tokens=(3,), top_k=3, top_p=0.8)),
     ("ngram", 4, 3, 3, dict(max_new_tokens=4, stop_tokens=(0,), min_new_tokens=1)),
     ("fixed", 5, 2, 3, dict(max_new_tokens=3, stop_tokens=(4, 2), temperature=0.7, top_k=4)),
+    ("suffix", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
 ]
 
 BLOCK = [
@@ -55,6 +56,7 @@ LONG = [
     ("mtp", 4, 2, 4, dict(max_new_tokens=4, stop_tokens=(3,), min_new_tokens=1)),
     ("mtp", 4, 1, 4, dict(max_new_tokens=4, stop_tokens=(2,), temperature=0.7, top_k=3, top_p=0.9)),
     ("ngram", 5, 3, 4, dict(max_new_tokens=4, stop_tokens=(1,))),
+    ("suffix", 4, 3, 4, dict(max_new_tokens=4, stop_tokens=(3,), temperature=0.7, min_new_tokens=1)),
     ("ngram", 3, 2, 5, dict(max_new_tokens=5, stop_tokens=(2,), temperature=0.7)),
     ("ngram", 3, 1, 4, dict(max_new_tokens=5, stop_tokens=(2,), min_new_tokens=3, top_p=0.7)),
     ("fixed", 4, 3, 4, dict(max_new_tokens=4, stop_tokens=(3,), top_k=3, top_p=0.9)),

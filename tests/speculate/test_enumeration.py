@@ -112,10 +112,10 @@ def test_vocabularies_of_several_blocks(draft, monkeypatch):
 @planted.each_bug
 def test_planted_bugs_are_seen(bug, monkeypatch):
     rule = planted.plant(monkeypatch, bug)
-    policy, draft = make("table", 3, 2)
+    policy, draft = make("table", 4, 2)  # of three tokens, a residual is often one token, whatever its weight
     sampling = dict(max_new_tokens=3, stop_tokens=(2,))  # room for a bonus token after two drafts
     got, _ = enumerate_sequences(policy, draft, PROMPT, k=2, rule=rule, **sampling)
-    assert tiny.distance(got, tiny.autoregressive(policy, PROMPT, **sampling)) > 1000 * TOLERANCE
+    assert tiny.distance(got, tiny.autoregressive(policy, PROMPT, **sampling)) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("rule", ["block", pytest.param("rejection", marks=pytest.mark.slow)])

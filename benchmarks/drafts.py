@@ -35,10 +35,10 @@ from rich.table import Table  # noqa: E402
 import jspec  # noqa: E402
 from benchmarks import measure, parts  # noqa: E402
 from jspec import cli  # noqa: E402
-from jspec.checkpoint import load_draft  # noqa: E402
 from jspec.commands import open_source  # noqa: E402
 from jspec.drafts.base import Draft, Proposal  # noqa: E402
 from jspec.errors import InputError  # noqa: E402
+from jspec.heads import shipped  # noqa: E402
 from jspec.kernels import KERNELS, choose, picked  # noqa: E402
 from jspec.model import ModelConfig, Policy  # noqa: E402
 from jspec.rl.prompts import encode_prompt, read_jsonl  # noqa: E402
@@ -126,9 +126,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="longest answer; an end token ends one earlier (default: 64)")
     parser.add_argument("--prompts", type=Path, default=HELDOUT, metavar="FILE.jsonl",
                         help='lines of {"prompt": "..."} (default: benchmarks/prompts/heldout.jsonl)')
-    parser.add_argument("--count", type=number(int, 1), metavar="N", help="only the first N prompts")
+    parser.add_argument("--count", type=number(int, 0), default=24, metavar="N",
+                        help="only the first N prompts; 0: all (default: 24)")
     parser.add_argument("--draft-path", type=named_path, action="append", default=[], metavar="NAME=DIR",
-                        help="where a drafter's trained weights are: a run's output_dir; may be repeated")
+                        help="where a drafter's trained weights are, as jspec.load_draft takes it; may be repeated")
     parser.add_argument("--rounds", type=number(int, 1), default=3, metavar="N", help="(default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="(default: auto)")
@@ -182,21 +183,21 @@ def check_positions(args: argparse.Namespace, config: ModelConfig, prompts: list
 
 
 def make_draft(name: str, policy: Policy, model_name: str, paths: dict[str, str]) -> Draft | None:
-    """The drafter `name` for `policy` (training layout): trained weights from `paths`, else fresh ones, with a warning
-    where there would be something to train. Raises InputError for a path that holds no such draft."""
+    """The drafter `name` for `policy` (training layout): trained weights from `paths`, else those that ship with jspec,
+    else fresh ones, with a warning where there would be something to train. Raises InputError for a path that holds no
+    such draft."""
     if name == PLAIN:
         return None
-    if name not in paths:
+    path = paths.get(name, model_name if shipped(model_name, name) else None)
+    if path is None:
         draft = getattr(jspec.drafts, name)(policy, jax.random.key(1))
         if draft.module.loss is not None:
             print(f"jspec: the {name} draft for {model_name} is untrained: few of its tokens will be accepted; give a "
                   f"trained one with --draft-path {name}=DIR", file=sys.stderr)
         return draft
-    draft = load_draft(paths[name])
-    if draft is None or draft.config.name != name:
-        held = "no" if draft is None else f"a {draft.config.name}"
-        raise InputError(f"--draft-path {name}={paths[name]} holds {held} draft")
-    draft.check(policy)
+    draft = jspec.load_draft(policy, path)
+    if draft.config.name != name:
+        raise InputError(f"--draft-path {name}={path} holds a {draft.config.name} draft")
     return draft
 
 
@@ -248,7 +249,7 @@ def part_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Dr
     slots, prepared, computed = {}, {}, {}
     for name, draft in drafts.items():
         started = run(("prefill", name), parts.prefill, policy, draft, batch, sampling, k=max(args.k))
-        slots[name] = started if name == PLAIN else started.replace(cache=None)
+        slots[name] = started if name == PLAIN else started.replace(cache=slots[PLAIN].cache)  # they are alike
         prepared[name] = jax.jit(parts.prepare)(policy, draft)
     for variant in variants:
         draft = prepared[variant.draft]

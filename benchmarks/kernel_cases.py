@@ -10,6 +10,8 @@ from pallas_kernels.rejection_sampling import shapes as sampling_shapes
 from pallas_kernels.verify_attention import shapes as attention_shapes
 
 RULES = ("rejection", "rejection, sampled drafts", "coupled")
+"""What is compiled and timed. `judging` knows "block" and "block, sampled drafts" too, which run rejection's pass."""
+NOISE = {"rejection": noise_lib.rejection_noise, "block": noise_lib.block_noise, "coupled": noise_lib.coupled_noise}
 STOPS = (2, 5)  # end tokens that may be banned
 
 
@@ -22,9 +24,9 @@ def judging(shape: sampling_shapes.Shape, rule: str, key: jax.Array) -> dict[str
     likely = jnp.arange(vocab) == jnp.pad(drafts, ((0, 0), (0, 1)), constant_values=-1)[..., None]
     logits = jnp.where(likely, jnp.log(vocab) + 5.0, logits)
     log_q = None
-    if rule == "rejection, sampled drafts" and k:
+    if rule.endswith("sampled drafts") and k:
         log_q = jax.nn.log_softmax(logits[:, :k] + jax.random.normal(keys[2], (rows, k, vocab)))
-    make = noise_lib.coupled_noise if rule == "coupled" else noise_lib.rejection_noise
+    make = NOISE[rule.partition(",")[0]]
     noise = make(jax.random.key_data(keys[3]), jnp.arange(rows), jnp.full(rows, 100, jnp.int32), k)
     return {"logits": logits.astype(shape.dtype), "draft_tokens": drafts, "draft_log_q": log_q, "noise": noise,
             "temperature": jnp.ones(rows, jnp.float32)}

@@ -32,6 +32,7 @@ from benchmarks import kernel_cases, measure, parts, synthetic  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.kernels import KERNELS, choose, judge, picked  # noqa: E402
 from jspec.model import Policy, to_rollout  # noqa: E402
+from jspec.speculate.cycle import RULES  # noqa: E402
 from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
 
 REPEATED = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. "
@@ -50,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, nargs="+", default=[3])
     parser.add_argument("--acceptance", type=lambda text: tuple(map(float, text.split(","))),
                         help="acceptance by draft position, for example 0.8,0.7,0.6; the last one goes on")
-    parser.add_argument("--rule", choices=["rejection", "coupled"], default="rejection")
+    parser.add_argument("--rule", choices=RULES, default="rejection")
     parser.add_argument("--kernels", choices=KERNELS, default="auto")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32")
@@ -101,7 +102,7 @@ def variants(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 def accept_program(args: argparse.Namespace, policy: Policy, size: int, k: int, sampled: bool) -> Any:
     """The verdict of a cycle, over logits that are there already."""
-    rule = "coupled" if args.rule == "coupled" else "rejection, sampled drafts" if sampled else "rejection"
+    rule = f"{args.rule}, sampled drafts" if sampled and args.rule != "coupled" else args.rule
     shape = Shape(args.shape, policy.config.vocab_size, size, k)
     case = jax.jit(partial(kernel_cases.judging, shape, rule))(jax.random.key(0))
     chosen = policy.replace(weights={}, kernels=choose(args.kernels))

@@ -11,7 +11,7 @@ _SURFACE = {
     "Sampling": "jspec.speculate", "Speculation": "jspec.speculate",
     "Policy": "jspec.model", "ModelConfig": "jspec.model", "RopeConfig": "jspec.model", "init_policy": "jspec.model",
     "reshard": "jspec.model",
-    "Draft": "jspec.drafts",
+    "Draft": "jspec.drafts", "load_draft": "jspec.heads",
     "TrainState": "jspec.rl.state",
     "make_mesh": "jspec.sharding",
     "InputError": "jspec.errors",

@@ -23,7 +23,7 @@ from jspec.config import Config, load_config, to_yaml
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
 from jspec.errors import InputError
-from jspec.model import ModelConfig, Policy, RopeConfig, param_specs
+from jspec.model import ModelConfig, ParamSpec, Policy, RopeConfig, param_specs
 from jspec.model.params import is_spec
 from jspec.rl.state import TrainState
 from jspec.sharding import spec_sharding
@@ -247,7 +247,8 @@ def load_draft(run_dir: str | Path) -> Draft | None:
     draft = jax.eval_shape(lambda weights: make(Policy(weights, config), jax.random.key(0), **section.options), weights)
     if not jax.tree.leaves(draft):
         return draft
-    tree = {"weights": _placed(draft.module.specs(draft.config), config), "state": draft.state}
+    state = jax.tree.map(lambda x: ParamSpec(x.shape, (None,) * x.ndim, dtype=str(x.dtype)), draft.state)
+    tree = {"weights": _placed(draft.module.specs(draft.config), config), "state": _placed(state, config)}
     return draft.replace(**_restore(run_dir, draft=ocp.args.StandardRestore(tree))["draft"])
 
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from jspec.config import DRAFTERS
+from jspec.config import DRAFTERS, RULES
 from jspec.errors import InputError
 
 EPILOG = """\
@@ -22,9 +22,9 @@ MODEL = "short name (smollm2-135m-instruct), hub id, directory of safetensors, .
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `keys=True` appends all configuration keys to the help."""
+    """Says what is wrong in one line; `keys` appends the keys of that class of `jspec.config` to the help."""
 
-    def __init__(self, *arguments, keys: bool = False, **options):
+    def __init__(self, *arguments, keys: str | None = None, **options):
         super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.keys = keys
 
@@ -32,19 +32,19 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see `{self.prog} --help`)")
 
     def format_help(self) -> str:
-        return super().format_help() + (f"\n{keys_help()}" if self.keys else "")
+        return super().format_help() + (f"\n{keys_help(self.keys)}" if self.keys else "")
 
 
-def keys_help() -> str:
+def keys_help(kind: str) -> str:
     """Every configuration key with its type, default and meaning, as text."""
-    from jspec.config import describe
+    from jspec import config
 
     lines = ["keys of a config, each also settable as key=value after it:"]
-    for key, kind, default, meaning in describe():
-        if not kind:
+    for key, type_name, default, meaning in config.describe(getattr(config, kind)):
+        if not type_name:
             lines.append(f"\n  {key}: {meaning}")
             continue
-        lines.append(f"    {key + ' = ' + default:<44} {kind}")
+        lines.append(f"    {key + ' = ' + default:<44} {type_name}")
         lines += textwrap.wrap(meaning, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines) + "\n"
 
@@ -64,7 +64,7 @@ def parser() -> Parser:
         made.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
         made.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=2e-6 steps=20")
 
-    train = command("train", _train, "train a policy with GRPO; the same command again resumes", keys=True)
+    train = command("train", _train, "train a policy with GRPO; the same command again resumes", keys="Config")
     with_config(train)
     train.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML and stop")
 
@@ -81,7 +81,16 @@ def parser() -> Parser:
     command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts MODEL` compares drafters",
             add_help=False)
 
-    profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys=True)
+    draft = command("draft", None, "train a draft by itself")
+    drafts = draft.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    made = drafts.add_parser("train", keys="DraftTrainingConfig", description="Train a draft on the policy's own "
+                             "answers; the same command again goes on from where it was.")
+    made.set_defaults(run=_train_draft)
+    made.add_argument("model", metavar="MODEL", help=MODEL.replace(", or a run's output_dir", ""))
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.loss=overlap samples.count=512")
+    made.add_argument("--config", metavar="FILE", help="a YAML file of these keys, such as configs/draft.yaml")
+
+    profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys="Config")
     with_config(profile)
     profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: output_dir/profile)")
     return top
@@ -93,10 +102,11 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--system", metavar="TEXT", help="system message of the chat")
     made.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
     made.add_argument("--draft", choices=(*DRAFTERS, "none"), help="the drafter (default: the trained one of a "
-                      "run's output_dir, ngram otherwise)")
+                      "run's output_dir, or the one that ships for the model; ngram otherwise)")
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
-    made.add_argument("--rule", choices=("rejection", "coupled"), default="rejection", help="rejection: exact in "
-                      "distribution; coupled: the autoregressive tokens themselves (default: rejection)")
+    made.add_argument("--rule", choices=RULES, default="rejection", help="rejection, block: exact in distribution, "
+                      "drafts judged one by one or together; coupled: the autoregressive tokens themselves (default: "
+                      "rejection)")
     made.add_argument("--kernels", choices=("auto", "reference", "pallas"), default="auto", help="auto: the chip's "
                       "own where it has them; reference: plain JAX; pallas: the kernels or an error (default: auto)")
     made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
@@ -131,6 +141,20 @@ def _train(arguments) -> int:
     distributed.initialize()
     signal.signal(signal.SIGTERM, _terminate)  # JAX's service for several processes has put a handler of its own there
     return train(config)
+
+
+def _train_draft(arguments) -> int:
+    from jspec.config import DraftTrainingConfig, load_config
+
+    overrides = [f"model.name='{arguments.model}'", *arguments.overrides]
+    config = load_config(arguments.config, overrides, DraftTrainingConfig)
+    from rich.console import Console
+
+    from jspec.draft_training import train_draft
+    from jspec.train import set_up_logging
+
+    set_up_logging(config.log_level, Console(stderr=True))
+    return train_draft(config)
 
 
 def _rollout(arguments) -> int:

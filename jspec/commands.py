@@ -20,6 +20,7 @@ from jspec.checkpoint import load_run
 from jspec.config import Config, load_config
 from jspec.drafts import Draft
 from jspec.errors import InputError
+from jspec.heads import shipped
 from jspec.model import Policy
 from jspec.prepare import make_policy, make_sampling, make_speculation, make_tokenizer
 from jspec.rl.prompts import PromptData, encode_prompt
@@ -91,7 +92,7 @@ def rollout(arguments) -> int:
     overrides += [f"speculation.{name}={getattr(arguments, name)}" for name in ("k", "rule", "kernels")]
     with console.status("loading"):
         source = open_source(arguments.model, overrides, arguments.dtype)
-        draft = make_draft(source, arguments.draft)
+        draft = make_draft(source, arguments.draft, arguments.model)
         try:
             tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
         except Exception as error:  # tokenizers raise nothing narrower
@@ -119,16 +120,18 @@ def rollout(arguments) -> int:
     return 0
 
 
-def make_draft(source: Source, name: str | None) -> Draft | None:
-    """The draft asked for: a run's own, trained one where there is one and none is named, else n-gram look-up."""
+def make_draft(source: Source, name: str | None, model: str) -> Draft | None:
+    """The draft asked for. Where none is named: a run's own, the one that ships for `model`, else n-gram look-up."""
     if name == "none":
         return None
     if source.draft is not None and name in (None, source.draft.config.name):
         return source.draft
-    chosen = name or "ngram"
-    if chosen != "ngram":
-        print(f"jspec: this {chosen} draft is fresh, not trained: few of its tokens will be accepted", file=sys.stderr)
-    return getattr(jspec.drafts, chosen)(source.policy, jax.random.key(0))
+    if shipped(model, name):
+        return jspec.load_draft(source.policy, model)
+    draft = getattr(jspec.drafts, name or "ngram")(source.policy, jax.random.key(0))
+    if draft.module.loss is not None:
+        print(f"jspec: this {name} draft is fresh, not trained: few of its tokens will be accepted", file=sys.stderr)
+    return draft
 
 
 def compare(plain, fast) -> str:

@@ -33,6 +33,8 @@ def setting(default: Any, help: str, *, low: float | None = None, above: float |
 # Every file in drafts/ is a drafter; listed without importing them, for they import JAX.
 _DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
 DRAFTERS = tuple(sorted(m.name for m in _DRAFT_FILES if m.name != "base" and not m.ispkg))
+# of `speculate.cycle.RULES`, for the same reason
+RULES = ("rejection", "block", "coupled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +54,17 @@ class DraftSection:
     """The drafter that makes rollouts fast; it never changes what they are distributed as."""
 
     name: str = setting("mtp", "the drafter; none: plain autoregressive rollouts", choices=(*DRAFTERS, "none"))
-    path: str | None = setting(None, "output_dir of a run whose draft to start from; null: a fresh one")
+    path: str | None = setting(None, "a trained draft to start from: a model whose draft ships with jspec, a directory "
+                               "of `jspec draft train`, or the output_dir of a run; null: a fresh one")
     train: bool = setting(True, "train the draft in the update step (where it has weights)")
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; overlap: -log of the "
                         "overlap, the likelihood of acceptance", choices=("kl", "tv", "overlap"))
-    learning_rate: float = setting(1e-3, "peak learning rate of the draft's own AdamW", low=0)
+    optimizer: str = setting("adamw", "the draft's own; muon: orthogonal updates of matrices, AdamW for the rest",
+                             choices=("adamw", "muon"))
+    learning_rate: float = setting(1e-3, "peak learning rate of the draft's own optimizer", low=0)
     clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
-    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match")
+    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match or suffix's history")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +72,9 @@ class SpeculationSection:
     """How drafts are judged."""
 
     k: int = setting(3, "tokens drafted per cycle; draft.name=none turns speculation off", low=1, high=64)
-    rule: str = setting("rejection", "rejection: exact in distribution, fastest; coupled: token for token what "
-                        "autoregressive decoding with the same seed gives", choices=("rejection", "coupled"))
+    rule: str = setting("rejection", "rejection: exact in distribution, each draft judged by itself; block: exact in "
+                        "distribution, the drafts judged together, which accepts no fewer on average; coupled: token "
+                        "for token what autoregressive decoding with the same seed gives", choices=RULES)
     kernels: str = setting("auto", "auto: the chip's own (TPU, Hopper GPU) where they take the shapes; reference: "
                            "plain JAX; pallas: the kernels or an error (a CPU interprets them, for checks). Top-k and "
                            "top-p are always the reference's",
@@ -176,8 +182,61 @@ class Config:
     profile: ProfileSection = ProfileSection()
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file (None: all defaults), then `section.key=value` overrides, later ones winning.
+@dataclasses.dataclass(frozen=True)
+class SamplesSection:
+    """The policy's own answers, which a draft learns from."""
+
+    sources: tuple[str, ...] = setting(("self", "arithmetic"), "where prompts come from, taken in turn: 'self' "
+                                       "(instructions that the policy writes itself), and whatever data.source may be")
+    count: int = setting(4096, "answers in all", low=1)
+    batch: int = setting(32, "answers decoded together; also the rows of one file of samples", low=1)
+    max_prompt_tokens: int = setting(256, "longer prompts are left out", low=1)
+    system_prompt: str | None = setting(None, "first message of the chat; null: what the chat template does by itself")
+    chat_template: bool = setting(True, "wrap prompts in the tokenizer's chat template")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSection:
+    """How the draft is trained on the samples."""
+
+    vocab_size: int = setting(0, "tokens that can be drafted, the most frequent of the samples; 0: all", low=0)
+    state_steps: int = setting(300, "steps on the policy's next states, before distributions are compared: cheap",
+                               low=0)
+    steps: int = setting(1000, "steps on draft.loss", low=1)
+    rows: int = setting(8, "answers of a step", low=1)
+    warmup_steps: int = setting(10, "over which the learning rate rises, in either stage; then it falls by a cosine",
+                                low=0)
+    checkpoint_every: int = setting(100, "steps between checkpoints", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSection:
+    """Acceptance on prompts that training never saw."""
+
+    prompts: str | None = setting(None, "a .jsonl file of {prompt}; null: prompts of the sources that were left out")
+    count: int = setting(32, "how many of them", low=1)
+    k: int = setting(3, "tokens drafted a cycle", low=1, high=64)
+    temperatures: tuple[float, ...] = setting((0.0, 1.0), "of the rollouts that are measured")
+    rules: tuple[str, ...] = setting(("rejection", "coupled"), "how drafts are judged in them")
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftTrainingConfig:
+    """One run of `jspec draft train`."""
+
+    seed: int = setting(0, "of everything drawn", low=0)
+    output_dir: str = setting("runs/draft", "samples, checkpoints, report and the draft; the same one again resumes")
+    log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
+    model: ModelSection = ModelSection()
+    draft: DraftSection = DraftSection()
+    sampling: SamplingSection = SamplingSection(max_new_tokens=128)
+    samples: SamplesSection = SamplesSection()
+    training: TrainingSection = TrainingSection()
+    report: ReportSection = ReportSection()
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), kind: type = Config) -> Any:
+    """Reads a YAML file (None: all defaults), then `section.key=value` overrides, later ones winning, as a `kind`.
 
     Raises InputError for a missing or malformed file, an unknown key (with the nearest known one), a wrong type and a
     value out of range, each with the key and where it was set.
@@ -186,15 +245,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     layers += [(f"override '{text}'", _parse_override(text)) for text in overrides]
     origin: dict[str, str] = {}
     for source, layer in layers:
-        _check_keys(Config, OmegaConf.to_container(layer, resolve=False), (), source, origin)
+        _check_keys(kind, OmegaConf.to_container(layer, resolve=False), (), source, origin)
     try:
-        merged = OmegaConf.merge(_plain(dataclasses.asdict(Config())), *(layer for _, layer in layers))
+        merged = OmegaConf.merge(_plain(dataclasses.asdict(kind())), *(layer for _, layer in layers))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise InputError(f"{origin.get(key, path)}: '{key}': {_first_line(error)}") from None
-    config = _build(Config, values, (), origin)
-    _check_together(config, origin)
+    config = _build(kind, values, (), origin)
+    if kind is Config:
+        _check_together(config, origin)
     return config
 
 
@@ -209,10 +269,10 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def describe() -> list[tuple[str, str, str, str]]:
+def describe(kind: type = Config) -> list[tuple[str, str, str, str]]:
     """Rows (dotted key, type, default, meaning) of every field, in order; a section's row has only key and meaning."""
     rows = []
-    for prefix, section in _sections():
+    for prefix, section in _sections(kind):
         if prefix:
             rows.append((prefix[0], "", "", (section.__doc__ or "").strip()))
         for field in dataclasses.fields(section):
@@ -225,9 +285,9 @@ def describe() -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _sections() -> Iterator[tuple[tuple[str, ...], type]]:
-    yield (), Config
-    for field in dataclasses.fields(Config):
+def _sections(kind: type) -> Iterator[tuple[tuple[str, ...], type]]:
+    yield (), kind
+    for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
             yield (field.name,), field.type
 
@@ -267,25 +327,28 @@ def _where(error: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
 
 
-def _check_keys(section: type, values: Any, path: tuple[str, ...], source: str, origin: dict[str, str]) -> None:
+def _check_keys(section: type, values: Any, path: tuple[str, ...], source: str, origin: dict[str, str],
+                kind: type | None = None) -> None:
+    kind = kind or section
     known = {field.name: field for field in dataclasses.fields(section)}
     for key, value in values.items():
         here = (*path, str(key))
         dotted = ".".join(here)
         if key not in known:
-            raise InputError(f"{source}: unknown key '{dotted}'; did you mean '{_nearest(here)}'?")
+            raise InputError(f"{source}: unknown key '{dotted}'; did you mean '{_nearest(here, kind)}'?")
         origin[dotted] = source
         if not dataclasses.is_dataclass(known[key].type):
             continue
         if not isinstance(value, dict):
             example = f"{dotted}.{dataclasses.fields(known[key].type)[0].name}"
             raise InputError(f"{source}: '{dotted}' is a section, not a value; set its keys, such as '{example}'")
-        _check_keys(known[key].type, value, here, source, origin)
+        _check_keys(known[key].type, value, here, source, origin, kind)
 
 
-def _nearest(path: tuple[str, ...]) -> str:
+def _nearest(path: tuple[str, ...], kind: type) -> str:
     """The known dotted key most like `path`, by spelling of the whole and of the name; `lr` is learning_rate."""
-    known = [".".join((*prefix, field.name)) for prefix, kind in _sections() for field in dataclasses.fields(kind)]
+    known = [".".join((*prefix, field.name)) for prefix, section in _sections(kind)
+             for field in dataclasses.fields(section)]
     wanted = ".".join(path)
 
     def likeness(candidate: str) -> float:
@@ -353,7 +416,8 @@ def _type_name(kind: Any) -> str:
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping",
-               tuple[int, ...]: "a list of whole numbers", types.NoneType: "null"}
+               tuple[int, ...]: "a list of whole numbers",
+               tuple[float, ...]: "a list of numbers", tuple[str, ...]: "a list of texts", types.NoneType: "null"}
 
 
 def _show(value: Any) -> str:

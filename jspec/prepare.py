@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 import jspec.drafts
 from jspec import hub
-from jspec.checkpoint import has_checkpoints, load_draft
+from jspec.checkpoint import has_checkpoints
 from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.errors import InputError
+from jspec.heads import load_draft
 from jspec.model import ModelConfig, Policy, RopeConfig, init_policy
 from jspec.rl.rewards import check_reward
 from jspec.sharding import check_mesh, check_rows
@@ -95,11 +96,10 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
     if section.name == "none":
         return None
     if section.path is not None:
-        draft = load_draft(section.path)
-        if draft is None or draft.config.name != section.name:
-            held = "no" if draft is None else f"a {draft.config.name}"
-            raise InputError(f"draft.path={section.path} holds {held} draft, and draft.name is {section.name}")
-        draft.check(policy)
+        draft = load_draft(policy, section.path)
+        if draft.config.name != section.name:
+            raise InputError(f"draft.path={section.path} holds a {draft.config.name} draft, and draft.name is "
+                             f"{section.name}")
         return draft
     key = jax.random.fold_in(jax.random.key(config.seed), DRAFT_KEY)
     try:

@@ -26,6 +26,7 @@ from rich.logging import RichHandler
 from jspec.checkpoint import Checkpoints, check_config
 from jspec.config import Config
 from jspec.distributed import any_process, is_main
+from jspec.drafts import Draft
 from jspec.kernels import picked
 from jspec.metrics import Clock, Metrics, phase_table, table
 from jspec.model import Policy, reshard
@@ -103,7 +104,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> in
     config, sampling = run.config, make_sampling(run.config)
     speculation = make_speculation(config)
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
-    learn = make_learn(config, state)
+    learn, remember = make_learn(config, state), make_remember(state.draft)
     code, saving = 0, 0.0
     for step in range(done, config.steps):
         clock = Clock()
@@ -120,6 +121,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> in
             with clock("reward"):
                 rewards, failures = grade(run, prompts, on_host)
             with clock("update"):
+                state = state.replace(draft=remember(state.draft, batch, out))
                 state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
         run.metrics.write({"step": step + 1, **describe(on_host, rewards, clock), **failures, **learned,
@@ -239,6 +241,14 @@ def make_learn(config: Config, state: TrainState) -> Callable:
         return state, record | {name: int(value) for name, value in records[-1].items() if "skipped" in name}
 
     return learn
+
+
+def make_remember(draft: Draft | None) -> Callable:
+    """`remember(draft, prompts, rollout) -> draft`: the drafter's own, jitted and donated; nothing if it has none."""
+    if draft is None or not hasattr(draft.module, "remember"):
+        return lambda draft, prompts, out: draft
+    shardings = jax.tree.map(lambda x: x.sharding, draft)
+    return jax.jit(draft.module.remember, donate_argnums=0, out_shardings=shardings)
 
 
 def describe(out: Rollout, rewards: np.ndarray, clock: Clock) -> dict[str, Any]:

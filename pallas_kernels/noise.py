@@ -2,11 +2,11 @@
 
 Keys are `uint32 [..., 2]`, folded from the batch's key; `fold` and `random_bits` equal `jax.random.fold_in` and
 partitionable `jax.random.bits` (https://www.thesalmons.org/john/random123/papers/random123sc11.pdf), so that any
-program can make them again. Two kinds of noise exist, and a rule is which kind it is given:
+program can make them again. A rule is which kind of noise it is given:
 
 - `CoupledNoise`: a key for every position of the sequence, whose counter is the global vocabulary id.
-- `RejectionNoise`: a few uniforms for one cycle. They are keyed by what was committed when the cycle began: noise that
-  outlived its cycle would make a rule that judges blocks biased.
+- `RejectionNoise`, `BlockNoise`: a few uniforms for one cycle. They are keyed by what was committed when the cycle
+  began: what comes after the accepted drafts has been looked at when a block is judged, and the next cycle would know.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def gumbel(bits: jax.Array) -> jax.Array:
 
 
 @struct.dataclass
-class RejectionNoise:
+class CycleNoise:
     """Uniforms in [0, 1) of one cycle of N rows and K drafts, float32.
 
     Attributes:
@@ -82,14 +82,26 @@ class RejectionNoise:
 
 
 @struct.dataclass
+class RejectionNoise(CycleNoise):
+    """accept[:, j] judges draft j."""
+
+
+@struct.dataclass
+class BlockNoise(CycleNoise):
+    """accept[:, j] judges the first j + 1 drafts together."""
+
+
+@struct.dataclass
 class CoupledNoise:
     """keys: uint32 [N, K + 1, 2], one for each position that the cycle may emit; [:, :K] are the drafts' too."""
 
     keys: jax.Array
 
 
-def rejection_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> RejectionNoise:
-    """Noise of a cycle that begins with `committed` int32 [N] tokens (prompt included) in sequences `sequence_ids`."""
+Noise = CycleNoise | CoupledNoise
+
+
+def _cycle_noise(kind: type[CycleNoise], key, sequence_ids, committed, k: int) -> CycleNoise:
     base = fold(key, sequence_ids, committed)[:, None]
     offsets = jnp.arange(max(k, 1))[None]
     pair = jnp.arange(2)
@@ -97,8 +109,18 @@ def rejection_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Arra
     def uniforms(offset, tag):
         return uniform(random_bits(fold(base, offset, tag)[..., None, :], pair))
 
-    return RejectionNoise(uniforms(offsets, DRAFT)[:, :k], uniforms(offsets, ACCEPT)[:, :k, 0],
-                          uniforms(jnp.zeros((1, 1), jnp.int32), RESIDUAL)[:, 0])
+    return kind(uniforms(offsets, DRAFT)[:, :k], uniforms(offsets, ACCEPT)[:, :k, 0],
+                uniforms(jnp.zeros((1, 1), jnp.int32), RESIDUAL)[:, 0])
+
+
+def rejection_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> RejectionNoise:
+    """Noise of a cycle that begins with `committed` int32 [N] tokens (prompt included) in sequences `sequence_ids`."""
+    return _cycle_noise(RejectionNoise, key, sequence_ids, committed, k)
+
+
+def block_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> BlockNoise:
+    """The numbers of `rejection_noise`."""
+    return _cycle_noise(BlockNoise, key, sequence_ids, committed, k)
 
 
 def coupled_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> CoupledNoise:

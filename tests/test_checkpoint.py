@@ -55,7 +55,7 @@ def spoil(directory, item):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("draft", ["mtp", "ngram", None])
+@pytest.mark.parametrize("draft", ["mtp", "ngram", "suffix", None])
 def test_everything_comes_back_as_it_was(tmp_path, draft):
     state = make_state(draft)
     expected = values(state)
@@ -126,7 +126,7 @@ def make_run(directory, draft="mtp"):
     return state, config
 
 
-@pytest.mark.parametrize("draft", ["mtp", "ngram", None])
+@pytest.mark.parametrize("draft", ["mtp", "ngram", "suffix", None])
 def test_policy_and_draft_are_read_from_a_run_without_it(tmp_path, draft):
     state, _ = make_run(tmp_path, draft)
     config, policy, trained = load_run(tmp_path, ["steps=99"])
@@ -135,12 +135,13 @@ def test_policy_and_draft_are_read_from_a_run_without_it(tmp_path, draft):
     assert (trained is None) == (draft is None)
     if trained is not None:
         assert trained.config == state.draft.config
-        same(trained.weights, state.draft.weights)
+        same((trained.weights, trained.state), (state.draft.weights, state.draft.state))
     assert load_policy(tmp_path, "bfloat16").dtype == "bfloat16"
 
 
-def test_a_run_is_read_onto_the_mesh(tmp_path):
-    make_run(tmp_path)
+@pytest.mark.parametrize("draft", ["mtp", "suffix"])
+def test_a_run_is_read_onto_the_mesh(tmp_path, draft):
+    make_run(tmp_path, draft)
     with jax.set_mesh(make_mesh(1, 1, 1)):
         policy, draft = load_policy(tmp_path), load_draft(tmp_path)
     assert all(isinstance(x.sharding, jax.sharding.NamedSharding) for x in jax.tree.leaves((policy, draft)))

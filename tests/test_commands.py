@@ -35,13 +35,13 @@ def test_rollout_side_by_side(capsys, model):
 
 def test_which_draft(capsys, model):
     source = open_source(model, [])
-    assert make_draft(source, None).config.name == "ngram"
-    assert make_draft(source, "none") is None
-    trained = make_draft(source, "mtp")
+    assert make_draft(source, None, model).config.name == "ngram"
+    assert make_draft(source, "none", model) is None
+    trained = make_draft(source, "mtp", model)
     assert "this mtp draft is fresh, not trained" in capsys.readouterr().err
     own = dataclasses.replace(source, draft=trained)
-    assert make_draft(own, None) is make_draft(own, "mtp") is trained
-    assert make_draft(own, "ngram").config.name == "ngram"
+    assert make_draft(own, None, model) is make_draft(own, "mtp", model) is trained
+    assert make_draft(own, "ngram", model).config.name == "ngram"
 
 
 def test_rollout_without_a_draft(capsys, model):

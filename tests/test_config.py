@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from jspec.config import Config, describe, load_config, to_yaml
+from jspec.config import DRAFTERS, RULES, Config, describe, load_config, to_yaml
 from jspec.errors import InputError
 
 RANDOM = ["model.name=random", "model.tokenizer=chars:ab", "model.architecture.hidden_size=64"]
@@ -40,6 +40,12 @@ def test_config_is_frozen():
         Config().grpo.clip = 2.0
 
 
+def test_the_rules_are_those_of_the_cycle():
+    from jspec.speculate import cycle
+
+    assert tuple(cycle.RULES) == RULES
+
+
 def test_every_field_has_a_meaning():
     rows = describe()
     assert all(meaning for *_, meaning in rows)
@@ -65,7 +71,8 @@ def test_every_field_has_a_meaning():
     ("model.name=7", "override 'model.name=7': 'model.name' must be text, not 7"),
     ("sampling.stop_tokens=[a]", "override 'sampling.stop_tokens=[a]': 'sampling.stop_tokens' must be "
                                  "a list of whole numbers or null, not ['a']"),
-    ("draft.name=mpt", "override 'draft.name=mpt': 'draft.name' must be one of mtp, ngram, none, not 'mpt'"),
+    ("draft.name=mpt", "override 'draft.name=mpt': 'draft.name' must be one of "
+                       f"{', '.join(DRAFTERS)}, none, not 'mpt'"),
     ("speculation.k=0", "override 'speculation.k=0': 'speculation.k' must be at least 1, not 0"),
     ("sampling.top_p=0", "override 'sampling.top_p=0': 'sampling.top_p' must be above 0, not 0"),
     ("sampling.top_p=1.5", "override 'sampling.top_p=1.5': 'sampling.top_p' must be at most 1, not 1.5"),

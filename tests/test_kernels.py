@@ -37,7 +37,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize("draft, rule, k, sampling", [
     ("mtp", "coupled", 3, MIXED), ("mtp", "rejection", 3, {}),
     *(pytest.param(*case, marks=slow) for case in (
-        ("ngram", "rejection", 2, GREEDY),
+        ("ngram", "rejection", 2, GREEDY), ("mtp", "block", 3, MIXED), ("ngram", "block", 3, MIXED),
+        ("mtp", "block", 2, {"top_p": 0.9}), (None, "block", 0, {}),
         ("ngram", "coupled", 7, {}), ("ngram", "rejection", 3, MIXED), ("mtp", "rejection", 7, MIXED),
         (None, "coupled", 0, {}), (None, "rejection", 0, MIXED), ("mtp", "coupled", 1, GREEDY),
         ("mtp", "rejection", 2, {"top_k": 4}), ("mtp", "coupled", 2, {"top_p": 0.9})))])

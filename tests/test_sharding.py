@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jspec
 from jspec.model import init_policy, layers, param_specs, policy_sharding
 from jspec.sharding import check_rows, make_mesh, partition
+from pallas_kernels.noise import BlockNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import rejection_sampling
 from tests.pallas_kernels.interpreters import PLAIN
 from tests.pallas_kernels.test_rejection_sampling_kernels import assert_same as assert_same_verdicts
@@ -47,9 +48,9 @@ def run(policy, name, kernels="auto"):
                          speculation=jspec.Speculation(k=2, rule="coupled", kernels=kernels))
 
 
-def verdicts(mesh, axis, coupled):
+def verdicts(mesh, axis, coupled, uniforms=RejectionNoise):
     """Whether kernels on a vocabulary in eight parts, whose blocks cross their edges, judge as the reference does."""
-    args = case(7, 16, 2, 8 * 200, "sampled", coupled)
+    args = case(7, 16, 2, 8 * 200, "sampled", coupled, uniforms=uniforms)
     names = list(args)
 
     def judge(*args):
@@ -86,15 +87,15 @@ def worker(folder, cases):
             jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0), sampling=SAMPLING)
         except jspec.InputError as error:
             placed["refused"] = str(error)
-    for axis, coupled in ((("tensor",), True), (("fsdp", "tensor"), False)):
-        verdicts(make_mesh(1, 4 if len(axis) > 1 else 1, -1), axis, coupled)
+    verdicts(make_mesh(1, 1, -1), ("tensor",), True)
+    for kind in (RejectionNoise, BlockNoise):
+        verdicts(make_mesh(1, 4, -1), ("fsdp", "tensor"), False, kind)
     print(json.dumps(placed))
 
 
-def eight(folder, cases):
-    """What the worker process printed."""
+def eight(code):
+    """What a process with eight devices printed, as JSON on its last line, when it ran `code`."""
     root = Path(__file__).parents[1]
-    code = f"from tests.test_sharding import worker; worker({str(folder)!r}, {cases!r})"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=550)
@@ -104,7 +105,7 @@ def eight(folder, cases):
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
-    placed = eight(tmp_path, cases)
+    placed = eight(f"from tests.test_sharding import worker; worker({str(tmp_path)!r}, {cases!r})")
     for kv_heads in (8, 2):
         policy = make(kv_heads)
         one, plain = run(policy, "mtp"), run(policy, None)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jspec import prepare, train
+from jspec.checkpoint import load_draft
 from jspec.config import Config, load_config
 from jspec.errors import InputError
 from jspec.metrics import Metrics, read_records, untimed
@@ -89,6 +90,20 @@ def test_the_next_start_goes_on_where_the_last_one_ended(whole, tmp_path):
     assert records(tmp_path) == records(whole)[:4]
     assert train.train(tiny(tmp_path, "steps=10")) == 0
     assert records(tmp_path) == records(whole)
+
+
+def test_what_a_drafter_remembers_is_in_the_checkpoint(tmp_path):
+    """Four prompts, so that every step is an epoch; a history that was lost would show in what is accepted."""
+    lines = (ROOT / "configs/data/count_up.jsonl").read_text().splitlines()
+    (tmp_path / "four.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    overrides = [*(text for text in SMALL if "draft." not in text), "draft.name=suffix",
+                 f"data.source={tmp_path}/four.jsonl"]
+    for directory, steps in (("whole", 5), ("parts", 2), ("parts", 5)):
+        assert train.train(tiny(tmp_path / directory, *overrides, f"steps={steps}", small=False)) == 0
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    whole, parts = (load_draft(tmp_path / directory).state for directory in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    assert np.sort(whole["written"])[-5:].tolist() == [0, 17, 18, 19, 20]  # four prompts, last of all at step 5
 
 
 def test_sigterm_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkeypatch, capsys):

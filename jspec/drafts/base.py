@@ -9,11 +9,15 @@ A module `jspec/drafts/NAME.py` defines, and nothing else in the project changes
     start(policy, draft, prefill, cache_size) -> state      rows are prompts; the rollout copies them to sequences
     propose(policy, draft, state, committed, sampler) -> (Proposal, state)
     observe(policy, draft, state, observation) -> state     fold in what the verifier just computed
-    loss(policy, draft, trunk, tokens, response_start, mask, temperature, kind) -> (sum, count, metrics); None: not
-        trained
+    loss(policy, draft, batch, kind) -> (sum, count, metrics); None: not trained
+    remember(draft, batch, rollout) -> Draft     optional: fold a rollout that is over (its `PromptBatch` and `Rollout`)
+        into the draft's persistent state; jittable, every array keeps its shape. The training loop calls it each step
+    Config: the static config's dataclass, for readers of files
 
-State is a pytree whose leaves lead with rows, and depends on committed tokens only (what `propose` leaves in it beyond
-them, `observe` overwrites).
+State is a pytree whose leaves lead with rows, and depends on the draft and on committed tokens only (what `propose`
+leaves in it beyond them, `observe` overwrites). Siblings' committed tokens count too: they were made without the noise
+that judges this row's drafts. What is remembered of a rollout was made with its noise: it must not be drafted from in
+a rollout with the same key.
 """
 
 from __future__ import annotations
@@ -24,11 +28,12 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, Trunk
-from pallas_kernels.noise import CoupledNoise, RejectionNoise
+from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import draw, process_logits
 
 UNLIKE = ("stop_tokens", "pad_token", "max_position_embeddings", "initializer_range")
@@ -63,19 +68,27 @@ class Draft:
 
 @struct.dataclass
 class Prefill:
-    """What the policy computed over P prompts: trunk [P, L, ...], tokens int32 [P, L], lengths int32 [P]."""
+    """What the policy computed over P prompts: trunk [P, L, ...], tokens int32 [P, L], lengths int32 [P].
+
+    key: uint32 [2], of the batch: to know a rollout's noise again by, and not to make any.
+    """
 
     trunk: Trunk
     tokens: jax.Array
     lengths: jax.Array
+    key: jax.Array | None = None
 
 
 @struct.dataclass
 class Committed:
-    """Every row's tokens so far, prompt included: tokens int32 [N, S], garbage from lengths int32 [N] on."""
+    """Every row's tokens so far, prompt included: tokens int32 [N, S], garbage from lengths int32 [N] on.
+
+    group_size: static. Each group_size adjacent rows, from row 0 on, continue one prompt; 1: nothing is said of that.
+    """
 
     tokens: jax.Array
     lengths: jax.Array
+    group_size: int = struct.field(pytree_node=False, default=1)
 
 
 @struct.dataclass
@@ -111,6 +124,37 @@ class Observation:
 
 
 @struct.dataclass
+class DraftBatch:
+    """What a draft is trained on: B rows of prompt and response without a gap, and what the policy computed of them.
+
+    Attributes:
+      trunk: [B, S, ...], the policy's states, with the features that the drafter asks for. Detached.
+      tokens: int32 [B, S]. response_start: int32 [B], position of the first response token, at least 1.
+      mask: bool [B, T], the response's tokens that are trained.
+      logprobs: float32 [B, T], of the response's tokens, log-softmax(logits / temperature) over the whole vocabulary,
+        from these very states.
+      temperature: float32 scalar or [B], the sampling temperature; 0 counts as 1.
+    """
+
+    trunk: Trunk
+    tokens: jax.Array
+    response_start: jax.Array
+    mask: jax.Array
+    logprobs: jax.Array
+    temperature: jax.Array
+
+    def predicting(self, x: jax.Array) -> jax.Array:
+        """The entries of x [B, S, D] at the positions that predict the response's tokens, [B, T, D]."""
+        at = self.response_start[:, None] - 1 + jnp.arange(self.mask.shape[1])[None]
+        return jnp.take_along_axis(x, at[:, :, None], axis=1, mode="clip")
+
+    def response(self) -> jax.Array:
+        """The response's tokens, int32 [B, T]."""
+        at = self.response_start[:, None] + jnp.arange(self.mask.shape[1])[None]
+        return jnp.take_along_axis(self.tokens, at, axis=1, mode="clip")
+
+
+@struct.dataclass
 class Sampler:
     """The rule's noise and the sampling that a drafter draws with; a drafter never makes noise of its own.
 
@@ -119,7 +163,7 @@ class Sampler:
       temperature: float32 [N]. top_p: float32 [N] or None. top_k, k: static.
     """
 
-    noise: RejectionNoise | CoupledNoise
+    noise: Noise
     temperature: jax.Array
     top_p: jax.Array | None
     top_k: int = struct.field(pytree_node=False)

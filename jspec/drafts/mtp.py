@@ -10,19 +10,20 @@ keys and values of committed positions are rewritten from the verifier's states.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
-from jspec.drafts.parts.losses import loss_over_depths, predicting
+from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.parts.losses import loss_over_depths, state_loss, unit
 from jspec.drafts.parts.unroll import shift, unrolled_attention
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.errors import InputError
 from jspec.kernels import attend as attend_cached
-from jspec.model import ModelConfig, ParamSpec, Policy, Trunk, embed, init_weights, layer_specs, place_on_mesh
+from jspec.model import ModelConfig, ParamSpec, Policy, embed, init_weights, layer_specs, place_on_mesh
 from jspec.model.attention import causal_attention, to_cache
 from jspec.model.layers import decoder_layer, fuse, linear, rms_norm, rope_table
 from jspec.sharding import constrain, constrain_tree
@@ -42,11 +43,15 @@ class MtpConfig:
     name: str = "mtp"
 
 
+Config = MtpConfig
+
+
 def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
          vocab: Sequence[int] | np.ndarray | None = None) -> Draft:
     """A head from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there is one.
 
-    A block starts as the identity (its two output projections are zero) on an even mix of both inputs.
+    A block starts as the identity (its two output projections are zero, its other weights those of the policy's last
+    layer) on an even mix of both inputs; `fit` finds a better mix.
 
     Args:
       policy: in the training layout.
@@ -63,14 +68,18 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
     config = MtpConfig(policy.config, depths, blocks, 0 if ids is None else len(ids))
     d = policy.config.hidden_size
 
-    def make(key):
+    def make(key, layers, final_norm):
         weights = init_weights(specs(config), key, policy.config.initializer_range)
         for block in weights["blocks"]:
             block["proj"] = block["proj"] + 0.5 * jnp.concatenate([jnp.eye(d), jnp.eye(d)], axis=1)
+            last = {name: x[-1] for name, x in layers.items() if name not in ("o", "down")}
+            block["layer"] = block["layer"] | last
+            block["final_norm"] = jnp.copy(final_norm)
         return weights
 
-    return Draft(weights=place_on_mesh(make, specs(config), policy.config)(key), config=config,
-                 state={} if ids is None else {"vocab": jnp.asarray(ids)})
+    weights = place_on_mesh(make, specs(config), policy.config)(key, policy.weights["layers"],
+                                                                policy.weights["final_norm"])
+    return Draft(weights=weights, config=config, state={} if ids is None else {"vocab": jnp.asarray(ids)})
 
 
 def features(config: MtpConfig) -> tuple[int, ...]:
@@ -170,27 +179,53 @@ def observe(policy: Policy, draft: Draft, state: tuple[dict, ...], observation: 
     return tuple(out)
 
 
-def loss(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, response_start: jax.Array, mask: jax.Array,
-         temperature: jax.Array, kind: str):
+def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
     """`parts.losses.loss_over_depths` of this head, its depths unrolled as at inference.
 
-    Args:
-      policy: any layout; only its embedding and output head are read. Detach it (and `trunk`) before the call.
-      draft: unprepared, float32 masters.
-      trunk: over contiguous prompt + response rows [B, S, D], tokens int32 [B, S].
-      response_start: int32 [B], position of the first response token, at least 1. mask: bool [B, T], tokens trained.
-      temperature: float32 scalar or [B]; 0 counts as 1. kind: one of `parts.losses.LOSSES`.
+    policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
+    float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss`.
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
-    states, outputs = trunk.hidden, []
+    rope = rope_table(policy.config, jnp.arange(batch.tokens.shape[1])[None])
+    states, states_by_depth = batch.trunk.hidden, []
     for depth in range(draft.config.depths):
         if depth < draft.config.blocks:
             w, earlier = weights["blocks"][depth], []
-        states, _ = _block(policy, draft.config, w, shift(states), tokens, rope, unrolled_attention(earlier))
-        outputs.append(predicting(states, response_start, mask.shape[1]))
+        states, _ = _block(policy, draft.config, w, shift(states), batch.tokens, rope, unrolled_attention(earlier))
+        states_by_depth.append(states)
+    if kind == "states":
+        return state_loss(policy, batch, states_by_depth)
     vocab = draft.state.get("vocab")
     table = output_table(policy, vocab)
-    return loss_over_depths(policy, predicting(trunk.hidden, response_start, mask.shape[1]), outputs,
-                            lambda x: table_logits(policy, table, x, whole=vocab is None), vocab, mask, temperature,
-                            kind)
+    head = partial(table_logits, policy, table, whole=vocab is None)
+    outputs = [batch.predicting(states) for states in states_by_depth]
+    return loss_over_depths(policy, batch, outputs, head, vocab, kind)
+
+
+def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch], ridge: float = 1e-3) -> Draft:
+    """The draft with every block's projection solved for: the linear map of its two inputs to the policy's next state.
+
+    Ridge regression over all positions of the batches, `ridge` relative to the inputs' mean square. Where a gradient
+    needs a hundred thousand tokens to come, this starts.
+    """
+    d = policy.config.hidden_size
+
+    @jax.jit
+    def sums(policy, batch):
+        hidden = batch.trunk.hidden.astype(jnp.float32)
+        embedded = embed(policy, batch.tokens).astype(jnp.float32)
+        x = jnp.concatenate([unit(embedded[:, 1:]), unit(hidden[:, :-1])], axis=-1)
+        y = unit(hidden[:, 1:] / policy.weights["final_norm"])
+        known = jnp.arange(1, hidden.shape[1]) < (batch.response_start + batch.mask.sum(1) - 1)[:, None]
+        x = jnp.where(known[..., None], x, 0.0).reshape(-1, 2 * d)
+        return x.T @ x, x.T @ y.reshape(-1, d), known.sum()
+
+    gram, cross, count = (sum(parts) for parts in zip(*(sums(policy, batch) for batch in batches), strict=True))
+    solution = np.linalg.solve(np.asarray(gram, np.float64) + ridge * float(count) * np.eye(2 * d),
+                               np.asarray(cross, np.float64))
+    ones, proj = np.ones(d, np.float32), solution.T.astype(np.float32)
+    if draft.config.hidden_first:
+        proj = np.concatenate([proj[:, d:], proj[:, :d]], axis=1)
+    fitted = {"proj": proj, "embed_norm": ones, "hidden_norm": ones}
+    blocks = tuple({**w, **{name: jnp.asarray(x) for name, x in fitted.items()}} for w in draft.weights["blocks"])
+    return draft.replace(weights={"blocks": blocks})

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.parts.lookup import look_up
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy
 
@@ -24,6 +24,9 @@ class NgramConfig:
     policy: ModelConfig
     max_ngram: int = 3
     name: str = "ngram"
+
+
+Config = NgramConfig
 
 
 def init(policy: Policy, key: jax.Array | None = None, *, max_ngram: int = 3) -> Draft:
@@ -52,20 +55,8 @@ def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> di
 def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sampler: Sampler):
     """The tokens after the longest, then latest, earlier occurrence of the suffix; past the end they repeat with its
     period. Deterministic: judged as q = 1. A row without a match drafts its last token again."""
-    tokens, end = committed.tokens, committed.lengths[:, None] - 1
-    position = jnp.arange(tokens.shape[1])[None]
-    run = jnp.ones(tokens.shape, bool)
-    matched = jnp.zeros(tokens.shape, jnp.int32)
-    for n in range(draft.config.max_ngram):
-        suffix = jnp.take_along_axis(tokens, jnp.maximum(end - n, 0), axis=1)
-        run = run & (jnp.roll(tokens, n, axis=1) == suffix) & (position >= n)
-        matched = matched + run
-    score = jnp.where((position < end) & (matched > 0), matched * tokens.shape[1] + position, -1)
-    best = jnp.argmax(score, axis=1, keepdims=True)
-    found = jnp.take_along_axis(score, best, axis=1) >= 0
-    period = jnp.where(found, end - best, 1)
-    ahead = end - period + 1 + jnp.arange(sampler.k)[None] % period
-    return Proposal(jnp.take_along_axis(tokens, ahead, axis=1)), state
+    _, tokens = look_up(committed.tokens, committed.lengths, draft.config.max_ngram, sampler.k)
+    return Proposal(tokens), state
 
 
 def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jspec.config import Config
 from jspec.drafts import Draft
+from jspec.drafts.base import DraftBatch
 from jspec.model import Policy, Trunk, group_forward
 from jspec.rl.losses import clipped_objective, k3, predicting_states, token_logprobs
 from jspec.rl.state import TrainState
@@ -47,6 +48,7 @@ class UpdateSettings:
     train_draft: bool = True
     draft_every: int = 1
     draft_loss: str = "kl"
+    draft_optimizer: str = "adamw"
     draft_learning_rate: float = 1e-3
     draft_clip: float = 1.0
 
@@ -57,7 +59,9 @@ class UpdateSettings:
         same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "learning_rate", "clip",
                 "weight_decay", "warmup_steps")
         return cls(temperature=config.sampling.temperature, remat=config.model.remat, train_draft=draft.train,
-                   draft_every=draft.every_n_steps, draft_loss=draft.loss, draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
+                   draft_every=draft.every_n_steps, draft_loss=draft.loss,
+                   draft_optimizer=draft.optimizer,
+                   draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
                    **{name: getattr(grpo, name) for name in same})
 
 
@@ -103,16 +107,24 @@ def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Ar
 
 
 def optimizers(settings: UpdateSettings) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Policy's and draft's AdamW, each behind a global-norm clip of its own."""
+    """The policy's AdamW and the draft's own, each behind a global-norm clip of its own."""
     rate = settings.learning_rate
     if settings.warmup_steps:
         # the first update already moves: rate x 1/warmup, 2/warmup, ...
         rate = optax.linear_schedule(rate / settings.warmup_steps, rate, settings.warmup_steps - 1)
     policy = optax.chain(optax.clip_by_global_norm(settings.clip),
                          optax.adamw(rate, weight_decay=settings.weight_decay))
-    draft = optax.chain(optax.clip_by_global_norm(settings.draft_clip),
-                        optax.adamw(settings.draft_learning_rate, weight_decay=0.0))
-    return policy, draft
+    return policy, draft_optimizer(settings.draft_optimizer, settings.draft_learning_rate, settings.draft_clip)
+
+
+def draft_optimizer(name: str, rate: optax.ScalarOrSchedule, clip: float) -> optax.GradientTransformation:
+    """The draft's own: "adamw", or "muon" (https://kellerjordan.github.io/posts/muon/), whose updates of matrices are
+    scaled to AdamW's size, so that the same learning rates suit both."""
+    if name == "adamw":
+        rule = optax.adamw(rate, weight_decay=0.0)
+    else:
+        rule = optax.contrib.muon(rate, consistent_rms=0.2)
+    return optax.chain(optax.clip_by_global_norm(clip), rule)
 
 
 def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:
@@ -146,11 +158,12 @@ def _init_optimizer(optimizer: optax.GradientTransformation, weights: Any) -> An
 
 def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: TrainBatch, count: jax.Array,
                 settings: UpdateSettings,
-                features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict[str, jax.Array], tuple[Trunk, Trunk]]]:
+                features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict, tuple[Trunk, Trunk], jax.Array]]:
     """The clipped objective of `batch`'s rows over the global `count` of trained tokens, plus the KL where asked for.
 
-    Returns (loss, (metrics, trunks of prompts and responses, with `features`)). Metrics are this batch's share of token means over
-    `count`, so that those of micro-batches add up; `logprob_gap` is a maximum.
+    Returns (loss, (metrics, trunks of prompts and responses with `features`, log-probabilities of the responses'
+    tokens)). Metrics are this batch's share of token means over `count`, so that those of micro-batches add up;
+    `logprob_gap` is a maximum.
     """
     trunks, logprobs, entropy = response_logprobs(policy.replace(weights=weights), batch, settings, features)
     surrogate, clipped = clipped_objective(logprobs, batch.logprobs, batch.advantages, batch.mask, settings.clip_low,
@@ -166,7 +179,7 @@ def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: T
         _, anchor, _ = response_logprobs(reference, batch, settings)
         metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchor), batch.mask))
         loss = loss + settings.kl_weight * metrics["kl"]
-    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunks)
+    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunks, logprobs)
 
 
 def response_logprobs(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
@@ -178,20 +191,20 @@ def response_logprobs(policy: Policy, batch: TrainBatch, settings: UpdateSetting
     return trunks, *token_logprobs(policy, hidden, batch.tokens, settings.temperature)
 
 
-def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk], batch: TrainBatch,
-               settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The drafter's own loss, a sum over trained tokens, with policy and hidden states detached.
+def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk], logprobs: jax.Array,
+               batch: TrainBatch, settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The drafter's own loss, a sum over trained tokens, with the policy and all that it computed detached.
 
     Returns (loss, metrics), all of them sums over trained tokens.
     """
     # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or
     # fuse anything of the two.
-    policy, trunks = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, trunks)))
+    policy, trunks, logprobs = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, trunks, logprobs)))
     trunk, tokens = jax.tree.map(lambda prompt, response: join(prompt, batch.prompt_lengths, response),
                                  (trunks[0], batch.prompts), (trunks[1], batch.tokens))
     start = jnp.repeat(batch.prompt_lengths, batch.group_size)
-    loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), trunk, tokens, start, batch.mask,
-                                         settings.temperature, settings.draft_loss)
+    rows = DraftBatch(trunk, tokens, start, batch.mask, logprobs, jnp.asarray(settings.temperature))
+    loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), rows, settings.draft_loss)
     return loss, {**metrics, "loss": loss}
 
 
@@ -208,15 +221,15 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     def one(rows: TrainBatch):
         with jax.named_scope("policy_loss"):
             of_policy = jax.value_and_grad(policy_loss, has_aux=True)
-            (_, (metrics, trunks)), grads = of_policy(state.policy.weights, state.policy, reference, rows, count,
+            (_, (metrics, *computed)), grads = of_policy(state.policy.weights, state.policy, reference, rows, count,
                                                       settings, features)
         if not with_draft:
             return grads, metrics, None, None
         with jax.named_scope("draft_loss"):
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
             (_, draft_metrics), draft_grads = every(
-                settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, trunks, rows,
-                                                          settings))
+                settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, *computed,
+                                                          rows, settings))
         return grads, metrics, draft_grads, draft_metrics
 
     grads, metrics, draft_grads, draft_metrics = accumulate(one, batch, settings.micro_batch)

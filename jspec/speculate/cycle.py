@@ -10,12 +10,12 @@ from flax import struct
 
 from jspec.drafts.base import Committed, Draft, Observation, Proposal, Sampler
 from jspec.kernels import judge
-from jspec.model import Cache, Policy, logits, verify
+from jspec.model import Cache, Policy, Trunk, logits, verify
 from jspec.speculate.types import Sampling
 from pallas_kernels import noise as noise_lib
 from pallas_kernels.rejection_sampling import Verdict
 
-RULES = {"rejection": noise_lib.rejection_noise, "coupled": noise_lib.coupled_noise}
+RULES = {"rejection": noise_lib.rejection_noise, "block": noise_lib.block_noise, "coupled": noise_lib.coupled_noise}
 
 
 @struct.dataclass
@@ -31,7 +31,9 @@ class Slots:
       done: bool [N], stopped or at the cap. stopped: bool [N], an end token was emitted.
       temperature: float32 [N]; top_p: float32 [N] or None.
       cache: of the policy, S positions a row. draft_state: the drafter's, rows leading.
+      trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1 on.
       cycles: int32 [N]; drafted, accepted: int32 [K].
+      group_size: static; each group_size adjacent slots, from slot 0 on, hold sequences of one prompt.
     """
 
     sequence_ids: jax.Array
@@ -46,14 +48,24 @@ class Slots:
     top_p: jax.Array | None
     cache: Cache
     draft_state: Any
+    trunk: Trunk | None
     cycles: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    group_size: int = struct.field(pytree_node=False, default=1)
+
+
+def split_features(trunk: Trunk, count: int) -> tuple[Trunk, Trunk]:
+    """The trunk with its first `count` features, and with the others."""
+    return trunk.replace(features=trunk.features[:count]), trunk.replace(features=trunk.features[count:])
 
 
 def _write_rows(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
-    """Write values [N, W] into buffer [N, S] at each row's start [N]."""
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(buffer, values, start)
+    """Write values [N, W, ...] into buffer [N, S, ...] at each row's start [N]."""
+    def write(row, new, at):
+        return jax.lax.dynamic_update_slice(row, new, (at, *(0,) * (row.ndim - 1)))
+
+    return jax.vmap(write)(buffer, values, start)
 
 
 def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_k: int, k: int):
@@ -61,7 +73,8 @@ def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_
     if draft is None or k == 0:
         return Proposal(jnp.zeros((slots.lengths.shape[0], 0), jnp.int32)), slots.draft_state
     sampler = Sampler(noise, slots.temperature, slots.top_p, top_k, k)
-    return draft.module.propose(policy, draft, slots.draft_state, Committed(slots.tokens, slots.lengths), sampler)
+    committed = Committed(slots.tokens, slots.lengths, group_size=slots.group_size)
+    return draft.module.propose(policy, draft, slots.draft_state, committed, sampler)
 
 
 def _accept(policy: Policy, slots: Slots, hidden: jax.Array, proposal: Proposal, noise: Any,
@@ -104,25 +117,29 @@ def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int,
 
 
 def cycle(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, *, sampling: Sampling,
-          stop_tokens: tuple[int, ...], k: int) -> Slots:
+          stop_tokens: tuple[int, ...], k: int, states: tuple[int, ...] | None = None) -> Slots:
     """Advance every live row by 1 .. k + 1 tokens, with exactly the policy's distribution.
 
     Args:
       policy: in a rollout layout. draft: prepared, or None for autoregressive decoding (k = 0).
       noise: of this cycle, as `RULES[rule](key, sequence_ids, lengths, k)` makes it; it names the rule.
-      sampling, stop_tokens, k: static but for sampling's leaves, which the slots hold by row.
+      sampling, stop_tokens, k, states: static but for sampling's leaves, which the slots hold by row.
     """
     with jax.named_scope("propose"):
         proposal, draft_state = _propose(policy, draft, slots, noise, sampling.top_k, k)
     with jax.named_scope("verify"):
         pending = jnp.take_along_axis(slots.tokens, slots.lengths[:, None] - 1, axis=1)
         features = () if draft is None else draft.module.features(draft.config)
-        trunk, cache = verify(policy, jnp.concatenate([pending, proposal.tokens], axis=1), slots.cache,
-                              slots.lengths - 1, features=features)
+        computed, cache = verify(policy, jnp.concatenate([pending, proposal.tokens], axis=1), slots.cache,
+                                 slots.lengths - 1, features=(*features, *(states or ())))
+        trunk, kept = split_features(computed, len(features))
     with jax.named_scope("accept"):
         verdict = _accept(policy, slots, trunk.hidden, proposal, noise, sampling, stop_tokens)
     with jax.named_scope("commit"):
         new, count = _commit(slots.replace(cache=cache), verdict, sampling.max_new_tokens, stop_tokens)
+        if states is not None:
+            new = new.replace(trunk=jax.tree.map(lambda all, x: _write_rows(all, x, slots.lengths - 1), slots.trunk,
+                                                 kept))
     if draft is None:
         return new
     with jax.named_scope("observe"):

@@ -14,7 +14,7 @@ from jspec.errors import InputError
 from jspec.kernels import choose, picked
 from jspec.model import Policy, prefill, to_rollout
 from jspec.sharding import check_rows, constrain
-from jspec.speculate.cycle import RULES, Slots, cycle
+from jspec.speculate.cycle import RULES, Slots, cycle, split_features
 from jspec.speculate.types import PromptBatch, Rollout, RolloutStats, Sampling, Speculation
 
 # cache sizes are whole tiles of a TPU's memory, and beyond one block of attention whole blocks
@@ -82,24 +82,29 @@ def _cache_size(prompt: int, max_new_tokens: int, k: int) -> int:
     return -(-size // unit) * unit
 
 
-def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, k: int) -> Slots:
+def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, k: int,
+          states: tuple[int, ...] | None = None) -> Slots:
     """Prefill every prompt once, and give each of its group's rows a copy of the keys and values."""
     prompts, length = batch.tokens.shape
     rows = prompts * batch.group_size
     size = _cache_size(length, sampling.max_new_tokens, k)
     features = () if draft is None else draft.module.features(draft.config)
     with jax.named_scope("prefill"):
-        trunk, cache = prefill(policy, batch.tokens, size, features=features)
+        computed, cache = prefill(policy, batch.tokens, size, features=(*features, *(states or ())))
+        trunk, kept = split_features(computed, len(features))
+        kept = None if states is None else jax.tree.map(
+            lambda x: jnp.pad(x, ((0, 0), (0, size - length), (0, 0))), kept)
         state = None
         if draft is not None:
-            state = draft.module.start(policy, draft, Prefill(trunk, batch.tokens, batch.lengths), size)
+            computed = Prefill(trunk, batch.tokens, batch.lengths, jax.random.key_data(batch.key))
+            state = draft.module.start(policy, draft, computed, size)
 
         def share(x):
             names = ("batch", "kv_heads") if x.ndim == 4 else ("batch",)
             x = jnp.repeat(x, batch.group_size, axis=0)
             return constrain(x, policy.layout, *names, *(None,) * (x.ndim - len(names)))
 
-        cache, state, lengths, tokens = jax.tree.map(share, (cache, state, batch.lengths, batch.tokens))
+        cache, state, kept, lengths, tokens = jax.tree.map(share, (cache, state, kept, batch.lengths, batch.tokens))
     by_row = partial(jnp.broadcast_to, shape=(rows,))
     flags = constrain(jnp.zeros(rows, bool), policy.layout, "batch")
     values = jnp.zeros((rows, sampling.max_new_tokens + k + 1), jnp.float32)
@@ -109,8 +114,9 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
         logprobs=values, entropy=values, done=flags, stopped=flags,
         temperature=by_row(jnp.asarray(sampling.temperature, jnp.float32)),
         top_p=None if sampling.top_p is None else by_row(jnp.asarray(sampling.top_p, jnp.float32)),
-        cache=cache, draft_state=state,
-        cycles=jnp.zeros(rows, jnp.int32), drafted=jnp.zeros(k, jnp.int32), accepted=jnp.zeros(k, jnp.int32))
+        cache=cache, draft_state=state, trunk=kept,
+        cycles=jnp.zeros(rows, jnp.int32), drafted=jnp.zeros(k, jnp.int32), accepted=jnp.zeros(k, jnp.int32),
+        group_size=batch.group_size)
 
 
 def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:
@@ -120,8 +126,10 @@ def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:
     columns = jnp.minimum(slots.prompt_lengths[:, None] + jnp.arange(max_new_tokens), slots.tokens.shape[1] - 1)
     tokens = jnp.where(mask, jnp.take_along_axis(slots.tokens, columns, axis=1), pad_token)
     logprobs, entropy = (jnp.where(mask, x[:, :max_new_tokens], 0.0) for x in (slots.logprobs, slots.entropy))
+    known = jnp.arange(slots.tokens.shape[1]) < slots.lengths[:, None] - 1
+    trunk = jax.tree.map(lambda x: jnp.where(known[..., None], x, 0), slots.trunk)
     return Rollout(tokens, mask, logprobs, mask, entropy, lengths, slots.stopped,
-                   RolloutStats(slots.cycles, slots.drafted, slots.accepted))
+                   RolloutStats(slots.cycles, slots.drafted, slots.accepted), trunk)
 
 
 @partial(jax.jit, static_argnames="speculation")
@@ -139,9 +147,9 @@ def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation:
 
     def body(slots: Slots) -> Slots:
         noise = make_noise(key, slots.sequence_ids, slots.lengths, k)
-        return cycle(policy, draft, slots, noise, sampling=sampling, stop_tokens=stops, k=k)
+        return cycle(policy, draft, slots, noise, sampling=sampling, stop_tokens=stops, k=k, states=speculation.states)
 
-    slots = start(policy, draft, batch, sampling, k)
+    slots = start(policy, draft, batch, sampling, k, speculation.states)
     with jax.named_scope("decode"):
         slots = jax.lax.while_loop(lambda s: ~jnp.all(s.done), body, slots)
     return _gather(slots, sampling.max_new_tokens, policy.config.pad_token)

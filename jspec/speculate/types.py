@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from jspec.errors import InputError
+from jspec.model import Trunk
 
 # prompt lengths are padded up to one of these, so that a new length is seldom a new compilation
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
@@ -105,15 +106,19 @@ class Speculation:
 
     Attributes:
       k: drafted tokens a cycle, 0 for none.
-      rule: "rejection" or "coupled". Both are lossless; coupled also reproduces, token for token, what autoregressive
+      rule: "rejection", "block" or "coupled". All are lossless; block judges the drafts of a cycle together, and on
+        average accepts as many as rejection or more; coupled also reproduces, token for token, what autoregressive
         decoding with the same key gives.
       kernels: "auto" is the chip's Pallas kernels where they take the shapes, else the reference; "reference" is plain
         JAX; "pallas" is the kernels or an error (a CPU interprets them, slowly). Or an `Implementation`.
+      states: trunk depths (see `model.Trunk`) that the rollout returns as the verifier computed them, besides the final
+        hidden states, so that a draft can be trained without another forward; None: it returns no states.
     """
 
     k: int = struct.field(pytree_node=False, default=3)
     rule: str = struct.field(pytree_node=False, default="rejection")
     kernels: Any = struct.field(pytree_node=False, default="auto")
+    states: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass
@@ -139,6 +144,8 @@ class Rollout:
       lengths: int32 [N], generated tokens.
       finished: bool [N], false where the cap cut the sequence before an end token.
       stats: `RolloutStats`.
+      trunk: with `Speculation.states`, a `Trunk` over [N, S] in the compute dtype: entry p of a row is the state at
+        position p of prompt and output without a gap, zero from its last token on (which nothing came after).
     """
 
     tokens: jax.Array
@@ -149,6 +156,7 @@ class Rollout:
     lengths: jax.Array
     finished: jax.Array
     stats: RolloutStats
+    trunk: Trunk | None = None
 
     @property
     def acceptance_length(self) -> jax.Array:

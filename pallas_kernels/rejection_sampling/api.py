@@ -8,7 +8,7 @@ import jax
 from flax import struct
 
 from pallas_kernels.implementation import REFERENCE, Implementation
-from pallas_kernels.noise import CoupledNoise, RejectionNoise
+from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import reference
 from pallas_kernels.rejection_sampling.summary import judge
 
@@ -45,18 +45,17 @@ def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array |
     return reference.process_logits(logits, temperature, top_p, top_k=top_k, ban=ban, banned_tokens=banned_tokens)
 
 
-def draw(log_q: jax.Array, noise: RejectionNoise | CoupledNoise, offset: int,
-         draft_vocab: jax.Array | None = None) -> jax.Array:
+def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None) -> jax.Array:
     """Draw draft token `offset` of the block, int32 [B], from normalised log-probabilities float32 [B, V].
 
-    Under `CoupledNoise` this is the target's own Gumbel noise at that position; under `RejectionNoise` it is noise that
-    no later judgement looks at. draft_vocab: int32 [V], the global ids of a reduced vocabulary; None: they are 0..V-1.
+    Under `CoupledNoise` this is the target's own Gumbel noise at that position; under the others it is noise that no
+    later judgement looks at. draft_vocab: int32 [V], the global ids of a reduced vocabulary; None: they are 0..V-1.
     """
     return reference.draw(log_q, noise, offset, draft_vocab)
 
 
 def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
-                       noise: RejectionNoise | CoupledNoise, temperature: jax.Array, top_p: jax.Array | None = None, *,
+                       noise: Noise, temperature: jax.Array, top_p: jax.Array | None = None, *,
                        draft_vocab: jax.Array | None = None, top_k: int = 0, ban: jax.Array | None = None,
                        banned_tokens: tuple[int, ...] = (), implementation: Implementation = REFERENCE,
                        axis: tuple[str, ...] | None = None) -> Verdict:
@@ -67,6 +66,10 @@ def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
     - `RejectionNoise` (https://arxiv.org/abs/2211.17192, https://arxiv.org/abs/2302.01318): accept draft y iff
       log u < log p(y) - log q(y), strictly; at the first refusal draw from the normalised (p - q)+; after K acceptances
       from p. Deterministic drafts are q = 1 on their token.
+    - `BlockNoise` (https://arxiv.org/abs/2403.10444): with w_0 = 1, w_i = min(1, w_{i-1} p(y_i) / q(y_i)) and r_i the
+      mass of (w_i p - q)+ over the token after the first i drafts, accept as many as the last i with u < h_i, where
+      h_i = r_i / (r_i + 1 - w_i) and h_K = w_K; then draw from the normalised (w_i p - q)+; after K acceptances from p.
+      In expectation never fewer than rejection accepts, and exact only with noise that is fresh in every cycle.
     - `CoupledNoise`: the target's token is argmax(log p + g) with g fixed by the position; accept iff the draft is it.
 
     Args:
@@ -78,7 +81,8 @@ def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
       top_p: float32 [B] or None. top_k: static, 0 is off. With either of them the reference runs: both sort.
       draft_vocab: int32 [Vd], distinct global ids of a reduced draft vocabulary, outside of which q is 0; None: Vd = V.
       ban: bool [B, K + 1] or None; where true `banned_tokens` have probability zero in p.
-      implementation: the kernels read the logits once, and with sampled drafts one row a sequence again.
+      implementation: the kernels read the logits once, and with sampled drafts one row a sequence again; `BlockNoise`
+        needs the K rows of sampled drafts again, whose weights depend on the rows before.
       axis: for a kernel inside `shard_map`, the mesh axes that share the vocabulary: logits (and draft_log_q, where
         there is no draft_vocab) are then this device's V consecutive ids of it.
 

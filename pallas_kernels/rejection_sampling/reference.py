@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import noise as noise_lib
-from pallas_kernels.noise import CoupledNoise, RejectionNoise
+from pallas_kernels.noise import BlockNoise, CoupledNoise, CycleNoise, RejectionNoise
 
 # the inverse transform picks a block by one uniform and a token inside it by another, so that neither the noise nor
 # the cumulative sums span the vocabulary
@@ -143,19 +143,25 @@ def _coupled(log_p, draft_tokens, noise: CoupledNoise):
     return leading(target[:, :-1] == draft_tokens), target
 
 
-def residual(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """(p - q)+, unnormalised, float32 [B, V]; p itself where rounding leaves nothing."""
+def residual(log_p: jax.Array, log_q: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
+    """(weight p - q)+, unnormalised, float32 [B, V]; p itself where rounding leaves nothing. weight: [B, 1]."""
     p = jnp.exp(log_p)
-    mass = jnp.maximum(p - jnp.exp(log_q), 0.0)
+    mass = jnp.maximum(weight * p - jnp.exp(log_q), 0.0)
     return jnp.where(mass.sum(-1, keepdims=True) > 0, mass, p)
 
 
-def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise, draft_vocab):
+def _log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab):
+    """log p(y) - log q(y) of every draft, float32 [B, K]."""
+    ratio = _pick(log_p[:, :draft_tokens.shape[1]], draft_tokens)
+    if draft_log_q is None:
+        return ratio
+    return ratio - draft_logprobs(draft_log_q, draft_tokens, draft_vocab)
+
+
+def _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise: CycleNoise, weight):
+    """Tokens int32 [B, K + 1]: the drafts, with one drawn after those that are accepted int32 [B], from (weight p - q)+
+    or, if all are, from p. weight: float32 [B, 1]."""
     k = draft_tokens.shape[1]
-    ratio = _pick(log_p[:, :k], draft_tokens)
-    if draft_log_q is not None:
-        ratio = ratio - draft_logprobs(draft_log_q, draft_tokens, draft_vocab)
-    accepted = leading(jnp.log(noise.accept) < ratio)
     last = jnp.take_along_axis(log_p, accepted[:, None, None], axis=1)[:, 0]
     if k:
         at = jnp.minimum(accepted, k - 1)
@@ -165,12 +171,68 @@ def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise, draft_vo
         else:
             log_q = jnp.take_along_axis(draft_log_q, at[:, None, None], axis=1)[:, 0]
             log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, last.shape[-1])
-        mass = jnp.where((accepted < k)[:, None], residual(last, log_q), jnp.exp(last))
+        mass = jnp.where((accepted < k)[:, None], residual(last, log_q, weight), jnp.exp(last))
     else:
         mass = jnp.exp(last)
     drawn = inverse_transform(mass, noise.residual)
     padded = jnp.pad(draft_tokens, ((0, 0), (0, 1)))
-    return accepted, jnp.where(jnp.arange(k + 1) == accepted[:, None], drawn[:, None], padded)
+    return jnp.where(jnp.arange(k + 1) == accepted[:, None], drawn[:, None], padded)
+
+
+def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise, draft_vocab):
+    ratio = _log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab)
+    accepted = leading(jnp.log(noise.accept) < ratio)
+    return accepted, _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise, 1.0)
+
+
+def block_weights(ratio: jax.Array) -> jax.Array:
+    """w_0 = 1, w_i = min(1, w_{i - 1} p(y_i) / q(y_i)), float32 [B, K + 1] from log p(y) - log q(y) [B, K]."""
+    log_w = [jnp.zeros(ratio.shape[0])]
+    for column in ratio.T:
+        log_w.append(jnp.minimum(log_w[-1] + column, 0.0))  # logarithms: a ratio may overflow
+    return jnp.exp(jnp.stack(log_w, 1))
+
+
+def block_left(log_p, draft_tokens, draft_log_q, draft_vocab, weights) -> jax.Array:
+    """r_i, the mass of (w_i p - q)+ of the draft after the first i, float32 [B, K] of i = 0 .. K - 1."""
+    b, k = draft_tokens.shape
+    log_p, w = log_p[:, :k], weights[:, :k]
+    if draft_log_q is None:  # q is all on the draft, and w p no more than that
+        return w * (1.0 - jnp.exp(_pick(log_p, draft_tokens)))
+    if draft_vocab is not None:
+        flat = draft_log_q.reshape(b * k, draft_log_q.shape[-1])
+        draft_log_q = spread(flat, draft_vocab, log_p.shape[-1]).reshape(log_p.shape)
+    return jnp.maximum(w[..., None] * jnp.exp(log_p) - jnp.exp(draft_log_q), 0.0).sum(-1)
+
+
+def block_chances(weights: jax.Array, left: jax.Array) -> jax.Array:
+    """h_i = r_i / (r_i + 1 - w_i), and h_K = w_K, float32 [B, K] of i = 1 .. K; weights [B, K + 1], left [B, K].
+
+    Where r_i = 1 - w_i = 0 the next draft's q is p: more than i are accepted for certain, and what test i says is of no
+    account but for rounding.
+    """
+    k = left.shape[1]
+    left, whole = left[:, 1:], left[:, 1:] + (1.0 - weights[:, 1:k])
+    h = jnp.where(whole > 0, left / jnp.where(whole > 0, whole, 1.0), 1.0)
+    return jnp.concatenate([h, weights[:, k:]], axis=1)[:, :k]
+
+
+def last_true(flags: jax.Array) -> jax.Array:
+    """The number, from 1, of the last flag that is true, and 0 if none is; int32 [B] from bool [B, K]."""
+    return jnp.where(flags, jnp.arange(1, flags.shape[1] + 1), 0).max(-1, initial=0).astype(jnp.int32)
+
+
+def _block(log_p, draft_tokens, draft_log_q, noise: BlockNoise, draft_vocab):
+    """Why it is exact: given y_1 .. y_i, the chance that i drafts or more are accepted is w_i, by induction from K
+    down. It is h_i + (1 - h_i) E[w_{i+1}] over y_{i+1} ~ q, where E[w_{i+1}] = sum(min(q, w_i p)) = w_i - r_i, and h_i
+    makes it w_i. So exactly i are accepted with r_i, and x is the next token with min(q, w_i p)(x) as a draft, and with
+    r_i (w_i p - q)+(x) / r_i as the one drawn after i: together w_i p(x).
+    """
+    weights = block_weights(_log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab))
+    left = block_left(log_p, draft_tokens, draft_log_q, draft_vocab, weights)
+    accepted = last_true(noise.accept < block_chances(weights, left))
+    weight = jnp.take_along_axis(weights, accepted[:, None], axis=1)
+    return accepted, _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise, weight)
 
 
 def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p=None, *, draft_vocab=None,
@@ -183,6 +245,7 @@ def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, to
     if isinstance(noise, CoupledNoise):
         accepted, tokens = _coupled(log_p, draft_tokens, noise)
     else:
-        accepted, tokens = _rejection(log_p, draft_tokens, draft_log_q, noise, draft_vocab)
+        rule = _block if isinstance(noise, BlockNoise) else _rejection
+        accepted, tokens = rule(log_p, draft_tokens, draft_log_q, noise, draft_vocab)
     entropy = -jnp.sum(jnp.where(raw > -jnp.inf, jnp.exp(raw) * raw, 0.0), -1)
     return accepted, tokens, _pick(raw, tokens), entropy

@@ -14,8 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels.noise import CoupledNoise
-from pallas_kernels.rejection_sampling.reference import VOCAB_BLOCK, draft_logprobs, first_above, leading, spread
+from pallas_kernels.noise import BlockNoise, CoupledNoise
+from pallas_kernels.rejection_sampling.reference import (
+    VOCAB_BLOCK,
+    block_chances,
+    block_weights,
+    draft_logprobs,
+    first_above,
+    last_true,
+    leading,
+    spread,
+)
 
 CHUNK = VOCAB_BLOCK
 
@@ -112,8 +121,8 @@ def _at(x: jax.Array, position: jax.Array) -> jax.Array:
 
 
 @struct.dataclass
-class _Last:
-    """The row of each sequence that yields its last token, and how its candidates are weighed.
+class _Candidates:
+    """Rows, such as the one of each sequence that yields its last token, and how their candidates are weighed.
 
     Attributes:
       logits: [R, V], this shard's of all rows. row: int32 [B], which of them it is.
@@ -121,6 +130,7 @@ class _Last:
       banned: bool [B] or None.
       refused: int32 [B], global id of the refused draft; -1 where all were accepted. refused_z: float32 [B], its z.
       log_q: float32 [B, V], this shard's part of what the refused draft was drawn from; None if that is certain.
+      weight: float32 [B], of p in the residual; the block rule's w, else 1.
     """
 
     logits: jax.Array
@@ -131,16 +141,18 @@ class _Last:
     refused: jax.Array
     refused_z: jax.Array
     log_q: jax.Array | None
+    weight: jax.Array
 
     def weigh(self, logits: jax.Array, log_q: jax.Array | None, ids: jax.Array, banned_tokens: tuple[int, ...]):
-        """z, p and the residual (p - q)+ of ids [B or 1, n], float32 [B, n]."""
+        """z, p and the residual (weight p - q)+, in some unit, of ids [B or 1, n], float32 [B, n]."""
         z = _scaled(logits, self.temperature[:, None])
         p = jnp.exp(z - self.lse[:, None])
         if self.banned is not None:
             p = jnp.where(self.banned[:, None] & jnp.isin(ids, jnp.array(banned_tokens)), 0.0, p)
         if log_q is None:
             return z, p, jnp.where(ids == self.refused[:, None], 0.0, p)
-        return z, p, jnp.where(self.refused[:, None] < 0, p, jnp.maximum(p - jnp.exp(log_q), 0.0))
+        residual = jnp.maximum(self.weight[:, None] * p - jnp.exp(log_q), 0.0)
+        return z, p, jnp.where(self.refused[:, None] < 0, p, residual)
 
 
 def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -156,7 +168,7 @@ def _row_pieces(mass: jax.Array, ids: jax.Array) -> jax.Array:
     return _pieces(jnp.where(first, chunks, 0.0).sum(-1), jnp.where(first, 0.0, chunks).sum(-1))
 
 
-def _draw_last(last: _Last, pieces: jax.Array, u: jax.Array, first: jax.Array | int, banned_tokens, axis):
+def _draw_last(last: _Candidates, pieces: jax.Array, u: jax.Array, first: jax.Array | int, banned_tokens, axis):
     """Inverse transform of each sequence's residual (of p, where nothing was refused): its id int32 [B] and z.
 
     pieces: float32 [B, C + 1], the residual's mass by block of the vocabulary; computed here where drafts were sampled.
@@ -192,7 +204,13 @@ def _local(x: jax.Array, ids: jax.Array, first: jax.Array | int) -> jax.Array:
     return jnp.where(inside, value, -jnp.inf)
 
 
-def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits, draft_tokens, draft_log_q, noise,
+def _left(rows: _Candidates, first, banned_tokens, axis) -> jax.Array:
+    """The residual's mass of every row whose draft was sampled, float32 [B]."""
+    ids = first + jnp.arange(rows.logits.shape[1])
+    return _sum(rows.weigh(rows.logits[rows.row], rows.log_q, ids[None], banned_tokens)[2].sum(-1), axis)
+
+
+def _by_uniforms(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits, draft_tokens, draft_log_q, noise,
                temperature, draft_vocab, ban, banned_tokens, first, axis):
     """Accepted int32 [B], and tokens and their z [B, K + 1]. logits: [B * (K + 1), V]."""
     b, k = draft_tokens.shape
@@ -214,15 +232,30 @@ def _rejection(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logit
         else:
             drawn = draft_logprobs(draft_log_q, draft_tokens, draft_vocab)
         ratio = log_p - drawn
-    greedy = temperature == 0
-    accepted = leading(jnp.where(greedy[:, None], draft_tokens == best[0][:, :k], jnp.log(noise.accept) < ratio))
+    greedy, likeliest = temperature == 0, leading(draft_tokens == best[0][:, :k])
+    accepted, weight = leading(jnp.log(noise.accept) < ratio), jnp.ones(b)
+    if isinstance(noise, BlockNoise):
+        weights = block_weights(ratio)
+        left = weights[:, :k] * jnp.maximum(1.0 - jnp.exp(log_p), 0.0)  # where q is all on the draft
+        if draft_log_q is not None and k:
+            log_q = draft_log_q.reshape(b * k, -1)
+            log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
+            each, each_lse, each_weight = (
+                x[:, :k].reshape(-1) for x in (row[:, None] + jnp.arange(k + 1), lse, weights))
+            drafts = _Candidates(logits, each, jnp.repeat(temperature, k), each_lse,
+                                 None if ban is None else ban[:, :k].reshape(-1), draft_tokens.reshape(-1),
+                                 z.reshape(-1), log_q, each_weight)
+            left = _left(drafts, first, banned_tokens, axis).reshape(b, k)
+        accepted = last_true(noise.accept < block_chances(weights, left))
+        weight = _at(weights, accepted)
+    accepted = jnp.where(greedy, likeliest, accepted)
     refused = _at(jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1), accepted)
     refused_z = _at(jnp.pad(z, ((0, 0), (0, 1))), accepted)
     if draft_log_q is not None and k:
         log_q = _at(draft_log_q, jnp.minimum(accepted, k - 1))
         log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
-    last = _Last(logits, row + accepted, temperature, _at(lse, accepted), None if ban is None else _at(ban, accepted),
-                 refused, refused_z, log_q)
+    last = _Candidates(logits, row + accepted, temperature, _at(lse, accepted),
+                       None if ban is None else _at(ban, accepted), refused, refused_z, log_q, weight)
     token, token_z = _draw_last(last, _at(pieces, accepted), noise.residual, first, banned_tokens, axis)
     token, token_z = (jnp.where(greedy, _at(x, accepted), y) for x, y in zip(best, (token, token_z), strict=True))
     at = jnp.arange(k + 1) == accepted[:, None]
@@ -251,6 +284,6 @@ def judge(summarize: Callable[..., Summary], logits, draft_tokens, draft_log_q, 
         tokens, z = best
         accepted = leading(tokens[:, :-1] == draft_tokens)
     else:
-        accepted, tokens, z = _rejection(s, rows, best, logits, draft_tokens, draft_log_q, noise, temperature,
-                                         draft_vocab, ban, banned_tokens, 0 if offset is None else offset, axis)
+        accepted, tokens, z = _by_uniforms(s, rows, best, logits, draft_tokens, draft_log_q, noise, temperature,
+                                           draft_vocab, ban, banned_tokens, 0 if offset is None else offset, axis)
     return accepted, tokens, z - rows.lse, rows.entropy

@@ -9,6 +9,7 @@ import jspec
 from jspec.drafts import base
 from jspec.drafts.parts import losses
 from jspec.model import logits, prefill, train_forward
+from jspec.rl.losses import token_logprobs
 from jspec.speculate import Sampling
 from jspec.speculate.cycle import RULES, cycle
 from pallas_kernels.noise import rejection_noise
@@ -33,19 +34,26 @@ def draft(policy, request):
 trunk_states = jax.jit(lambda policy, tokens: train_forward(policy, tokens))
 
 
+def lesson(policy, tokens, start, mask, temperature=1.0):
+    """A DraftBatch of the policy's own states and log-probabilities."""
+    made = base.DraftBatch(trunk_states(policy, tokens), tokens, start, mask, None, jnp.asarray(temperature))
+    logprobs, _ = token_logprobs(policy, made.predicting(made.trunk.hidden), made.response(), made.temperature)
+    return made.replace(logprobs=logprobs)
+
+
 def of_draft(draft, logits):
     """The columns of logits [..., V] that the draft draws from."""
     return logits[..., draft.state["vocab"]] if draft.state else logits
 
 
 @jax.jit
-def spied_loss(policy, draft, *args):
+def spied_loss(policy, draft, batch):
     """(log p, log q) of every depth that the loss compares, [B, T, Vd]."""
     seen, original = [], losses.divergence
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "divergence", lambda p, q, kind: seen.append((p, q)) or original(p, q, kind))
         patch.setattr(losses, "sum_over_chunks", lambda fn, tree: fn(tree))
-        draft.module.loss(policy, draft, *args, "kl")
+        draft.module.loss(policy, draft, batch, "kl")
     return seen
 
 
@@ -112,9 +120,9 @@ def test_the_loss_unrolls_what_propose_computes(policy, draft):
 
     log_q = infer(ready, prepared)
     whole = jnp.array([sequence], jnp.int32)
-    trunk = trunk_states(policy, whole)
-    pairs = spied_loss(policy, draft, trunk, whole, jnp.array([1]), jnp.ones((1, 9), bool), jnp.ones(1))
-    target = of_draft(draft, jax.nn.log_softmax(logits(policy, trunk.hidden)))
+    batch = lesson(policy, whole, jnp.array([1]), jnp.ones((1, 9), bool))
+    pairs = spied_loss(policy, draft, batch)
+    target = of_draft(draft, jax.nn.log_softmax(logits(policy, batch.trunk.hidden)))
     for depth, (log_p, head) in enumerate(pairs):
         np.testing.assert_allclose(log_p[0], target[0, :9], atol=1e-5)
         trained = head[0]
@@ -129,42 +137,42 @@ def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind)
     tokens = jnp.asarray(rng.integers(0, 11, (3, 9)), jnp.int32)
     start, mask = jnp.array([1, 3, 4]), jnp.asarray(rng.random((3, 5)) < 0.7)
     temperature = jnp.array([1.0, 0.5, 0.0])
-    trunk = trunk_states(policy, tokens)
-    seen = spied_loss(policy, draft, trunk, tokens, start, mask, temperature)
+    batch = lesson(policy, tokens, start, mask, temperature)
+    seen = spied_loss(policy, draft, batch)
     scale = np.array([1.0, 0.5, 1.0])[:, None, None]
     at = start[:, None] - 1 + np.arange(5)
-    target = of_draft(draft, jax.nn.log_softmax(logits(policy, trunk.hidden) / scale))
+    target = of_draft(draft, jax.nn.log_softmax(logits(policy, batch.trunk.hidden) / scale))
     target = np.asarray(jnp.take_along_axis(target, at[..., None], axis=1, mode="clip"), np.float64)[np.asarray(mask)]
     log_q = [np.asarray(q, np.float64)[np.asarray(mask)] for _, q in seen]
     overlaps = [np.minimum(np.exp(target), np.exp(q)).sum(-1) for q in log_q]
     want = {"kl": [(np.exp(target) * (target - q)).sum() for q in log_q],
             "tv": [(1 - a).sum() for a in overlaps], "overlap": [-np.log(a).sum() for a in overlaps]}
-    loss = jax.jit(draft.module.loss, static_argnums=7)
-    total, count, metrics = loss(policy, draft, trunk, tokens, start, mask, temperature, kind)
+    loss = jax.jit(draft.module.loss, static_argnums=3)
+    total, count, metrics = loss(policy, draft, batch, kind)
     np.testing.assert_allclose(total, np.mean(want[kind]), rtol=1e-5)
     assert float(count) == int(mask.sum())
     np.testing.assert_allclose(metrics["overlap"], [a.sum() for a in overlaps], rtol=1e-5)
-    assert loss(policy, draft, trunk, tokens, start, jnp.zeros_like(mask), temperature, kind)[0] == 0
+    assert loss(policy, draft, batch.replace(mask=jnp.zeros_like(mask)), kind)[0] == 0
 
 
 def test_a_trained_head_is_accepted_more_often(policy):
     """A few steps of its own loss on the policy's own samples raise the acceptance that rollouts measure."""
     draft = jspec.drafts.mtp(policy, jax.random.key(1))
-    batch = jspec.PromptBatch.from_tokens(PROMPTS, group_size=8, seed=0, buckets=(8,))
+    prompts = jspec.PromptBatch.from_tokens(PROMPTS, group_size=8, seed=0, buckets=(8,))
     sampling = Sampling(max_new_tokens=12, stop_tokens=())
-    before = jspec.rollout(policy, draft, batch, sampling=sampling)
-    start = jnp.repeat(batch.lengths, 8)
-    prompt = jnp.repeat(batch.tokens, 8, axis=0)
+    before = jspec.rollout(policy, draft, prompts, sampling=sampling)
+    start = jnp.repeat(prompts.lengths, 8)
+    prompt = jnp.repeat(prompts.tokens, 8, axis=0)
     at = jnp.arange(20)
     response = jnp.take_along_axis(before.tokens, jnp.clip(at - start[:, None], 0, 11), axis=1)
     tokens = jnp.where(at < start[:, None], jnp.pad(prompt, ((0, 0), (0, 12))), response)
-    trunk = trunk_states(policy, tokens)
+    batch = lesson(policy, tokens, start, before.mask)
 
     @jax.jit
     def step(weights):
         def mean(w):
             made = draft.replace(weights=w)
-            total, count, _ = draft.module.loss(policy, made, trunk, tokens, start, before.mask, 1.0, "overlap")
+            total, count, _ = draft.module.loss(policy, made, batch, "overlap")
             return total / count
 
         return jax.tree.map(lambda w, g: w - 0.3 * g, weights, jax.grad(mean)(weights))
@@ -172,5 +180,5 @@ def test_a_trained_head_is_accepted_more_often(policy):
     weights = draft.weights
     for _ in range(150):
         weights = step(weights)
-    after = jspec.rollout(policy, draft.replace(weights=weights), batch, sampling=sampling)
+    after = jspec.rollout(policy, draft.replace(weights=weights), prompts, sampling=sampling)
     assert float(after.acceptance_length) > float(before.acceptance_length) + 0.3

@@ -58,6 +58,31 @@ def reject(p, drafts, q, accept, residual_u, block):
     return len(drafts), inverse_transform(p[-1], residual_u, block)
 
 
+def block_tests(p, drafts, q):
+    """One row of the block rule: w [K + 1] and h [K + 1] of accepting the first 0 .. K drafts; h[0] is 1.
+    p [K + 1, V], drafts [K], q [K, V]."""
+    w, h = [1.0], [1.0]
+    for j, y in enumerate(drafts):
+        w.append(min(1.0, w[-1] * p[j][y] / q[j][y]))
+        if j + 1 == len(drafts):
+            h.append(w[-1])
+        else:
+            left = np.maximum(w[-1] * p[j + 1] - q[j + 1], 0).sum()
+            h.append(left / (left + 1 - w[-1]) if left + 1 - w[-1] > 0 else 1.0)
+    return np.array(w), np.array(h)
+
+
+def block(p, drafts, q, accept, residual_u, block):
+    """One row of the block rule, as `reject`."""
+    q = np.eye(p.shape[1])[drafts] if q is None else q
+    w, h = block_tests(p, drafts, q)
+    passed = max([0, *(j + 1 for j, u in enumerate(accept) if u < h[j + 1])])
+    if passed == len(drafts):
+        return passed, inverse_transform(p[-1], residual_u, block)
+    mass = np.maximum(w[passed] * p[passed] - q[passed], 0)
+    return passed, inverse_transform(mass if mass.sum() > 0 else p[passed], residual_u, block)
+
+
 def attention(q, k, v, length, window=None):
     """Dense attention of one row: q [T, H, D] at positions length.., k and v [S, H_kv, D] with the new ones written;
     a position sees itself and the window - 1 before it."""

@@ -87,6 +87,14 @@ def test_rejection_noise_is_of_its_cycle_and_row_alone():
         np.testing.assert_array_equal(one.accept[0], whole.accept[4, :k])
 
 
+def test_block_noise_is_the_numbers_of_rejection_noise():
+    block = jax.jit(noise.block_noise, static_argnames="k")(DATA, jnp.arange(6), jnp.arange(6) + 3, 3)
+    assert type(block) is noise.BlockNoise
+    for a, b in zip(jax.tree.leaves(block), jax.tree.leaves(rejection_noise(DATA, jnp.arange(6), jnp.arange(6) + 3, 3)),
+                    strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_coupled_noise_is_of_the_position_alone():
     ids = jnp.array([5])
     whole = coupled_noise(DATA, ids, jnp.array([10]), 7).keys[0]

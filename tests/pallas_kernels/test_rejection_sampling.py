@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import noise as noise_lib
-from pallas_kernels.noise import CoupledNoise, RejectionNoise
+from pallas_kernels.noise import BlockNoise, CoupledNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import draw, process_logits, reference, rejection_sampling
 from tests.pallas_kernels import oracle
 
@@ -100,21 +100,22 @@ def test_inverse_transform_at_the_ends():
         np.testing.assert_array_equal(reference.inverse_transform(mass, jnp.full((2, 2), u)), want)
 
 
-def random_case(rng, rows, k, vocab, sampled):
+def random_case(rng, rows, k, vocab, sampled, kind=RejectionNoise):
     logits = rng.normal(0, 1.5, (rows, k + 1, vocab)).astype(np.float32)
     q_logits = rng.normal(0, 1.5, (rows, k, vocab))
     log_q = oracle.log_softmax(q_logits).astype(np.float32)
     drafts = rng.integers(0, vocab, (rows, k)).astype(np.int32)
-    noise = RejectionNoise(*(jnp.asarray(rng.random(s), jnp.float32) for s in ((rows, k, 2), (rows, k), (rows, 2))))
+    noise = kind(*(jnp.asarray(rng.random(s), jnp.float32) for s in ((rows, k, 2), (rows, k), (rows, 2))))
     return logits, drafts, log_q if sampled else None, noise
 
 
+@pytest.mark.parametrize("kind, rule", [(RejectionNoise, oracle.reject), (BlockNoise, oracle.block)])
 @pytest.mark.parametrize("k, rows, sampled, vocab, block", [
     (0, 9, False, 13, 4), (1, 1, True, 5, 512), (3, 64, True, 13, 4), (2, 64, True, 8, 2), (3, 64, False, 5, 512)])
-def test_rejection(k, rows, sampled, vocab, block, monkeypatch):
+def test_rejection_and_block(k, rows, sampled, vocab, block, kind, rule, monkeypatch):
     monkeypatch.setattr(reference, "VOCAB_BLOCK", block)
     rng = np.random.default_rng(vocab * 10 + k)
-    logits, drafts, log_q, noise = random_case(rng, rows, k, vocab, sampled)
+    logits, drafts, log_q, noise = random_case(rng, rows, k, vocab, sampled, kind)
     temperature = rng.choice([0.0, 0.7, 1.0], rows).astype(np.float32)
     top_p = rng.choice([0.6, 1.0], rows).astype(np.float32)
     ban = rng.random((rows, k + 1)) < 0.3
@@ -124,7 +125,7 @@ def test_rejection(k, rows, sampled, vocab, block, monkeypatch):
         p = np.stack([oracle.process(logits[i, j], temperature[i], 4, top_p[i], (2,) if ban[i, j] else ())
                       for j in range(k + 1)])
         q = None if log_q is None else np.exp(log_q[i].astype(np.float64))
-        accepted, last = oracle.reject(p, drafts[i], q, noise.accept[i], np.asarray(noise.residual[i]), block)
+        accepted, last = rule(p, drafts[i], q, noise.accept[i], np.asarray(noise.residual[i]), block)
         assert int(got.accepted[i]) == accepted
         tokens = [*drafts[i, :accepted], last]
         assert np.asarray(got.tokens[i, :accepted + 1]).tolist() == tokens
@@ -133,13 +134,17 @@ def test_rejection(k, rows, sampled, vocab, block, monkeypatch):
         np.testing.assert_allclose(got.entropy[i], -(np.exp(raw) * raw).sum(-1), atol=1e-5)
 
 
-def test_a_draft_that_is_the_target_is_always_accepted():
+by_uniforms = pytest.mark.parametrize("kind", [RejectionNoise, BlockNoise])
+
+
+@by_uniforms
+def test_a_draft_that_is_the_target_is_always_accepted(kind):
     """p = q: p / q is 1 and u is below it; nothing is left for the residual."""
     rng = np.random.default_rng(0)
     log_q = jnp.asarray(oracle.log_softmax(rng.normal(0, 1, (1, 2, 6))), jnp.float32)
     log_q = jax.nn.log_softmax(jnp.repeat(log_q, 50, 0))
     logits = jnp.pad(log_q, ((0, 0), (0, 1), (0, 0)))
-    noise = RejectionNoise(jnp.zeros((50, 2, 2)), jnp.full((50, 2), 1 - 2**-20), jnp.full((50, 2), 0.5))
+    noise = kind(jnp.zeros((50, 2, 2)), jnp.full((50, 2), 1 - 2**-20), jnp.full((50, 2), 0.5))
     out = judge(logits, jnp.asarray(rng.integers(0, 6, (50, 2)), jnp.int32), log_q, noise, jnp.ones(50))
     np.testing.assert_array_equal(out.accepted, 2)
 
@@ -149,12 +154,39 @@ def test_a_residual_of_all_zeros_draws_from_p():
     np.testing.assert_allclose(reference.residual(log_p, log_p), jnp.exp(log_p))
 
 
-def test_a_draft_without_probability_is_refused_even_at_u_zero():
+@by_uniforms
+def test_a_draft_without_probability_is_refused_even_at_u_zero(kind):
     logits = jnp.array([[[0.0, -jnp.inf, 0.0], [0.0, 0.0, 0.0]]])
-    noise = RejectionNoise(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1)), jnp.full((1, 2), 0.9))
+    noise = kind(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1)), jnp.full((1, 2), 0.9))
     for log_q in (None, jnp.log(jnp.array([[[0.1, 0.8, 0.1]]]))):
         out = judge(logits, jnp.array([[1]]), log_q, noise, jnp.ones(1))
         assert int(out.accepted[0]) == 0 and int(out.tokens[0, 0]) == 2
+
+
+def test_a_later_test_outdoes_an_earlier_one():
+    """Block accepts a draft that the target likes less than the draft did, for the sake of the one after it."""
+    p, q = np.array([[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]), np.array([[0.6, 0.4], [0.3, 0.7]])
+    w, h = oracle.block_tests(p, [0, 0], q)
+    np.testing.assert_allclose(w, [1, 1 / 3, 1])  # rejection would take the first one time in three, block always
+    args = jnp.log(p)[None], jnp.zeros((1, 2), jnp.int32), jnp.log(q)[None]
+    late = jnp.array([[1 - 2**-24, 1 - 2**-20]])
+    tests = {kind: int(judge(*args, kind(jnp.zeros((1, 2, 2)), late, jnp.zeros((1, 2))), jnp.ones(1)).accepted[0])
+             for kind in (RejectionNoise, BlockNoise)}
+    assert tests == {RejectionNoise: 0, BlockNoise: 2}
+
+
+def test_block_over_a_reduced_vocabulary_is_block_with_q_zero_elsewhere():
+    rng = np.random.default_rng(6)
+    logits, _, _, noise = random_case(rng, 64, 3, 40, False, BlockNoise)
+    ids = np.sort(rng.choice(40, 9, replace=False)).astype(np.int32)
+    log_q = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 1, (64, 3, 9)), jnp.float32))
+    drafts = jnp.asarray(ids[rng.integers(0, 9, (64, 3))])
+    whole = jnp.full((64, 3, 40), -jnp.inf).at[..., ids].set(log_q)
+    a, b = (judge(jnp.asarray(logits), drafts, q, noise, jnp.ones(64), draft_vocab=vocab)
+            for q, vocab in ((log_q, jnp.asarray(ids)), (whole, None)))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert len(set(np.asarray(a.accepted).tolist())) == 4
 
 
 def test_coupled_is_argmax_of_log_p_plus_gumbel():
@@ -208,7 +240,8 @@ def test_temperature_zero_needs_no_noise():
     rng = np.random.default_rng(2)
     logits, drafts, log_q, noise = random_case(rng, 32, 2, 6, True)
     best = logits.argmax(-1)
-    for some in (noise, coupled_noise(jnp.zeros(2, jnp.uint32), jnp.arange(32), jnp.zeros(32, jnp.int32), 2)):
+    for some in (noise, BlockNoise(noise.draft, noise.accept, noise.residual),
+                 coupled_noise(jnp.zeros(2, jnp.uint32), jnp.arange(32), jnp.zeros(32, jnp.int32), 2)):
         # at T = 0 a draft's q is one-hot too
         greedy = process_logits(log_q, jnp.zeros((32, 1)))
         chosen = draw(greedy[:, 0], some, 0), draw(greedy[:, 1], some, 1)

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import noise as noise_lib
-from pallas_kernels.noise import CoupledNoise, RejectionNoise
+from pallas_kernels.noise import BlockNoise, CoupledNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import gpu, rejection_sampling, shapes, summary, tpu
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.interpreters import CHIPS, PLAIN, races_found
@@ -116,8 +116,9 @@ def verdict(implementation=None, **static):
     return jax.jit(partial(rejection_sampling, **options, **static))
 
 
-def case(seed, rows, k, vocab, kind, coupled, dtype="float32"):
-    """Arguments of `rejection_sampling`. kind: of the drafts, "certain", "sampled" or "reduced"."""
+def case(seed, rows, k, vocab, kind, coupled, dtype="float32", uniforms=RejectionNoise):
+    """Arguments of `rejection_sampling`. kind: of the drafts, "certain", "sampled" or "reduced"; uniforms: of the noise
+    where it is not coupled."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (rows, k + 1, vocab)).astype(np.float32)
     logits[:, :, rng.integers(0, vocab, vocab // 8)] = -np.inf
@@ -136,7 +137,7 @@ def case(seed, rows, k, vocab, kind, coupled, dtype="float32"):
     if coupled:
         noise = CoupledNoise(jnp.asarray(rng.integers(0, 2**32, (rows, k + 1, 2), dtype=np.uint32)))
     else:
-        noise = RejectionNoise(*(jnp.asarray(rng.random(s), jnp.float32) for s in ((rows, k, 2), (rows, k), (rows, 2))))
+        noise = uniforms(*(jnp.asarray(rng.random(s), jnp.float32) for s in ((rows, k, 2), (rows, k), (rows, 2))))
     log_q = None if kind == "certain" else jnp.asarray(log_q)
     temperature = jnp.asarray(rng.choice([0, 0.7, 1.0, 1.0], rows), jnp.float32)
     return dict(logits=jnp.asarray(logits, dtype), draft_tokens=jnp.asarray(drafts, jnp.int32),
@@ -191,6 +192,16 @@ def test_verdicts_equal_the_reference(kind, k, vocab, coupled):
     want = assert_same(verdict(PLAIN, **static)(**args), args, verdict(**static))
     if k:
         assert len(set(np.asarray(want.accepted).tolist())) == k + 1  # all that can happen does
+
+
+@pytest.mark.parametrize("kind, k, vocab", [("sampled", 3, 1300), ("reduced", 2, 700), ("certain", 3, 1300),
+                                            ("certain", 0, 515)])
+def test_block_verdicts_equal_the_reference(kind, k, vocab):
+    static = dict(banned_tokens=(5, 17))
+    args = case(vocab + k, 64, k, vocab, kind, False, uniforms=BlockNoise)
+    want = assert_same(verdict(PLAIN, **static)(**args), args, verdict(**static))
+    if k:
+        assert len(set(np.asarray(want.accepted).tolist())) == k + 1
 
 
 def test_verdicts_of_the_gpu_equal_the_reference():

@@ -118,7 +118,8 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
     def loss(weights, draft_weights):
         policy = state.policy.replace(weights=weights)
         trunks = group_forward(policy, batch.prompts, batch.prompt_lengths, batch.tokens)
-        return up.draft_loss(draft_weights, state.draft, policy, trunks, batch, SETTINGS)[0]
+        logprobs = own_logprobs(policy, batch)
+        return up.draft_loss(draft_weights, state.draft, policy, trunks, logprobs, batch, SETTINGS)[0]
 
     of_policy, of_draft = jax.jit(jax.grad(loss, (0, 1)))(state.policy.weights, state.draft.weights)
     assert all(not np.any(x) for x in jax.tree.leaves(of_policy))
@@ -238,7 +239,8 @@ def test_a_policy_without_sound_gradients_is_left_alone_while_the_draft_goes_on(
 
 def test_a_draft_without_sound_gradients_is_left_alone_while_the_policy_goes_on():
     state, batch = make_state(), make_batch()
-    broken = state.draft.weights | {"proj": state.draft.weights["proj"].at[0, 0].set(jnp.inf)}
+    (block,) = state.draft.weights["blocks"]
+    broken = {"blocks": ({**block, "proj": block["proj"].at[0, 0].set(jnp.inf)},)}
     state = state.replace(draft=state.draft.replace(weights=broken))
     new, _ = update(state, None, batch, SETTINGS)
     same_bits((new.draft.weights, new.draft_opt_state), (state.draft.weights, state.draft_opt_state))

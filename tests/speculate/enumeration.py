@@ -3,6 +3,9 @@
 Noise is the cycle's argument, and every uniform enters by a step function of 2^24 values. The thresholds are not
 presupposed: they are found in the code's own behaviour by bisection, one uniform after the other, for thousands of rows
 at once. An outcome's weight is the share of uniform values that lead to it, exactly.
+
+What an acceptance uniform decides may show only if later ones accept, or only if they refuse: its thresholds are looked
+for in both cases, so no order of judging is presupposed either.
 """
 
 import importlib
@@ -15,11 +18,12 @@ import numpy as np
 
 import jspec
 from jspec.speculate import Sampling
-from pallas_kernels.noise import RejectionNoise
+from pallas_kernels.noise import BlockNoise, RejectionNoise
 
 cycle_module = importlib.import_module("jspec.speculate.cycle")
 rollout_module = importlib.import_module("jspec.speculate.rollout")
 
+KINDS = {"rejection": RejectionNoise, "block": BlockNoise}
 LEVELS = 2**24
 WAYS = 8  # an interval that holds a step is cut in so many
 ROWS = 1024  # rows of one call
@@ -29,8 +33,8 @@ STATES = 512  # rows of the pool of states
 class Cycle:
     """The jitted cycle on rows gathered from a pool of states, with its drafts and verdicts made visible."""
 
-    def __init__(self, policy, draft, prompt, sampling, k):
-        self.policy = jspec.reshard(policy)
+    def __init__(self, policy, draft, prompt, sampling, k, rule):
+        self.policy, self.kind = jspec.reshard(policy), KINDS[rule]
         self.draft, self.k, self.sampling, self.vocab = draft, k, sampling, policy.config.vocab_size
         if draft is not None:
             self.draft = draft.module.prepare(self.policy, draft)
@@ -79,7 +83,7 @@ class Cycle:
     def _noise(self, levels):
         u = jnp.asarray((levels / LEVELS).astype(np.float32))
         k = self.k
-        return RejectionNoise(u[:, :2 * k].reshape(-1, k, 2), u[:, 2 * k:3 * k], u[:, 3 * k:])
+        return self.kind(u[:, :2 * k].reshape(-1, k, 2), u[:, 2 * k:3 * k], u[:, 3 * k:])
 
     def _code(self, drafted, verdict):
         """One number for all that a cycle decided: drafts, how many were accepted, and the tokens emitted."""
@@ -113,23 +117,22 @@ def _pool(parts):
     return _map_rows(join, *(slots for slots, _ in parts))
 
 
-def _cells(evaluate, count):
-    """All constant pieces of `count` step functions on 0 .. LEVELS - 1: (row, representative, width) arrays.
+def _cells(evaluate, first, last):
+    """All constant pieces of step functions, one on first[i] .. last[i] for every i: arrays (i, first, last) of them.
 
-    A piece between two equal values is found only if it is wider than LEVELS / WAYS: steps are monotone elsewhere.
+    evaluate: (i, levels) to values, [n, any]. A piece between two equal values is found only if it is wider than 1 /
+    WAYS of the whole: steps are monotone elsewhere.
     """
-    row = np.arange(count)
-    low, high = np.zeros(count, np.int64), np.full(count, LEVELS - 1)
-    ends = evaluate(np.tile(row, 2), np.concatenate([low, high])).reshape(2, -1)
-    below, above = ends
+    row, low, high = np.arange(len(first)), first, last
+    below, above = np.split(evaluate(np.tile(row, 2), np.concatenate([low, high])), 2)
     steps = [(row, low)]
     while len(row):
         inner = [low + (high - low) * i // WAYS for i in range(1, WAYS)]
-        values = [below, *evaluate(np.tile(row, WAYS - 1), np.concatenate(inner)).reshape(WAYS - 1, -1), above]
+        values = [below, *np.split(evaluate(np.tile(row, WAYS - 1), np.concatenate(inner)), WAYS - 1), above]
         points = [low, *inner, high]
         row, low, high, below, above = (np.concatenate(x) for x in (
             [row] * WAYS, points[:-1], points[1:], values[:-1], values[1:]))
-        differ = below != above
+        differ = (below != above).any(-1)
         row, low, high, below, above = (x[differ] for x in (row, low, high, below, above))
         found = high - low == 1
         steps.append((row[found], high[found]))
@@ -137,49 +140,95 @@ def _cells(evaluate, count):
     row, start = (np.concatenate(x) for x in zip(*steps, strict=True))
     order = np.lexsort((start, row))
     row, start = row[order], start[order]
-    end = np.where(np.append(row[1:] == row[:-1], False), np.append(start[1:], 0), LEVELS)
-    return row, (start + end) // 2, end - start
+    more = np.append(row[1:] == row[:-1], False)
+    return row, start, np.where(more, np.append(start[1:], 0) - 1, last[row])
 
 
-def _one_cycle(cycle, pool, states):
-    """Every way through one cycle from pool rows 0 .. states - 1: (pool row, noise, weight) of each."""
-    origin, weight = np.arange(states), np.ones(states)
-    noise = np.full((states, 3 * cycle.k + 2), LEVELS // 2, np.int64)
-    for variable in range(noise.shape[1]):
-        def evaluate(rows, level, noise=noise, origin=origin, variable=variable):
-            changed = noise[rows]
-            changed[:, variable] = level
-            return cycle.run(pool, origin[rows], changed)[1]
-
-        row, level, width = _cells(evaluate, len(origin))
-        origin, noise, weight = origin[row], noise[row], weight[row] * (width / LEVELS)
-        noise[:, variable] = level
-    return origin, noise, weight
+def _unknown(states, k):
+    """The levels, first and last, of `states` rows' uniforms, none of which anything is known about."""
+    return np.zeros((states, 3 * k + 2), np.int64), np.full((states, 3 * k + 2), LEVELS - 1)
 
 
-def enumerate_sequences(policy, draft, prompt, *, k, max_new_tokens, min_new_tokens=0, stop_tokens=(), temperature=1.0,
-                        top_k=0, top_p=None):
-    """({(tokens, stopped): probability}, cycles) of all sequences that chains of cycles emit."""
+def _one_cycle(cycle, pool, first, last):
+    """Every way through one cycle from the leading rows of the pool, whose uniforms lie in first .. last, [rows, 3 K +
+    2]: (pool row, first, last, weight) of each way."""
+    origin, weight = np.arange(len(first)), np.ones(len(first))
+    for variable in range(first.shape[1]):
+        accepts = 2 * cycle.k <= variable < 3 * cycle.k - 1
+        later = slice(variable + 1, 3 * cycle.k if accepts else variable + 1)
+
+        def evaluate(rows, level, first=first, last=last, origin=origin, variable=variable, later=later,
+                     accepts=accepts):
+            codes = []
+            for others in (first, last)[:2 if accepts else 1]:
+                noise = _middle(first[rows], last[rows])
+                noise[:, variable], noise[:, later] = level, others[rows, later]
+                codes.append(cycle.run(pool, origin[rows], noise)[1])
+            return np.stack(codes, 1)
+
+        row, low, high = _cells(evaluate, first[:, variable], last[:, variable])
+        weight = weight[row] * ((high - low + 1) / (last[row, variable] - first[row, variable] + 1))
+        origin, first, last = origin[row], first[row], last[row]
+        first[:, variable], last[:, variable] = low, high
+    return origin, first, last, weight
+
+
+def _middle(first, last):
+    return (first + last + 1) // 2
+
+
+def _carry(first, last, count, k):
+    """What a cycle is known about its uniforms, if those of a position that an earlier one has drawn for are drawn no
+    more: first and last of the next cycle, which begins `count` [rows] positions on."""
+    new_first, new_last = _unknown(len(first), k)
+    for row, n in enumerate(count):
+        for begin, width in ((0, 2), (2 * k, 1)):
+            kept = width * max(k - n, 0)
+            old, new = slice(begin + width * k - kept, begin + width * k), slice(begin, begin + kept)
+            new_first[row, new], new_last[row, new] = first[row, old], last[row, old]
+    return new_first, new_last
+
+
+def enumerate_sequences(policy, draft, prompt, *, k, rule="rejection", keep_noise=False, max_new_tokens,
+                        min_new_tokens=0, stop_tokens=(), temperature=1.0, top_k=0, top_p=None):
+    """({(tokens, stopped): probability}, cycles) of all sequences that chains of cycles emit.
+
+    keep_noise: a planted bug; a position's uniforms for drafting and judging are the same in every cycle that reaches
+    it. The twin of noise that is keyed by position.
+    """
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens,
                         min_new_tokens=min_new_tokens, stop_tokens=stop_tokens)
-    cycle = Cycle(policy, draft, prompt, sampling, k)
+    cycle = Cycle(policy, draft, prompt, sampling, k, rule)
     pool, masses, out, cycles = cycle.first, np.ones(1), {}, 0
+    known = _unknown(1, k)
     while len(masses):
-        origin, noise, weight = _one_cycle(cycle, pool, len(masses))
+        before = np.asarray(pool.lengths)
+        origin, first, last, weight = _one_cycle(cycle, pool, *known)
         weight = weight * masses[origin]
-        slots, _ = cycle.run(pool, origin, noise)
+        slots, _ = cycle.run(pool, origin, _middle(first, last))
         pool = _pool(slots)
         members = {}
         for i, final in enumerate(cycle.finals(pool)[:len(origin)]):
-            members.setdefault(final, []).append(i)
-        for (tokens, stopped, done), rows in members.items():
+            members.setdefault((*final, i if keep_noise else None), []).append(i)
+        for (tokens, stopped, done, _), rows in members.items():
             if done:
                 out[tokens, stopped] = out.get((tokens, stopped), 0.0) + weight[rows].sum()
-        going = [rows for (_, _, done), rows in members.items() if not done]
+        going = [rows for (_, _, done, _), rows in members.items() if not done]
         # rows that committed the same tokens are one state from here on: a draft's state depends on nothing else
         masses = np.array([weight[rows].sum() for rows in going])
         if going:
             keep = np.array([rows[0] for rows in going])
+            known = _unknown(len(keep), k)
+            if keep_noise:
+                known = _carry(first[keep], last[keep], np.asarray(pool.lengths)[keep] - before[origin[keep]], k)
             pool = _pool([(_map_rows(lambda x, keep=keep: x[keep], pool), len(keep))])
         cycles += 1
     return out, cycles
+
+
+def tokens_a_cycle(policy, draft, prompt, *, k, rule):
+    """How many tokens the first cycle emits, in expectation, where nothing stops it."""
+    cycle = Cycle(policy, draft, prompt, Sampling(max_new_tokens=k + 1, stop_tokens=()), k, rule)
+    origin, first, last, weight = _one_cycle(cycle, cycle.first, *_unknown(1, k))
+    lengths = np.asarray(_pool(cycle.run(cycle.first, origin, _middle(first, last))[0]).lengths)[:len(origin)]
+    return float((weight * (lengths - len(prompt))).sum())

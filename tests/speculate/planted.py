@@ -6,6 +6,7 @@ import pytest
 from pallas_kernels.rejection_sampling import reference
 
 _REJECTION, _RESIDUAL = reference._rejection, reference.residual
+_LEFT = reference.block_left
 EPSILON = 0.03
 
 
@@ -35,22 +36,54 @@ def _bonus_from_residual(log_p, drafts, log_q, noise, *vocab):
     return accepted, tokens.at[:, -1].set(jnp.where(accepted == drafts.shape[1], drawn, tokens[:, -1]))
 
 
-def _residual_is_p(log_p, log_q):
+def _residual_is_p(log_p, log_q, weight):
     """A refused token may be drawn again."""
     return jnp.exp(log_p)
 
 
-BUGS = {"shared noise": ("_rejection", _shared_noise),
-        "epsilon in the ratio": ("_rejection", _epsilon),
-        "swapped ratio": ("_rejection", _swapped_ratio),
-        "bonus from the residual": ("_rejection", _bonus_from_residual),
-        "residual is p": ("residual", _residual_is_p)}
+def _unweighted_residual(log_p, log_q, weight):
+    """Rejection's residual, (p - q)+."""
+    return _RESIDUAL(log_p, log_q)
 
-DEFAULT = ("shared noise", "epsilon in the ratio", "residual is p")  # the others are marked slow
+
+def _unweighted_left(log_p, draft_tokens, draft_log_q, draft_vocab, weights):
+    """Each test by the mass of (p - q)+."""
+    return _LEFT(log_p, draft_tokens, draft_log_q, draft_vocab, jnp.ones_like(weights))
+
+
+def _uncapped(ratio):
+    """w = the product of the ratios, with one min at the end in place of one at each step."""
+    product = jnp.cumprod(jnp.exp(ratio), 1)
+    return jnp.minimum(jnp.pad(product, ((0, 0), (1, 0)), constant_values=1.0), 1.0)
+
+
+def _chance_by_weight(weights, left):
+    """h_i = w_i, which is right for the last draft alone."""
+    return weights[:, 1:]
+
+
+# bug: (rule, what of the reference it takes the place of, and with what)
+BUGS = {"shared noise": ("rejection", "_rejection", _shared_noise),
+        "epsilon in the ratio": ("rejection", "_rejection", _epsilon),
+        "swapped ratio": ("rejection", "_rejection", _swapped_ratio),
+        "bonus from the residual": ("rejection", "_rejection", _bonus_from_residual),
+        "residual is p": ("rejection", "residual", _residual_is_p),
+        "block: residual without its weight": ("block", "residual", _unweighted_residual),
+        "block: stops at the first failure": ("block", "last_true", reference.leading),
+        "block: tests without their weight": ("block", "block_left", _unweighted_left),
+        "block: weights capped at the end only": ("block", "block_weights", _uncapped),
+        "block: every test is the last one's": ("block", "block_chances", _chance_by_weight)}
+
+# the others are marked slow
+DEFAULT = ("shared noise", "epsilon in the ratio", "residual is p", "block: residual without its weight",
+           "block: stops at the first failure")
 
 each_bug = pytest.mark.parametrize(
     "bug", [pytest.param(x, marks=() if x in DEFAULT else pytest.mark.slow) for x in BUGS])
 
 
 def plant(monkeypatch, bug):
-    monkeypatch.setattr(reference, *BUGS[bug])
+    """Returns the rule that has the bug."""
+    rule, name, wrong = BUGS[bug]
+    monkeypatch.setattr(reference, name, wrong)
+    return rule

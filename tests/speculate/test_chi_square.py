@@ -1,6 +1,5 @@
 """The distribution of what `jspec.rollout` itself emits, noise and loop included."""
 
-import importlib
 from collections import Counter
 
 import jax
@@ -10,8 +9,9 @@ import pytest
 from scipy import stats
 
 import jspec
+from jspec.speculate.cycle import RULES
 from pallas_kernels import noise
-from tests.speculate import planted, tiny
+from tests.speculate import drafters, planted, tiny
 
 PROMPT = [1, 0, 1, 0]
 SAMPLES, FEW = 200_000, 40_000
@@ -32,16 +32,9 @@ def p_value(observed, want):
     return stats.chisquare(seen, np.array(expected) * (sum(seen) / sum(expected))).pvalue
 
 
-def make(draft, policy):
-    if draft == "table":
-        return tiny.table_draft(policy, seed=3)
-    made = getattr(jspec.drafts, draft)(policy, jax.random.key(2))
-    return tiny.shaken(made, scale=0.2) if draft == "mtp" else made
-
-
 def rows(draft, rule, *, k=2, samples=SAMPLES, seed=0, kernels="auto", **sampling):
-    policy = tiny.policy(4, seed=2, scale=0.2, stop_tokens=(3,))
-    made, emitted = make(draft, policy), []
+    policy = drafters.policy(draft, 4, seed=2, scale=0.2, stop_tokens=(3,))
+    made, emitted = drafters.make(draft, policy, seed=3, scale=0.2), []
     # an interpreter copies every row's cache for every row
     size = samples if kernels == "auto" else 500
     for part in range(samples // size):
@@ -58,12 +51,14 @@ def check(draft, rule, *, k=2, samples=SAMPLES, kernels="auto", **sampling):
     assert p_value(Counter(emitted), want) > REFUSE
 
 
-CASES = [("mtp", "rejection", 2, {}), ("ngram", "rejection", 3, {"min_new_tokens": 2}),
+CASES = [*((draft, "rejection", 2, {}) for draft in drafters.NAMES), ("table", "block", 3, {}),
          ("ngram", "coupled", 1, {"temperature": 0.7, "top_k": 3})]
-LONG = [*CASES,
+LONG = [*CASES, *((draft, rule, 3, {"min_new_tokens": 1}) for draft in drafters.NAMES for rule in RULES),
         ("table", "rejection", 1, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}),
         ("table", "rejection", 3, {}),
+        ("table", "block", 2, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}),
         ("mtp", "rejection", 3, {"top_k": 3, "min_new_tokens": 1}),
+        ("mtp", "block", 3, {"top_k": 3, "min_new_tokens": 2}),
         ("ngram", "rejection", 2, {"top_p": 0.8}),
         ("ngram", "coupled", 3, {"temperature": 0.7}),
         ("mtp", "coupled", 2, {"top_k": 3, "top_p": 0.9})]
@@ -82,7 +77,9 @@ def test_rollout_in_full(draft, rule, k, sampling):
 
 @pytest.mark.parametrize("draft, rule, k, samples, sampling", [
     ("mtp", "rejection", 2, FEW // 4, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("table", "rejection", 3, FEW, {"temperature": 0.7}), ("ngram", "rejection", 3, FEW, {"min_new_tokens": 2}),
+        ("table", "rejection", 3, FEW, {"temperature": 0.7}), ("table", "block", 3, FEW, {"temperature": 0.7}),
+        ("ngram", "block", 3, FEW, {}), ("mtp-reduced", "block", 2, FEW, {"min_new_tokens": 1}),
+        ("ngram", "rejection", 3, FEW, {"min_new_tokens": 2}),
         ("mtp", "coupled", 2, FEW, {"min_new_tokens": 1})))])
 def test_rollout_with_the_kernels_in(draft, rule, k, samples, sampling):
     check(draft, rule, k=k, samples=samples, kernels="pallas", max_new_tokens=3, **sampling)
@@ -111,25 +108,34 @@ def retraced():
     jax.clear_caches()
 
 
-def planted_p_value():
-    emitted, policy = rows("table", "rejection", samples=FEW, max_new_tokens=3)
+def planted_p_value(rule="rejection"):
+    emitted, policy = rows("table", rule, samples=FEW, max_new_tokens=3)
     want = tiny.autoregressive(policy, PROMPT, max_new_tokens=3, stop_tokens=(3,))
     return p_value(Counter(emitted), want)
 
 
 @planted.each_bug
 def test_planted_bugs_are_seen(bug, monkeypatch, retraced):
-    planted.plant(monkeypatch, bug)
-    assert planted_p_value() < PLANTED
+    rule = planted.plant(monkeypatch, bug)
+    assert planted_p_value(rule) < PLANTED
 
 
 @pytest.mark.slow
 def test_noise_that_outlives_its_cycle_is_seen(monkeypatch, retraced):
     """The enumeration cannot see this one: noise is the cycle's argument there."""
-    rules = importlib.import_module("jspec.speculate.rollout").RULES
-
     def stale(key, sequence_ids, committed, k):
         return noise.rejection_noise(key, sequence_ids, jnp.zeros_like(committed), k)
 
-    monkeypatch.setitem(rules, "rejection", stale)
+    monkeypatch.setitem(RULES, "rejection", stale)
     assert planted_p_value() < PLANTED
+
+
+def test_block_noise_that_is_keyed_by_position_is_seen(monkeypatch, retraced):
+    """Fresh in every position, and yet what two cycles draw for the same position is the same."""
+    def by_position(key, sequence_ids, committed, k):
+        alone = [noise.block_noise(key, sequence_ids, committed + j, 1) for j in range(k)]
+        draft, accept = (jnp.concatenate([getattr(x, name) for x in alone], 1) for name in ("draft", "accept"))
+        return noise.block_noise(key, sequence_ids, committed, k).replace(draft=draft, accept=accept)
+
+    monkeypatch.setitem(RULES, "block", by_position)
+    assert planted_p_value("block") < PLANTED

@@ -27,7 +27,7 @@ def sampling(**options):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(speculation=jspec.Speculation(rule="greedy")), ("'greedy'", "rejection, coupled")),
+    (dict(speculation=jspec.Speculation(rule="greedy")), ("'greedy'", "rejection, block, coupled")),
     (dict(speculation=jspec.Speculation(k=-1)), ("k = -1", "0 turns speculation off")),
     (sampling(min_new_tokens=5), ("min_new_tokens", "5")),
     (sampling(max_new_tokens=0), ("max_new_tokens",)),

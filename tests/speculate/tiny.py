@@ -11,6 +11,7 @@ import numpy as np
 
 from jspec.drafts.base import Draft, Proposal
 from jspec.model import ModelConfig, init_policy, logits, train_forward
+from jspec.speculate import PromptBatch, Rollout
 from tests.pallas_kernels.oracle import process
 
 
@@ -30,7 +31,8 @@ def shaken(draft, seed=0, scale=0.4):
     """The draft with noise on every weight, so that nothing in it is zero or the identity."""
     leaves, tree = jax.tree.flatten(draft.weights)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    leaves = [x + scale * jax.random.normal(k, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+              for k, x in zip(keys, leaves, strict=True)]
     return draft.replace(weights=tree.unflatten(leaves))
 
 
@@ -113,6 +115,16 @@ def sequences(out):
     """[(generated tokens, finished)] of a Rollout's rows."""
     tokens, lengths, finished = (np.asarray(x) for x in (out.tokens, out.lengths, out.finished))
     return [(tuple(map(int, t[:n])), bool(f)) for t, n, f in zip(tokens, lengths, finished, strict=True)]
+
+
+def finished(prompts, outputs, seed=1, width=8, buckets=(8,)):
+    """A batch, and the Rollout of it whose outputs are these: a list of rows for each prompt."""
+    batch = PromptBatch.from_tokens(prompts, group_size=len(outputs[0]), seed=seed, buckets=buckets)
+    rows = [row for group in outputs for row in group]
+    tokens = jnp.array([row + [0] * (width - len(row)) for row in rows], jnp.int32)
+    lengths = jnp.array(list(map(len, rows)))
+    mask = jnp.arange(width) < lengths[:, None]
+    return batch, Rollout(tokens, mask, None, mask, None, lengths, None, None)
 
 
 def distance(a, b):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jspec.drafts.base import DraftBatch
+from jspec.drafts.parts.vocabulary import embedding_of_output, output_table, table_logits
 from jspec.model import Policy, logits
 from jspec.model.chunks import sum_over_chunks
 
@@ -37,37 +39,60 @@ def divergence(log_p: jax.Array, log_q: jax.Array, kind: str) -> tuple[jax.Array
     return -jnp.log(jnp.maximum(overlap, 1e-30)), overlap
 
 
-def loss_over_depths(policy: Policy, hidden: jax.Array, states: Sequence[jax.Array],
-                     head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None, mask: jax.Array,
-                     temperature: jax.Array, kind: str):
+def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Array],
+                     head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None, kind: str):
     """The loss of every depth against the policy's distribution at the same positions.
 
+    With a reduced vocabulary the policy's output head is applied to that alone: what its probabilities are divided by
+    follows from the tokens' own log-probabilities, which the policy's loss (or the rollout) has computed already.
+
     Args:
-      policy: its output head is read. hidden: [B, T, D], its states that predict the trained tokens.
+      policy: its output head is read.
       states: for every depth [B, T, D], what the draft's output head reads. head: states to logits [B, T, Vd].
-      vocab: int32 [Vd], ids of a reduced vocabulary, or None. mask: bool [B, T]. temperature: float32 scalar or [B];
-        0 counts as 1. kind: one of LOSSES.
+      vocab: int32 [Vd], ids of a reduced vocabulary, or None. kind: one of LOSSES.
 
     Returns:
       (sum over trained tokens and depths / depths, count of trained tokens float32, metrics), where the metrics are
       sums over trained tokens: "overlap" float32 [depths], the probability that the draft of that depth is accepted.
     """
-    temperature = jnp.broadcast_to(jnp.where(jnp.asarray(temperature) == 0, 1.0, temperature), mask.shape[:1])
-    temperature = temperature[:, None, None]
+    temperature = jnp.asarray(batch.temperature, jnp.float32)
+    temperature = jnp.broadcast_to(jnp.where(temperature == 0, 1.0, temperature), batch.mask.shape[:1])[:, None, None]
+    table = None if vocab is None else output_table(policy, vocab)
+
+    def log_target(hidden, tokens, logprobs):
+        if vocab is None:
+            return jax.nn.log_softmax(logits(policy, hidden) / temperature)
+        own = jnp.einsum("btd,btd->bt", hidden, embedding_of_output(policy, tokens),
+                         preferred_element_type=jnp.float32)[..., None] / temperature
+        return table_logits(policy, table, hidden, whole=False) / temperature - (own - logprobs[..., None])
 
     def one(chunk):
-        target, mask, *states = chunk
-        log_p = jax.nn.log_softmax(logits(policy, target) / temperature)
-        log_p = jax.lax.stop_gradient(log_p if vocab is None else log_p[..., vocab])
+        hidden, tokens, logprobs, mask, *states = chunk
+        log_p = jax.lax.stop_gradient(log_target(hidden, tokens, logprobs))
         pairs = [divergence(log_p, jax.nn.log_softmax(head(x) / temperature), kind) for x in states]
         losses, overlaps = (jnp.stack([jnp.sum(x, where=mask) for x in column]) for column in zip(*pairs, strict=True))
         return losses.mean(), jax.lax.stop_gradient(overlaps)
 
-    total, overlap = sum_over_chunks(one, (hidden, mask, *states))
-    return total, mask.sum().astype(jnp.float32), {"overlap": overlap}
+    columns = (batch.predicting(batch.trunk.hidden), batch.response(), batch.logprobs, batch.mask, *states)
+    total, overlap = sum_over_chunks(one, columns)
+    return total, batch.mask.sum().astype(jnp.float32), {"overlap": overlap}
 
 
-def predicting(x: jax.Array, response_start: jax.Array, length: int) -> jax.Array:
-    """The entries of x [B, S, D] at the positions before the `length` tokens that begin at response_start [B]."""
-    at = response_start[:, None] - 1 + jnp.arange(length)[None]
-    return jnp.take_along_axis(x, at[:, :, None], axis=1, mode="clip")
+def unit(x: jax.Array) -> jax.Array:
+    """x [..., D] at a root mean square of 1, as `rms_norm` without a scale makes it."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
+
+
+def state_loss(policy: Policy, batch: DraftBatch, states: Sequence[jax.Array]):
+    """Mean squared distance of the draft's states from the policy's at the same positions, both at unit size.
+
+    It costs no output head, and leads most of the way (https://arxiv.org/abs/2401.15077). states: for every depth
+    [B, S, D], scaled as the policy's final norm scales. Returns as `loss_over_depths` does; "overlap" is not known of
+    states, and is zero.
+    """
+    scale = policy.weights["final_norm"].astype(jnp.float32)
+    target = unit(batch.predicting(batch.trunk.hidden).astype(jnp.float32) / scale)
+    losses = [jnp.sum(jnp.mean(jnp.square(batch.predicting(x).astype(jnp.float32) / scale - target), -1),
+                      where=batch.mask) for x in states]
+    count = batch.mask.sum().astype(jnp.float32)
+    return jnp.stack(losses).mean(), count, {"overlap": jnp.zeros(len(losses))}

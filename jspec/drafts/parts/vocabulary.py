@@ -38,10 +38,19 @@ def output_table(policy: Policy, vocab: jax.Array | None) -> jax.Array:
 
     The rows of a reduced vocabulary lie on every device: they are few, and every device draws from all of them.
     """
-    table = policy.weights["embed" if policy.config.tie_embeddings else "head"]
+    table = _head(policy)
     if vocab is not None:
         table = constrain(table[vocab], policy.layout, None, None)
     return table.astype(policy.dtype)
+
+
+def embedding_of_output(policy: Policy, tokens: jax.Array) -> jax.Array:
+    """The rows of the policy's output head of `tokens` int32 [B, T], [B, T, D], in the compute dtype."""
+    return constrain(_head(policy)[tokens], policy.layout, "batch", None, None).astype(policy.dtype)
+
+
+def _head(policy: Policy) -> jax.Array:
+    return policy.weights["embed" if policy.config.tie_embeddings else "head"]
 
 
 def table_logits(policy: Policy, table: jax.Array, states: jax.Array, whole: bool) -> jax.Array:

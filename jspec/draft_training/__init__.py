@@ -1,0 +1,61 @@
+"""Offline draft training (`jspec draft train`): a head from the policy's own answers to given prompts.
+
+    prompts ─► samples (files, with the states and log-probabilities that the verifier computed) ─► least squares
+            ─► steps on the next states ─► steps on the draft's loss ─► head/ and a report of acceptance
+
+Every stage goes on from what is in output_dir. One process, any number of devices.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+
+from jspec import hub
+from jspec.config import DraftTrainingConfig, to_yaml
+from jspec.draft_training.prompts import gather
+from jspec.draft_training.report import report
+from jspec.draft_training.samples import sample
+from jspec.draft_training.stages import fit
+from jspec.errors import InputError
+from jspec.heads import files
+from jspec.prepare import make_policy
+
+log = logging.getLogger(__name__)
+
+
+def train_draft(config: DraftTrainingConfig) -> int:
+    """Run every stage. Returns the exit code, 0.
+
+    Raises InputError for a drafter that is not trained, an output_dir of another configuration, and whatever models,
+    prompts and drafts raise it for.
+    """
+    if importlib.import_module(f"jspec.drafts.{config.draft.name}").loss is None:
+        raise InputError(f"draft.name={config.draft.name}: this drafter has no weights to train")
+    directory = Path(config.output_dir)
+    begin(config, directory)
+    tokenizer = hub.load_tokenizer(config.model.tokenizer or config.model.name)
+    policy = make_policy(config, tokenizer)
+    prompts = gather(config, policy, tokenizer, directory)
+    sample(config, policy, prompts.training, directory / "samples")
+    draft = fit(config, policy, directory)
+    head = directory / "head"
+    head.mkdir(exist_ok=True)
+    files.write(draft, head)
+    report(config, policy, files.read(head, policy), prompts.held_out, directory)
+    log.info("the draft lies in %s; draft.path=%s trains with it", head, head)
+    return 0
+
+
+def begin(config: DraftTrainingConfig, directory: Path) -> None:
+    """Write the configuration. Raises InputError if the directory is of another one."""
+    path, text = directory / "config.yaml", to_yaml(config)
+    if path.exists() and path.read_text() != text:
+        raise InputError(f"{path} is of draft training under another configuration; choose another output_dir, or give "
+                         "that one's values")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise InputError(f"output_dir={directory} cannot be written to: {error.strerror}") from None

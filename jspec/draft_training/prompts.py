@@ -1,0 +1,119 @@
+"""What the policy answers: prompts of the configured sources, and instructions that it writes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jspec
+from jspec.config import DataSection, DraftTrainingConfig
+from jspec.errors import InputError
+from jspec.model import Policy
+from jspec.rl.prompts import encode_prompt, load_records, read_jsonl
+
+log = logging.getLogger(__name__)
+
+SELF = "self"
+HELD_OUT = 16
+"""Each HELD_OUT-th prompt of a source is kept from training, for the report where that has no file of its own."""
+INSTRUCTION_TOKENS, INSTRUCTION_ROWS = 64, 64
+TURN = "\ue000"  # stands for the user's turn in a rendered chat; of the private use area, so in no template
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Token ids of the prompts to learn from, `samples.count` of them, and of those to measure on."""
+
+    training: list[list[int]]
+    held_out: list[list[int]]
+
+
+def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, directory: Path) -> Prompts:
+    """The prompts of every source in turn, those longer than `samples.max_prompt_tokens` left out.
+
+    Raises InputError for a source that cannot be read or has no prompt that is short enough.
+    """
+    training, held_out = [], []
+    for source in config.samples.sources:
+        texts = source_texts(config, source, policy, tokenizer, directory)
+        prompts = [encode(config, tokenizer, text) for text in texts]
+        prompts = [tokens for tokens in prompts if len(tokens) <= config.samples.max_prompt_tokens]
+        if len(prompts) < 2:
+            raise InputError(f"samples.sources: {source} has {len(prompts)} prompts of at most "
+                             f"samples.max_prompt_tokens={config.samples.max_prompt_tokens} tokens; two are needed")
+        held_out.append(prompts[::HELD_OUT])
+        training.append([tokens for i, tokens in enumerate(prompts) if i % HELD_OUT])
+    if config.report.prompts is not None:
+        held_out = [[encode(config, tokenizer, record["prompt"]) for record in
+                     read_jsonl(Path(config.report.prompts), keys=("prompt",), setting="report.prompts")]]
+    return Prompts(in_turn(training, config.samples.count), in_turn(held_out, config.report.count))
+
+
+def in_turn(lists: list[list[Any]], count: int) -> list[Any]:
+    """`count` items, one of each list after the other; a list that is at its end begins again."""
+    turns = zip(*(itertools.cycle(items) for items in lists), strict=True)
+    return list(itertools.islice(itertools.chain.from_iterable(turns), count))
+
+
+def encode(config: DraftTrainingConfig, tokenizer: Any, text: str) -> list[int]:
+    """A prompt's token ids. Raises InputError for a text that the tokenizer refuses."""
+    try:
+        return encode_prompt(tokenizer, text, config.samples.system_prompt, config.samples.chat_template)
+    except Exception as error:  # a character without a token, a role that the chat template refuses
+        raise InputError(f"the tokenizer cannot encode the prompt {text[:60]!r}: {error}") from error
+
+
+def source_texts(config: DraftTrainingConfig, source: str, policy: Policy, tokenizer: Any,
+                 directory: Path) -> list[str]:
+    """A source's prompts as text, as many as its share of the samples needs, or all that it has."""
+    share = math.ceil(config.samples.count / len(config.samples.sources)) * HELD_OUT // (HELD_OUT - 1) + 1
+    if source == SELF:
+        return instructions(config, policy, tokenizer, share, directory / "instructions.json")
+    options = {"size": share} if source.startswith("reasoning_gym:") else {}
+    records, _ = load_records(DataSection(source=source, options=options), config.seed)
+    return [records[i]["prompt"] for i in range(min(share, len(records)))]
+
+
+def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, count: int, path: Path) -> list[str]:
+    """Instructions that the policy writes when it is given the opening of a user's turn and nothing else.
+
+    https://arxiv.org/abs/2406.08464. Kept in `path`. Raises InputError for a tokenizer without a chat template.
+    """
+    if path.exists():
+        return json.loads(path.read_text())
+    opening = turn_opening(config, tokenizer)
+    weights, texts = jspec.reshard(policy), []
+    sampling = jspec.Sampling(max_new_tokens=INSTRUCTION_TOKENS)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 3)
+    for call in itertools.count():
+        batch = jspec.PromptBatch.from_tokens([opening], group_size=INSTRUCTION_ROWS, buckets=(len(opening),),
+                                              seed=jax.random.fold_in(key, call))
+        out = jax.device_get(jspec.rollout(weights, None, batch, sampling=sampling))
+        ended = [tokenizer.decode(tokens[:length - 1]).strip() for tokens, length, finished in
+                 zip(out.tokens, out.lengths, out.finished, strict=True) if finished]
+        texts += [text for text in dict.fromkeys(ended) if len(text) > 8]
+        log.info("%d of %d instructions", min(len(texts), count), count)
+        if len(texts) >= count:
+            break
+        if call == 20 and len(texts) < INSTRUCTION_ROWS:
+            raise InputError("samples.sources: this policy writes hardly any instructions that end by themselves; name "
+                             "prompts of your own instead of 'self'")
+    path.write_text(json.dumps(texts[:count], indent=0))
+    return texts[:count]
+
+
+def turn_opening(config: DraftTrainingConfig, tokenizer: Any) -> list[int]:
+    """The rendered chat up to where the user's message begins."""
+    if not (config.samples.chat_template and getattr(tokenizer, "chat_template", None)):
+        raise InputError("samples.sources: 'self' needs a tokenizer with a chat template; name prompts of your own")
+    system = config.samples.system_prompt
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    rendered = tokenizer.apply_chat_template([*messages, {"role": "user", "content": TURN}], tokenize=False)
+    return list(tokenizer.encode(rendered.split(TURN)[0], add_special_tokens=False))

@@ -1,0 +1,98 @@
+"""The policy's answers as files: tokens, log-probabilities, and the states that the verifier computed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import jspec
+from jspec.config import DraftTrainingConfig
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.model import Policy
+from jspec.prepare import make_draft, make_sampling
+from jspec.speculate.types import BUCKETS
+
+log = logging.getLogger(__name__)
+
+
+def trunk_features(config: DraftTrainingConfig, policy: Policy) -> tuple[int, ...]:
+    """The trunk depths that the configured drafter asks for."""
+    draft: Draft = jax.eval_shape(lambda p: make_draft(config, p), policy)
+    return draft.module.features(draft.config)
+
+
+def files_of(prompts: list[list[int]], rows: int) -> Iterator[tuple[int, list[list[int]]]]:
+    """(bucket, prompts) of one file after the other: `rows` prompts of one bucket each, the last of a bucket perhaps
+    filled up with its own prompts again."""
+    waiting: dict[int, list[list[int]]] = {}
+    for tokens in prompts:
+        bucket = next((b for b in BUCKETS if b >= len(tokens)), None)
+        group = waiting.setdefault(bucket, [])
+        group.append(tokens)
+        if len(group) == rows:
+            yield bucket, waiting.pop(bucket)
+    for bucket, group in sorted(waiting.items()):
+        yield bucket, list(itertools.islice(itertools.cycle(group), rows))
+
+
+def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]], directory: Path) -> None:
+    """One answer to every prompt, in files of `samples.batch` rows; those that are there already stay."""
+    directory.mkdir(exist_ok=True)
+    weights, sampling = jspec.reshard(policy), make_sampling(config)
+    speculation = jspec.Speculation(states=trunk_features(config, policy))
+    key = jax.random.key(config.seed)
+    jobs = list(files_of(prompts, min(config.samples.batch, len(prompts))))
+    for index, (bucket, group) in enumerate(jobs):
+        path = directory / f"{index:05d}.npz"
+        if path.exists():
+            continue
+        begin = time.perf_counter()
+        batch = jspec.PromptBatch.from_tokens(group, group_size=1, seed=jax.random.fold_in(key, index),
+                                              buckets=(bucket,))
+        out = jax.device_get(jspec.rollout(weights, None, batch, sampling=sampling, speculation=speculation))
+        write(path, group, out)
+        log.info("samples %d/%d  %d tokens  %.0f tok/s", index + 1, len(jobs), out.lengths.sum(),
+                 out.lengths.sum() / (time.perf_counter() - begin))
+
+
+def write(path: Path, prompts: list[list[int]], out: Any) -> None:
+    """One file of rows, whole or not there at all. States are kept in bfloat16."""
+    lengths = np.array([len(tokens) for tokens in prompts], np.int32)
+    size, answer = int((lengths + out.lengths).max()), int(out.lengths.max())
+    tokens = np.zeros((len(prompts), size), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :lengths[row]] = prompt
+        tokens[row, lengths[row]:lengths[row] + out.lengths[row]] = out.tokens[row, :out.lengths[row]]
+    states = {f"state{i}": x[:, :size].astype(ml_dtypes.bfloat16).view(np.uint16)
+              for i, x in enumerate((out.trunk.hidden, *out.trunk.features))}
+    work = path.with_suffix(".tmp")
+    with work.open("wb") as file:
+        np.savez(file, tokens=tokens, start=lengths, mask=out.mask[:, :answer], logprobs=out.logprobs[:, :answer],
+                 **states)
+    work.replace(path)
+
+
+def read(directory: Path) -> list[dict[str, np.ndarray]]:
+    """The rows of all files, answers of one token left out: nothing is drafted after them.
+
+    Raises InputError for a file that cannot be read.
+    """
+    rows = []
+    for path in sorted(directory.glob("*.npz")):
+        try:
+            with np.load(path) as file:
+                columns = {name: file[name] for name in file.files}
+        except Exception as error:  # what is cut short raises whatever its reader trips over
+            raise InputError(f"{path} cannot be read ({type(error).__name__}); remove it, and it is sampled again"
+                             ) from None
+        rows += [{name: x[i] for name, x in columns.items()} for i in range(len(columns["start"]))]
+    return [row for row in rows if row["mask"].sum() > 1]

@@ -1,0 +1,170 @@
+"""From samples to a trained draft: least squares, then steps on the next states, then steps on the draft's loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from jspec.config import DraftTrainingConfig
+from jspec.draft_training.samples import read
+from jspec.drafts import Draft
+from jspec.drafts.base import DraftBatch
+from jspec.drafts.parts.vocabulary import most_frequent
+from jspec.errors import InputError
+from jspec.model import Policy, Trunk
+from jspec.prepare import make_draft
+from jspec.rl.update import draft_optimizer
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, np.ndarray]
+UNIT = 32  # lengths of batches are multiples of it: each one is a compilation
+WINDOW = 8  # batches whose rows are sorted by length together: little padding, and still a shuffle
+LEAST_SQUARES_ROWS = 2048
+
+
+def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
+    """The trained draft, float32 masters. Goes on from the last checkpoint under `directory`."""
+    rows = read(directory / "samples")
+    draft = starting_point(config, policy, rows)
+    stages = [("states", config.training.state_steps), (config.draft.loss, config.training.steps)]
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+    with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as checkpoints:
+        done, saved = restore(checkpoints, draft, config)
+        for number, (kind, steps) in enumerate(stages):
+            before = sum(count for _, count in stages[:number])
+            if done >= before + steps:
+                continue
+            optimizer = draft_optimizer(config.draft.optimizer, schedule(config, steps), config.draft.clip)
+            if saved is None:
+                saved = {"weights": draft.weights, "opt": jax.jit(optimizer.init)(draft.weights)}
+            elif done == before:  # the stage before ended here: the moments are its own
+                saved["opt"] = jax.jit(optimizer.init)(saved["weights"])
+            saved = run_stage(config, policy, draft, rows, checkpoints, saved, optimizer, kind, before, done, steps)
+            done = before + steps
+        checkpoints.wait_until_finished()
+    return draft.replace(weights=saved["weights"])
+
+
+def starting_point(config: DraftTrainingConfig, policy: Policy, rows: list[Row]) -> Draft:
+    """A draft at `draft.path`, or a fresh one with the samples' vocabulary, solved for by least squares."""
+    if config.draft.path is not None:
+        return make_draft(config, policy)
+    options = dict(config.draft.options)
+    if config.training.vocab_size:
+        emitted = np.concatenate([row["tokens"][row["start"]:row["start"] + row["mask"].sum()] for row in rows])
+        options["vocab"] = most_frequent(emitted, config.training.vocab_size, policy.config.vocab_size)
+        log.info("vocabulary of %d tokens: %.1f%% of those sampled", len(options["vocab"]),
+                 100 * np.isin(emitted, options["vocab"]).mean())
+    section = dataclasses.replace(config.draft, options=options)
+    draft = make_draft(dataclasses.replace(config, draft=section), policy)
+    if not hasattr(draft.module, "least_squares"):
+        return draft
+    some = rows[:LEAST_SQUARES_ROWS]
+    batches = (pack(some[i:i + config.training.rows], 1.0) for i in range(0, len(some), config.training.rows))
+    return draft.module.least_squares(policy, draft, batches)
+
+
+def schedule(config: DraftTrainingConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up and a cosine down to a tenth."""
+    rate, warmup = config.draft.learning_rate, min(config.training.warmup_steps, steps // 2)
+    return optax.warmup_cosine_decay_schedule(rate / (warmup + 1), rate, warmup, steps, rate / 10)
+
+
+def restore(checkpoints: ocp.CheckpointManager, draft: Draft, config: DraftTrainingConfig) -> tuple[int, Any]:
+    """(steps done, weights and moments) of the last checkpoint, or (0, None)."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return 0, None
+    # a schedule, for a constant rate has no counter among its state
+    optimizer = draft_optimizer(config.draft.optimizer, lambda count: 1.0, config.draft.clip)
+    shapes = jax.eval_shape(lambda w: {"weights": w, "opt": optimizer.init(w)}, draft.weights)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    try:
+        return step, checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
+    except Exception as error:  # what is cut short raises whatever its reader trips over
+        raise InputError(f"the checkpoint {checkpoints.directory / str(step)} cannot be read ({type(error).__name__}); "
+                         "remove it, and the one before it is taken") from error
+
+
+def run_stage(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list[Row],
+              checkpoints: ocp.CheckpointManager, saved: dict[str, Any], optimizer: optax.GradientTransformation,
+              kind: str, before: int, done: int, steps: int) -> dict[str, Any]:
+    """The steps of one stage from `done` on, with a checkpoint every so often and at its end."""
+    learn = jax.jit(partial(step_of, draft.module, draft.config, optimizer, kind), donate_argnums=0)
+    begin, tokens = time.perf_counter(), 0
+    for index, chosen in enumerate(order(rows, config.training.rows, config.seed + before)):
+        if index >= steps:
+            break
+        if before + index < done:
+            continue
+        batch = pack([rows[i] for i in chosen], config.sampling.temperature)
+        saved, metrics = learn(saved, policy, draft.state, batch)
+        tokens += int(batch.mask.sum())
+        step = before + index + 1
+        last = index + 1 == steps
+        if last or step % 20 == 0:
+            overlap = " ".join(f"{x:.3f}" for x in np.asarray(metrics["overlap"]))
+            log.info("%s  step %d/%d  loss %.4f  overlap %s  %.0f tok/s", kind, index + 1, steps, metrics["loss"],
+                     overlap, tokens / (time.perf_counter() - begin))
+        if last or step % config.training.checkpoint_every == 0:
+            checkpoints.save(step, args=ocp.args.StandardSave(saved), force=True)
+    return saved
+
+
+def step_of(module: Any, config: Any, optimizer: optax.GradientTransformation, kind: str, saved: dict[str, Any],
+            policy: Policy, state: Any, batch: DraftBatch) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """One optimizer step on the mean loss of a batch. Jittable."""
+    batch = batch.replace(trunk=jax.tree.map(lambda x: x.astype(policy.dtype), batch.trunk))
+
+    def mean(weights):
+        total, count, metrics = module.loss(policy, Draft(weights, state, config), batch, kind)
+        count = jnp.maximum(count, 1.0)
+        return total / count, jax.tree.map(lambda x: x / count, metrics)
+
+    (loss, metrics), grads = jax.value_and_grad(mean, has_aux=True)(saved["weights"])
+    changes, opt = optimizer.update(grads, saved["opt"], saved["weights"])
+    return {"weights": optax.apply_updates(saved["weights"], changes), "opt": opt}, {**metrics, "loss": loss}
+
+
+def order(rows: list[Row], size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of row numbers, every row once an epoch, rows of like length together."""
+    length = [int(row["start"] + row["mask"].sum()) for row in rows]
+    for epoch in range(10**9):
+        rng = np.random.default_rng([seed, epoch])
+        shuffled, batches = rng.permutation(len(rows)), []
+        for at in range(0, len(rows), size * WINDOW):
+            window = sorted(shuffled[at:at + size * WINDOW], key=length.__getitem__)
+            batches += [window[i:i + size] for i in range(0, len(window), size)]
+        batches = [batch for batch in batches if len(batch) == size] or batches
+        rng.shuffle(batches)
+        yield from batches
+
+
+def pack(rows: list[Row], temperature: float) -> DraftBatch:
+    """Rows as one batch, cut and padded to a length that is a multiple of UNIT."""
+    answers = [int(row["mask"].sum()) for row in rows]
+    size = max(int(row["start"]) + n for row, n in zip(rows, answers, strict=True))
+    size, answer = (-(-n // UNIT) * UNIT for n in (size, max(answers)))
+
+    def stack(name: str, length: int) -> np.ndarray:
+        cut = [row[name][:length] for row in rows]
+        return np.stack([np.pad(x, ((0, length - len(x)), *((0, 0),) * (x.ndim - 1))) for x in cut])
+
+    states = [stack(name, size).view(ml_dtypes.bfloat16) for name in sorted(rows[0]) if name.startswith("state")]
+    return DraftBatch(Trunk(states[0], tuple(states[1:])), stack("tokens", size),
+                      np.array([row["start"] for row in rows], np.int32), stack("mask", answer),
+                      stack("logprobs", answer), np.float32(temperature))

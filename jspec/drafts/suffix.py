@@ -1,0 +1,214 @@
+"""History: what followed when a sequence of this prompt last went like this - in the row itself, in its siblings of the
+group, or in the rollouts of the same prompt before this one. No weights.
+
+Suffix decoding (https://arxiv.org/abs/2411.04975) with a search in the place of its tree, so that it runs on the device
+and inside the rollout's loop: the rows that match the row's last tokens for longest vote on what comes next.
+
+A cycle costs (S + m S + h W) x max_match comparisons of integers a row: S positions a row, m siblings that are looked
+at, h remembered rows of W = max_match + history_tokens. At 128 positions, 3 siblings and the default history that is
+13,000, beside the 135 million multiplications by which a small model computes one position.
+
+Why it is exact. A deterministic draft is judged as q = 1, which is lossless if the draft was made without looking at
+the noise that judges it. That noise is fresh at every cycle, and its own for each sequence. A row's own tokens and
+those of its siblings, all committed in earlier cycles, were made from earlier noise; so whatever is drafted from
+them, the tokens are the policy's, and a group's sequences are as independent as without drafts. Under `coupled` the
+tokens are those of autoregressive decoding whatever is drafted. History is of earlier rollouts, and a rollout with
+the key of an earlier one has its noise: there the same noise would judge what was made from it. So each remembered
+row has its rollout's key beside it, and is passed over in a rollout with that key. (The training loop folds the step
+into the key: all its keys differ.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.parts.lookup import NOTHING, last_tokens, look_up, look_up_elsewhere, vote
+from jspec.errors import InputError
+from jspec.model import ModelConfig, ParamSpec, Policy, place_on_mesh
+from jspec.sharding import constrain
+
+loss = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SuffixConfig:
+    """The arguments of `init`."""
+
+    policy: ModelConfig
+    max_match: int
+    siblings: int
+    history_prompts: int
+    history_rows: int
+    history_tokens: int
+    name: str = "suffix"
+
+    @property
+    def width(self) -> int:
+        """Tokens of a remembered row: the prompt's last ones, to be matched, and the output."""
+        return self.max_match + self.history_tokens
+
+
+def init(policy: Policy, key: jax.Array | None = None, *, max_match: int = 8, siblings: int = 8,
+         history_prompts: int = 1024, history_rows: int = 4, history_tokens: int = 256) -> Draft:
+    """A draft that remembers. Its history is empty, and replicated on the mesh of `jax.set_mesh` if there is one.
+
+    Its state: `prompts` uint32 [C, 2], fingerprints; `written` int32 [C], in which order, 0: never; `tokens` int32
+    [C, H, W], the newest row first, `NOTHING` where there is none; `keys` uint32 [C, H, 2], of the rollouts that they
+    are of. 4 MiB by default. {} without a history.
+
+    Args:
+      key: not used, there is nothing random in it.
+      max_match: the longest suffix that is looked up.
+      siblings: how many of a row's siblings are looked at, the next ones in its group; 0: none.
+      history_prompts: C, how many prompts are remembered; the one remembered longest ago is replaced. 0: no history.
+      history_rows: H, how many outputs of a prompt, the newest ones.
+      history_tokens: how many tokens of each, its first ones.
+
+    Raises InputError for an argument that is out of range.
+    """
+    least = {"max_match": (max_match, 1), "siblings": (siblings, 0), "history_prompts": (history_prompts, 0),
+             "history_rows": (history_rows, 1), "history_tokens": (history_tokens, 1)}
+    for name, (value, low) in least.items():
+        if value < low:
+            raise InputError(f"suffix draft: {name} = {value} must be at least {low}")
+    config = SuffixConfig(policy.config, max_match, siblings, history_prompts, history_rows, history_tokens)
+    return Draft(weights={}, state=_empty(config), config=config)
+
+
+def _empty(config: SuffixConfig) -> dict:
+    prompts, rows = config.history_prompts, config.history_rows
+    if not prompts:
+        return {}
+    shapes = {"prompts": ParamSpec((prompts, 2), (None, None), dtype="uint32"),
+              "written": ParamSpec((prompts,), (None,), dtype="int32"),
+              "tokens": ParamSpec((prompts, rows, config.width), (None, None, None), dtype="int32"),
+              "keys": ParamSpec((prompts, rows, 2), (None, None, None), dtype="uint32")}
+
+    def make():
+        zeros = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
+        return {**zeros, "tokens": zeros["tokens"] + NOTHING}
+
+    return place_on_mesh(make, shapes, config.policy)()
+
+
+def features(config: SuffixConfig) -> tuple[int, ...]:
+    return ()
+
+
+def specs(config: SuffixConfig) -> dict:
+    return {}
+
+
+def prepare(policy: Policy, draft: Draft) -> Draft:
+    return draft
+
+
+def fingerprint(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """uint32 [P, 2], a prompt's identity whatever it is padded to: polynomials of its tokens modulo 2^32, in two bases.
+
+    Prompts that differ in one token never share it; should others do, a row drafts from another prompt's history, and
+    loses speed.
+    """
+    real = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens + 1, 0).astype(jnp.uint32)
+    bases = jnp.array([0x9E3779B1, 0x85EBCA6B], jnp.uint32)
+    powers = jnp.cumprod(jnp.broadcast_to(bases, (tokens.shape[1], 2)), axis=0, dtype=jnp.uint32)
+    return jnp.sum(real[:, :, None] * powers, axis=1, dtype=jnp.uint32)
+
+
+def _known(memory: dict, prompt: jax.Array) -> jax.Array:
+    """Which entries of the history are of a prompt, by fingerprint [..., 2]; bool [..., C]."""
+    return (memory["written"] > 0) & jnp.all(memory["prompts"] == prompt[..., None, :], axis=-1)
+
+
+def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
+    """Prompts' lengths [P], and where there is a history what it holds of each, made with other keys: [P, H, W]."""
+    state, memory = {"prompt_lengths": prefill.lengths}, draft.state
+    if memory:
+        known = _known(memory, fingerprint(prefill.tokens, prefill.lengths))
+        at = jnp.argmax(known, axis=1)
+        other = jnp.any(memory["keys"][at] != prefill.key, axis=-1)
+        state["history"] = jnp.where((known.any(1)[:, None] & other)[..., None], memory["tokens"][at], NOTHING)
+    return state
+
+
+def _siblings(committed: Committed, count: int) -> jax.Array:
+    """The next `count` rows of each row's group, round and round, int32 [N, count, S], NOTHING from their ends on."""
+    rows, width = committed.tokens.shape
+    tokens = jnp.where(jnp.arange(width) < committed.lengths[:, None], committed.tokens, NOTHING)
+    groups = tokens.reshape(-1, committed.group_size, width)
+    others = [jnp.roll(groups, -ahead, axis=1) for ahead in range(1, count + 1)]
+    return jnp.stack(others, axis=2).reshape(rows, count, width)
+
+
+def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sampler: Sampler):
+    """What most of the longest matches go on with; of equals the row itself, then siblings, then history, the newest
+    first. Each row of the pool has one vote, its latest longest match. Deterministic: judged as q = 1.
+
+    Of siblings and history only outputs are drafted from: their prompt is the row's own. Where no match is left the
+    token before is drafted again.
+    """
+    config, k = draft.config, sampler.k
+    suffix = last_tokens(committed.tokens, committed.lengths, config.max_match)
+    matched, going_on = look_up(committed.tokens, committed.lengths, config.max_match, k)
+    pools = [(matched[:, None], going_on[:, None])]
+    count = min(config.siblings, committed.group_size - 1)
+    if count:
+        pools.append(look_up_elsewhere(_siblings(committed, count), suffix, state["prompt_lengths"], k))
+    if "history" in state:
+        pools.append(look_up_elsewhere(state["history"], suffix, config.max_match, k))
+    matched, going_on = (jnp.concatenate(x, axis=1) for x in zip(*pools, strict=True))
+    return Proposal(vote(matched, going_on, suffix[:, 0])), state
+
+
+def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:
+    return state
+
+
+def remember(draft: Draft, batch, rollout) -> Draft:
+    """The draft with a rollout's outputs at the front of its prompts' histories. Jittable.
+
+    A prompt that is new takes the place of the one remembered longest ago; of one that is known the oldest outputs go.
+
+    Args:
+      batch: the `PromptBatch`. rollout: the `Rollout` of it.
+    """
+    if not draft.state:
+        return draft
+    rows = _remembered(draft.config, batch, rollout)
+    prompts = fingerprint(batch.tokens, batch.lengths)
+    # in order, prompt by prompt: so a prompt that a batch holds twice is one
+    new = jax.tree.map(lambda x: constrain(x, "rollout", *(None,) * x.ndim), (prompts, rows))
+    write = partial(_write, key=jax.random.key_data(batch.key))
+    return draft.replace(state=jax.lax.scan(write, draft.state, new)[0])
+
+
+def _remembered(config: SuffixConfig, batch, rollout) -> jax.Array:
+    """Of each prompt the first outputs, after the prompt's last tokens: int32 [P, at most H, W]."""
+    prompts = batch.tokens.shape[0]
+    tail = last_tokens(batch.tokens, batch.lengths, config.max_match)[:, ::-1]
+    outputs = jnp.where(rollout.mask, rollout.tokens, NOTHING)[:, :config.history_tokens]
+    outputs = outputs.reshape(prompts, batch.group_size, -1)[:, :config.history_rows]
+    tail = jnp.broadcast_to(tail[:, None], (*outputs.shape[:2], config.max_match))
+    rows = jnp.concatenate([tail, outputs], axis=2)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, config.width - rows.shape[2])), constant_values=NOTHING)
+
+
+def _write(memory: dict, new: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[dict, None]:
+    """Fold one prompt's fingerprint [2] and rows [R, W], made with `key` [2], in; a step of `jax.lax.scan`."""
+    prompt, rows = new
+    known, written = _known(memory, prompt), memory["written"]
+    at = jnp.where(known.any(), jnp.argmax(known), jnp.argmin(written))
+    before = jnp.where(known.any(), memory["tokens"][at], NOTHING)
+    keys = jnp.broadcast_to(key, (len(rows), 2))
+
+    def newest(new, old):
+        return jnp.concatenate([new, old])[:len(old)]
+
+    return {"prompts": memory["prompts"].at[at].set(prompt), "written": written.at[at].set(written.max() + 1),
+            "tokens": memory["tokens"].at[at].set(newest(rows, before)),
+            "keys": memory["keys"].at[at].set(newest(keys, memory["keys"][at]))}, None

@@ -1,0 +1,44 @@
+"""Where trained drafts come from: the ones that ship with jspec, directories, and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jspec.checkpoint import load_draft as draft_of_run
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.heads import files
+from jspec.model import Policy
+
+_HOME = Path(__file__).parent
+SHIPPED = tuple(sorted(path.name for path in _HOME.iterdir() if (path / files.CONFIG).is_file()))
+"""Short names of models for which a trained head lies beside this file."""
+
+
+def shipped(model: str, drafter: str | None = None) -> bool:
+    """Whether a trained head for the model of this name ships with jspec, and is of `drafter` where one is named."""
+    return model in SHIPPED and drafter in (None, files.read_config(_HOME / model).name)
+
+
+def load_draft(policy: Policy, source: str | Path) -> Draft:
+    """A trained draft for `policy`, float32 masters, on the mesh of `jax.set_mesh` if there is one.
+
+    Args:
+      source: the short name of a model whose head ships with jspec (`SHIPPED`), a directory that `jspec draft train`
+        wrote, or a run's output_dir, whose last checkpoint is taken.
+
+    Raises InputError if there is none, it cannot be read, or it was made for another policy.
+    """
+    if source in SHIPPED:
+        return files.read(_HOME / source, policy)
+    path = Path(source).expanduser()
+    if files.is_head(path):
+        return files.read(path, policy)
+    if (path / "checkpoints").is_dir():
+        draft = draft_of_run(path)
+        if draft is None:
+            raise InputError(f"{source} is a run without a draft")
+        draft.check(policy)
+        return draft
+    raise InputError(f"no draft at {source}: give the output_dir of a run, a directory that `jspec draft train` wrote, "
+                     f"or one of {', '.join(SHIPPED) or '(none ships)'}")

@@ -1,0 +1,118 @@
+"""jspec's own files of a trained draft: a directory with `model.safetensors`, `config.json` and a card, `README.md`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+import jspec.drafts
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.model import ModelConfig, Policy, RopeConfig, place_on_mesh
+from jspec.model.params import is_spec
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def is_head(directory: Path) -> bool:
+    """Whether a directory holds a draft as `write` leaves it."""
+    return "drafter" in _json(directory) if (directory / CONFIG).is_file() else False
+
+
+def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
+    """Write a draft's weights (in `dtype`), state and config into a directory that is there."""
+    tensors = {f"weights.{name}": np.asarray(x).astype(DTYPES[dtype]) for name, x in _named(draft.weights).items()}
+    tensors |= {f"state.{name}": np.asarray(x) for name, x in _named(draft.state).items()}
+    fields = dataclasses.asdict(draft.config)
+    config = {"drafter": fields.pop("name"), "policy": fields.pop("policy"), "options": fields}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "np"})
+    (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def read(directory: Path, policy: Policy) -> Draft:
+    """The draft of a directory that `write` made, for `policy`, with float32 masters placed on the current mesh.
+
+    Raises InputError if it was made for another policy, or a tensor is missing, left over or of the wrong shape.
+    """
+    config = read_config(directory)
+    draft = Draft(weights={}, state={}, config=config)
+    draft.check(policy)
+    draft = draft.replace(config=dataclasses.replace(config, policy=policy.config))
+    tensors = _tensors(directory / WEIGHTS)
+    specs = draft.module.specs(draft.config)
+    weights = {name: tensors.pop(f"weights.{name}", None) for name in _named(specs)}
+    state = {name: tensors.pop(name) for name in list(tensors) if name.startswith("state.")}
+    for name, spec in _named(specs).items():
+        if weights[name] is None:
+            raise InputError(f"{directory}: tensor weights.{name} is missing")
+        if weights[name].shape != spec.shape:
+            raise InputError(f"{directory}: tensor weights.{name} has shape {list(weights[name].shape)}, but the "
+                             f"config says {list(spec.shape)}")
+    if tensors:
+        raise InputError(f"{directory}: tensor {min(tensors)} has no place in a {config.name} draft")
+    leaves = [weights[name].astype(np.float32) for name in _named(specs)]
+    tree = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
+    placed = place_on_mesh(lambda x: x, specs, policy.config)(tree)
+    return draft.replace(weights=placed, state=_nested({n.removeprefix("state."): x for n, x in state.items()}))
+
+
+def read_config(directory: Path) -> Any:
+    """The static config of a draft. Raises InputError if it is not one, or of no drafter that is known."""
+    found = _json(directory)
+    try:
+        name, options, fields = found["drafter"], found["options"], dict(found["policy"])
+        if name not in jspec.drafts.NAMES:
+            raise InputError(f"{directory}: drafter {name!r} is unknown; known: {', '.join(jspec.drafts.NAMES)}")
+        return make_config(name, fields, options)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{directory / CONFIG} is not the config of a draft: {error}") from None
+
+
+def make_config(name: str, policy: dict, options: dict) -> Any:
+    """A drafter's static config from what `dataclasses.asdict` and JSON left of it."""
+    made = ModelConfig(**policy | {"rope": RopeConfig(**policy["rope"]), "stop_tokens": tuple(policy["stop_tokens"])})
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return importlib.import_module(f"jspec.drafts.{name}").Config(policy=made, **options)
+
+
+def _json(directory: Path) -> dict:
+    try:
+        found = json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory / CONFIG} cannot be read ({error})") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}); it is missing, cut short or no safetensors file") from None
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path, such as "blocks.0.layer.q"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)
+    return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in flat}
+
+
+def _nested(named: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in named.items():
+        *path, last = name.split(".")
+        at = out
+        for key in path:
+            at = at.setdefault(key, {})
+        at[last] = jax.numpy.asarray(value)
+    return out

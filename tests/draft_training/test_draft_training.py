@@ -1,0 +1,125 @@
+"""`jspec draft train` on a small model in a directory: stages, resuming, and what it says of mistakes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import jspec
+from jspec.cli import main
+from jspec.config import DraftTrainingConfig, load_config
+from jspec.draft_training import samples, stages
+from jspec.draft_training.prompts import in_turn
+from jspec.hub import character_tokenizer
+from jspec.model import ModelConfig, init_policy
+from jspec.rl.losses import token_logprobs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A directory with a model of characters, drawn at random."""
+    tokenizer = character_tokenizer("0123456789+= ")
+    config = ModelConfig(family="llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_layers=2,
+                         num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.2,
+                         stop_tokens=(tokenizer.eos_token_id,), pad_token=tokenizer.pad_token_id)
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    jspec.export(init_policy(config, jax.random.key(0)), directory, tokenizer)
+    (directory.parent / "sums.jsonl").write_text("".join(
+        json.dumps({"prompt": f"{i}+{j}=", "answer": str(i + j)}) + "\n" for i in range(10) for j in range(10)))
+    return directory
+
+
+def overrides(model, out, *more):
+    return [f"output_dir={out}", f"samples.sources=[{model.parent}/sums.jsonl]", "samples.count=64", "samples.batch=16",
+            "sampling.max_new_tokens=12", "training.state_steps=20", "training.steps=40", "training.vocab_size=9",
+            "training.checkpoint_every=15", "draft.options.depths=2", "draft.learning_rate=3e-3", "report.count=8",
+            "report.k=2", "report.temperatures=[1.0]", "report.rules=[rejection]", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "draft"
+    assert main(["draft", "train", str(model), *overrides(model, out)]) == 0
+    return out
+
+
+def test_it_leaves_a_draft_that_is_accepted(model, trained):
+    policy = jspec.load(str(model), dtype="float32")
+    draft = jspec.load_draft(policy, trained / "head")
+    assert draft.config.vocab_size == 9 and draft.state["vocab"].shape == (9,)
+    batch = jspec.PromptBatch.from_tokens([[3, 4, 5]] * 4, group_size=8, seed=0)
+    sampling = jspec.Sampling(max_new_tokens=12)
+    fresh = jspec.drafts.mtp(policy, jax.random.key(5), vocab=draft.state["vocab"])
+    lengths = [float(jspec.rollout(policy, d, batch, sampling=sampling).acceptance_length) for d in (fresh, draft)]
+    assert lengths[1] > lengths[0] + 0.15
+    (record,) = json.loads((trained / "report.json").read_text())
+    assert record["k"] == 2 and record["prompts"] == 8 and len(record["acceptance_by_position"]) == 2
+    assert (trained / "report.png").stat().st_size > 5000
+
+
+def test_samples_hold_the_policys_own_states_and_logprobs(model, trained):
+    policy = jspec.load(str(model), dtype="float32")
+    rows = samples.read(trained / "samples")
+    batch = stages.pack(rows[:6], 1.0)
+    assert batch.tokens.shape[1] % stages.UNIT == 0
+    batch = jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float32) if x.dtype.itemsize == 2 else x, batch)
+    logprobs, _ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(), batch.temperature)
+    # states are kept in bfloat16
+    np.testing.assert_allclose(np.where(batch.mask, logprobs, 0), np.where(batch.mask, batch.logprobs, 0), atol=0.1)
+
+
+def test_resumed_equals_uninterrupted(model, trained, tmp_path):
+    """Two samples files are gone and the last checkpoints too: what is made again is the same."""
+    out = tmp_path / "draft"
+    shutil.copytree(trained, out)
+    (out / "samples" / "00001.npz").unlink()
+    steps = sorted(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+    shutil.rmtree(out / "checkpoints" / str(steps[-1]))
+    shutil.rmtree(out / "head")
+    text = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(text.replace(str(trained), str(out)))
+    assert main(["draft", "train", str(model), *overrides(model, out)]) == 0
+    a, b = (dict(np.load(d / "samples" / "00001.npz")) for d in (trained, out))
+    np.testing.assert_array_equal(a["tokens"], b["tokens"])
+    policy = jspec.load(str(model), dtype="float32")
+    one, two = (jspec.load_draft(policy, d / "head").weights for d in (trained, out))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.parametrize("change, message", [
+    (["draft.name=ngram"], "draft.name=ngram: this drafter has no weights to train"),
+    (["samples.sources=[none.jsonl]"], "cannot read the prompts none.jsonl"),
+    (["samples.sources=[self]"], "'self' needs a tokenizer with a chat template"),
+    (["samples.max_prompt_tokens=2"], "has 0 prompts of at most samples.max_prompt_tokens=2 tokens"),
+    (["draft.path=nowhere"], "no draft at nowhere"),
+    (["training.step=3"], "unknown key 'training.step'; did you mean 'training.steps'?"),
+    (["draft.options.depth=2"], "draft.options: "),
+])
+def test_mistakes_are_one_line(capsys, model, tmp_path, change, message):
+    assert main(["draft", "train", str(model), *overrides(model, tmp_path / "x", *change)]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_another_configuration_is_refused(capsys, model, trained):
+    assert main(["draft", "train", str(model), *overrides(model, trained, "training.steps=41")]) == 2
+    assert "is of draft training under another configuration" in capsys.readouterr().err
+
+
+def test_sources_take_turns():
+    assert in_turn([[1, 2, 3], [7]], 5) == [1, 7, 2, 7, 3]
+
+
+def test_every_row_once_an_epoch_and_the_same_order_again():
+    rows = [{"start": 3, "mask": np.ones(n, bool)} for n in range(1, 25)]
+    batches = stages.order(rows, 4, seed=1)
+    epoch = [next(batches) for _ in range(6)]
+    assert sorted(i for batch in epoch for i in batch) == list(range(24))
+    again = stages.order(rows, 4, seed=1)
+    assert [list(next(again)) for _ in range(6)] == [list(b) for b in epoch]
+
+
+def test_defaults_load():
+    assert load_config(None, [], DraftTrainingConfig).training.steps == 1000

@@ -1,0 +1,86 @@
+"""Trained drafts from directories, runs and what ships; and what is said of those that do not fit."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jspec
+from jspec.heads import SHIPPED, files
+from tests.speculate import tiny
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny.policy(11, layers=2, heads=4, kv_heads=2, hidden=32, scale=0.2)
+
+
+@pytest.fixture
+def directory(policy, tmp_path):
+    draft = tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), blocks=2, vocab=[1, 2, 5, 9]))
+    files.write(draft, tmp_path)
+    return tmp_path
+
+
+def test_a_round_trip_is_bit_exact(policy, directory, tmp_path_factory):
+    first = jspec.load_draft(policy, directory)
+    assert first.state["vocab"].tolist() == [1, 2, 5, 9] and first.state["vocab"].dtype == jnp.int32
+    assert {x.dtype for x in jax.tree.leaves(first.weights)} == {np.dtype(np.float32)}
+    second = tmp_path_factory.mktemp("again")
+    files.write(first, second)
+    for name in (files.WEIGHTS, files.CONFIG):
+        assert (directory / name).read_bytes() == (second / name).read_bytes()
+    exact = tmp_path_factory.mktemp("exact")
+    files.write(first, exact, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, first.weights, jspec.load_draft(policy, exact).weights)
+
+
+def change(directory, edit):
+    tensors = load_file(directory / files.WEIGHTS)
+    edit(tensors)
+    save_file(tensors, directory / files.WEIGHTS)
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda t: t.pop("weights.blocks.1.proj"), "tensor weights.blocks.1.proj is missing"),
+    (lambda t: t.update({"weights.more": np.zeros(2, np.float32)}), "tensor weights.more has no place in a mtp draft"),
+    (lambda t: t.update({"weights.blocks.0.proj": np.zeros((2, 2), np.float32)}),
+     "tensor weights.blocks.0.proj has shape [2, 2], but the config says [32, 64]"),
+])
+def test_tensors_that_do_not_fit_are_named(policy, directory, edit, message):
+    change(directory, edit)
+    with pytest.raises(jspec.InputError, match=message.replace("[", r"\[").replace("]", r"\]")):
+        jspec.load_draft(policy, directory)
+
+
+def test_files_that_are_broken_or_of_another_policy(policy, directory):
+    other = tiny.policy(12, layers=2, heads=4, kv_heads=2, hidden=32)
+    with pytest.raises(jspec.InputError, match="its vocab_size is 11, the policy's is 12"):
+        jspec.load_draft(other, directory)
+    path = directory / files.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(jspec.InputError, match="cut short or no safetensors file"):
+        jspec.load_draft(policy, directory)
+    config = json.loads((directory / files.CONFIG).read_text())
+    (directory / files.CONFIG).write_text(json.dumps({**config, "drafter": "oracle"}))
+    with pytest.raises(jspec.InputError, match="drafter 'oracle' is unknown; known: .*mtp"):
+        jspec.load_draft(policy, directory)
+    (directory / files.CONFIG).write_text(json.dumps({"drafter": "mtp"}))
+    with pytest.raises(jspec.InputError, match="is not the config of a draft"):
+        jspec.load_draft(policy, directory)
+    shutil.rmtree(directory)
+    with pytest.raises(jspec.InputError, match="no draft at"):
+        jspec.load_draft(policy, directory)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_is_small_and_loads(name):
+    home = jspec.heads.files.Path(jspec.heads.__file__).parent / name
+    assert sum(path.stat().st_size for path in home.iterdir()) < 10e6
+    assert (home / "README.md").is_file()
+    draft = jspec.load_draft(jspec.load(name, dtype="float32"), name)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(draft.weights))

@@ -1,0 +1,36 @@
+"""Every drafter, tiny: what each rule is tested with. A drafter that `jspec.drafts` lists is tested, here and in
+`test_matrix.py`, and once more with a reduced vocabulary if its `init` takes one."""
+
+import inspect
+
+import jax
+
+import jspec
+from tests.speculate import tiny
+
+# further ways to make a drafter: name -> (drafter, options)
+VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}),
+            **{f"{name}-reduced": (name, {"vocab": None}) for name in jspec.drafts.NAMES
+               if "vocab" in inspect.signature(getattr(jspec.drafts, name)).parameters}}
+NAMES = (*jspec.drafts.NAMES, *VARIANTS)
+TABLES = ("table", "fixed")
+LAYERS = {"eagle3": 3}  # it fuses the states of three depths
+
+
+def policy(name, *args, **options):
+    """A `tiny.policy` with the layers that the drafter asks for."""
+    return tiny.policy(*args, **{"layers": LAYERS.get(VARIANTS.get(name, (name,))[0], 1), **options})
+
+
+def make(name, policy, seed=0, scale=0.4):
+    """A draft of tiny `policy`, weights shaken by `scale`: one of NAMES, or of TABLES: `tiny.table_draft`, sampled or
+    not. A reduced vocabulary is every second id, from 0 on."""
+    if name in TABLES:
+        return tiny.table_draft(policy, sampled=name == "table", seed=seed)
+    drafter, options = VARIANTS.get(name, (name, {}))
+    if drafter == "suffix":  # with a history
+        made = jspec.drafts.suffix(policy, history_prompts=2, history_rows=2, history_tokens=3)
+        return made.module.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))
+    if "vocab" in options:
+        options = {"vocab": range(0, policy.config.vocab_size, 2)}
+    return tiny.shaken(getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options), seed=seed, scale=scale)

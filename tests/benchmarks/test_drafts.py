@@ -97,6 +97,12 @@ def test_lists_and_what_they_are_multiplied_to():
     assert defaults.k == list(range(1, 8)) and set(defaults.drafts) == {"none", *jspec.drafts.NAMES}
 
 
+@pytest.mark.parametrize(("options", "count"), [
+    ([], 24), (["--count", "3"], 3), (["--count", "0"], 96), (["--batch", "1,32"], 32)])
+def test_how_many_prompts(options, count):
+    assert len(drafts.read_texts(drafts.parse(["m", *options]))) == count
+
+
 def test_tallies_of_all_batches():
     def stats(cycles, drafted, accepted):
         return RolloutStats(*(np.array(x, np.int32) for x in (cycles, drafted, accepted)))
@@ -220,15 +226,17 @@ def test_bench_still_times_rollouts():
 
 def test_a_trained_draft_is_taken_from_its_path(monkeypatch, capsys):
     policy = jspec.init_policy(SHAPES["tiny"], jax.random.key(0))
-    trained = jspec.drafts.mtp(policy, jax.random.key(5))
-    monkeypatch.setattr(drafts, "load_draft", {"run": trained, "bare": None}.get)
-    assert drafts.make_draft("mtp", policy, "tiny", {"mtp": "run"}) is trained
+    trained = {name: jspec.drafts.mtp(policy, jax.random.key(5)) for name in ("run", "tiny")}
+    monkeypatch.setattr(jspec, "load_draft", lambda policy, source: trained[source])
+    monkeypatch.setattr(drafts, "shipped", lambda model, drafter: (model, drafter) == ("tiny", "mtp"))
+    assert drafts.make_draft("mtp", policy, "tiny", {"mtp": "run"}) is trained["run"]
+    assert drafts.make_draft("mtp", policy, "tiny", {}) is trained["tiny"]
     assert drafts.make_draft("none", policy, "tiny", {"mtp": "run"}) is None
     assert capsys.readouterr().err == ""
     with pytest.raises(InputError, match="--draft-path ngram=run holds a mtp draft"):
         drafts.make_draft("ngram", policy, "tiny", {"ngram": "run"})
-    with pytest.raises(InputError, match="--draft-path mtp=bare holds no draft"):
-        drafts.make_draft("mtp", policy, "tiny", {"mtp": "bare"})
+    assert drafts.make_draft("mtp", policy, "other", {}).config.name == "mtp"
+    assert "untrained" in capsys.readouterr().err
 
 
 def test_heldout_prompts_are_what_their_sources_say():

@@ -61,7 +61,8 @@ def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_
     if draft is None or k == 0:
         return Proposal(jnp.zeros((slots.lengths.shape[0], 0), jnp.int32)), slots.draft_state
     sampler = Sampler(noise, slots.temperature, slots.top_p, top_k, k)
-    return draft.module.propose(policy, draft, slots.draft_state, Committed(slots.tokens, slots.lengths), sampler)
+    committed = Committed(slots.tokens, slots.lengths, slots.cache)
+    return draft.module.propose(policy, draft, slots.draft_state, committed, sampler)
 
 
 def _accept(policy: Policy, slots: Slots, hidden: jax.Array, proposal: Proposal, noise: Any,
@@ -117,8 +118,9 @@ def cycle(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, *, samp
     with jax.named_scope("verify"):
         pending = jnp.take_along_axis(slots.tokens, slots.lengths[:, None] - 1, axis=1)
         features = () if draft is None else draft.module.features(draft.config)
-        trunk, cache = verify(policy, jnp.concatenate([pending, proposal.tokens], axis=1), slots.cache,
-                              slots.lengths - 1, features=features)
+        cache = slots.cache if proposal.cache is None else proposal.cache
+        trunk, cache = verify(policy, jnp.concatenate([pending, proposal.tokens], axis=1), cache, slots.lengths - 1,
+                              features=features)
     with jax.named_scope("accept"):
         verdict = _accept(policy, slots, trunk.hidden, proposal, noise, sampling, stop_tokens)
     with jax.named_scope("commit"):

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.errors import InputError
-from jspec.model import ModelConfig, Policy, Trunk
+from jspec.model import Cache, ModelConfig, Policy, Trunk
 from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import draw, process_logits
 
@@ -84,10 +84,13 @@ class Committed:
     """Every row's tokens so far, prompt included: tokens int32 [N, S], garbage from lengths int32 [N] on.
 
     group_size: static. Each group_size adjacent rows, from row 0 on, continue one prompt; 1: nothing is said of that.
+    cache: the policy's, S positions a row. The last committed token is pending: its keys and values, at lengths - 1,
+    are not there yet.
     """
 
     tokens: jax.Array
     lengths: jax.Array
+    cache: Cache | None = None
     group_size: int = struct.field(pytree_node=False, default=1)
 
 
@@ -99,11 +102,14 @@ class Proposal:
       tokens: int32 [N, K], ids of the policy's vocabulary.
       log_q: float32 [N, K, Vd], the normalised log-probabilities that they were drawn from; None: deterministic.
       vocab: int32 [Vd], the ids of a reduced vocabulary, outside of which q is 0; None: Vd is the policy's.
+      cache: the policy's, if the drafter wrote to it, and then only at positions lengths - 1 .. lengths - 1 + K, which
+        the verifier writes next (so that no copy of it is made); None: it did not.
     """
 
     tokens: jax.Array
     log_q: jax.Array | None = None
     vocab: jax.Array | None = None
+    cache: Cache | None = None
 
 
 @struct.dataclass

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.model.config import ModelConfig, RopeConfig
+from jspec.model.quantized import Quantized, product
 from jspec.sharding import current_mesh, heads_replicated
 
 # XLA's matrix product on a CPU keeps to one core where a side has few rows, as in decoding. Given a part of the other
@@ -20,11 +21,14 @@ from jspec.sharding import current_mesh, heads_replicated
 FEW_ROWS, LEAST_PART = 64, 256
 
 
-def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None, out_dtype=None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None, out_dtype=None) -> jax.Array:
     """x [..., in] times w [*out, in], plus b [*out] -> [..., *out], in x's dtype.
 
-    float32 stays float32: never TF32 or bfloat16 passes.
+    float32 stays float32: never TF32 or bfloat16 passes. w may be quantised.
     """
+    if isinstance(w, Quantized):
+        y = product(x, w).astype(out_dtype or x.dtype)
+        return y if b is None else y + b.astype(y.dtype)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype or x.dtype)
     w = w.astype(x.dtype)

@@ -23,7 +23,7 @@ from jspec.drafts.base import Committed, Draft, Observation, Prefill, Sampler
 from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, predicting
 from jspec.drafts.parts.unroll import shift
-from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
+from jspec.drafts.parts.vocabulary import check_vocab, table_logits
 from jspec.errors import InputError
 from jspec.model import ModelConfig, ParamSpec, Policy, Trunk, embed, init_weights, layer_specs, place_on_mesh
 from jspec.model.layers import decoder_layer, fuse, linear, rms_norm
@@ -101,7 +101,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
     made = policy.config
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, "eagle3")
     block = dataclasses.replace(made, family="llama", num_layers=1, tie_embeddings=False, qkv_bias=False,
-                                out_bias=False, mlp_bias=False, qk_norm=False)
+                                out_bias=False, mlp_bias=False, qk_norm=False, stop_tokens=(), pad_token=0)
     config = Eagle3Config(made, block, tuple(default_depths(made.num_layers) if aux_depths is None else aux_depths),
                           0 if ids is None else len(ids), depths, norm_before_residual, norm_before_fc, fc_norm,
                           norm_output, own_embed)
@@ -125,7 +125,7 @@ def features(config: Eagle3Config) -> tuple[int, ...]:
 
 
 def specs(config: Eagle3Config) -> dict:
-    """The drafter's parameters. The rows of a reduced vocabulary lie on every device, as every device draws from all."""
+    """The drafter's parameters. A reduced vocabulary's rows lie on every device, as every device draws from all."""
     d, n = config.block.hidden_size, len(config.aux_depths)
     norm = ParamSpec((d,), ("norm",), "ones")
     layer = layer_specs(config.block)

@@ -65,7 +65,7 @@ def test_every_field_has_a_meaning():
     ("model.name=7", "override 'model.name=7': 'model.name' must be text, not 7"),
     ("sampling.stop_tokens=[a]", "override 'sampling.stop_tokens=[a]': 'sampling.stop_tokens' must be "
                                  "a list of whole numbers or null, not ['a']"),
-    ("draft.name=mpt", "override 'draft.name=mpt': 'draft.name' must be one of mtp, ngram, none, not 'mpt'"),
+    ("draft.name=mpt", "override 'draft.name=mpt': 'draft.name' must be one of eagle3, mtp, ngram, none, not 'mpt'"),
     ("speculation.k=0", "override 'speculation.k=0': 'speculation.k' must be at least 1, not 0"),
     ("sampling.top_p=0", "override 'sampling.top_p=0': 'sampling.top_p' must be above 0, not 0"),
     ("sampling.top_p=1.5", "override 'sampling.top_p=1.5': 'sampling.top_p' must be at most 1, not 1.5"),

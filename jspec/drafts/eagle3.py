@@ -67,10 +67,9 @@ class Eagle3Config:
         if self.block.hidden_size != hidden:
             raise InputError(f"eagle3 draft: its hidden size is {self.block.hidden_size}, the policy's is {hidden}; "
                              "take a draft made for this policy")
-        if not self.aux_depths or min(self.aux_depths) < 0 or max(self.aux_depths) > n or len(
-                set(self.aux_depths)) < len(self.aux_depths):
+        if not self.aux_depths or len(set(self.aux_depths) & set(range(n + 1))) < len(self.aux_depths):
             raise InputError(f"eagle3 draft: auxiliary layers at depths {list(self.aux_depths)} of a policy of {n} "
-                             f"layers; they must be distinct and from 0 (the embeddings) to {n}")
+                             f"layers; they must be distinct and from 0 (the embeddings) to {n}; set aux_depths")
 
 
 def default_depths(num_layers: int) -> tuple[int, int, int]:

@@ -1,13 +1,13 @@
-"""Make the golden EAGLE-3 drafts of this directory: tiny random checkpoints with the logits that the speculators library
-gives for them, in the three published layouts.
+"""Make the golden EAGLE-3 drafts of this directory: tiny random checkpoints in the three published layouts, with the
+logits that the speculators library gives for them.
 
     pip install torch transformers safetensors numpy speculators
     python tests/golden/make_eagle3.py [CASE ...]
 
 eagle3_target is their policy, as `save_pretrained` writes it. Each case becomes a directory with config.json and
 model.safetensors in its layout, plus reference.npz: tokens int32 [1, S] and logits float32 [3, S, Vd] of three
-unrolled steps over the policy's float32 hidden states. Row s of step d predicts the token at s + 1 from d tokens that it
-takes for granted; the rows before d + 1 are not there and hold nan.
+unrolled steps over the policy's float32 hidden states. Row s of step d predicts the token at s + 1, and d of the tokens
+before it are drafts; the rows before d + 1 are not there and hold nan.
 """
 
 import json
@@ -42,7 +42,7 @@ CASES = {
     "eagle3_vllm": (LlamaConfig, dict(num_key_value_heads=4, rope_parameters=dict(
         rope_type="linear", factor=2.0, rope_theta=1000.0)),
                     dict(draft_vocab_size=VOCAB, fc_norm=True, norm_output=True), (0, 3, 5)),
-    "eagle3_speculators": (LlamaConfig, dict(attention_bias=True, num_attention_heads=3, num_key_value_heads=1,
+    "eagle3_speculators": (LlamaConfig, dict(attention_bias=True, num_attention_heads=2, num_key_value_heads=1,
                                              rope_parameters=LLAMA3),
                            dict(draft_vocab_size=12, norm_before_residual=True, norm_before_fc=True), (2, 3, 6)),
     "eagle3_speculators_qwen3": (Qwen3Config, dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
@@ -60,7 +60,7 @@ def make_target():
 
 
 def draft_of(case, seed):
-    """The library's model with random weights, rounded to the precision that its layout is stored in."""
+    """The library's model with random weights, and the depths that it fuses."""
     block_class, changes, flags, depths = CASES[case]
     aux = list(depths or (2, LAYERS // 2, LAYERS - 3))
     config = Eagle3SpeculatorConfig(
@@ -113,7 +113,9 @@ def save(case, model, aux):
     directory = HERE / case
     if case.startswith("eagle3_speculators"):
         model.save_pretrained(directory)
+        (directory / "config.py").unlink()  # the library's own code, which nothing here runs
         config = json.loads((directory / "config.json").read_text())
+        del config["auto_map"]
         tensors = load_file(directory / "model.safetensors")
         if CASES[case][3] is None:
             del config[AUX]
@@ -129,19 +131,27 @@ def save(case, model, aux):
         del tensors["embed_tokens.weight"]  # the target's
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
+
+
+def cast(model, dtype):
+    """The parameters alone: a model's own cast rounds the rotary frequencies too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def make(case, seed):
     model, aux = draft_of(case, seed)
     dtype = torch.float16 if case == "eagle3_vllm" else torch.bfloat16
-    model.to(dtype)
+    cast(model, dtype)
     if case != "eagle3_specforge":
         target = LlamaForCausalLM.from_pretrained(TARGET, dtype=dtype)
         model.embed_tokens.weight.data = target.model.embed_tokens.weight.data.clone()
     shutil.rmtree(HERE / case, ignore_errors=True)
     save(case, model, aux)
     tokens = np.random.default_rng(seed).integers(0, VOCAB, (1, LENGTH), dtype=np.int32)
-    logits = logits_of(model.float(), aux, torch.from_numpy(tokens).long())
+    logits = logits_of(cast(model, torch.float32), aux, torch.from_numpy(tokens).long())
     np.savez(HERE / case / "reference.npz", tokens=tokens, logits=logits)
     print(f"{case}: logits in [{np.nanmin(logits):.2f}, {np.nanmax(logits):.2f}]")
 

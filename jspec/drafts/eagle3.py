@@ -69,7 +69,8 @@ class Eagle3Config:
                              "take a draft made for this policy")
         if not self.aux_depths or len(set(self.aux_depths) & set(range(n + 1))) < len(self.aux_depths):
             raise InputError(f"eagle3 draft: auxiliary layers at depths {list(self.aux_depths)} of a policy of {n} "
-                             f"layers; they must be distinct and from 0 (the embeddings) to {n}; set aux_depths")
+                             f"layers; they must be distinct and from 0 (the embeddings) to {n}; set aux_depths, "
+                             "or take a draft made for this policy")
 
 
 def default_depths(num_layers: int) -> tuple[int, int, int]:

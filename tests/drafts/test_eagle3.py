@@ -118,5 +118,5 @@ def test_it_refuses(policy, options, message):
 
 
 def test_the_default_depths_need_a_policy_that_has_them():
-    with pytest.raises(InputError, match=r"depths \[2, 2, 2\] of a policy of 5 layers; .*; set aux_depths"):
+    with pytest.raises(InputError, match=r"depths \[2, 2, 2\] of a policy of 5 layers; .*; set aux_depths, or"):
         jspec.drafts.eagle3(tiny.policy(11, layers=5), jax.random.key(0))

@@ -17,16 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Sampler
+from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, state_loss, unit
-from jspec.drafts.parts.unroll import shift, unrolled_attention
+from jspec.drafts.parts.unroll import shift
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.errors import InputError
-from jspec.kernels import attend as attend_cached
 from jspec.model import ModelConfig, ParamSpec, Policy, embed, init_weights, layer_specs, place_on_mesh
-from jspec.model.attention import causal_attention, to_cache
-from jspec.model.layers import decoder_layer, fuse, linear, rms_norm, rope_table
-from jspec.sharding import constrain, constrain_tree
+from jspec.model.layers import decoder_layer, fuse, linear, rms_norm
+from jspec.sharding import constrain_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,76 +106,37 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     return draft.replace(weights={"blocks": blocks, "table": output_table(policy, draft.state.get("vocab"))})
 
 
-def _block(policy: Policy, config: MtpConfig, w: dict, hidden: jax.Array, tokens: jax.Array, rope, attend):
-    """hidden [B, T, D] of the positions before those of tokens [B, T] -> the block's normed states [B, T, D]."""
+def _runs(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[recursion.Run]:
+    """The blocks, as `parts.recursion` runs them: states are normed."""
     eps = policy.config.rms_norm_eps
-    inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps), rms_norm(hidden, w["hidden_norm"], eps)]
-    x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
-    x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
-    return rms_norm(x, w["final_norm"], eps), cache
+
+    def run(w, hidden, tokens, rope, attend):
+        inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps), rms_norm(hidden, w["hidden_norm"], eps)]
+        x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
+        x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
+        return rms_norm(x, w["final_norm"], eps), cache
+
+    return [partial(run, w) for w in weights]
 
 
-def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> tuple[dict, ...]:
+def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> recursion.State:
     """Of every block, its cache over the prompts and its state at each prompt's last token."""
-    rope = rope_table(policy.config, jnp.arange(prefill.tokens.shape[1])[None])
-
-    def attend(q, k, v):
-        return causal_attention(q, k, v), (to_cache(k, cache_size), to_cache(v, cache_size))
-
-    states, out = prefill.trunk.hidden, []
-    for w in draft.weights["blocks"]:
-        states, (k, v) = _block(policy, draft.config, w, shift(states), prefill.tokens, rope, attend)
-        last = jnp.take_along_axis(states, prefill.lengths[:, None, None] - 1, axis=1)
-        out.append({"k": k, "v": v, "hidden": last})
-    return tuple(out)
+    return recursion.start(policy, _runs(policy, draft.config, draft.weights["blocks"]), shift(prefill.trunk.hidden),
+                           prefill.tokens, prefill.lengths, cache_size)
 
 
-def _extend(policy: Policy, draft: Draft, index: int, state: dict, hidden: jax.Array, tokens: jax.Array,
-            lengths: jax.Array):
-    """Run tokens [N, T] at positions lengths .. lengths + T - 1 through a block, writing its cache."""
-    rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
-
-    def attend(q, k, v):
-        out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], lengths)
-        return out, (new_k, new_v)
-
-    states, (k, v) = _block(policy, draft.config, draft.weights["blocks"][index], hidden, tokens, rope, attend)
-    return states, {**state, "k": k, "v": v}
+def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
+    """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
+    vocab = draft.state.get("vocab")
+    return recursion.propose(policy, _runs(policy, draft.config, draft.weights["blocks"]), state, committed.lengths,
+                             sampler, lambda x: table_logits(policy, draft.weights["table"], x, whole=vocab is None),
+                             vocab)
 
 
-def propose(policy: Policy, draft: Draft, state: tuple[dict, ...], committed: Committed, sampler: Sampler):
-    """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's states and tokens.
-
-    A block of its own has to catch up first: at depth j it has not yet seen the j - 1 tokens drafted before.
-    """
-    vocab, last = draft.state.get("vocab"), draft.config.blocks - 1
-    state, tokens, log_qs = list(state), [], []
-    states = state[0]["hidden"]  # of the current depth's block, from position lengths - 1 on
-    for j in range(sampler.k):
-        if 0 < j <= last:
-            new, state[j] = _extend(policy, draft, j, state[j], states, jnp.stack(tokens, axis=1), committed.lengths)
-            states = jnp.concatenate([state[j]["hidden"], new], axis=1)
-        elif j:
-            states, state[last] = _extend(policy, draft, last, state[last], states[:, -1:], tokens[-1][:, None],
-                                          committed.lengths + j - 1)
-        scores = table_logits(policy, draft.weights["table"], states[:, -1], whole=vocab is None)
-        token, log_q = sampler.draw(scores, j, vocab)
-        tokens.append(token)
-        log_qs.append(log_q)
-    return Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab), tuple(state)
-
-
-def observe(policy: Policy, draft: Draft, state: tuple[dict, ...], observation: Observation) -> tuple[dict, ...]:
+def observe(policy: Policy, draft: Draft, state: recursion.State, observation: Observation) -> recursion.State:
     """Rewrite the caches of the committed positions from the verifier's states; keep the states at the last one."""
-    at = jnp.maximum(observation.count - 1, 0)[:, None, None]
-    live = (observation.count > 0)[:, None, None]
-    hidden, out = observation.trunk.hidden, []
-    for index, before in enumerate(state):
-        states, new = _extend(policy, draft, index, before, hidden, observation.tokens, observation.lengths)
-        last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before["hidden"])
-        out.append({**new, "hidden": constrain(last, policy.layout, "batch", None, None)})
-        hidden = jnp.concatenate([before["hidden"], states[:, :-1]], axis=1)
-    return tuple(out)
+    return recursion.observe(policy, _runs(policy, draft.config, draft.weights["blocks"]), state, observation.lengths,
+                             observation.trunk.hidden, observation)
 
 
 def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
@@ -186,20 +146,13 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
     float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss`.
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    rope = rope_table(policy.config, jnp.arange(batch.tokens.shape[1])[None])
-    states, states_by_depth = batch.trunk.hidden, []
-    for depth in range(draft.config.depths):
-        if depth < draft.config.blocks:
-            w, earlier = weights["blocks"][depth], []
-        states, _ = _block(policy, draft.config, w, shift(states), batch.tokens, rope, unrolled_attention(earlier))
-        states_by_depth.append(states)
+    runs = _runs(policy, draft.config, weights["blocks"])
+    states = recursion.unroll(policy, runs, shift(batch.trunk.hidden), batch.tokens, draft.config.depths)
     if kind == "states":
-        return state_loss(policy, batch, states_by_depth)
+        return state_loss(policy, batch, states)
     vocab = draft.state.get("vocab")
-    table = output_table(policy, vocab)
-    head = partial(table_logits, policy, table, whole=vocab is None)
-    outputs = [batch.predicting(states) for states in states_by_depth]
-    return loss_over_depths(policy, batch, outputs, head, vocab, kind)
+    head = partial(table_logits, policy, output_table(policy, vocab), whole=vocab is None)
+    return loss_over_depths(policy, batch, [batch.predicting(x) for x in states], head, vocab, kind)
 
 
 def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch], ridge: float = 1e-3) -> Draft:

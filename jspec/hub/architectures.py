@@ -60,6 +60,11 @@ _LAYER = {
 }
 
 
+def layer_tensor(key: str) -> str:
+    """What checkpoints call a layer's parameter `key` of `layer_specs`, below the layer's own prefix."""
+    return _LAYER[key][0]
+
+
 def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
     """Every tensor that a checkpoint of this config holds, in the order of the file."""
     from jspec.model.params import layer_specs, param_specs

@@ -87,9 +87,22 @@ def _host_value(policy: Policy, tensor: StoredTensor) -> np.ndarray:
     for part in tensor.key:
         array = array[part]
     array = array if tensor.layer is None else array[tensor.layer]
+    return on_host(array)
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """A whole array in float32, on every process."""
     if not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array, np.float32)
+
+
+def new_directory(directory: str | Path) -> Path:
+    """Where to export. Raises InputError if the directory has files in it."""
+    target = Path(directory).expanduser().absolute()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"{target} exists and is not an empty directory; export into a new one")
+    return target
 
 
 def export(policy: Policy, directory: str | Path, tokenizer: Any = None, *,
@@ -100,9 +113,7 @@ def export(policy: Policy, directory: str | Path, tokenizer: Any = None, *,
     tokenizer. The directory appears whole or not at all. With several processes all call this and the first writes.
     Raises InputError if the directory has files in it, or if no published architecture has the policy's config.
     """
-    target = Path(directory).expanduser().absolute()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"{target} exists and is not an empty directory; export into a new one")
+    target = new_directory(directory)
     if not policy.stacked:
         raise InputError("export takes a policy in the training layout; this one is in a rollout layout")
     config_to_hf(policy.config)

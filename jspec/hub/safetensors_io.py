@@ -91,6 +91,21 @@ class SafetensorsSource:
         return read_rows(self.locations[name], start, stop)
 
 
+def read_json(path: Path, required: bool = True) -> dict | None:
+    """A JSON object of a model directory; None if it is not there and not required. Raises InputError otherwise."""
+    if not path.exists() and not required:
+        return None
+    if not path.exists():
+        raise InputError(f"{path.parent}: no {path.name}; a model directory has {path.name} and safetensors")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON ({e}); fetch the model again") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; fetch the model again")
+    return value
+
+
 def open_directory(directory: Path) -> SafetensorsSource:
     """The safetensors of a directory: `model.safetensors`, or the files that the index names.
 

@@ -176,14 +176,17 @@ def mlp(w: dict[str, Any], x: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate) * up, w["down"], w.get("down_bias"))
 
 
-def decoder_layer(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope, attend: Callable):
+def decoder_layer(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope, attend: Callable,
+                  inputs: jax.Array | None = None):
     """One pre-norm layer over x [B, T, D], its weights fused (see `fuse`) or not.
 
     `attend(q, k, v) -> (out [B, T, heads, head_dim], cache)` holds all that differs between training, prefill and
-    verification. Returns (x, cache).
+    verification. `inputs`: what the attention reads, [B, T, as wide as its projections]; None: x, normed. Returns
+    (x, cache).
     """
     with jax.named_scope("attention"):
-        q, k, v = qkv(config, w, rms_norm(x, w["attn_norm"], config.rms_norm_eps), rope)
+        inputs = rms_norm(x, w["attn_norm"], config.rms_norm_eps) if inputs is None else inputs
+        q, k, v = qkv(config, w, inputs, rope)
         out, cache = attend(q, k, v)
         x = x + linear(out.reshape(*x.shape[:2], -1), w["o"], w.get("o_bias"))
     with jax.named_scope("mlp"):

@@ -1,7 +1,7 @@
 """Multi-token-prediction heads: decoder blocks of their own on the policy's trunk, embedding and output head.
 
-At position p a block reads the trunk's normed hidden state of position p - 1 and the embedding of token p, and predicts
-token p + 1. The next depth reads the state of the depth before in the trunk's place: with a block of its own
+At position p a block reads the trunk's hidden state of position p - 1 and the embedding of token p, and predicts token
+p + 1. The next depth reads the state of the depth before in the trunk's place: with a block of its own
 (https://arxiv.org/abs/2404.19737, https://arxiv.org/abs/2412.19437), or, where there are fewer blocks than depths, with
 the last block once more (unrolled in training as at inference, https://arxiv.org/abs/2503.01840). After each cycle the
 keys and values of committed positions are rewritten from the verifier's states.
@@ -30,16 +30,36 @@ from jspec.sharding import constrain, constrain_tree
 
 @dataclasses.dataclass(frozen=True)
 class MtpConfig:
-    """depths: how many are unrolled in training; at inference k may be larger. blocks: how many depths have a block of
-    their own. vocab_size: of the reduced vocabulary, 0: the policy's. hidden_first: the order in which hidden state and
-    embedding are concatenated."""
+    """A head's shape, and the conventions by which published heads differ (`jspec.hub.mtp_heads`).
+
+    Raises InputError if not 1 <= blocks <= depths.
+
+    Attributes:
+      policy: of the policy that it drafts for.
+      depths: how many are unrolled in training; at inference k may be larger.
+      blocks: how many depths have a block of their own.
+      vocab_size: of the reduced vocabulary, 0: the policy's.
+      hidden_first: the order in which hidden state and embedding are concatenated.
+      normed_trunk: the first depth reads the trunk's state after its final norm; False: before it.
+      first: the first position that later ones attend to; 1 (with one block only): position 0, which has no state
+        before it, is left out, as in a head that was trained on pairs of a state and the next token.
+      dtype: in which a published layout stores the weights; here they are float32 masters.
+    """
 
     policy: ModelConfig
     depths: int = 2
     blocks: int = 1
     vocab_size: int = 0
     hidden_first: bool = False
+    normed_trunk: bool = True
+    first: int = 0
+    dtype: str = "float32"
     name: str = "mtp"
+
+    def __post_init__(self):
+        if not 1 <= self.blocks <= self.depths:
+            raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most depths = {self.depths}")
+        assert self.first == 0 or self.blocks == 1, "every further block would begin one position later"
 
 
 def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
@@ -57,8 +77,6 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
 
     Raises InputError if not 1 <= blocks <= depths, or for a vocabulary that is none.
     """
-    if not 1 <= blocks <= depths:
-        raise InputError(f"mtp draft: blocks = {blocks} must be at least 1 and at most depths = {depths}")
     ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "mtp")
     config = MtpConfig(policy.config, depths, blocks, 0 if ids is None else len(ids))
     d = policy.config.hidden_size
@@ -74,7 +92,12 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
 
 
 def features(config: MtpConfig) -> tuple[int, ...]:
-    return ()
+    return () if config.normed_trunk else (config.policy.num_layers,)
+
+
+def _trunk_states(config: MtpConfig, trunk: Trunk) -> jax.Array:
+    """What the first depth reads, [B, T, D]."""
+    return trunk.hidden if config.normed_trunk else trunk.features[0]
 
 
 def specs(config: MtpConfig) -> dict:
@@ -109,12 +132,12 @@ def _block(policy: Policy, config: MtpConfig, w: dict, hidden: jax.Array, tokens
 
 def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> tuple[dict, ...]:
     """Of every block, its cache over the prompts and its state at each prompt's last token."""
-    rope = rope_table(policy.config, jnp.arange(prefill.tokens.shape[1])[None])
+    rope, first = rope_table(policy.config, jnp.arange(prefill.tokens.shape[1])[None]), draft.config.first
 
     def attend(q, k, v):
-        return causal_attention(q, k, v), (to_cache(k, cache_size), to_cache(v, cache_size))
+        return causal_attention(q, k, v, first), tuple(to_cache(x[:, first:], cache_size) for x in (k, v))
 
-    states, out = prefill.trunk.hidden, []
+    states, out = _trunk_states(draft.config, prefill.trunk), []
     for w in draft.weights["blocks"]:
         states, (k, v) = _block(policy, draft.config, w, shift(states), prefill.tokens, rope, attend)
         last = jnp.take_along_axis(states, prefill.lengths[:, None, None] - 1, axis=1)
@@ -128,7 +151,8 @@ def _extend(policy: Policy, draft: Draft, index: int, state: dict, hidden: jax.A
     rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v):
-        out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], lengths)
+        # a cache holds no positions before the first, so that the kernel needs to know nothing of them
+        out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], lengths - draft.config.first)
         return out, (new_k, new_v)
 
     states, (k, v) = _block(policy, draft.config, draft.weights["blocks"][index], hidden, tokens, rope, attend)
@@ -161,7 +185,7 @@ def observe(policy: Policy, draft: Draft, state: tuple[dict, ...], observation: 
     """Rewrite the caches of the committed positions from the verifier's states; keep the states at the last one."""
     at = jnp.maximum(observation.count - 1, 0)[:, None, None]
     live = (observation.count > 0)[:, None, None]
-    hidden, out = observation.trunk.hidden, []
+    hidden, out = _trunk_states(draft.config, observation.trunk), []
     for index, before in enumerate(state):
         states, new = _extend(policy, draft, index, before, hidden, observation.tokens, observation.lengths)
         last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before["hidden"])
@@ -183,11 +207,12 @@ def loss(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, response
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
-    states, outputs = trunk.hidden, []
+    states, outputs = _trunk_states(draft.config, trunk), []
     for depth in range(draft.config.depths):
         if depth < draft.config.blocks:
             w, earlier = weights["blocks"][depth], []
-        states, _ = _block(policy, draft.config, w, shift(states), tokens, rope, unrolled_attention(earlier))
+        states, _ = _block(policy, draft.config, w, shift(states), tokens, rope,
+                           unrolled_attention(earlier, draft.config.first))
         outputs.append(predicting(states, response_start, mask.shape[1]))
     vocab = draft.state.get("vocab")
     table = output_table(policy, vocab)

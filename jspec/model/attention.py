@@ -42,9 +42,18 @@ def _in_query_blocks(q: jax.Array, k: jax.Array, v: jax.Array, visible: Callable
     return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal grouped-query attention, q [B, S, H, D], k and v [B, S, H_kv, D] -> [B, S, H, D]."""
-    return _in_query_blocks(q, k, v, lambda rows: (jnp.arange(k.shape[1]) <= rows[:, None])[None])
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, first: int = 0) -> jax.Array:
+    """Causal grouped-query attention, q [B, S, H, D], k and v [B, S, H_kv, D] -> [B, S, H, D].
+
+    Positions before `first` are seen by nobody but themselves.
+    """
+    columns = jnp.arange(k.shape[1])
+
+    def visible(rows):
+        seen = columns <= rows[:, None]
+        return (seen & ((columns >= first) | (columns == rows[:, None])) if first else seen)[None]
+
+    return _in_query_blocks(q, k, v, visible)
 
 
 def continued_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.Array, prompt_v: jax.Array,

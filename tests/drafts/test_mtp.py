@@ -1,5 +1,7 @@
 """The head's cache follows the committed tokens, and its loss trains what inference computes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +26,21 @@ def policy():
     return tiny.policy(11, layers=2, heads=4, kv_heads=2, hidden=32, scale=0.2)
 
 
-@pytest.fixture(scope="module", params=[{}, {"blocks": 3}, {"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}],
-                ids=["recursive", "blocks", "two-blocks-reduced"])
+# (options, conventions of a published layout)
+MIMO = {"hidden_first": True, "normed_trunk": False, "first": 1}
+
+
+@pytest.fixture(scope="module", params=[({}, {}), ({"blocks": 3}, {}), ({"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}, {}),
+                                        ({}, MIMO)], ids=["recursive", "blocks", "two-blocks-reduced", "mimo"])
 def draft(policy, request):
-    return tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **request.param), scale=0.15)
+    options, conventions = request.param
+    draft = tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **options), scale=0.15)
+    return draft.replace(config=dataclasses.replace(draft.config, **conventions))
 
 
-trunk_states = jax.jit(lambda policy, tokens: train_forward(policy, tokens))
+@jax.jit
+def trunk_states(policy, tokens, draft):
+    return train_forward(policy, tokens, features=draft.module.features(draft.config))
 
 
 def of_draft(draft, logits):
@@ -71,7 +81,7 @@ def test_state_depends_on_committed_tokens_only(policy, draft):
 
     @jax.jit
     def scratch(tokens, lengths):
-        trunk, cache = prefill(ready, tokens, tokens.shape[1])
+        trunk, cache = prefill(ready, tokens, tokens.shape[1], features=draft.module.features(draft.config))
         return draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths), tokens.shape[1]), cache
 
     want, cache = scratch(tokens, slots.lengths)
@@ -79,7 +89,8 @@ def test_state_depends_on_committed_tokens_only(policy, draft):
         np.testing.assert_allclose(got["hidden"], expected["hidden"], atol=2e-5)
         for i, n in enumerate(lengths):
             for name in ("k", "v"):
-                np.testing.assert_allclose(got[name][i, :, :n], expected[name][i, :, :n], atol=2e-5)
+                kept = n - draft.config.first  # a cache holds no positions before the first
+                np.testing.assert_allclose(got[name][i, :, :kept], expected[name][i, :, :kept], atol=2e-5)
     for i, n in enumerate(lengths):
         for layer in range(2):
             np.testing.assert_allclose(slots.cache.k[layer][i, :, :n - 1], cache.k[layer][i, :, :n - 1], atol=2e-5)
@@ -91,10 +102,10 @@ def test_the_loss_unrolls_what_propose_computes(policy, draft):
     rows = []
     ready = jspec.reshard(policy)
     prepared = draft.module.prepare(ready, draft)
-    for start in range(2, 7):  # committed tokens when the drafting begins
+    for start in range(1, 7):  # committed tokens when the drafting begins
         rows.append(sequence[:start] + [0] * (10 - start))
-    tokens, lengths = jnp.array(rows, jnp.int32), jnp.arange(2, 7)
-    drawn = jnp.array([[*sequence, 0, 0][s:s + K] for s in range(2, 7)], jnp.int32)
+    tokens, lengths = jnp.array(rows, jnp.int32), jnp.arange(1, 7)
+    drawn = jnp.array([[*sequence, 0, 0][s:s + K] for s in range(1, 7)], jnp.int32)
 
     class Forced(base.Sampler):
         """Draws the sequence's own tokens."""
@@ -104,21 +115,21 @@ def test_the_loss_unrolls_what_propose_computes(policy, draft):
 
     @jax.jit
     def infer(ready, prepared):
-        trunk, _ = prefill(ready, tokens, 16)
+        trunk, _ = prefill(ready, tokens, 16, features=draft.module.features(draft.config))
         state = draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths), 16)
         noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, K)
-        sampler = Forced(noise, jnp.ones(5), None, 0, K)
+        sampler = Forced(noise, jnp.ones(6), None, 0, K)
         return draft.module.propose(ready, prepared, state, base.Committed(tokens, lengths), sampler)[0].log_q
 
     log_q = infer(ready, prepared)
     whole = jnp.array([sequence], jnp.int32)
-    trunk = trunk_states(policy, whole)
+    trunk = trunk_states(policy, whole, draft)
     pairs = spied_loss(policy, draft, trunk, whole, jnp.array([1]), jnp.ones((1, 9), bool), jnp.ones(1))
     target = of_draft(draft, jax.nn.log_softmax(logits(policy, trunk.hidden)))
     for depth, (log_p, head) in enumerate(pairs):
         np.testing.assert_allclose(log_p[0], target[0, :9], atol=1e-5)
         trained = head[0]
-        for i, start in enumerate(range(2, 7)):
+        for i, start in enumerate(range(1, 7)):
             # depth d drafts the token at start + d, from position start + d - 1
             np.testing.assert_allclose(trained[start + depth - 1], log_q[i, depth], atol=2e-5)
 
@@ -129,7 +140,7 @@ def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind)
     tokens = jnp.asarray(rng.integers(0, 11, (3, 9)), jnp.int32)
     start, mask = jnp.array([1, 3, 4]), jnp.asarray(rng.random((3, 5)) < 0.7)
     temperature = jnp.array([1.0, 0.5, 0.0])
-    trunk = trunk_states(policy, tokens)
+    trunk = trunk_states(policy, tokens, draft)
     seen = spied_loss(policy, draft, trunk, tokens, start, mask, temperature)
     scale = np.array([1.0, 0.5, 1.0])[:, None, None]
     at = start[:, None] - 1 + np.arange(5)
@@ -158,7 +169,7 @@ def test_a_trained_head_is_accepted_more_often(policy):
     at = jnp.arange(20)
     response = jnp.take_along_axis(before.tokens, jnp.clip(at - start[:, None], 0, 11), axis=1)
     tokens = jnp.where(at < start[:, None], jnp.pad(prompt, ((0, 0), (0, 12))), response)
-    trunk = trunk_states(policy, tokens)
+    trunk = trunk_states(policy, tokens, draft)
 
     @jax.jit
     def step(weights):

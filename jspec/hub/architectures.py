@@ -63,9 +63,9 @@ class MtpLayout:
     first: int
 
 
-# MiMo (https://arxiv.org/abs/2505.07608): its modelling code has the block, its authors' serving code what the block is
-# given: the trunk's state before the final norm, which its own class leaves to the output head. Position 0 is "not
-# needed" there; in training the first pair is the state at 0 with token 1.
+# MiMo (https://arxiv.org/abs/2505.07608): its modelling code has the block, its authors' serving code (in vLLM, mimo.py
+# and mimo_mtp.py) what the block is given: the trunk's state before the final norm, and pairs of a state with the token
+# after it, so that position 0 has none ("not needed by MTP" is said where its embedding is masked).
 _MTP = (
     MtpLayout("MiMoForCausalLM", "mimo", prefix="model.mtp_layers.{index}.", embed_norm="token_layernorm.weight",
               hidden_norm="hidden_layernorm.weight", proj="input_proj.weight", block="",

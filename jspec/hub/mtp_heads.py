@@ -104,8 +104,9 @@ def write(draft: Draft, directory: str | Path) -> Path:
     Into a new or empty directory: the head alone, its tensors in model.safetensors with the config.json of the model
     that it belongs to; `read` takes it. Into a directory that `jspec.export` wrote of its policy: the head joins the
     trunk (mtp.safetensors, the index, config.json), and the whole is a checkpoint of that architecture, from which
-    `jspec.load` takes the policy, `read` the head, and a server both. Tensors are stored in the dtype that the head was
-    read in. With several processes all call this and the first writes.
+    `jspec.load` takes the policy and `read` the head. (The modelling code that publishers put beside their weights is
+    not written.) Tensors are stored in the dtype that the head was read in. With several processes all call this and
+    the first writes.
 
     Raises InputError if no published architecture has such a head, or the directory has other files in it, another
     policy or a head already.

@@ -26,12 +26,15 @@ def policy():
     return tiny.policy(11, layers=2, heads=4, kv_heads=2, hidden=32, scale=0.2)
 
 
-# (options, conventions of a published layout)
+# the conventions of a published layout
 MIMO = {"hidden_first": True, "normed_trunk": False, "first": 1}
 
 
-@pytest.fixture(scope="module", params=[({}, {}), ({"blocks": 3}, {}), ({"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}, {}),
-                                        ({}, MIMO)], ids=["recursive", "blocks", "two-blocks-reduced", "mimo"])
+REDUCED = {"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}
+
+
+@pytest.fixture(scope="module", params=[({}, {}), ({"blocks": 3}, {}), (REDUCED, {}), ({}, MIMO)],
+                ids=["recursive", "blocks", "two-blocks-reduced", "mimo"])
 def draft(policy, request):
     options, conventions = request.param
     draft = tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **options), scale=0.15)

@@ -3,10 +3,10 @@
     pip install torch transformers safetensors numpy
     python tests/golden/make_mimo.py [CASE ...]
 
-Each case becomes a directory in MiMo's layout: a Qwen2 trunk and `model.mtp_layers.0.*`. expected.npz holds tokens int32
-[1, S]; logits float32 [1, S, V] of the trunk, as transformers' Qwen2 gives them; depth1 float32 [S - 1, V], the head's
-logits for the token that follows the first 2 .. S tokens; and depth2 float32 [S - 2, V], for the token that follows
-the first 3 .. S of them where the last one was drafted: the head reads its own state in the trunk's place.
+Each case becomes a directory in MiMo's layout: a Qwen2 trunk and `model.mtp_layers.0.*`. expected.npz holds tokens
+int32 [1, S]; logits float32 [1, S, V] of the trunk, as transformers' Qwen2 gives them; depth1 float32 [S - 1, V], the
+head's logits for the token that follows the first 2 .. S tokens; and depth2 float32 [S - 2, V], for the token that
+follows the first 3 .. S of them where the last one was drafted: the head reads its own state in the trunk's place.
 
 The head is written down here from MiMo's published modelling code (the block) and its authors' serving code (what the
 block is given): pair i is the trunk's state at token i, before the final norm, with the embedding of token i + 1.

@@ -139,7 +139,6 @@ def test_greedy_speculation_with_the_head_changes_nothing(k, policy, draft):
     batch = jspec.PromptBatch.from_tokens([[7, 3, 9, 11, 2, 30], [5], [4, 8]], group_size=2, seed=0, buckets=(8,))
     sampling = Sampling(max_new_tokens=20, temperature=0.0, stop_tokens=())
     plain = jspec.rollout(policy, None, batch, sampling=sampling)
-    # the policy's own head would rarely be right, being random: one that copies the trunk often is
     out = jspec.rollout(policy, draft, batch, sampling=sampling, speculation=Speculation(k=k))
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     np.testing.assert_allclose(out.logprobs, plain.logprobs, atol=1e-5)

@@ -14,6 +14,7 @@ from jspec import hub
 from jspec.drafts import base
 from jspec.errors import InputError
 from jspec.hub import mtp_heads
+from jspec.hub.architectures import ARCHITECTURES, MTP_LAYOUTS, MtpLayout
 from jspec.model import prefill
 from jspec.speculate import Sampling, Speculation
 from pallas_kernels.noise import rejection_noise
@@ -95,7 +96,7 @@ def test_the_trunk_is_a_qwen2_and_its_head_no_part_of_it(policy, tmp_path):
         load(directory)
 
 
-@pytest.mark.parametrize("case, dtype", zip(CASES, ["float32", "bfloat16"], strict=True))
+@pytest.mark.parametrize("case, dtype", list(zip(CASES, ["float32", "bfloat16"], strict=True)))
 def test_a_head_written_alone_is_read_back_bit_for_bit(case, dtype, tmp_path):
     policy = load(GOLDEN / case)
     draft = mtp_heads.read(GOLDEN / case, policy)
@@ -124,6 +125,25 @@ def test_a_head_joins_the_policy_that_was_exported(shard, policy, draft, tmp_pat
     assert again.config == policy.config
     same(again.weights, policy.weights)
     same(mtp_heads.read(tmp_path / "out", again).weights, draft.weights)
+
+
+def test_a_further_layout_is_a_row(policy, tmp_path, monkeypatch):
+    """Names and conventions as DeepSeek-V3 has them, on a trunk that there is: the head is one more layer."""
+    row = MtpLayout("FurtherForCausalLM", "further", prefix="model.layers.{layer}.", embed_norm="enorm.weight",
+                    hidden_norm="hnorm.weight", proj="eh_proj.weight", block="inner.",
+                    final_norm="shared_head.norm.weight", hidden_first=False, normed_trunk=True, first=0)
+    monkeypatch.setitem(MTP_LAYOUTS, row.architecture, row)
+    monkeypatch.setitem(ARCHITECTURES, row.architecture, "qwen2")
+    draft = jspec.drafts.mtp(policy, jax.random.key(0))
+    hub.export(policy, tmp_path / "out")
+    mtp_heads.write(draft, tmp_path / "out")
+    names = {name for name in tensors(tmp_path / "out") if name.startswith("model.layers.2.")}
+    assert {"model.layers.2.eh_proj.weight", "model.layers.2.inner.self_attn.q_proj.bias"} < names and len(names) == 16
+    again = load(tmp_path / "out")
+    same(again.weights, policy.weights)
+    head = mtp_heads.read(tmp_path / "out", again)
+    assert head.config == draft.config
+    same(head.weights, draft.weights)
 
 
 def test_mixed_dtypes_lose_nothing(policy, tmp_path):

@@ -40,6 +40,15 @@ UNLIKE = ("stop_tokens", "pad_token", "max_position_embeddings", "initializer_ra
 """Fields of a ModelConfig that a draft and its policy need not share."""
 
 
+def unlike(made: ModelConfig, config: ModelConfig) -> str:
+    """In words the first field in which a draft's policy differs from the policy it is used with; "" if none does."""
+    for field in dataclasses.fields(ModelConfig):
+        a, b = getattr(made, field.name), getattr(config, field.name)
+        if a != b and field.name not in UNLIKE:
+            return f"its {field.name} is {a}, the policy's is {b}"
+    return ""
+
+
 @struct.dataclass
 class Draft:
     """A drafter's weights, its persistent state (checkpointed), and a static config that names its module.
@@ -58,12 +67,10 @@ class Draft:
 
     def check(self, policy: Policy) -> None:
         """Raise InputError if this draft was made for a policy of another architecture or vocabulary."""
-        made: ModelConfig = self.config.policy
-        for field in dataclasses.fields(ModelConfig):
-            a, b = getattr(made, field.name), getattr(policy.config, field.name)
-            if a != b and field.name not in UNLIKE:
-                raise InputError(f"this {self.config.name} draft was made for another policy: its {field.name} is {a}, "
-                                 f"the policy's is {b}; make one with jspec.drafts.{self.config.name}(policy, ...)")
+        difference = unlike(self.config.policy, policy.config)
+        if difference:
+            raise InputError(f"this {self.config.name} draft was made for another policy: {difference}; "
+                             f"make one with jspec.drafts.{self.config.name}(policy, ...)")
 
 
 @struct.dataclass

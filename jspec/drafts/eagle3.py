@@ -195,17 +195,12 @@ def _normed(config: Eagle3Config, w: dict, states: jax.Array) -> jax.Array:
     return states if config.norm_output else rms_norm(states, w["norm"], config.block.rms_norm_eps)
 
 
-def _next_tokens(tokens: jax.Array) -> jax.Array:
-    """Tokens [B, S] by entry: moved one position earlier. The last entry has none, and nothing reads it."""
-    return jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
-
-
 def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> recursion.State:
     """The block's cache over the prompts and its state at each prompt's last token; after a prompt of one token the
     state is zeros, and the first draft's distribution is flat."""
     config, w = draft.config, draft.weights
     return recursion.start(_inside(policy, config), [_run(policy, config, w)], _fused(config, w, prefill.trunk),
-                           _next_tokens(prefill.tokens), prefill.lengths - 1, cache_size)
+                           recursion.next_tokens(prefill.tokens), prefill.lengths - 1, cache_size)
 
 
 def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
@@ -228,7 +223,7 @@ def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array) -> lis
     config = draft.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     states = recursion.unroll(_inside(policy, config), [_run(policy, config, weights)], _fused(config, weights, trunk),
-                              _next_tokens(tokens), config.depths)
+                              recursion.next_tokens(tokens), config.depths)
     return [shift(x) for x in states]
 
 

@@ -1,7 +1,7 @@
 """Multi-token-prediction heads: decoder blocks of their own on the policy's trunk, embedding and output head.
 
-At position p a block reads the trunk's normed hidden state of position p - 1 and the embedding of token p, and predicts
-token p + 1. The next depth reads the state of the depth before in the trunk's place: with a block of its own
+At position p a block reads the trunk's hidden state of position p - 1 and the embedding of token p, and predicts token
+p + 1. The next depth reads the state of the depth before in the trunk's place: with a block of its own
 (https://arxiv.org/abs/2404.19737, https://arxiv.org/abs/2412.19437), or, where there are fewer blocks than depths, with
 the last block once more (unrolled in training as at inference, https://arxiv.org/abs/2503.01840). After each cycle the
 keys and values of committed positions are rewritten from the verifier's states.
@@ -23,23 +23,43 @@ from jspec.drafts.parts.losses import loss_over_depths, state_loss, unit
 from jspec.drafts.parts.unroll import shift
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.errors import InputError
-from jspec.model import ModelConfig, ParamSpec, Policy, embed, init_weights, layer_specs, place_on_mesh
+from jspec.model import ModelConfig, ParamSpec, Policy, Trunk, embed, init_weights, layer_specs, place_on_mesh
 from jspec.model.layers import decoder_layer, fuse, linear, rms_norm
 from jspec.sharding import constrain_tree
 
 
 @dataclasses.dataclass(frozen=True)
 class MtpConfig:
-    """depths: how many are unrolled in training; at inference k may be larger. blocks: how many depths have a block of
-    their own. vocab_size: of the reduced vocabulary, 0: the policy's. hidden_first: the order in which hidden state and
-    embedding are concatenated."""
+    """A head's shape, and the conventions by which published heads differ (`jspec.hub.mtp_heads`).
+
+    Raises InputError if not 1 <= blocks <= depths.
+
+    Attributes:
+      policy: of the policy that it drafts for.
+      depths: how many are unrolled in training; at inference k may be larger.
+      blocks: how many depths have a block of their own.
+      vocab_size: of the reduced vocabulary, 0: the policy's.
+      hidden_first: the order in which hidden state and embedding are concatenated.
+      normed_trunk: the first depth reads the trunk's state after its final norm; False: before it.
+      first: the first position that later ones attend to; 1 (with one block only): position 0, which has no state
+        before it, is left out, as in a head that was trained on pairs of a state and the next token.
+      dtype: in which a published layout stores the weights; here they are float32 masters.
+    """
 
     policy: ModelConfig
     depths: int = 2
     blocks: int = 1
     vocab_size: int = 0
     hidden_first: bool = False
+    normed_trunk: bool = True
+    first: int = 0
+    dtype: str = "float32"
     name: str = "mtp"
+
+    def __post_init__(self):
+        if not 1 <= self.blocks <= self.depths:
+            raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most depths = {self.depths}")
+        assert self.first == 0 or self.blocks == 1, "every further block would begin one position later"
 
 
 Config = MtpConfig
@@ -50,7 +70,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
     """A head from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there is one.
 
     A block starts as the identity (its two output projections are zero, its other weights those of the policy's last
-    layer) on an even mix of both inputs; `fit` finds a better mix.
+    layer) on an even mix of both inputs; `least_squares` finds a better one.
 
     Args:
       policy: in the training layout.
@@ -61,8 +81,6 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
 
     Raises InputError if not 1 <= blocks <= depths, or for a vocabulary that is none.
     """
-    if not 1 <= blocks <= depths:
-        raise InputError(f"mtp draft: blocks = {blocks} must be at least 1 and at most depths = {depths}")
     ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "mtp")
     config = MtpConfig(policy.config, depths, blocks, 0 if ids is None else len(ids))
     d = policy.config.hidden_size
@@ -82,7 +100,18 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
 
 
 def features(config: MtpConfig) -> tuple[int, ...]:
-    return ()
+    return () if config.normed_trunk else (config.policy.num_layers,)
+
+
+def _trunk_states(config: MtpConfig, trunk: Trunk) -> jax.Array:
+    """What the first depth reads, [B, T, D]."""
+    return trunk.hidden if config.normed_trunk else trunk.features[0]
+
+
+def _inputs(config: MtpConfig, trunk: Trunk, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first block's entries: hidden states [B, S, D] and the tokens [B, S] after them."""
+    hidden = _trunk_states(config, trunk)
+    return (hidden, recursion.next_tokens(tokens)) if config.first else (shift(hidden), tokens)
 
 
 def specs(config: MtpConfig) -> dict:
@@ -121,22 +150,24 @@ def _runs(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[re
 
 def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> recursion.State:
     """Of every block, its cache over the prompts and its state at each prompt's last token."""
-    return recursion.start(policy, _runs(policy, draft.config, draft.weights["blocks"]), shift(prefill.trunk.hidden),
-                           prefill.tokens, prefill.lengths, cache_size)
+    hidden, tokens = _inputs(draft.config, prefill.trunk, prefill.tokens)
+    return recursion.start(policy, _runs(policy, draft.config, draft.weights["blocks"]), hidden, tokens,
+                           prefill.lengths - draft.config.first, cache_size)
 
 
 def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     vocab = draft.state.get("vocab")
-    return recursion.propose(policy, _runs(policy, draft.config, draft.weights["blocks"]), state, committed.lengths,
-                             sampler, lambda x: table_logits(policy, draft.weights["table"], x, whole=vocab is None),
-                             vocab)
+    head = partial(table_logits, policy, draft.weights["table"], whole=vocab is None)
+    return recursion.propose(policy, _runs(policy, draft.config, draft.weights["blocks"]), state,
+                             committed.lengths - draft.config.first, sampler, head, vocab)
 
 
 def observe(policy: Policy, draft: Draft, state: recursion.State, observation: Observation) -> recursion.State:
     """Rewrite the caches of the committed positions from the verifier's states; keep the states at the last one."""
-    return recursion.observe(policy, _runs(policy, draft.config, draft.weights["blocks"]), state, observation.lengths,
-                             observation.trunk.hidden, observation)
+    return recursion.observe(policy, _runs(policy, draft.config, draft.weights["blocks"]), state,
+                             observation.lengths - draft.config.first, _trunk_states(draft.config, observation.trunk),
+                             observation)
 
 
 def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
@@ -147,7 +178,8 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     runs = _runs(policy, draft.config, weights["blocks"])
-    states = recursion.unroll(policy, runs, shift(batch.trunk.hidden), batch.tokens, draft.config.depths)
+    states = recursion.unroll(policy, runs, *_inputs(draft.config, batch.trunk, batch.tokens), draft.config.depths)
+    states = [shift(x) for x in states] if draft.config.first else states
     if kind == "states":
         return state_loss(policy, batch, states)
     vocab = draft.state.get("vocab")
@@ -165,10 +197,10 @@ def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch], r
 
     @jax.jit
     def sums(policy, batch):
-        hidden = batch.trunk.hidden.astype(jnp.float32)
+        hidden, target = (x.astype(jnp.float32) for x in (_trunk_states(draft.config, batch.trunk), batch.trunk.hidden))
         embedded = embed(policy, batch.tokens).astype(jnp.float32)
         x = jnp.concatenate([unit(embedded[:, 1:]), unit(hidden[:, :-1])], axis=-1)
-        y = unit(hidden[:, 1:] / policy.weights["final_norm"])
+        y = unit(target[:, 1:] / policy.weights["final_norm"])
         known = jnp.arange(1, hidden.shape[1]) < (batch.response_start + batch.mask.sum(1) - 1)[:, None]
         x = jnp.where(known[..., None], x, 0.0).reshape(-1, 2 * d)
         return x.T @ x, x.T @ y.reshape(-1, d), known.sum()

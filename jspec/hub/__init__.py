@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jspec.errors import InputError
-from jspec.hub.architectures import config_from_hf
+from jspec.hub.architectures import config_from_hf, mtp_prefixes
 from jspec.hub.assemble import Source, read_weights
 from jspec.hub.download import fetch
 from jspec.hub.exporter import export
@@ -32,7 +32,8 @@ def _open(path: Path) -> tuple[Source, ModelConfig]:
 
         source, config, _ = gguf_source(path)
         return source, config
-    return open_directory(path), _config(path)
+    config = _config(path)
+    return open_directory(path).without(mtp_prefixes(read_json(path / "config.json"), config)), config
 
 
 def read_config(name: str) -> ModelConfig:
@@ -48,7 +49,7 @@ def load(name: str, dtype: str | None = None, mesh: Any = None) -> Policy:
 
     Args:
       name: a short name ("smollm2-135m-instruct"), a hub id ("Qwen/Qwen3-8B"), a directory of safetensors with its
-        config.json, or a .gguf file.
+        config.json, or a .gguf file. A native MTP head in the directory (MiMo's) is left to `hub.mtp_heads`.
       dtype: what is computed in, "float32" or "bfloat16"; default bfloat16 on accelerators, float32 on the CPU.
       mesh: where the weights go, shard by shard; default the mesh of `jax.set_mesh`, else the default device.
 

@@ -1,5 +1,7 @@
 """The head's cache follows the committed tokens, and its loss trains what inference computes."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -14,14 +16,23 @@ def policy():
     return tiny.policy(11, layers=2, heads=4, kv_heads=2, hidden=32, scale=0.2)
 
 
-@pytest.fixture(scope="module", params=[{}, {"blocks": 3}, {"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}],
-                ids=["recursive", "blocks", "two-blocks-reduced"])
+# the conventions of a published layout
+MIMO = {"hidden_first": True, "normed_trunk": False, "first": 1}
+
+
+REDUCED = {"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}
+
+
+@pytest.fixture(scope="module", params=[({}, {}), ({"blocks": 3}, {}), (REDUCED, {}), ({}, MIMO)],
+                ids=["recursive", "blocks", "two-blocks-reduced", "mimo"])
 def draft(policy, request):
-    return tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **request.param), scale=0.15)
+    options, conventions = request.param
+    draft = tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **options), scale=0.15)
+    return draft.replace(config=dataclasses.replace(draft.config, **conventions))
 
 
 def test_state_depends_on_committed_tokens_only(policy, draft):
-    recursive.check_state_depends_on_committed_tokens_only(policy, draft)
+    recursive.check_state_depends_on_committed_tokens_only(policy, draft, without_entry=draft.config.first)
 
 
 def test_the_loss_unrolls_what_propose_computes(policy, draft):

@@ -27,6 +27,11 @@ Run = Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 State = tuple[dict[str, jax.Array], ...]
 
 
+def next_tokens(tokens: jax.Array) -> jax.Array:
+    """Tokens [B, S] by entry, where the first token has none: moved one position earlier. Nothing reads the last."""
+    return jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
+
+
 def start(policy: Policy, runs: Sequence[Run], hidden: jax.Array, tokens: jax.Array, entries: jax.Array,
           cache_size: int) -> State:
     """Of every block, its cache over hidden [P, L, D] and tokens [P, L], and its state [P, 1, D] at the last of

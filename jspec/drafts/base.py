@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.errors import InputError
-from jspec.model import Cache, ModelConfig, Policy, Trunk
+from jspec.model import Cache, ModelConfig, Policy, RopeConfig, Trunk
 from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import draw, process_logits
 
@@ -47,6 +47,24 @@ def unlike(made: ModelConfig, config: ModelConfig) -> str:
         if a != b and field.name not in UNLIKE:
             return f"its {field.name} is {a}, the policy's is {b}"
     return ""
+
+
+def model_config(fields: dict) -> ModelConfig:
+    """A ModelConfig from what `dataclasses.asdict` and JSON left of it."""
+    return ModelConfig(**fields | {"rope": RopeConfig(**fields["rope"]), "stop_tokens": tuple(fields["stop_tokens"])})
+
+
+def config_from_fields(name: str, fields: dict) -> Any:
+    """A drafter's static config from what `dataclasses.asdict` and JSON left of it."""
+    kind = importlib.import_module(f"jspec.drafts.{name}").Config
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+
+    def back(key: str, value: Any) -> Any:
+        if types.get(key) in ("ModelConfig", ModelConfig):
+            return model_config(value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{key: back(key, value) for key, value in fields.items()})
 
 
 @struct.dataclass

@@ -11,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 import jspec.drafts
 from jspec.drafts import Draft
@@ -35,7 +35,8 @@ def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
     tensors |= {f"state.{name}": np.asarray(x) for name, x in _named(draft.state).items()}
     fields = dataclasses.asdict(draft.config)
     config = {"drafter": fields.pop("name"), "policy": fields.pop("policy"), "options": fields}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "np"})
+    # not save_file, whose files only their owner can read
+    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "np"}))
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 

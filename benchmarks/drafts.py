@@ -249,7 +249,7 @@ def part_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Dr
     slots, prepared, computed = {}, {}, {}
     for name, draft in drafts.items():
         started = run(("prefill", name), parts.prefill, policy, draft, batch, sampling, k=max(args.k))
-        slots[name] = started if name == PLAIN else started.replace(cache=None)
+        slots[name] = started if name == PLAIN else started.replace(cache=slots[PLAIN].cache)  # they are alike
         prepared[name] = jax.jit(parts.prepare)(policy, draft)
     for variant in variants:
         draft = prepared[variant.draft]

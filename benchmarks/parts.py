@@ -14,10 +14,10 @@ import numpy as np
 
 import jspec
 from jspec.drafts import Draft
-from jspec.drafts.base import Committed, Observation, Proposal, Sampler
+from jspec.drafts.base import Observation, Proposal
 from jspec.kernels import judge
 from jspec.model import Policy, Trunk, logits, verify
-from jspec.speculate.cycle import RULES, Slots
+from jspec.speculate.cycle import RULES, Slots, _propose
 from jspec.speculate.rollout import start
 from pallas_kernels.rejection_sampling import Verdict
 
@@ -63,20 +63,21 @@ def drafting(policy: Policy, draft: Draft, slots: Slots, trunk: Trunk, key: jax.
     first token is committed. Returns the last one.
 
     Args:
-      draft: prepared; slots hold its state over the prompts.
+      draft: prepared; slots hold its state over the prompts, and the policy's cache.
       trunk: what it is shown of the verification, [N, K + 1, ...]. key: raw, of the noise.
     """
-    def step(i, carry):
-        state, tokens = carry
-        lengths = slots.lengths + i
-        sampler = Sampler(RULES[rule](key, slots.sequence_ids, lengths, k), slots.temperature, slots.top_p, 0, k)
-        proposal, state = draft.module.propose(policy, draft, state, Committed(tokens, lengths), sampler)
-        new = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
-        state = draft.module.observe(policy, draft, state, Observation(trunk, new, lengths, jnp.ones_like(lengths)))
-        tokens = jnp.where(jnp.arange(tokens.shape[1]) == lengths[:, None], new[:, :1], tokens)
-        return (state, tokens), proposal
+    def step(_, slots):
+        proposal, state = _propose(policy, draft, slots, RULES[rule](key, slots.sequence_ids, slots.lengths, k), 0, k)
+        cache = getattr(proposal, "cache", None)  # of a drafter that writes to the policy's
+        tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+        observation = Observation(trunk, tokens, slots.lengths, jnp.ones_like(slots.lengths))
+        at_end = jnp.arange(slots.tokens.shape[1]) == slots.lengths[:, None]
+        slots = slots.replace(draft_state=draft.module.observe(policy, draft, state, observation),
+                              tokens=jnp.where(at_end, tokens[:, :1], slots.tokens), lengths=slots.lengths + 1,
+                              cache=slots.cache if cache is None else cache)
+        return slots, proposal if cache is None else proposal.replace(cache=None)
 
-    return _repeated(step, (slots.draft_state, slots.tokens), times)
+    return _repeated(step, slots, times)
 
 
 @partial(jax.jit, static_argnames="rule")

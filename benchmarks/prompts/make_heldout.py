@@ -13,8 +13,10 @@ from typing import Any
 
 HELDOUT = Path(__file__).parent / "heldout.jsonl"
 SEED, EACH, LIMIT = 77, 6, 98
-TASKS = ("chain_sum", "isomorphic_strings", "lcm", "ransom_note", "count_primes", "power_function", "number_format",
-         "complex_arithmetic")
+# task -> options. Tasks whose questions follow Python's hashes (isomorphic_strings, ransom_note) are others every time.
+TASKS = {"chain_sum": {}, "needle_haystack": {"min_num_statements": 4, "max_num_statements": 8}, "lcm": {},
+         "number_format": {}, "count_primes": {}, "power_function": {}, "complex_arithmetic": {},
+         "decimal_chain_sum": {}}
 # four of a kind
 WRITTEN = {
     "explain": (
@@ -100,8 +102,9 @@ def questions(tokenizer: Any) -> list[dict[str, str]]:
     import reasoning_gym
 
     def short(task: str) -> list[dict[str, str]]:
-        made = reasoning_gym.create_dataset(task, seed=SEED, size=20)
-        records = [{"prompt": made[i]["question"], "source": f"reasoning_gym:{task} seed={SEED} index={i}"}
+        made = reasoning_gym.create_dataset(task, seed=SEED, size=20, **TASKS[task])
+        options = "".join(f" {name}={value}" for name, value in TASKS[task].items())
+        records = [{"prompt": made[i]["question"], "source": f"reasoning_gym:{task} seed={SEED} index={i}{options}"}
                    for i in range(len(made))]
         return [record for record in records if len(tokenizer.encode(record["prompt"])) <= LIMIT][:EACH]
 

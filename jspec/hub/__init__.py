@@ -32,7 +32,8 @@ def _open(path: Path) -> tuple[Source, ModelConfig]:
 
         source, config, _ = gguf_source(path)
         return source, config
-    return open_directory(path), _config(path)
+    config = _config(path)
+    return open_directory(path), config
 
 
 def read_config(name: str) -> ModelConfig:

@@ -18,12 +18,12 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-import jspec.drafts
 from jspec.config import Config, load_config, to_yaml
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
+from jspec.drafts.base import config_from_fields, model_config
 from jspec.errors import InputError
-from jspec.model import ModelConfig, ParamSpec, Policy, RopeConfig, param_specs
+from jspec.model import ModelConfig, Policy, param_specs
 from jspec.model.params import is_spec
 from jspec.rl.state import TrainState
 from jspec.sharding import spec_sharding
@@ -93,6 +93,14 @@ def _put_back(state: TrainState, items: dict[str, Any]) -> TrainState:
                          key=jax.random.wrap_key_data(optimizer["key"]), **{name: optimizer[name] for name in COUNTERS})
 
 
+def _draft_meta(draft: Draft) -> dict:
+    """What a draft is made again from, as JSON can hold it; its policy's config is the policy's."""
+    fields = dataclasses.asdict(draft.config)
+    del fields["policy"]
+    state = jax.tree.map(lambda x: {"shape": list(x.shape), "dtype": str(x.dtype)}, draft.state)
+    return {"config": fields, "state": state}
+
+
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
@@ -119,7 +127,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict) -> None:
         """Save the state after `step` steps. `data` is the position in the data, as JSON can hold it."""
         policy = state.policy
-        meta = {"step": step, "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data}
+        meta = {"step": step, "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data,
+                "draft": None if state.draft is None else _draft_meta(state.draft)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
 
@@ -204,16 +213,17 @@ def _meta(run_dir: str | Path) -> dict:
     return _restore(run_dir, meta=ocp.args.JsonRestore())["meta"]
 
 
-def _model_config(meta: dict) -> ModelConfig:
-    fields = dict(meta["model"])
-    return ModelConfig(**fields | {"rope": RopeConfig(**fields["rope"]), "stop_tokens": tuple(fields["stop_tokens"])})
+def _everywhere() -> Any:
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def _placed(specs: Any, config: ModelConfig) -> Any:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, specs, is_leaf=is_spec)
+        shardings = jax.tree.map(lambda _: _everywhere(), specs, is_leaf=is_spec)
     else:
         shardings = spec_sharding(specs, config, mesh)
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs, shardings,
@@ -231,25 +241,28 @@ def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
     """
     run_config(run_dir)
     meta = _meta(run_dir)
-    config = _model_config(meta)
+    config = model_config(meta["model"])
     weights = _restore(run_dir, policy=ocp.args.StandardRestore(_placed(param_specs(config), config)))["policy"]
     return Policy(weights, config, dtype or meta["dtype"])
 
 
 def load_draft(run_dir: str | Path) -> Draft | None:
     """The draft of a run's latest checkpoint, or None if the run had none. Raises as `load_policy` does."""
-    section = run_config(run_dir).draft
-    if section.name == "none":
+    if run_config(run_dir).draft.name == "none":
         return None
-
-    config, make = _model_config(_meta(run_dir)), getattr(jspec.drafts, section.name)
-    weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), param_specs(config), is_leaf=is_spec)
-    draft = jax.eval_shape(lambda weights: make(Policy(weights, config), jax.random.key(0), **section.options), weights)
-    if not jax.tree.leaves(draft):
+    meta = _meta(run_dir)
+    if "draft" not in meta:
+        raise InputError(f"the draft of {run_dir} was saved by an earlier jspec, which did not say what it was; train "
+                         "it anew")
+    fields = dict(meta["draft"]["config"])
+    draft = Draft(weights={}, state={}, config=config_from_fields(fields["name"], {**fields, "policy": meta["model"]}))
+    weights = _placed(draft.module.specs(draft.config), draft.config.policy)
+    state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(tuple(s["shape"]), s["dtype"], sharding=_everywhere()),
+                         meta["draft"]["state"], is_leaf=lambda s: isinstance(s, dict) and "shape" in s)
+    if not jax.tree.leaves((weights, state)):
         return draft
-    state = jax.tree.map(lambda x: ParamSpec(x.shape, (None,) * x.ndim, dtype=str(x.dtype)), draft.state)
-    tree = {"weights": _placed(draft.module.specs(draft.config), config), "state": _placed(state, config)}
-    return draft.replace(**_restore(run_dir, draft=ocp.args.StandardRestore(tree))["draft"])
+    items = _restore(run_dir, draft=ocp.args.StandardRestore({"weights": weights, "state": state}))
+    return draft.replace(**items["draft"])
 
 
 def load_run(run_dir: str | Path, overrides: Sequence[str] = (), dtype: str | None = None) -> tuple:

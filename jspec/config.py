@@ -187,7 +187,8 @@ class SamplesSection:
     """The policy's own answers, which a draft learns from."""
 
     sources: tuple[str, ...] = setting(("self", "arithmetic"), "where prompts come from, taken in turn: 'self' "
-                                       "(instructions that the policy writes itself), and whatever data.source may be")
+                                       "(instructions that the policy writes itself), and whatever data.source may "
+                                       "be; one that is named twice has two turns")
     count: int = setting(4096, "answers in all", low=1)
     batch: int = setting(32, "answers decoded together; also the rows of one file of samples", low=1)
     max_prompt_tokens: int = setting(256, "longer prompts are left out", low=1)

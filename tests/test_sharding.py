@@ -1,5 +1,6 @@
 """The same tokens on one device and on eight, and the mesh's refusals. Eight virtual devices need their own process."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -74,14 +75,18 @@ def worker(folder, cases):
         with jax.set_mesh(mesh):
             sharded = policy.replace(weights=jax.device_put(policy.weights, policy_sharding(policy.config, mesh)))
             out, kernels = run(sharded, "mtp"), run(sharded, "mtp", "pallas")
-            ready = jspec.reshard(sharded)
-            mlp = jax.jit(layers.mlp).lower(ready.weights["layers"][0], jnp.ones((1, 2, 64))).compile().as_text()
+            own, ready = run(sharded, "self"), jspec.reshard(sharded)
+            prepare = importlib.import_module("jspec.drafts.self").prepare
+            rounded = jax.jit(prepare)(ready, jspec.drafts.self(sharded))
+            mlps = "".join(jax.jit(layers.mlp).lower(x.weights["layers"][0], jnp.ones((1, 2, 64))).compile().as_text()
+                           for x in (ready, rounded))
         name = f"{kv_heads}-{'x'.join(map(str, sizes))}"
         np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs,
-                 kernel_tokens=kernels.tokens, kernel_lengths=kernels.lengths)
+                 kernel_tokens=kernels.tokens, kernel_lengths=kernels.lengths, self_tokens=own.tokens,
+                 self_lengths=own.lengths, self_accepted=own.stats.accepted)
         stacked = sharded.weights["layers"]
         placed[name] = shard_shapes(stacked["q"], stacked["k"], ready.weights["layers"][0]["o"])
-        placed["gathers"] = placed.get("gathers", 0) + mlp.count("all-gather(")
+        placed["gathers"] = placed.get("gathers", 0) + mlps.count("all-gather(")
     with jax.set_mesh(make_mesh(8, 1, 1)):
         try:
             jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0), sampling=SAMPLING)
@@ -98,7 +103,7 @@ def eight(code):
     root = Path(__file__).parents[1]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=550)
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=5500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -108,14 +113,16 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
     placed = eight(f"from tests.test_sharding import worker; worker({str(tmp_path)!r}, {cases!r})")
     for kv_heads in (8, 2):
         policy = make(kv_heads)
-        one, plain = run(policy, "mtp"), run(policy, None)
+        one, plain, own = run(policy, "mtp"), run(policy, None), run(policy, "self")
         assert_same(policy, make_batch(), SAMPLING, plain, one)
         for sizes in [sizes for n, sizes in cases if n == kv_heads]:
             with np.load(tmp_path / f"{kv_heads}-{'x'.join(map(str, sizes))}.npz") as data:
                 sharded = one.replace(tokens=data["tokens"], lengths=data["lengths"])
                 assert_same(policy, make_batch(), SAMPLING, one, sharded)
-                kernels = one.replace(tokens=data["kernel_tokens"], lengths=data["kernel_lengths"])
-                assert_same(policy, make_batch(), SAMPLING, one, kernels)
+                for name in ("kernel", "self"):
+                    other = one.replace(tokens=data[f"{name}_tokens"], lengths=data[f"{name}_lengths"])
+                    assert_same(policy, make_batch(), SAMPLING, one, other)
+                np.testing.assert_allclose(data["self_accepted"], own.stats.accepted, atol=2)  # a tie or two
                 same = data["tokens"] == np.asarray(one.tokens)
                 np.testing.assert_allclose(np.where(same, data["logprobs"] - one.logprobs, 0), 0, atol=1e-5)
     # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor alone

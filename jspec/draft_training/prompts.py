@@ -40,16 +40,18 @@ def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, director
 
     Raises InputError for a source that cannot be read or has no prompt that is short enough.
     """
+    sources = config.samples.sources
     training, held_out = [], []
-    for source in config.samples.sources:
-        texts = source_texts(config, source, policy, tokenizer, directory)
+    for source in dict.fromkeys(sources):
+        times = sources.count(source)
+        texts = source_texts(config, source, times, policy, tokenizer, directory)
         prompts = [encode(config, tokenizer, text) for text in texts]
         prompts = [tokens for tokens in prompts if len(tokens) <= config.samples.max_prompt_tokens]
         if len(prompts) < 2:
             raise InputError(f"samples.sources: {source} has {len(prompts)} prompts of at most "
                              f"samples.max_prompt_tokens={config.samples.max_prompt_tokens} tokens; two are needed")
         held_out.append(prompts[::HELD_OUT])
-        training.append([tokens for i, tokens in enumerate(prompts) if i % HELD_OUT])
+        training += [[tokens for i, tokens in enumerate(prompts) if i % HELD_OUT]] * times
     if config.report.prompts is not None:
         held_out = [[encode(config, tokenizer, record["prompt"]) for record in
                      read_jsonl(Path(config.report.prompts), keys=("prompt",), setting="report.prompts")]]
@@ -57,8 +59,10 @@ def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, director
 
 
 def in_turn(lists: list[list[Any]], count: int) -> list[Any]:
-    """`count` items, one of each list after the other; a list that is at its end begins again."""
-    turns = zip(*(itertools.cycle(items) for items in lists), strict=True)
+    """`count` items, one of each list after the other; a list that is at its end begins again, and one that stands here
+    several times goes on where its last turn ended."""
+    cycles = {id(items): itertools.cycle(items) for items in lists}
+    turns = zip(*(cycles[id(items)] for items in lists), strict=True)
     return list(itertools.islice(itertools.chain.from_iterable(turns), count))
 
 
@@ -70,10 +74,10 @@ def encode(config: DraftTrainingConfig, tokenizer: Any, text: str) -> list[int]:
         raise InputError(f"the tokenizer cannot encode the prompt {text[:60]!r}: {error}") from error
 
 
-def source_texts(config: DraftTrainingConfig, source: str, policy: Policy, tokenizer: Any,
+def source_texts(config: DraftTrainingConfig, source: str, times: int, policy: Policy, tokenizer: Any,
                  directory: Path) -> list[str]:
-    """A source's prompts as text, as many as its share of the samples needs, or all that it has."""
-    share = math.ceil(config.samples.count / len(config.samples.sources)) * HELD_OUT // (HELD_OUT - 1) + 1
+    """A source's prompts as text, as many as its `times` shares of the samples need, or all that it has."""
+    share = math.ceil(config.samples.count * times / len(config.samples.sources)) * HELD_OUT // (HELD_OUT - 1) + 1
     if source == SELF:
         return instructions(config, policy, tokenizer, share, directory / "instructions.json")
     options = {"size": share} if source.startswith("reasoning_gym:") else {}

@@ -32,12 +32,39 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.errors import InputError
-from jspec.model import ModelConfig, Policy, Trunk
+from jspec.model import Cache, ModelConfig, Policy, RopeConfig, Trunk
 from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import draw, process_logits
 
 UNLIKE = ("stop_tokens", "pad_token", "max_position_embeddings", "initializer_range")
 """Fields of a ModelConfig that a draft and its policy need not share."""
+
+
+def unlike(made: ModelConfig, config: ModelConfig) -> str:
+    """In words the first field in which a draft's policy differs from the policy it is used with; "" if none does."""
+    for field in dataclasses.fields(ModelConfig):
+        a, b = getattr(made, field.name), getattr(config, field.name)
+        if a != b and field.name not in UNLIKE:
+            return f"its {field.name} is {a}, the policy's is {b}"
+    return ""
+
+
+def model_config(fields: dict) -> ModelConfig:
+    """A ModelConfig from what `dataclasses.asdict` and JSON left of it."""
+    return ModelConfig(**fields | {"rope": RopeConfig(**fields["rope"]), "stop_tokens": tuple(fields["stop_tokens"])})
+
+
+def config_from_fields(name: str, fields: dict) -> Any:
+    """A drafter's static config from what `dataclasses.asdict` and JSON left of it."""
+    kind = importlib.import_module(f"jspec.drafts.{name}").Config
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+
+    def back(key: str, value: Any) -> Any:
+        if types.get(key) in ("ModelConfig", ModelConfig):
+            return model_config(value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{key: back(key, value) for key, value in fields.items()})
 
 
 @struct.dataclass
@@ -58,12 +85,10 @@ class Draft:
 
     def check(self, policy: Policy) -> None:
         """Raise InputError if this draft was made for a policy of another architecture or vocabulary."""
-        made: ModelConfig = self.config.policy
-        for field in dataclasses.fields(ModelConfig):
-            a, b = getattr(made, field.name), getattr(policy.config, field.name)
-            if a != b and field.name not in UNLIKE:
-                raise InputError(f"this {self.config.name} draft was made for another policy: its {field.name} is {a}, "
-                                 f"the policy's is {b}; make one with jspec.drafts.{self.config.name}(policy, ...)")
+        difference = unlike(self.config.policy, policy.config)
+        if difference:
+            raise InputError(f"this {self.config.name} draft was made for another policy: {difference}; "
+                             f"make one with jspec.drafts.{self.config.name}(policy, ...)")
 
 
 @struct.dataclass
@@ -84,10 +109,13 @@ class Committed:
     """Every row's tokens so far, prompt included: tokens int32 [N, S], garbage from lengths int32 [N] on.
 
     group_size: static. Each group_size adjacent rows, from row 0 on, continue one prompt; 1: nothing is said of that.
+    cache: the policy's, S positions a row. The last committed token is pending: its keys and values, at lengths - 1,
+    are not there yet.
     """
 
     tokens: jax.Array
     lengths: jax.Array
+    cache: Cache | None = None
     group_size: int = struct.field(pytree_node=False, default=1)
 
 
@@ -99,11 +127,14 @@ class Proposal:
       tokens: int32 [N, K], ids of the policy's vocabulary.
       log_q: float32 [N, K, Vd], the normalised log-probabilities that they were drawn from; None: deterministic.
       vocab: int32 [Vd], the ids of a reduced vocabulary, outside of which q is 0; None: Vd is the policy's.
+      cache: the policy's, if the drafter wrote to it, and then only at positions lengths - 1 .. lengths - 1 + K, which
+        the verifier writes next (so that no copy of it is made); None: it did not.
     """
 
     tokens: jax.Array
     log_q: jax.Array | None = None
     vocab: jax.Array | None = None
+    cache: Cache | None = None
 
 
 @struct.dataclass

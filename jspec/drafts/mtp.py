@@ -1,7 +1,7 @@
 """Multi-token-prediction heads: decoder blocks of their own on the policy's trunk, embedding and output head.
 
-At position p a block reads the trunk's normed hidden state of position p - 1 and the embedding of token p, and predicts
-token p + 1. The next depth reads the state of the depth before in the trunk's place: with a block of its own
+At position p a block reads the trunk's hidden state of position p - 1 and the embedding of token p, and predicts token
+p + 1. The next depth reads the state of the depth before in the trunk's place: with a block of its own
 (https://arxiv.org/abs/2404.19737, https://arxiv.org/abs/2412.19437), or, where there are fewer blocks than depths, with
 the last block once more (unrolled in training as at inference, https://arxiv.org/abs/2503.01840). After each cycle the
 keys and values of committed positions are rewritten from the verifier's states.
@@ -17,30 +17,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Sampler
+from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, state_loss, unit
-from jspec.drafts.parts.unroll import shift, unrolled_attention
+from jspec.drafts.parts.unroll import shift
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.errors import InputError
-from jspec.kernels import attend as attend_cached
-from jspec.model import ModelConfig, ParamSpec, Policy, embed, init_weights, layer_specs, place_on_mesh
-from jspec.model.attention import causal_attention, to_cache
-from jspec.model.layers import decoder_layer, fuse, linear, rms_norm, rope_table
-from jspec.sharding import constrain, constrain_tree
+from jspec.model import ModelConfig, ParamSpec, Policy, Trunk, embed, init_weights, layer_specs, place_on_mesh
+from jspec.model.layers import decoder_layer, fuse, linear, rms_norm
+from jspec.sharding import constrain_tree
 
 
 @dataclasses.dataclass(frozen=True)
 class MtpConfig:
-    """depths: how many are unrolled in training; at inference k may be larger. blocks: how many depths have a block of
-    their own. vocab_size: of the reduced vocabulary, 0: the policy's. hidden_first: the order in which hidden state and
-    embedding are concatenated."""
+    """A head's shape, and the conventions by which published heads differ (`jspec.hub.mtp_heads`).
+
+    Raises InputError if not 1 <= blocks <= depths.
+
+    Attributes:
+      policy: of the policy that it drafts for.
+      depths: how many are unrolled in training; at inference k may be larger.
+      blocks: how many depths have a block of their own.
+      vocab_size: of the reduced vocabulary, 0: the policy's.
+      hidden_first: the order in which hidden state and embedding are concatenated.
+      normed_trunk: the first depth reads the trunk's state after its final norm; False: before it.
+      first: the first position that later ones attend to; 1 (with one block only): position 0, which has no state
+        before it, is left out, as in a head that was trained on pairs of a state and the next token.
+      dtype: in which a published layout stores the weights; here they are float32 masters.
+    """
 
     policy: ModelConfig
     depths: int = 2
     blocks: int = 1
     vocab_size: int = 0
     hidden_first: bool = False
+    normed_trunk: bool = True
+    first: int = 0
+    dtype: str = "float32"
     name: str = "mtp"
+
+    def __post_init__(self):
+        if not 1 <= self.blocks <= self.depths:
+            raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most depths = {self.depths}")
+        assert self.first == 0 or self.blocks == 1, "every further block would begin one position later"
 
 
 Config = MtpConfig
@@ -51,7 +70,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
     """A head from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there is one.
 
     A block starts as the identity (its two output projections are zero, its other weights those of the policy's last
-    layer) on an even mix of both inputs; `fit` finds a better mix.
+    layer) on an even mix of both inputs; `least_squares` finds a better one.
 
     Args:
       policy: in the training layout.
@@ -62,8 +81,6 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
 
     Raises InputError if not 1 <= blocks <= depths, or for a vocabulary that is none.
     """
-    if not 1 <= blocks <= depths:
-        raise InputError(f"mtp draft: blocks = {blocks} must be at least 1 and at most depths = {depths}")
     ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "mtp")
     config = MtpConfig(policy.config, depths, blocks, 0 if ids is None else len(ids))
     d = policy.config.hidden_size
@@ -83,7 +100,18 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
 
 
 def features(config: MtpConfig) -> tuple[int, ...]:
-    return ()
+    return () if config.normed_trunk else (config.policy.num_layers,)
+
+
+def _trunk_states(config: MtpConfig, trunk: Trunk) -> jax.Array:
+    """What the first depth reads, [B, T, D]."""
+    return trunk.hidden if config.normed_trunk else trunk.features[0]
+
+
+def _inputs(config: MtpConfig, trunk: Trunk, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first block's entries: hidden states [B, S, D] and the tokens [B, S] after them."""
+    hidden = _trunk_states(config, trunk)
+    return (hidden, recursion.next_tokens(tokens)) if config.first else (shift(hidden), tokens)
 
 
 def specs(config: MtpConfig) -> dict:
@@ -107,76 +135,39 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     return draft.replace(weights={"blocks": blocks, "table": output_table(policy, draft.state.get("vocab"))})
 
 
-def _block(policy: Policy, config: MtpConfig, w: dict, hidden: jax.Array, tokens: jax.Array, rope, attend):
-    """hidden [B, T, D] of the positions before those of tokens [B, T] -> the block's normed states [B, T, D]."""
+def _runs(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[recursion.Run]:
+    """The blocks, as `parts.recursion` runs them: states are normed."""
     eps = policy.config.rms_norm_eps
-    inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps), rms_norm(hidden, w["hidden_norm"], eps)]
-    x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
-    x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
-    return rms_norm(x, w["final_norm"], eps), cache
+
+    def run(w, hidden, tokens, rope, attend):
+        inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps), rms_norm(hidden, w["hidden_norm"], eps)]
+        x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
+        x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
+        return rms_norm(x, w["final_norm"], eps), cache
+
+    return [partial(run, w) for w in weights]
 
 
-def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> tuple[dict, ...]:
+def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> recursion.State:
     """Of every block, its cache over the prompts and its state at each prompt's last token."""
-    rope = rope_table(policy.config, jnp.arange(prefill.tokens.shape[1])[None])
-
-    def attend(q, k, v):
-        return causal_attention(q, k, v), (to_cache(k, cache_size), to_cache(v, cache_size))
-
-    states, out = prefill.trunk.hidden, []
-    for w in draft.weights["blocks"]:
-        states, (k, v) = _block(policy, draft.config, w, shift(states), prefill.tokens, rope, attend)
-        last = jnp.take_along_axis(states, prefill.lengths[:, None, None] - 1, axis=1)
-        out.append({"k": k, "v": v, "hidden": last})
-    return tuple(out)
+    hidden, tokens = _inputs(draft.config, prefill.trunk, prefill.tokens)
+    return recursion.start(policy, _runs(policy, draft.config, draft.weights["blocks"]), hidden, tokens,
+                           prefill.lengths - draft.config.first, cache_size)
 
 
-def _extend(policy: Policy, draft: Draft, index: int, state: dict, hidden: jax.Array, tokens: jax.Array,
-            lengths: jax.Array):
-    """Run tokens [N, T] at positions lengths .. lengths + T - 1 through a block, writing its cache."""
-    rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
-
-    def attend(q, k, v):
-        out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], lengths)
-        return out, (new_k, new_v)
-
-    states, (k, v) = _block(policy, draft.config, draft.weights["blocks"][index], hidden, tokens, rope, attend)
-    return states, {**state, "k": k, "v": v}
+def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
+    """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
+    vocab = draft.state.get("vocab")
+    head = partial(table_logits, policy, draft.weights["table"], whole=vocab is None)
+    return recursion.propose(policy, _runs(policy, draft.config, draft.weights["blocks"]), state,
+                             committed.lengths - draft.config.first, sampler, head, vocab)
 
 
-def propose(policy: Policy, draft: Draft, state: tuple[dict, ...], committed: Committed, sampler: Sampler):
-    """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's states and tokens.
-
-    A block of its own has to catch up first: at depth j it has not yet seen the j - 1 tokens drafted before.
-    """
-    vocab, last = draft.state.get("vocab"), draft.config.blocks - 1
-    state, tokens, log_qs = list(state), [], []
-    states = state[0]["hidden"]  # of the current depth's block, from position lengths - 1 on
-    for j in range(sampler.k):
-        if 0 < j <= last:
-            new, state[j] = _extend(policy, draft, j, state[j], states, jnp.stack(tokens, axis=1), committed.lengths)
-            states = jnp.concatenate([state[j]["hidden"], new], axis=1)
-        elif j:
-            states, state[last] = _extend(policy, draft, last, state[last], states[:, -1:], tokens[-1][:, None],
-                                          committed.lengths + j - 1)
-        scores = table_logits(policy, draft.weights["table"], states[:, -1], whole=vocab is None)
-        token, log_q = sampler.draw(scores, j, vocab)
-        tokens.append(token)
-        log_qs.append(log_q)
-    return Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab), tuple(state)
-
-
-def observe(policy: Policy, draft: Draft, state: tuple[dict, ...], observation: Observation) -> tuple[dict, ...]:
+def observe(policy: Policy, draft: Draft, state: recursion.State, observation: Observation) -> recursion.State:
     """Rewrite the caches of the committed positions from the verifier's states; keep the states at the last one."""
-    at = jnp.maximum(observation.count - 1, 0)[:, None, None]
-    live = (observation.count > 0)[:, None, None]
-    hidden, out = observation.trunk.hidden, []
-    for index, before in enumerate(state):
-        states, new = _extend(policy, draft, index, before, hidden, observation.tokens, observation.lengths)
-        last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before["hidden"])
-        out.append({**new, "hidden": constrain(last, policy.layout, "batch", None, None)})
-        hidden = jnp.concatenate([before["hidden"], states[:, :-1]], axis=1)
-    return tuple(out)
+    return recursion.observe(policy, _runs(policy, draft.config, draft.weights["blocks"]), state,
+                             observation.lengths - draft.config.first, _trunk_states(draft.config, observation.trunk),
+                             observation)
 
 
 def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
@@ -186,20 +177,14 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
     float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss`.
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    rope = rope_table(policy.config, jnp.arange(batch.tokens.shape[1])[None])
-    states, states_by_depth = batch.trunk.hidden, []
-    for depth in range(draft.config.depths):
-        if depth < draft.config.blocks:
-            w, earlier = weights["blocks"][depth], []
-        states, _ = _block(policy, draft.config, w, shift(states), batch.tokens, rope, unrolled_attention(earlier))
-        states_by_depth.append(states)
+    runs = _runs(policy, draft.config, weights["blocks"])
+    states = recursion.unroll(policy, runs, *_inputs(draft.config, batch.trunk, batch.tokens), draft.config.depths)
+    states = [shift(x) for x in states] if draft.config.first else states
     if kind == "states":
-        return state_loss(policy, batch, states_by_depth)
+        return state_loss(policy, batch, states)
     vocab = draft.state.get("vocab")
-    table = output_table(policy, vocab)
-    head = partial(table_logits, policy, table, whole=vocab is None)
-    outputs = [batch.predicting(states) for states in states_by_depth]
-    return loss_over_depths(policy, batch, outputs, head, vocab, kind)
+    head = partial(table_logits, policy, output_table(policy, vocab), whole=vocab is None)
+    return loss_over_depths(policy, batch, [batch.predicting(x) for x in states], head, vocab, kind)
 
 
 def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch], ridge: float = 1e-3) -> Draft:
@@ -212,10 +197,10 @@ def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch], r
 
     @jax.jit
     def sums(policy, batch):
-        hidden = batch.trunk.hidden.astype(jnp.float32)
+        hidden, target = (x.astype(jnp.float32) for x in (_trunk_states(draft.config, batch.trunk), batch.trunk.hidden))
         embedded = embed(policy, batch.tokens).astype(jnp.float32)
         x = jnp.concatenate([unit(embedded[:, 1:]), unit(hidden[:, :-1])], axis=-1)
-        y = unit(hidden[:, 1:] / policy.weights["final_norm"])
+        y = unit(target[:, 1:] / policy.weights["final_norm"])
         known = jnp.arange(1, hidden.shape[1]) < (batch.response_start + batch.mask.sum(1) - 1)[:, None]
         x = jnp.where(known[..., None], x, 0.0).reshape(-1, 2 * d)
         return x.T @ x, x.T @ y.reshape(-1, d), known.sum()

@@ -53,6 +53,9 @@ class SuffixConfig:
         return self.max_match + self.history_tokens
 
 
+Config = SuffixConfig
+
+
 def init(policy: Policy, key: jax.Array | None = None, *, max_match: int = 8, siblings: int = 8,
          history_prompts: int = 1024, history_rows: int = 4, history_tokens: int = 256) -> Draft:
     """A draft that remembers. Its history is empty, and replicated on the mesh of `jax.set_mesh` if there is one.

@@ -8,6 +8,8 @@ from jspec.checkpoint import load_draft as draft_of_run
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import files
+from jspec.hub import eagle3, mtp_heads
+from jspec.hub.safetensors_io import read_json
 from jspec.model import Policy
 
 _HOME = Path(__file__).parent
@@ -25,7 +27,8 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
 
     Args:
       source: the short name of a model whose head ships with jspec (`SHIPPED`), a directory that `jspec draft train`
-        wrote, or a run's output_dir, whose last checkpoint is taken.
+        wrote, one with a published EAGLE-3 draft (SpecForge's, vLLM's or speculators' layout) or a native MTP head
+        (`jspec.hub.architectures.MTP_LAYOUTS`), or a run's output_dir, whose last checkpoint is taken.
 
     Raises InputError if there is none, it cannot be read, or it was made for another policy.
     """
@@ -34,6 +37,8 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
     path = Path(source).expanduser()
     if files.is_head(path):
         return files.read(path, policy)
+    if (path / files.CONFIG).is_file():
+        return read_published(path, policy)
     if (path / "checkpoints").is_dir():
         draft = draft_of_run(path)
         if draft is None:
@@ -41,4 +46,11 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
         draft.check(policy)
         return draft
     raise InputError(f"no draft at {source}: give the output_dir of a run, a directory that `jspec draft train` wrote, "
-                     f"or one of {', '.join(SHIPPED) or '(none ships)'}")
+                     "a published EAGLE-3 draft or MTP head" + "".join(f", or {name}" for name in SHIPPED))
+
+
+def read_published(path: Path, policy: Policy) -> Draft:
+    """The EAGLE-3 draft or native MTP head in a directory of the layouts that others publish."""
+    hf = read_json(path / files.CONFIG)
+    named = " ".join([*hf.get("architectures", ()), str(hf.get("speculators_model_type", ""))]).lower()
+    return eagle3.read(path, policy) if "eagle" in named or "draft_vocab_size" in hf else mtp_heads.read(path, policy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 import jspec.drafts
 from jspec.drafts import Draft
+from jspec.drafts.base import config_from_fields
 from jspec.errors import InputError
-from jspec.model import ModelConfig, Policy, RopeConfig, place_on_mesh
+from jspec.model import Policy, place_on_mesh
 from jspec.model.params import is_spec
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -26,7 +26,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 def is_head(directory: Path) -> bool:
     """Whether a directory holds a draft as `write` leaves it."""
-    return "drafter" in _json(directory) if (directory / CONFIG).is_file() else False
+    return (directory / CONFIG).is_file() and "drafter" in _json(directory)
 
 
 def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
@@ -35,7 +35,8 @@ def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
     tensors |= {f"state.{name}": np.asarray(x) for name, x in _named(draft.state).items()}
     fields = dataclasses.asdict(draft.config)
     config = {"drafter": fields.pop("name"), "policy": fields.pop("policy"), "options": fields}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "np"})
+    # not save_file, whose files only their owner can read
+    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "np"}))
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -73,16 +74,9 @@ def read_config(directory: Path) -> Any:
         name, options, fields = found["drafter"], found["options"], dict(found["policy"])
         if name not in jspec.drafts.NAMES:
             raise InputError(f"{directory}: drafter {name!r} is unknown; known: {', '.join(jspec.drafts.NAMES)}")
-        return make_config(name, fields, options)
+        return config_from_fields(name, {**options, "policy": fields})
     except (KeyError, TypeError) as error:
         raise InputError(f"{directory / CONFIG} is not the config of a draft: {error}") from None
-
-
-def make_config(name: str, policy: dict, options: dict) -> Any:
-    """A drafter's static config from what `dataclasses.asdict` and JSON left of it."""
-    made = ModelConfig(**policy | {"rope": RopeConfig(**policy["rope"]), "stop_tokens": tuple(policy["stop_tokens"])})
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return importlib.import_module(f"jspec.drafts.{name}").Config(policy=made, **options)
 
 
 def _json(directory: Path) -> dict:

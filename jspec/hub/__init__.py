@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jspec.errors import InputError
-from jspec.hub.architectures import config_from_hf
+from jspec.hub.architectures import config_from_hf, mtp_prefixes
 from jspec.hub.assemble import Source, read_weights
 from jspec.hub.download import fetch
 from jspec.hub.exporter import export
-from jspec.hub.safetensors_io import open_directory
+from jspec.hub.safetensors_io import open_directory, read_json
 from jspec.hub.tokenizer import CHARACTERS, character_tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 from jspec.model.config import ModelConfig
 from jspec.model.params import Policy
@@ -23,18 +22,8 @@ __all__ = ["character_tokenizer", "export", "fetch", "load", "load_tokenizer", "
 DTYPES = ("float32", "bfloat16")
 
 
-def _json(path: Path, required: bool = True) -> dict | None:
-    if not path.exists() and not required:
-        return None
-    if not path.exists():
-        raise InputError(f"{path.parent}: no {path.name}; a model directory has {path.name} and safetensors")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}); fetch the model again") from e
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; fetch the model again")
-    return value
+def _config(path: Path) -> ModelConfig:
+    return config_from_hf(read_json(path / "config.json"), read_json(path / "generation_config.json", required=False))
 
 
 def _open(path: Path) -> tuple[Source, ModelConfig]:
@@ -43,8 +32,8 @@ def _open(path: Path) -> tuple[Source, ModelConfig]:
 
         source, config, _ = gguf_source(path)
         return source, config
-    config = config_from_hf(_json(path / "config.json"), _json(path / "generation_config.json", required=False))
-    return open_directory(path), config
+    config = _config(path)
+    return open_directory(path).without(mtp_prefixes(read_json(path / "config.json"), config)), config
 
 
 def read_config(name: str) -> ModelConfig:
@@ -52,7 +41,7 @@ def read_config(name: str) -> ModelConfig:
     path = fetch(name, weights=False)
     if path.is_file():
         return _open(path)[1]
-    return config_from_hf(_json(path / "config.json"), _json(path / "generation_config.json", required=False))
+    return _config(path)
 
 
 def load(name: str, dtype: str | None = None, mesh: Any = None) -> Policy:
@@ -60,7 +49,7 @@ def load(name: str, dtype: str | None = None, mesh: Any = None) -> Policy:
 
     Args:
       name: a short name ("smollm2-135m-instruct"), a hub id ("Qwen/Qwen3-8B"), a directory of safetensors with its
-        config.json, or a .gguf file.
+        config.json, or a .gguf file. A native MTP head in the directory (MiMo's) is left to `hub.mtp_heads`.
       dtype: what is computed in, "float32" or "bfloat16"; default bfloat16 on accelerators, float32 on the CPU.
       mesh: where the weights go, shard by shard; default the mesh of `jax.set_mesh`, else the default device.
 

@@ -8,7 +8,9 @@ from typing import Any
 from jspec.errors import InputError
 from jspec.model.config import ROPE_SCALINGS, ModelConfig, RopeConfig
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+# by architecture; a family's first one is what its policies are exported as
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
+                 "MiMoForCausalLM": "qwen2"}
 
 # what transformers assumes of a key that config.json leaves out
 _DEFAULTS = {
@@ -22,16 +24,54 @@ _DEFAULTS = {
 class StoredTensor:
     """One tensor of a checkpoint and where it goes.
 
-    `name` is transformers' and safetensors' name, `gguf` llama.cpp's; `key` is the path in `Policy.weights`, `layer`
-    the index along that array's leading axis (None: no layer axis).
+    `name` is transformers' and safetensors' name, `gguf` llama.cpp's ("" where it has none); `key` is the path in
+    `Policy.weights` (of an MTP head's: in the draft's), `layer` the index along that array's leading axis (None: no
+    layer axis).
     """
 
     name: str
     gguf: str
-    key: tuple[str, ...]
+    key: tuple[str | int, ...]
     layer: int | None
     shape: tuple[int, ...]
 
+
+@dataclasses.dataclass(frozen=True)
+class MtpLayout:
+    """The native multi-token-prediction head of a published architecture: what its tensors are called, and which
+    conventions it was trained with. Embedding and output head are the trunk's in all of them.
+
+    Attributes:
+      architecture, model_type: of its config.json.
+      prefix: of the head's tensors; {index} is the head's number from 0, {layer} that number after the trunk's layers.
+      embed_norm, hidden_norm: the norms of the two inputs. proj: from both, concatenated, to one.
+      block: what goes before the names that a decoder layer's tensors have in the trunk.
+      final_norm: before the output head, and before the next depth.
+      hidden_first, normed_trunk, first: see `jspec.drafts.mtp.MtpConfig`.
+    """
+
+    architecture: str
+    model_type: str
+    prefix: str
+    embed_norm: str
+    hidden_norm: str
+    proj: str
+    block: str
+    final_norm: str
+    hidden_first: bool
+    normed_trunk: bool
+    first: int
+
+
+# MiMo (https://arxiv.org/abs/2505.07608): its modelling code has the block, its authors' serving code (in vLLM, mimo.py
+# and mimo_mtp.py) what the block is given: the trunk's state before the final norm, and pairs of a state with the token
+# after it, so that position 0 has none ("not needed by MTP" is said where its embedding is masked).
+_MTP = (
+    MtpLayout("MiMoForCausalLM", "mimo", prefix="model.mtp_layers.{index}.", embed_norm="token_layernorm.weight",
+              hidden_norm="hidden_layernorm.weight", proj="input_proj.weight", block="",
+              final_norm="final_layernorm.weight", hidden_first=True, normed_trunk=False, first=1),
+)
+MTP_LAYOUTS = {layout.architecture: layout for layout in _MTP}
 
 _TOP = {
     "embed": ("model.embed_tokens.weight", "token_embd.weight"),
@@ -60,6 +100,11 @@ _LAYER = {
 }
 
 
+def layer_tensor(key: str) -> str:
+    """What checkpoints call a layer's parameter `key` of `layer_specs`, below the layer's own prefix."""
+    return _LAYER[key][0]
+
+
 def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
     """Every tensor that a checkpoint of this config holds, in the order of the file."""
     from jspec.model.params import layer_specs, param_specs
@@ -74,6 +119,37 @@ def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
             out.append(StoredTensor(f"model.layers.{layer}.{name}", f"blk.{layer}.{gguf}", ("layers", key), layer,
                                     spec.shape))
     return out
+
+
+def _mtp_prefix(layout: MtpLayout, config: ModelConfig, index: int) -> str:
+    return layout.prefix.format(index=index, layer=config.num_layers + index)
+
+
+def mtp_prefixes(hf: dict, config: ModelConfig) -> tuple[str, ...]:
+    """How the tensors of the MTP heads begin that a config.json speaks of; they are no part of the policy."""
+    layout = MTP_LAYOUTS.get(hf["architectures"][0])
+    return () if layout is None else tuple(_mtp_prefix(layout, config, i) for i in range(mtp_count(hf)))
+
+
+def mtp_count(hf: dict) -> int:
+    """How many MTP heads a config.json speaks of. Raises InputError if that is no number."""
+    count = hf.get("num_nextn_predict_layers") or 0
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise InputError(f"config.json has {count!r} as num_nextn_predict_layers; expected a whole number")
+    return count
+
+
+def mtp_tensors(layout: MtpLayout, config: ModelConfig) -> list[StoredTensor]:
+    """Every tensor of a layout's one head; `key` is the path in an mtp draft's weights."""
+    from jspec.model.params import layer_specs
+
+    d, prefix = config.hidden_size, _mtp_prefix(layout, config, 0)
+    block = prefix + layout.block
+    own = {"embed_norm": (layout.embed_norm, (d,)), "hidden_norm": (layout.hidden_norm, (d,)),
+           "proj": (layout.proj, (d, 2 * d)), "final_norm": (layout.final_norm, (d,))}
+    out = [StoredTensor(prefix + name, "", ("blocks", 0, key), None, shape) for key, (name, shape) in own.items()]
+    return out + [StoredTensor(block + _LAYER[key][0], "", ("blocks", 0, "layer", key), None, spec.shape)
+                  for key, spec in layer_specs(config).items()]
 
 
 def end_tokens(*ids: Any) -> tuple[int, ...]:

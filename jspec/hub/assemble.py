@@ -33,9 +33,9 @@ class Source(Protocol):
         """Rows start..stop along the first axis, in any float dtype."""
 
 
-def check_tensors(source: Source, config: ModelConfig) -> None:
-    """Raise InputError for the first tensor that is missing, left over, or of the wrong shape."""
-    expected = {t.name: t.shape for t in stored_tensors(config)}
+def check_shapes(source: Source, tensors: list[StoredTensor]) -> list[str]:
+    """The names that are left over. Raises InputError for the first tensor that is missing or of the wrong shape."""
+    expected = {t.name: t.shape for t in tensors}
     shapes = source.shapes
     missing = [name for name in expected if name not in shapes]
     if missing:
@@ -44,12 +44,22 @@ def check_tensors(source: Source, config: ModelConfig) -> None:
         if tuple(shapes[name]) != shape:
             raise InputError(f"{source.label}: tensor {name} has shape {list(shapes[name])}, "
                              f"but the config says {list(shape)}")
-    left = [name for name in shapes if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    return [name for name in shapes if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+
+
+def check_none_left(source: Source, left: list[str], what: str) -> None:
+    """Raise InputError if names are left over: they have no place in `what`."""
+    if left:
+        raise InputError(f"{source.label}: tensor {left[0]} has no place in {what}" + _more(left))
+
+
+def check_tensors(source: Source, config: ModelConfig) -> None:
+    """Raise InputError for the first tensor that is missing, left over, or of the wrong shape."""
+    left = check_shapes(source, stored_tensors(config))
     if config.tie_embeddings and "lm_head.weight" in left:
         _check_tied(source)
         left.remove("lm_head.weight")
-    if left:
-        raise InputError(f"{source.label}: tensor {left[0]} has no place in a {config.family} model" + _more(left))
+    check_none_left(source, left, f"a {config.family} model")
 
 
 def _more(names: list[str]) -> str:
@@ -108,7 +118,7 @@ def _fill(buffers: dict[Bounds, np.ndarray], source: Source, tensor: StoredTenso
             target[low - first[0]:high - first[0]] = rows[(slice(low - start, high - start), *columns)]
 
 
-def _assemble(source: Source, tensors: list[StoredTensor], shape: tuple[int, ...], sharding: Any) -> jax.Array:
+def assemble(source: Source, tensors: list[StoredTensor], shape: tuple[int, ...], sharding: Any) -> jax.Array:
     """One parameter from its stored tensors, placed as `sharding` has it (None: the default device)."""
     if sharding is None:
         devices: dict[Any, Bounds] = {None: tuple((0, n) for n in shape)}
@@ -144,5 +154,5 @@ def read_weights(source: Source, config: ModelConfig, mesh: Any = None) -> dict[
             spec, sharding = spec[part], sharding[part]
         for part in key[:-1]:
             place = place[part]
-        place[key[-1]] = _assemble(source, tensors, spec.shape, sharding)
+        place[key[-1]] = assemble(source, tensors, spec.shape, sharding)
     return weights

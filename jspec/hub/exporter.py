@@ -53,8 +53,11 @@ def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTens
     return shards
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file, whole or not at all."""
+    work = path.with_name(f".{path.name}")
+    work.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(work, path)
 
 
 def write_checkpoint(directory: Path, config: ModelConfig, value: Callable[[StoredTensor], np.ndarray],
@@ -64,8 +67,8 @@ def write_checkpoint(directory: Path, config: ModelConfig, value: Callable[[Stor
     Raises InputError if no published architecture has this config.
     """
     hf, generation = config_to_hf(config, getattr(tokenizer, "bos_token_id", None))
-    _write_json(directory / "config.json", hf)
-    _write_json(directory / "generation_config.json", generation)
+    write_json(directory / "config.json", hf)
+    write_json(directory / "generation_config.json", generation)
     tensors = stored_tensors(config)
     shards = _shards(tensors, max_shard_bytes)
     weight_map = {}
@@ -76,20 +79,33 @@ def write_checkpoint(directory: Path, config: ModelConfig, value: Callable[[Stor
         weight_map.update(dict.fromkeys(by_name, name))
     if len(shards) > 1:
         size = sum(4 * int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
-        _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
 
-def _host_value(policy: Policy, tensor: StoredTensor) -> np.ndarray:
-    """One tensor as it is stored, on every process."""
-    array = policy.weights
+def host_value(weights: Any, tensor: StoredTensor) -> np.ndarray:
+    """One tensor of a tree of weights as it is stored, float32, on every process."""
+    array = weights
     for part in tensor.key:
         array = array[part]
     array = array if tensor.layer is None else array[tensor.layer]
+    return on_host(array)
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """A whole array in float32, on every process."""
     if not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array, np.float32)
+
+
+def new_directory(directory: str | Path) -> Path:
+    """Where to export. Raises InputError if the directory has files in it."""
+    target = Path(directory).expanduser().absolute()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"{target} exists and is not an empty directory; export into a new one")
+    return target
 
 
 def export(policy: Policy, directory: str | Path, tokenizer: Any = None, *,
@@ -100,18 +116,16 @@ def export(policy: Policy, directory: str | Path, tokenizer: Any = None, *,
     tokenizer. The directory appears whole or not at all. With several processes all call this and the first writes.
     Raises InputError if the directory has files in it, or if no published architecture has the policy's config.
     """
-    target = Path(directory).expanduser().absolute()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"{target} exists and is not an empty directory; export into a new one")
+    target = new_directory(directory)
     if not policy.stacked:
         raise InputError("export takes a policy in the training layout; this one is in a rollout layout")
     config_to_hf(policy.config)
     if jax.process_index() == 0:
         with whole_directory(target) as work:
-            write_checkpoint(work, policy.config, lambda t: _host_value(policy, t), tokenizer, max_shard_bytes)
+            write_checkpoint(work, policy.config, lambda t: host_value(policy.weights, t), tokenizer, max_shard_bytes)
     else:
         for tensor in stored_tensors(policy.config):
-            _host_value(policy, tensor)  # its part in the gathers of the process that writes
+            host_value(policy.weights, tensor)  # its part in the gathers of the process that writes
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jspec.export")
     return target

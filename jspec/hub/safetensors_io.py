@@ -16,6 +16,7 @@ from jspec.errors import InputError
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
            "F64": np.dtype(np.float64)}
+_CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 INDEX = "model.safetensors.index.json"
 
@@ -90,6 +91,26 @@ class SafetensorsSource:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return read_rows(self.locations[name], start, stop)
 
+    def without(self, prefixes: tuple[str, ...]) -> SafetensorsSource:
+        """The tensors whose names begin with none of these."""
+        kept = {name: place for name, place in self.locations.items() if not name.startswith(prefixes)}
+        return dataclasses.replace(self, locations=kept)
+
+
+def read_json(path: Path, required: bool = True) -> dict | None:
+    """A JSON object of a model directory; None if it is not there and not required. Raises InputError otherwise."""
+    if not path.exists() and not required:
+        return None
+    if not path.exists():
+        raise InputError(f"{path.parent}: no {path.name}; a model directory has {path.name} and safetensors")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON ({e}); fetch the model again") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; fetch the model again")
+    return value
+
 
 def open_directory(directory: Path) -> SafetensorsSource:
     """The safetensors of a directory: `model.safetensors`, or the files that the index names.
@@ -128,21 +149,23 @@ def _open_index(directory: Path, index: Path) -> SafetensorsSource:
     return SafetensorsSource(str(directory), locations)
 
 
-def write_file(path: Path, shapes: dict[str, tuple[int, ...]], value: Callable[[str], np.ndarray]) -> None:
-    """Write float32 tensors one after the other: `value(name)` is asked for each only when its turn comes."""
+def write_file(path: Path, shapes: dict[str, tuple[int, ...]], value: Callable[[str], np.ndarray],
+               dtype: str = "float32") -> None:
+    """Write tensors of one dtype one after the other: `value(name)` is asked for each only when its turn comes."""
+    stored = _DTYPES[_CODES[dtype]]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + 4 * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + stored.itemsize * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name, shape in shapes.items():
-            array = np.ascontiguousarray(value(name), np.float32)
+            array = np.ascontiguousarray(value(name)).astype(stored, copy=False)
             assert array.shape == tuple(shape), (name, array.shape, shape)
-            file.write(array.data)
+            file.write(array.view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())

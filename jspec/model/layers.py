@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.model.config import ModelConfig, RopeConfig
+from jspec.model.quantized import Quantized, product
 from jspec.sharding import current_mesh, heads_replicated
 
 # XLA's matrix product on a CPU keeps to one core where a side has few rows, as in decoding. Given a part of the other
@@ -20,11 +21,14 @@ from jspec.sharding import current_mesh, heads_replicated
 FEW_ROWS, LEAST_PART = 64, 256
 
 
-def linear(x: jax.Array, w: jax.Array, b: jax.Array | None = None, out_dtype=None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None, out_dtype=None) -> jax.Array:
     """x [..., in] times w [*out, in], plus b [*out] -> [..., *out], in x's dtype.
 
-    float32 stays float32: never TF32 or bfloat16 passes.
+    float32 stays float32: never TF32 or bfloat16 passes. w may be quantised.
     """
+    if isinstance(w, Quantized):
+        y = product(x, w).astype(out_dtype or x.dtype)
+        return y if b is None else y + b.astype(y.dtype)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype or x.dtype)
     w = w.astype(x.dtype)
@@ -172,14 +176,17 @@ def mlp(w: dict[str, Any], x: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate) * up, w["down"], w.get("down_bias"))
 
 
-def decoder_layer(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope, attend: Callable):
+def decoder_layer(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope, attend: Callable,
+                  inputs: jax.Array | None = None):
     """One pre-norm layer over x [B, T, D], its weights fused (see `fuse`) or not.
 
     `attend(q, k, v) -> (out [B, T, heads, head_dim], cache)` holds all that differs between training, prefill and
-    verification. Returns (x, cache).
+    verification. `inputs`: what the attention reads, [B, T, as wide as its projections]; None: x, normed. Returns
+    (x, cache).
     """
     with jax.named_scope("attention"):
-        q, k, v = qkv(config, w, rms_norm(x, w["attn_norm"], config.rms_norm_eps), rope)
+        inputs = rms_norm(x, w["attn_norm"], config.rms_norm_eps) if inputs is None else inputs
+        q, k, v = qkv(config, w, inputs, rope)
         out, cache = attend(q, k, v)
         x = x + linear(out.reshape(*x.shape[:2], -1), w["o"], w.get("o_bias"))
     with jax.named_scope("mlp"):

@@ -73,7 +73,7 @@ def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_
     if draft is None or k == 0:
         return Proposal(jnp.zeros((slots.lengths.shape[0], 0), jnp.int32)), slots.draft_state
     sampler = Sampler(noise, slots.temperature, slots.top_p, top_k, k)
-    committed = Committed(slots.tokens, slots.lengths, group_size=slots.group_size)
+    committed = Committed(slots.tokens, slots.lengths, slots.cache, slots.group_size)
     return draft.module.propose(policy, draft, slots.draft_state, committed, sampler)
 
 
@@ -130,7 +130,8 @@ def cycle(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, *, samp
     with jax.named_scope("verify"):
         pending = jnp.take_along_axis(slots.tokens, slots.lengths[:, None] - 1, axis=1)
         features = () if draft is None else draft.module.features(draft.config)
-        computed, cache = verify(policy, jnp.concatenate([pending, proposal.tokens], axis=1), slots.cache,
+        cache = slots.cache if proposal.cache is None else proposal.cache
+        computed, cache = verify(policy, jnp.concatenate([pending, proposal.tokens], axis=1), cache,
                                  slots.lengths - 1, features=(*features, *(states or ())))
         trunk, kept = split_features(computed, len(features))
     with jax.named_scope("accept"):

@@ -110,6 +110,8 @@ def test_another_configuration_is_refused(capsys, model, trained):
 
 def test_sources_take_turns():
     assert in_turn([[1, 2, 3], [7]], 5) == [1, 7, 2, 7, 3]
+    twice = [1, 2, 3]
+    assert in_turn([twice, [7], twice], 6) == [1, 7, 2, 3, 7, 1]
 
 
 def test_every_row_once_an_epoch_and_the_same_order_again():

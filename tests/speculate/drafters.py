@@ -13,7 +13,7 @@ VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}),
             **{f"{name}-reduced": (name, {"vocab": None}) for name in jspec.drafts.NAMES
                if "vocab" in inspect.signature(getattr(jspec.drafts, name)).parameters}}
 NAMES = (*jspec.drafts.NAMES, *VARIANTS)
-TABLES = ("table", "fixed")
+TABLES = {"table": {}, "fixed": {"sampled": False}, "sharp": {"spread": 2.0}}
 LAYERS = {"eagle3": 3}  # it fuses the states of three depths
 
 
@@ -23,10 +23,10 @@ def policy(name, *args, **options):
 
 
 def make(name, policy, seed=0, scale=0.4):
-    """A draft of tiny `policy`, weights shaken by `scale`: one of NAMES, or of TABLES: `tiny.table_draft`, sampled or
-    not. A reduced vocabulary is every second id, from 0 on."""
+    """A draft of tiny `policy`, weights shaken by `scale`: one of NAMES, or a `tiny.table_draft`, one of TABLES. A
+    reduced vocabulary is every second id, from 0 on."""
     if name in TABLES:
-        return tiny.table_draft(policy, sampled=name == "table", seed=seed)
+        return tiny.table_draft(policy, seed=seed, **TABLES[name])
     drafter, options = VARIANTS.get(name, (name, {}))
     if drafter == "suffix":  # with a history
         made = jspec.drafts.suffix(policy, history_prompts=2, history_rows=2, history_tokens=3)

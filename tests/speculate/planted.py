@@ -74,6 +74,10 @@ BUGS = {"shared noise": ("rejection", "_rejection", _shared_noise),
         "block: weights capped at the end only": ("block", "block_weights", _uncapped),
         "block: every test is the last one's": ("block", "block_chances", _chance_by_weight)}
 
+DRAFT = {"rejection": "table", "block": "sharp"}
+"""With which of `drafters.TABLES` a rule's bugs show: a draft refused that p likes more than q does, after one that it
+likes less, is what the block rule's weight is for, and it takes a sharp q."""
+
 # the others are marked slow
 DEFAULT = ("shared noise", "epsilon in the ratio", "residual is p", "block: residual without its weight",
            "block: stops at the first failure")

@@ -12,12 +12,13 @@ from tests.speculate.enumeration import enumerate_sequences, tokens_a_cycle
 
 TOLERANCE = 5e-6  # probabilities of whole sequences: float32 sums in the code, float64 in the oracle; seen: 1e-6
 PROMPT = [1, 0, 1, 0]
+SHARP = 12  # the seed of a table with which all that the block rule computes counts, with a vocabulary of 3
 
 
 def make(draft, vocab, k):
     """(policy, draft) by the drafter's name."""
     policy = drafters.policy(draft, vocab, seed=vocab)
-    return policy, drafters.make(draft, policy, seed=k)
+    return policy, drafters.make(draft, policy, seed=SHARP if draft == "sharp" else k)
 
 
 def check(draft, vocab, k, cycles, rule="rejection", kernels=REFERENCE, **sampling):
@@ -43,7 +44,7 @@ CASES = [
 ]
 
 BLOCK = [
-    ("table", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
+    ("sharp", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
     ("fixed", 4, 2, 2, dict(max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3, top_p=0.9, min_new_tokens=2)),
 ]
 
@@ -112,10 +113,10 @@ def test_vocabularies_of_several_blocks(draft, monkeypatch):
 @planted.each_bug
 def test_planted_bugs_are_seen(bug, monkeypatch):
     rule = planted.plant(monkeypatch, bug)
-    policy, draft = make("table", 4, 2)  # of three tokens, a residual is often one token, whatever its weight
+    policy, draft = make(planted.DRAFT[rule], 3, 2)
     sampling = dict(max_new_tokens=3, stop_tokens=(2,))  # room for a bonus token after two drafts
     got, _ = enumerate_sequences(policy, draft, PROMPT, k=2, rule=rule, **sampling)
-    assert tiny.distance(got, tiny.autoregressive(policy, PROMPT, **sampling)) > 100 * TOLERANCE
+    assert tiny.distance(got, tiny.autoregressive(policy, PROMPT, **sampling)) > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize("rule", ["block", pytest.param("rejection", marks=pytest.mark.slow)])

@@ -1,0 +1,105 @@
+"""Self-speculation: the policy drafts for itself with its own weights in 8 or 4 bits. Nothing is trained.
+
+The weights are quantised once per rollout, so that the draft is always of the policy as it is. Committed tokens are
+read from the policy's own cache, which is exact; drafted ones leave the draft's keys and values there, at the positions
+that the verifier writes next. (Sharing the cache: https://arxiv.org/abs/2309.08168, there with layers left out;
+with quantised weights: https://arxiv.org/abs/2502.10424.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
+from jspec.errors import InputError
+from jspec.model import ModelConfig, Policy, verify
+from jspec.model.quantized import BITS, quantize
+
+loss = None
+
+MATRICES = ("qkv", "q", "k", "v", "o", "gate_up", "down")
+"""What is quantised of a layer in a rollout layout; norms and biases are not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfConfig:
+    """bits: of the weights. vocab_size: of the reduced vocabulary, 0: the policy's."""
+
+    policy: ModelConfig
+    bits: int = 8
+    vocab_size: int = 0
+    name: str = "self"
+
+
+Config = SelfConfig
+
+
+def init(policy: Policy, key: jax.Array | None = None, *, bits: int = 8,
+         vocab: Sequence[int] | np.ndarray | None = None) -> Draft:
+    """A draft without weights of its own. The key is not used: there is nothing random in it.
+
+    Args:
+      bits: 8 or 4.
+      vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own rollouts), or None
+        for all of them.
+
+    Raises InputError for other bits, or for a vocabulary that is none.
+    """
+    if bits not in BITS:
+        raise InputError(f"self draft: bits = {bits!r} must be one of {', '.join(map(str, BITS))}")
+    ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "self")
+    return Draft(weights={}, state={} if ids is None else {"vocab": jnp.asarray(ids)},
+                 config=SelfConfig(policy.config, bits, 0 if ids is None else len(ids)))
+
+
+def features(config: SelfConfig) -> tuple[int, ...]:
+    return ()
+
+
+def specs(config: SelfConfig) -> dict:
+    return {}
+
+
+def prepare(policy: Policy, draft: Draft) -> Draft:
+    """Quantise the policy's layers, and the rows of its output head that are drafted from."""
+    bits = draft.config.bits
+    layers = tuple({name: quantize(x, bits) if name in MATRICES else x for name, x in w.items()}
+                   for w in policy.weights["layers"])
+    table = quantize(output_table(policy, draft.state.get("vocab")), bits)
+    return draft.replace(weights={"layers": layers, "table": table})
+
+
+def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
+    return {}
+
+
+def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sampler: Sampler):
+    """K sampled tokens with the distributions they were drawn from, each by one pass over the quantised weights.
+
+    Raises InputError if k is more than a row of the cache has room for.
+    """
+    size = committed.cache.k[0].shape[2]
+    if sampler.k >= size:
+        raise InputError(f"self draft: k = {sampler.k} drafts and the token before them do not fit the policy's cache "
+                         f"of {size} positions; lower k")
+    vocab, cache = draft.state.get("vocab"), committed.cache
+    quantized = policy.replace(weights={**policy.weights, "layers": draft.weights["layers"]})
+    token = jnp.take_along_axis(committed.tokens, committed.lengths[:, None] - 1, axis=1)[:, 0]
+    tokens, log_qs = [], []
+    for j in range(sampler.k):
+        trunk, cache = verify(quantized, token[:, None], cache, committed.lengths - 1 + j)
+        scores = table_logits(policy, draft.weights["table"], trunk.hidden[:, 0], whole=vocab is None)
+        token, log_q = sampler.draw(scores, j, vocab)
+        tokens.append(token)
+        log_qs.append(log_q)
+    return Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab, cache), state
+
+
+def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:
+    return state

@@ -1,0 +1,267 @@
+"""Published EAGLE-3 checkpoints, read as `eagle3` drafts and written back. Nothing here ever unpickles.
+
+Three layouts are read. SpecForge's calls the block `midlayer`, vLLM's `layers.0`; both have a flat config.json. That of
+the speculators library has vLLM's names, and the block's config inside `transformer_layer_config`. SpecForge's is
+written, which SGLang and vLLM serve.
+
+`eagle_aux_hidden_state_layer_ids` has two conventions, a layer apart. Id i at the top of config.json (vLLM,
+speculators) is the layer whose input is taken: depth i. Inside `eagle_config` (SpecForge, SGLang) it is the layer whose
+output is taken: depth i + 1. The draft's config holds depths; both entries are written, each as its readers have it.
+
+`d2t` holds offsets: draft token i is token i + d2t[i] of the policy; `t2d` marks the tokens that some draft token is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jspec.drafts.base import Draft
+from jspec.drafts.eagle3 import Eagle3Config, default_depths, specs
+from jspec.errors import InputError
+from jspec.hub.architectures import config_from_hf, config_to_hf, layer_tensor
+from jspec.hub.exporter import new_directory, on_host, whole_directory
+from jspec.hub.safetensors_io import read_json
+from jspec.model import ModelConfig, Policy
+from jspec.model.params import is_spec
+from jspec.sharding import spec_sharding
+
+AUX_CONVENTIONS = {"input": 0, "output": 1}
+"""What is to be added to the id of an auxiliary layer to have its depth, by what of that layer is taken."""
+
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+_BLOCKS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_NAMES = {"fc": "fc.weight", "norm": "norm.weight", "head": "lm_head.weight", "embed": "embed_tokens.weight",
+          "input_norm": "input_norm.weight", "embed_norm": "midlayer.input_layernorm.weight",
+          "hidden_norm": "midlayer.hidden_norm.weight"}
+_OLD_NAMES = {"layers.0.": "midlayer.", "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1.",
+              "aux_norm_high.": "fc_norm.2."}
+# copies of the policy's that trainers leave behind, and what every reader computes
+_NOT_THE_DRAFTS = ("verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq")
+
+
+def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
+         aux_convention: str | None = None) -> Draft:
+    """An EAGLE-3 checkpoint as an `eagle3` draft: float32 masters, on the mesh of `jax.set_mesh` if there is one.
+
+    Args:
+      directory: with config.json and safetensors, in any of the three layouts.
+      policy: that it drafts for.
+      depths: how many are unrolled in training; None: as in the run that wrote it, 3 for others.
+      aux_convention: which of a layer its id stands for, "input" or "output", where a converted checkpoint has it
+        otherwise than its layout does; None: as the layout has it.
+
+    Raises InputError if the draft's hidden size or vocabulary is not the policy's, an auxiliary layer is not there, a
+    tensor is missing, left over or of the wrong shape, `d2t` is out of range or `t2d` disagrees with it, or the config
+    asks for what is not supported.
+    """
+    path = Path(directory).expanduser()
+    hf, stored = read_json(path / "config.json"), _stored(path)
+    block = _block_config(path, hf, policy.config)
+    ids = _vocabulary(path, hf, stored, policy.config.vocab_size)
+    config = Eagle3Config(policy=policy.config, block=block,
+                          aux_depths=_aux_depths(path, hf, policy.config.num_layers, aux_convention),
+                          vocab_size=0 if ids is None else len(ids),
+                          depths=hf.get("jspec", {}).get("depths", 3) if depths is None else depths,
+                          own_embed="embed_tokens.weight" in stored, dtype=_dtype(path, stored), **_flags(hf))
+    names = tensor_names(config)
+    _check_tensors(path, stored, names, specs(config))
+    weights = jax.tree.map(lambda name: stored[name].astype(np.float32), names)
+    mesh = jax.sharding.get_mesh()
+    weights = jax.tree.map(jnp.asarray, weights) if mesh.empty else jax.device_put(
+        weights, spec_sharding(specs(config), config.block, mesh))
+    return Draft(weights=weights, state={} if ids is None else {"vocab": jnp.asarray(ids, jnp.int32)}, config=config)
+
+
+def write(draft: Draft, directory: str | Path, *, dtype: str | None = None) -> Path:
+    """Write an `eagle3` draft in SpecForge's layout: config.json and model.safetensors, whole or not at all.
+
+    vLLM and SGLang serve it; a block with query and key norms (`block.qk_norm`) is read back here only, and
+    `norm_before_residual` and `norm_before_fc` are known to vLLM alone. Tensors are stored in `dtype`, by default the
+    one that the draft was read in (a new one: bfloat16): a draft that was read and not trained has its bits back. With
+    several processes all call this and the first writes. Raises InputError if the directory has files in it.
+    """
+    config = draft.config
+    if config.name != "eagle3":
+        raise InputError(f"a {config.name} draft cannot be written as EAGLE-3; take one of jspec.drafts.eagle3")
+    dtype = config.dtype if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    target = new_directory(directory)
+    tensors = {name: on_host(x).astype(DTYPES[dtype]) for name, x in zip(
+        jax.tree.leaves(tensor_names(config)), jax.tree.leaves(draft.weights), strict=True)}
+    if config.vocab_size:
+        ids = np.asarray(draft.state["vocab"], np.int64)
+        tensors["d2t"] = ids - np.arange(len(ids))
+        tensors["t2d"] = np.isin(np.arange(config.policy.vocab_size), ids)
+    if jax.process_index() == 0:
+        with whole_directory(target) as work:
+            (work / "config.json").write_text(json.dumps(config_json(config, dtype), indent=2) + "\n")
+            save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jspec.hub.eagle3.write")
+    return target
+
+
+def config_json(config: Eagle3Config, dtype: str) -> dict:
+    """The config.json of SpecForge's layout."""
+    policy, aux = config.policy, "eagle_aux_hidden_state_layer_ids"
+    hf, _ = config_to_hf(dataclasses.replace(config.block, stop_tokens=policy.stop_tokens, pad_token=policy.pad_token))
+    ids = {name: [depth - shift for depth in config.aux_depths] for name, shift in AUX_CONVENTIONS.items()}
+    return {**hf, "architectures": ["LlamaForCausalLMEagle3"], "torch_dtype": dtype, "tie_word_embeddings": False,
+            "draft_vocab_size": config.vocab_size or policy.vocab_size, "target_hidden_size": policy.hidden_size,
+            **{flag: getattr(config, flag) for flag in FLAGS}, "num_aux_hidden_states": len(config.aux_depths),
+            aux: ids["input"], "eagle_config": {"use_aux_hidden_state": True, aux: ids["output"]},
+            "jspec": {"depths": config.depths}}
+
+
+def tensor_names(config: Eagle3Config) -> Any:
+    """SpecForge's name of every parameter, in the tree of `drafts.eagle3.specs`."""
+    def name(path, _):
+        top, *below = (getattr(part, "key", getattr(part, "idx", None)) for part in path)
+        if top == "layer":
+            return f"midlayer.{layer_tensor(below[0])}"
+        return f"fc_norm.{below[0]}.weight" if top == "fc_norm" else _NAMES[top]
+
+    return jax.tree_util.tree_map_with_path(name, specs(config), is_leaf=is_spec)
+
+
+def _stored(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the directory's safetensors under its name in SpecForge's layout."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path}: no safetensors; pickled weights are never loaded: convert the draft to safetensors")
+    out: dict[str, np.ndarray] = {}
+    for file in files:
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
+        for name, tensor in tensors.items():
+            plain = name.removeprefix("model.")
+            for old, new in _OLD_NAMES.items():
+                plain = new + plain.removeprefix(old) if plain.startswith(old) else plain
+            if plain in out:
+                raise InputError(f"{path}: tensor {plain} is there twice, once as {name}; remove one of the two")
+            if not plain.endswith(_NOT_THE_DRAFTS):
+                out[plain] = tensor
+    return out
+
+
+def _dtype(path: Path, stored: dict[str, np.ndarray]) -> str:
+    """In which all that is stored can be stored without loss."""
+    found = {name: x.dtype.name for name, x in stored.items() if name not in ("d2t", "t2d")}
+    for name, dtype in found.items():
+        if dtype not in DTYPES:
+            raise InputError(f"{path}: tensor {name} is stored as {dtype}; supported: {', '.join(DTYPES)}")
+    kinds = set(found.values())
+    return kinds.pop() if len(kinds) == 1 else "float32"
+
+
+def _check_tensors(path: Path, stored: dict[str, np.ndarray], names: Any, tree: Any) -> None:
+    expected = dict(zip(jax.tree.leaves(names), jax.tree.leaves(tree, is_leaf=is_spec), strict=True))
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise InputError(f"{path}: of an EAGLE-3 draft these tensors are missing: {', '.join(missing)}")
+    left = sorted(set(stored) - set(expected) - {"d2t", "t2d"})
+    if left:
+        raise InputError(f"{path}: these tensors have no place in an EAGLE-3 draft of this config: {', '.join(left)}")
+    for name, spec in expected.items():
+        if stored[name].shape != spec.shape:
+            raise InputError(f"{path}: tensor {name} has shape {list(stored[name].shape)}, but the config says "
+                             f"{list(spec.shape)}")
+
+
+def _block_config(path: Path, hf: dict, policy: ModelConfig) -> ModelConfig:
+    """The block as a model of one layer. Raises InputError for what the drafter does not compute."""
+    architectures = hf.get("architectures") or [hf.get("speculators_model_type") or "eagle3"]
+    if not any("eagle3" in str(name).lower() for name in architectures):
+        raise InputError(f"{path}: {architectures[0]} is not an EAGLE-3 draft; give a directory that holds one")
+    layer = hf.get("transformer_layer_config") or hf
+    family = layer.get("model_type") or ("llama" if layer is hf else "qwen3")
+    if family not in _BLOCKS:
+        raise InputError(f"{path}: a block of model_type {family!r} is not supported; supported: {', '.join(_BLOCKS)}")
+    if layer is not hf:  # the library leaves out what is transformers' default
+        from transformers import AutoConfig
+
+        layer = AutoConfig.for_model(**{**layer, "model_type": family}).to_dict()
+    if layer.get("num_hidden_layers", 1) != 1:
+        raise InputError(f"{path}: a draft of {layer['num_hidden_layers']} blocks is not supported; supported: one")
+    window = layer.get("sliding_window")
+    if "sliding_attention" in (layer.get("layer_types") or ()) and window and window < policy.max_position_embeddings:
+        raise InputError(f"{path}: sliding-window attention (window {window}) is not supported; supported: full "
+                         "attention, or a window as long as the policy's context")
+    if (hf.get("eagle_config") or {}).get("use_aux_hidden_state", True) is False:
+        raise InputError(f"{path}: a draft without auxiliary hidden states is not supported; take one that has "
+                         "them")
+    block = config_from_hf({"num_hidden_layers": 1, **layer, "architectures": [_BLOCKS[family]], "eos_token_id": None,
+                            "pad_token_id": None, "tie_word_embeddings": False})
+    for what, made, theirs in (("hidden size", hf.get("target_hidden_size") or block.hidden_size, policy.hidden_size),
+                               ("hidden size", block.hidden_size, policy.hidden_size),
+                               ("vocabulary size", block.vocab_size, policy.vocab_size)):
+        if made != theirs:
+            raise InputError(f"{path}: this EAGLE-3 draft was made for another policy: its {what} is {made}, the "
+                             f"policy's is {theirs}; take one made for this policy")
+    return block
+
+
+def _flags(hf: dict) -> dict[str, bool]:
+    inside = hf.get("eagle_config") or {}  # where some trainers put them
+    flags = {flag: bool(hf.get(flag, inside.get(flag, False))) for flag in FLAGS}
+    return {**flags, "fc_norm": flags["fc_norm"] or bool(hf.get("use_aux_norm"))}
+
+
+def _aux_depths(path: Path, hf: dict, num_layers: int, convention: str | None) -> tuple[int, ...]:
+    if convention is not None and convention not in AUX_CONVENTIONS:
+        raise InputError(f"aux_convention {convention!r} is unknown; known: {', '.join(AUX_CONVENTIONS)}")
+    key = "eagle_aux_hidden_state_layer_ids"
+    found = {"input": hf.get(key), "output": (hf.get("eagle_config") or {}).get(key)}
+    found = {own: ids for own, ids in found.items() if ids}
+    for ids in found.values():
+        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+            raise InputError(f"{path}: {key} in config.json must be a list of integers, not {ids!r}")
+    depths = {own: tuple(i + AUX_CONVENTIONS[convention or own] for i in ids) for own, ids in found.items()}
+    if not depths:
+        return default_depths(num_layers)
+    if len(set(depths.values())) > 1:
+        raise InputError(f"{path}: config.json names two sets of auxiliary layers: {found['input']} at the top (each "
+                         f"layer's input) and {found['output']} in eagle_config (each layer's output); keep one")
+    return next(iter(depths.values()))
+
+
+def _vocabulary(path: Path, hf: dict, stored: dict[str, np.ndarray], vocab_size: int) -> np.ndarray | None:
+    """The policy's ids of the draft's tokens, int64 [Vd]; None: they are the whole vocabulary."""
+    size = hf.get("draft_vocab_size") or vocab_size
+    offsets, marks = stored.get("d2t"), stored.get("t2d")
+    if offsets is None:
+        if size != vocab_size:
+            raise InputError(f"{path}: tensor d2t is missing, and the draft's vocabulary is of {size} tokens, the "
+                             f"policy's of {vocab_size}")
+        return None
+    if offsets.shape != (size,) or not np.issubdtype(offsets.dtype, np.integer):
+        raise InputError(f"{path}: tensor d2t must hold {size} integers (draft_vocab_size), not {offsets.dtype} of "
+                         f"shape {list(offsets.shape)}")
+    ids = np.arange(size) + offsets.astype(np.int64)
+    beyond = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(beyond):
+        raise InputError(f"{path}: d2t makes draft token {beyond[0]} token {ids[beyond[0]]}, outside the policy's "
+                         f"{vocab_size}; it holds offsets: token i is i + d2t[i]")
+    if len(np.unique(ids)) != size:
+        raise InputError(f"{path}: d2t makes two draft tokens one token; it holds offsets: token i is i + d2t[i]")
+    if marks is not None and not (marks.shape == (vocab_size,) and np.array_equal(np.flatnonzero(marks), ids)):
+        raise InputError(f"{path}: t2d does not agree with d2t: it must mark those {size} of the policy's {vocab_size} "
+                         f"tokens that d2t gives, in ascending order; it marks {int(np.count_nonzero(marks))} of "
+                         f"{marks.size}")
+    return None if np.array_equal(ids, np.arange(vocab_size)) else ids

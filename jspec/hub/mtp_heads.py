@@ -1,0 +1,173 @@
+"""Native multi-token-prediction heads of published checkpoints, read as `mtp` drafts and written back.
+
+What a head is called and which conventions it was trained with is a row of `architectures.MTP_LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jspec.drafts.base import Draft, unlike
+from jspec.drafts.mtp import MtpConfig, specs
+from jspec.errors import InputError
+from jspec.hub.architectures import (
+    MTP_LAYOUTS,
+    MtpLayout,
+    config_from_hf,
+    config_to_hf,
+    mtp_count,
+    mtp_tensors,
+    stored_tensors,
+)
+from jspec.hub.assemble import assemble, check_none_left, check_shapes
+from jspec.hub.exporter import host_value, whole_directory, write_json
+from jspec.hub.safetensors_io import INDEX, SafetensorsSource, open_directory, read_header, read_json, write_file
+from jspec.model import ModelConfig, Policy
+from jspec.sharding import spec_sharding
+
+HEAD_FILE = "mtp.safetensors"
+
+
+def read(path: str | Path, policy: Policy, *, depths: int = 2) -> Draft:
+    """The native MTP head of a checkpoint as an `mtp` draft: float32 masters, on the mesh of `jax.set_mesh` if any.
+
+    Args:
+      path: a directory with config.json and safetensors: the whole model's, or the head's own (see `write`).
+      policy: that it drafts for, in any layout; embedding and output head are read from it.
+      depths: how many are unrolled in training.
+
+    Raises InputError if the architecture has no known layout, the config speaks of no head or of several, the head was
+    made for another policy (hidden size, vocabulary or anything else that it shares), a file is cut short, or a tensor
+    is missing, left over or of the wrong shape.
+    """
+    path = Path(path).expanduser()
+    hf = read_json(path / "config.json")
+    layout = _layout(path, hf)
+    difference = unlike(config_from_hf(hf), policy.config)
+    if difference:
+        raise InputError(f"{path}: this MTP head was made for another policy: {difference}; take the head and the "
+                         "policy of one checkpoint")
+    source, tensors = open_directory(path), mtp_tensors(layout, policy.config)
+    left = set(check_shapes(source, tensors)) - {t.name for t in stored_tensors(policy.config)}
+    check_none_left(source, sorted(left), f"the MTP head of {layout.architecture}")
+    config = MtpConfig(policy.config, depths, dtype=_dtype(source, [t.name for t in tensors]), **_conventions(layout))
+    return Draft(weights=_weights(source, tensors, config), state={}, config=config)
+
+
+def _layout(path: Path, hf: dict) -> MtpLayout:
+    name = (hf.get("architectures") or [None])[0]
+    if name not in MTP_LAYOUTS:
+        raise InputError(f"{path}: no layout of MTP heads is known for {name}; known: {', '.join(MTP_LAYOUTS)}")
+    count = mtp_count(hf)
+    if count != 1:
+        what = "has no MTP head" if count == 0 else "has several MTP heads, and one is supported"
+        raise InputError(f"{path}: the checkpoint {what} (num_nextn_predict_layers in config.json is "
+                         f"{hf.get('num_nextn_predict_layers')}); take one with one head, or make a head with "
+                         "jspec.drafts.mtp(policy, ...)")
+    return MTP_LAYOUTS[name]
+
+
+def _conventions(row: MtpLayout | MtpConfig) -> dict:
+    """The fields that a layout and a draft's config share."""
+    return {name: getattr(row, name) for name in ("hidden_first", "normed_trunk", "first")}
+
+
+def _dtype(source: SafetensorsSource, names: list[str]) -> str:
+    """In which the head can be stored without loss of what float32 masters hold: its own, if it has only one."""
+    found = {source.locations[name].dtype.name for name in names}
+    return found.pop() if len(found) == 1 and found <= {"bfloat16", "float16"} else "float32"
+
+
+def _weights(source: SafetensorsSource, tensors: list, config: MtpConfig) -> dict:
+    mesh = jax.sharding.get_mesh()
+    tree = specs(config)
+    shardings = jax.tree.map(lambda _: None, tree) if mesh.empty else spec_sharding(tree, config.policy, mesh)
+    by_key = {tensor.key: tensor for tensor in tensors}
+
+    def one(path, spec):
+        tensor, sharding = by_key[tuple(getattr(p, "key", getattr(p, "idx", None)) for p in path)], shardings
+        for part in tensor.key:
+            sharding = sharding[part]
+        return assemble(source, [tensor], spec.shape, sharding)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def write(draft: Draft, directory: str | Path) -> Path:
+    """Write an `mtp` draft as the native head of the published architecture that has its conventions.
+
+    Into a new or empty directory: the head alone, its tensors in model.safetensors with the config.json of the model
+    that it belongs to; `read` takes it. Into a directory that `jspec.export` wrote of its policy: the head joins the
+    trunk (mtp.safetensors, the index, config.json), and the whole is a checkpoint of that architecture, from which
+    `jspec.load` takes the policy and `read` the head. (The modelling code that publishers put beside their weights is
+    not written.) Tensors are stored in the dtype that the head was read in. With several processes all call this and
+    the first writes.
+
+    Raises InputError if no published architecture has such a head, or the directory has other files in it, another
+    policy or a head already.
+    """
+    config, target = draft.config, Path(directory).expanduser().absolute()
+    layout = _written_as(config)
+    joins = (target / "config.json").exists()
+    if joins:
+        _check_trunk(target, config.policy)
+    elif target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"{target} exists and is neither empty nor a model's directory; choose a new one")
+    tensors = mtp_tensors(layout, config.policy)
+    values = {tensor.name: host_value(draft.weights, tensor) for tensor in tensors}
+    if jax.process_index() == 0:
+        if joins:
+            _join(target, layout, values, config.dtype)
+        else:
+            with whole_directory(target) as work:
+                _write_tensors(work / "model.safetensors", values, config.dtype)
+                hf = {**config_to_hf(config.policy)[0], "torch_dtype": config.dtype}
+                write_json(work / "config.json", _with_head(hf, layout))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jspec.hub.mtp_heads.write")
+    return target
+
+
+def _written_as(config: MtpConfig) -> MtpLayout:
+    for layout in MTP_LAYOUTS.values():
+        if config == dataclasses.replace(config, blocks=1, vocab_size=0, **_conventions(layout)):
+            return layout
+    raise InputError(f"no published architecture has an mtp head with blocks={config.blocks}, "
+                     f"vocab_size={config.vocab_size}, hidden_first={config.hidden_first}, "
+                     f"normed_trunk={config.normed_trunk}, first={config.first}; such a head cannot be written as one "
+                     f"of {', '.join(MTP_LAYOUTS)}")
+
+
+def _check_trunk(target: Path, policy: ModelConfig) -> None:
+    hf = read_json(target / "config.json")
+    if mtp_count(hf):
+        raise InputError(f"{target} has an MTP head already; export the policy into a new directory first")
+    difference = unlike(config_from_hf(hf), policy)
+    if difference:
+        raise InputError(f"{target} is not of the policy that the head drafts for: {difference}; export that one, or "
+                         "write the head into a new directory")
+
+
+def _with_head(hf: dict, layout: MtpLayout) -> dict:
+    return {**hf, "architectures": [layout.architecture], "model_type": layout.model_type,
+            "num_nextn_predict_layers": 1}
+
+
+def _write_tensors(path: Path, values: dict[str, np.ndarray], dtype: str) -> None:
+    write_file(path, {name: value.shape for name, value in values.items()}, values.__getitem__, dtype)
+
+
+def _join(target: Path, layout: MtpLayout, values: dict[str, np.ndarray], dtype: str) -> None:
+    """Config before index: cut short between them, the directory still loads as the policy alone."""
+    trunk = open_directory(target).locations
+    _write_tensors(target / HEAD_FILE, values, dtype)
+    write_json(target / "config.json", _with_head(read_json(target / "config.json"), layout))
+    whole = {**trunk, **read_header(target / HEAD_FILE)}
+    size = sum(int(np.prod(place.shape, dtype=np.int64)) * place.dtype.itemsize for place in whole.values())
+    write_json(target / INDEX, {"metadata": {"total_size": size},
+                                "weight_map": {name: place.path.name for name, place in whole.items()}})

@@ -1,0 +1,242 @@
+"""EAGLE-3 checkpoints: the logits of the reference implementation, bit-exact round trips, one line for every fault."""
+
+import dataclasses
+import importlib
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jspec
+from jspec import hub
+from jspec.errors import InputError
+from jspec.hub import eagle3
+from jspec.model import train_forward
+from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
+from tests.speculate import tiny
+
+CASES = ["eagle3_specforge", "eagle3_vllm", "eagle3_speculators", "eagle3_speculators_qwen3"]
+AUX = "eagle_aux_hidden_state_layer_ids"
+module = importlib.import_module("jspec.drafts.eagle3")  # the package has the function under this name
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return hub.load(str(GOLDEN / "eagle3_target"), dtype="float32")
+
+
+def same(a, b):
+    assert a.config == b.config
+    jax.tree.map(np.testing.assert_array_equal, (a.weights, a.state), (b.weights, b.state))
+
+
+def largest_difference(policy, draft, case):
+    """Between the logits of every depth and the reference's, where there are any."""
+    with np.load(GOLDEN / case / "reference.npz") as data:
+        tokens, want = jnp.asarray(data["tokens"]), data["logits"]
+
+    @jax.jit
+    def score(policy, draft):
+        trunk = train_forward(policy, tokens, features=draft.module.features(draft.config))
+        states = module.unroll(policy, draft, trunk, tokens)
+        return jnp.concatenate([module.logits(policy, draft.config, draft.weights, x) for x in states])
+
+    got = np.asarray(score(policy, draft))
+    assert got.shape == want.shape and np.isfinite(want).sum() > 60 * want.shape[-1]
+    return np.nanmax(np.abs(got - want))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_match_the_reference_at_every_depth(policy, case):
+    assert largest_difference(policy, eagle3.read(GOLDEN / case, policy), case) < 1e-4
+
+
+def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
+    drafts = {case: eagle3.read(GOLDEN / case, policy) for case in CASES}
+    configs = [draft.config for draft in drafts.values()]
+    for flag in (*eagle3.FLAGS, "own_embed"):
+        assert {getattr(c, flag) for c in configs} == {False, True}
+    assert [c.vocab_size for c in configs] == [20, 0, 12, 25]
+    assert [c.aux_depths for c in configs] == [(1, 4, 6), (0, 3, 5), (2, 3, 6), (2, 3, 4)]
+    assert [c.dtype for c in configs] == ["bfloat16", "float16", "bfloat16", "bfloat16"]
+    assert [c.block.qk_norm for c in configs] == [False, False, False, True]
+    assert {c.block.qkv_bias for c in configs} == {False, True}
+    assert {c.block.rope.scaling for c in configs} == {"default", "linear", "llama3"}
+    stored = {case: load_file(GOLDEN / case / "model.safetensors") for case in CASES}
+    assert "midlayer.mlp.up_proj.weight" in stored[CASES[0]] and "layers.0.mlp.up_proj.weight" in stored[CASES[1]]
+    ids = np.arange(20) + stored[CASES[0]]["d2t"]
+    np.testing.assert_array_equal(drafts[CASES[0]].state["vocab"], ids)
+    assert not np.array_equal(ids, np.arange(20))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, changes", [
+    (CASES[0], {"norm_before_residual": True}), (CASES[0], {"norm_output": True}), (CASES[0], {"own_embed": False}),
+    (CASES[0], {"aux_depths": (0, 3, 5)}), (CASES[2], {"norm_before_residual": False}),
+    (CASES[2], {"norm_before_fc": False}), (CASES[1], {"norm_output": False}), (CASES[1], {"fc_norm": False})])
+def test_the_golden_files_would_show_a_flag_that_is_not_honoured(policy, case, changes):
+    draft = eagle3.read(GOLDEN / case, policy)
+    wrong = draft.replace(config=dataclasses.replace(draft.config, **changes))
+    assert largest_difference(policy, wrong, case) > 0.01
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_read_write_read_is_bit_exact(policy, case, tmp_path):
+    draft = eagle3.read(GOLDEN / case, policy)
+    assert eagle3.write(draft, tmp_path / "out") == tmp_path / "out"
+    same(eagle3.read(tmp_path / "out", policy), draft)
+    want, got = load_file(GOLDEN / case / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    want = {name.replace("layers.0.", "midlayer."): x for name, x in want.items()}
+    assert set(got) == set(want)
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype and got[name].tobytes() == x.tobytes(), name
+
+
+def test_a_new_draft_is_written_as_both_servers_read_it(policy, tmp_path):
+    draft = tiny.shaken(jspec.drafts.eagle3(policy, jax.random.key(0), vocab=[3, 5, 8, 30], own_embed=True, depths=2))
+    eagle3.write(draft, tmp_path / "out")
+    hf = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert hf["architectures"] == ["LlamaForCausalLMEagle3"] and hf["model_type"] == "llama"
+    assert hf[AUX] == [2, 3, 4] and hf["eagle_config"][AUX] == [1, 2, 3]
+    assert (hf["draft_vocab_size"], hf["vocab_size"], hf["torch_dtype"]) == (4, 32, "bfloat16")
+    assert hf["num_hidden_layers"] == 1 and hf["tie_word_embeddings"] is False
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["d2t"].tolist() == [3, 4, 6, 27] and tensors["d2t"].dtype == np.int64
+    assert np.flatnonzero(tensors["t2d"]).tolist() == [3, 5, 8, 30] and tensors["t2d"].dtype == bool
+    assert tensors["fc.weight"].dtype == ml_dtypes.bfloat16 and tensors["fc.weight"].shape == (16, 48)
+    assert tensors["midlayer.self_attn.q_proj.weight"].shape[1] == 32
+    again = eagle3.read(tmp_path / "out", policy)
+    assert again.config == draft.config
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16).astype(jnp.float32)),
+                 again.weights, draft.weights)
+    eagle3.write(draft, tmp_path / "exact", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, eagle3.read(tmp_path / "exact", policy).weights, draft.weights)
+
+
+def test_a_draft_that_was_read_rolls_out(policy):
+    draft = eagle3.read(GOLDEN / CASES[2], policy)
+    batch = jspec.PromptBatch.from_tokens([[1, 5, 9], [7]], group_size=1, seed=0, buckets=(4,))
+    out = jspec.rollout(policy, draft, batch, sampling=jspec.Sampling(max_new_tokens=6, stop_tokens=()))
+    assert out.lengths.tolist() == [6, 6]
+
+
+def test_two_conventions_of_auxiliary_layers(policy, tmp_path):
+    directory = copy(CASES[1], tmp_path / "x")
+    depths = lambda **options: eagle3.read(directory, policy, **options).config.aux_depths  # noqa: E731
+    assert depths() == (0, 3, 5) and depths(aux_convention="output") == (1, 4, 6)
+    edit_config(directory, **{AUX: None, "eagle_config": {AUX: [0, 3, 5]}})
+    assert depths() == (1, 4, 6) and depths(aux_convention="input") == (0, 3, 5)
+    edit_config(directory, **{AUX: [1, 4, 6]})
+    assert depths() == (1, 4, 6)
+    edit_config(directory, **{AUX: None, "eagle_config": None})
+    assert depths() == (2, 3, 4)
+
+
+def test_other_spellings_are_read(policy, tmp_path):
+    """Weights in several files and under a model's prefix, the older name of fc_norm, what trainers leave behind."""
+    directory = copy(CASES[1], tmp_path / "x")
+    old = {"fc_norm.0": "aux_norm_low", "fc_norm.1": "aux_norm_mid", "fc_norm.2": "aux_norm_high",
+           "layers.0": "model.layers.0"}
+
+    def change(tensors):
+        for name in list(tensors):
+            for new, before in old.items():
+                if name.startswith(new):
+                    tensors[before + name.removeprefix(new)] = tensors.pop(name)
+        tensors["verifier_norm.weight"] = np.ones(16, np.float16)
+        tensors["d2t"], tensors["t2d"] = np.zeros(32, np.int64), np.ones(32, bool)
+
+    edit_tensors(directory, change)
+    edit_config(directory, fc_norm=False, use_aux_norm=True)
+    same(eagle3.read(directory, policy), eagle3.read(GOLDEN / CASES[1], policy))
+
+
+def drop(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def put(**values):
+    return lambda tensors: tensors.update({name.replace("__", "."): x for name, x in values.items()})
+
+
+def moved(name, at, by):
+    def change(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name][at] += by
+    return change
+
+
+def flip(tensors):
+    tensors["t2d"] = np.roll(tensors["t2d"], 1)
+
+
+@pytest.mark.parametrize("config, tensors, message", [
+    ({"hidden_size": 32}, None, "its hidden size is 32, the policy's is 16; take one made for this policy"),
+    ({"target_hidden_size": 64}, None, "its hidden size is 64, the policy's is 16"),
+    ({"vocab_size": 40}, None, "its vocabulary size is 40, the policy's is 32"),
+    ({}, drop("fc.weight", "midlayer.hidden_norm.weight"),
+     "these tensors are missing: fc.weight, midlayer.hidden_norm.weight"),
+    ({"norm_before_fc": True}, None, "these tensors are missing: input_norm.weight"),
+    ({"norm_before_fc": True, "fc_norm": True}, None, "norm_before_fc and fc_norm exclude each other"),
+    ({}, put(midlayer__extra__weight=np.ones(2, np.float32), fc__bias=np.ones(16, np.float32)),
+     "no place in an EAGLE-3 draft of this config: fc.bias, midlayer.extra.weight"),
+    ({}, put(layers__0__hidden_norm__weight=np.ones(16, np.float32)), "midlayer.hidden_norm.weight is there twice"),
+    ({"intermediate_size": 12}, None,
+     "tensor midlayer.mlp.down_proj.weight has shape [16, 20], but the config says [16, 12]"),
+    ({"eagle_config": {AUX: [1, 3, 7]}}, None, "auxiliary layers at depths [2, 4, 8] of a policy of 7 layers"),
+    ({"eagle_config": {AUX: [1, 3, 3]}}, None, "auxiliary layers at depths [2, 4, 4]"),
+    ({"eagle_config": {AUX: [1, 2, 3]}, AUX: [1, 2, 3]}, None, "names two sets of auxiliary layers"),
+    ({"eagle_config": {AUX: "1,2,3"}}, None, "must be a list of integers, not '1,2,3'"),
+    ({"eagle_config": {"use_aux_hidden_state": False}}, None, "without auxiliary hidden states"),
+    ({}, drop("d2t"), "tensor d2t is missing, and the draft's vocabulary is of 20 tokens, the policy's of 32"),
+    ({}, moved("d2t", 19, 32), "d2t makes draft token 19 token"),
+    ({}, moved("d2t", 0, -9), "outside the policy's 32; it holds offsets: token i is i + d2t[i]"),
+    ({}, put(d2t=np.array([1, 0] * 10)), "d2t makes two draft tokens one token"),
+    ({}, put(d2t=np.zeros(5, np.int64)), "d2t must hold 20 integers (draft_vocab_size), not int64 of shape [5]"),
+    ({}, flip, "t2d does not agree with d2t"),
+    ({"num_hidden_layers": 2}, None, "a draft of 2 blocks is not supported"),
+    ({"layer_types": ["sliding_attention"], "sliding_window": 8}, None, "sliding-window attention (window 8)"),
+    ({"architectures": ["LlamaForCausalLM"]}, None, "LlamaForCausalLM is not an EAGLE-3 draft"),
+    ({"model_type": "mistral"}, None, "a block of model_type 'mistral' is not supported; supported: llama, qwen3"),
+    ({}, put(fc__weight=np.ones((16, 48), np.int8)), "tensor fc.weight is stored as int8; supported: float32"),
+])
+def test_one_line_for_every_fault(policy, tmp_path, config, tensors, message):
+    directory = edit_config(copy(CASES[0], tmp_path / "x"), **config)
+    if tensors is not None:
+        edit_tensors(directory, tensors)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        eagle3.read(directory, policy)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_not_there_or_not_whole(policy, tmp_path):
+    directory = copy(CASES[0], tmp_path / "x")
+    with pytest.raises(InputError, match="aux_convention 'vllm' is unknown; known: input, output"):
+        eagle3.read(directory, policy, aux_convention="vllm")
+    whole = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(whole[:-3])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        eagle3.read(directory, policy)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(InputError, match="no safetensors; pickled weights are never loaded"):
+        eagle3.read(directory, policy)
+    (directory / "config.json").unlink()
+    with pytest.raises(InputError, match="no config.json"):
+        eagle3.read(directory, policy)
+
+
+def test_writing_refuses(policy, tmp_path):
+    draft = eagle3.read(GOLDEN / CASES[0], policy)
+    with pytest.raises(InputError, match="a ngram draft cannot be written as EAGLE-3"):
+        eagle3.write(jspec.drafts.ngram(policy), tmp_path / "out")
+    with pytest.raises(InputError, match="dtype 'int8' is not supported; supported: float32, float16, bfloat16"):
+        eagle3.write(draft, tmp_path / "out", dtype="int8")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not an empty directory"):
+        eagle3.write(draft, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]

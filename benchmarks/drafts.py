@@ -183,13 +183,18 @@ def check_positions(args: argparse.Namespace, config: ModelConfig, prompts: list
                          f"the model's {config.max_position_embeddings} positions; lower one of them")
 
 
+def trained(name: str, model_name: str, paths: dict[str, str]) -> str | None:
+    """Where the drafter's trained weights come from, as `jspec.load_draft` takes it; None: nowhere."""
+    return paths.get(name, model_name if shipped(model_name, name) else None)
+
+
 def make_draft(name: str, policy: Policy, model_name: str, paths: dict[str, str]) -> Draft | None:
     """The drafter `name` for `policy` (training layout): trained weights from `paths`, else those that ship with jspec,
     else fresh ones, with a warning where there would be something to train. Raises InputError for a path that holds no
     such draft."""
     if name == PLAIN:
         return None
-    path = paths.get(name, model_name if shipped(model_name, name) else None)
+    path = trained(name, model_name, paths)
     if path is None:
         draft = getattr(jspec.drafts, name)(policy, jax.random.key(1))
         if draft.module.loss is not None:
@@ -400,7 +405,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         prompts = encode(texts, source.tokenizer)
         check_positions(args, source.policy.config, prompts)
         own = {} if source.draft is None else {source.draft.config.name: args.model}
-        drafts = {name: make_draft(name, source.policy, args.model, own | args.draft_path)
+        paths = own | args.draft_path
+        drafts = {name: make_draft(name, source.policy, args.model, paths)
                   for name in dict.fromkeys((PLAIN, *args.drafts))}
         policy = jspec.reshard(source.policy).replace(kernels=choose(args.kernels))
         del source
@@ -409,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     records = []
     for size in args.batch:
         with console.status(f"batch {size}: compiling, then {args.rounds} rounds"):
-            records += [{**record, "draft_path": (own | args.draft_path).get(record["draft"]), **facts}
+            records += [{**record, "trained": trained(record["draft"], args.model, paths), **facts}
                         for record in time_batch(args, policy, drafts, prompts, size)]
         measure.write_json(args.json, records)
     title = f"{args.model}, {facts['dtype']}, up to {args.max_new_tokens} new tokens, {facts['kernels']}"

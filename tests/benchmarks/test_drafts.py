@@ -1,6 +1,7 @@
 """`jspec bench drafts`: what its records say, how its figures are made, and what it refuses."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -161,6 +162,19 @@ def test_parts_do_what_a_cycle_does():
 
     judged = parts.verdict(policy, slots, scores, once, key, rule="coupled")
     assert judged.tokens.shape == (2, k + 1) and np.all(np.asarray(judged.accepted) <= k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", jspec.drafts.NAMES)
+def test_every_drafter_is_timed(name):
+    config = dataclasses.replace(SHAPES["tiny"], num_layers=8)
+    policy = jspec.init_policy(config, jax.random.key(0))
+    made = {"none": None, name: drafts.make_draft(name, policy, "tiny", {})}
+    args = drafts.parse(["m", "--drafts", name, "--k", "3", "--max-new-tokens", "8", "--rounds", "1", "--batch", "2",
+                         "--rule", *RULES])
+    records = drafts.time_batch(args, jspec.reshard(policy), made, [[7, 8, 9, 7], [5, 6]], 2)
+    assert [r["rule"] for r in records] == ["rejection", *RULES]
+    assert all(r["draft"] == name and r["draft_ms"] > 0 and r["verify_ms"] > 0 for r in records[1:])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

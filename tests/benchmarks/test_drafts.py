@@ -17,6 +17,7 @@ from benchmarks.shapes import SHAPES
 from jspec import cli
 from jspec.drafts.base import Committed, Sampler
 from jspec.errors import InputError
+from jspec.heads import files
 from jspec.model import Trunk, logits, verify
 from jspec.speculate import RolloutStats
 from jspec.speculate.cycle import RULES
@@ -218,16 +219,15 @@ def test_bench_still_times_rollouts():
     assert exit.value.code == 2 and "--acceptance takes probabilities" in err.getvalue()
 
 
-def test_a_trained_draft_is_taken_from_its_path(monkeypatch, capsys):
+def test_a_trained_draft_is_taken_from_its_path(tmp_path, capsys):
     policy = jspec.init_policy(SHAPES["tiny"], jax.random.key(0))
-    trained = jspec.drafts.mtp(policy, jax.random.key(5))
-    monkeypatch.setattr(drafts, "load_draft", {"run": trained, "bare": None}.get)
-    assert drafts.make_draft("mtp", policy, "tiny", {"mtp": "run"}) is trained
-    assert drafts.make_draft("none", policy, "tiny", {"mtp": "run"}) is None
+    files.write(jspec.drafts.mtp(policy, jax.random.key(5), vocab=[1, 2, 3]), tmp_path)
+    assert drafts.make_draft("mtp", policy, "tiny", {"mtp": str(tmp_path)}).config.vocab_size == 3
+    assert drafts.make_draft("none", policy, "tiny", {"mtp": str(tmp_path)}) is None
     assert capsys.readouterr().err == ""
-    with pytest.raises(InputError, match="--draft-path ngram=run holds a mtp draft"):
-        drafts.make_draft("ngram", policy, "tiny", {"ngram": "run"})
-    with pytest.raises(InputError, match="--draft-path mtp=bare holds no draft"):
+    with pytest.raises(InputError, match="--draft-path ngram=.* holds a mtp draft"):
+        drafts.make_draft("ngram", policy, "tiny", {"ngram": str(tmp_path)})
+    with pytest.raises(InputError, match="no draft at bare"):
         drafts.make_draft("mtp", policy, "tiny", {"mtp": "bare"})
 
 

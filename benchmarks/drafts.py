@@ -127,8 +127,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="longest answer; an end token ends one earlier (default: 64)")
     parser.add_argument("--prompts", type=Path, default=HELDOUT, metavar="FILE.jsonl",
                         help='lines of {"prompt": "..."} (default: benchmarks/prompts/heldout.jsonl)')
-    parser.add_argument("--count", type=number(int, 0), metavar="N",
-                        help=f"only the first N prompts; 0: all (default: {COUNT}, or as many as there are)")
+    parser.add_argument("--count", type=number(int, 1), metavar="N",
+                        help=f"only the first N prompts (default: {COUNT}, or all if there are fewer)")
     parser.add_argument("--draft-path", type=named_path, action="append", default=[], metavar="NAME=DIR",
                         help="where a drafter's trained weights are, as jspec.load_draft takes it; may be repeated")
     parser.add_argument("--rounds", type=number(int, 1), default=3, metavar="N", help="(default: 3)")
@@ -159,7 +159,7 @@ def check_targets(args: argparse.Namespace) -> None:
 def read_texts(args: argparse.Namespace) -> list[str]:
     """The prompts that are asked for. Raises InputError for a file that cannot be read, or with too few of them."""
     texts = [record["prompt"] for record in read_jsonl(args.prompts, ("prompt",), "--prompts")]
-    wanted = args.count or (len(texts) if args.count == 0 else min(max(COUNT, *args.batch), len(texts)))
+    wanted = args.count or min(max(COUNT, *args.batch), len(texts))
     if wanted > len(texts):
         raise InputError(f"--count {wanted} is more than the {len(texts)} prompts of {args.prompts}")
     if max(args.batch) > wanted:

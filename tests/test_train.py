@@ -298,7 +298,7 @@ def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
     ("model.architecture.vocab_size=8", "has 16 tokens, the model random only 8"),
     ("model.architecture.num_kv_heads=3", "not a multiple of num_kv_heads"),
     ("draft.options.depth=3", "draft.options:"),
-    ("draft.path=nowhere", "nowhere is not the output_dir of a run"),
+    ("draft.path=nowhere", "no draft at nowhere"),
 ])
 def test_what_the_user_can_put_right_is_one_line(tmp_path, override, message):
     assert message in refused(tiny(tmp_path, override))

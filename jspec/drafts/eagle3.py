@@ -76,9 +76,13 @@ class Eagle3Config:
 Config = Eagle3Config
 
 
-def default_depths(num_layers: int) -> tuple[int, int, int]:
-    """The depths that are fused where nothing else is said, as published."""
-    return 2, num_layers // 2, num_layers - 3
+def default_depths(num_layers: int) -> tuple[int, ...]:
+    """The depths that are fused where nothing else is said: as published, where the policy has as many; else its
+    embeddings, its middle and its last."""
+    published = (2, num_layers // 2, num_layers - 3)
+    if min(published) >= 0 and len(set(published)) == 3 and max(published) <= num_layers:
+        return published
+    return tuple(sorted({0, num_layers // 2, num_layers}))
 
 
 def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequence[int] | None = None,
@@ -93,7 +97,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
 
     Args:
       policy: in the training layout.
-      aux_depths: the depths to fuse; None: (2, n // 2, n - 3) of n layers.
+      aux_depths: the depths to fuse; None: `default_depths`.
       vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own rollouts), or None
         for all of them.
       depths, norm_before_residual, norm_before_fc, fc_norm, norm_output, own_embed: see `Eagle3Config`.

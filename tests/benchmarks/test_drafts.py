@@ -18,6 +18,7 @@ from benchmarks.shapes import SHAPES
 from jspec import cli
 from jspec.drafts.base import Committed, Sampler
 from jspec.errors import InputError
+from jspec.heads import files
 from jspec.model import Trunk, logits, verify
 from jspec.speculate import RolloutStats
 from jspec.speculate.cycle import RULES
@@ -99,7 +100,7 @@ def test_lists_and_what_they_are_multiplied_to():
 
 
 @pytest.mark.parametrize(("options", "count"), [
-    ([], 24), (["--count", "3"], 3), (["--count", "0"], 96), (["--batch", "1,32"], 32)])
+    ([], 24), (["--count", "3"], 3), (["--count", "96"], 96), (["--batch", "1,32"], 32)])
 def test_how_many_prompts(options, count):
     assert len(drafts.read_texts(drafts.parse(["m", *options]))) == count
 
@@ -211,7 +212,7 @@ def test_mistakes_that_only_the_model_shows(model, prompts, tmp_path):
                                  "model's 2048 positions; lower one of them\n")
     code, _, err = bench(model)  # the shipped prompts have letters, and this model's tokenizer has none
     assert code == 2 and err.startswith("jspec: error: the model's tokenizer refuses one of the --prompts")
-    code, _, err = bench(model, "--prompts", prompts, "--draft-path", f"mtp={tmp_path}")
+    code, _, err = bench(model, "--prompts", prompts, "--drafts", "mtp", "--draft-path", f"mtp={tmp_path}")
     assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
 
 
@@ -238,19 +239,19 @@ def test_bench_still_times_rollouts():
     assert exit.value.code == 2 and "--acceptance takes probabilities" in err.getvalue()
 
 
-def test_a_trained_draft_is_taken_from_its_path(monkeypatch, capsys):
+def test_a_trained_draft_is_taken_from_its_path(tmp_path, capsys):
     policy = jspec.init_policy(SHAPES["tiny"], jax.random.key(0))
-    trained = {name: jspec.drafts.mtp(policy, jax.random.key(5)) for name in ("run", "tiny")}
-    monkeypatch.setattr(jspec, "load_draft", lambda policy, source: trained[source])
-    monkeypatch.setattr(drafts, "shipped", lambda model, drafter: (model, drafter) == ("tiny", "mtp"))
-    assert drafts.make_draft("mtp", policy, "tiny", {"mtp": "run"}) is trained["run"]
-    assert drafts.make_draft("mtp", policy, "tiny", {}) is trained["tiny"]
-    assert drafts.make_draft("none", policy, "tiny", {"mtp": "run"}) is None
+    files.write(jspec.drafts.mtp(policy, jax.random.key(5), vocab=[1, 2, 3]), tmp_path)
+    assert drafts.make_draft("mtp", policy, "tiny", {"mtp": str(tmp_path)}).config.vocab_size == 3
+    assert drafts.make_draft("none", policy, "tiny", {"mtp": str(tmp_path)}) is None
     assert capsys.readouterr().err == ""
-    with pytest.raises(InputError, match="--draft-path ngram=run holds a mtp draft"):
-        drafts.make_draft("ngram", policy, "tiny", {"ngram": "run"})
-    assert drafts.make_draft("mtp", policy, "other", {}).config.name == "mtp"
-    assert "untrained" in capsys.readouterr().err
+    assert drafts.trained("mtp", "smollm2-135m-instruct", {}) == "smollm2-135m-instruct"  # one ships
+    assert drafts.trained("mtp", "smollm2-135m-instruct", {"mtp": "mine"}) == "mine"
+    assert drafts.trained("ngram", "smollm2-135m-instruct", {}) is None
+    with pytest.raises(InputError, match="--draft-path ngram=.* holds a mtp draft"):
+        drafts.make_draft("ngram", policy, "tiny", {"ngram": str(tmp_path)})
+    with pytest.raises(InputError, match="no draft at bare"):
+        drafts.make_draft("mtp", policy, "tiny", {"mtp": "bare"})
 
 
 def test_heldout_prompts_are_what_their_sources_say():

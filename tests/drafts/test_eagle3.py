@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jspec
+from jspec.drafts.eagle3 import default_depths
 from jspec.drafts.parts import losses
 from jspec.errors import InputError
 from jspec.model import RopeConfig, init_weights
@@ -119,6 +120,6 @@ def test_it_refuses(policy, options, message):
         jspec.drafts.eagle3(policy, jax.random.key(0), **{"aux_depths": (0, 1, 3), **options})
 
 
-def test_the_default_depths_need_a_policy_that_has_them():
-    with pytest.raises(InputError, match=r"depths \[2, 2, 2\] of a policy of 5 layers; .*; set aux_depths, or"):
-        jspec.drafts.eagle3(tiny.policy(11, layers=5), jax.random.key(0))
+@pytest.mark.parametrize("layers, depths", [(1, (0, 1)), (4, (0, 2, 4)), (5, (0, 2, 5)), (30, (2, 15, 27))])
+def test_the_default_depths_are_there(layers, depths):
+    assert default_depths(layers) == depths

@@ -77,7 +77,7 @@ def test_block_emits_the_autoregressive_distribution(draft, vocab, k, cycles, sa
 @pytest.mark.parametrize("draft", drafters.NAMES)
 def test_block_with_every_drafter(draft, monkeypatch):
     monkeypatch.setattr(enumeration, "ROWS", 256)
-    check(draft, 3, 2, 2, "block", max_new_tokens=2, stop_tokens=(1,))
+    check(draft, 3, 2, 2, "block", max_new_tokens=2, stop_tokens=(2,))
 
 
 @pytest.mark.slow

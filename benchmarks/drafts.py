@@ -378,14 +378,16 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
             ks, style = [r["k"] for r in mine], {"color": colors[name], "marker": "o"}
             axes[0].plot(ks, [r["acceptance_length"] for r in mine], label=name, **style)
             axes[1].plot(ks, [r["speedup"] for r in mine], label=name, **style)
-            axes[1].plot(ks, [r["predicted_speedup"] for r in mine], color=colors[name], linestyle="--")
+            axes[1].plot(ks, [r["predicted_speedup"] for r in mine], linestyle="--", markerfacecolor="white",
+                         **style)
             axes[2].plot(range(1, ks[-1] + 1), mine[-1]["acceptance_by_position"], label=f"{name}, k = {ks[-1]}",
                          **style)
         where = f"batch {batch}, T = {temperature:g}, {rule}"
         for axis, what, label in zip(axes, ("tokens a cycle", "speed-up (dashed: predicted)", "accepted, by position"),
                                      ("k", "k", "draft position"), strict=True):
-            axis.set(title=f"{what}; {where}", xlabel=label)
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set_title(f"{what}; {where}", fontsize=10)
+            ticks = {r["k"] for r in group} if label == "k" else range(1, max(r["k"] for r in group) + 1)
+            axis.set(xlabel=label, xticks=sorted(ticks))
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
         axes[1].axhline(1, color="0.5", linewidth=1)

@@ -192,7 +192,7 @@ def test_mistakes_that_only_the_model_shows(model, prompts, tmp_path):
                                  "model's 2048 positions; lower one of them\n")
     code, _, err = bench(model)  # the shipped prompts have letters, and this model's tokenizer has none
     assert code == 2 and err.startswith("jspec: error: the model's tokenizer refuses one of the --prompts")
-    code, _, err = bench(model, "--prompts", prompts, "--draft-path", f"mtp={tmp_path}")
+    code, _, err = bench(model, "--prompts", prompts, "--drafts", "mtp", "--draft-path", f"mtp={tmp_path}")
     assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
 
 

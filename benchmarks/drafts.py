@@ -46,7 +46,7 @@ from jspec.speculate.cycle import RULES  # noqa: E402
 
 HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"
 PLAIN = "none"
-COUNT = 24
+COUNT = 24  # prompts, if nothing is said and batches are smaller
 TIMES = 16  # runs of a part within its program
 _UNIT = 16  # prompts are padded to a multiple of this
 
@@ -159,7 +159,7 @@ def check_targets(args: argparse.Namespace) -> None:
 def read_texts(args: argparse.Namespace) -> list[str]:
     """The prompts that are asked for. Raises InputError for a file that cannot be read, or with too few of them."""
     texts = [record["prompt"] for record in read_jsonl(args.prompts, ("prompt",), "--prompts")]
-    wanted = args.count or min(COUNT, len(texts))
+    wanted = args.count or min(max(COUNT, *args.batch), len(texts))
     if wanted > len(texts):
         raise InputError(f"--count {wanted} is more than the {len(texts)} prompts of {args.prompts}")
     if max(args.batch) > wanted:
@@ -183,13 +183,18 @@ def check_positions(args: argparse.Namespace, config: ModelConfig, prompts: list
                          f"the model's {config.max_position_embeddings} positions; lower one of them")
 
 
+def trained(name: str, model_name: str, paths: dict[str, str]) -> str | None:
+    """Where the drafter's trained weights come from, as `jspec.load_draft` takes it; None: nowhere."""
+    return paths.get(name, model_name if shipped(model_name, name) else None)
+
+
 def make_draft(name: str, policy: Policy, model_name: str, paths: dict[str, str]) -> Draft | None:
     """The drafter `name` for `policy` (training layout): trained weights from `paths`, else those that ship with jspec,
     else fresh ones, with a warning where there would be something to train. Raises InputError for a path that holds no
     such draft."""
     if name == PLAIN:
         return None
-    path = paths.get(name, model_name if shipped(model_name, name) else None)
+    path = trained(name, model_name, paths)
     if path is None:
         draft = getattr(jspec.drafts, name)(policy, jax.random.key(1))
         if draft.module.loss is not None:
@@ -373,14 +378,16 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
             ks, style = [r["k"] for r in mine], {"color": colors[name], "marker": "o"}
             axes[0].plot(ks, [r["acceptance_length"] for r in mine], label=name, **style)
             axes[1].plot(ks, [r["speedup"] for r in mine], label=name, **style)
-            axes[1].plot(ks, [r["predicted_speedup"] for r in mine], color=colors[name], linestyle="--")
+            axes[1].plot(ks, [r["predicted_speedup"] for r in mine], linestyle="--", markerfacecolor="white",
+                         **style)
             axes[2].plot(range(1, ks[-1] + 1), mine[-1]["acceptance_by_position"], label=f"{name}, k = {ks[-1]}",
                          **style)
         where = f"batch {batch}, T = {temperature:g}, {rule}"
         for axis, what, label in zip(axes, ("tokens a cycle", "speed-up (dashed: predicted)", "accepted, by position"),
                                      ("k", "k", "draft position"), strict=True):
-            axis.set(title=f"{what}; {where}", xlabel=label)
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set_title(f"{what}; {where}", fontsize=10)
+            ticks = {r["k"] for r in group} if label == "k" else range(1, max(r["k"] for r in group) + 1)
+            axis.set(xlabel=label, xticks=sorted(ticks))
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
         axes[1].axhline(1, color="0.5", linewidth=1)
@@ -400,7 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         prompts = encode(texts, source.tokenizer)
         check_positions(args, source.policy.config, prompts)
         own = {} if source.draft is None else {source.draft.config.name: args.model}
-        drafts = {name: make_draft(name, source.policy, args.model, own | args.draft_path)
+        paths = own | args.draft_path
+        drafts = {name: make_draft(name, source.policy, args.model, paths)
                   for name in dict.fromkeys((PLAIN, *args.drafts))}
         policy = jspec.reshard(source.policy).replace(kernels=choose(args.kernels))
         del source
@@ -409,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     records = []
     for size in args.batch:
         with console.status(f"batch {size}: compiling, then {args.rounds} rounds"):
-            records += [{**record, "draft_path": (own | args.draft_path).get(record["draft"]), **facts}
+            records += [{**record, "trained": trained(record["draft"], args.model, paths), **facts}
                         for record in time_batch(args, policy, drafts, prompts, size)]
         measure.write_json(args.json, records)
     title = f"{args.model}, {facts['dtype']}, up to {args.max_new_tokens} new tokens, {facts['kernels']}"

@@ -68,14 +68,13 @@ def drafting(policy: Policy, draft: Draft, slots: Slots, trunk: Trunk, key: jax.
     """
     def step(_, slots):
         proposal, state = _propose(policy, draft, slots, RULES[rule](key, slots.sequence_ids, slots.lengths, k), 0, k)
-        cache = getattr(proposal, "cache", None)  # of a drafter that writes to the policy's
         tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
         observation = Observation(trunk, tokens, slots.lengths, jnp.ones_like(slots.lengths))
         at_end = jnp.arange(slots.tokens.shape[1]) == slots.lengths[:, None]
         slots = slots.replace(draft_state=draft.module.observe(policy, draft, state, observation),
                               tokens=jnp.where(at_end, tokens[:, :1], slots.tokens), lengths=slots.lengths + 1,
-                              cache=slots.cache if cache is None else cache)
-        return slots, proposal if cache is None else proposal.replace(cache=None)
+                              cache=slots.cache if proposal.cache is None else proposal.cache)
+        return slots, proposal.replace(cache=None)
 
     return _repeated(step, slots, times)
 

@@ -1,6 +1,7 @@
 """`jspec bench drafts`: what its records say, how its figures are made, and what it refuses."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -98,6 +99,12 @@ def test_lists_and_what_they_are_multiplied_to():
     assert defaults.k == list(range(1, 8)) and set(defaults.drafts) == {"none", *jspec.drafts.NAMES}
 
 
+@pytest.mark.parametrize(("options", "count"), [
+    ([], 24), (["--count", "3"], 3), (["--count", "96"], 96), (["--batch", "1,32"], 32)])
+def test_how_many_prompts(options, count):
+    assert len(drafts.read_texts(drafts.parse(["m", *options]))) == count
+
+
 def test_tallies_of_all_batches():
     def stats(cycles, drafted, accepted):
         return RolloutStats(*(np.array(x, np.int32) for x in (cycles, drafted, accepted)))
@@ -156,6 +163,19 @@ def test_parts_do_what_a_cycle_does():
 
     judged = parts.verdict(policy, slots, scores, once, key, rule="coupled")
     assert judged.tokens.shape == (2, k + 1) and np.all(np.asarray(judged.accepted) <= k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", jspec.drafts.NAMES)
+def test_every_drafter_is_timed(name):
+    config = dataclasses.replace(SHAPES["tiny"], num_layers=8)
+    policy = jspec.init_policy(config, jax.random.key(0))
+    made = {"none": None, name: drafts.make_draft(name, policy, "tiny", {})}
+    args = drafts.parse(["m", "--drafts", name, "--k", "3", "--max-new-tokens", "8", "--rounds", "1", "--batch", "2",
+                         "--rule", *RULES])
+    records = drafts.time_batch(args, jspec.reshard(policy), made, [[7, 8, 9, 7], [5, 6]], 2)
+    assert [r["rule"] for r in records] == ["rejection", *RULES]
+    assert all(r["draft"] == name and r["draft_ms"] > 0 and r["verify_ms"] > 0 for r in records[1:])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -225,6 +245,9 @@ def test_a_trained_draft_is_taken_from_its_path(tmp_path, capsys):
     assert drafts.make_draft("mtp", policy, "tiny", {"mtp": str(tmp_path)}).config.vocab_size == 3
     assert drafts.make_draft("none", policy, "tiny", {"mtp": str(tmp_path)}) is None
     assert capsys.readouterr().err == ""
+    assert drafts.trained("mtp", "smollm2-135m-instruct", {}) == "smollm2-135m-instruct"  # one ships
+    assert drafts.trained("mtp", "smollm2-135m-instruct", {"mtp": "mine"}) == "mine"
+    assert drafts.trained("ngram", "smollm2-135m-instruct", {}) is None
     with pytest.raises(InputError, match="--draft-path ngram=.* holds a mtp draft"):
         drafts.make_draft("ngram", policy, "tiny", {"ngram": str(tmp_path)})
     with pytest.raises(InputError, match="no draft at bare"):

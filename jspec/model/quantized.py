@@ -1,9 +1,9 @@
 """Matrices in 8 or 4 bits, and products with them. qwix quantises: symmetric, rounded to nearest, largest to largest.
 
 8 bits have one scale a row. The product is one of integers: activations enter it as two int8 digits, 16 bits in all,
-since one digit (https://arxiv.org/abs/2208.07339 says why: outliers) costs more acceptance than the weights' rounding
-does. Nothing is converted, so a device reads a byte a weight. 4 bits have a scale for every TILE inputs, and are
-converted as the product reads them, which accelerators fuse and a CPU does not.
+since one digit costs more acceptance than the weights' rounding does (for the outliers, https://arxiv.org/abs/2208.07339:
+SmolLM2-135M's overlap with itself is 0.97 with two, 0.90 with one). No weight is converted, so that a byte of each is
+read. 4 bits have a scale for every TILE inputs, and are converted as the product reads them; a CPU makes a copy first.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def _digits(x: jax.Array) -> Any:
     """x [..., in] as a QArray [2, ..., in] of int8, whose sum over the first axis is x to within max |x| / 64,516."""
     import qwix
 
-    def digit(x):
-        return qwix.quantize(x, jnp.int8, channelwise_axes=tuple(range(x.ndim - 1)))
-
     x = x.astype(jnp.float32)
-    first = digit(x)
-    return jax.tree.map(lambda *both: jnp.stack(both), first, digit(x - qwix.dequantize(first)))
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1.0) / 127
+    steps = x / scale
+    first = jnp.round(steps)
+    second = jnp.round((steps - first) * 254)  # a remainder of half a step is 127
+    return qwix.QArray(jnp.stack([first, second]).astype(jnp.int8), jnp.stack([scale, scale / 254]))
 
 
 def product(x: jax.Array, w: Quantized) -> jax.Array:

@@ -18,7 +18,8 @@ a first look:
   jspec train --help                     every key of a config, with default and meaning
 """
 
-MODEL = "short name (smollm2-135m-instruct), hub id, directory of safetensors, .gguf file, or a run's output_dir"
+NAMED = "short name (smollm2-135m-instruct), hub id, directory of safetensors or .gguf file"
+MODEL = NAMED + ", or a run's output_dir"
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,9 +87,9 @@ def parser() -> Parser:
     made = drafts.add_parser("train", keys="DraftTrainingConfig", description="Train a draft on the policy's own "
                              "answers; the same command again goes on from where it was.")
     made.set_defaults(run=_train_draft)
-    made.add_argument("model", metavar="MODEL", help=MODEL.replace(", or a run's output_dir", ""))
+    made.add_argument("model", metavar="MODEL", help=NAMED)
     made.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.loss=overlap samples.count=512")
-    made.add_argument("--config", metavar="FILE", help="a YAML file of these keys, such as configs/draft.yaml")
+    made.add_argument("--config", metavar="FILE", help="a YAML file of these keys, such as configs/draft-smollm2.yaml")
 
     profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys="Config")
     with_config(profile)

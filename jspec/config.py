@@ -50,21 +50,28 @@ class ModelSection:
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftSection:
-    """The drafter that makes rollouts fast; it never changes what they are distributed as."""
+class DraftLearningSection:
+    """The drafter, and how it learns."""
 
-    name: str = setting("mtp", "the drafter; none: plain autoregressive rollouts", choices=(*DRAFTERS, "none"))
+    name: str = setting("mtp", "the drafter", choices=DRAFTERS)
     path: str | None = setting(None, "a trained draft to start from: a model whose draft ships with jspec, a directory "
                                "of `jspec draft train`, or the output_dir of a run; null: a fresh one")
-    train: bool = setting(True, "train the draft in the update step (where it has weights)")
-    every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; overlap: -log of the "
                         "overlap, the likelihood of acceptance", choices=("kl", "tv", "overlap"))
     optimizer: str = setting("adamw", "the draft's own; muon: orthogonal updates of matrices, AdamW for the rest",
                              choices=("adamw", "muon"))
     learning_rate: float = setting(1e-3, "peak learning rate of the draft's own optimizer", low=0)
     clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
-    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match or suffix's history")
+    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match")
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftSection(DraftLearningSection):
+    """The drafter that makes rollouts fast; it never changes what they are distributed as."""
+
+    name: str = setting("mtp", "the drafter; none: plain autoregressive rollouts", choices=(*DRAFTERS, "none"))
+    train: bool = setting(True, "train the draft in the update step (where it has weights)")
+    every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +236,7 @@ class DraftTrainingConfig:
     output_dir: str = setting("runs/draft", "samples, checkpoints, report and the draft; the same one again resumes")
     log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
     model: ModelSection = ModelSection()
-    draft: DraftSection = DraftSection()
+    draft: DraftLearningSection = DraftLearningSection()
     sampling: SamplingSection = SamplingSection(max_new_tokens=128)
     samples: SamplesSection = SamplesSection()
     training: TrainingSection = TrainingSection()

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, director
     Raises InputError for a source that cannot be read or has no prompt that is short enough.
     """
     sources = config.samples.sources
-    training, held_out = [], []
+    training, held_out = {}, {}
     for source in dict.fromkeys(sources):
         times = sources.count(source)
         texts = source_texts(config, source, times, policy, tokenizer, directory)
@@ -50,20 +51,20 @@ def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, director
         if len(prompts) < 2:
             raise InputError(f"samples.sources: {source} has {len(prompts)} prompts of at most "
                              f"samples.max_prompt_tokens={config.samples.max_prompt_tokens} tokens; two are needed")
-        held_out.append(prompts[::HELD_OUT])
-        training += [[tokens for i, tokens in enumerate(prompts) if i % HELD_OUT]] * times
+        held_out[source] = prompts[::HELD_OUT]
+        training[source] = [tokens for i, tokens in enumerate(prompts) if i % HELD_OUT]
     if config.report.prompts is not None:
-        held_out = [[encode(config, tokenizer, record["prompt"]) for record in
-                     read_jsonl(Path(config.report.prompts), keys=("prompt",), setting="report.prompts")]]
-    return Prompts(in_turn(training, config.samples.count), in_turn(held_out, config.report.count))
+        records = read_jsonl(Path(config.report.prompts), keys=("prompt",), setting="report.prompts")
+        held_out = {config.report.prompts: [encode(config, tokenizer, record["prompt"]) for record in records]}
+    distinct = sum(map(len, held_out.values()))
+    return Prompts(in_turn(sources, training, config.samples.count),
+                   in_turn(held_out, held_out, min(config.report.count, distinct)))
 
 
-def in_turn(lists: list[list[Any]], count: int) -> list[Any]:
-    """`count` items, one of each list after the other; a list that is at its end begins again, and one that stands here
-    several times goes on where its last turn ended."""
-    cycles = {id(items): itertools.cycle(items) for items in lists}
-    turns = zip(*(cycles[id(items)] for items in lists), strict=True)
-    return list(itertools.islice(itertools.chain.from_iterable(turns), count))
+def in_turn(turns: Iterable[str], items: dict[str, list[Any]], count: int) -> list[Any]:
+    """`count` items by name, one at each of the turns, which go round; a list that is at its end begins again."""
+    lists = {name: itertools.cycle(values) for name, values in items.items()}
+    return [next(lists[name]) for name in itertools.islice(itertools.cycle(turns), count)]
 
 
 def encode(config: DraftTrainingConfig, tokenizer: Any, text: str) -> list[int]:

@@ -16,6 +16,7 @@ import jspec
 from jspec.config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.model import Policy
+from jspec.prepare import make_sampling
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,12 @@ def report(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: l
 def measure(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: list[list[int]], rule: str,
             temperature: float) -> dict[str, Any]:
     """Acceptance over all prompts, a record that JSON can hold."""
-    sampling = jspec.Sampling(temperature=temperature, max_new_tokens=config.sampling.max_new_tokens)
+    sampling = make_sampling(config).replace(temperature=temperature)
     speculation = jspec.Speculation(k=config.report.k, rule=rule)
     totals = []
     for at in range(0, len(prompts), ROWS):
         group = prompts[at:at + ROWS]
-        rows = (group * ROWS)[:ROWS]  # the last batch is filled up: another size would be another compilation
+        rows = (group * ROWS)[:ROWS]  # another size would be another compilation: what fills the last batch counts too
         batch = jspec.PromptBatch.from_tokens(rows, group_size=1, seed=jax.random.fold_in(jax.random.key(1), at))
         out = jax.device_get(jspec.rollout(policy, draft, batch, sampling=sampling, speculation=speculation))
         totals.append((out.lengths.sum(), out.stats.cycles.sum(), out.stats.accepted, out.stats.drafted))

@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 
 def trunk_features(config: DraftTrainingConfig, policy: Policy) -> tuple[int, ...]:
     """The trunk depths that the configured drafter asks for."""
-    draft: Draft = jax.eval_shape(lambda p: make_draft(config, p), policy)
+    if config.draft.path is None:
+        draft: Draft = jax.eval_shape(lambda p: make_draft(config, p), policy)
+    else:
+        draft = make_draft(config, policy)
     return draft.module.features(draft.config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ LEAST_SQUARES_ROWS = 2048
 def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
     """The trained draft, float32 masters. Goes on from the last checkpoint under `directory`."""
     rows = read(directory / "samples")
-    draft = starting_point(config, policy, rows)
+    draft = untrained(config, policy, rows)
     stages = [("states", config.training.state_steps), (config.draft.loss, config.training.steps)]
     options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
     with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as checkpoints:
@@ -49,7 +50,8 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
                 continue
             optimizer = draft_optimizer(config.draft.optimizer, schedule(config, steps), config.draft.clip)
             if saved is None:
-                saved = {"weights": draft.weights, "opt": jax.jit(optimizer.init)(draft.weights)}
+                weights = solved(config, policy, draft, rows).weights
+                saved = {"weights": weights, "opt": jax.jit(optimizer.init)(weights)}
             elif done == before:  # the stage before ended here: the moments are its own
                 saved["opt"] = jax.jit(optimizer.init)(saved["weights"])
             saved = run_stage(config, policy, draft, rows, checkpoints, saved, optimizer, kind, before, done, steps)
@@ -58,8 +60,8 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
     return draft.replace(weights=saved["weights"])
 
 
-def starting_point(config: DraftTrainingConfig, policy: Policy, rows: list[Row]) -> Draft:
-    """A draft at `draft.path`, or a fresh one with the samples' vocabulary, solved for by least squares."""
+def untrained(config: DraftTrainingConfig, policy: Policy, rows: list[Row]) -> Draft:
+    """The draft at `draft.path`, with its own vocabulary, or a fresh one with the samples'."""
     if config.draft.path is not None:
         return make_draft(config, policy)
     options = dict(config.draft.options)
@@ -69,8 +71,12 @@ def starting_point(config: DraftTrainingConfig, policy: Policy, rows: list[Row])
         log.info("vocabulary of %d tokens: %.1f%% of those sampled", len(options["vocab"]),
                  100 * np.isin(emitted, options["vocab"]).mean())
     section = dataclasses.replace(config.draft, options=options)
-    draft = make_draft(dataclasses.replace(config, draft=section), policy)
-    if not hasattr(draft.module, "least_squares"):
+    return make_draft(dataclasses.replace(config, draft=section), policy)
+
+
+def solved(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list[Row]) -> Draft:
+    """A fresh draft with what its drafter can solve for by least squares; one from `draft.path` as it is."""
+    if config.draft.path is not None or not hasattr(draft.module, "least_squares"):
         return draft
     some = rows[:LEAST_SQUARES_ROWS]
     batches = (pack(some[i:i + config.training.rows], 1.0) for i in range(0, len(some), config.training.rows))
@@ -117,9 +123,9 @@ def run_stage(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: l
         step = before + index + 1
         last = index + 1 == steps
         if last or step % 20 == 0:
-            overlap = " ".join(f"{x:.3f}" for x in np.asarray(metrics["overlap"]))
-            log.info("%s  step %d/%d  loss %.4f  overlap %s  %.0f tok/s", kind, index + 1, steps, metrics["loss"],
-                     overlap, tokens / (time.perf_counter() - begin))
+            overlap = " ".join(f"{x:.3f}" for x in np.asarray(metrics.get("overlap", ())))
+            log.info("%s  step %d/%d  loss %.4f  %s%.0f tok/s", kind, index + 1, steps, metrics["loss"],
+                     overlap and f"overlap {overlap}  ", tokens / (time.perf_counter() - begin))
         if last or step % config.training.checkpoint_every == 0:
             checkpoints.save(step, args=ocp.args.StandardSave(saved), force=True)
     return saved
@@ -143,7 +149,7 @@ def step_of(module: Any, config: Any, optimizer: optax.GradientTransformation, k
 def order(rows: list[Row], size: int, seed: int) -> Iterator[list[int]]:
     """Endless batches of row numbers, every row once an epoch, rows of like length together."""
     length = [int(row["start"] + row["mask"].sum()) for row in rows]
-    for epoch in range(10**9):
+    for epoch in itertools.count():
         rng = np.random.default_rng([seed, epoch])
         shuffled, batches = rng.permutation(len(rows)), []
         for at in range(0, len(rows), size * WINDOW):

@@ -9,8 +9,9 @@ import dataclasses
 
 import jax
 
-from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
 from jspec.drafts.parts.lookup import look_up
+from jspec.drafts.parts.weightless import features, observe, prepare, specs  # noqa: F401, the module's own
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy
 
@@ -36,18 +37,6 @@ def init(policy: Policy, key: jax.Array | None = None, *, max_ngram: int = 3) ->
     return Draft(weights={}, state={}, config=NgramConfig(policy.config, max_ngram))
 
 
-def features(config: NgramConfig) -> tuple[int, ...]:
-    return ()
-
-
-def specs(config: NgramConfig) -> dict:
-    return {}
-
-
-def prepare(policy: Policy, draft: Draft) -> Draft:
-    return draft
-
-
 def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
     return {}
 
@@ -57,7 +46,3 @@ def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sam
     period. Deterministic: judged as q = 1. A row without a match drafts its last token again."""
     _, tokens = look_up(committed.tokens, committed.lengths, draft.config.max_ngram, sampler.k)
     return Proposal(tokens), state
-
-
-def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:
-    return state

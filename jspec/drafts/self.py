@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
+from jspec.drafts.parts.weightless import features, observe, specs  # noqa: F401, the module's own
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, verify
 from jspec.model.quantized import BITS, quantize
@@ -58,14 +59,6 @@ def init(policy: Policy, key: jax.Array | None = None, *, bits: int = 8,
                  config=SelfConfig(policy.config, bits, 0 if ids is None else len(ids)))
 
 
-def features(config: SelfConfig) -> tuple[int, ...]:
-    return ()
-
-
-def specs(config: SelfConfig) -> dict:
-    return {}
-
-
 def prepare(policy: Policy, draft: Draft) -> Draft:
     """Quantise the policy's layers, and the rows of its output head that are drafted from."""
     bits = draft.config.bits
@@ -99,7 +92,3 @@ def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sam
         tokens.append(token)
         log_qs.append(log_q)
     return Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab, cache), state
-
-
-def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:
-    return state

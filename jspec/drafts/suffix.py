@@ -26,8 +26,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jspec.drafts.base import Committed, Draft, Observation, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
 from jspec.drafts.parts.lookup import NOTHING, last_tokens, look_up, look_up_elsewhere, vote
+from jspec.drafts.parts.weightless import features, observe, prepare, specs  # noqa: F401, the module's own
 from jspec.errors import InputError
 from jspec.model import ModelConfig, ParamSpec, Policy, place_on_mesh
 from jspec.sharding import constrain
@@ -99,18 +100,6 @@ def _empty(config: SuffixConfig) -> dict:
     return place_on_mesh(make, shapes, config.policy)()
 
 
-def features(config: SuffixConfig) -> tuple[int, ...]:
-    return ()
-
-
-def specs(config: SuffixConfig) -> dict:
-    return {}
-
-
-def prepare(policy: Policy, draft: Draft) -> Draft:
-    return draft
-
-
 def fingerprint(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """uint32 [P, 2], a prompt's identity whatever it is padded to: polynomials of its tokens modulo 2^32, in two bases.
 
@@ -166,10 +155,6 @@ def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sam
         pools.append(look_up_elsewhere(state["history"], suffix, config.max_match, k))
     matched, going_on = (jnp.concatenate(x, axis=1) for x in zip(*pools, strict=True))
     return Proposal(vote(matched, going_on, suffix[:, 0])), state
-
-
-def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:
-    return state
 
 
 def remember(draft: Draft, batch, rollout) -> Draft:

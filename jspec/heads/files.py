@@ -17,6 +17,7 @@ import jspec.drafts
 from jspec.drafts import Draft
 from jspec.drafts.base import config_from_fields
 from jspec.errors import InputError
+from jspec.hub.safetensors_io import read_json
 from jspec.model import Policy, place_on_mesh
 from jspec.model.params import is_spec
 
@@ -26,7 +27,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 def is_head(directory: Path) -> bool:
     """Whether a directory holds a draft as `write` leaves it."""
-    return (directory / CONFIG).is_file() and "drafter" in _json(directory)
+    return (directory / CONFIG).is_file() and "drafter" in read_json(directory / CONFIG)
 
 
 def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
@@ -69,7 +70,7 @@ def read(directory: Path, policy: Policy) -> Draft:
 
 def read_config(directory: Path) -> Any:
     """The static config of a draft. Raises InputError if it is not one, or of no drafter that is known."""
-    found = _json(directory)
+    found = read_json(directory / CONFIG)
     try:
         name, options, fields = found["drafter"], found["options"], dict(found["policy"])
         if name not in jspec.drafts.NAMES:
@@ -77,14 +78,6 @@ def read_config(directory: Path) -> Any:
         return config_from_fields(name, {**options, "policy": fields})
     except (KeyError, TypeError) as error:
         raise InputError(f"{directory / CONFIG} is not the config of a draft: {error}") from None
-
-
-def _json(directory: Path) -> dict:
-    try:
-        found = json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory / CONFIG} cannot be read ({error})") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:

@@ -96,8 +96,8 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
             lambda x: jnp.pad(x, ((0, 0), (0, size - length), (0, 0))), kept)
         state = None
         if draft is not None:
-            computed = Prefill(trunk, batch.tokens, batch.lengths, jax.random.key_data(batch.key))
-            state = draft.module.start(policy, draft, computed, size)
+            prompts_seen = Prefill(trunk, batch.tokens, batch.lengths, jax.random.key_data(batch.key))
+            state = draft.module.start(policy, draft, prompts_seen, size)
 
         def share(x):
             names = ("batch", "kv_heads") if x.ndim == 4 else ("batch",)

@@ -34,8 +34,9 @@ def model(tmp_path_factory):
 def overrides(model, out, *more):
     return [f"output_dir={out}", f"samples.sources=[{model.parent}/sums.jsonl]", "samples.count=64", "samples.batch=16",
             "sampling.max_new_tokens=12", "training.state_steps=20", "training.steps=40", "training.vocab_size=9",
-            "training.checkpoint_every=15", "draft.options.depths=2", "draft.learning_rate=3e-3", "report.count=8",
-            "report.k=2", "report.temperatures=[1.0]", "report.rules=[rejection]", *more]
+            "training.checkpoint_every=15", "draft.options.depths=2", "draft.learning_rate=3e-3",
+            "draft.optimizer=muon", "report.count=8", "report.k=2", "report.temperatures=[1.0]",
+            "report.rules=[rejection]", *more]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_it_leaves_a_draft_that_is_accepted(model, trained):
     lengths = [float(jspec.rollout(policy, d, batch, sampling=sampling).acceptance_length) for d in (fresh, draft)]
     assert lengths[1] > lengths[0] + 0.15
     (record,) = json.loads((trained / "report.json").read_text())
-    assert record["k"] == 2 and record["prompts"] == 8 and len(record["acceptance_by_position"]) == 2
+    assert record["k"] == 2 and record["prompts"] == 5 and len(record["acceptance_by_position"]) == 2
     assert (trained / "report.png").stat().st_size > 5000
 
 
@@ -89,6 +90,8 @@ def test_resumed_equals_uninterrupted(model, trained, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
+    (["draft.name=none"], "'draft.name' must be one of"),
+    (["draft.every_n_steps=2"], "unknown key 'draft.every_n_steps'"),
     (["draft.name=ngram"], "draft.name=ngram: this drafter has no weights to train"),
     (["samples.sources=[none.jsonl]"], "cannot read the prompts none.jsonl"),
     (["samples.sources=[self]"], "'self' needs a tokenizer with a chat template"),
@@ -109,9 +112,30 @@ def test_another_configuration_is_refused(capsys, model, trained):
 
 
 def test_sources_take_turns():
-    assert in_turn([[1, 2, 3], [7]], 5) == [1, 7, 2, 7, 3]
-    twice = [1, 2, 3]
-    assert in_turn([twice, [7], twice], 6) == [1, 7, 2, 3, 7, 1]
+    items = {"a": [1, 2, 3], "b": [7]}
+    assert in_turn(("a", "b"), items, 5) == [1, 7, 2, 7, 3]
+    assert in_turn(("a", "b", "a"), items, 6) == [1, 7, 2, 3, 7, 1]  # a source named twice has two turns
+
+
+def test_a_trained_draft_is_where_further_training_starts(model, trained, tmp_path):
+    out, path = tmp_path / "further", f"draft.path={trained / 'head'}"
+    few = ["training.state_steps=0", "training.steps=1", "draft.learning_rate=0", "samples.count=16"]
+    assert main(["draft", "train", str(model), *overrides(model, out, *few, path)]) == 0
+    policy = jspec.load(str(model), dtype="float32")
+    before, after = (jspec.load_draft(policy, directory / "head") for directory in (trained, out))
+    jax.tree.map(np.testing.assert_array_equal, (before.weights, before.state), (after.weights, after.state))
+
+
+def test_least_squares_bring_the_states_nearer(model, trained):
+    policy = jspec.load(str(model), dtype="float32")
+    rows = samples.read(trained / "samples")
+    batch = stages.pack(rows[:16], 1.0)
+    batch = batch.replace(trunk=jax.tree.map(lambda x: x.astype(np.float32), batch.trunk))
+    fresh = jspec.drafts.mtp(policy, jax.random.key(0), depths=1)
+    fitted = fresh.module.least_squares(policy, fresh, [batch])
+    losses = [float(jax.jit(fresh.module.loss, static_argnums=3)(policy, draft, batch, "states")[0])
+              for draft in (fresh, fitted)]
+    assert losses[1] < 0.8 * losses[0]
 
 
 def test_every_row_once_an_epoch_and_the_same_order_again():

@@ -9,6 +9,7 @@ import pytest
 
 import jspec
 from jspec.model import logits, train_forward
+from jspec.rl.update import join
 from tests.speculate import tiny
 from tests.speculate.ties import generated
 
@@ -197,3 +198,19 @@ def test_bfloat16(policy):
     assert out.logprobs.dtype == jnp.float32
     want, _ = true_logprobs(policy, batch, out, np.ones(16))
     assert 1e-5 < np.abs(want - np.asarray(out.logprobs)).max() < 0.2
+
+
+@pytest.mark.parametrize("name", ["none", "mtp", "eagle3"])
+def test_the_states_it_returns_are_the_training_forwards(name):
+    """Beside a drafter that asks for features of its own, and up to the token before the last: nothing came after."""
+    policy = tiny.policy(11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.25, stop_tokens=(3,))
+    draft = None if name == "none" else tiny.shaken(getattr(jspec.drafts, name)(policy, jax.random.key(1)), scale=0.1)
+    batch = make_batch()
+    out = jspec.rollout(policy, draft, batch, sampling=PLAIN, speculation=jspec.Speculation(k=2, states=(0, 2)))
+    want = jax.jit(train_forward, static_argnames="features")(policy, join(batch.tokens, batch.lengths, out.tokens),
+                                                              features=(0, 2))
+    assert jspec.rollout(policy, draft, batch, sampling=PLAIN).trunk is None
+    for got, expected in zip(jax.tree.leaves(out.trunk), jax.tree.leaves(want), strict=True):
+        for row, n in enumerate(np.repeat(batch.lengths, 4) + out.lengths - 1):
+            np.testing.assert_allclose(got[row, :n], expected[row, :n], atol=2e-5)
+            assert not np.any(got[row, n:])

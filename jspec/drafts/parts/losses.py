@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jspec.drafts.base import DraftBatch
-from jspec.drafts.parts.vocabulary import embedding_of_output, output_table, table_logits
+from jspec.drafts.parts.vocabulary import head_rows, output_table, table_logits
 from jspec.model import Policy, logits
 from jspec.model.chunks import sum_over_chunks
 
@@ -62,9 +62,11 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
     def log_target(hidden, tokens, logprobs):
         if vocab is None:
             return jax.nn.log_softmax(logits(policy, hidden) / temperature)
-        own = jnp.einsum("btd,btd->bt", hidden, embedding_of_output(policy, tokens),
+        own = jnp.einsum("btd,btd->bt", hidden, head_rows(policy, tokens), precision=jax.lax.Precision.HIGHEST,
                          preferred_element_type=jnp.float32)[..., None] / temperature
-        return table_logits(policy, table, hidden, whole=False) / temperature - (own - logprobs[..., None])
+        # at most 0 but for rounding, and but for positions that are not trained, whose gradients must stay finite
+        scores = table_logits(policy, table, hidden, whole=False) / temperature
+        return jnp.minimum(scores - own + logprobs[..., None], 0.0)
 
     def one(chunk):
         hidden, tokens, logprobs, mask, *states = chunk
@@ -87,12 +89,11 @@ def state_loss(policy: Policy, batch: DraftBatch, states: Sequence[jax.Array]):
     """Mean squared distance of the draft's states from the policy's at the same positions, both at unit size.
 
     It costs no output head, and leads most of the way (https://arxiv.org/abs/2401.15077). states: for every depth
-    [B, S, D], scaled as the policy's final norm scales. Returns as `loss_over_depths` does; "overlap" is not known of
-    states, and is zero.
+    [B, S, D], scaled as the policy's final norm scales. Returns as `loss_over_depths` does, without metrics.
     """
     scale = policy.weights["final_norm"].astype(jnp.float32)
     target = unit(batch.predicting(batch.trunk.hidden).astype(jnp.float32) / scale)
     losses = [jnp.sum(jnp.mean(jnp.square(batch.predicting(x).astype(jnp.float32) / scale - target), -1),
                       where=batch.mask) for x in states]
     count = batch.mask.sum().astype(jnp.float32)
-    return jnp.stack(losses).mean(), count, {"overlap": jnp.zeros(len(losses))}
+    return jnp.stack(losses).mean(), count, {}

@@ -44,7 +44,7 @@ def output_table(policy: Policy, vocab: jax.Array | None) -> jax.Array:
     return table.astype(policy.dtype)
 
 
-def embedding_of_output(policy: Policy, tokens: jax.Array) -> jax.Array:
+def head_rows(policy: Policy, tokens: jax.Array) -> jax.Array:
     """The rows of the policy's output head of `tokens` int32 [B, T], [B, T, D], in the compute dtype."""
     return constrain(_head(policy)[tokens], policy.layout, "batch", None, None).astype(policy.dtype)
 

@@ -72,6 +72,9 @@ class DraftSection(DraftLearningSection):
     name: str = setting("mtp", "the drafter; none: plain autoregressive rollouts", choices=(*DRAFTERS, "none"))
     train: bool = setting(True, "train the draft in the update step (where it has weights)")
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
+    features: str = setting("update", "whose states of the policy the draft learns from. update: the update's own "
+                            "forward; rollout: the verifier's, kept by the rollout, so that the draft learns while "
+                            "rewards are computed", choices=("update", "rollout"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +201,8 @@ class SamplesSection:
                                        "be; one that is named twice has two turns")
     count: int = setting(4096, "answers in all", low=1)
     batch: int = setting(32, "answers decoded together; also the rows of one file of samples", low=1)
+    temperatures: tuple[float, ...] = setting((), "of one file of samples after the other, in turn; none named: all at "
+                                              "sampling.temperature")
     max_prompt_tokens: int = setting(256, "longer prompts are left out", low=1)
     system_prompt: str | None = setting(None, "first message of the chat; null: what the chat template does by itself")
     chat_template: bool = setting(True, "wrap prompts in the tokenizer's chat template")

@@ -20,7 +20,7 @@ from rich.table import Table
 TIMINGS = ("seconds/", "tokens_per_second")
 """Prefixes of the fields that differ between two runs of the same thing; all others are equal."""
 
-PHASES = ("data", "reshard", "rollout", "reward", "update", "checkpoint")
+PHASES = ("data", "reshard", "rollout", "reward", "draft", "update", "checkpoint")
 WINDOW = 20  # steps in the running mean that acceptance is compared with
 EXPECTED = 20  # accepted tokens that the mean promises for a step: with fewer, half of them is within chance
 TABLE_ROWS = 12

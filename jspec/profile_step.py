@@ -30,14 +30,14 @@ from jspec.profiling import PARTS, PHASES, Phase, memory_of, module_name, phases
 from jspec.rl.advantages import group_advantages
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, init_state, make_batch, update
+from jspec.rl.update import UpdateSettings, init_state, learned_from, make_batch, update, update_draft
 from jspec.sharding import make_mesh
 from jspec.train import Run, make_prompt_batch, place
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The three compiled programs of a step, and what they start from."""
+    """The compiled programs of a step, and what they start from. `draft` is one of them with draft.features=rollout."""
 
     programs: Mapping[str, Any]
     state: TrainState
@@ -46,15 +46,20 @@ class Step:
     rewards: jax.Array
 
     def run(self, clock: Clock) -> tuple["Step", Any]:
-        """Runs reshard, rollout and update, each a phase of the clock. Returns (the step after it, its rollout)."""
+        """Runs the programs, each a phase of the clock. Returns (the step after it, its rollout)."""
         with clock("reshard"):
             policy = jax.block_until_ready(self.programs["reshard"](self.state.policy))
         with clock("rollout"):
             out = jax.block_until_ready(self.programs["rollout"](policy, self.state.draft, self.prompts))
         del policy  # as in training: the rollout's weights are gone before the update needs memory
+        state = self.state
+        if "draft" in self.programs:
+            with clock("draft"):
+                state, _ = jax.block_until_ready(self.programs["draft"](state, self.prompts, out))
+            out = out.replace(trunk=None)
         with clock("update"):
             state, _ = jax.block_until_ready(
-                self.programs["update"](self.state, self.reference, self.prompts, out, self.rewards))
+                self.programs["update"](state, self.reference, self.prompts, out, self.rewards))
         return dataclasses.replace(self, state=state), out
 
 
@@ -74,7 +79,8 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     rewards = place(mesh, np.resize(np.float32([1, 0]), prompts.sequence_ids.shape), "batch")
     state = init_state(policy, draft, settings, config.seed)
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
-    speculation = make_speculation(config)
+    states = learned_from(draft, settings)
+    speculation = make_speculation(config).replace(states=states)
 
     def learn(state, reference, prompts, out, rewards):
         advantages = group_advantages(rewards, config.data.group_size, config.grpo.advantage)
@@ -86,9 +92,15 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     rollout = rollout.lower(resharded, draft, prompts).compile()
     out = rollout(resharded, draft, prompts)
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    programs = {"reshard": reshard, "rollout": rollout}
+    if states is not None:
+        learn_draft = jax.jit(lambda state, prompts, out: update_draft(state, make_batch(prompts, out, None), settings),
+                              donate_argnums=0, out_shardings=(shardings, None))
+        programs["draft"] = learn_draft.lower(state, prompts, out).compile()
+        out = out.replace(trunk=None)
     learn = jax.jit(learn, donate_argnums=0, out_shardings=(shardings, None))
-    learn = learn.lower(state, reference, prompts, out, rewards).compile()
-    return Step({"reshard": reshard, "rollout": rollout, "update": learn}, state, reference, prompts, rewards)
+    programs["update"] = learn.lower(state, reference, prompts, out, rewards).compile()
+    return Step(programs, state, reference, prompts, rewards)
 
 
 def profile(config: Config, directory: Path) -> int:

@@ -44,7 +44,7 @@ from jspec.rl.advantages import group_advantages
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import FAILURES, RewardInput, RewardPool
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, init_state, make_batch, trains_draft, update
+from jspec.rl.update import UpdateSettings, init_state, learned_from, make_batch, trains_draft, update, update_draft
 from jspec.sharding import make_mesh, partition
 from jspec.speculate import PromptBatch, Rollout, rollout
 from jspec.speculate.types import BUCKETS
@@ -102,9 +102,10 @@ class Run:
 def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> int:
     """The steps from `done` on. Returns the exit code, with every checkpoint on disk."""
     config, sampling = run.config, make_sampling(run.config)
-    speculation = make_speculation(config)
+    speculation = make_speculation(config).replace(states=learned_from(state.draft, UpdateSettings.of(config)))
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
-    learn, remember = make_learn(config, state), make_remember(state.draft)
+    learn, learn_draft = make_learn(config, state), make_learn_draft(config, state)
+    remember = make_remember(state.draft)
     code, saving = 0, 0.0
     for step in range(done, config.steps):
         clock = Clock()
@@ -116,13 +117,18 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> in
                 weights = jax.block_until_ready(reshard(state.policy, layout=layout))
             with clock("rollout"):
                 out = rollout(weights, state.draft, batch, sampling=sampling, speculation=speculation)
-                on_host = fetch(out)
+                on_host = fetch(out.replace(trunk=None))
             del weights  # the rollout's copy of the policy is gone before the update needs the memory
+            state, of_draft = learn_draft(state, batch, out)  # only begun here: the host goes on to the rewards
             with clock("reward"):
                 rewards, failures = grade(run, prompts, on_host)
+            with clock("draft"):
+                jax.block_until_ready(of_draft)
+            out = out.replace(trunk=None)
             with clock("update"):
                 state = state.replace(draft=remember(state.draft, batch, out))
                 state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))
+                learned |= jax.tree.map(lambda x: x.tolist(), jax.device_get(of_draft))
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
         run.metrics.write({"step": step + 1, **describe(on_host, rewards, clock), **failures, **learned,
                            **clock.record()})
@@ -241,6 +247,23 @@ def make_learn(config: Config, state: TrainState) -> Callable:
         return state, record | {name: int(value) for name, value in records[-1].items() if "skipped" in name}
 
     return learn
+
+
+def make_learn_draft(config: Config, state: TrainState) -> Callable:
+    """`learn_draft(state, prompts, rollout) -> (state, metrics on the device)`: with draft.features=rollout one jitted,
+    donated update of the draft where it is due; otherwise nothing."""
+    settings = UpdateSettings.of(config)
+    if learned_from(state.draft, settings) is None:
+        return lambda state, prompts, out: (state, {})
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compiled = jax.jit(lambda state, prompts, out: update_draft(state, make_batch(prompts, out, None), settings),
+                       donate_argnums=0, out_shardings=(shardings, None))
+
+    def learn_draft(state, prompts, out):
+        due = int(state.updates) // settings.updates_per_rollout % settings.draft_every == 0
+        return compiled(state, prompts, out) if due else (state, {})
+
+    return learn_draft
 
 
 def make_remember(draft: Draft | None) -> Callable:

@@ -17,7 +17,7 @@ from jspec import prepare, train
 from jspec.checkpoint import load_draft
 from jspec.config import Config, load_config
 from jspec.errors import InputError
-from jspec.metrics import Metrics, read_records, untimed
+from jspec.metrics import PHASES, Metrics, read_records, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
 # smaller than tiny.yaml, for tests that ask for sameness and not for learning; eight devices divide its vocabulary
@@ -69,13 +69,24 @@ def test_a_run_says_everything_that_is_asked_of_it(whole):
     wanted = {"reward", "length", "finished", "tokens_per_second", "acceptance_length", "acceptance",
               "acceptance_by_position", "logprob_gap", "logprob_gap_mean", "entropy", "clip_fraction", "grad_norm",
               "draft/grad_norm", "draft/loss", "reward_failures", "skipped", "draft_skipped",
-              *(f"seconds/{phase}" for phase in ("data", "reshard", "rollout", "reward", "update", "checkpoint"))}
+              *(f"seconds/{phase}" for phase in PHASES)}
     for record in every:
         assert wanted <= record.keys()
         assert record["logprob_gap"] < 1e-4 and record["reward_failures"] == record["skipped"] == 0
         assert len(record["acceptance_by_position"]) == 3
     assert (whole / "config.yaml").exists() and list((whole / "tensorboard").iterdir())
     assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [8, 10]
+
+
+def test_the_draft_learns_while_rewards_are_computed(whole, tmp_path):
+    """The policy's side does not notice, and the draft comes out as from the update's own states, where it is due."""
+    assert train.train(tiny(tmp_path, "steps=4", "draft.features=rollout", "draft.every_n_steps=2")) == 0
+    every, plain = read_records(tmp_path / "metrics.jsonl"), records(whole)
+    assert [("draft/loss" in record) for record in every] == [True, False, True, False]
+    assert all("seconds/draft" in record for record in every)
+    assert every[0]["draft/loss"] == pytest.approx(plain[0]["draft/loss"], rel=1e-3)
+    for name in ("reward", "loss", "grad_norm", "acceptance_length"):
+        assert every[0][name] == plain[0][name]
 
 
 def test_a_finished_run_started_again_does_nothing(whole, capsys):

@@ -51,6 +51,7 @@ def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]]
     """One answer to every prompt, in files of `samples.batch` rows; those that are there already stay."""
     directory.mkdir(exist_ok=True)
     weights, sampling = jspec.reshard(policy), make_sampling(config)
+    temperatures = config.samples.temperatures or (config.sampling.temperature,)
     speculation = jspec.Speculation(states=trunk_features(config, policy))
     key = jax.random.key(config.seed)
     jobs = list(files_of(prompts, min(config.samples.batch, len(prompts))))
@@ -61,13 +62,15 @@ def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]]
         begin = time.perf_counter()
         batch = jspec.PromptBatch.from_tokens(group, group_size=1, seed=jax.random.fold_in(key, index),
                                               buckets=(bucket,))
-        out = jax.device_get(jspec.rollout(weights, None, batch, sampling=sampling, speculation=speculation))
-        write(path, group, out)
+        temperature = temperatures[index % len(temperatures)]
+        out = jax.device_get(jspec.rollout(weights, None, batch, speculation=speculation,
+                                           sampling=sampling.replace(temperature=temperature)))
+        write(path, group, out, temperature)
         log.info("samples %d/%d  %d tokens  %.0f tok/s", index + 1, len(jobs), out.lengths.sum(),
                  out.lengths.sum() / (time.perf_counter() - begin))
 
 
-def write(path: Path, prompts: list[list[int]], out: Any) -> None:
+def write(path: Path, prompts: list[list[int]], out: Any, temperature: float) -> None:
     """One file of rows, whole or not there at all. States are kept in bfloat16."""
     lengths = np.array([len(tokens) for tokens in prompts], np.int32)
     size, answer = int((lengths + out.lengths).max()), int(out.lengths.max())
@@ -80,7 +83,7 @@ def write(path: Path, prompts: list[list[int]], out: Any) -> None:
     work = path.with_suffix(".tmp")
     with work.open("wb") as file:
         np.savez(file, tokens=tokens, start=lengths, mask=out.mask[:, :answer], logprobs=out.logprobs[:, :answer],
-                 **states)
+                 temperature=np.full(len(prompts), temperature, np.float32), **states)
     work.replace(path)
 
 

@@ -79,7 +79,7 @@ def solved(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list
     if config.draft.path is not None or not hasattr(draft.module, "least_squares"):
         return draft
     some = rows[:LEAST_SQUARES_ROWS]
-    batches = (pack(some[i:i + config.training.rows], 1.0) for i in range(0, len(some), config.training.rows))
+    batches = (pack(some[i:i + config.training.rows]) for i in range(0, len(some), config.training.rows))
     return draft.module.least_squares(policy, draft, batches)
 
 
@@ -117,7 +117,7 @@ def run_stage(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: l
             break
         if before + index < done:
             continue
-        batch = pack([rows[i] for i in chosen], config.sampling.temperature)
+        batch = pack([rows[i] for i in chosen])
         saved, metrics = learn(saved, policy, draft.state, batch)
         tokens += int(batch.mask.sum())
         step = before + index + 1
@@ -160,7 +160,7 @@ def order(rows: list[Row], size: int, seed: int) -> Iterator[list[int]]:
         yield from batches
 
 
-def pack(rows: list[Row], temperature: float) -> DraftBatch:
+def pack(rows: list[Row]) -> DraftBatch:
     """Rows as one batch, cut and padded to a length that is a multiple of UNIT."""
     answers = [int(row["mask"].sum()) for row in rows]
     size = max(int(row["start"]) + n for row, n in zip(rows, answers, strict=True))
@@ -173,4 +173,4 @@ def pack(rows: list[Row], temperature: float) -> DraftBatch:
     states = [stack(name, size).view(ml_dtypes.bfloat16) for name in sorted(rows[0]) if name.startswith("state")]
     return DraftBatch(Trunk(states[0], tuple(states[1:])), stack("tokens", size),
                       np.array([row["start"] for row in rows], np.int32), stack("mask", answer),
-                      stack("logprobs", answer), np.float32(temperature))
+                      stack("logprobs", answer), np.array([row["temperature"] for row in rows], np.float32))

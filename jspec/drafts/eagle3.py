@@ -221,13 +221,13 @@ def observe(policy: Policy, draft: Draft, state: recursion.State, observation: O
                              _fused(config, w, observation.trunk), observation)
 
 
-def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array) -> list[jax.Array]:
-    """The states [B, S, D] of every depth, of a trunk with this draft's features over tokens int32 [B, S]. Those at
-    position p predict token p + 1; at position 0 they are zeros, as `start` has them."""
+def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, depths: int) -> list[jax.Array]:
+    """The states [B, S, D] of each of the depths, of a trunk with this draft's features over tokens int32 [B, S]. Those
+    at position p predict token p + 1; at position 0 they are zeros, as `start` has them."""
     config = draft.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     states = recursion.unroll(_inside(policy, config), [_run(policy, config, weights)], _fused(config, weights, trunk),
-                              recursion.next_tokens(tokens), config.depths)
+                              recursion.next_tokens(tokens), depths)
     return [shift(x) for x in states]
 
 
@@ -235,10 +235,10 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
     """`parts.losses.loss_over_depths` of this drafter, its depths unrolled as at inference.
 
     policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
-    float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss`.
+    float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss` of the first depth.
     """
     config, w = draft.config, draft.weights
-    states = unroll(policy, draft, batch.trunk, batch.tokens)
+    states = unroll(policy, draft, batch.trunk, batch.tokens, 1 if kind == "states" else config.depths)
     if kind == "states":
         return state_loss(policy, batch, [_normed(config, w, x) for x in states])
     return loss_over_depths(policy, batch, [batch.predicting(x) for x in states], partial(logits, policy, config, w),

@@ -174,11 +174,13 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
     """`parts.losses.loss_over_depths` of this head, its depths unrolled as at inference.
 
     policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
-    float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss`.
+    float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss` of every block's first
+    depth (what comes near the policy's states serves the depths after it too, and they would cost as much again).
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     runs = _runs(policy, draft.config, weights["blocks"])
-    states = recursion.unroll(policy, runs, *_inputs(draft.config, batch.trunk, batch.tokens), draft.config.depths)
+    depths = draft.config.blocks if kind == "states" else draft.config.depths
+    states = recursion.unroll(policy, runs, *_inputs(draft.config, batch.trunk, batch.tokens), depths)
     states = [shift(x) for x in states] if draft.config.first else states
     if kind == "states":
         return state_loss(policy, batch, states)

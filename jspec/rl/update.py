@@ -4,6 +4,9 @@ One jitted, donated step. As in the rollout, a prompt is computed once for all t
 micro-batch holds. The draft's gradient is taken of the draft's weights only, from hidden states behind `stop_gradient`,
 so that nothing of it reaches the policy; a barrier on those states keeps XLA from compiling the policy's part
 differently because somebody else reads them.
+
+With `draft_features="rollout"` the draft learns in a step of its own (`update_draft`), from the states that the
+verifier computed, before the policy's update or while rewards are computed.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class UpdateSettings:
     warmup_steps: int = 0
     train_draft: bool = True
     draft_every: int = 1
+    draft_features: str = "update"
     draft_loss: str = "kl"
     draft_optimizer: str = "adamw"
     draft_learning_rate: float = 1e-3
@@ -59,7 +63,7 @@ class UpdateSettings:
         same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "learning_rate", "clip",
                 "weight_decay", "warmup_steps")
         return cls(temperature=config.sampling.temperature, remat=config.model.remat, train_draft=draft.train,
-                   draft_every=draft.every_n_steps, draft_loss=draft.loss,
+                   draft_every=draft.every_n_steps, draft_features=draft.features, draft_loss=draft.loss,
                    draft_optimizer=draft.optimizer,
                    draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
                    **{name: getattr(grpo, name) for name in same})
@@ -74,7 +78,8 @@ class TrainBatch:
       tokens: int32 [N, T], the responses.
       logprobs: float32 [N, T], of the responses' tokens, from the verifier.
       mask: bool [N, T], the responses' tokens that are trained.
-      advantages: float32 [N].
+      advantages: float32 [N]. None where nothing but the draft learns.
+      trunk: the verifier's states (`Rollout.trunk`), or None.
     """
 
     prompts: jax.Array
@@ -82,7 +87,8 @@ class TrainBatch:
     tokens: jax.Array
     logprobs: jax.Array
     mask: jax.Array
-    advantages: jax.Array
+    advantages: jax.Array | None
+    trunk: Trunk | None = None
 
     @property
     def group_size(self) -> int:
@@ -90,9 +96,10 @@ class TrainBatch:
         return self.tokens.shape[0] // self.prompts.shape[0]
 
 
-def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array) -> TrainBatch:
+def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array | None) -> TrainBatch:
     """What a rollout gives the update to learn from. Jittable."""
-    return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs, rollout.loss_mask, advantages)
+    return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs, rollout.loss_mask, advantages,
+                      rollout.trunk)
 
 
 def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Array:
@@ -130,6 +137,13 @@ def draft_optimizer(name: str, rate: optax.ScalarOrSchedule, clip: float) -> opt
 def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:
     """Whether there is a draft with a loss, and it is to be trained."""
     return draft is not None and settings.train_draft and draft.module.loss is not None
+
+
+def learned_from(draft: Draft | None, settings: UpdateSettings) -> tuple[int, ...] | None:
+    """The features that a rollout keeps (`Speculation.states`) for `update_draft`; None: nothing learns from it."""
+    if not trains_draft(draft, settings) or settings.draft_features == "update":
+        return None
+    return draft.module.features(draft.config)
 
 
 def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, seed: int) -> TrainState:
@@ -191,17 +205,21 @@ def response_logprobs(policy: Policy, batch: TrainBatch, settings: UpdateSetting
     return trunks, *token_logprobs(policy, hidden, batch.tokens, settings.temperature)
 
 
-def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk], logprobs: jax.Array,
+def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk] | None, logprobs: jax.Array,
                batch: TrainBatch, settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The drafter's own loss, a sum over trained tokens, with the policy and all that it computed detached.
 
+    trunks: of prompts and responses; None: the states are those of the batch, whose rows have no gap already.
     Returns (loss, metrics), all of them sums over trained tokens.
     """
     # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or
     # fuse anything of the two.
     policy, trunks, logprobs = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, trunks, logprobs)))
-    trunk, tokens = jax.tree.map(lambda prompt, response: join(prompt, batch.prompt_lengths, response),
-                                 (trunks[0], batch.prompts), (trunks[1], batch.tokens))
+    tokens = join(batch.prompts, batch.prompt_lengths, batch.tokens)
+    if trunks is None:
+        trunk = jax.tree.map(lambda x: constrain(x[:, :tokens.shape[1]], "train", "batch", None, None), batch.trunk)
+    else:
+        trunk = jax.tree.map(lambda prompt, response: join(prompt, batch.prompt_lengths, response), *trunks)
     start = jnp.repeat(batch.prompt_lengths, batch.group_size)
     rows = DraftBatch(trunk, tokens, start, batch.mask, logprobs, jnp.asarray(settings.temperature))
     loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), rows, settings.draft_loss)
@@ -215,7 +233,7 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     of the token mean over all rows; the draft's too.
     """
     count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
-    with_draft = trains_draft(state.draft, settings)
+    with_draft = trains_draft(state.draft, settings) and learned_from(state.draft, settings) is None
     features = state.draft.module.features(state.draft.config) if with_draft else ()
 
     def one(rows: TrainBatch):
@@ -223,16 +241,18 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
             of_policy = jax.value_and_grad(policy_loss, has_aux=True)
             (_, (metrics, *computed)), grads = of_policy(state.policy.weights, state.policy, reference, rows, count,
                                                       settings, features)
+        gap = metrics.pop("logprob_gap")
         if not with_draft:
-            return grads, metrics, None, None
+            return (grads, metrics, None, None), gap
         with jax.named_scope("draft_loss"):
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
             (_, draft_metrics), draft_grads = every(
                 settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, *computed,
                                                           rows, settings))
-        return grads, metrics, draft_grads, draft_metrics
+        return (grads, metrics, draft_grads, draft_metrics), gap
 
-    grads, metrics, draft_grads, draft_metrics = accumulate(one, batch, settings.micro_batch)
+    (grads, metrics, draft_grads, draft_metrics), gap = accumulate(one, batch, settings.micro_batch)
+    metrics = {**metrics, "logprob_gap": gap}
     if not with_draft:
         return (grads, metrics), None
     return (grads, metrics), jax.tree.map(lambda x: x / count, (draft_grads, draft_metrics))
@@ -251,16 +271,29 @@ def draft_due(settings: UpdateSettings, updates: jax.Array) -> jax.Array:
     return updates // settings.updates_per_rollout % settings.draft_every == 0
 
 
-def accumulate(one: Callable[[TrainBatch], Any], batch: TrainBatch, micro_batch: int) -> Any:
-    """`one` over chunks of `micro_batch` rows: gradients (float32) and metrics add up, `logprob_gap` is a maximum."""
+def draft_gradients(state: TrainState, batch: TrainBatch, settings: UpdateSettings):
+    """Gradients and metrics of the draft alone, from the batch's own states: means over trained tokens."""
+    count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
+
+    def one(rows: TrainBatch):
+        with jax.named_scope("draft_loss"):
+            of_draft = jax.value_and_grad(draft_loss, has_aux=True)
+            (_, metrics), grads = of_draft(state.draft.weights, state.draft, state.policy, None, rows.logprobs, rows,
+                                           settings)
+        return (grads, metrics), ()
+
+    sums, _ = accumulate(one, batch, settings.micro_batch)
+    return jax.tree.map(lambda x: x / count, sums)
+
+
+def accumulate(one: Callable[[TrainBatch], tuple[Any, Any]], batch: TrainBatch, micro_batch: int) -> tuple[Any, Any]:
+    """`one` gives (sums, maxima) of rows: those of all rows, in chunks of `micro_batch`, gradients in float32."""
     if not micro_batch or micro_batch == batch.tokens.shape[0]:
         return one(batch)
 
     def body(total, rows):
-        grads, metrics, draft_grads, draft_metrics = one(rows)
-        gap = jnp.maximum(total[1]["logprob_gap"], metrics["logprob_gap"])
-        new = jax.tree.map(jnp.add, total, (grads, metrics, draft_grads, draft_metrics))
-        return (new[0], {**new[1], "logprob_gap": gap}, *new[2:]), None
+        sums, maxima = one(rows)
+        return (jax.tree.map(jnp.add, total[0], sums), jax.tree.map(jnp.maximum, total[1], maxima)), None
 
     chunks = micro_batches(batch, micro_batch)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
@@ -321,15 +354,24 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch, setti
     new = state.replace(policy=state.policy.replace(weights=weights), opt_state=opt_state, updates=state.updates + 1,
                         skipped=state.skipped + ~sound, skipped_in_row=jnp.where(sound, 0, state.skipped_in_row + 1))
     if of_draft is not None:
-        new, draft_metrics = update_draft(new, draft_optimizer, *of_draft, draft_due(settings, state.updates))
+        new, draft_metrics = step_draft(new, draft_optimizer, *of_draft, draft_due(settings, state.updates))
         metrics |= draft_metrics
     counts = ("skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
     return new, {**metrics, **{name: getattr(new, name) for name in counts}}
 
 
-def update_draft(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, metrics: dict[str, jax.Array],
-                 due: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The draft's side of `update`; nothing changes where it is not due."""
+def update_draft(state: TrainState, batch: TrainBatch, settings: UpdateSettings):
+    """One update of the draft alone, from the verifier's states in `batch.trunk`. Jittable; the loop donates `state`.
+
+    The states are those of `state.policy`: call it before `update`. Returns (state, metrics `draft/...`).
+    """
+    _, optimizer = optimizers(settings)
+    return step_draft(state, optimizer, *draft_gradients(state, batch, settings), jnp.array(True))
+
+
+def step_draft(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, metrics: dict[str, jax.Array],
+               due: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of the draft's optimizer; nothing changes where it is not due."""
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     with jax.named_scope("draft_optimizer"):

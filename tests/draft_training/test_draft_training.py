@@ -63,7 +63,7 @@ def test_it_leaves_a_draft_that_is_accepted(model, trained):
 def test_samples_hold_the_policys_own_states_and_logprobs(model, trained):
     policy = jspec.load(str(model), dtype="float32")
     rows = samples.read(trained / "samples")
-    batch = stages.pack(rows[:6], 1.0)
+    batch = stages.pack(rows[:6])
     assert batch.tokens.shape[1] % stages.UNIT == 0
     batch = jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float32) if x.dtype.itemsize == 2 else x, batch)
     logprobs, _ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(), batch.temperature)
@@ -129,7 +129,7 @@ def test_a_trained_draft_is_where_further_training_starts(model, trained, tmp_pa
 def test_least_squares_bring_the_states_nearer(model, trained):
     policy = jspec.load(str(model), dtype="float32")
     rows = samples.read(trained / "samples")
-    batch = stages.pack(rows[:16], 1.0)
+    batch = stages.pack(rows[:16])
     batch = batch.replace(trunk=jax.tree.map(lambda x: x.astype(np.float32), batch.trunk))
     fresh = jspec.drafts.mtp(policy, jax.random.key(0), depths=1)
     fitted = fresh.module.least_squares(policy, fresh, [batch])

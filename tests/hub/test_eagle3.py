@@ -43,7 +43,7 @@ def largest_difference(policy, draft, case):
     @jax.jit
     def score(policy, draft):
         trunk = train_forward(policy, tokens, features=draft.module.features(draft.config))
-        states = module.unroll(policy, draft, trunk, tokens)
+        states = module.unroll(policy, draft, trunk, tokens, draft.config.depths)
         return jnp.concatenate([module.logits(policy, draft.config, draft.weights, x) for x in states])
 
     got = np.asarray(score(policy, draft))

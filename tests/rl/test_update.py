@@ -126,6 +126,25 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
     assert optax.tree.norm(of_draft) > 1e-3
 
 
+@pytest.mark.parametrize("drafter, micro_batch", [("mtp", 0), ("eagle3", 4)])
+def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, micro_batch):
+    """The verifier's states are those of the update's forward, so the gradients are too, and the policy stays."""
+    settings = dataclasses.replace(SETTINGS, draft_features="rollout", micro_batch=micro_batch)
+    state = make_state(drafter)
+    prompts = jspec.PromptBatch.from_tokens([[3, 4, 5], [7, 8, 9, 10, 11]], group_size=G, seed=1)
+    out = jspec.rollout(state.policy, state.draft, prompts,
+                        sampling=jspec.Sampling(max_new_tokens=T, temperature=SETTINGS.temperature),
+                        speculation=jspec.Speculation(k=2, states=up.learned_from(state.draft, settings)))
+    batch = up.make_batch(prompts, out, jnp.ones(N))
+    _, wanted = gradients(state, None, batch, SETTINGS)
+    close(jax.jit(up.draft_gradients, static_argnums=2)(state, batch, settings), wanted)
+    _, nothing = gradients(state, None, batch, settings)
+    assert nothing is None and optax.tree.norm(wanted[0]) > 1e-3
+    new, metrics = jax.jit(up.update_draft, static_argnums=2)(state, batch, settings)
+    same_bits((new.policy.weights, new.opt_state, new.updates), (state.policy.weights, state.opt_state, state.updates))
+    assert change(new.draft.weights, state.draft.weights) > 1e-3 and metrics["draft/loss"] > 0
+
+
 def test_the_gradient_is_that_of_the_objective_written_out():
     state, batch = make_state(None), make_batch()
 

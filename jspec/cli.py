@@ -82,7 +82,7 @@ def parser() -> Parser:
     command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts MODEL` compares drafters",
             add_help=False)
 
-    draft = command("draft", None, "train a draft by itself")
+    draft = command("draft", None, "train a draft by itself, or write it as others read it")
     drafts = draft.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     made = drafts.add_parser("train", keys="DraftTrainingConfig", description="Train a draft on the policy's own "
                              "answers; the same command again goes on from where it was.")
@@ -90,6 +90,16 @@ def parser() -> Parser:
     made.add_argument("model", metavar="MODEL", help=NAMED)
     made.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.loss=overlap samples.count=512")
     made.add_argument("--config", metavar="FILE", help="a YAML file of these keys, such as configs/draft-smollm2.yaml")
+
+    made = drafts.add_parser("export", description="Write a draft in the layout that others publish: an eagle3 draft "
+                             "as SpecForge does (vLLM and SGLang serve it), an mtp head with the conventions of a "
+                             "published architecture as that one's own.")
+    made.set_defaults(run=_export_draft)
+    made.add_argument("model", metavar="MODEL", help=MODEL)
+    made.add_argument("draft", metavar="DRAFT", help="a directory of `jspec draft train`, a run's output_dir, or a "
+                      "published draft")
+    made.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty (an mtp head also joins "
+                      "its policy in a directory of `jspec export`)")
 
     profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys="Config")
     with_config(profile)
@@ -181,6 +191,12 @@ def _export(arguments) -> int:
     from jspec.commands import export
 
     return export(arguments)
+
+
+def _export_draft(arguments) -> int:
+    from jspec.commands import export_draft
+
+    return export_draft(arguments)
 
 
 def _bench(arguments) -> int:

@@ -1,4 +1,4 @@
-"""What `jspec rollout`, `jspec eval` and `jspec export` do."""
+"""What `jspec rollout`, `jspec eval`, `jspec export` and `jspec draft export` do."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from jspec.checkpoint import load_run
 from jspec.config import Config, load_config
 from jspec.drafts import Draft
 from jspec.errors import InputError
-from jspec.heads import shipped
+from jspec.heads import publish, shipped
 from jspec.model import Policy
 from jspec.prepare import make_policy, make_sampling, make_speculation, make_tokenizer
 from jspec.rl.prompts import PromptData, encode_prompt
@@ -247,4 +247,11 @@ def export(arguments) -> int:
     """`jspec export`: a model, or a run's last checkpoint, as a directory that transformers loads."""
     source = open_source(arguments.source, [])
     print(jspec.export(source.policy, arguments.directory, source.tokenizer))
+    return 0
+
+
+def export_draft(arguments) -> int:
+    """`jspec draft export`: a draft in the layout that others publish."""
+    source = open_source(arguments.model, [])
+    print(publish(jspec.load_draft(source.policy, arguments.draft), arguments.directory))
     return 0

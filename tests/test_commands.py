@@ -1,4 +1,4 @@
-"""`jspec rollout`, `eval` and `export` on a small model in a directory, end to end."""
+"""`jspec rollout`, `eval`, `export` and `draft export` on a small model in a directory, end to end."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import pytest
 import jspec
 from jspec.cli import main
 from jspec.commands import compare, make_draft, open_source
+from jspec.heads import files
 
 REWARD = "def even(prompt, response, answer, **meta):\n    return float(int(answer) % 2 == 0)\n"
 
@@ -89,3 +90,18 @@ def test_export_of_a_model(capsys, model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one.weights, other.weights)
     assert main(["export", model, str(tmp_path / "copy")]) == 2
     assert "exists and is not an empty directory" in capsys.readouterr().err
+
+
+def test_export_of_a_draft(capsys, model, tmp_path):
+    policy = jspec.load(model)
+    (tmp_path / "head").mkdir()
+    draft = jspec.drafts.eagle3(policy, jax.random.key(1))
+    files.write(draft, tmp_path / "head", dtype="float32")
+    assert main(["draft", "export", model, str(tmp_path / "head"), str(tmp_path / "out")]) == 0
+    read = jspec.load_draft(policy, tmp_path / "out")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2), draft.weights, read.weights)
+    assert main(["draft", "export", model, str(tmp_path / "head"), str(tmp_path / "out")]) == 2
+    assert "exists and is not an empty directory" in capsys.readouterr().err
+    files.write(jspec.drafts.mtp(policy, jax.random.key(1)), tmp_path / "head")
+    assert main(["draft", "export", model, str(tmp_path / "head"), str(tmp_path / "other")]) == 2
+    assert "no published architecture" in capsys.readouterr().err

@@ -49,6 +49,17 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
                      "a published EAGLE-3 draft or MTP head" + "".join(f", or {name}" for name in SHIPPED))
 
 
+def publish(draft: Draft, directory: str | Path) -> Path:
+    """Write a draft in the layout that others publish (`jspec.hub.eagle3.write`, `jspec.hub.mtp_heads.write`).
+
+    Raises InputError for a drafter without one, and where those raise it.
+    """
+    writers = {"eagle3": eagle3.write, "mtp": mtp_heads.write}
+    if draft.config.name not in writers:
+        raise InputError(f"nobody publishes {draft.config.name} drafts; those of {', '.join(writers)} can be exported")
+    return writers[draft.config.name](draft, directory)
+
+
 def read_published(path: Path, policy: Policy) -> Draft:
     """The EAGLE-3 draft or native MTP head in a directory of the layouts that others publish."""
     hf = read_json(path / files.CONFIG)

@@ -5,7 +5,7 @@ import logging
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jspec.config import DRAFTERS, RULES
@@ -244,9 +244,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal n; `train` has one more (see `jspec.train`)."""
     signal.signal(signal.SIGTERM, _terminate)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it was asked to do
-    try:
+
+    def run() -> int:
         chosen = _parse(arguments)
         return chosen.run(chosen)
+
+    return guarded(run)
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """The exit code of `run`; mistakes of the user's are one line on stderr and 2."""
+    try:
+        return run()
     except InputError as error:
         print(f"jspec: error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jspec
+from benchmarks import draft_losses
 from jspec.cli import main
 from jspec.config import DraftTrainingConfig, load_config
 from jspec.draft_training import samples, stages
@@ -69,6 +70,16 @@ def test_samples_hold_the_policys_own_states_and_logprobs(model, trained):
     logprobs, _ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(), batch.temperature)
     # states are kept in bfloat16
     np.testing.assert_allclose(np.where(batch.mask, logprobs, 0), np.where(batch.mask, batch.logprobs, 0), atol=0.1)
+
+
+def test_temperatures_take_turns_by_file(model, tmp_path):
+    config = load_config(None, [f"model.name={model}", "samples.temperatures=[1.0,0.0]", "sampling.max_new_tokens=6",
+                                "samples.batch=4"], DraftTrainingConfig)
+    policy = jspec.load(str(model), dtype="float32")
+    samples.sample(config, policy, [[3, 4]] * 8, tmp_path / "samples")
+    hot, cold = ([row for row in samples.read(tmp_path / "samples") if row["temperature"] == t] for t in (1.0, 0.0))
+    assert len(hot) == len(cold) == 4 and all(np.array_equal(row["tokens"], cold[0]["tokens"]) for row in cold)
+    np.testing.assert_array_equal(stages.pack([hot[0], cold[0]]).temperature, [1.0, 0.0])
 
 
 def test_resumed_equals_uninterrupted(model, trained, tmp_path):
@@ -149,3 +160,13 @@ def test_every_row_once_an_epoch_and_the_same_order_again():
 
 def test_defaults_load():
     assert load_config(None, [], DraftTrainingConfig).training.steps == 1000
+
+
+def test_losses_are_compared_from_one_start(trained, tmp_path):
+    out = tmp_path / "losses.json"
+    assert draft_losses.main([str(trained), "--steps", "2", "--seeds", "1", "--json", str(out), "--plot",
+                              str(tmp_path / "losses.png")]) == 0
+    start, *rest = json.loads(out.read_text())["rows"]
+    assert start["steps"] == 0 and [record["loss"] for record in rest] == ["kl", "tv", "overlap"]
+    assert all(record["acceptance_length"] > 1 and record["step_seconds"] > 0 for record in rest)
+    assert (tmp_path / "losses.png").stat().st_size > 3000

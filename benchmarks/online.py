@@ -1,0 +1,136 @@
+"""A draft that learns beside the policy against the same draft frozen, on the same policies as they move.
+
+    python benchmarks/online.py configs/tiny.yaml --every 20 --json FILE --plot FILE.png
+
+One run of `jspec train`, stopped every so many steps. The frozen draft is the run's own as it was at the first stop;
+from then on both drafts continue the same prompts of the run's task under each stop's policy. One run is enough: under
+the coupled rule, which this sets, no draft changes what a policy learns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+import jspec  # noqa: E402
+from benchmarks import measure  # noqa: E402
+from jspec import cli  # noqa: E402
+from jspec.checkpoint import load_run  # noqa: E402
+from jspec.config import Config, load_config  # noqa: E402
+from jspec.drafts import Draft  # noqa: E402
+from jspec.errors import InputError  # noqa: E402
+from jspec.metrics import read_records  # noqa: E402
+from jspec.model import Policy  # noqa: E402
+from jspec.prepare import make_sampling, make_speculation, make_tokenizer  # noqa: E402
+from jspec.rl.prompts import PromptData  # noqa: E402
+from jspec.train import train  # noqa: E402
+
+MEASURED_SEED = 1_000_003
+"""Of the prompts' order and the noise that acceptance is measured with; a run's own seed is another."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog="benchmarks/online.py", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=1e-5")
+    parser.add_argument("--every", type=int, default=20, help="steps between two stops (default: 20)")
+    parser.add_argument("--batches", type=int, default=4, help="of prompts_per_step prompts, measured at each stop")
+    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw both curves and the reward there")
+    return parser.parse_args(arguments)
+
+
+def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict[str, Any]:
+    """Tokens a cycle, and acceptance by position, over prompts of the run's task."""
+    data = PromptData(config.data, make_tokenizer(config), seed=MEASURED_SEED)
+    tokens, cycles, drafted, taken = 0, 0, 0, 0
+    for index in range(batches):
+        key = jax.random.fold_in(jax.random.key(MEASURED_SEED), index)
+        prompts = jspec.PromptBatch.from_tokens([prompt.tokens for prompt in next(data)], seed=key,
+                                                group_size=config.data.group_size,
+                                                buckets=(config.data.max_prompt_tokens,))
+        out = jax.device_get(jspec.rollout(policy, draft, prompts, sampling=make_sampling(config),
+                                           speculation=make_speculation(config)))
+        tokens, cycles = tokens + int(out.lengths.sum()), cycles + int(out.stats.cycles.sum())
+        drafted, taken = drafted + out.stats.drafted, taken + out.stats.accepted
+    return {"acceptance_length": tokens / cycles, "acceptance_by_position": (taken / drafted).tolist()}
+
+
+def run(config: Config, every: int, batches: int) -> list[dict[str, Any]]:
+    """A record for each stop."""
+    records, frozen = [], None
+    for step in range(every, config.steps + 1, every):
+        if train(dataclasses.replace(config, steps=step)):
+            raise InputError(f"the run ended before step {step}; see what it says above")
+        _, policy, draft = load_run(config.output_dir)
+        frozen = draft if frozen is None else frozen
+        policy = jspec.reshard(policy)
+        rewards = [record["reward"] for record in read_records(Path(config.output_dir) / "metrics.jsonl")][-every:]
+        records.append({"step": step, "reward": sum(rewards) / len(rewards),
+                        "online": accepted(config, policy, draft, batches),
+                        "frozen": accepted(config, policy, frozen, batches)})
+    return records
+
+
+def show(records: list[dict[str, Any]], title: str) -> None:
+    table = Table("step", "reward", "online, tokens a cycle", "frozen, tokens a cycle", title=title)
+    for record in records:
+        table.add_row(str(record["step"]), f"{record['reward']:.3f}",
+                      *(f"{record[name]['acceptance_length']:.2f}" for name in ("online", "frozen")))
+    Console().print(table)
+
+
+def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Tokens a cycle of both drafts over steps, and the policy's reward on an axis of its own."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [record["step"] for record in records]
+    for name, color in (("online", "C0"), ("frozen", "C3")):
+        axes.plot(steps, [record[name]["acceptance_length"] for record in records], marker="o", color=color,
+                  label=f"{name} draft")
+    axes.set(xlabel="step", ylabel="tokens a cycle", title=title)
+    axes.grid(alpha=0.3)
+    right = axes.twinx()
+    right.plot(steps, [record["reward"] for record in records], color="0.6", linestyle="--", label="reward")
+    right.set(ylabel="mean reward since the stop before", ylim=(0, 1))
+    figure.legend(loc="outside lower center", ncols=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code, 0. Raises InputError for a user's mistake."""
+    args = parse(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        config = load_config(args.config, [*args.overrides, f"output_dir={directory}/run",
+                                           f"checkpoint.every={args.every}", "speculation.rule=coupled"])
+        if not 1 <= args.every <= config.steps or args.batches < 1:
+            raise InputError(f"--every {args.every} --batches {args.batches}: give at least 1, and no more than the "
+                             f"{config.steps} steps of the run")
+        jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")  # every stretch compiles the same
+        records = run(config, args.every, args.batches)
+    name = Path(args.config).stem
+    title = f"{name}: a draft trained beside its policy, and the same one frozen at step {args.every}"
+    show(records, title)
+    if args.plot:
+        draw(records, title, Path(args.plot))
+    measure.write_json(args.json, measure.report(records, config=name, overrides=args.overrides))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))

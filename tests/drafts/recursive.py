@@ -43,7 +43,7 @@ def spied_loss(policy, draft, batch):
     seen, original = [], losses.divergence
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "divergence", lambda p, q, kind: seen.append((p, q)) or original(p, q, kind))
-        patch.setattr(losses, "sum_over_chunks", lambda fn, tree: fn(tree))
+        patch.setattr(losses, "sum_over_chunks", lambda fn, tree, size: fn(tree))
         draft.module.loss(policy, draft, batch, "kl")
     return seen
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jspec.drafts.base import DraftBatch
 from jspec.drafts.parts.vocabulary import head_rows, output_table, table_logits
 from jspec.model import Policy, logits
-from jspec.model.chunks import sum_over_chunks
+from jspec.model.chunks import CHUNK_TOKENS, sum_over_chunks
 
 LOSSES = ("kl", "tv", "overlap")
 
@@ -76,7 +76,9 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
         return losses.mean(), jax.lax.stop_gradient(overlaps)
 
     columns = (batch.predicting(batch.trunk.hidden), batch.response(), batch.logprobs, batch.mask, *states)
-    total, overlap = sum_over_chunks(one, columns)
+    # as many logits at a time as of the whole vocabulary: of a reduced one often all, and none is computed twice
+    size = policy.config.vocab_size if vocab is None else len(vocab)
+    total, overlap = sum_over_chunks(one, columns, CHUNK_TOKENS * policy.config.vocab_size // size)
     return total, batch.mask.sum().astype(jnp.float32), {"overlap": overlap}
 
 

@@ -39,8 +39,7 @@ from jspec.rl.update import draft_optimizer  # noqa: E402
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog="benchmarks/draft_losses.py", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="benchmarks/draft_losses.py", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="output_dir of `jspec draft train`")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.learning_rate=3e-4")
     parser.add_argument("--start", metavar="HEAD", help="the draft that all start from (default: DIR/head)")

@@ -41,8 +41,7 @@ MEASURED_SEED = 1_000_003
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog="benchmarks/online.py", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="benchmarks/online.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=1e-5")
     parser.add_argument("--every", type=int, default=20, help="steps between two stops (default: 20)")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # smaller than tiny.yaml, for tests that ask for sameness and not for learning; eight devices divide its vocabulary
 SMALL = ["model.tokenizer=chars:0123456789abcd", "model.architecture.vocab_size=16",
          "model.architecture.hidden_size=32", "model.architecture.intermediate_size=32",
-         "model.architecture.num_layers=1", "draft.options.depths=1", "data.prompts_per_step=4", "data.group_size=4",
+         "model.architecture.num_layers=1", "draft.every_n_steps=1", "data.prompts_per_step=4", "data.group_size=4",
          "reward.workers=1", "checkpoint.every=2"]
 COUPLED = ["steps=5", "speculation.rule=coupled"]
 

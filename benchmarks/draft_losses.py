@@ -3,8 +3,9 @@
     python benchmarks/draft_losses.py runs/draft-smollm2 --steps 40 --seeds 3 --json FILE --plot FILE.png
 
 Reads the samples, the configuration and (unless --start names another) the head of a `jspec draft train` directory. A
-seed is an order of the samples; every loss goes through the same one. Acceptance is that of rollouts on the prompts of
-the directory's report. Losses cost the same: seconds of a step are in the records.
+seed is an order of the samples; every loss goes through the same one. Each 16th answer is kept from training, and
+acceptance is computed on those: the overlap of both distributions at every depth, without the chance that rollouts of a
+few prompts have in them. Seconds of a step are in the records: the losses cost the same.
 """
 
 from __future__ import annotations
@@ -22,20 +23,23 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
-from jspec import cli, hub  # noqa: E402
+from jspec import cli  # noqa: E402
 from jspec.config import DraftTrainingConfig, load_config  # noqa: E402
-from jspec.draft_training import report, samples, stages  # noqa: E402
-from jspec.draft_training.prompts import gather  # noqa: E402
+from jspec.draft_training import samples, stages  # noqa: E402
 from jspec.drafts import Draft  # noqa: E402
 from jspec.drafts.parts.losses import LOSSES  # noqa: E402
+from jspec.errors import InputError  # noqa: E402
 from jspec.model import Policy  # noqa: E402
-from jspec.prepare import make_policy  # noqa: E402
+from jspec.prepare import make_policy, make_tokenizer  # noqa: E402
 from jspec.rl.update import draft_optimizer  # noqa: E402
+
+HELD_OUT = 16
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,6 +65,19 @@ def trained(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: lis
         saved, _ = jax.block_until_ready(learn(saved, policy, draft.state, batch))
         seconds.append(time.perf_counter() - begin)
     return draft.replace(weights=saved["weights"]), seconds
+
+
+def measured(policy: Policy, draft: Draft, rows: list, size: int) -> dict[str, Any]:
+    """Mean overlap at every depth where these answers went, and the tokens a cycle that it promises at k = depths."""
+    overlaps = jax.jit(lambda draft, policy, batch: draft.module.loss(policy, draft, batch, "kl")[1:])
+    total, count = 0.0, 0.0
+    for at in range(0, len(rows), size):
+        batch = stages.pack(rows[at:at + size])
+        batch = batch.replace(trunk=jax.tree.map(lambda x: x.astype(policy.dtype), batch.trunk))
+        tokens, metrics = jax.device_get(overlaps(draft, policy, batch))
+        total, count = total + metrics["overlap"], count + tokens
+    by_depth = np.asarray(total / count)
+    return {"overlap_by_depth": by_depth.tolist(), "acceptance_length": float(1 + np.cumprod(by_depth).sum())}
 
 
 def show(records: list[dict[str, Any]], title: str) -> None:
@@ -91,20 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, 0. Raises InputError for a user's mistake."""
     args = parse(arguments)
     config = load_config(args.directory / "config.yaml", args.overrides, DraftTrainingConfig)
-    policy = make_policy(config, tokenizer := hub.load_tokenizer(config.model.tokenizer or config.model.name))
+    if args.steps < 1 or args.seeds < 1:
+        raise InputError(f"--steps {args.steps} --seeds {args.seeds}: give at least 1 of each")
+    policy = make_policy(config, make_tokenizer(config))
     draft = jspec.load_draft(policy, args.start or args.directory / "head")
-    prompts = gather(config, policy, tokenizer, args.directory).held_out
-    rows, rollouts = samples.read(args.directory / "samples"), jspec.reshard(policy)
-
-    def measured(draft: Draft) -> dict[str, Any]:
-        return report.measure(config, rollouts, draft, prompts, "rejection", config.sampling.temperature)
-
-    records = [{"loss": "none, the start", "seed": None, "steps": 0, "step_seconds": 0.0, **measured(draft)}]
+    every = samples.read(args.directory / "samples")
+    held_out = sorted(every[::HELD_OUT], key=lambda row: int(row["start"] + row["mask"].sum()))
+    rows = [row for i, row in enumerate(every) if i % HELD_OUT]
+    size = config.training.rows
+    records = [{"loss": "none, the start", "seed": None, "steps": 0, "step_seconds": 0.0,
+                **measured(policy, draft, held_out, size)}]
     for seed, kind in itertools.product(range(args.seeds), LOSSES):
         better, seconds = trained(config, policy, draft, rows, kind, args.steps, seed)
         records.append({"loss": kind, "seed": seed, "steps": args.steps, "step_seconds": statistics.median(seconds),
-                        **measured(better)})
-        title = f"{config.model.name}, k = {config.report.k}: {args.steps} steps of {config.training.rows} answers"
+                        **measured(policy, better, held_out, size)})
+        title = f"{config.model.name}, {draft.config.name}, {args.steps} steps of {size} answers"
         measure.write_json(args.json, measure.report(records, overrides=args.overrides))
     show(records, title)
     if args.plot:

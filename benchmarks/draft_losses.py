@@ -29,6 +29,7 @@ from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
+from benchmarks.drafts import check_targets  # noqa: E402
 from jspec import cli  # noqa: E402
 from jspec.config import DraftTrainingConfig, load_config  # noqa: E402
 from jspec.draft_training import samples, stages  # noqa: E402
@@ -51,7 +52,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="how many orders of the samples (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them there")
-    return parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    check_targets(args)
+    return args
 
 
 def trained(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list, kind: str, steps: int,
@@ -113,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     policy = make_policy(config, make_tokenizer(config))
     draft = jspec.load_draft(policy, args.start or args.directory / "head")
     every = samples.read(args.directory / "samples")
+    if len(every) <= HELD_OUT:
+        raise InputError(f"{args.directory / 'samples'} has {len(every)} answers, and more than {HELD_OUT} are needed; "
+                         "give the output_dir of a `jspec draft train` that has sampled")
     held_out = sorted(every[::HELD_OUT], key=lambda row: int(row["start"] + row["mask"].sum()))
     rows = [row for i, row in enumerate(every) if i % HELD_OUT]
     size = config.training.rows

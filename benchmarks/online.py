@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
+from benchmarks.drafts import check_targets  # noqa: E402
 from jspec import cli  # noqa: E402
 from jspec.checkpoint import load_run  # noqa: E402
 from jspec.config import Config, load_config  # noqa: E402
@@ -45,10 +46,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=1e-5")
     parser.add_argument("--every", type=int, default=20, help="steps between two stops (default: 20)")
-    parser.add_argument("--batches", type=int, default=4, help="of prompts_per_step prompts, measured at each stop")
+    parser.add_argument("--batches", type=int, default=4,
+                        help="of prompts_per_step prompts, measured at each stop (default: 4)")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw both curves and the reward there")
-    return parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    check_targets(args)
+    return args
 
 
 def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict[str, Any]:
@@ -67,9 +71,9 @@ def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict
     return {"acceptance_length": tokens / cycles, "acceptance_by_position": (taken / drafted).tolist()}
 
 
-def run(config: Config, every: int, batches: int) -> list[dict[str, Any]]:
+def run(config: Config, every: int, batches: int) -> Iterator[dict[str, Any]]:
     """A record for each stop."""
-    records, frozen = [], None
+    frozen = None
     for step in range(every, config.steps + 1, every):
         if train(dataclasses.replace(config, steps=step)):
             raise InputError(f"the run ended before step {step}; see what it says above")
@@ -77,10 +81,8 @@ def run(config: Config, every: int, batches: int) -> list[dict[str, Any]]:
         frozen = draft if frozen is None else frozen
         policy = jspec.reshard(policy)
         rewards = [record["reward"] for record in read_records(Path(config.output_dir) / "metrics.jsonl")][-every:]
-        records.append({"step": step, "reward": sum(rewards) / len(rewards),
-                        "online": accepted(config, policy, draft, batches),
-                        "frozen": accepted(config, policy, frozen, batches)})
-    return records
+        yield {"step": step, "reward": sum(rewards) / len(rewards),
+               "online": accepted(config, policy, draft, batches), "frozen": accepted(config, policy, frozen, batches)}
 
 
 def show(records: list[dict[str, Any]], title: str) -> None:
@@ -121,13 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--every {args.every} --batches {args.batches}: give at least 1, and no more than the "
                              f"{config.steps} steps of the run")
         jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")  # every stretch compiles the same
-        records = run(config, args.every, args.batches)
-    name = Path(args.config).stem
+        records, name = [], Path(args.config).stem
+        for record in run(config, args.every, args.batches):
+            records.append(record)
+            measure.write_json(args.json, measure.report(records, config=name, overrides=args.overrides))
     title = f"{name}: a draft trained beside its policy, and the same one frozen at step {args.every}"
     show(records, title)
     if args.plot:
         draw(records, title, Path(args.plot))
-    measure.write_json(args.json, measure.report(records, config=name, overrides=args.overrides))
     return 0
 
 

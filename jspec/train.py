@@ -44,7 +44,16 @@ from jspec.rl.advantages import group_advantages
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import FAILURES, RewardInput, RewardPool
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, init_state, learned_from, make_batch, trains_draft, update, update_draft
+from jspec.rl.update import (
+    UpdateSettings,
+    draft_due,
+    init_state,
+    learned_from,
+    make_batch,
+    trains_draft,
+    update,
+    update_draft,
+)
 from jspec.sharding import make_mesh, partition
 from jspec.speculate import PromptBatch, Rollout, rollout
 from jspec.speculate.types import BUCKETS
@@ -234,7 +243,7 @@ def make_learn(config: Config, state: TrainState) -> Callable:
     trained = trains_draft(state.draft, settings)
 
     def learn(state, reference, prompts, out, rewards):
-        due = trained and int(state.updates) // settings.updates_per_rollout % settings.draft_every == 0
+        due = trained and draft_due(settings, int(state.updates))
         records = []
         for _ in range(settings.updates_per_rollout):
             state, metrics = compiled(state, reference, prompts, out, rewards)
@@ -260,8 +269,7 @@ def make_learn_draft(config: Config, state: TrainState) -> Callable:
                        donate_argnums=0, out_shardings=(shardings, None))
 
     def learn_draft(state, prompts, out):
-        due = int(state.updates) // settings.updates_per_rollout % settings.draft_every == 0
-        return compiled(state, prompts, out) if due else (state, {})
+        return compiled(state, prompts, out) if draft_due(settings, int(state.updates)) else (state, {})
 
     return learn_draft
 

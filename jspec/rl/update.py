@@ -266,7 +266,7 @@ def every(settings: UpdateSettings, updates: jax.Array, compute: Callable[[], An
     return jax.lax.cond(draft_due(settings, updates), compute, lambda: zeros)
 
 
-def draft_due(settings: UpdateSettings, updates: jax.Array) -> jax.Array:
+def draft_due(settings: UpdateSettings, updates: jax.Array | int) -> jax.Array | bool:
     """Whether this update is of a step that trains the draft: the first, and every `draft_every`-th after it."""
     return updates // settings.updates_per_rollout % settings.draft_every == 0
 

@@ -31,7 +31,7 @@ import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
 from benchmarks.drafts import check_targets  # noqa: E402
 from jspec import cli  # noqa: E402
-from jspec.config import DraftTrainingConfig, load_config  # noqa: E402
+from jspec.config import DraftTrainingConfig, load_config, refuse_changes  # noqa: E402
 from jspec.draft_training import samples, stages  # noqa: E402
 from jspec.drafts import Draft  # noqa: E402
 from jspec.drafts.parts.losses import LOSSES  # noqa: E402
@@ -41,13 +41,15 @@ from jspec.prepare import make_policy, make_tokenizer  # noqa: E402
 from jspec.rl.update import draft_optimizer  # noqa: E402
 
 HELD_OUT = 16
+FREE = ("model.dtype", "draft.learning_rate", "draft.optimizer", "draft.clip", "training.rows", "training.warmup_steps")
+"""What overrides may change: how losses are compared. The rest made the samples, or is compared."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="benchmarks/draft_losses.py", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="output_dir of `jspec draft train`")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.learning_rate=3e-4")
-    parser.add_argument("--start", metavar="HEAD", help="the draft that all start from (default: DIR/head)")
+    parser.add_argument("--start", metavar="HEAD", help="the draft that all start from (default: DIR's)")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
     parser.add_argument("--seeds", type=int, default=3, help="how many orders of the samples (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
@@ -110,15 +112,20 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, 0. Raises InputError for a user's mistake."""
     args = parse(arguments)
-    config = load_config(args.directory / "config.yaml", args.overrides, DraftTrainingConfig)
+    if not (args.directory / "samples").is_dir():
+        raise InputError(f"{args.directory} has no samples: give the output_dir of `jspec draft train`")
+    path = args.directory / "config.yaml"
+    config = load_config(path, args.overrides, DraftTrainingConfig)
+    refuse_changes(args.directory, load_config(path, kind=DraftTrainingConfig), config, FREE,
+                   f"what may be given here is {', '.join(FREE)}")
     if args.steps < 1 or args.seeds < 1:
         raise InputError(f"--steps {args.steps} --seeds {args.seeds}: give at least 1 of each")
     policy = make_policy(config, make_tokenizer(config))
-    draft = jspec.load_draft(policy, args.start or args.directory / "head")
+    draft = jspec.load_draft(policy, args.start or args.directory)
     every = samples.read(args.directory / "samples")
     if len(every) <= HELD_OUT:
         raise InputError(f"{args.directory / 'samples'} has {len(every)} answers, and more than {HELD_OUT} are needed; "
-                         "give the output_dir of a `jspec draft train` that has sampled")
+                         "give `jspec draft train` a larger samples.count")
     held_out = sorted(every[::HELD_OUT], key=lambda row: int(row["start"] + row["mask"].sum()))
     rows = [row for i, row in enumerate(every) if i % HELD_OUT]
     size = config.training.rows

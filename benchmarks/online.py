@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from benchmarks import measure  # noqa: E402
 from benchmarks.drafts import check_targets  # noqa: E402
 from jspec import cli  # noqa: E402
 from jspec.checkpoint import load_run  # noqa: E402
-from jspec.config import Config, load_config  # noqa: E402
+from jspec.config import DRAFTERS, Config, load_config  # noqa: E402
 from jspec.drafts import Draft  # noqa: E402
 from jspec.errors import InputError  # noqa: E402
 from jspec.metrics import read_records  # noqa: E402
@@ -39,6 +40,8 @@ from jspec.train import train  # noqa: E402
 
 MEASURED_SEED = 1_000_003
 """Of the prompts' order and the noise that acceptance is measured with; a run's own seed is another."""
+
+LEARNERS = [name for name in DRAFTERS if importlib.import_module(f"jspec.drafts.{name}").loss is not None]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -74,13 +77,14 @@ def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict
 def run(config: Config, every: int, batches: int) -> Iterator[dict[str, Any]]:
     """A record for each stop."""
     frozen = None
-    for step in range(every, config.steps + 1, every):
+    for step in [*range(every, config.steps, every), config.steps]:
         if train(dataclasses.replace(config, steps=step)):
             raise InputError(f"the run ended before step {step}; see what it says above")
         _, policy, draft = load_run(config.output_dir)
         frozen = draft if frozen is None else frozen
         policy = jspec.reshard(policy)
-        rewards = [record["reward"] for record in read_records(Path(config.output_dir) / "metrics.jsonl")][-every:]
+        rewards = [record["reward"] for record in read_records(Path(config.output_dir) / "metrics.jsonl")]
+        rewards = rewards[(step - 1) // every * every:]  # since the stop before
         yield {"step": step, "reward": sum(rewards) / len(rewards),
                "online": accepted(config, policy, draft, batches), "frozen": accepted(config, policy, frozen, batches)}
 
@@ -116,12 +120,18 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, 0. Raises InputError for a user's mistake."""
     args = parse(arguments)
+    for text in args.overrides:
+        if text.startswith(("output_dir", "checkpoint", "speculation.rule")):
+            raise InputError(f"{text}: this benchmark sets it itself; leave it out")
     with tempfile.TemporaryDirectory() as directory:
         config = load_config(args.config, [*args.overrides, f"output_dir={directory}/run",
                                            f"checkpoint.every={args.every}", "speculation.rule=coupled"])
         if not 1 <= args.every <= config.steps or args.batches < 1:
             raise InputError(f"--every {args.every} --batches {args.batches}: give at least 1, and no more than the "
                              f"{config.steps} steps of the run")
+        if not config.draft.train or config.draft.name not in LEARNERS:
+            raise InputError(f"draft.name={config.draft.name} draft.train={str(config.draft.train).lower()}: nothing "
+                             f"learns; give one of {', '.join(LEARNERS)}, and draft.train=true")
         jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")  # every stretch compiles the same
         records, name = [], Path(args.config).stem
         for record in run(config, args.every, args.batches):

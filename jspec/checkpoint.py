@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jspec.config import Config, load_config, to_yaml
+from jspec.config import Config, load_config, refuse_changes, to_yaml
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
 from jspec.drafts.base import config_from_fields, model_config
@@ -45,11 +45,7 @@ def check_config(config: Config) -> None:
     """
     path = Path(config.output_dir) / "config.yaml"
     if path.exists() and has_checkpoints(config.output_dir):
-        before, now = dict(_flat(dataclasses.asdict(load_config(path)))), dict(_flat(dataclasses.asdict(config)))
-        for key in now:
-            if now[key] != before[key] and not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE):
-                raise InputError(f"{config.output_dir} holds a run with {key}={before[key]}, not {now[key]}; give that "
-                                 "value to go on with it, or choose another output_dir")
+        refuse_changes(config.output_dir, load_config(path), config, FREE_TO_CHANGE)
     if is_main():
         whole = path.with_suffix(".tmp")
         try:
@@ -63,15 +59,6 @@ def check_config(config: Config) -> None:
 def has_checkpoints(run_dir: str | Path) -> bool:
     """Whether there is a whole checkpoint: one that is still being written has a longer name."""
     return any(path.name.isdigit() for path in Path(run_dir).glob("checkpoints/*"))
-
-
-def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        # options and architecture are compared whole: their keys are not the configuration's
-        if isinstance(value, dict) and not prefix:
-            yield from _flat(value, f"{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def parser() -> Parser:
                              "published architecture as that one's own.")
     made.set_defaults(run=_export_draft)
     made.add_argument("model", metavar="MODEL", help=MODEL)
-    made.add_argument("draft", metavar="DRAFT", help="a directory of `jspec draft train`, a run's output_dir, or a "
-                      "published draft")
+    made.add_argument("draft", metavar="DRAFT", help="the output_dir of `jspec draft train` or of a run, a directory "
+                      "with a published draft, or the short name of a model whose draft ships with jspec")
     made.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty (an mtp head also joins "
                       "its policy in a directory of `jspec export`)")
 

@@ -22,9 +22,10 @@ from jspec.errors import InputError
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
-            high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its meaning and bounds: low <= value <= high, value > above, one of choices."""
-    bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices}
+            high: float | None = None, choices: tuple[str, ...] = (), filled: bool = False) -> Any:
+    """A dataclass field with its meaning and bounds: low <= value <= high, value > above, one of choices. Those of a
+    list are each entry's; `filled`: it has one at least."""
+    bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "filled": filled}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=bounds)
     return dataclasses.field(default=default, metadata=bounds)
@@ -55,14 +56,16 @@ class DraftLearningSection:
 
     name: str = setting("mtp", "the drafter", choices=DRAFTERS)
     path: str | None = setting(None, "a trained draft to start from: a model whose draft ships with jspec, a directory "
-                               "of `jspec draft train`, or the output_dir of a run; null: a fresh one")
+                               "of a published draft, or the output_dir of `jspec draft train` or of a run; null: a "
+                               "fresh one")
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; overlap: -log of the "
                         "overlap, the likelihood of acceptance", choices=("kl", "tv", "overlap"))
     optimizer: str = setting("adamw", "the draft's own; muon: orthogonal updates of matrices, AdamW for the rest",
                              choices=("adamw", "muon"))
     learning_rate: float = setting(1e-3, "peak learning rate of the draft's own optimizer", low=0)
     clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
-    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match")
+    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match; a trained draft at "
+                            "draft.path has its own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ class DraftSection(DraftLearningSection):
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
     features: str = setting("update", "whose states of the policy the draft learns from. update: the update's own "
                             "forward; rollout: the verifier's, kept by the rollout, so that the draft learns while "
-                            "rewards are computed", choices=("update", "rollout"))
+                            "rewards are computed, once a rollout", choices=("update", "rollout"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +172,8 @@ class ProfileSection:
     """Traces that XProf and Perfetto open."""
 
     trace_step: int = setting(-1, "the step of `jspec train` that is traced into output_dir/trace; -1: none", low=-1)
-    repeats: int = setting(2, "`jspec profile`: how many times the step is timed, after one warm-up", low=1)
+    repeats: int = setting(2, "`jspec profile`: how many times the step (or draft.every_n_steps of them) is timed, "
+                           "after one warm-up", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +202,11 @@ class SamplesSection:
 
     sources: tuple[str, ...] = setting(("self", "arithmetic"), "where prompts come from, taken in turn: 'self' "
                                        "(instructions that the policy writes itself), and whatever data.source may "
-                                       "be; one that is named twice has two turns")
+                                       "be; one that is named twice has two turns", filled=True)
     count: int = setting(4096, "answers in all", low=1)
     batch: int = setting(32, "answers decoded together; also the rows of one file of samples", low=1)
     temperatures: tuple[float, ...] = setting((), "of one file of samples after the other, in turn; none named: all at "
-                                              "sampling.temperature")
+                                              "sampling.temperature", low=0)
     max_prompt_tokens: int = setting(256, "longer prompts are left out", low=1)
     system_prompt: str | None = setting(None, "first message of the chat; null: what the chat template does by itself")
     chat_template: bool = setting(True, "wrap prompts in the tokenizer's chat template")
@@ -229,8 +233,9 @@ class ReportSection:
     prompts: str | None = setting(None, "a .jsonl file of {prompt}; null: prompts of the sources that were left out")
     count: int = setting(32, "how many of them", low=1)
     k: int = setting(3, "tokens drafted a cycle", low=1, high=64)
-    temperatures: tuple[float, ...] = setting((0.0, 1.0), "of the rollouts that are measured")
-    rules: tuple[str, ...] = setting(("rejection", "coupled"), "how drafts are judged in them")
+    temperatures: tuple[float, ...] = setting((0.0, 1.0), "of the rollouts that are measured", low=0, filled=True)
+    rules: tuple[str, ...] = setting(("rejection", "coupled"), "how drafts are judged in them", choices=RULES,
+                                     filled=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,14 +271,33 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), k
         key = getattr(error, "full_key", None) or "?"
         raise InputError(f"{origin.get(key, path)}: '{key}': {_first_line(error)}") from None
     config = _build(kind, values, (), origin)
-    if kind is Config:
-        _check_together(config, origin)
+    _check_together(config)
     return config
 
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def refuse_changes(directory: str | Path, before: Any, after: Any, free: tuple[str, ...],
+                   remedy: str = "give that value to go on with it, or choose another output_dir") -> None:
+    """Raise InputError, naming the key, if two configurations differ in more than the keys and sections in `free`."""
+    old = dict(_flat(before))
+    for key, value in _flat(after):
+        if value != old[key] and not any(f"{key}.".startswith(f"{name}.") for name in free):
+            was, now = (x if isinstance(x, str) else _show(x) for x in (old[key], value))
+            raise InputError(f"{directory} holds a run with {key}={was}, not {now}; {remedy}")
+
+
+def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every field; mappings are whole, for their keys are not the configuration's."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value, f"{field.name}.")
+        else:
+            yield prefix + field.name, value
 
 
 def _plain(value: Any) -> Any:
@@ -293,8 +317,9 @@ def describe(kind: type = Config) -> list[tuple[str, str, str, str]]:
                 continue
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default
             meaning = field.metadata["help"]
-            kind = " | ".join(field.metadata["choices"]) or _type_name(field.type)
-            rows.append((".".join((*prefix, field.name)), kind, _show(default), meaning))
+            choices = " | ".join(field.metadata["choices"])
+            kind = f"a list of {choices}" if choices and isinstance(default, tuple) else choices
+            rows.append((".".join((*prefix, field.name)), kind or _type_name(field.type), _show(default), meaning))
     return rows
 
 
@@ -391,15 +416,18 @@ def _checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str
     fitted = _fit(value, field.type)
     if fitted is _MISFIT:
         raise wrong(_type_name(field.type))
-    bounds = field.metadata
-    if bounds["choices"] and fitted not in bounds["choices"]:
-        raise wrong(f"one of {', '.join(bounds['choices'])}")
-    if bounds["low"] is not None and fitted < bounds["low"]:
-        raise wrong(f"at least {bounds['low']}")
-    if bounds["above"] is not None and fitted <= bounds["above"]:
-        raise wrong(f"above {bounds['above']}")
-    if bounds["high"] is not None and fitted > bounds["high"]:
-        raise wrong(f"at most {bounds['high']}")
+    bounds, is_list = field.metadata, isinstance(fitted, tuple)
+    entries, each = fitted if is_list else (fitted,), "a list with each entry " if is_list else ""
+    if bounds["filled"] and not fitted:
+        raise wrong(f"{_type_name(field.type)} with one entry at least")
+    if bounds["choices"] and not set(entries) <= set(bounds["choices"]):
+        raise wrong(f"{each}one of {', '.join(bounds['choices'])}")
+    if bounds["low"] is not None and any(entry < bounds["low"] for entry in entries):
+        raise wrong(f"{each}at least {bounds['low']}")
+    if bounds["above"] is not None and any(entry <= bounds["above"] for entry in entries):
+        raise wrong(f"{each}above {bounds['above']}")
+    if bounds["high"] is not None and any(entry > bounds["high"] for entry in entries):
+        raise wrong(f"{each}at most {bounds['high']}")
     return fitted
 
 
@@ -439,27 +467,37 @@ def _show(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
-def _check_together(config: Config, origin: dict[str, str]) -> None:
-    """What no field can know by itself."""
-    def demand(holds: bool, message: str) -> None:
-        if not holds:
-            raise InputError(message)
+def _demand(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
 
-    data, grpo, sampling, model = config.data, config.grpo, config.sampling, config.model
+
+def _check_together(config: Config | DraftTrainingConfig) -> None:
+    """What no field can know by itself."""
+    sampling, model = config.sampling, config.model
+    _demand(sampling.min_new_tokens <= sampling.max_new_tokens,
+            f"sampling.min_new_tokens ({sampling.min_new_tokens}) is above "
+            f"sampling.max_new_tokens ({sampling.max_new_tokens})")
+    _demand((model.name == "random") == (model.architecture is not None),
+            f"model.name is '{model.name}' and model.architecture is {'not ' if model.architecture is None else ''}"
+            "set: an architecture goes with the name 'random', which needs one")
+    _demand(model.name != "random" or model.tokenizer is not None,
+            "model.name 'random' needs model.tokenizer, such as 'chars:0123456789+=' or a model's name")
+    if isinstance(config, Config):
+        _check_grpo(config)
+    else:
+        _demand(sampling.max_new_tokens > 1, "sampling.max_new_tokens must be at least 2, not 1: nothing is drafted "
+                "after an answer's first token if that is its last")
+
+
+def _check_grpo(config: Config) -> None:
+    data, grpo = config.data, config.grpo
     rows = data.prompts_per_step * data.group_size
-    demand(data.group_size > 1, f"data.group_size must be at least 2, not {data.group_size}: "
-           "an answer's advantage is measured against the others of its group")
-    demand(sampling.min_new_tokens <= sampling.max_new_tokens,
-           f"sampling.min_new_tokens ({sampling.min_new_tokens}) is above "
-           f"sampling.max_new_tokens ({sampling.max_new_tokens})")
-    demand(not grpo.micro_batch or rows % grpo.micro_batch == 0,
-           f"grpo.micro_batch ({grpo.micro_batch}) must divide the rows of a step, "
-           f"data.prompts_per_step x data.group_size = {rows}")
-    demand((model.name == "random") == (model.architecture is not None),
-           f"model.name is '{model.name}' and model.architecture is {'not ' if model.architecture is None else ''}set: "
-           "an architecture goes with the name 'random', which needs one")
-    demand(model.name != "random" or model.tokenizer is not None,
-           "model.name 'random' needs model.tokenizer, such as 'chars:0123456789+=' or a model's name")
+    _demand(data.group_size > 1, f"data.group_size must be at least 2, not {data.group_size}: "
+            "an answer's advantage is measured against the others of its group")
+    _demand(not grpo.micro_batch or rows % grpo.micro_batch == 0,
+            f"grpo.micro_batch ({grpo.micro_batch}) must divide the rows of a step, "
+            f"data.prompts_per_step x data.group_size = {rows}")
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    demand(0 not in axes and axes.count(-1) <= 1,
-           f"mesh.data, mesh.fsdp and mesh.tensor are {axes}: each at least 1, and one of them at most may be -1")
+    _demand(0 not in axes and axes.count(-1) <= 1,
+            f"mesh.data, mesh.fsdp and mesh.tensor are {axes}: each at least 1, and one of them at most may be -1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from typing import Any
 
 import jax
@@ -102,8 +103,13 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
                              f"{section.name}")
         return draft
     key = jax.random.fold_in(jax.random.key(config.seed), DRAFT_KEY)
+    drafter = getattr(jspec.drafts, section.name)
+    _, _, *known = inspect.signature(drafter).parameters  # after policy and key
+    for name in section.options.keys() - set(known):
+        raise InputError(f"draft.options.{name}: {section.name} has no such option, but "
+                         f"{', '.join(known) or 'none at all'}; remove it")
     try:
-        return getattr(jspec.drafts, section.name)(policy, key, **section.options)
+        return drafter(policy, key, **section.options)
     except TypeError as error:
         raise InputError(f"draft.options: {error}") from error
 

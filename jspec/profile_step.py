@@ -1,4 +1,7 @@
-"""`jspec profile`: one training step, compiled as `jspec train` compiles it, timed, traced and split into phases."""
+"""`jspec profile`: a training step, compiled as `jspec train` compiles it, timed, traced and split into phases.
+
+A draft that is trained at every n-th step has its n-th part in the figures: they are means over n steps.
+"""
 
 import dataclasses
 import json
@@ -30,7 +33,7 @@ from jspec.profiling import PARTS, PHASES, Phase, memory_of, module_name, phases
 from jspec.rl.advantages import group_advantages
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, init_state, learned_from, make_batch, update, update_draft
+from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from, make_batch, update, update_draft
 from jspec.sharding import make_mesh
 from jspec.train import Run, make_prompt_batch, place
 
@@ -39,6 +42,7 @@ from jspec.train import Run, make_prompt_batch, place
 class Step:
     """The compiled programs of a step, and what they start from. `draft` is one of them with draft.features=rollout."""
 
+    settings: UpdateSettings
     programs: Mapping[str, Any]
     state: TrainState
     reference: Any
@@ -53,10 +57,10 @@ class Step:
             out = jax.block_until_ready(self.programs["rollout"](policy, self.state.draft, self.prompts))
         del policy  # as in training: the rollout's weights are gone before the update needs memory
         state = self.state
-        if "draft" in self.programs:
+        if "draft" in self.programs and draft_due(self.settings, int(state.updates)):
             with clock("draft"):
                 state, _ = jax.block_until_ready(self.programs["draft"](state, self.prompts, out))
-            out = out.replace(trunk=None)
+        out = out.replace(trunk=None)
         with clock("update"):
             state, _ = jax.block_until_ready(
                 self.programs["update"](state, self.reference, self.prompts, out, self.rewards))
@@ -100,32 +104,35 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
         out = out.replace(trunk=None)
     learn = jax.jit(learn, donate_argnums=0, out_shardings=(shardings, None))
     programs["update"] = learn.lower(state, reference, prompts, out, rewards).compile()
-    return Step(programs, state, reference, prompts, rewards)
+    return Step(settings, programs, state, reference, prompts, rewards)
 
 
 def profile(config: Config, directory: Path) -> int:
     """`jspec profile`: prints the table, and writes trace and profile.json under `directory`."""
     console = Console()
     mesh, clock = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), Clock()
+    period = config.draft.every_n_steps if config.draft.name != "none" else 1
     with jax.set_mesh(mesh):
         with console.status("compiling"):
             step = compile_step(config, mesh)
         with console.status("timing"):
             step, _ = step.run(Clock())
-            for _ in range(config.profile.repeats):
+            for _ in range(config.profile.repeats * period):
                 step, out = step.run(clock)
         with console.status("tracing"), trace(directory):
-            step.run(Clock())
-    seconds = {name: total / config.profile.repeats for name, total in clock.seconds.items()}
+            for _ in range(period):
+                step, _ = step.run(Clock())
+    seconds = {name: total / config.profile.repeats / period for name, total in clock.seconds.items()}
     with console.status("reading the trace"):
         known = {}
         for name, compiled in step.programs.items():
             text = compiled.as_text()
             known[module_name(text)] = phases_of_program(text, name if name in PHASES else f"{name}, rest")
-        phases = seconds_by_phase(directory, known)
+        phases = {phase: spent / period for phase, spent in seconds_by_phase(directory, known).items()}
     memory = {name: memory_of(compiled) for name, compiled in step.programs.items()}
     report(console, config, seconds, phases, memory, int(out.lengths.sum()))
     record = {"seconds": seconds, "memory_bytes": memory, "tokens": int(out.lengths.sum()),
+              "draft_share_of_learning": draft_share(phases),
               "phases": [dataclasses.asdict(phase) | {"seconds": spent} for phase, spent in phases.items()]}
     (directory / "profile.json").write_text(json.dumps(record, indent=2) + "\n")
     newest = max(directory.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
@@ -139,6 +146,8 @@ def report(console: Console, config: Config, seconds: Mapping[str, float], phase
     rows = config.data.prompts_per_step * config.data.group_size
     console.print(f"One step of {config.model.name}: {rows} rows, {tokens} new tokens, draft {config.draft.name}, "
                   f"k = {config.speculation.k}. Rewards are not part of it.", highlight=False)
+    if config.draft.every_n_steps > 1:
+        console.print(f"Means over {config.draft.every_n_steps} steps: the draft learns at one.", highlight=False)
     step, traced = sum(seconds.values()), sum(phases.values())
     table = Table("program", "seconds", "share", title="timed, without the profiler")
     for name, spent in seconds.items():
@@ -153,10 +162,20 @@ def report(console: Console, config: Config, seconds: Mapping[str, float], phase
             table.add_row(f"  {part}", f"{parts[part]:.3f}", f"{parts[part] / traced:.1%}", style="dim")
     table.add_row("operations, all", f"{traced:.3f}", "", style="bold")
     console.print(right_justified(table))
+    console.print(f"Of what both learn in (losses and optimizers) the draft has {draft_share(phases):.1%}.",
+                  highlight=False)
     table = Table("program", *next(iter(memory.values())), title="compiled memory, MiB a device")
     for name, sizes in memory.items():
         table.add_row(name, *(f"{size / 2**20:,.1f}" for size in sizes.values()))
     console.print(right_justified(table))
+
+
+def draft_share(phases: Mapping[Phase, float]) -> float:
+    """The draft's part of the seconds in losses and optimizers, its own and the policy's."""
+    learning = {phase: spent for phase, spent in phases.items()
+                if phase.name.split(",")[0].endswith(("_loss", "optimizer"))}
+    of_draft = sum(spent for phase, spent in learning.items() if phase.name.startswith("draft"))
+    return of_draft / sum(learning.values())
 
 
 def right_justified(table: Table) -> Table:

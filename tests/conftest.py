@@ -1,6 +1,19 @@
 """Fixtures that more than one folder of tests needs."""
 
+import os
+
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request):
+    """Most tests compile for longer than they run, so by default they go without most of XLA's optimizations. Not so
+    modules marked `optimized`, which run for longer, and not the full checks: those see the code that users run."""
+    import jax
+
+    full = request.config.getoption("markexpr") != "not slow" or request.node.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", not full)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not full))  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -92,6 +92,7 @@ def test_profile_of_a_step(tmp_path, capsys):
     assert all(name in out for name in names)
     operations = sum(phase["seconds"] for phase in record["phases"])
     assert 0 < operations < 3 * sum(record["seconds"].values())
+    assert 0.05 < record["draft_share_of_learning"] < 0.5  # at one of four steps
     memory = record["memory_bytes"]["update"]
     assert memory["donated"] > 0 and memory["peak"] >= memory["arguments"]
-    assert "perfetto_trace.json.gz" in out
+    assert "perfetto_trace.json.gz" in out and "Means over 4 steps" in out

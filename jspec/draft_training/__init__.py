@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from jspec import hub
-from jspec.config import DraftTrainingConfig, to_yaml
+from jspec.config import DraftTrainingConfig, load_config, refuse_changes, to_yaml
 from jspec.draft_training.prompts import gather
 from jspec.draft_training.report import report
 from jspec.draft_training.samples import sample
@@ -40,22 +40,25 @@ def train_draft(config: DraftTrainingConfig) -> int:
     prompts = gather(config, policy, tokenizer, directory)
     sample(config, policy, prompts.training, directory / "samples")
     draft = fit(config, policy, directory)
-    head = directory / "head"
+    head = directory / files.HEAD
     head.mkdir(exist_ok=True)
     files.write(draft, head)
     report(config, policy, files.read(head, policy), prompts.held_out, directory)
-    log.info("the draft lies in %s; draft.path=%s trains with it", head, head)
+    log.info("the draft lies in %s; draft.path=%s trains with it", head, directory)
     return 0
 
 
+FREE_TO_CHANGE = ("output_dir", "log_level", "report", "training.checkpoint_every")
+"""Keys and sections that change nothing of what is already in output_dir."""
+
+
 def begin(config: DraftTrainingConfig, directory: Path) -> None:
-    """Write the configuration. Raises InputError if the directory is of another one."""
-    path, text = directory / "config.yaml", to_yaml(config)
-    if path.exists() and path.read_text() != text:
-        raise InputError(f"{path} is of draft training under another configuration; choose another output_dir, or give "
-                         "that one's values")
+    """Write the configuration. Raises InputError if the directory is of one that made something else."""
+    path = directory / "config.yaml"
+    if path.exists():
+        refuse_changes(directory, load_config(path, kind=DraftTrainingConfig), config, FREE_TO_CHANGE)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(to_yaml(config))
     except OSError as error:
         raise InputError(f"output_dir={directory} cannot be written to: {error.strerror}") from None

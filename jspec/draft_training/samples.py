@@ -87,10 +87,14 @@ def write(path: Path, prompts: list[list[int]], out: Any, temperature: float) ->
     work.replace(path)
 
 
+COLUMNS = {"tokens", "start", "mask", "logprobs", "temperature", "state0"}
+"""Of every file; state1, state2, ... where the draft asks for more of the trunk."""
+
+
 def read(directory: Path) -> list[dict[str, np.ndarray]]:
     """The rows of all files, answers of one token left out: nothing is drafted after them.
 
-    Raises InputError for a file that cannot be read.
+    Raises InputError for a file that cannot be read, and if there is nothing to learn from.
     """
     rows = []
     for path in sorted(directory.glob("*.npz")):
@@ -100,5 +104,12 @@ def read(directory: Path) -> list[dict[str, np.ndarray]]:
         except Exception as error:  # what is cut short raises whatever its reader trips over
             raise InputError(f"{path} cannot be read ({type(error).__name__}); remove it, and it is sampled again"
                              ) from None
+        if missing := COLUMNS - columns.keys():
+            raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is of an earlier jspec, or no file of "
+                             "samples; remove it, and it is sampled again")
         rows += [{name: x[i] for name, x in columns.items()} for i in range(len(columns["start"]))]
-    return [row for row in rows if row["mask"].sum() > 1]
+    rows = [row for row in rows if row["mask"].sum() > 1]
+    if not rows:
+        raise InputError(f"{directory} has no answer of two tokens or more: `jspec draft train` has sampled none there "
+                         "yet, or the policy ends its answers at once")
+    return rows

@@ -26,27 +26,30 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
     """A trained draft for `policy`, float32 masters, on the mesh of `jax.set_mesh` if there is one.
 
     Args:
-      source: the short name of a model whose head ships with jspec (`SHIPPED`), a directory that `jspec draft train`
-        wrote, one with a published EAGLE-3 draft (SpecForge's, vLLM's or speculators' layout) or a native MTP head
-        (`jspec.hub.architectures.MTP_LAYOUTS`), or a run's output_dir, whose last checkpoint is taken.
+      source: the short name of a model whose head ships with jspec (`SHIPPED`), the output_dir of `jspec draft train`
+        (or its `head`), a directory with a published EAGLE-3 draft (SpecForge's, vLLM's or speculators' layout) or a
+        native MTP head (`jspec.hub.architectures.MTP_LAYOUTS`), or a run's output_dir, whose last checkpoint is taken.
 
     Raises InputError if there is none, it cannot be read, or it was made for another policy.
     """
     if source in SHIPPED:
         return files.read(_HOME / source, policy)
     path = Path(source).expanduser()
-    if files.is_head(path):
-        return files.read(path, policy)
+    for head in (path, path / files.HEAD):
+        if files.is_head(head):
+            return files.read(head, policy)
     if (path / files.CONFIG).is_file():
         return read_published(path, policy)
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() and not (path / "samples").is_dir():
         draft = draft_of_run(path)
         if draft is None:
             raise InputError(f"{source} is a run without a draft")
         draft.check(policy)
         return draft
-    raise InputError(f"no draft at {source}: give the output_dir of a run, a directory that `jspec draft train` wrote, "
-                     "a published EAGLE-3 draft or MTP head" + "".join(f", or {name}" for name in SHIPPED))
+    if (path / "samples").is_dir():
+        raise InputError(f"{source}: `jspec draft train` has not come to its end there; the same command again goes on")
+    raise InputError(f"no draft at {source}: give the output_dir of `jspec train` or `jspec draft train`, a published "
+                     "EAGLE-3 draft or MTP head" + "".join(f", or {name}" for name in SHIPPED))
 
 
 def publish(draft: Draft, directory: str | Path) -> Path:
@@ -63,5 +66,5 @@ def publish(draft: Draft, directory: str | Path) -> Path:
 def read_published(path: Path, policy: Policy) -> Draft:
     """The EAGLE-3 draft or native MTP head in a directory of the layouts that others publish."""
     hf = read_json(path / files.CONFIG)
-    named = " ".join([*hf.get("architectures", ()), str(hf.get("speculators_model_type", ""))]).lower()
+    named = " ".join([*(hf.get("architectures") or ()), str(hf.get("speculators_model_type", ""))]).lower()
     return eagle3.read(path, policy) if "eagle" in named or "draft_vocab_size" in hf else mtp_heads.read(path, policy)

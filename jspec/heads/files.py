@@ -22,6 +22,8 @@ from jspec.model import Policy, place_on_mesh
 from jspec.model.params import is_spec
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HEAD = "head"
+"""Where in its output_dir `jspec draft train` writes one."""
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -36,8 +38,9 @@ def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
     tensors |= {f"state.{name}": np.asarray(x) for name, x in _named(draft.state).items()}
     fields = dataclasses.asdict(draft.config)
     config = {"drafter": fields.pop("name"), "policy": fields.pop("policy"), "options": fields}
-    # not save_file, whose files only their owner can read
-    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "np"}))
+    work = directory / f".{WEIGHTS}"
+    work.write_bytes(save(tensors, metadata={"format": "np"}))  # not save_file, whose files only their owner can read
+    work.replace(directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 

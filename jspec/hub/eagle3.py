@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from jspec.drafts.base import Draft
 from jspec.drafts.eagle3 import Eagle3Config, default_depths, specs
@@ -109,7 +109,8 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None) -> P
     if jax.process_index() == 0:
         with whole_directory(target) as work:
             (work / "config.json").write_text(json.dumps(config_json(config, dtype), indent=2) + "\n")
-            save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+            # not save_file, whose files only their owner can read
+            (work / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jspec.hub.eagle3.write")
     return target

@@ -140,7 +140,7 @@ def _written_as(config: MtpConfig) -> MtpLayout:
     raise InputError(f"no published architecture has an mtp head with blocks={config.blocks}, "
                      f"vocab_size={config.vocab_size}, hidden_first={config.hidden_first}, "
                      f"normed_trunk={config.normed_trunk}, first={config.first}; such a head cannot be written as one "
-                     f"of {', '.join(MTP_LAYOUTS)}")
+                     f"of {', '.join(MTP_LAYOUTS)}; an eagle3 draft can, of whatever size")
 
 
 def _check_trunk(target: Path, policy: ModelConfig) -> None:

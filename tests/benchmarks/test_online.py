@@ -14,10 +14,10 @@ SMALL = [str(ROOT / "configs/tiny.yaml"), f"data.source={ROOT}/configs/data/coun
 
 def test_both_drafts_are_measured_on_the_same_policies(tmp_path):
     out, picture = tmp_path / "online.json", tmp_path / "online.png"
-    assert online.main([*SMALL, "steps=4", "--every", "2", "--batches", "1", "--json", str(out), "--plot",
+    assert online.main([*SMALL, "steps=3", "--every", "2", "--batches", "1", "--json", str(out), "--plot",
                         str(picture)]) == 0
     first, last = json.loads(out.read_text())["rows"]
-    assert (first["step"], last["step"]) == (2, 4)
+    assert (first["step"], last["step"]) == (2, 3)
     assert first["online"] == first["frozen"]  # where the frozen one is taken from
     assert last["online"] != last["frozen"] and all(0 <= r["reward"] <= 1 for r in (first, last))
     assert picture.stat().st_size > 5000
@@ -27,3 +27,7 @@ def test_mistakes_are_one_line(capsys):
     assert guarded(lambda: online.main([*SMALL, "steps=4", "--every", "5"])) == 2
     assert "no more than the 4 steps" in capsys.readouterr().err
     assert guarded(lambda: online.main(["--every"])) == 2
+    assert guarded(lambda: online.main([*SMALL, "output_dir=here"])) == 2
+    assert "output_dir=here: this benchmark sets it itself" in capsys.readouterr().err
+    assert guarded(lambda: online.main([*SMALL, "draft.train=false"])) == 2
+    assert "nothing learns; give one of eagle3, mtp" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from jspec.cli import main
 from jspec.config import DraftTrainingConfig, load_config
 from jspec.draft_training import samples, stages
 from jspec.draft_training.prompts import in_turn
+from jspec.errors import InputError
 from jspec.hub import character_tokenizer
 from jspec.model import ModelConfig, init_policy
 from jspec.rl.losses import token_logprobs
@@ -109,7 +110,12 @@ def test_resumed_equals_uninterrupted(model, trained, tmp_path):
     (["samples.max_prompt_tokens=2"], "has 0 prompts of at most samples.max_prompt_tokens=2 tokens"),
     (["draft.path=nowhere"], "no draft at nowhere"),
     (["training.step=3"], "unknown key 'training.step'; did you mean 'training.steps'?"),
-    (["draft.options.depth=2"], "draft.options: "),
+    (["draft.options.depth=2"], "draft.options.depth: mtp has no such option, but depths, "),
+    (["report.temperatures=[]"], "'report.temperatures' must be a list of numbers with one entry at least, not []"),
+    (["report.temperatures=[0,-1]"], "'report.temperatures' must be a list with each entry at least 0"),
+    (["samples.temperatures=[-1]"], "'samples.temperatures' must be a list with each entry at least 0"),
+    (["report.rules=[rejection,blocks]"], "each entry one of rejection, block, coupled"),
+    (["sampling.max_new_tokens=1"], "sampling.max_new_tokens must be at least 2"),
 ])
 def test_mistakes_are_one_line(capsys, model, tmp_path, change, message):
     assert main(["draft", "train", str(model), *overrides(model, tmp_path / "x", *change)]) == 2
@@ -119,7 +125,36 @@ def test_mistakes_are_one_line(capsys, model, tmp_path, change, message):
 
 def test_another_configuration_is_refused(capsys, model, trained):
     assert main(["draft", "train", str(model), *overrides(model, trained, "training.steps=41")]) == 2
-    assert "is of draft training under another configuration" in capsys.readouterr().err
+    assert f"{trained} holds a run with training.steps=40, not 41" in capsys.readouterr().err
+
+
+def test_another_report_goes_on(model, trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "draft")
+    text = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(text.replace(str(trained), str(out)))
+    head = (out / "head" / "model.safetensors").read_bytes()
+    assert main(["draft", "train", str(model), *overrides(model, out, "report.temperatures=[0]", "report.k=1")]) == 0
+    assert [(r["temperature"], r["k"]) for r in json.loads((out / "report.json").read_text())] == [(0, 1)]
+    assert (out / "head" / "model.safetensors").read_bytes() == head
+
+
+def test_samples_of_an_earlier_version_are_named(trained, tmp_path):
+    columns = dict(np.load(trained / "samples" / "00000.npz"))
+    del columns["temperature"]
+    np.savez(tmp_path / "00000.npz", **columns)
+    with pytest.raises(InputError, match="00000.npz has no temperature"):
+        samples.read(tmp_path)
+    with pytest.raises(InputError, match="no answer of two tokens"):
+        samples.read(tmp_path / "nothing")
+
+
+def test_an_output_dir_is_where_its_head_is(model, trained, tmp_path):
+    policy = jspec.load(str(model), dtype="float32")
+    one, two = (jspec.load_draft(policy, path).weights for path in (trained, trained / "head"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("head"))
+    with pytest.raises(InputError, match="has not come to its end"):
+        jspec.load_draft(policy, tmp_path / "cut")
 
 
 def test_sources_take_turns():
@@ -170,3 +205,7 @@ def test_losses_are_compared_from_one_start(trained, tmp_path):
     assert start["steps"] == 0 and [record["loss"] for record in rest] == ["kl", "tv", "overlap"]
     assert all(record["acceptance_length"] > 1 and record["step_seconds"] > 0 for record in rest)
     assert (tmp_path / "losses.png").stat().st_size > 3000
+    with pytest.raises(InputError, match="draft.loss=kl, not tv; what may be given here is model.dtype, "):
+        draft_losses.main([str(trained), "draft.loss=tv"])
+    with pytest.raises(InputError, match="has no samples: give the output_dir"):
+        draft_losses.main([str(tmp_path)])

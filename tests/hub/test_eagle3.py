@@ -105,6 +105,7 @@ def test_a_new_draft_is_written_as_both_servers_read_it(policy, tmp_path):
     assert hf[AUX] == [2, 3, 4] and hf["eagle_config"][AUX] == [1, 2, 3]
     assert (hf["draft_vocab_size"], hf["vocab_size"], hf["torch_dtype"]) == (4, 32, "bfloat16")
     assert hf["num_hidden_layers"] == 1 and hf["tie_word_embeddings"] is False
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044 == 0o044  # another user may serve it
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["d2t"].tolist() == [3, 4, 6, 27] and tensors["d2t"].dtype == np.int64
     assert np.flatnonzero(tensors["t2d"]).tolist() == [3, 5, 8, 30] and tensors["t2d"].dtype == bool
@@ -225,6 +226,9 @@ def test_files_that_are_not_there_or_not_whole(policy, tmp_path):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(InputError, match="no safetensors; pickled weights are never loaded"):
         eagle3.read(directory, policy)
+    (directory / "config.json").write_text('{"architectures": null}')
+    with pytest.raises(InputError, match="no layout of MTP heads is known for None"):
+        jspec.load_draft(policy, directory)
     (directory / "config.json").unlink()
     with pytest.raises(InputError, match="no config.json"):
         eagle3.read(directory, policy)

@@ -13,6 +13,8 @@ from jspec.speculate.cycle import RULES
 from pallas_kernels import noise
 from tests.speculate import drafters, planted, tiny
 
+pytestmark = pytest.mark.optimized
+
 PROMPT = [1, 0, 1, 0]
 SAMPLES, FEW = 200_000, 40_000
 REFUSE = 1e-4  # fixed seeds: a correct program passes for good

@@ -10,6 +10,8 @@ from tests.pallas_kernels.interpreters import PLAIN
 from tests.speculate import drafters, enumeration, planted, tiny
 from tests.speculate.enumeration import enumerate_sequences, tokens_a_cycle
 
+pytestmark = pytest.mark.optimized
+
 TOLERANCE = 5e-6  # probabilities of whole sequences: float32 sums in the code, float64 in the oracle; seen: 1e-6
 PROMPT = [1, 0, 1, 0]
 SHARP = 12  # the seed of a table with which all that the block rule computes counts, with a vocabulary of 3

@@ -30,12 +30,11 @@ from jspec.prepare import (
     make_tokenizer,
 )
 from jspec.profiling import PARTS, PHASES, Phase, memory_of, module_name, phases_of_program, seconds_by_phase, trace
-from jspec.rl.advantages import group_advantages
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from, make_batch, update, update_draft
+from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from
 from jspec.sharding import make_mesh
-from jspec.train import Run, make_prompt_batch, place
+from jspec.train import Run, jit_update, jit_update_draft, make_prompt_batch, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,24 +85,16 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     states = learned_from(draft, settings)
     speculation = make_speculation(config).replace(states=states)
 
-    def learn(state, reference, prompts, out, rewards):
-        advantages = group_advantages(rewards, config.data.group_size, config.grpo.advantage)
-        return update(state, reference, make_batch(prompts, out, advantages), settings)
-
     reshard = jax.jit(partial(to_rollout, layout=layout)).lower(policy).compile()
     resharded = reshard(policy)
     rollout = jax.jit(partial(jspec.rollout, sampling=make_sampling(config), speculation=speculation))
     rollout = rollout.lower(resharded, draft, prompts).compile()
     out = rollout(resharded, draft, prompts)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
     programs = {"reshard": reshard, "rollout": rollout}
     if states is not None:
-        learn_draft = jax.jit(lambda state, prompts, out: update_draft(state, make_batch(prompts, out, None), settings),
-                              donate_argnums=0, out_shardings=(shardings, None))
-        programs["draft"] = learn_draft.lower(state, prompts, out).compile()
+        programs["draft"] = jit_update_draft(config, state).lower(state, prompts, out).compile()
         out = out.replace(trunk=None)
-    learn = jax.jit(learn, donate_argnums=0, out_shardings=(shardings, None))
-    programs["update"] = learn.lower(state, reference, prompts, out, rewards).compile()
+    programs["update"] = jit_update(config, state).lower(state, reference, prompts, out, rewards).compile()
     return Step(settings, programs, state, reference, prompts, rewards)
 
 

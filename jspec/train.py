@@ -229,18 +229,29 @@ def answer_text(tokenizer: Any, out: Rollout, row: int) -> str:
     return tokenizer.decode(tokens[: len(tokens) - int(out.finished[row])], skip_special_tokens=True)
 
 
-def make_learn(config: Config, state: TrainState) -> Callable:
-    """`learn(state, reference, prompts, rollout, rewards) -> (state, record)`: one jitted, donated update, done
-    `updates_per_rollout` times. The record holds plain numbers."""
-    settings = UpdateSettings.of(config)
+def jit_update(config: Config, state: TrainState) -> jax.stages.Wrapped:
+    """`(state, reference, prompts, rollout, rewards) -> (state, metrics)`, jitted, the state donated."""
+    settings, shardings = UpdateSettings.of(config), jax.tree.map(lambda x: x.sharding, state)
 
     def one(state, reference, prompts, out, rewards):
         advantages = group_advantages(rewards, config.data.group_size, config.grpo.advantage)
         return update(state, reference, make_batch(prompts, out, advantages), settings)
 
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    compiled = jax.jit(one, donate_argnums=0, out_shardings=(shardings, None))
-    trained = trains_draft(state.draft, settings)
+    return jax.jit(one, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def jit_update_draft(config: Config, state: TrainState) -> jax.stages.Wrapped:
+    """`(state, prompts, rollout) -> (state, metrics)`, jitted, the state donated: the draft learns from the rollout."""
+    settings, shardings = UpdateSettings.of(config), jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(lambda state, prompts, out: update_draft(state, make_batch(prompts, out, None), settings),
+                   donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_learn(config: Config, state: TrainState) -> Callable:
+    """`learn(state, reference, prompts, rollout, rewards) -> (state, record)`: one update, done `updates_per_rollout`
+    times. The record holds plain numbers."""
+    settings = UpdateSettings.of(config)
+    compiled, trained = jit_update(config, state), trains_draft(state.draft, settings)
 
     def learn(state, reference, prompts, out, rewards):
         due = trained and draft_due(settings, int(state.updates))
@@ -259,14 +270,12 @@ def make_learn(config: Config, state: TrainState) -> Callable:
 
 
 def make_learn_draft(config: Config, state: TrainState) -> Callable:
-    """`learn_draft(state, prompts, rollout) -> (state, metrics on the device)`: with draft.features=rollout one jitted,
-    donated update of the draft where it is due; otherwise nothing."""
+    """`learn_draft(state, prompts, rollout) -> (state, metrics on the device)`: with draft.features=rollout one update
+    of the draft where it is due; otherwise nothing."""
     settings = UpdateSettings.of(config)
     if learned_from(state.draft, settings) is None:
         return lambda state, prompts, out: (state, {})
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    compiled = jax.jit(lambda state, prompts, out: update_draft(state, make_batch(prompts, out, None), settings),
-                       donate_argnums=0, out_shardings=(shardings, None))
+    compiled = jit_update_draft(config, state)
 
     def learn_draft(state, prompts, out):
         return compiled(state, prompts, out) if draft_due(settings, int(state.updates)) else (state, {})

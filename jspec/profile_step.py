@@ -36,6 +36,9 @@ from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from
 from jspec.sharding import make_mesh
 from jspec.train import Run, jit_update, jit_update_draft, make_prompt_batch, place
 
+LEARNING = ("policy_loss", "draft_loss", "optimizer", "draft_optimizer", "update", "draft")
+"""Phases, and programs whose rest is one, in which policy and draft learn."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -123,7 +126,7 @@ def profile(config: Config, directory: Path) -> int:
     memory = {name: memory_of(compiled) for name, compiled in step.programs.items()}
     report(console, config, seconds, phases, memory, int(out.lengths.sum()))
     record = {"seconds": seconds, "memory_bytes": memory, "tokens": int(out.lengths.sum()),
-              "draft_share_of_learning": draft_share(phases),
+              "draft_share_of_update": draft_share(phases),
               "phases": [dataclasses.asdict(phase) | {"seconds": spent} for phase, spent in phases.items()]}
     (directory / "profile.json").write_text(json.dumps(record, indent=2) + "\n")
     newest = max(directory.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
@@ -153,8 +156,7 @@ def report(console: Console, config: Config, seconds: Mapping[str, float], phase
             table.add_row(f"  {part}", f"{parts[part]:.3f}", f"{parts[part] / traced:.1%}", style="dim")
     table.add_row("operations, all", f"{traced:.3f}", "", style="bold")
     console.print(right_justified(table))
-    console.print(f"Of what both learn in (losses and optimizers) the draft has {draft_share(phases):.1%}.",
-                  highlight=False)
+    console.print(f"Training the draft takes {draft_share(phases):.1%} of the update.", highlight=False)
     table = Table("program", *next(iter(memory.values())), title="compiled memory, MiB a device")
     for name, sizes in memory.items():
         table.add_row(name, *(f"{size / 2**20:,.1f}" for size in sizes.values()))
@@ -162,9 +164,8 @@ def report(console: Console, config: Config, seconds: Mapping[str, float], phase
 
 
 def draft_share(phases: Mapping[Phase, float]) -> float:
-    """The draft's part of the seconds in losses and optimizers, its own and the policy's."""
-    learning = {phase: spent for phase, spent in phases.items()
-                if phase.name.split(",")[0].endswith(("_loss", "optimizer"))}
+    """The draft's part of the seconds in which policy and draft learn."""
+    learning = {phase: spent for phase, spent in phases.items() if phase.name.split(",")[0] in LEARNING}
     of_draft = sum(spent for phase, spent in learning.items() if phase.name.startswith("draft"))
     return of_draft / sum(learning.values())
 

@@ -249,7 +249,7 @@ def check_learning(every, last, reward):
 
 
 def test_the_tiny_policy_learns_and_its_draft_with_it(tmp_path):
-    assert train.train(tiny(tmp_path, "steps=40", "checkpoint.every=40", small=False)) == 0
+    assert train.train(tiny(tmp_path, "steps=40", "checkpoint.every=40", "draft.every_n_steps=4", small=False)) == 0
     check_learning(records(tmp_path), 5, 0.6)
 
 

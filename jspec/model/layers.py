@@ -18,8 +18,7 @@ from jspec.sharding import current_mesh, heads_replicated
 
 # XLA's matrix product on a CPU keeps to one core where a side has few rows, as in decoding. Given a part of the other
 # side for each core it is 1.3 to 2.6 times as fast (SmolLM2's shapes, 2 to 64 rows); parts must not become too small.
-# Its kernel takes four rows at a time, and for 2, 3 or 6 rows it falls to a slower one: filling up saves 10 to 15%.
-FEW_ROWS, LEAST_PART, ROWS_AT_ONCE = 64, 256, 4
+FEW_ROWS, LEAST_PART = 64, 256
 
 
 def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None, out_dtype=None) -> jax.Array:
@@ -51,10 +50,9 @@ def _product(dot: Callable, x: jax.Array, matrix: jax.Array) -> jax.Array:
         return dot(x, matrix, (((x.ndim - 1,), (1,)), ((), ())))
 
     def by_core(x, matrix):
-        rows = jnp.pad(x.reshape(count, -1), ((0, -count % ROWS_AT_ONCE), (0, 0)))
-        each = jnp.broadcast_to(rows, (parts, *rows.shape))
+        each = jnp.broadcast_to(x.reshape(count, -1), (parts, count, x.shape[-1]))
         y = dot(matrix.reshape(parts, -1, matrix.shape[1]), each, (((2,), (2,)), ((0,), (0,))))
-        return y.transpose(2, 0, 1)[:count].reshape(*x.shape[:-1], -1)
+        return y.transpose(2, 0, 1).reshape(*x.shape[:-1], -1)
 
     @jax.custom_jvp
     def product(x, matrix):

@@ -308,7 +308,7 @@ def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
     ("model.architecture.hiden_size=3", "did you mean 'hidden_size'?"),
     ("model.architecture.vocab_size=8", "has 16 tokens, the model random only 8"),
     ("model.architecture.num_kv_heads=3", "not a multiple of num_kv_heads"),
-    ("draft.options.depth=3", "draft.options:"),
+    ("draft.options.depth=3", "draft.options.depth: mtp has no such option"),
     ("draft.path=nowhere", "no draft at nowhere"),
 ])
 def test_what_the_user_can_put_right_is_one_line(tmp_path, override, message):

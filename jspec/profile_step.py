@@ -32,7 +32,7 @@ from jspec.prepare import (
 from jspec.profiling import PARTS, PHASES, Phase, memory_of, module_name, phases_of_program, seconds_by_phase, trace
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from
+from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from, trains_draft
 from jspec.sharding import make_mesh
 from jspec.train import Run, jit_update, jit_update_draft, make_prompt_batch, place
 
@@ -105,10 +105,10 @@ def profile(config: Config, directory: Path) -> int:
     """`jspec profile`: prints the table, and writes trace and profile.json under `directory`."""
     console = Console()
     mesh, clock = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), Clock()
-    period = config.draft.every_n_steps if config.draft.name != "none" else 1
     with jax.set_mesh(mesh):
         with console.status("compiling"):
             step = compile_step(config, mesh)
+        period = step.settings.draft_every if trains_draft(step.state.draft, step.settings) else 1
         with console.status("timing"):
             step, _ = step.run(Clock())
             for _ in range(config.profile.repeats * period):
@@ -124,7 +124,7 @@ def profile(config: Config, directory: Path) -> int:
             known[module_name(text)] = phases_of_program(text, name if name in PHASES else f"{name}, rest")
         phases = {phase: spent / period for phase, spent in seconds_by_phase(directory, known).items()}
     memory = {name: memory_of(compiled) for name, compiled in step.programs.items()}
-    report(console, config, seconds, phases, memory, int(out.lengths.sum()))
+    report(console, config, seconds, phases, memory, int(out.lengths.sum()), period)
     record = {"seconds": seconds, "memory_bytes": memory, "tokens": int(out.lengths.sum()),
               "draft_share_of_update": draft_share(phases),
               "phases": [dataclasses.asdict(phase) | {"seconds": spent} for phase, spent in phases.items()]}
@@ -135,13 +135,13 @@ def profile(config: Config, directory: Path) -> int:
 
 
 def report(console: Console, config: Config, seconds: Mapping[str, float], phases: Mapping[Phase, float],
-           memory: Mapping[str, Mapping[str, int]], tokens: int) -> None:
-    """Prints seconds of the step's programs, of the phases in them, and their memory."""
+           memory: Mapping[str, Mapping[str, int]], tokens: int, period: int) -> None:
+    """Prints seconds of the step's programs, of the phases in them, and their memory: means over `period` steps."""
     rows = config.data.prompts_per_step * config.data.group_size
     console.print(f"One step of {config.model.name}: {rows} rows, {tokens} new tokens, draft {config.draft.name}, "
                   f"k = {config.speculation.k}. Rewards are not part of it.", highlight=False)
-    if config.draft.every_n_steps > 1:
-        console.print(f"Means over {config.draft.every_n_steps} steps: the draft learns at one.", highlight=False)
+    if period > 1:
+        console.print(f"Means over {period} steps: the draft learns at one.", highlight=False)
     step, traced = sum(seconds.values()), sum(phases.values())
     table = Table("program", "seconds", "share", title="timed, without the profiler")
     for name, spent in seconds.items():

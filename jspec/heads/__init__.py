@@ -38,16 +38,16 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
     for head in (path, path / files.HEAD):
         if files.is_head(head):
             return files.read(head, policy)
+    if (path / "samples").is_dir():
+        raise InputError(f"{source}: `jspec draft train` has not come to its end there; the same command again goes on")
     if (path / files.CONFIG).is_file():
         return read_published(path, policy)
-    if (path / "checkpoints").is_dir() and not (path / "samples").is_dir():
+    if (path / "checkpoints").is_dir():
         draft = draft_of_run(path)
         if draft is None:
             raise InputError(f"{source} is a run without a draft")
         draft.check(policy)
         return draft
-    if (path / "samples").is_dir():
-        raise InputError(f"{source}: `jspec draft train` has not come to its end there; the same command again goes on")
     raise InputError(f"no draft at {source}: give the output_dir of `jspec train` or `jspec draft train`, a published "
                      "EAGLE-3 draft or MTP head" + "".join(f", or {name}" for name in SHIPPED))
 

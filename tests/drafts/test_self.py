@@ -19,6 +19,8 @@ from tests.speculate import tiny
 from tests.speculate.enumeration import enumerate_sequences, rollout_module
 from tests.speculate.ties import assert_same, generated
 
+pytestmark = pytest.mark.optimized
+
 MODULE = importlib.import_module("jspec.drafts.self")
 PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6], [4, 4, 4]]
 SAMPLING = Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0]), 8), stop_tokens=(3,))
@@ -177,7 +179,7 @@ def test_rounding_is_half_a_step(bits, tile, steps):
     np.testing.assert_allclose(half.astype(jnp.float32), want - np.asarray(b), atol=0.02 * np.abs(want).max())
 
 
-CASES = [(3, 1, 2, dict(max_new_tokens=3, stop_tokens=(2,))),
+CASES = [(3, 1, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
          pytest.param(3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,)), marks=pytest.mark.slow),
          pytest.param(4, 1, 3, dict(max_new_tokens=3, stop_tokens=(1,), temperature=0.7, top_k=3, min_new_tokens=2),
                       marks=pytest.mark.slow),

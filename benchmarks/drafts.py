@@ -2,9 +2,10 @@
 
     jspec bench drafts smollm2-135m-instruct --drafts ngram,mtp --k 1,3,7 --batch 1,8 --json FILE --plot FILE.png
 
-Lists are separated by commas or spaces. Autoregressive decoding ("none") is always timed: speed-ups are over it, at the
-same batch and temperature. Every drafter continues every prompt, `batch` of them at a time, all programs in turn, chunk
-by chunk, so that a drifting machine drifts for all; figures are medians over rounds of seconds over all prompts.
+Lists are separated by commas or spaces. A drafter's options follow it: self:bits=4, and more after further colons.
+Autoregressive decoding ("none") is always timed: speed-ups are over it, at the same batch and temperature. Every
+drafter continues every prompt, `batch` of them at a time, all programs in turn, chunk by chunk, so that a drifting
+machine drifts for all; figures are medians over rounds of seconds over all prompts.
 
 `cycle ms` is that of the rollouts, prefill taken out. `draft ms` and `verify ms` are programs of their own (parts.py),
 and `rest ms` is what then remains of the cycle: the verdict, the commit, the loop. `predicted` is the speed-up that
@@ -29,8 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from yaml import YAMLError  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure, parts  # noqa: E402
@@ -41,6 +45,7 @@ from jspec.errors import InputError  # noqa: E402
 from jspec.heads import shipped  # noqa: E402
 from jspec.kernels import KERNELS, choose, picked  # noqa: E402
 from jspec.model import ModelConfig, Policy  # noqa: E402
+from jspec.prepare import fresh_draft  # noqa: E402
 from jspec.rl.prompts import encode_prompt, read_jsonl  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
 
@@ -86,6 +91,25 @@ def number(kind: type, low: float) -> Callable[[str], Any]:
     return parse
 
 
+def split_options(draft: str) -> tuple[str, dict[str, Any]]:
+    """`self:bits=4` as ("self", {"bits": 4})."""
+    name, *options = draft.split(":")
+    return name, OmegaConf.to_container(OmegaConf.from_dotlist(options))
+
+
+def drafter(text: str) -> str:
+    """A parser of drafters with or without options."""
+    name, *options = text.split(":")
+    one_of("drafter", (PLAIN, *jspec.drafts.NAMES))(name)
+    try:
+        split_options(text)
+    except (OmegaConfBaseException, YAMLError):
+        options.append("")
+    if options and (name == PLAIN or not all("=" in option for option in options)):
+        raise argparse.ArgumentTypeError(f"must be a drafter, or one with options as in self:bits=4, not {text!r}")
+    return text
+
+
 class Listed(argparse.Action):
     """Items separated by commas, spaces or both, each once. `const` parses one."""
 
@@ -109,7 +133,6 @@ def named_path(text: str) -> tuple[str, str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Raises InputError for whatever can be known to be wrong before the model is loaded."""
-    names = (PLAIN, *jspec.drafts.NAMES)
     parser = cli.Parser(prog="jspec bench drafts", description=__doc__)
 
     def listed(option: str, item: Callable[[str], Any], default: list, help: str) -> None:
@@ -118,7 +141,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                             metavar=option.strip("-").rstrip("s").upper(), help=f"{help} (default: {shown})")
 
     parser.add_argument("model", metavar="MODEL", help=cli.MODEL)
-    listed("--drafts", one_of("drafter", names), list(names), "drafters")
+    listed("--drafts", drafter, [PLAIN, *jspec.drafts.NAMES], "drafters, with options as NAME:KEY=VALUE")
     listed("--k", number(int, 1), list(range(1, 8)), "tokens drafted a cycle")
     listed("--batch", number(int, 1), [1], "prompts decoded together")
     listed("--temperature", number(float, 0.0), [1.0], "0 is greedy")
@@ -190,13 +213,14 @@ def trained(name: str, model_name: str, paths: dict[str, str]) -> str | None:
 
 def make_draft(name: str, policy: Policy, model_name: str, paths: dict[str, str]) -> Draft | None:
     """The drafter `name` for `policy` (training layout): trained weights from `paths`, else those that ship with jspec,
-    else fresh ones, with a warning where there would be something to train. Raises InputError for a path that holds no
-    such draft."""
+    else (and always where it has options) fresh ones, with a warning where there would be something to train. Raises
+    InputError for a path that holds no such draft, or options that the drafter does not take."""
     if name == PLAIN:
         return None
     path = trained(name, model_name, paths)
     if path is None:
-        draft = getattr(jspec.drafts, name)(policy, jax.random.key(1))
+        kind, options = split_options(name)
+        draft = fresh_draft(policy, jax.random.key(1), kind, options, f"--drafts {kind}")
         if draft.module.loss is not None:
             print(f"jspec: the {name} draft for {model_name} is untrained: few of its tokens will be accepted; give a "
                   f"trained one with --draft-path {name}=DIR", file=sys.stderr)

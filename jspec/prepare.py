@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -103,15 +104,21 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
                              f"{section.name}")
         return draft
     key = jax.random.fold_in(jax.random.key(config.seed), DRAFT_KEY)
-    drafter = getattr(jspec.drafts, section.name)
+    return fresh_draft(policy, key, section.name, section.options, "draft.options")
+
+
+def fresh_draft(policy: Policy, key: jax.Array, name: str, options: Mapping[str, Any], label: str) -> Draft:
+    """The drafter `name` with weights that nobody trained. Raises InputError, which begins with `label`, for options
+    that it does not have or refuses."""
+    drafter = getattr(jspec.drafts, name)
     _, _, *known = inspect.signature(drafter).parameters  # after policy and key
-    for name in section.options.keys() - set(known):
-        raise InputError(f"draft.options.{name}: {section.name} has no such option, but "
-                         f"{', '.join(known) or 'none at all'}; remove it")
+    for option in options.keys() - set(known):
+        raise InputError(f"{label}.{option}: {name} has no such option, but {', '.join(known) or 'none at all'}; "
+                         "remove it")
     try:
-        return drafter(policy, key, **section.options)
+        return drafter(policy, key, **options)
     except TypeError as error:
-        raise InputError(f"draft.options: {error}") from error
+        raise InputError(f"{label}: {error}") from error
 
 
 def make_sampling(config: Config) -> Sampling:

@@ -181,6 +181,8 @@ def test_every_drafter_is_timed(name):
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "the following arguments are required: MODEL"),
     (["m", "--drafts", "none,mpt"], "argument --drafts: unknown drafter 'mpt'; did you mean 'mtp'?"),
+    *((["m", "--drafts", text], "argument --drafts: must be a drafter, or one with options as in self:bits=4, not "
+       f"'{text}'") for text in ("self:4", "none:bits=4", "self:bits=[")),
     (["m", "--rule", "rejections"], "argument --rule: unknown rule 'rejections'; did you mean 'rejection'?"),
     (["m", "--k", "0"], "argument --k: must be a whole number of at least 1, not '0'"),
     (["m", "--k", "1,two"], "argument --k: must be a whole number of at least 1, not 'two'"),
@@ -212,6 +214,8 @@ def test_mistakes_that_only_the_model_shows(model, prompts, tmp_path):
                                  "model's 2048 positions; lower one of them\n")
     code, _, err = bench(model)  # the shipped prompts have letters, and this model's tokenizer has none
     assert code == 2 and err.startswith("jspec: error: the model's tokenizer refuses one of the --prompts")
+    code, _, err = bench(model, "--prompts", prompts, "--drafts", "self:bit=4")
+    assert code == 2 and err == "jspec: error: --drafts self.bit: self has no such option, but bits, vocab; remove it\n"
     code, _, err = bench(model, "--prompts", prompts, "--drafts", "mtp", "--draft-path", f"mtp={tmp_path}")
     assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
 
@@ -244,6 +248,7 @@ def test_a_trained_draft_is_taken_from_its_path(tmp_path, capsys):
     files.write(jspec.drafts.mtp(policy, jax.random.key(5), vocab=[1, 2, 3]), tmp_path)
     assert drafts.make_draft("mtp", policy, "tiny", {"mtp": str(tmp_path)}).config.vocab_size == 3
     assert drafts.make_draft("none", policy, "tiny", {"mtp": str(tmp_path)}) is None
+    assert drafts.make_draft("self:bits=4", policy, "tiny", {"mtp": str(tmp_path)}).config.bits == 4
     assert capsys.readouterr().err == ""
     assert drafts.trained("mtp", "smollm2-135m-instruct", {}) == "smollm2-135m-instruct"  # one ships
     assert drafts.trained("mtp", "smollm2-135m-instruct", {"mtp": "mine"}) == "mine"

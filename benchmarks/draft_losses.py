@@ -31,7 +31,7 @@ import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
 from benchmarks.drafts import check_targets  # noqa: E402
 from jspec import cli  # noqa: E402
-from jspec.config import DraftTrainingConfig, load_config, refuse_changes  # noqa: E402
+from jspec.config import DraftTrainingConfig, load_config  # noqa: E402
 from jspec.draft_training import samples, stages  # noqa: E402
 from jspec.drafts import Draft  # noqa: E402
 from jspec.drafts.parts.losses import LOSSES  # noqa: E402
@@ -39,6 +39,7 @@ from jspec.errors import InputError  # noqa: E402
 from jspec.model import Policy  # noqa: E402
 from jspec.prepare import make_policy, make_tokenizer  # noqa: E402
 from jspec.rl.update import draft_optimizer  # noqa: E402
+from jspec.settings import refuse_changes  # noqa: E402
 
 HELD_OUT = 16
 FREE = ("model.dtype", "draft.learning_rate", "draft.optimizer", "draft.clip", "training.rows", "training.warmup_steps")

@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jspec.config import Config, load_config, refuse_changes, to_yaml
+from jspec.config import Config, load_config
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
 from jspec.drafts.base import config_from_fields, model_config
@@ -26,6 +26,7 @@ from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, param_specs
 from jspec.model.params import is_spec
 from jspec.rl.state import TrainState
+from jspec.settings import refuse_changes, to_yaml
 from jspec.sharding import spec_sharding
 
 log = logging.getLogger(__name__)

@@ -38,10 +38,10 @@ class Parser(argparse.ArgumentParser):
 
 def keys_help(kind: str) -> str:
     """Every configuration key with its type, default and meaning, as text."""
-    from jspec import config
+    from jspec import config, settings
 
     lines = ["keys of a config, each also settable as key=value after it:"]
-    for key, type_name, default, meaning in config.describe(getattr(config, kind)):
+    for key, type_name, default, meaning in settings.describe(getattr(config, kind)):
         if not type_name:
             lines.append(f"\n  {key}: {meaning}")
             continue
@@ -140,7 +140,8 @@ def _add_eval(made: Parser) -> None:
 
 
 def _train(arguments) -> int:
-    from jspec.config import load_config, to_yaml
+    from jspec.config import load_config
+    from jspec.settings import to_yaml
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:

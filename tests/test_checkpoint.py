@@ -12,10 +12,11 @@ import pytest
 import jspec
 from jspec import checkpoint
 from jspec.checkpoint import Checkpoints, check_config, load_draft, load_policy, load_run
-from jspec.config import Config, DraftSection, GrpoSection, to_yaml
+from jspec.config import Config, DraftSection, GrpoSection
 from jspec.errors import InputError
 from jspec.model import ModelConfig, init_policy
 from jspec.rl.update import UpdateSettings, init_state
+from jspec.settings import to_yaml
 from jspec.sharding import make_mesh
 
 MODEL = ModelConfig(vocab_size=11, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1,

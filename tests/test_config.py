@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
-from jspec.config import DRAFTERS, RULES, Config, describe, load_config, to_yaml
+from jspec.config import DRAFTERS, RULES, Config, load_config
 from jspec.errors import InputError
+from jspec.settings import describe, to_yaml
 
 RANDOM = ["model.name=random", "model.tokenizer=chars:ab", "model.architecture.hidden_size=64"]
 
@@ -47,7 +48,7 @@ def test_the_rules_are_those_of_the_cycle():
 
 
 def test_every_field_has_a_meaning():
-    rows = describe()
+    rows = describe(Config)
     assert all(meaning for *_, meaning in rows)
     assert ("speculation.k", "a whole number", "3") in [row[:3] for row in rows]
     assert ("grpo.advantage", "group | dr_grpo", "'group'") in [row[:3] for row in rows]

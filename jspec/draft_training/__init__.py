@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from jspec import hub
-from jspec.config import DraftTrainingConfig, load_config, refuse_changes, to_yaml
+from jspec.config import DraftTrainingConfig, load_config
 from jspec.draft_training.prompts import gather
 from jspec.draft_training.report import report
 from jspec.draft_training.samples import sample
@@ -21,6 +21,7 @@ from jspec.draft_training.stages import fit
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.prepare import make_policy
+from jspec.settings import refuse_changes, to_yaml
 
 log = logging.getLogger(__name__)
 

@@ -28,9 +28,15 @@ class ModelSection:
     name: str = setting("smollm2-135m-instruct", "short name, hub id, safetensors directory, .gguf file, or 'random'")
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on accelerators, float32 on the CPU",
                          choices=("auto", "float32", "bfloat16"))
-    remat: bool = setting(False, "recompute each layer's activations in the backward pass: slower, far less memory")
     architecture: dict | None = setting(None, "ModelConfig fields of a policy drawn at random; only with name 'random'")
     tokenizer: str | None = setting(None, "another model's tokenizer, or 'chars:ALPHABET'; null: the model's own")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModelSection(ModelSection):
+    """The policy, and how its gradient is computed."""
+
+    remat: bool = setting(False, "recompute each layer's activations in the backward pass: slower, far less memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +173,7 @@ class Config:
     steps: int = setting(6, "GRPO steps in all, those before a resume included", low=1)
     output_dir: str = setting("runs/quickstart", "metrics, checkpoints and traces; the same one again resumes")
     log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
-    model: ModelSection = ModelSection()
+    model: TrainedModelSection = TrainedModelSection()
     draft: DraftSection = DraftSection()
     speculation: SpeculationSection = SpeculationSection()
     sampling: SamplingSection = SamplingSection()

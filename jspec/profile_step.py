@@ -156,7 +156,8 @@ def report(console: Console, config: Config, seconds: Mapping[str, float], phase
             table.add_row(f"  {part}", f"{parts[part]:.3f}", f"{parts[part] / traced:.1%}", style="dim")
     table.add_row("operations, all", f"{traced:.3f}", "", style="bold")
     console.print(right_justified(table))
-    console.print(f"Training the draft takes {draft_share(phases):.1%} of the update.", highlight=False)
+    if share := draft_share(phases):
+        console.print(f"Training the draft takes {share:.1%} of the update.", highlight=False)
     table = Table("program", *next(iter(memory.values())), title="compiled memory, MiB a device")
     for name, sizes in memory.items():
         table.add_row(name, *(f"{size / 2**20:,.1f}" for size in sizes.values()))

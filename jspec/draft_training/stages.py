@@ -36,26 +36,35 @@ WINDOW = 8  # batches whose rows are sorted by length together: little padding, 
 LEAST_SQUARES_ROWS = 2048
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """`steps` steps on one loss, after `before` steps of the stages before it."""
+
+    kind: str
+    steps: int
+    before: int
+
+
 def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
     """The trained draft, float32 masters. Goes on from the last checkpoint under `directory`."""
     rows = read(directory / "samples")
     draft = untrained(config, policy, rows)
-    stages = [("states", config.training.state_steps), (config.draft.loss, config.training.steps)]
+    stages = (Stage("states", config.training.state_steps, before=0),
+              Stage(config.draft.loss, config.training.steps, before=config.training.state_steps))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
     with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as checkpoints:
         done, saved = restore(checkpoints, draft, config)
-        for number, (kind, steps) in enumerate(stages):
-            before = sum(count for _, count in stages[:number])
-            if done >= before + steps:
+        for stage in stages:
+            if done >= stage.before + stage.steps:
                 continue
-            optimizer = draft_optimizer(config.draft.optimizer, schedule(config, steps), config.draft.clip)
+            optimizer = draft_optimizer(config.draft.optimizer, schedule(config, stage.steps), config.draft.clip)
             if saved is None:
                 weights = solved(config, policy, draft, rows).weights
                 saved = {"weights": weights, "opt": jax.jit(optimizer.init)(weights)}
-            elif done == before:  # the stage before ended here: the moments are its own
+            elif done == stage.before:  # the stage before ended here: the moments are its own
                 saved["opt"] = jax.jit(optimizer.init)(saved["weights"])
-            saved = run_stage(config, policy, draft, rows, checkpoints, saved, optimizer, kind, before, done, steps)
-            done = before + steps
+            saved = run_stage(stage, done, config, policy, draft, rows, checkpoints, saved, optimizer)
+            done = stage.before + stage.steps
         checkpoints.wait_until_finished()
     return draft.replace(weights=saved["weights"])
 
@@ -106,25 +115,25 @@ def restore(checkpoints: ocp.CheckpointManager, draft: Draft, config: DraftTrain
                          "remove it, and the one before it is taken") from error
 
 
-def run_stage(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list[Row],
-              checkpoints: ocp.CheckpointManager, saved: dict[str, Any], optimizer: optax.GradientTransformation,
-              kind: str, before: int, done: int, steps: int) -> dict[str, Any]:
-    """The steps of one stage from `done` on, with a checkpoint every so often and at its end."""
-    learn = jax.jit(partial(step_of, draft.module, draft.config, optimizer, kind), donate_argnums=0)
+def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list[Row],
+              checkpoints: ocp.CheckpointManager, saved: dict[str, Any],
+              optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    """The steps of one stage from `done` on (of all stages), with a checkpoint every so often and at its end."""
+    learn = jax.jit(partial(step_of, draft.module, draft.config, optimizer, stage.kind), donate_argnums=0)
     begin, tokens = time.perf_counter(), 0
-    for index, chosen in enumerate(order(rows, config.training.rows, config.seed + before)):
-        if index >= steps:
+    for index, chosen in enumerate(order(rows, config.training.rows, config.seed + stage.before)):
+        if index >= stage.steps:
             break
-        if before + index < done:
+        if stage.before + index < done:
             continue
         batch = pack([rows[i] for i in chosen])
         saved, metrics = learn(saved, policy, draft.state, batch)
         tokens += int(batch.mask.sum())
-        step = before + index + 1
-        last = index + 1 == steps
+        step = stage.before + index + 1
+        last = index + 1 == stage.steps
         if last or step % 20 == 0:
             overlap = " ".join(f"{x:.3f}" for x in np.asarray(metrics.get("overlap", ())))
-            log.info("%s  step %d/%d  loss %.4f  %s%.0f tok/s", kind, index + 1, steps, metrics["loss"],
+            log.info("%s  step %d/%d  loss %.4f  %s%.0f tok/s", stage.kind, index + 1, stage.steps, metrics["loss"],
                      overlap and f"overlap {overlap}  ", tokens / (time.perf_counter() - begin))
         if last or step % config.training.checkpoint_every == 0:
             checkpoints.save(step, args=ocp.args.StandardSave(saved), force=True)

@@ -84,14 +84,16 @@ def parser() -> Parser:
 
     draft = command("draft", None, "train a draft by itself, or write it as others read it")
     drafts = draft.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    made = drafts.add_parser("train", keys="DraftTrainingConfig", description="Train a draft on the policy's own "
-                             "answers; the same command again goes on from where it was.")
+    made = drafts.add_parser("train", keys="DraftTrainingConfig", help="train one on the policy's own answers",
+                             description="Train a draft on the policy's own answers; the same command again goes on "
+                             "from where it was.")
     made.set_defaults(run=_train_draft)
     made.add_argument("model", metavar="MODEL", help=NAMED)
     made.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.loss=overlap samples.count=512")
     made.add_argument("--config", metavar="FILE", help="a YAML file of these keys, such as configs/draft-smollm2.yaml")
 
-    made = drafts.add_parser("export", description="Write a draft in the layout that others publish: an eagle3 draft "
+    made = drafts.add_parser("export", help="write one in the layout that others publish",
+                             description="Write a draft in the layout that others publish: an eagle3 draft "
                              "as SpecForge does (vLLM and SGLang serve it), an mtp head with the conventions of a "
                              "published architecture as that one's own.")
     made.set_defaults(run=_export_draft)

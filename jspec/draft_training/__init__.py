@@ -53,10 +53,14 @@ FREE_TO_CHANGE = ("output_dir", "log_level", "report", "training.checkpoint_ever
 """Keys and sections that change nothing of what is already in output_dir."""
 
 
+MADE = ("instructions.json", "samples", "checkpoints")
+"""What a configuration leaves in output_dir; one that came to none of it may be corrected."""
+
+
 def begin(config: DraftTrainingConfig, directory: Path) -> None:
     """Write the configuration. Raises InputError if the directory is of one that made something else."""
     path = directory / "config.yaml"
-    if path.exists():
+    if path.exists() and any((directory / name).exists() for name in MADE):
         refuse_changes(directory, load_config(path, kind=DraftTrainingConfig), config, FREE_TO_CHANGE)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -56,9 +56,19 @@ def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, director
     if config.report.prompts is not None:
         records = read_jsonl(Path(config.report.prompts), keys=("prompt",), setting="report.prompts")
         held_out = {config.report.prompts: [encode(config, tokenizer, record["prompt"]) for record in records]}
+    held_out = unseen(held_out, training)
+    if not held_out:
+        raise InputError("every prompt that could be held out is trained on too; name others with report.prompts")
     distinct = sum(map(len, held_out.values()))
     return Prompts(in_turn(sources, training, config.samples.count),
                    in_turn(held_out, held_out, min(config.report.count, distinct)))
+
+
+def unseen(held_out: dict[str, list[list[int]]], training: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    """Of each source the prompts that no source trains on; sources without any left out."""
+    seen = {tuple(tokens) for prompts in training.values() for tokens in prompts}
+    left = {name: [tokens for tokens in prompts if tuple(tokens) not in seen] for name, prompts in held_out.items()}
+    return {name: prompts for name, prompts in left.items() if prompts}
 
 
 def in_turn(turns: Iterable[str], items: dict[str, list[Any]], count: int) -> list[Any]:
@@ -82,7 +92,7 @@ def source_texts(config: DraftTrainingConfig, source: str, times: int, policy: P
     if source == SELF:
         return instructions(config, policy, tokenizer, share, directory / "instructions.json")
     options = {"size": share} if source.startswith("reasoning_gym:") else {}
-    records, _ = load_records(DataSection(source=source, options=options), config.seed)
+    records, _ = load_records(DataSection(source=source, options=options), config.seed, "samples.sources")
     return [records[i]["prompt"] for i in range(min(share, len(records)))]
 
 
@@ -103,7 +113,7 @@ def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, co
         out = jax.device_get(jspec.rollout(weights, None, batch, sampling=sampling))
         ended = [tokenizer.decode(tokens[:length - 1]).strip() for tokens, length, finished in
                  zip(out.tokens, out.lengths, out.finished, strict=True) if finished]
-        texts += [text for text in dict.fromkeys(ended) if len(text) > 8]
+        texts = list(dict.fromkeys([*texts, *(text for text in ended if len(text) > 8)]))
         log.info("%d of %d instructions", min(len(texts), count), count)
         if len(texts) >= count:
             break

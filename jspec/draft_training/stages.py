@@ -54,6 +54,8 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
     options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
     with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as checkpoints:
         done, saved = restore(checkpoints, draft, config)
+        if done:
+            log.info("going on from step %d", done)
         for stage in stages:
             if done >= stage.before + stage.steps:
                 continue

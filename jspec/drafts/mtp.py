@@ -57,6 +57,8 @@ class MtpConfig:
     name: str = "mtp"
 
     def __post_init__(self):
+        if self.depths < 1:
+            raise InputError(f"mtp draft: depths = {self.depths} must be at least 1")
         if not 1 <= self.blocks <= self.depths:
             raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most depths = {self.depths}")
         assert self.first == 0 or self.blocks == 1, "every further block would begin one position later"

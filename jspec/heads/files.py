@@ -16,6 +16,7 @@ from safetensors.numpy import save
 import jspec.drafts
 from jspec.drafts import Draft
 from jspec.drafts.base import config_from_fields
+from jspec.drafts.parts.vocabulary import check_vocab
 from jspec.errors import InputError
 from jspec.hub.safetensors_io import read_json
 from jspec.model import Policy, place_on_mesh
@@ -63,12 +64,25 @@ def read(directory: Path, policy: Policy) -> Draft:
         if weights[name].shape != spec.shape:
             raise InputError(f"{directory}: tensor weights.{name} has shape {list(weights[name].shape)}, but the "
                              f"config says {list(spec.shape)}")
+    _check_vocab(directory, config, state.get("state.vocab"))
     if tensors:
         raise InputError(f"{directory}: tensor {min(tensors)} has no place in a {config.name} draft")
     leaves = [weights[name].astype(np.float32) for name in _named(specs)]
     tree = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
     placed = place_on_mesh(lambda x: x, specs, policy.config)(tree)
     return draft.replace(weights=placed, state=_nested({n.removeprefix("state."): x for n, x in state.items()}))
+
+
+def _check_vocab(directory: Path, config: Any, vocab: np.ndarray | None) -> None:
+    size, said = 0 if vocab is None else len(vocab), getattr(config, "vocab_size", 0)
+    if size != said:
+        raise InputError(f"{directory}: the config says vocab_size {said}, and tensor state.vocab "
+                         + ("is missing" if vocab is None else f"has {size} tokens"))
+    if vocab is not None:
+        try:
+            check_vocab(vocab, config.policy.vocab_size, config.name)
+        except InputError as error:
+            raise InputError(f"{directory}: {error}") from None
 
 
 def read_config(directory: Path) -> Any:

@@ -60,7 +60,7 @@ def read(path: str | Path, policy: Policy, *, depths: int = 2) -> Draft:
 
 
 def _layout(path: Path, hf: dict) -> MtpLayout:
-    name = (hf.get("architectures") or [None])[0]
+    name = (hf.get("architectures") or ["an unnamed architecture"])[0]
     if name not in MTP_LAYOUTS:
         raise InputError(f"{path}: no layout of MTP heads is known for {name}; known: {', '.join(MTP_LAYOUTS)}")
     count = mtp_count(hf)

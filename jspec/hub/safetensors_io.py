@@ -106,9 +106,9 @@ def read_json(path: Path, required: bool = True) -> dict | None:
     try:
         value = json.loads(path.read_text())
     except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}); fetch the model again") from e
+        raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
     if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; fetch the model again")
+        raise InputError(f"{path}: not a JSON object; fetch or make it again")
     return value
 
 

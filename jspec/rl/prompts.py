@@ -152,8 +152,9 @@ def encode_prompt(tokenizer, text: str, system_prompt: str | None = None, chat_t
     return list(tokenizer.encode(rendered, add_special_tokens=False))
 
 
-def load_records(config, seed: int) -> tuple[Sequence[Mapping[str, Any]], str]:
-    """The source's records of {prompt, answer, ...}, and a string that changes when they do."""
+def load_records(config, seed: int, setting: str = "data.source") -> tuple[Sequence[Mapping[str, Any]], str]:
+    """The source's records of {prompt, answer, ...}, and a string that changes when they do. `setting` is what named
+    the source, for errors."""
     if config.source.startswith(PREFIX):
         tasks = ReasoningGym(config.source.removeprefix(PREFIX), {"seed": seed} | dict(config.options))
         return tasks, json.dumps([tasks.task, tasks.options], sort_keys=True, default=str)
@@ -161,9 +162,9 @@ def load_records(config, seed: int) -> tuple[Sequence[Mapping[str, Any]], str]:
         raise InputError(f"data.options are for reasoning_gym tasks; data.source={config.source!r} takes none")
     if config.source != "arithmetic" and not config.source.endswith(".jsonl"):
         raise InputError(
-            f"data.source={config.source!r} is none of 'arithmetic', a .jsonl file, 'reasoning_gym:TASK'"
+            f"{setting}={config.source!r} is none of 'arithmetic', a .jsonl file, 'reasoning_gym:TASK'"
         )
-    records = read_jsonl(ARITHMETIC if config.source == "arithmetic" else Path(config.source))
+    records = read_jsonl(ARITHMETIC if config.source == "arithmetic" else Path(config.source), setting=setting)
     return records, hashlib.sha256(json.dumps(records).encode()).hexdigest()
 
 

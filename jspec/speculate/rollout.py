@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 from functools import partial
 
 import jax
@@ -35,8 +36,13 @@ def _check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sa
     rows = batch.tokens.shape[0] * batch.group_size
     if spec.rule not in RULES:
         raise InputError(f"speculation rule {spec.rule!r} is unknown; known: {', '.join(RULES)}")
-    if spec.k < 0:
-        raise InputError(f"speculation k = {spec.k} is negative; 0 turns speculation off")
+    positions = policy.config.max_position_embeddings
+    if not isinstance(spec.k, numbers.Integral) or not 0 <= spec.k < positions:
+        raise InputError(f"speculation k = {spec.k!r} must be a whole number below the model's {positions} positions; "
+                         "0 turns speculation off")
+    if not isinstance(draft, Draft | None):
+        raise InputError(f"draft_params is a {type(draft).__name__}: give a draft, such as jspec.drafts.ngram(params), "
+                         "or None")
     if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens or sampling.max_new_tokens < 1:
         raise InputError("sampling needs 0 <= min_new_tokens <= max_new_tokens >= 1; got "
                          f"{sampling.min_new_tokens} and {sampling.max_new_tokens}")

@@ -49,10 +49,12 @@ class PromptBatch:
           sequence_ids: N distinct integers; 0..N-1 by default.
           buckets: ascending lengths to pad to.
 
-        Raises InputError for an empty batch, an empty prompt or one longer than the largest bucket.
+        Raises InputError for an empty batch, an empty prompt, text, or a prompt longer than the largest bucket.
         """
         if not len(prompts) or group_size < 1:
             raise InputError(f"a batch needs prompts and group_size >= 1; got {len(prompts)} prompts, {group_size}")
+        if isinstance(prompts[0], str):
+            raise InputError("prompts must be lists of token ids, not text; encode them with the model's tokenizer")
         lengths = [len(p) for p in prompts]
         if min(lengths) == 0:
             raise InputError(f"prompt {lengths.index(0)} is empty; a prompt needs at least one token")

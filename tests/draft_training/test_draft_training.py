@@ -11,8 +11,8 @@ import jspec
 from benchmarks import draft_losses
 from jspec.cli import main
 from jspec.config import DraftTrainingConfig, load_config
-from jspec.draft_training import samples, stages
-from jspec.draft_training.prompts import in_turn
+from jspec.draft_training import begin, samples, stages
+from jspec.draft_training.prompts import in_turn, unseen
 from jspec.errors import InputError
 from jspec.hub import character_tokenizer
 from jspec.model import ModelConfig, init_policy
@@ -105,7 +105,8 @@ def test_resumed_equals_uninterrupted(model, trained, tmp_path):
     (["draft.name=none"], "'draft.name' must be one of"),
     (["draft.every_n_steps=2"], "unknown key 'draft.every_n_steps'"),
     (["draft.name=ngram"], "draft.name=ngram: this drafter has no weights to train"),
-    (["samples.sources=[none.jsonl]"], "cannot read the prompts none.jsonl"),
+    (["samples.sources=[none.jsonl]"], "cannot read the prompts none.jsonl: No such file or directory; check "
+     "samples.sources"),
     (["samples.sources=[self]"], "'self' needs a tokenizer with a chat template"),
     (["samples.max_prompt_tokens=2"], "has 0 prompts of at most samples.max_prompt_tokens=2 tokens"),
     (["draft.path=nowhere"], "no draft at nowhere"),
@@ -121,6 +122,20 @@ def test_mistakes_are_one_line(capsys, model, tmp_path, change, message):
     assert main(["draft", "train", str(model), *overrides(model, tmp_path / "x", *change)]) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def test_a_mistake_does_not_claim_the_directory(capsys, model, tmp_path):
+    begin(load_config(None, ["samples.sources=[none.jsonl]"], DraftTrainingConfig), tmp_path)
+    assert main(["draft", "train", str(model), *overrides(model, tmp_path, "draft.path=nowhere")]) == 2
+    assert "no draft at nowhere" in capsys.readouterr().err
+
+
+def test_prompts_that_are_trained_on_are_not_held_out(capsys, model, tmp_path):
+    assert unseen({"a": [[1, 2], [3]], "b": [[4]]}, {"a": [[3], [4]]}) == {"a": [[1, 2]]}
+    (tmp_path / "trained.jsonl").write_text('{"prompt": "0+1="}\n{"prompt": "0+9="}\n')
+    same = f"report.prompts={tmp_path}/trained.jsonl"
+    assert main(["draft", "train", str(model), *overrides(model, tmp_path / "x", same)]) == 2
+    assert "every prompt that could be held out is trained on too" in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused(capsys, model, trained):

@@ -50,6 +50,10 @@ def change(directory, edit):
     (lambda t: t.update({"weights.more": np.zeros(2, np.float32)}), "tensor weights.more has no place in a mtp draft"),
     (lambda t: t.update({"weights.blocks.0.proj": np.zeros((2, 2), np.float32)}),
      "tensor weights.blocks.0.proj has shape [2, 2], but the config says [32, 64]"),
+    (lambda t: t.pop("state.vocab"), "the config says vocab_size 4, and tensor state.vocab is missing"),
+    (lambda t: t.update({"state.vocab": np.int32([1, 2, 5])}), "vocab_size 4, and tensor state.vocab has 3 tokens"),
+    (lambda t: t.update({"state.vocab": np.int32([1, 2, 5, 11])}), "vocab holds token 11, outside the policy's 11"),
+    (lambda t: t.update({"state.vocab": np.int32([1, 2, 5, 5])}), "vocab holds a token twice"),
 ])
 def test_tensors_that_do_not_fit_are_named(policy, directory, edit, message):
     change(directory, edit)

@@ -227,7 +227,7 @@ def test_files_that_are_not_there_or_not_whole(policy, tmp_path):
     with pytest.raises(InputError, match="no safetensors; pickled weights are never loaded"):
         eagle3.read(directory, policy)
     (directory / "config.json").write_text('{"architectures": null}')
-    with pytest.raises(InputError, match="no layout of MTP heads is known for None"):
+    with pytest.raises(InputError, match="no layout of MTP heads is known for an unnamed architecture"):
         jspec.load_draft(policy, directory)
     (directory / "config.json").unlink()
     with pytest.raises(InputError, match="no config.json"):

@@ -29,6 +29,9 @@ def sampling(**options):
 @pytest.mark.parametrize("options, words", [
     (dict(speculation=jspec.Speculation(rule="greedy")), ("'greedy'", "rejection, block, coupled")),
     (dict(speculation=jspec.Speculation(k=-1)), ("k = -1", "0 turns speculation off")),
+    (dict(speculation=jspec.Speculation(k=1.5)), ("k = 1.5", "a whole number")),
+    (dict(speculation=jspec.Speculation(k=9000)), ("k = 9000", "below the model's 64 positions")),
+    (dict(draft=jspec.drafts.ngram), ("draft_params is a function", "jspec.drafts.ngram(params)")),
     (sampling(min_new_tokens=5), ("min_new_tokens", "5")),
     (sampling(max_new_tokens=0), ("max_new_tokens",)),
     (sampling(top_k=-2), ("top_k = -2", "0 turns it off")),
@@ -51,6 +54,7 @@ def test_rollout_refuses(options, words):
 
 @pytest.mark.parametrize("options, words", [
     (dict(prompts=[]), ("0 prompts",)),
+    (dict(prompts=["1 2"]), ("lists of token ids, not text",)),
     (dict(prompts=[[1], []]), ("prompt 1 is empty",)),
     (dict(prompts=[[1], [2] * 9], buckets=(4, 8)), ("prompt 1 has 9 tokens", "8")),
     (dict(prompts=[[1]], group_size=0), ("group_size",)),

@@ -1,4 +1,5 @@
-"""Compile every kernel at every real shape, and `jspec.rollout` at Qwen3-8B's, for chips that are not here.
+"""Compile every kernel at every real shape, and `jspec.rollout` at Qwen3-8B's with every draft, for chips that are not
+here.
 
     pip install -e '.[aot]' && python benchmarks/compile.py --json benchmarks/results/compile.json
 
@@ -47,6 +48,9 @@ from pallas_kernels.verify_attention import verify_attention  # noqa: E402
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 GPU = "sm_90"
 ROLLOUTS = {"v5e:2x4": (2, 4), GPU: (1, 1)}  # fsdp, tensor
+DRAFTS = {"mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {},
+          "ngram": {}}
+"""Options of the drafters that rollouts are compiled with; what follows a comma is no part of the drafter's name."""
 H200 = """
 platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 8 }
 gpu_device_info {
@@ -65,6 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chip", nargs="+", choices=[*TPUS, GPU], default=[*TPUS, GPU])
     parser.add_argument("--what", nargs="+", choices=["kernels", "rollout"], default=["kernels", "rollout"])
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")
+    parser.add_argument("--draft", nargs="+", choices=DRAFTS, default=list(DRAFTS), help="of the rollouts")
     parser.add_argument("--json", help="write the result there")
     return parser.parse_args(arguments)
 
@@ -163,8 +168,8 @@ def timed(chip: str, function: Any, args: Any) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - begin, 2), **resources(chip, program)}
 
 
-def rollout(chip: str) -> dict[str, Any]:
-    """A row of `jspec.rollout` at Qwen3-8B's shape: 64 rows, an MTP draft, k = 3, kernels asked for by name."""
+def rollout(chip: str, name: str) -> dict[str, Any]:
+    """A row of `jspec.rollout` at Qwen3-8B's shape: 64 rows, one of DRAFTS, k = 3, kernels asked for by name."""
     config = SHAPES["qwen3-8b"]
     fsdp, tensor = ROLLOUTS[chip]
     mesh = make_mesh(1, fsdp, tensor, devices=devices(chip))
@@ -173,7 +178,8 @@ def rollout(chip: str) -> dict[str, Any]:
         weights = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), policy.weights,
                                policy_sharding(config, mesh))
         policy = policy.replace(weights=weights)
-        draft = jax.eval_shape(lambda p: jspec.drafts.mtp(p, jax.random.key(0)), policy)
+        drafter = getattr(jspec.drafts, name.partition(",")[0])
+        draft = jax.eval_shape(lambda p: drafter(p, jax.random.key(0), **DRAFTS[name]), policy)
         batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 128] * 8, group_size=8, seed=0,
                                                                      buckets=(128,)))
         whole = NamedSharding(mesh, PartitionSpec())
@@ -189,8 +195,9 @@ def rows(args: argparse.Namespace) -> Any:
                 yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule, **timed(chip, function, values)}
     if "rollout" in args.what:
         for chip in ROLLOUTS:
-            if chip.split(":")[0] in args.chip:
-                yield {"chip": chip, "what": "jspec.rollout", "shape": "qwen3-8b-b64", "rule": None, **rollout(chip)}
+            for draft in args.draft if chip.split(":")[0] in args.chip else ():
+                yield {"chip": chip, "what": "jspec.rollout", "shape": "qwen3-8b-b64", "rule": None, "draft": draft,
+                       **rollout(chip, draft)}
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -216,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows(args):
         found.append(row)
         if "failed" in row:
-            print(f"{row['chip']} {row['what']} {row['shape']} {row['rule'] or ''}: {row['failed']}", file=sys.stderr)
+            print(f"{row['chip']} {row['what']} {row['shape']} {row['rule'] or row.get('draft', '')}: "
+                  f"{row['failed']}", file=sys.stderr)
     if not found:
         print(f"nothing to compile: no shape has {args.shape!r} in its name, or --what {' '.join(args.what)} has no "
               f"program for {' '.join(args.chip)} (rollouts: {', '.join(ROLLOUTS)})", file=sys.stderr)

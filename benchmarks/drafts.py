@@ -227,7 +227,7 @@ def make_draft(name: str, policy: Policy, model_name: str, paths: dict[str, str]
         return draft
     draft = jspec.load_draft(policy, path)
     if draft.config.name != name:
-        raise InputError(f"--draft-path {name}={path} holds a {draft.config.name} draft")
+        raise InputError(f"--draft-path {name}={path} holds a draft of the kind {draft.config.name}")
     return draft
 
 

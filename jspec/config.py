@@ -53,8 +53,8 @@ class DraftLearningSection:
                              choices=("adamw", "muon"))
     learning_rate: float = setting(1e-3, "peak learning rate of the draft's own optimizer", low=0)
     clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
-    options: dict = setting({}, "further arguments of the drafter, such as ngram's longest match; a trained draft at "
-                            "draft.path has its own")
+    options: dict | None = setting({}, "further arguments of a fresh drafter, such as ngram's longest match; null: "
+                                   "none, as beside draft.path, whose draft has its own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +205,8 @@ class SamplesSection:
 class TrainingSection:
     """How the draft is trained on the samples."""
 
-    vocab_size: int = setting(0, "tokens that can be drafted, the most frequent of the samples; 0: all", low=0)
+    vocab_size: int = setting(0, "tokens that can be drafted, the most frequent of the samples; 0: all, or "
+                              "those of the draft at draft.path", low=0)
     state_steps: int = setting(300, "steps on the policy's next states, before distributions are compared: cheap",
                                low=0)
     steps: int = setting(1000, "steps on draft.loss", low=1)
@@ -265,9 +266,15 @@ def _check_together(config: Config | DraftTrainingConfig) -> None:
             "set: an architecture goes with the name 'random', which needs one")
     _demand(model.name != "random" or model.tokenizer is not None,
             "model.name 'random' needs model.tokenizer, such as 'chars:0123456789+=' or a model's name")
+    _demand(config.draft.path is None or not config.draft.options,
+            f"draft.options are a fresh draft's, and the one at draft.path={config.draft.path} has its own; set "
+            "draft.options=null")
     if isinstance(config, Config):
         _check_grpo(config)
     else:
+        _demand(config.draft.path is None or not config.training.vocab_size,
+                f"training.vocab_size is a fresh draft's, and the one at draft.path={config.draft.path} has its own; "
+                "set training.vocab_size=0")
         _demand(sampling.max_new_tokens > 1, "sampling.max_new_tokens must be at least 2, not 1: nothing is drafted "
                 "after an answer's first token if that is its last")
 

@@ -100,11 +100,11 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
     if section.path is not None:
         draft = load_draft(policy, section.path)
         if draft.config.name != section.name:
-            raise InputError(f"draft.path={section.path} holds a {draft.config.name} draft, and draft.name is "
-                             f"{section.name}")
+            raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.config.name}, and draft.name "
+                             f"is {section.name}; set draft.name={draft.config.name}")
         return draft
     key = jax.random.fold_in(jax.random.key(config.seed), DRAFT_KEY)
-    return fresh_draft(policy, key, section.name, section.options, "draft.options")
+    return fresh_draft(policy, key, section.name, section.options or {}, "draft.options")
 
 
 def fresh_draft(policy: Policy, key: jax.Array, name: str, options: Mapping[str, Any], label: str) -> Draft:

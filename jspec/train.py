@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -57,6 +56,7 @@ from jspec.rl.update import (
 from jspec.sharding import make_mesh, partition
 from jspec.speculate import PromptBatch, Rollout, rollout
 from jspec.speculate.types import BUCKETS
+from jspec.stopping import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -321,30 +321,6 @@ def resume(config: Config, checkpoints: Checkpoints, data: PromptData, state: Tr
 
 
 # --- around it ---
-
-
-class StopSignal:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
-
-    def __init__(self):
-        self.number: int | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # Python has signals there only
-            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, number: int, _frame: Any) -> None:
-        if self.number is not None:
-            raise SystemExit(128 + number)
-        self.number = number
-        name = signal.Signals(number).name
-        print(f"jspec: {name}: stopping after this step, with a checkpoint; again to stop at once", file=sys.stderr)
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def set_up_logging(level: str, console: Console) -> None:

@@ -86,6 +86,8 @@ def test_every_field_has_a_meaning():
                            "data.prompts_per_step x data.group_size = 16"),
     ("model.name=random", "model.name is 'random' and model.architecture is not set: an architecture goes with "
                           "the name 'random', which needs one"),
+    ("draft={path: p, options: {longest: 4}}", "draft.options are a fresh draft's, and the one at draft.path=p has its "
+                                               "own; set draft.options=null"),
     ("mesh.fsdp=-1", "mesh.data, mesh.fsdp and mesh.tensor are (-1, -1, 1): each at least 1, "
                      "and one of them at most may be -1"),
 ])

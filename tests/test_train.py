@@ -18,6 +18,7 @@ from jspec.checkpoint import load_draft
 from jspec.config import Config, load_config
 from jspec.errors import InputError
 from jspec.metrics import PHASES, Metrics, read_records, untimed
+from jspec.stopping import StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
 # smaller than tiny.yaml, for tests that ask for sameness and not for learning; eight devices divide its vocabulary
@@ -136,7 +137,7 @@ def test_sigterm_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkeyp
 
 
 def test_a_second_signal_stops_at_once():
-    with train.StopSignal() as stop:
+    with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert stop.number == signal.SIGINT
@@ -319,7 +320,7 @@ def test_what_the_user_can_put_right_is_one_line(tmp_path, override, message):
 def test_a_draft_made_for_another_policy(whole, tmp_path):
     said = refused(tiny(tmp_path, f"draft.path={whole}", "model.architecture.hidden_size=48"))
     assert "draft was made for another policy: its hidden_size is 32, the policy's is 48" in said
-    assert "holds a mtp draft, and draft.name is ngram" in refused(
+    assert "holds a draft of the kind mtp, and draft.name is ngram; set draft.name=mtp" in refused(
         tiny(tmp_path, f"draft.path={whole}", "draft.name=ngram"))
 
 

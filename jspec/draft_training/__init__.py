@@ -49,9 +49,11 @@ def train_draft(config: DraftTrainingConfig) -> int:
     return 0
 
 
-FREE_TO_CHANGE = ("output_dir", "log_level", "report", "training.checkpoint_every")
-"""Keys and sections that change nothing of what is already in output_dir."""
-
+FREE_TO_CHANGE = ("output_dir", "log_level", "report", "training.checkpoint_every", "draft.learning_rate", "draft.clip")
+"""Keys and sections that change nothing of what is already in output_dir, and what training that is not finite has to
+be rescued with."""
+REMEDY = ("give that value to go on with it, or choose another output_dir; one with a copy of its samples and "
+          "instructions.json trains on the same answers")
 
 MADE = ("instructions.json", "samples", "checkpoints")
 """What a configuration leaves in output_dir; one that came to none of it may be corrected."""
@@ -61,7 +63,7 @@ def begin(config: DraftTrainingConfig, directory: Path) -> None:
     """Write the configuration. Raises InputError if the directory is of one that made something else."""
     path = directory / "config.yaml"
     if path.exists() and any((directory / name).exists() for name in MADE):
-        refuse_changes(directory, load_config(path, kind=DraftTrainingConfig), config, FREE_TO_CHANGE)
+        refuse_changes(directory, load_config(path, kind=DraftTrainingConfig), config, FREE_TO_CHANGE, REMEDY)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(to_yaml(config))

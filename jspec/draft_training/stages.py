@@ -27,6 +27,7 @@ from jspec.errors import InputError
 from jspec.model import Policy, Trunk
 from jspec.prepare import make_draft
 from jspec.rl.update import draft_optimizer
+from jspec.stopping import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ Row = dict[str, np.ndarray]
 UNIT = 32  # lengths of batches are multiples of it: each one is a compilation
 WINDOW = 8  # batches whose rows are sorted by length together: little padding, and still a shuffle
 LEAST_SQUARES_ROWS = 2048
+SAY_EVERY = 20  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +48,18 @@ class Stage:
 
 
 def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
-    """The trained draft, float32 masters. Goes on from the last checkpoint under `directory`."""
+    """The trained draft, float32 masters. Goes on from the last checkpoint under `directory`.
+
+    SIGINT and SIGTERM end it after the step, with a checkpoint, by SystemExit. Raises InputError if the loss or its
+    gradient is not finite.
+    """
     rows = read(directory / "samples")
     draft = untrained(config, policy, rows)
     stages = (Stage("states", config.training.state_steps, before=0),
               Stage(config.draft.loss, config.training.steps, before=config.training.state_steps))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-    with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as checkpoints:
+    manager = ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options)
+    with manager as checkpoints, StopSignal() as stop:
         done, saved = restore(checkpoints, draft, config)
         if done:
             log.info("going on from step %d", done)
@@ -65,9 +72,13 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
                 saved = {"weights": weights, "opt": jax.jit(optimizer.init)(weights)}
             elif done == stage.before:  # the stage before ended here: the moments are its own
                 saved["opt"] = jax.jit(optimizer.init)(saved["weights"])
-            saved = run_stage(stage, done, config, policy, draft, rows, checkpoints, saved, optimizer)
+            saved = run_stage(stage, done, config, policy, draft, rows, checkpoints, saved, optimizer, stop)
+            if stop.number is not None:
+                break
             done = stage.before + stage.steps
         checkpoints.wait_until_finished()
+    if stop.number is not None:
+        raise SystemExit(128 + stop.number)
     return draft.replace(weights=saved["weights"])
 
 
@@ -75,7 +86,7 @@ def untrained(config: DraftTrainingConfig, policy: Policy, rows: list[Row]) -> D
     """The draft at `draft.path`, with its own vocabulary, or a fresh one with the samples'."""
     if config.draft.path is not None:
         return make_draft(config, policy)
-    options = dict(config.draft.options)
+    options = dict(config.draft.options or {})
     if config.training.vocab_size:
         emitted = np.concatenate([row["tokens"][row["start"]:row["start"] + row["mask"].sum()] for row in rows])
         options["vocab"] = most_frequent(emitted, config.training.vocab_size, policy.config.vocab_size)
@@ -119,8 +130,9 @@ def restore(checkpoints: ocp.CheckpointManager, draft: Draft, config: DraftTrain
 
 def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list[Row],
               checkpoints: ocp.CheckpointManager, saved: dict[str, Any],
-              optimizer: optax.GradientTransformation) -> dict[str, Any]:
-    """The steps of one stage from `done` on (of all stages), with a checkpoint every so often and at its end."""
+              optimizer: optax.GradientTransformation, stop: StopSignal) -> dict[str, Any]:
+    """The steps of one stage from `done` on (of all stages), with a checkpoint every so often and at its end, which a
+    signal brings nearer."""
     learn = jax.jit(partial(step_of, draft.module, draft.config, optimizer, stage.kind), donate_argnums=0)
     begin, tokens = time.perf_counter(), 0
     for index, chosen in enumerate(order(rows, config.training.rows, config.seed + stage.before)):
@@ -132,13 +144,19 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
         saved, metrics = learn(saved, policy, draft.state, batch)
         tokens += int(batch.mask.sum())
         step = stage.before + index + 1
-        last = index + 1 == stage.steps
-        if last or step % 20 == 0:
+        due = index + 1 == stage.steps or step % config.training.checkpoint_every == 0 or stop.number is not None
+        if due or step % SAY_EVERY == 0:
+            if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
+                raise InputError(f"the draft's loss or gradient is not finite at step {step}; lower "
+                                 "draft.learning_rate or draft.clip, and the same command goes on from the last "
+                                 "checkpoint")
             overlap = " ".join(f"{x:.3f}" for x in np.asarray(metrics.get("overlap", ())))
             log.info("%s  step %d/%d  loss %.4f  %s%.0f tok/s", stage.kind, index + 1, stage.steps, metrics["loss"],
                      overlap and f"overlap {overlap}  ", tokens / (time.perf_counter() - begin))
-        if last or step % config.training.checkpoint_every == 0:
+        if due:
             checkpoints.save(step, args=ocp.args.StandardSave(saved), force=True)
+        if stop.number is not None:
+            break
     return saved
 
 
@@ -154,7 +172,8 @@ def step_of(module: Any, config: Any, optimizer: optax.GradientTransformation, k
 
     (loss, metrics), grads = jax.value_and_grad(mean, has_aux=True)(saved["weights"])
     changes, opt = optimizer.update(grads, saved["opt"], saved["weights"])
-    return {"weights": optax.apply_updates(saved["weights"], changes), "opt": opt}, {**metrics, "loss": loss}
+    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return {"weights": optax.apply_updates(saved["weights"], changes), "opt": opt}, metrics
 
 
 def order(rows: list[Row], size: int, seed: int) -> Iterator[list[int]]:

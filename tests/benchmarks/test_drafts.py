@@ -253,7 +253,7 @@ def test_a_trained_draft_is_taken_from_its_path(tmp_path, capsys):
     assert drafts.trained("mtp", "smollm2-135m-instruct", {}) == "smollm2-135m-instruct"  # one ships
     assert drafts.trained("mtp", "smollm2-135m-instruct", {"mtp": "mine"}) == "mine"
     assert drafts.trained("ngram", "smollm2-135m-instruct", {}) is None
-    with pytest.raises(InputError, match="--draft-path ngram=.* holds a mtp draft"):
+    with pytest.raises(InputError, match="--draft-path ngram=.* holds a draft of the kind mtp"):
         drafts.make_draft("ngram", policy, "tiny", {"ngram": str(tmp_path)})
     with pytest.raises(InputError, match="no draft at bare"):
         drafts.make_draft("mtp", policy, "tiny", {"mtp": "bare"})

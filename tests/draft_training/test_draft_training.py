@@ -1,7 +1,9 @@
 """`jspec draft train` on a small model in a directory: stages, resuming, and what it says of mistakes."""
 
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -39,6 +41,11 @@ def overrides(model, out, *more):
             "training.checkpoint_every=15", "draft.options.depths=2", "draft.learning_rate=3e-3",
             "draft.optimizer=muon", "report.count=8", "report.k=2", "report.temperatures=[1.0]",
             "report.rules=[rejection]", *more]
+
+
+def further(path):
+    """Overrides to start from the draft at `path`, which has options and a vocabulary of its own."""
+    return [f"draft.path={path}", "draft.options=null", "training.vocab_size=0"]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,40 @@ def test_resumed_equals_uninterrupted(model, trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(model, trained, tmp_path, monkeypatch):
+    out, kept = tmp_path / "draft", stages.step_of
+    shutil.copytree(trained / "samples", out / "samples")
+
+    def interrupted(*args, **kwargs):  # traced at the first step on each loss; before kl are 20 on the next states
+        if "kl" in args:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return kept(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "step_of", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["draft", "train", str(model), *overrides(model, out)])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [20, 21]
+    monkeypatch.setattr(stages, "step_of", kept)
+    assert main(["draft", "train", str(model), *overrides(model, out)]) == 0
+    policy = jspec.load(str(model), dtype="float32")
+    one, two = (jspec.load_draft(policy, d / "head").weights for d in (trained, out))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_training_that_is_not_finite_stops_before_it_is_kept(capsys, model, trained, tmp_path):
+    out = tmp_path / "draft"
+    shutil.copytree(trained / "samples", out / "samples")
+    for path in (out / "samples").iterdir():
+        rows = dict(np.load(path))
+        np.savez(path, **{**rows, "state0": np.full_like(rows["state0"], 0x7FC0)})  # bfloat16's NaN
+    assert main(["draft", "train", str(model), *overrides(model, out, "training.checkpoint_every=1")]) == 2
+    assert "loss or gradient is not finite at step 1; lower draft.learning_rate" in capsys.readouterr().err
+    assert not any(path.name.isdigit() for path in (out / "checkpoints").iterdir())
+    assert main(["draft", "train", str(model), *overrides(model, out, "draft.learning_rate=1e-4")]) == 2
+    assert "not finite" in capsys.readouterr().err  # another rate is no other run
+
+
 @pytest.mark.parametrize("change, message", [
     (["draft.name=none"], "'draft.name' must be one of"),
     (["draft.every_n_steps=2"], "unknown key 'draft.every_n_steps'"),
@@ -109,7 +150,9 @@ def test_resumed_equals_uninterrupted(model, trained, tmp_path):
      "samples.sources"),
     (["samples.sources=[self]"], "'self' needs a tokenizer with a chat template"),
     (["samples.max_prompt_tokens=2"], "has 0 prompts of at most samples.max_prompt_tokens=2 tokens"),
-    (["draft.path=nowhere"], "no draft at nowhere"),
+    (further("nowhere"), "no draft at nowhere"),
+    (["draft.path=nowhere"], "the one at draft.path=nowhere has its own; set draft.options=null"),
+    (["draft.path=nowhere", "draft.options=null"], "draft.path=nowhere has its own; set training.vocab_size=0"),
     (["training.step=3"], "unknown key 'training.step'; did you mean 'training.steps'?"),
     (["draft.options.depth=2"], "draft.options.depth: mtp has no such option, but depths, "),
     (["report.temperatures=[]"], "'report.temperatures' must be a list of numbers with one entry at least, not []"),
@@ -126,7 +169,7 @@ def test_mistakes_are_one_line(capsys, model, tmp_path, change, message):
 
 def test_a_mistake_does_not_claim_the_directory(capsys, model, tmp_path):
     begin(load_config(None, ["samples.sources=[none.jsonl]"], DraftTrainingConfig), tmp_path)
-    assert main(["draft", "train", str(model), *overrides(model, tmp_path, "draft.path=nowhere")]) == 2
+    assert main(["draft", "train", str(model), *overrides(model, tmp_path, *further("nowhere"))]) == 2
     assert "no draft at nowhere" in capsys.readouterr().err
 
 
@@ -140,7 +183,8 @@ def test_prompts_that_are_trained_on_are_not_held_out(capsys, model, tmp_path):
 
 def test_another_configuration_is_refused(capsys, model, trained):
     assert main(["draft", "train", str(model), *overrides(model, trained, "training.steps=41")]) == 2
-    assert f"{trained} holds a run with training.steps=40, not 41" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"{trained} holds a run with training.steps=40, not 41" in err and "a copy of its samples" in err
 
 
 def test_another_report_goes_on(model, trained, tmp_path):
@@ -179,9 +223,9 @@ def test_sources_take_turns():
 
 
 def test_a_trained_draft_is_where_further_training_starts(model, trained, tmp_path):
-    out, path = tmp_path / "further", f"draft.path={trained / 'head'}"
+    out = tmp_path / "further"
     few = ["training.state_steps=0", "training.steps=1", "draft.learning_rate=0", "samples.count=16"]
-    assert main(["draft", "train", str(model), *overrides(model, out, *few, path)]) == 0
+    assert main(["draft", "train", str(model), *overrides(model, out, *few, *further(trained / "head"))]) == 0
     policy = jspec.load(str(model), dtype="float32")
     before, after = (jspec.load_draft(policy, directory / "head") for directory in (trained, out))
     jax.tree.map(np.testing.assert_array_equal, (before.weights, before.state), (after.weights, after.state))

@@ -1,9 +1,9 @@
 """Matrices in 8 or 4 bits, and products with them. qwix quantises: symmetric, rounded to nearest, largest to largest.
 
-Products are of integers: activations enter them as two int8 digits, 16 bits in all, since one digit costs more acceptance
-than the weights' rounding does (for the outliers, https://arxiv.org/abs/2208.07339: SmolLM2-135M's overlap with itself is
-0.97 with two, 0.90 with one). Every scale is of a row and enters after the product, so that XLA reads the integers as
-they are and nothing is written: a scale within a row costs a copy of the matrix in bfloat16, on TPUs and GPUs alike.
+Products are of integers: activations enter them as two int8 digits, 16 bits in all, since one digit costs more
+acceptance than the weights' rounding does (for the outliers, https://arxiv.org/abs/2208.07339: SmolLM2-135M's overlap
+with itself is 0.97 with two, 0.90 with one). Every scale is of a row and enters after the product, so that XLA reads
+the integers as they are: scales within a row cost a bfloat16 copy of the matrix, on TPUs and GPUs alike.
 
 In 4 bits one scale a row is too coarse (overlap 0.45). So of every GROUP inputs the one in OUTLIERS whose weights are
 largest has them in 8 bits, in a matrix of its own (0.64, as with a scale for every 32 inputs): 5 bits a weight.
@@ -29,8 +29,8 @@ GROUP, OUTLIERS = 32, 8
 class Quantized:
     """A matrix [*out, in] as a `qwix.QArray`: integers of its shape, and float32 scales [*out, 1].
 
-    In 4 bits `outliers` [*out, groups * n] has n inputs of every group in 8 bits, which are zero in `array`, and `chosen`
-    says which they are: int8 [groups, n, in / groups], one-hot.
+    In 4 bits `outliers` [*out, groups * n] has n inputs of every group in 8 bits, which are zero in `array`, and
+    `chosen` says which they are: int8 [groups, n, in / groups], one-hot.
     """
 
     array: Any

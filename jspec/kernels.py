@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec
 from jspec.errors import InputError
 from jspec.sharding import current_mesh, heads_replicated, partition
 from pallas_kernels.implementation import REFERENCE, Implementation
+from pallas_kernels.noise import CoupledNoise, Noise
 from pallas_kernels.rejection_sampling import Verdict, rejection_sampling
+from pallas_kernels.rejection_sampling import draw as _draw
 from pallas_kernels.verify_attention import verify_attention
 
 KERNELS = ("auto", "reference", "pallas")
@@ -90,6 +92,22 @@ def _one_device() -> bool:
     return mesh is None or mesh.size == 1
 
 
+def _axes(entry: Any) -> tuple[str, ...] | None:
+    """The mesh axes of one entry of a PartitionSpec, which unwraps a tuple of one; None if there are none."""
+    return (entry,) if isinstance(entry, str) else entry or None
+
+
+def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None) -> jax.Array:
+    """`rejection_sampling.draw` on the shards of a layout. Where they share the vocabulary no row of it is gathered."""
+    split = None if draft_vocab is not None or _one_device() else _split(layout, log_q, "batch", "vocab")
+    axis = None if split is None or isinstance(noise, CoupledNoise) else _axes(split[1])
+    if axis is None:
+        return _draw(log_q, noise, offset, draft_vocab)
+    rows = PartitionSpec(split[0])
+    return jax.shard_map(lambda log_q, noise: _draw(log_q, noise, offset, axis=axis), in_specs=(split, rows),
+                         out_specs=rows, check_vma=False)(log_q, noise)
+
+
 def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array,
            lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`.
@@ -132,9 +150,7 @@ def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
         q = draft_log_q if draft_log_q is None else by_row(draft_log_q, "batch", None,
                                                           "vocab" if draft_vocab is None else None)
         tokens, noises, temperatures, bans = rows
-        # PartitionSpec unwraps a tuple of one
-        axis = (scores[2],) if isinstance(scores[2], str) else scores[2] or None
-        split = jax.shard_map(partial(run, implementation=policy.kernels, axis=axis),
+        split = jax.shard_map(partial(run, implementation=policy.kernels, axis=_axes(scores[2])),
                               in_specs=(scores, tokens, q, noises, temperatures, PartitionSpec(), bans),
                               out_specs=Verdict(*(PartitionSpec(scores[0]),) * 4), check_vma=False)
         return split(*args)

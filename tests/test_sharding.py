@@ -1,5 +1,6 @@
 """The same tokens on one device and on eight, and the mesh's refusals. Eight virtual devices need their own process."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 import jspec
 from jspec.model import init_policy, layers, param_specs, policy_sharding
+from jspec.model.quantized import GROUP
 from jspec.sharding import check_rows, make_mesh, partition
 from pallas_kernels.noise import BlockNoise, RejectionNoise
-from pallas_kernels.rejection_sampling import rejection_sampling
+from pallas_kernels.rejection_sampling import draw, rejection_sampling
 from tests.pallas_kernels.interpreters import PLAIN
 from tests.pallas_kernels.test_rejection_sampling_kernels import assert_same as assert_same_verdicts
 from tests.pallas_kernels.test_rejection_sampling_kernels import case, verdict
@@ -31,7 +33,9 @@ SAMPLING = jspec.Sampling(max_new_tokens=8, stop_tokens=(3,))
 
 
 def config(kv_heads):
-    return tiny.config(16, heads=8, kv_heads=kv_heads, hidden=64, scale=0.2)
+    """Eight shards of the MLP's hidden layer have whole groups of 4-bit weights."""
+    made = tiny.config(16, heads=8, kv_heads=kv_heads, hidden=64, scale=0.2)
+    return dataclasses.replace(made, intermediate_size=8 * GROUP)
 
 
 def make(kv_heads):
@@ -43,10 +47,10 @@ def make_batch():
     return jspec.PromptBatch.from_tokens(prompts, group_size=4, seed=0, buckets=(8,))
 
 
-def run(policy, name, kernels="auto"):
+def run(policy, name, kernels="auto", rule="coupled"):
     draft = None if name is None else getattr(jspec.drafts, name)(policy, jax.random.key(1))
     return jspec.rollout(policy, draft, make_batch(), sampling=SAMPLING,
-                         speculation=jspec.Speculation(k=2, rule="coupled", kernels=kernels))
+                         speculation=jspec.Speculation(k=2, rule=rule, kernels=kernels))
 
 
 def verdicts(mesh, axis, coupled, uniforms=RejectionNoise):
@@ -63,6 +67,18 @@ def verdicts(mesh, axis, coupled, uniforms=RejectionNoise):
     assert_same_verdicts(jax.device_get(got), args, verdict(banned_tokens=(5, 17)))
 
 
+def draws(mesh, axis):
+    """Whether a vocabulary in eight parts, whose blocks cross their edges, is drawn from as in one."""
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(4 * rng.standard_normal((64, 8 * 200)), jnp.float32)
+    log_q = jax.nn.log_softmax(scores.at[:, ::3].set(-jnp.inf))
+    uniforms = jnp.asarray(rng.random((64, 1, 2)), jnp.float32)
+    noise = RejectionNoise(uniforms, None, None)
+    split = jax.shard_map(lambda log_q: draw(log_q, noise, 0, axis=axis), mesh=mesh, in_specs=P(None, axis),
+                          out_specs=P(), check_vma=False)
+    np.testing.assert_array_equal(jax.jit(split)(log_q), draw(log_q, noise, 0))
+
+
 def shard_shapes(*arrays):
     return [list(x.sharding.shard_shape(x.shape)) for x in arrays]
 
@@ -77,11 +93,13 @@ def worker(folder, cases):
             out, kernels = run(sharded, "mtp"), run(sharded, "mtp", "pallas")
             own, ready = run(sharded, "self"), jspec.reshard(sharded)
             prepare = importlib.import_module("jspec.drafts.self").prepare
-            rounded = jax.jit(prepare)(ready, jspec.drafts.self(sharded))
+            rounded = [jax.jit(prepare)(ready, jspec.drafts.self(sharded, bits=bits)) for bits in (8, 4)]
             mlps = "".join(jax.jit(layers.mlp).lower(x.weights["layers"][0], jnp.ones((1, 2, 64))).compile().as_text()
-                           for x in (ready, rounded))
+                           for x in (ready, *rounded))
+            sampled = run(sharded, "mtp", rule="rejection")
         name = f"{kv_heads}-{'x'.join(map(str, sizes))}"
         np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs,
+                 sampled_tokens=sampled.tokens, sampled_accepted=sampled.stats.accepted,
                  kernel_tokens=kernels.tokens, kernel_lengths=kernels.lengths, self_tokens=own.tokens,
                  self_lengths=own.lengths, self_accepted=own.stats.accepted)
         stacked = sharded.weights["layers"]
@@ -92,6 +110,8 @@ def worker(folder, cases):
             jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0), sampling=SAMPLING)
         except jspec.InputError as error:
             placed["refused"] = str(error)
+    draws(make_mesh(1, 1, -1), ("tensor",))
+    draws(make_mesh(1, 4, -1), ("fsdp", "tensor"))
     verdicts(make_mesh(1, 1, -1), ("tensor",), True)
     for kind in (RejectionNoise, BlockNoise):
         verdicts(make_mesh(1, 4, -1), ("fsdp", "tensor"), False, kind)
@@ -114,6 +134,7 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
     for kv_heads in (8, 2):
         policy = make(kv_heads)
         one, plain, own = run(policy, "mtp"), run(policy, None), run(policy, "self")
+        drawn = run(policy, "mtp", rule="rejection")
         assert_same(policy, make_batch(), SAMPLING, plain, one)
         for sizes in [sizes for n, sizes in cases if n == kv_heads]:
             with np.load(tmp_path / f"{kv_heads}-{'x'.join(map(str, sizes))}.npz") as data:
@@ -123,6 +144,8 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
                     other = one.replace(tokens=data[f"{name}_tokens"], lengths=data[f"{name}_lengths"])
                     assert_same(policy, make_batch(), SAMPLING, one, other)
                 np.testing.assert_allclose(data["self_accepted"], own.stats.accepted, atol=2)  # a tie or two
+                np.testing.assert_allclose(data["sampled_accepted"], drawn.stats.accepted, atol=2)
+                assert (data["sampled_tokens"] == np.asarray(drawn.tokens)).mean() > 0.9
                 same = data["tokens"] == np.asarray(one.tokens)
                 np.testing.assert_allclose(np.where(same, data["logprobs"] - one.logprobs, 0), 0, atol=1e-5)
     # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor alone

@@ -32,9 +32,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.errors import InputError
+from jspec.kernels import draw
 from jspec.model import Cache, ModelConfig, Policy, RopeConfig, Trunk
 from pallas_kernels.noise import Noise
-from pallas_kernels.rejection_sampling import draw, process_logits
+from pallas_kernels.rejection_sampling import process_logits
 
 UNLIKE = ("stop_tokens", "pad_token", "max_position_embeddings", "initializer_range")
 """Fields of a ModelConfig that a draft and its policy need not share."""
@@ -192,6 +193,7 @@ class Sampler:
     Attributes:
       noise: of this cycle.
       temperature: float32 [N]. top_p: float32 [N] or None. top_k, k: static.
+      layout: of the policy, which says how rows and whole vocabularies are split.
     """
 
     noise: Noise
@@ -199,6 +201,7 @@ class Sampler:
     top_p: jax.Array | None
     top_k: int = struct.field(pytree_node=False)
     k: int = struct.field(pytree_node=False)
+    layout: str = struct.field(pytree_node=False, default="rollout")
 
     def draw(self, logits: jax.Array, offset: int, vocab: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Draw draft token `offset`, int32 [N], from logits [N, Vd]; returns it with the log q it was drawn from.
@@ -206,4 +209,4 @@ class Sampler:
         vocab: int32 [Vd], the ids of a reduced vocabulary; None: they are 0..Vd-1.
         """
         log_q = process_logits(logits, self.temperature, self.top_p, top_k=self.top_k)
-        return draw(log_q, self.noise, offset, vocab), log_q
+        return draw(self.layout, log_q, self.noise, offset, vocab), log_q

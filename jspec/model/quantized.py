@@ -11,6 +11,7 @@ largest has them in 8 bits, in a matrix of its own (0.64, as with a scale for ev
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jspec.sharding import current_mesh
 
 BITS = (8, 4)
 GROUP, OUTLIERS = 32, 8
+BLOCKS = 16  # ways at most that shards may split the inputs of a matrix in 4 bits and read only their own outliers
 
 
 @struct.dataclass
@@ -50,11 +52,21 @@ def quantize(w: jax.Array, bits: int) -> Quantized:
     largest = jnp.abs(w).max(range(w.ndim - 1)).reshape(-1, group)
     index = jax.lax.top_k(largest, -(-group // OUTLIERS))[1]
     inputs = (index + group * jnp.arange(len(index))[:, None]).reshape(-1)
-    # by a product, which is exact: a TPU gathers number by number, and a group as a dimension is padded to 128
-    precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
-    outliers = jnp.einsum("...i,oi->...o", w, jax.nn.one_hot(inputs, size, dtype=w.dtype), precision=precision)
     rest = w * jnp.ones(size, w.dtype).at[inputs].set(0)
-    return Quantized(_by_row(rest, jnp.int4), _by_row(outliers, jnp.int8), jax.nn.one_hot(index, group, dtype=jnp.int8))
+    return Quantized(_by_row(rest, jnp.int4), _by_row(_columns(w, inputs, math.gcd(len(index), BLOCKS)), jnp.int8),
+                     jax.nn.one_hot(index, group, dtype=jnp.int8))
+
+
+def _columns(w: jax.Array, inputs: jax.Array, blocks: int) -> jax.Array:
+    """w[..., inputs], which are ascending by block and as many in each of `blocks`, so that shards have their own.
+
+    By products with zeros and ones, which are exact: a TPU gathers number by number.
+    """
+    width = w.shape[-1] // blocks
+    chosen = jax.nn.one_hot(inputs.reshape(blocks, -1) % width, width, dtype=w.dtype)
+    precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
+    w = w.reshape(*w.shape[:-1], blocks, width)
+    return jnp.einsum("...bi,boi->...bo", w, chosen, precision=precision).reshape(*w.shape[:-2], -1)
 
 
 def _by_row(w: jax.Array, dtype: Any) -> Any:

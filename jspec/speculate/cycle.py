@@ -72,7 +72,7 @@ def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_
     """The Proposal, of K tokens a row, and the drafter's state."""
     if draft is None or k == 0:
         return Proposal(jnp.zeros((slots.lengths.shape[0], 0), jnp.int32)), slots.draft_state
-    sampler = Sampler(noise, slots.temperature, slots.top_p, top_k, k)
+    sampler = Sampler(noise, slots.temperature, slots.top_p, top_k, k, policy.layout)
     committed = Committed(slots.tokens, slots.lengths, slots.cache, slots.group_size)
     return draft.module.propose(policy, draft, slots.draft_state, committed, sampler)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels.implementation import REFERENCE, Implementation
 from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import reference
-from pallas_kernels.rejection_sampling.summary import judge
+from pallas_kernels.rejection_sampling.summary import inverse_transform, judge
 
 
 @struct.dataclass
@@ -45,12 +46,17 @@ def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array |
     return reference.process_logits(logits, temperature, top_p, top_k=top_k, ban=ban, banned_tokens=banned_tokens)
 
 
-def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None) -> jax.Array:
+def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None,
+         axis: tuple[str, ...] | None = None) -> jax.Array:
     """Draw draft token `offset` of the block, int32 [B], from normalised log-probabilities float32 [B, V].
 
     Under `CoupledNoise` this is the target's own Gumbel noise at that position; under the others it is noise that no
     later judgement looks at. draft_vocab: int32 [V], the global ids of a reduced vocabulary; None: they are 0..V-1.
+    axis: inside `shard_map`, and of a whole vocabulary, the mesh axes that share it; log_q is then this device's part.
+    Not under `CoupledNoise`, whose argmax XLA partitions by itself.
     """
+    if axis is not None:
+        return inverse_transform(jnp.exp(log_q), noise.draft[:, offset], axis)
     return reference.draw(log_q, noise, offset, draft_vocab)
 
 

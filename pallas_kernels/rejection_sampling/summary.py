@@ -168,6 +168,24 @@ def _row_pieces(mass: jax.Array, ids: jax.Array) -> jax.Array:
     return _pieces(jnp.where(first, chunks, 0.0).sum(-1), jnp.where(first, 0.0, chunks).sum(-1))
 
 
+def _window(block: jax.Array, first: jax.Array | int, vocab: int) -> tuple[jax.Array, jax.Array]:
+    """Where this shard's part of each row's block begins, int32 [B], and the ids from there on, [B, n]."""
+    width = min(CHUNK, vocab)
+    start = jnp.clip(block * CHUNK - first, 0, vocab - width)
+    return start, first + start[:, None] + jnp.arange(width)
+
+
+def inverse_transform(mass: jax.Array, u: jax.Array, axis: tuple[str, ...]) -> jax.Array:
+    """`reference.inverse_transform` where mass float32 [B, V] is a shard's part of the vocabulary: global ids [B]."""
+    rows, vocab = mass.shape
+    first = jax.lax.axis_index(axis) * vocab
+    pieces = _row_pieces(mass, first + jnp.arange(vocab))
+    block = first_above(pieces, u[:, 0], first // CHUNK + jnp.arange(pieces.shape[1]), axis)
+    start, ids = _window(block, first, vocab)
+    inside = _slice(mass, jnp.arange(rows), start, ids.shape[1])
+    return first_above(jnp.where(ids // CHUNK == block[:, None], inside, 0.0), u[:, 1], ids, axis)
+
+
 def _draw_last(last: _Candidates, pieces: jax.Array, u: jax.Array, first: jax.Array | int, banned_tokens, axis):
     """Inverse transform of each sequence's residual (of p, where nothing was refused): its id int32 [B] and z.
 
@@ -182,9 +200,8 @@ def _draw_last(last: _Candidates, pieces: jax.Array, u: jax.Array, first: jax.Ar
     if last.log_q is not None:
         pieces = jnp.where(empty[:, None], whole, pieces)
     block = first_above(pieces, u[:, 0], first // CHUNK + jnp.arange(pieces.shape[1]), axis)
-    width = min(CHUNK, vocab)
-    start = jnp.clip(block * CHUNK - first, 0, vocab - width)
-    ids = first + start[:, None] + jnp.arange(width)
+    start, ids = _window(block, first, vocab)
+    width = ids.shape[1]
     log_q = None if last.log_q is None else _slice(last.log_q, jnp.arange(len(start)), start, width)
     z, p, residual = last.weigh(_slice(last.logits, last.row, start, width), log_q, ids, banned_tokens)
     mass = jnp.where(empty[:, None], p, residual)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jspec
 from jspec.model import init_policy, layers, param_specs, policy_sharding
-from jspec.model.quantized import GROUP
+from jspec.model.quantized import GROUP, Quantized, dequantize
 from jspec.sharding import check_rows, make_mesh, partition
 from pallas_kernels.noise import BlockNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import draw, rejection_sampling
@@ -96,6 +96,10 @@ def worker(folder, cases):
             rounded = [jax.jit(prepare)(ready, jspec.drafts.self(sharded, bits=bits)) for bits in (8, 4)]
             mlps = "".join(jax.jit(layers.mlp).lower(x.weights["layers"][0], jnp.ones((1, 2, 64))).compile().as_text()
                            for x in (ready, *rounded))
+            for x in rounded:  # a shard's own digits are nearer than the whole row's
+                layer, hidden = x.weights["layers"][0], jax.random.normal(jax.random.key(2), (8, 2, 64))
+                exact = {name: dequantize(w) if isinstance(w, Quantized) else w for name, w in layer.items()}
+                np.testing.assert_allclose(jax.jit(layers.mlp)(layer, hidden), layers.mlp(exact, hidden), atol=1e-2)
             sampled = run(sharded, "mtp", rule="rejection")
         name = f"{kv_heads}-{'x'.join(map(str, sizes))}"
         np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs,

@@ -24,8 +24,8 @@ from jspec.model.quantized import BITS, quantize
 
 loss = None
 
-MATRICES = ("qkv", "q", "k", "v", "o", "gate_up", "down")
-"""What is quantised of a layer in a rollout layout; norms and biases are not."""
+MATRICES = {"qkv": None, "q": None, "k": None, "v": None, "o": "q_heads", "gate_up": None, "down": "mlp"}
+"""What is quantised of a layer in a rollout layout (norms and biases are not), and the logical axis of its inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ def init(policy: Policy, key: jax.Array | None = None, *, bits: int = 8,
 def prepare(policy: Policy, draft: Draft) -> Draft:
     """Quantise the policy's layers, and the rows of its output head that are drafted from."""
     bits = draft.config.bits
-    layers = tuple({name: quantize(x, bits) if name in MATRICES else x for name, x in w.items()}
+    layers = tuple({name: quantize(x, bits, policy.layout, MATRICES[name]) if name in MATRICES else x
+                    for name, x in w.items()}
                    for w in policy.weights["layers"])
     table = quantize(output_table(policy, draft.state.get("vocab")), bits)
     return draft.replace(weights={"layers": layers, "table": table})

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
-from jspec.sharding import current_mesh
+from jspec.sharding import current_mesh, partition
 
 # qwix is imported where it is used: half a second, which only those who quantise should pay
 
@@ -32,38 +33,42 @@ class Quantized:
     """A matrix [*out, in] as a `qwix.QArray`: integers of its shape, and float32 scales [*out, 1].
 
     In 4 bits `outliers` [*out, groups * n] has n inputs of every group in 8 bits, which are zero in `array`, and
-    `chosen` says which they are: int8 [groups, n, in / groups], one-hot.
+    `chosen` says which they are: int8 [groups, n, in / groups], one-hot. `layout` and `inputs` are `quantize`'s.
     """
 
     array: Any
     outliers: Any = None
     chosen: jax.Array | None = None
+    layout: str = struct.field(pytree_node=False, default="rollout")
+    inputs: str | None = struct.field(pytree_node=False, default=None)
 
 
-def quantize(w: jax.Array, bits: int) -> Quantized:
+def quantize(w: jax.Array, bits: int, layout: str = "rollout", inputs: str | None = None) -> Quantized:
     """w [*out, in] in 8 or 4 bits, off by at most half a step: the largest |w| that shares the scale over 254 or 14.
 
-    A group of 4 bits is of the largest divisor of `in` up to GROUP.
+    A group of 4 bits is of the largest divisor of `in` up to GROUP. inputs: the logical axis that `in` is in `layout`;
+    None: one that no mesh splits.
     """
     if bits == 8:
-        return Quantized(_by_row(w, jnp.int8))
+        return Quantized(_by_row(w, jnp.int8), layout=layout, inputs=inputs)
     size = w.shape[-1]
     group = max(n for n in range(1, GROUP + 1) if size % n == 0)
     largest = jnp.abs(w).max(range(w.ndim - 1)).reshape(-1, group)
     index = jax.lax.top_k(largest, -(-group // OUTLIERS))[1]
-    inputs = (index + group * jnp.arange(len(index))[:, None]).reshape(-1)
-    rest = w * jnp.ones(size, w.dtype).at[inputs].set(0)
-    return Quantized(_by_row(rest, jnp.int4), _by_row(_columns(w, inputs, math.gcd(len(index), BLOCKS)), jnp.int8),
-                     jax.nn.one_hot(index, group, dtype=jnp.int8))
+    columns = (index + group * jnp.arange(len(index))[:, None]).reshape(-1)
+    rest = w * jnp.ones(size, w.dtype).at[columns].set(0)
+    outliers = _take(w, columns, math.gcd(len(index), BLOCKS))
+    return Quantized(_by_row(rest, jnp.int4), _by_row(outliers, jnp.int8),
+                     jax.nn.one_hot(index, group, dtype=jnp.int8), layout, inputs)
 
 
-def _columns(w: jax.Array, inputs: jax.Array, blocks: int) -> jax.Array:
-    """w[..., inputs], which are ascending by block and as many in each of `blocks`, so that shards have their own.
+def _take(w: jax.Array, columns: jax.Array, blocks: int) -> jax.Array:
+    """w[..., columns], of which every one of `blocks` parts of w has as many, so that shards have their own.
 
     By products with zeros and ones, which are exact: a TPU gathers number by number.
     """
     width = w.shape[-1] // blocks
-    chosen = jax.nn.one_hot(inputs.reshape(blocks, -1) % width, width, dtype=w.dtype)
+    chosen = jax.nn.one_hot(columns.reshape(blocks, -1) % width, width, dtype=w.dtype)
     precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
     w = w.reshape(*w.shape[:-1], blocks, width)
     return jnp.einsum("...bi,boi->...bo", w, chosen, precision=precision).reshape(*w.shape[:-2], -1)
@@ -102,19 +107,41 @@ def _digits(x: jax.Array) -> Any:
 
 def product(x: jax.Array, w: Quantized) -> jax.Array:
     """x [..., in] times w [*out, in] -> float32 [..., *out]."""
-    shape = *x.shape[:-1], *w.array.shape[:-1]
     mesh = current_mesh()
-    matrices = w.array, w.outliers
     if mesh is None or mesh.size == 1:  # as `layers.linear`: two dimensions for XLA's fast paths, more for sharding
-        x = x.reshape(-1, x.shape[-1])
-        matrices = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), matrices)
-    array, outliers = matrices
+        array, outliers = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (w.array, w.outliers))
+        y = _product(x.reshape(-1, x.shape[-1]), w.replace(array=array, outliers=outliers))
+        return y.reshape(*x.shape[:-1], *w.array.shape[:-1])
+    # a mesh that splits the inputs must not split a group
+    width = x.shape[-1] if w.chosen is None else w.chosen.shape[0]
+    axes = partition(mesh, w.layout, (width,), (w.inputs,))[0]
+    return _product(x, w) if axes is None else _product_of_parts(x, w, axes)
+
+
+def _product_of_parts(x: jax.Array, w: Quantized, axes: str | tuple[str, ...]) -> jax.Array:
+    """`product` where mesh axes split the inputs: each shard scales and adds up its own, and the sums that cross the
+    mesh are in x's dtype, as without quantisation. (XLA would send the integers, up to 8 times as many bytes.)"""
+    def part(x, w):
+        return jax.lax.psum(_product(x, w).astype(x.dtype), axes)
+
+    def spec(a, *leading):
+        """Of the quantised arrays the last dimension is the inputs', or a scale's."""
+        return PartitionSpec(*leading, *(None,) * (a.ndim - 1 - len(leading)), axes if a.shape[-1] > 1 else None)
+
+    batch = partition(current_mesh(), w.layout, x.shape[:1], ("batch",))[0]
+    split = w.replace(array=jax.tree.map(spec, w.array), outliers=jax.tree.map(spec, w.outliers),
+                      chosen=None if w.chosen is None else PartitionSpec(axes))
+    return jax.shard_map(part, in_specs=(spec(x, batch), split), out_specs=PartitionSpec(batch), check_vma=False)(
+        x, w).astype(jnp.float32)
+
+
+def _product(x: jax.Array, w: Quantized) -> jax.Array:
     # two digits are also two rows at least: on a CPU one row times int8 takes eight times as long
     digits = _digits(x)
-    y = _dot(digits, array)
-    if outliers is not None:
-        y += _dot(digits.replace(qvalue=_outliers_of(digits.qvalue, w.chosen)), outliers)
-    return y.sum(0).reshape(shape)
+    y = _dot(digits, w.array)
+    if w.outliers is not None:
+        y += _dot(digits.replace(qvalue=_outliers_of(digits.qvalue, w.chosen)), w.outliers)
+    return y.sum(0)
 
 
 def _outliers_of(x: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ def test_sampled_and_greedy_rows_equal_autoregressive(policy, plain, options, le
 
 
 def test_without_rounding_its_drafts_are_the_policys_own_samples(policy, plain, monkeypatch):
-    monkeypatch.setattr(MODULE, "quantize", lambda w, bits: w)
+    monkeypatch.setattr(MODULE, "quantize", lambda w, bits, *split: w)
     draft = jspec.drafts.self(policy)
     # a config of its own, so that no compiled rollout is taken for another
     out = run(policy, draft.replace(config=dataclasses.replace(draft.config, bits=32)))

@@ -46,7 +46,7 @@ def init(policy: Policy, key: jax.Array | None = None, *, bits: int = 8,
     """A draft without weights of its own. The key is not used: there is nothing random in it.
 
     Args:
-      bits: 8 or 4.
+      bits: 8; or 4, which comes to 5 a weight in all (`model.quantized`).
       vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own rollouts), or None
         for all of them.
 

@@ -33,6 +33,8 @@ def _concrete(x) -> np.ndarray | None:
 
 def _check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, spec: Speculation) -> None:
     """Raise InputError for what cannot work, before anything is compiled."""
+    if not isinstance(policy, Policy):
+        raise InputError(f"params is a {type(policy).__name__}: give a policy, such as jspec.load(\"NAME\")")
     rows = batch.tokens.shape[0] * batch.group_size
     if spec.rule not in RULES:
         raise InputError(f"speculation rule {spec.rule!r} is unknown; known: {', '.join(RULES)}")

@@ -31,6 +31,7 @@ def sampling(**options):
     (dict(speculation=jspec.Speculation(k=-1)), ("k = -1", "0 turns speculation off")),
     (dict(speculation=jspec.Speculation(k=1.5)), ("k = 1.5", "a whole number")),
     (dict(speculation=jspec.Speculation(k=9000)), ("k = 9000", "below the model's 64 positions")),
+    (dict(policy=None), ("params is a NoneType", "jspec.load")),
     (dict(draft=jspec.drafts.ngram), ("draft_params is a function", "jspec.drafts.ngram(params)")),
     (sampling(min_new_tokens=5), ("min_new_tokens", "5")),
     (sampling(max_new_tokens=0), ("max_new_tokens",)),

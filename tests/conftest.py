@@ -5,6 +5,13 @@ import os
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """The full version of a check may take its time, on a machine that others use too."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly(request):
     """Most tests compile for longer than they run, so by default they go without most of XLA's optimizations. Not so

@@ -13,7 +13,7 @@ from tests.speculate.enumeration import enumerate_sequences, tokens_a_cycle
 pytestmark = pytest.mark.optimized
 
 # probabilities of whole sequences: float32 in the code and in the oracle's scores; seen: 1e-6, with three layers 5e-6
-TOLERANCE = 1e-5
+TOLERANCE = 5e-6
 PROMPT = [1, 0, 1, 0]
 SHARP = 12  # the seed of a table with which all that the block rule computes counts, with a vocabulary of 3
 
@@ -32,7 +32,7 @@ def check(draft, vocab, k, cycles, rule="rejection", kernels=REFERENCE, **sampli
     assert seen >= cycles
     assert abs(sum(got.values()) - 1) < 1e-9
     assert set(got) <= set(want)
-    assert tiny.distance(got, want) < TOLERANCE
+    assert tiny.distance(got, want) < TOLERANCE * (2 if policy.config.num_layers > 1 else 1)
 
 
 CASES = [
@@ -88,8 +88,8 @@ def test_block_with_every_drafter(draft, monkeypatch):
 @pytest.mark.parametrize("draft", drafters.NAMES)
 def test_every_drafter_in_full(draft, rule):
     check(draft, 3, 3, 3, rule, max_new_tokens=4, stop_tokens=(2,), min_new_tokens=1)
-    # truncated, some of these policies leave so few tokens that every chain has a draft accepted
-    check(draft, 4, 2, 2, rule, max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3, top_p=0.9)
+    cycles = 2 if draft == "ngram" else 3  # of the few tokens that are left every chain has one of ngram's accepted
+    check(draft, 4, 2, cycles, rule, max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3, top_p=0.9)
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_planted_bugs_are_seen(bug, monkeypatch):
     policy, draft = make(planted.DRAFT[rule], 3, 2)
     sampling = dict(max_new_tokens=3, stop_tokens=(2,))  # room for a bonus token after two drafts
     got, _ = enumerate_sequences(policy, draft, PROMPT, k=2, rule=rule, **sampling)
-    assert tiny.distance(got, tiny.autoregressive(policy, PROMPT, **sampling)) > 500 * TOLERANCE
+    assert tiny.distance(got, tiny.autoregressive(policy, PROMPT, **sampling)) > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize("rule", ["block", pytest.param("rejection", marks=pytest.mark.slow)])
@@ -132,7 +132,7 @@ def test_noise_kept_across_cycles_is_seen(rule):
     got, _ = enumerate_sequences(policy, draft, PROMPT, k=2, rule=rule, keep_noise=True, **sampling)
     assert abs(sum(got.values()) - 1) < 1e-9
     off = tiny.distance(got, tiny.autoregressive(policy, PROMPT, **sampling))
-    assert off > 500 * TOLERANCE if rule == "block" else off < TOLERANCE
+    assert off > 1000 * TOLERANCE if rule == "block" else off < TOLERANCE
 
 
 def expected_tokens(policy, draft, k, rule):
@@ -159,5 +159,5 @@ def test_block_accepts_more_than_rejection(vocab, k):
     length = {}
     for rule in ("rejection", "block"):
         length[rule] = tokens_a_cycle(policy, draft, PROMPT, k=k, rule=rule)
-        assert abs(length[rule] - expected_tokens(policy, draft, k, rule)) < 5 * TOLERANCE
+        assert abs(length[rule] - expected_tokens(policy, draft, k, rule)) < 10 * TOLERANCE
     assert length["block"] > length["rejection"] + 0.01

@@ -6,7 +6,9 @@
     python benchmarks/versus.py --show benchmarks/results/cpu.json
 
 At SmolLM2-135M's shape, float32, 48 prompt and 64 new tokens. Each round runs every program once in a process of its
-own; a program warms up before it counts. Tables hold medians over rounds and ratios of those medians.
+own; a program warms up before it counts, and is timed on prompts that its caches have not seen. Every system has all
+cores that this process may use; `threads` in the data says how many of them each one computed on. Tables hold medians
+over rounds and ratios of those medians.
 """
 
 import argparse
@@ -59,16 +61,21 @@ def ours(script: str, arguments: list[str], timeout_s: float) -> list[dict[str, 
         return json.loads(out.read_text())["rows"]
 
 
+def cores() -> int:
+    """How many cores XLA computes on: all that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def rollouts(peers: Path, timeout_s: float):
     for row in ours("rollout.py", ["--batch", "1", "8", "32", "--rounds", "3"], timeout_s):
-        yield "jspec", f"batch {row['batch']}, tok/s", row["tok_per_s"]
+        yield "jspec", f"batch {row['batch']}, tok/s", row["tok_per_s"], cores()
 
 
 def vllm(peers: Path, timeout_s: float):
     python = str(peers / "vllm" / "bin" / "python")
     command = [python, str(HERE / "peers" / "vllm_cpu_rollout.py"), str(peers / "smollm2"), "--batch", "1", "8", "32"]
     for row in run(command, timeout_s):
-        yield "vllm", f"batch {row['batch']}, tok/s", row["tok_per_s"]
+        yield "vllm", f"batch {row['batch']}, tok/s", row["tok_per_s"], row["threads"]
 
 
 def steps(prompts: int) -> list[str]:
@@ -78,13 +85,13 @@ def steps(prompts: int) -> list[str]:
 def tunix(peers: Path, timeout_s: float, prompts: int):
     python = str(peers / "tunix" / "bin" / "python")
     for row in run([python, str(HERE / "peers" / "tunix_grpo.py"), *steps(prompts)], timeout_s):
-        yield "tunix", f"batch {8 * prompts}, tok/s", row["tok_per_s"]
-        yield "tunix", f"GRPO step, {8 * prompts} rows, s", row["step_s"]
+        yield "tunix", f"batch {8 * prompts}, tok/s", row["tok_per_s"], row["threads"]
+        yield "tunix", f"GRPO step, {8 * prompts} rows, s", row["step_s"], row["threads"]
 
 
 def grpo(peers: Path, timeout_s: float, prompts: int):
     for row in ours("grpo_step.py", steps(prompts), timeout_s):
-        yield "jspec", f"GRPO step, {8 * prompts} rows, s", row["step"]
+        yield "jspec", f"GRPO step, {8 * prompts} rows, s", row["step"], cores()
 
 
 def repeat(peers: Path, timeout_s: float):
@@ -93,14 +100,14 @@ def repeat(peers: Path, timeout_s: float):
     systems = {"none": "jspec, autoregressive", "ngram": "jspec"}
     for row in ours("rollout.py", options, timeout_s):
         if row["draft"] in systems:
-            yield systems[row["draft"]], REPEATED, row["tok_per_s"]
+            yield systems[row["draft"]], REPEATED, row["tok_per_s"], cores()
 
 
 PROGRAMS = {"rollouts": rollouts, "vllm": vllm, "tunix8": partial(tunix, prompts=1), "grpo8": partial(grpo, prompts=1),
             "tunix32": partial(tunix, prompts=4), "grpo32": partial(grpo, prompts=4), "repeat": repeat}
 
 
-def rows_of(found: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+def rows_of(found: dict[tuple[str, str], list[float]], threads: dict[str, int]) -> list[dict[str, Any]]:
     """Each comparison that was measured: medians, their ratio (above 1: jspec is faster) and its target."""
     rows = []
     for what, peer, target in [*TARGETS, (REPEATED, "jspec, autoregressive", 1.5)]:
@@ -109,7 +116,8 @@ def rows_of(found: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
         mine, theirs = (measure.median(found[system, what]) for system in ("jspec", peer))
         ratio = theirs / mine if what.endswith(", s") else mine / theirs
         rows.append({"what": what, "peer": peer, "jspec": mine, "theirs": theirs, "ratio": ratio, "target": target,
-                     "jspec_all": found["jspec", what], "theirs_all": found[peer, what]})
+                     "jspec_all": found["jspec", what], "theirs_all": found[peer, what],
+                     "jspec_threads": threads["jspec"], "their_threads": threads[peer]})
     return rows
 
 
@@ -139,16 +147,18 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.peers:
         parser.error("where are the peers? see --help")
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    threads: dict[str, int] = {}
     console = Console(stderr=True)
     for number in range(1, args.rounds + 1):
         for name in args.only:
             console.print(f"round {number}: {name} (load {os.getloadavg()[0]:.1f})")
             try:
-                for system, what, value in PROGRAMS[name](args.peers, args.timeout):
+                for system, what, value, used in PROGRAMS[name](args.peers, args.timeout):
                     found[system, what].append(value)
+                    threads[system] = used
             except Failed as error:
                 console.print(f"{name} failed: {error}", markup=False)
-        result = measure.report(rows_of(found), rounds=number)
+        result = measure.report(rows_of(found, threads), rounds=number)
         measure.write_json(args.json, result)
     show(result)
 

@@ -23,9 +23,9 @@ from jspec.errors import InputError
 from jspec.heads import publish, shipped
 from jspec.model import Policy
 from jspec.prepare import make_policy, make_sampling, make_speculation, make_tokenizer
+from jspec.rl.answers import answer_text, reward_inputs
 from jspec.rl.prompts import PromptData, encode_prompt
-from jspec.rl.rewards import RewardInput, RewardPool, check_reward
-from jspec.train import answer_text
+from jspec.rl.rewards import RewardPool, check_reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
             start = time.perf_counter()
             out = jax.device_get(jspec.rollout(policy, source.draft, made, sampling=sampling, speculation=speculation))
             seconds += time.perf_counter() - start
-            graded = pool.grade(grading(source.tokenizer, chosen, out, samples))
+            graded = pool.grade(reward_inputs(source.tokenizer, chosen, out))
             keep = min(batch, prompts - step * batch)  # the last batch is filled up with prompts that are not asked for
             rewards.append(graded.rewards.reshape(batch, samples)[:keep])
             lengths.append(out.lengths.reshape(batch, samples)[:keep])
@@ -234,13 +234,6 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
         "graded_0_by_failure": int(failures),
         "seconds_of_rollouts_compiling_included": round(seconds, 3),
     }
-
-
-def grading(tokenizer, prompts, out, samples: int) -> list[RewardInput]:
-    """What the reward function is shown of every answer."""
-    asked = [prompt for prompt in prompts for _ in range(samples)]
-    return [RewardInput(prompt.text, answer_text(tokenizer, out, row), prompt.answer, prompt.meta)
-            for row, prompt in enumerate(asked)]
 
 
 def export(arguments) -> int:

@@ -40,8 +40,9 @@ from jspec.prepare import (
 )
 from jspec.profiling import trace
 from jspec.rl.advantages import group_advantages
+from jspec.rl.answers import answer_text, reward_inputs  # noqa: F401 - answer_text is imported from here
 from jspec.rl.prompts import Prompt, PromptData
-from jspec.rl.rewards import FAILURES, RewardInput, RewardPool
+from jspec.rl.rewards import FAILURES, RewardPool
 from jspec.rl.state import TrainState
 from jspec.rl.update import (
     UpdateSettings,
@@ -209,11 +210,8 @@ def fetch(out: Rollout) -> Rollout:
 
 def grade(run: Run, prompts: Sequence[Prompt], out: Rollout) -> tuple[np.ndarray, dict[str, int]]:
     """Rewards float32 [N] and counts of failures, of all rows; each process grades its own share of them."""
-    group = run.config.data.group_size
     rows = np.array_split(np.arange(len(out.lengths)), jax.process_count())[jax.process_index()]
-    items = [RewardInput(prompts[row // group].text, answer_text(run.tokenizer, out, row), prompts[row // group].answer,
-                         prompts[row // group].meta) for row in rows]
-    graded = run.pool.grade(items)
+    graded = run.pool.grade(reward_inputs(run.tokenizer, prompts, out, rows))
     rewards = np.zeros(len(out.lengths), np.float32)
     rewards[rows] = graded.rewards
     counts = np.array([graded.failures[kind] for kind in FAILURES], np.int32)
@@ -221,12 +219,6 @@ def grade(run: Run, prompts: Sequence[Prompt], out: Rollout) -> tuple[np.ndarray
         rewards, counts = (multihost_utils.process_allgather(x).sum(0) for x in (rewards, counts))
     by_kind = {f"reward_failures/{kind}": int(n) for kind, n in zip(FAILURES, counts, strict=True)}
     return rewards, {"reward_failures": int(counts.sum()), **by_kind}
-
-
-def answer_text(tokenizer: Any, out: Rollout, row: int) -> str:
-    """A row's answer as text, without the token that ended it."""
-    tokens = out.tokens[row][out.mask[row]]
-    return tokenizer.decode(tokens[: len(tokens) - int(out.finished[row])], skip_special_tokens=True)
 
 
 def jit_update(config: Config, state: TrainState) -> jax.stages.Wrapped:

@@ -14,6 +14,8 @@ import numpy as np
 from jspec.errors import InputError
 from jspec.rl.tasks import PREFIX, ReasoningGym
 
+OF_THE_RESPONSE = {"response", "finished", "length"}
+"""What reward functions are told about a response: no record may say it."""
 ARITHMETIC = Path(__file__).parent / "data" / "arithmetic.jsonl"
 
 
@@ -211,8 +213,9 @@ def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
     for key in keys:
         if key not in record:
             raise InputError(f"{where}: no {key!r} (it has {', '.join(map(repr, record)) or 'no keys'})")
-    if "response" in record:
-        raise InputError(f"{where}: the key 'response' is taken by the policy's own text; rename it")
+    for key in OF_THE_RESPONSE & record.keys():
+        raise InputError(f"{where}: the key {key!r} is taken: reward functions are told the response's own by it; "
+                         "rename it")
     if isinstance(record.get("answer"), int | float) and not isinstance(record["answer"], bool):
         record["answer"] = str(record["answer"])
     for key in keys:

@@ -39,12 +39,23 @@ its process ended."""
 
 @dataclasses.dataclass(frozen=True)
 class RewardInput:
-    """One response to grade: the prompt's text as its source has it, and what the source says about it."""
+    """One response to grade; a reward function is handed all of it by name.
+
+    Attributes:
+        prompt: the prompt's text as its source has it.
+        response: what the policy wrote.
+        answer: what the source says is right.
+        meta: everything else the source says about the prompt.
+        finished: the policy ended the response itself; it was not cut off at the longest length.
+        length: tokens generated, the end token included.
+    """
 
     prompt: str
     response: str
     answer: str
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    finished: bool = True
+    length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +135,8 @@ def load_reward(function: str) -> Reward:
     if not callable(reward):
         raise InputError(f"reward.function={function!r}: {name!r} is not a function, but {type(reward).__name__}")
     try:
-        inspect.signature(reward).bind(prompt="", response="", answer="", any_other_key=None)
+        inspect.signature(reward).bind(prompt="", response="", answer="", finished=True, length=0,
+                                        any_other_key=None)
     except TypeError as error:
         raise InputError(
             f"reward.function={function!r} must take (prompt, response, answer, **meta) by name: {error}"
@@ -177,7 +189,8 @@ def grade_one(function: str, item: RewardInput, timeout_s: float) -> tuple[float
     # is the one timer that works while C code holds the interpreter.
     faulthandler.dump_traceback_later(timeout_s + ORPHAN_S, exit=True, file=nowhere())
     try:
-        value = cached_reward(function)(prompt=item.prompt, response=item.response, answer=item.answer, **item.meta)
+        value = cached_reward(function)(prompt=item.prompt, response=item.response, answer=item.answer,
+                                        finished=item.finished, length=item.length, **item.meta)
         if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST:
             return float(value), None, ""
     except BaseException as error:  # noqa: B036 - SystemExit included: nothing that a reward does may stop the run

@@ -147,6 +147,8 @@ def test_steps_that_the_processes_cannot_share(numbers):
         ('{"prompt": ["a"], "answer": "b"}', "bad.jsonl:2: 'prompt' is not a string, but list"),
         ('{"prompt": " ", "answer": "b"}', "bad.jsonl:2: the prompt is empty"),
         ('{"prompt": "a", "answer": "b", "response": "c"}', "bad.jsonl:2: the key 'response' is taken"),
+        ('{"prompt": "a", "answer": "b", "finished": 1}', "bad.jsonl:2: the key 'finished' is taken"),
+        ('{"prompt": "a", "answer": "b", "length": 3}', "bad.jsonl:2: the key 'length' is taken"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):

@@ -20,7 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 
-def behave(prompt, response, answer, **meta):
+def behave(prompt, response, answer, finished, length, **meta):
     if response == "raise": raise ValueError("two\\nlines")
     if response == "exit": raise SystemExit(2)
     if response == "die": os._exit(3)
@@ -32,7 +32,7 @@ def behave(prompt, response, answer, **meta):
               "long": 10**400, "true": True, "integer": -2, "float32": np.float32(0.25), "fraction": Fraction(1, 2),
               "numpy bool": np.bool_(True)}
     if response in values: return values[response]
-    return float(len(prompt + response + answer) + sum(meta.values()))
+    return float(len(prompt + response + answer) + 1000 * length - 0.5 * (not finished) + sum(meta.values()))
 '''
 OK = dict.fromkeys(FAILURES, 0)
 
@@ -56,9 +56,9 @@ def items(*responses):
 
 
 def test_grades_come_in_order_and_see_everything(pool):
-    inputs = [RewardInput("p" * i, "r", "a" * 2, {"x": 100, "y": i}) for i in range(20)]
+    inputs = [RewardInput("p" * i, "r", "a" * 2, {"x": 100, "y": i}, i % 2 == 0, i) for i in range(20)]
     result = pool.grade(inputs)
-    np.testing.assert_array_equal(result.rewards, [103 + 2 * i for i in range(20)])
+    np.testing.assert_array_equal(result.rewards, [103 + 1002 * i - 0.5 * (i % 2) for i in range(20)])
     assert result.rewards.dtype == np.float32
     assert result.failures == OK and result.messages == {}
 

@@ -1,0 +1,30 @@
+from types import SimpleNamespace
+
+import numpy as np
+
+from jspec.hub.tokenizer import character_tokenizer
+from jspec.rl.answers import reward_inputs
+from jspec.rl.prompts import Prompt
+from jspec.rl.rewards import RewardInput
+
+TOKENIZER = character_tokenizer("0123456789+=")
+
+
+def rollout(*texts, ended=True):
+    """A finished rollout on the host: the answers' token ids, ended with the end token or cut off."""
+    ids = [TOKENIZER.encode(text) + [TOKENIZER.eos_token_id] * ended for text in texts]
+    lengths = np.array([len(row) for row in ids])
+    tokens = np.zeros((len(ids), lengths.max()), np.int32)
+    for row, values in zip(tokens, ids, strict=True):
+        row[: len(values)] = values
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
+    return SimpleNamespace(tokens=tokens, mask=mask, lengths=lengths, finished=np.full(len(ids), ended))
+
+
+def test_rewards_are_told_prompt_response_and_how_it_ended():
+    prompts = [Prompt("a", (5,), "1", {"x": 1}), Prompt("b", (6,), "2", {})]
+    assert reward_inputs(TOKENIZER, prompts, rollout("1", "12", "", "3=")) == [
+        RewardInput("a", "1", "1", {"x": 1}, True, 2), RewardInput("a", "12", "1", {"x": 1}, True, 3),
+        RewardInput("b", "", "2", {}, True, 1), RewardInput("b", "3=", "2", {}, True, 3)]
+    cut = reward_inputs(TOKENIZER, prompts, rollout("17+25=4", "1", "2", "3", ended=False), rows=[0, 3])
+    assert cut == [RewardInput("a", "17+25=4", "1", {"x": 1}, False, 7), RewardInput("b", "3", "2", {}, False, 1)]

@@ -28,6 +28,7 @@ from jspec.model.params import is_spec
 from jspec.rl.state import TrainState
 from jspec.settings import refuse_changes, to_yaml
 from jspec.sharding import spec_sharding
+from pallas_kernels.noise import key_words
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _items(state: TrainState) -> dict[str, Any]:
     items = {
         "policy": state.policy.weights,
         "draft": None if state.draft is None else {"weights": state.draft.weights, "state": state.draft.state},
-        "optimizer": {"policy": state.opt_state, "draft": state.draft_opt_state, "key": jax.random.key_data(state.key),
+        "optimizer": {"policy": state.opt_state, "draft": state.draft_opt_state, "key": key_words(state.key),
                       **{name: getattr(state, name) for name in COUNTERS}},
     }
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
@@ -78,7 +79,8 @@ def _put_back(state: TrainState, items: dict[str, Any]) -> TrainState:
     draft = state.draft.replace(**items["draft"]) if "draft" in items else state.draft
     return state.replace(policy=state.policy.replace(weights=items["policy"]), draft=draft,
                          opt_state=optimizer["policy"], draft_opt_state=optimizer["draft"],
-                         key=jax.random.wrap_key_data(optimizer["key"]), **{name: optimizer[name] for name in COUNTERS})
+                         key=jax.random.wrap_key_data(optimizer["key"], impl="threefry2x32"),
+                         **{name: optimizer[name] for name in COUNTERS})
 
 
 def _draft_meta(draft: Draft) -> dict:

@@ -26,6 +26,7 @@ from jspec.prepare import make_policy, make_sampling, make_speculation, make_tok
 from jspec.rl.answers import answer_text, reward_inputs
 from jspec.rl.prompts import PromptData, encode_prompt
 from jspec.rl.rewards import RewardPool, check_reward
+from pallas_kernels.noise import seed_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
     data = PromptData(dataclasses.replace(config.data, prompts_per_step=batch), source.tokenizer, seed=config.seed)
     if prompts > len(data.records):
         raise InputError(f"--prompts {prompts} is more than {config.data.source} has: {len(data.records)}")
-    key, sampling = jax.random.key(config.seed), make_sampling(config)
+    key, sampling = seed_key(config.seed), make_sampling(config)
     speculation = make_speculation(config)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
     with RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool:

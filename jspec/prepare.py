@@ -22,6 +22,7 @@ from jspec.model import ModelConfig, Policy, RopeConfig, init_policy
 from jspec.rl.rewards import check_reward
 from jspec.sharding import check_mesh, check_rows
 from jspec.speculate import Sampling, Speculation
+from pallas_kernels.noise import seed_key
 
 # folded into the run's key as steps are; no step has these numbers
 POLICY_KEY, DRAFT_KEY = 2**32 - 1, 2**32 - 2
@@ -79,7 +80,7 @@ def make_policy(config: Config, tokenizer: Any) -> Policy:
         raise InputError(f"the tokenizer {name} has {len(tokenizer)} tokens, the model {config.model.name} only "
                          f"{shape.vocab_size}; give the model its own, or a larger vocab_size")
     if config.model.name == "random":
-        return init_policy(shape, jax.random.fold_in(jax.random.key(config.seed), POLICY_KEY), dtype)
+        return init_policy(shape, jax.random.fold_in(seed_key(config.seed), POLICY_KEY), dtype)
     return hub.load(config.model.name, dtype=dtype)
 
 
@@ -103,7 +104,7 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
             raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.config.name}, and draft.name "
                              f"is {section.name}; set draft.name={draft.config.name}")
         return draft
-    key = jax.random.fold_in(jax.random.key(config.seed), DRAFT_KEY)
+    key = jax.random.fold_in(seed_key(config.seed), DRAFT_KEY)
     return fresh_draft(policy, key, section.name, section.options or {}, "draft.options")
 
 

@@ -35,6 +35,7 @@ from jspec.rl.state import TrainState
 from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from, trains_draft
 from jspec.sharding import make_mesh
 from jspec.train import Run, jit_update, jit_update_draft, make_prompt_batch, place
+from pallas_kernels.noise import seed_key
 
 LEARNING = ("policy_loss", "draft_loss", "optimizer", "draft_optimizer", "update", "draft")
 """Phases, and programs whose rest is one, in which policy and draft learn."""
@@ -81,7 +82,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     draft = make_draft(config, policy)
     data = PromptData(config.data, tokenizer, seed=config.seed)
     run = Run(config, mesh, tokenizer, data, pool=None, checkpoints=None, metrics=None, stop=None)
-    prompts = make_prompt_batch(run, next(data), jax.random.key(config.seed))
+    prompts = make_prompt_batch(run, next(data), seed_key(config.seed))
     rewards = place(mesh, np.resize(np.float32([1, 0]), prompts.sequence_ids.shape), "batch")
     state = init_state(policy, draft, settings, config.seed)
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"

@@ -11,13 +11,41 @@ program can make them again. A rule is which kind of noise it is given:
 
 from __future__ import annotations
 
+import operator
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 TARGET, DRAFT, ACCEPT, RESIDUAL = range(4)
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def seed_key(seed: int) -> jax.Array:
+    """A typed threefry key from a whole number 0 <= seed < 2**64, each of them another key.
+
+    Below 2**32 it is what `jax.random.key(seed)` is by default, but whatever `jax_default_prng_impl` and
+    `jax_enable_x64` say: noise that a setting of the process changes could not be made again.
+
+    Raises ValueError for any other number, TypeError for what is no whole number.
+    """
+    seed = operator.index(seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"a seed must be from 0 to 2**64 - 1, not {seed}")
+    words = np.array([seed >> 32, seed & (2**32 - 1)], np.uint32)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+def key_words(key: jax.Array) -> jax.Array:
+    """uint32 [..., 2], for `fold`, of typed keys [...] of any implementation.
+
+    Threefry's two words are as they are; of others (JAX's rbg has four) the words after the second are folded in, so
+    that keys which differ in any of them have noise of their own.
+    """
+    words = jax.random.key_data(key)
+    return fold(words[..., :2], *(words[..., i] for i in range(2, words.shape[-1])))
 
 
 def threefry2x32(k0, k1, c0, c1):

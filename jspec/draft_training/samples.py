@@ -20,6 +20,7 @@ from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.prepare import make_draft, make_sampling
 from jspec.speculate.types import BUCKETS
+from pallas_kernels.noise import seed_key
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]]
     weights, sampling = jspec.reshard(policy), make_sampling(config)
     temperatures = config.samples.temperatures or (config.sampling.temperature,)
     speculation = jspec.Speculation(states=trunk_features(config, policy))
-    key = jax.random.key(config.seed)
+    key = seed_key(config.seed)
     jobs = list(files_of(prompts, min(config.samples.batch, len(prompts))))
     for index, (bucket, group) in enumerate(jobs):
         path = directory / f"{index:05d}.npz"

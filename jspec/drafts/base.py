@@ -37,7 +37,7 @@ from jspec.model import Cache, ModelConfig, Policy, RopeConfig, Trunk
 from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import process_logits
 
-UNLIKE = ("stop_tokens", "pad_token", "max_position_embeddings", "initializer_range")
+UNLIKE = ("stop_tokens", "pad_token", "tokenless", "max_position_embeddings", "initializer_range")
 """Fields of a ModelConfig that a draft and its policy need not share."""
 
 

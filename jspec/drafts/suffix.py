@@ -32,6 +32,7 @@ from jspec.drafts.parts.weightless import features, observe, prepare, specs  # n
 from jspec.errors import InputError
 from jspec.model import ModelConfig, ParamSpec, Policy, place_on_mesh
 from jspec.sharding import constrain
+from pallas_kernels.noise import key_words
 
 loss = None
 
@@ -171,7 +172,7 @@ def remember(draft: Draft, batch, rollout) -> Draft:
     prompts = fingerprint(batch.tokens, batch.lengths)
     # in order, prompt by prompt: so a prompt that a batch holds twice is one
     new = jax.tree.map(lambda x: constrain(x, "rollout", *(None,) * x.ndim), (prompts, rows))
-    write = partial(_write, key=jax.random.key_data(batch.key))
+    write = partial(_write, key=key_words(batch.key))
     return draft.replace(state=jax.lax.scan(write, draft.state, new)[0])
 
 

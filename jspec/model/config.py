@@ -41,7 +41,9 @@ class RopeConfig:
 class ModelConfig:
     """One decoder-only transformer. Hashable, so that it can be the static part of a pytree.
 
-    `stop_tokens` are the end tokens of the checkpoint (config and generation config united).
+    `stop_tokens` are the end tokens of the checkpoint (config and generation config united). `tokenless` are ranges
+    [start, stop) of ids that the tokenizer has no token for, as vocabularies are padded to round sizes: they are no
+    part of the policy's distribution, in sampling and in training alike.
     """
 
     vocab_size: int
@@ -63,6 +65,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     stop_tokens: tuple[int, ...] = ()
     pad_token: int = 0
+    tokenless: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -75,11 +78,29 @@ class ModelConfig:
         for token in self.stop_tokens:
             if not isinstance(token, numbers.Integral) or not 0 <= token < self.vocab_size:
                 raise InputError(f"stop token {token!r} is not an id of the vocabulary of {self.vocab_size}")
+        self._check_tokenless()
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
+
+    def _check_tokenless(self):
+        try:
+            ranges = tuple(tuple(r) for r in self.tokenless)  # JSON and YAML have lists, which cannot be hashed
+        except TypeError:
+            raise InputError(f"tokenless must be ranges [start, stop) of ids, not {self.tokenless!r}") from None
+        object.__setattr__(self, "tokenless", ranges)
+        before = 0
+        for r in ranges:
+            if len(r) != 2 or not all(isinstance(i, numbers.Integral) for i in r) or not before <= r[0] < r[1]:
+                raise InputError(f"tokenless must be ascending ranges [start, stop) of ids that do not overlap, and "
+                                 f"{list(r)} is none after {before}")
+            before = r[1]
+        if before > self.vocab_size:
+            raise InputError(f"tokenless range {list(ranges[-1])} is outside the vocabulary of {self.vocab_size}")
+        if sum(stop - start for start, stop in ranges) == self.vocab_size:
+            raise InputError("tokenless leaves no id of the vocabulary; one id at least must have a token")
 
     @property
     def group(self) -> int:

@@ -10,6 +10,7 @@ from flax import struct
 
 from jspec.kernels import attend as attend_cached
 from jspec.model.attention import Cache, causal_attention, continued_attention, to_cache
+from jspec.model.config import ModelConfig
 from jspec.model.layers import decoder_layer, linear, rms_norm, rope_table
 from jspec.model.params import Policy
 from jspec.sharding import constrain
@@ -33,11 +34,26 @@ def embed(policy: Policy, tokens: jax.Array) -> jax.Array:
     return jnp.take(policy.weights["embed"], tokens, axis=0, mode="clip").astype(policy.dtype)
 
 
+def without_tokenless(config: ModelConfig, logits: jax.Array, ids: jax.Array | None = None) -> jax.Array:
+    """Logits [..., n] of `ids` int32 [n] (None: 0..n-1), -inf where the tokenizer has no token for an id.
+
+    It is the policy itself that lacks them, so nothing normalised over the vocabulary counts them, and no rule of
+    sampling has to ban them.
+    """
+    if not config.tokenless:
+        return logits
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32) if ids is None else ids
+    lacking = jnp.zeros(ids.shape, bool)
+    for start, stop in config.tokenless:
+        lacking |= (ids >= start) & (ids < stop)
+    return jnp.where(lacking, -jnp.inf, logits)
+
+
 def logits(policy: Policy, hidden: jax.Array) -> jax.Array:
-    """Next-token logits, float32 [..., V], of final-normed hidden states [..., D]."""
+    """Next-token logits, float32 [..., V], of final-normed hidden states [..., D]; -inf for `tokenless` ids."""
     with jax.named_scope("head"):
         table = policy.weights["embed" if policy.config.tie_embeddings else "head"]
-        out = linear(hidden, table, out_dtype=jnp.float32)
+        out = without_tokenless(policy.config, linear(hidden, table, out_dtype=jnp.float32))
         return constrain(out, policy.layout, "batch", *(None,) * (out.ndim - 2), "vocab")
 
 

@@ -31,6 +31,7 @@ from jspec.rl.losses import clipped_objective, k3, predicting_states, token_logp
 from jspec.rl.state import TrainState
 from jspec.sharding import batch_shards, constrain, current_mesh
 from jspec.speculate import PromptBatch, Rollout
+from pallas_kernels.noise import key_words, seed_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +155,9 @@ def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, se
     everywhere = None if mesh is None else NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
     # one buffer each, since the update donates them all
     counts = [jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=everywhere)() for _ in range(5)]
-    data = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    key = jax.random.wrap_key_data(jax.jit(lambda: jnp.asarray(data), out_shardings=everywhere)())
+    data = np.asarray(key_words(seed_key(seed)))
+    words = jax.jit(lambda: jnp.asarray(data), out_shardings=everywhere)()
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
     return TrainState(policy, draft, _init_optimizer(optimizer, policy.weights), draft_opt_state, *counts, key)
 
 

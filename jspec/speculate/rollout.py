@@ -17,6 +17,7 @@ from jspec.model import Policy, prefill, to_rollout
 from jspec.sharding import check_rows, constrain
 from jspec.speculate.cycle import RULES, Slots, cycle, split_features
 from jspec.speculate.types import PromptBatch, Rollout, RolloutStats, Sampling, Speculation
+from pallas_kernels.noise import key_words
 
 # cache sizes are whole tiles of a TPU's memory, and beyond one block of attention whole blocks
 _TILE, _BLOCK = 16, 128
@@ -104,7 +105,7 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
             lambda x: jnp.pad(x, ((0, 0), (0, size - length), (0, 0))), kept)
         state = None
         if draft is not None:
-            prompts_seen = Prefill(trunk, batch.tokens, batch.lengths, jax.random.key_data(batch.key))
+            prompts_seen = Prefill(trunk, batch.tokens, batch.lengths, key_words(batch.key))
             state = draft.module.start(policy, draft, prompts_seen, size)
 
         def share(x):
@@ -150,7 +151,7 @@ def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation:
     if k == 0:
         draft = None
     stops = policy.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
-    key = jax.random.key_data(batch.key)
+    key = key_words(batch.key)
     make_noise = RULES[speculation.rule]
 
     def body(slots: Slots) -> Slots:

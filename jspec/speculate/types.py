@@ -13,6 +13,7 @@ from flax import struct
 
 from jspec.errors import InputError
 from jspec.model import Trunk
+from pallas_kernels.noise import seed_key
 
 # prompt lengths are padded up to one of these, so that a new length is seldom a new compilation
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
@@ -70,7 +71,7 @@ class PromptBatch:
         if ids.shape != (rows,) or len(np.unique(ids)) != rows:
             raise InputError(f"sequence_ids must be {rows} distinct integers (prompts x group_size); got shape "
                              f"{ids.shape}")
-        key = jax.random.key(seed) if isinstance(seed, numbers.Integral) else seed
+        key = seed_key(seed) if isinstance(seed, numbers.Integral) else seed
         return cls(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.asarray(ids, jnp.int32), key, group_size)
 
 

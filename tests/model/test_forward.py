@@ -1,5 +1,7 @@
 """All ways through the transformer are one function. (Families and rope scalings: golden files in tests/hub.)"""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,3 +138,29 @@ def test_sums_over_chunks(chunk):
 
     np.testing.assert_allclose(total(x), jnp.sum(jnp.square(x), where=mask[..., None]), rtol=1e-6)
     np.testing.assert_allclose(jax.grad(total)(x), 2 * x * mask[..., None], rtol=1e-6)
+
+
+def test_ids_without_a_token_are_no_part_of_the_policy():
+    policy = make("llama")
+    lacking = policy.replace(config=dataclasses.replace(policy.config, tokenless=((2, 4), (11, 13))))
+    hidden = jax.random.normal(jax.random.key(0), (3, 32))
+    got, whole = np.asarray(logits(lacking, hidden)), np.asarray(logits(policy, hidden))
+    has = np.isin(np.arange(13), [2, 3, 11, 12], invert=True)
+    np.testing.assert_array_equal(got, np.where(has, whole, -np.inf))
+
+
+@pytest.mark.parametrize("tokenless, message", [
+    ([3, 5], r"must be ranges .* not \[3, 5\]"),
+    ([[3]], r"\[3\] is none after 0"),
+    ([[5, 3]], r"\[5, 3\] is none after 0"),
+    ([[3, 5], [4, 6]], r"\[4, 6\] is none after 5"),
+    ([[11, 14]], r"\[11, 14\] is outside the vocabulary of 13"),
+    ([[0, 13]], "leaves no id of the vocabulary"),
+])
+def test_tokenless_ranges_that_are_none_are_refused(tokenless, message):
+    with pytest.raises(jspec.InputError, match=message):
+        tiny.config(13, tokenless=tokenless)
+
+
+def test_tokenless_as_json_has_it():
+    assert hash(tiny.config(13, tokenless=[[11, 13]])) == hash(tiny.config(13, tokenless=((11, 13),)))

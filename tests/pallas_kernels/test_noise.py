@@ -24,6 +24,33 @@ def test_known_answers(key, counter, out):
     assert tuple(map(int, got)) == out
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_seed_key_is_jax_key_below_32_bits(seed):
+    assert (noise.seed_key(seed) == jax.random.key(seed, impl="threefry2x32")).all()
+
+
+@pytest.mark.parametrize("impl, wide", [("rbg", False), ("unsafe_rbg", False), ("threefry2x32", True)])
+def test_seed_key_is_one_key_whatever_the_process_is_set_to(impl, wide):
+    with jax.default_prng_impl(impl), jax.enable_x64(wide):
+        for seed, words in ((5, (0, 5)), (np.int64(5 + 2**32), (1, 5)), (2**64 - 1, (2**32 - 1, 2**32 - 1))):
+            assert tuple(map(int, noise.key_words(noise.seed_key(seed)))) == words
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_beyond_64_bits_are_refused(seed):
+    with pytest.raises(ValueError, match=rf"a seed must be from 0 to 2\*\*64 - 1, not {seed}"):
+        noise.seed_key(seed)
+
+
+def test_key_words_has_every_word_of_a_key():
+    """Threefry's are its two; of a key of four words each counts."""
+    np.testing.assert_array_equal(noise.key_words(KEY), DATA)
+    words = np.array([[1, 2, 3, 4], *(np.array([1, 2, 3, 4]) + np.eye(4))], np.uint32)
+    keys = noise.key_words(jax.random.wrap_key_data(words, impl="rbg"))
+    assert keys.shape == (5, 2) and keys.dtype == jnp.uint32
+    assert len(np.unique(keys, axis=0)) == 5
+
+
 def test_fold_is_jax_fold_in():
     ids = jnp.array([0, 1, 17, 2**31 - 1])
     got = noise.fold(DATA, ids, 5)

@@ -9,7 +9,7 @@ from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.hub import eagle3, mtp_heads
-from jspec.hub.safetensors_io import read_json
+from jspec.hub.json_io import read_json
 from jspec.model import Policy
 
 _HOME = Path(__file__).parent

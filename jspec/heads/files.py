@@ -18,7 +18,7 @@ from jspec.drafts import Draft
 from jspec.drafts.base import config_from_fields
 from jspec.drafts.parts.vocabulary import check_vocab
 from jspec.errors import InputError
-from jspec.hub.safetensors_io import read_json
+from jspec.hub.json_io import read_json
 from jspec.model import Policy, place_on_mesh
 from jspec.model.params import is_spec
 

@@ -12,7 +12,8 @@ from jspec.hub.architectures import config_from_hf, mtp_prefixes
 from jspec.hub.assemble import Source, read_weights
 from jspec.hub.download import fetch
 from jspec.hub.exporter import export
-from jspec.hub.safetensors_io import open_directory, read_json
+from jspec.hub.json_io import read_json
+from jspec.hub.safetensors_io import open_directory
 from jspec.hub.tokenizer import CHARACTERS, character_tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 from jspec.model.config import ModelConfig
 from jspec.model.params import Policy

@@ -31,7 +31,7 @@ from jspec.drafts.eagle3 import Eagle3Config, default_depths, specs
 from jspec.errors import InputError
 from jspec.hub.architectures import config_from_hf, config_to_hf, layer_tensor
 from jspec.hub.exporter import new_directory, on_host, whole_directory
-from jspec.hub.safetensors_io import read_json
+from jspec.hub.json_io import read_json
 from jspec.model import ModelConfig, Policy
 from jspec.model.params import is_spec
 from jspec.sharding import spec_sharding

@@ -26,7 +26,8 @@ from jspec.hub.architectures import (
 )
 from jspec.hub.assemble import assemble, check_none_left, check_shapes
 from jspec.hub.exporter import host_value, whole_directory, write_json
-from jspec.hub.safetensors_io import INDEX, SafetensorsSource, open_directory, read_header, read_json, write_file
+from jspec.hub.json_io import read_json
+from jspec.hub.safetensors_io import INDEX, SafetensorsSource, open_directory, read_header, write_file
 from jspec.model import ModelConfig, Policy
 from jspec.sharding import spec_sharding
 

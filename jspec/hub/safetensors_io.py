@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jspec.errors import InputError
+from jspec.hub.json_io import parse_json, read_bytes
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
            "F64": np.dtype(np.float64)}
@@ -30,35 +32,52 @@ class Location:
     dtype: np.dtype
     shape: tuple[int, ...]
 
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
 
 def read_header(path: Path) -> dict[str, Location]:
-    """Every tensor of one file. Raises InputError if the file is cut short, corrupt, or of a dtype we do not read."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise InputError(f"{path}: not a safetensors file, or cut short in its header; fetch it again")
-        raw = file.read(length)
+    """Every tensor of one file. Raises InputError if it is no file or cannot be read, is cut short or corrupt, or is of
+    a dtype we do not read."""
+    if not path.is_file():
+        raise InputError(f"{path}: not a file; fetch the model again")
     try:
-        header = {k: v for k, v in json.loads(raw).items() if k != "__metadata__"}
-        return {name: _location(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{path}: the safetensors header is corrupt ({type(e).__name__}); fetch the file again") from e
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise InputError(f"{path}: not a safetensors file, or cut short in its header; fetch it again")
+            raw = file.read(length)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
+    header = parse_json(raw, f"{path}: the safetensors header is corrupt")
+    places = {name: _location(path, name, entry, 8 + length, size) for name, entry in header.items()
+              if name != "__metadata__"}
+    before = 0
+    for begin, end, name in sorted((place.offset, place.end, name) for name, place in places.items()):
+        if begin < before:  # else a small file could stand for any amount of memory
+            raise InputError(f"{path}: the safetensors header is corrupt: tensor {name} begins inside another; fetch "
+                             "the file again")
+        before = end
+    return places
 
 
-def _location(path: Path, name: str, entry: dict[str, Any], start: int, size: int) -> Location:
-    if entry["dtype"] not in _DTYPES:
-        raise InputError(f"{path}: tensor {name} is stored as {entry['dtype']}; supported: {', '.join(_DTYPES)}")
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
-    if begin < 0 or end - begin != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+def _location(path: Path, name: str, entry: Any, start: int, size: int) -> Location:
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        dtype = _DTYPES.get(code)
+    except (ValueError, KeyError, TypeError):
+        whole, code, dtype = False, None, None
+    if whole and dtype is None:
+        raise InputError(f"{path}: tensor {name} is stored as {code}; supported: {', '.join(_DTYPES)}")
+    if not whole or end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(f"{path}: the safetensors header is corrupt at tensor {name}; fetch the file again")
     if start + end > size:
         raise InputError(f"{path}: cut short: {size} bytes where tensor {name} ends at {start + end}; "
                          "fetch the file again")
-    return Location(path, start + begin, dtype, shape)
+    return Location(path, start + begin, dtype, tuple(shape))
 
 
 def read_rows(location: Location, start: int, stop: int) -> np.ndarray:
@@ -66,14 +85,17 @@ def read_rows(location: Location, start: int, stop: int) -> np.ndarray:
     width = int(np.prod(location.shape[1:], dtype=np.int64))
     row_bytes = width * location.dtype.itemsize
     out = bytearray((stop - start) * row_bytes)
-    with location.path.open("rb", buffering=0) as file:
-        file.seek(location.offset + start * row_bytes)
-        view = memoryview(out)
-        while view:
-            n = file.readinto(view)
-            if not n:
-                raise InputError(f"{location.path}: cut short while it was being read")
-            view = view[n:]
+    try:
+        with location.path.open("rb", buffering=0) as file:
+            file.seek(location.offset + start * row_bytes)
+            view = memoryview(out)
+            while view:
+                n = file.readinto(view)
+                if not n:
+                    raise InputError(f"{location.path}: cut short while it was being read")
+                view = view[n:]
+    except OSError as e:
+        raise InputError(f"{location.path}: cannot be read ({e.strerror or e})") from None
     return np.frombuffer(out, location.dtype).reshape(stop - start, *location.shape[1:])
 
 
@@ -97,21 +119,6 @@ class SafetensorsSource:
         return dataclasses.replace(self, locations=kept)
 
 
-def read_json(path: Path, required: bool = True) -> dict | None:
-    """A JSON object of a model directory; None if it is not there and not required. Raises InputError otherwise."""
-    if not path.exists() and not required:
-        return None
-    if not path.exists():
-        raise InputError(f"{path.parent}: no {path.name}; a model directory has {path.name} and safetensors")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}); fetch or make it again") from e
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; fetch or make it again")
-    return value
-
-
 def open_directory(directory: Path) -> SafetensorsSource:
     """The safetensors of a directory: `model.safetensors`, or the files that the index names.
 
@@ -133,16 +140,27 @@ def open_directory(directory: Path) -> SafetensorsSource:
 
 
 def _open_index(directory: Path, index: Path) -> SafetensorsSource:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{index}: the index is corrupt ({type(e).__name__}); fetch it again") from e
+    weight_map = parse_json(read_bytes(index), f"{index}: the index is corrupt").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: the index is corrupt: it has no weight_map; fetch it again")
+    for name, file in weight_map.items():
+        # a plain name: an index may not reach outside the model's folder (links, as of the hub's cache, may)
+        if not isinstance(file, str) or file in ("", ".", "..") or {"/", "\0"} & set(file):
+            raise InputError(f"{index}: the index is corrupt: tensor {name} is in {file!r}, which is not the name of a "
+                             "file beside it; fetch it again")
+    headers = {}
+    for file in sorted(set(weight_map.values())):
+        if not (directory / file).exists():
+            raise InputError(f"{directory}: {file}, which {INDEX} names, is missing; fetch it")
+        headers[file] = read_header(directory / file)
     locations: dict[str, Location] = {}
-    for name in files:
-        if not (directory / name).exists():
-            raise InputError(f"{directory}: {name}, which {INDEX} names, is missing; fetch it")
-        locations.update(read_header(directory / name))
+    for file, header in headers.items():
+        for name, place in header.items():
+            if name in locations and name not in weight_map:
+                raise InputError(f"{directory}: tensor {name} is in {place.path.name} and in "
+                                 f"{locations[name].path.name}, and {INDEX} does not say which; fetch the model again")
+            if weight_map.get(name, file) == file:
+                locations[name] = place
     lost = sorted(set(weight_map) - set(locations))
     if lost:
         raise InputError(f"{directory / weight_map[lost[0]]}: tensor {lost[0]} is missing, though {INDEX} names it")

@@ -1,6 +1,7 @@
 """Loading a directory: what breaks is named, memory stays bounded, and a mesh gets exactly its shards."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jspec import hub
 from jspec.errors import InputError
@@ -40,7 +42,10 @@ def test_a_file_cut_short(tmp_path):
 def test_a_corrupt_header(tmp_path):
     path = copy("llama", tmp_path / "m") / "model.safetensors"
     whole = path.read_bytes()
-    replaced = [whole.replace(b'"data_offsets":[', b'"data_offsets":{', 1), whole.replace(b"[48,16]", b"[49,16]", 1)]
+    replaced = [whole.replace(b'"data_offsets":[', b'"data_offsets":{', 1), whole.replace(b"[48,16]", b"[49,16]", 1),
+                whole.replace(b"[48,16]", b"[48,1.]", 1), whole.replace(b'"dtype":"F32"', b'"dtype":["F2"]', 1),
+                whole.replace(b"[48,16]", b'["",16]', 1), whole.replace(b"[3072,6144]", b"[0000,3072]", 1),
+                whole.replace(b"[3072,6144]", b"[0,3072]   ", 1)]
     for broken in (whole[:8] + b"{{" + whole[10:], whole[:8] + b"[]" + b" " * 5000, *replaced):
         path.write_bytes(broken)
         assert "header is corrupt" in message(tmp_path / "m")
@@ -101,6 +106,46 @@ def test_an_index_that_does_not_hold(tmp_path):
     assert f"{shard}, which model.safetensors.index.json names, is missing" in message(directory)
     index.write_text("[]")
     assert "the index is corrupt" in message(directory)
+
+
+@pytest.mark.parametrize("file, text", [
+    (7, "is in 7, which is not the name"), ("", "is in '', which is not the name"),
+    ("../other.safetensors", "which is not the name of a file beside it"), ("..", "not the name of a file beside it"),
+    ("/etc/passwd", "not the name of a file beside it"), ("gone\0", "not the name of a file beside it"),
+    ("sub", "sub: not a file"), ("config.json", "config.json: not a safetensors file"), ("pipe", "pipe: not a file")])
+def test_an_index_names_files_beside_it(tmp_path, file, text):
+    directory = copy("qwen2_tied_sharded", tmp_path / "m")
+    (tmp_path / "other.safetensors").write_bytes((directory / "config.json").read_bytes())
+    (directory / "sub").mkdir()
+    os.mkfifo(directory / "pipe")
+    index = directory / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**weight_map, "model.norm.weight": file}}))
+    assert text in message(directory)
+
+
+def test_the_index_says_which_of_two_shards_holds_a_tensor(tmp_path):
+    want = hub.load(str(GOLDEN / "qwen2_tied_sharded")).weights["final_norm"]
+    directory = copy("qwen2_tied_sharded", tmp_path / "m")
+    index = directory / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+    own = good["model.norm.weight"]
+    for shard in set(good.values()) - {own}:
+        tensors = load_file(directory / shard)
+        save_file({**tensors, "model.norm.weight": np.full(16, 7, np.float32)}, directory / shard)
+    np.testing.assert_array_equal(hub.load(str(directory)).weights["final_norm"], want)
+    del good["model.norm.weight"]
+    index.write_text(json.dumps({"weight_map": good}))
+    assert "model.norm.weight is in " in message(directory) and "does not say which" in message(directory)
+
+
+def test_the_hubs_cache_links_to_its_files(tmp_path):
+    directory = copy("qwen2_tied_sharded", tmp_path / "m")
+    (tmp_path / "blobs").mkdir()
+    for path in directory.glob("*.safetensors"):
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    hub.load(str(directory))
 
 
 def test_dtype_and_architecture(tmp_path):

@@ -46,6 +46,7 @@ from jspec.heads import shipped  # noqa: E402
 from jspec.kernels import KERNELS, choose, picked  # noqa: E402
 from jspec.model import ModelConfig, Policy  # noqa: E402
 from jspec.prepare import fresh_draft  # noqa: E402
+from jspec.progress import telling  # noqa: E402
 from jspec.rl.prompts import encode_prompt, read_jsonl  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
 
@@ -425,8 +426,8 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Returns the records, which are what `--json` writes. Raises InputError for a mistake of the user's."""
     args = parse(arguments)
-    texts, console = read_texts(args), Console(stderr=True)
-    with console.status("loading"):
+    texts = read_texts(args)
+    with telling(f"loading {args.model}"):
         source = open_source(args.model, [], args.dtype)
         prompts = encode(texts, source.tokenizer)
         check_positions(args, source.policy.config, prompts)
@@ -440,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
              "max_new_tokens": args.max_new_tokens, "prompts_file": str(args.prompts), **measure.circumstances()}
     records = []
     for size in args.batch:
-        with console.status(f"batch {size}: compiling, then {args.rounds} rounds"):
+        with telling(f"batch {size}: compiling, then {args.rounds} round(s)"):
             records += [{**record, "trained": trained(record["draft"], args.model, paths), **facts}
                         for record in time_batch(args, policy, drafts, prompts, size)]
         measure.write_json(args.json, records)

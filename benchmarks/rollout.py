@@ -32,6 +32,7 @@ from benchmarks import kernel_cases, measure, parts, synthetic  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.kernels import KERNELS, choose, judge, picked  # noqa: E402
 from jspec.model import Policy, to_rollout  # noqa: E402
+from jspec.progress import telling  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
 from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
 
@@ -166,12 +167,14 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
-    policy = make_policy(args)
+    with telling(f"making {args.weights or args.shape}"):
+        policy = make_policy(args)
     rule = synthetic.add_rule(args.acceptance) if args.acceptance else args.rule
     bandwidth = measure.copy_bandwidth(2**24 if args.shape == "tiny" and not args.weights else None)
     rows = []
     for size in args.batch:
-        new = time_batch(args, policy, size, rule)
+        with telling(f"batch {size}: compiling, then {args.rounds} round(s)"):
+            new = time_batch(args, policy, size, rule)
         derive(args, policy, new, bandwidth)
         rows += new
     name = args.weights or args.shape

@@ -162,12 +162,11 @@ def _train_draft(arguments) -> int:
 
     overrides = [f"model.name='{arguments.model}'", *arguments.overrides]
     config = load_config(arguments.config, overrides, DraftTrainingConfig)
-    from rich.console import Console
-
     from jspec.draft_training import train_draft
+    from jspec.progress import stderr
     from jspec.train import set_up_logging
 
-    set_up_logging(config.log_level, Console(stderr=True))
+    set_up_logging(config.log_level, stderr())
     return train_draft(config)
 
 

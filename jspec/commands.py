@@ -23,6 +23,7 @@ from jspec.errors import InputError
 from jspec.heads import publish, shipped
 from jspec.model import Policy
 from jspec.prepare import make_policy, make_sampling, make_speculation, make_tokenizer
+from jspec.progress import telling
 from jspec.rl.answers import answer_text, reward_inputs
 from jspec.rl.prompts import PromptData, encode_prompt
 from jspec.rl.rewards import RewardPool, check_reward
@@ -78,10 +79,12 @@ class Timed:
 
 def time_rollout(policy: Policy, draft: Draft | None, batch, sampling, speculation) -> Timed:
     """Runs twice, with the clock on the second: the first one compiles."""
-    for _ in range(2):
-        start = time.perf_counter()
-        out = jax.block_until_ready(jspec.rollout(policy, draft, batch, sampling=sampling, speculation=speculation))
-        seconds = time.perf_counter() - start
+    how = "one token at a time" if draft is None else f"with {draft.config.name} drafts"
+    for doing in ("compiling, then decoding", "timing: decoding"):
+        with telling(f"{doing} {how}"):
+            start = time.perf_counter()
+            out = jax.block_until_ready(jspec.rollout(policy, draft, batch, sampling=sampling, speculation=speculation))
+            seconds = time.perf_counter() - start
     return Timed(jax.device_get(out), seconds)
 
 
@@ -91,7 +94,7 @@ def rollout(arguments) -> int:
     overrides = [f"sampling.{key}={getattr(arguments, key)}"
                  for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
     overrides += [f"speculation.{name}={getattr(arguments, name)}" for name in ("k", "rule", "kernels")]
-    with console.status("loading"):
+    with telling(f"loading {arguments.model}"):
         source = open_source(arguments.model, overrides, arguments.dtype)
         draft = make_draft(source, arguments.draft, arguments.model)
         try:
@@ -102,12 +105,8 @@ def rollout(arguments) -> int:
         policy = jspec.reshard(source.policy)
     sampling = make_sampling(source.config)
     speculation = make_speculation(source.config)
-    with console.status("decoding one token at a time"):
-        plain = time_rollout(policy, None, batch, sampling, speculation)
-    fast = None
-    if draft is not None:
-        with console.status(f"decoding with {draft.config.name} drafts"):
-            fast = time_rollout(policy, draft, batch, sampling, speculation)
+    plain = time_rollout(policy, None, batch, sampling, speculation)
+    fast = None if draft is None else time_rollout(policy, draft, batch, sampling, speculation)
 
     def text(timed: Timed) -> Text:
         return Text(answer_text(source.tokenizer, timed.rollout, 0))  # a model may write what looks like markup
@@ -180,7 +179,7 @@ def evaluate(arguments) -> int:
     for name in ("prompts", "samples", "batch"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
-    with console.status("loading"):
+    with telling(f"loading {arguments.source}"):
         source = open_source(arguments.source, overrides)
         check_reward(source.config.reward.function, source.config.data.source)
     result = score(source, arguments.prompts, arguments.samples, arguments.batch, console)
@@ -207,7 +206,8 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
     key, sampling = seed_key(config.seed), make_sampling(config)
     speculation = make_speculation(config)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
-    with RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool:
+    with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,
+          telling("answering (the first batch compiles)", total=prompts) as advance):
         for step in range(math.ceil(prompts / batch)):
             chosen = next(data)
             made = jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
@@ -221,6 +221,7 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
             lengths.append(out.lengths.reshape(batch, samples)[:keep])
             finished.append(out.finished.reshape(batch, samples)[:keep])
             failures += sum(graded.failures.values())
+            advance(keep)
             console.print(f"{min(prompts, (step + 1) * batch):>5} prompts, mean reward "
                           f"{np.concatenate(rewards).mean():.3f}", highlight=False)
     grades = np.concatenate(rewards)
@@ -239,13 +240,18 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
 
 def export(arguments) -> int:
     """`jspec export`: a model, or a run's last checkpoint, as a directory that transformers loads."""
-    source = open_source(arguments.source, [])
-    print(jspec.export(source.policy, arguments.directory, source.tokenizer))
+    with telling(f"loading {arguments.source}"):
+        source = open_source(arguments.source, [])
+    with telling(f"writing {arguments.directory}"):
+        written = jspec.export(source.policy, arguments.directory, source.tokenizer)
+    print(written)
     return 0
 
 
 def export_draft(arguments) -> int:
     """`jspec draft export`: a draft in the layout that others publish."""
-    source = open_source(arguments.model, [])
-    print(publish(jspec.load_draft(source.policy, arguments.draft), arguments.directory))
+    with telling(f"loading {arguments.model} and {arguments.draft}"):
+        source = open_source(arguments.model, [])
+        draft = jspec.load_draft(source.policy, arguments.draft)
+    print(publish(draft, arguments.directory))
     return 0

@@ -39,6 +39,7 @@ from jspec.prepare import (
     make_tokenizer,
 )
 from jspec.profiling import trace
+from jspec.progress import telling
 from jspec.rl.advantages import group_advantages
 from jspec.rl.answers import answer_text, reward_inputs  # noqa: F401 - answer_text is imported from here
 from jspec.rl.prompts import Prompt, PromptData
@@ -75,12 +76,14 @@ def train(config: Config) -> int:
         check(config, mesh)
         stop = stack.enter_context(StopSignal())
         pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s))
-        tokenizer = make_tokenizer(config)
-        data = PromptData(config.data, tokenizer, seed=config.seed)
+        with telling(f"reading {config.data.source}"):
+            tokenizer = make_tokenizer(config)
+            data = PromptData(config.data, tokenizer, seed=config.seed)
         check_config(config)
-        policy = make_policy(config, tokenizer)
-        reference = make_reference(config, policy)
-        draft = make_draft(config, policy)
+        with telling(f"loading {config.model.name}"):
+            policy = make_policy(config, tokenizer)
+            reference = make_reference(config, policy)
+            draft = make_draft(config, policy)
         settings = UpdateSettings.of(config)
         checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))
         done, state = resume(config, checkpoints, data, init_state(policy, draft, settings, config.seed))
@@ -125,6 +128,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> in
                 batch = make_prompt_batch(run, prompts, jax.random.fold_in(state.key, step))
             with clock("reshard"):
                 weights = jax.block_until_ready(reshard(state.policy, layout=layout))
+            if step == done:
+                run.metrics.say("compiling the rollout")
             with clock("rollout"):
                 out = rollout(weights, state.draft, batch, sampling=sampling, speculation=speculation)
                 on_host = fetch(out.replace(trunk=None))
@@ -135,6 +140,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> in
             with clock("draft"):
                 jax.block_until_ready(of_draft)
             out = out.replace(trunk=None)
+            if step == done:
+                run.metrics.say("compiling the update")
             with clock("update"):
                 state = state.replace(draft=remember(state.draft, batch, out))
                 state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))

@@ -21,6 +21,7 @@ from jspec.draft_training.stages import fit
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.prepare import make_policy
+from jspec.progress import telling
 from jspec.settings import refuse_changes, to_yaml
 
 log = logging.getLogger(__name__)
@@ -37,9 +38,11 @@ def train_draft(config: DraftTrainingConfig) -> int:
     directory = Path(config.output_dir)
     begin(config, directory)
     tokenizer = hub.load_tokenizer(config.model.tokenizer or config.model.name)
-    policy = make_policy(config, tokenizer)
+    with telling(f"loading {config.model.name}"):
+        policy = make_policy(config, tokenizer)
     prompts = gather(config, policy, tokenizer, directory)
-    sample(config, policy, prompts.training, directory / "samples")
+    with telling("sampling answers (the first of each length compiles)"):
+        sample(config, policy, prompts.training, directory / "samples")
     draft = fit(config, policy, directory)
     head = directory / files.HEAD
     head.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -17,6 +18,7 @@ from jspec.config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.model import Policy
 from jspec.prepare import make_sampling
+from jspec.progress import telling
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +30,10 @@ def report(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: l
            directory: Path) -> list[dict[str, Any]]:
     """Measure, print the table, and write `report.json` and, where matplotlib is installed, `report.png`."""
     policy = jspec.reshard(policy)
-    records = [measure(config, policy, draft, prompts, rule, temperature)
-               for rule in config.report.rules for temperature in config.report.temperatures]
+    records = []
+    for rule, temperature in itertools.product(config.report.rules, config.report.temperatures):
+        with telling(f"measuring acceptance, {rule}, temperature {temperature:g}"):
+            records.append(measure(config, policy, draft, prompts, rule, temperature))
     (directory / "report.json").write_text(json.dumps(records, indent=1) + "\n")
     Console().print(table(records))
     try:

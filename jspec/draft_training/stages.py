@@ -26,6 +26,7 @@ from jspec.drafts.parts.vocabulary import most_frequent
 from jspec.errors import InputError
 from jspec.model import Policy, Trunk
 from jspec.prepare import make_draft
+from jspec.progress import telling
 from jspec.rl.update import draft_optimizer
 from jspec.stopping import StopSignal
 
@@ -68,11 +69,13 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
                 continue
             optimizer = draft_optimizer(config.draft.optimizer, schedule(config, stage.steps), config.draft.clip)
             if saved is None:
-                weights = solved(config, policy, draft, rows).weights
+                with telling("solving for what a fresh draft can start from"):
+                    weights = solved(config, policy, draft, rows).weights
                 saved = {"weights": weights, "opt": jax.jit(optimizer.init)(weights)}
             elif done == stage.before:  # the stage before ended here: the moments are its own
                 saved["opt"] = jax.jit(optimizer.init)(saved["weights"])
-            saved = run_stage(stage, done, config, policy, draft, rows, checkpoints, saved, optimizer, stop)
+            with telling(f"training on {stage.kind} (the first step of each length compiles)"):
+                saved = run_stage(stage, done, config, policy, draft, rows, checkpoints, saved, optimizer, stop)
             if stop.number is not None:
                 break
             done = stage.before + stage.steps

@@ -31,11 +31,12 @@ Report = Callable[[str, float, float], None]
 @contextlib.contextmanager
 def _progress(enabled: bool) -> Iterator[Report]:
     """A rich bar on stderr, one line a stage."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+    from jspec.progress import stderr
+
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+    with Progress(*columns, console=stderr(), disable=not enabled) as bar:
         tasks: dict[str, int] = {}
 
         def report(stage: str, done: float, total: float) -> None:

@@ -1,6 +1,7 @@
 """The command line. Handlers import what they need when they run, so that `--help` and mistakes answer at once."""
 
 import argparse
+import functools
 import logging
 import signal
 import sys
@@ -141,6 +142,18 @@ def _add_eval(made: Parser) -> None:
     made.add_argument("--json", metavar="FILE", help="write the result as JSON, '-' for stdout")
 
 
+def _computing(handler: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that compiles: what is compiled is kept for the next one."""
+    @functools.wraps(handler)
+    def computing(arguments: argparse.Namespace) -> int:
+        from jspec.compile_cache import keep_compiled
+
+        keep_compiled()
+        return handler(arguments)
+
+    return computing
+
+
 def _train(arguments) -> int:
     from jspec.config import load_config
     from jspec.settings import to_yaml
@@ -150,13 +163,16 @@ def _train(arguments) -> int:
         print(to_yaml(config), end="")
         return 0
     from jspec import distributed
+    from jspec.compile_cache import keep_compiled
     from jspec.train import train
 
     distributed.initialize()
+    keep_compiled()
     signal.signal(signal.SIGTERM, _terminate)  # JAX's service for several processes has put a handler of its own there
     return train(config)
 
 
+@_computing
 def _train_draft(arguments) -> int:
     from jspec.config import DraftTrainingConfig, load_config
 
@@ -170,12 +186,14 @@ def _train_draft(arguments) -> int:
     return train_draft(config)
 
 
+@_computing
 def _rollout(arguments) -> int:
     from jspec.commands import rollout
 
     return rollout(arguments)
 
 
+@_computing
 def _eval(arguments) -> int:
     from jspec.commands import evaluate
 
@@ -189,18 +207,21 @@ def _fetch(arguments) -> int:
     return 0
 
 
+@_computing
 def _export(arguments) -> int:
     from jspec.commands import export
 
     return export(arguments)
 
 
+@_computing
 def _export_draft(arguments) -> int:
     from jspec.commands import export_draft
 
     return export_draft(arguments)
 
 
+@_computing
 def _bench(arguments) -> int:
     import importlib
 
@@ -216,6 +237,7 @@ def _bench(arguments) -> int:
     return 0
 
 
+@_computing
 def _profile(arguments) -> int:
     from jspec.config import load_config
     from jspec.profile_step import profile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +13,19 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-LOG_EVERY_S = 15.0
-"""In a log, seconds between two lines that count; what took less has no line about its end."""
+AFTER_S, EVERY_S = 2.0, 30.0
+"""In a log, seconds until the first line, for what is done or fails at once needs none, and from one to the next."""
 
 
 @functools.cache
 def stderr() -> Console:
     """The one console on stderr: bars inside one another must know of each other."""
     return Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    stderr().print(f"jspec: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -44,29 +50,38 @@ def telling(what: str, total: int | None = None) -> Iterator[Callable[..., None]
             yield lambda parts=1: bar.advance(task, parts)
     else:
         log = _Log(what, total)
-        yield log.advance
-        log.end()
+        log.start()
+        try:
+            yield log.advance
+        finally:
+            log.end()
 
 
-class _Log:
-    """The lines of a log: the beginning, a count now and then, the end of what took long."""
+class _Log(threading.Thread):
+    """Lines of a log: what has begun, from time to time how far it is, and how long it took."""
 
     def __init__(self, what: str, total: int | None):
+        super().__init__(daemon=True)
         self.what, self.total, self.done = what, total, 0
-        self.began = self.said = time.monotonic()
-        self.say(f"{what} ...")
+        self.began, self.ended = time.monotonic(), threading.Event()
 
-    def say(self, text: str) -> None:
-        stderr().print(f"jspec: {text}", markup=False, highlight=False, soft_wrap=True)
+    def run(self) -> None:
+        if self.ended.wait(AFTER_S):
+            return
+        say(f"{self.what} ...")
+        while not self.ended.wait(EVERY_S):
+            say(f"{self.what}: {self.far()}{self.seconds()}")
+        say(f"{self.what}: ended after {self.seconds()}")
+
+    def far(self) -> str:
+        return "" if self.total is None else f"{self.done} of {self.total}, "
+
+    def seconds(self) -> str:
+        return f"{time.monotonic() - self.began:.0f} s"
 
     def advance(self, parts: int = 1) -> None:
         self.done += parts
-        now = time.monotonic()
-        if now - self.said >= LOG_EVERY_S:
-            self.said = now
-            self.say(f"{self.what}: {self.done} of {self.total}, {now - self.began:.0f} s")
 
     def end(self) -> None:
-        seconds = time.monotonic() - self.began
-        if seconds >= LOG_EVERY_S:
-            self.say(f"{self.what}: done in {seconds:.0f} s")
+        self.ended.set()
+        self.join()

@@ -1,8 +1,19 @@
 """Fixtures that more than one folder of tests needs."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
+
+
+def pytest_configure(config):
+    """What one process of a session compiles, the others and those that tests start read back. The next session starts
+    anew; JAX_COMPILATION_CACHE_DIR in the environment names a folder that lasts, and empty none."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else set by the user, or for this worker by its controller
+        directory = tempfile.mkdtemp(prefix="jspec-tests-compiled-")
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items):

@@ -22,7 +22,7 @@ from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import publish, shipped
 from jspec.model import Policy
-from jspec.prepare import make_policy, make_sampling, make_speculation, make_tokenizer
+from jspec.prepare import make_policy, make_sampling, make_speculation, make_tokenizer, with_tokenizer
 from jspec.progress import telling
 from jspec.rl.answers import answer_text, reward_inputs
 from jspec.rl.prompts import PromptData, encode_prompt
@@ -48,7 +48,8 @@ def open_source(name: str, overrides: list[str], dtype: str | None = None) -> So
     path = Path(name)
     if (path / "checkpoints").is_dir():
         config, policy, draft = load_run(path, overrides, dtype)
-        return Source(policy, make_tokenizer(config), draft, config)
+        tokenizer = make_tokenizer(config)
+        return Source(with_tokenizer(policy, tokenizer), tokenizer, draft, config)
     if path.suffix in (".yaml", ".yml"):
         config = load_config(path, overrides)
         if config.model.name == "random":

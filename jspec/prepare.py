@@ -18,6 +18,7 @@ from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import load_draft
+from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
 from jspec.model import ModelConfig, Policy, RopeConfig, init_policy
 from jspec.rl.rewards import check_reward
 from jspec.sharding import check_mesh, check_rows
@@ -50,7 +51,8 @@ def model_config(config: Config) -> ModelConfig:
     """The policy's shape, without its weights. Raises InputError for an architecture that is none."""
     if config.model.name != "random":
         return hub.read_config(config.model.name)
-    fields, known = dict(config.model.architecture), {f.name: f for f in dataclasses.fields(ModelConfig)}
+    fields = dict(config.model.architecture)
+    known = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "tokenless"}  # the tokenizer says which
     for name in fields.keys() - known.keys():
         near = difflib.get_close_matches(name, known, 1, 0.0)[0]
         raise InputError(f"unknown key 'model.architecture.{name}'; did you mean '{near}'?")
@@ -75,13 +77,30 @@ def make_policy(config: Config, tokenizer: Any) -> Policy:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     shape = model_config(config)
-    if len(tokenizer) > shape.vocab_size:
+    count = max(tokenizer.get_vocab().values()) + 1  # there may be holes, so more than it has
+    if count > shape.vocab_size:
         name = config.model.tokenizer or config.model.name
-        raise InputError(f"the tokenizer {name} has {len(tokenizer)} tokens, the model {config.model.name} only "
+        raise InputError(f"the tokenizer {name} has {count} tokens, the model {config.model.name} only "
                          f"{shape.vocab_size}; give the model its own, or a larger vocab_size")
     if config.model.name == "random":
-        return init_policy(shape, jax.random.fold_in(seed_key(config.seed), POLICY_KEY), dtype)
-    return hub.load(config.model.name, dtype=dtype)
+        policy = init_policy(shape, jax.random.fold_in(seed_key(config.seed), POLICY_KEY), dtype)
+    else:
+        policy = hub.load(config.model.name, dtype=dtype)
+    return with_tokenizer(policy, tokenizer)
+
+
+def with_tokenizer(policy: Policy, tokenizer: Any) -> Policy:
+    """The policy of a run: its end tokens and those of the tokenizer united, the ids that have no token left out."""
+    return policy.replace(config=with_vocabulary(policy.config, of_tokenizer(tokenizer)))
+
+
+def ends(config: Config, policy: ModelConfig, tokenizer: Any) -> str:
+    """In words what ends an answer in a run, and how many ids have no token."""
+    stops = policy.stop_tokens if config.sampling.stop_tokens is None else config.sampling.stop_tokens
+    names = [token or str(i) for token, i in zip(tokenizer.convert_ids_to_tokens(list(stops)), stops, strict=True)]
+    lacking = sum(stop - start for start, stop in policy.tokenless)
+    return (f"answers end with {', '.join(names)}" if names else "nothing but the cap ends an answer") + (
+        f", {lacking} ids without a token are never sampled" if lacking else "")
 
 
 def make_reference(config: Config, policy: Policy) -> Policy | None:

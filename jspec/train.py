@@ -31,6 +31,7 @@ from jspec.metrics import Clock, Metrics, phase_table, table
 from jspec.model import Policy, reshard
 from jspec.prepare import (
     check,
+    ends,
     make_draft,
     make_policy,
     make_reference,
@@ -89,7 +90,7 @@ def train(config: Config) -> int:
         done, state = resume(config, checkpoints, data, init_state(policy, draft, settings, config.seed))
         del policy, draft
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
-        metrics.say(opening(config, mesh, done))
+        metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
         run = Run(config, mesh, tokenizer, data, pool, checkpoints, metrics, stop)
         code = loop(run, state, reference, done)
     console.print(table(metrics.records))
@@ -331,13 +332,13 @@ def set_up_logging(level: str, console: Console) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def opening(config: Config, mesh: Mesh, done: int) -> str:
+def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:
     """The first line of a run."""
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     draft = "no draft" if config.draft.name == "none" else f"{config.draft.name} drafts, k = {config.speculation.k}"
     start = f"going on after step {done}" if done else "the first step compiles"
     return (f"{config.model.name} on {mesh.size} {jax.default_backend()} device(s) ({shape}), {draft}, "
-            f"{picked(config.speculation.kernels)}; {start}")
+            f"{picked(config.speculation.kernels)}, {ends}; {start}")
 
 
 def closing(config: Config, code: int, steps: int) -> str:

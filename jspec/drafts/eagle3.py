@@ -108,7 +108,8 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
     made = policy.config
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, "eagle3")
     block = dataclasses.replace(made, family="llama", num_layers=1, tie_embeddings=False, qkv_bias=False,
-                                out_bias=False, mlp_bias=False, qk_norm=False, stop_tokens=(), pad_token=0)
+                                out_bias=False, mlp_bias=False, qk_norm=False, stop_tokens=(), pad_token=0,
+                                tokenless=())
     config = Eagle3Config(made, block, tuple(default_depths(made.num_layers) if aux_depths is None else aux_depths),
                           0 if ids is None else len(ids), depths, norm_before_residual, norm_before_fc, fc_norm,
                           norm_output, own_embed)

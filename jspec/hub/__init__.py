@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jspec.errors import InputError
+from jspec.hub import vocabulary
 from jspec.hub.architectures import config_from_hf, mtp_prefixes
 from jspec.hub.assemble import Source, read_weights
 from jspec.hub.download import fetch
@@ -24,15 +25,16 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _config(path: Path) -> ModelConfig:
-    return config_from_hf(read_json(path / "config.json"), read_json(path / "generation_config.json", required=False))
+    config = config_from_hf(read_json(path / "config.json"), read_json(path / "generation_config.json", required=False))
+    return vocabulary.with_vocabulary(config, vocabulary.of_directory(path))
 
 
 def _open(path: Path) -> tuple[Source, ModelConfig]:
     if path.is_file():
         from jspec.hub.gguf_io import gguf_source
 
-        source, config, _ = gguf_source(path)
-        return source, config
+        source, config, fields = gguf_source(path)
+        return source, vocabulary.with_vocabulary(config, vocabulary.of_gguf(fields))
     config = _config(path)
     return open_directory(path).without(mtp_prefixes(read_json(path / "config.json"), config)), config
 
@@ -50,7 +52,8 @@ def load(name: str, dtype: str | None = None, mesh: Any = None) -> Policy:
 
     Args:
       name: a short name ("smollm2-135m-instruct"), a hub id ("Qwen/Qwen3-8B"), a directory of safetensors with its
-        config.json, or a .gguf file. A native MTP head in the directory (MiMo's) is left to `hub.mtp_heads`.
+        config.json, or a .gguf file. A native MTP head in the directory (MiMo's) is left to `hub.mtp_heads`. Of a
+        tokenizer beside the weights it takes the end token and which ids have a token (`ModelConfig.tokenless`).
       dtype: what is computed in, "float32" or "bfloat16"; default bfloat16 on accelerators, float32 on the CPU.
       mesh: where the weights go, shard by shard; default the mesh of `jax.set_mesh`, else the default device.
 

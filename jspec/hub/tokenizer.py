@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jspec.errors import InputError
+from jspec.hub.vocabulary import gguf_vocabulary
 
 CHARACTERS = "chars:"
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types that are matched before BPE
@@ -19,6 +20,7 @@ _SPLITS = {
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 _PRE_TOKENIZERS = ("smollm", *_SPLITS)
+_BEGINS = ("llama-bpe",)  # of these, those with which llama.cpp begins a text with its begin token unless told not to
 
 
 def _fast_class() -> Any:
@@ -29,6 +31,11 @@ def _fast_class() -> Any:
     return PreTrainedTokenizerFast
 
 
+def _reason(error: Exception) -> str:
+    """The first line of what a library said, with its kind: a KeyError says only the key."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 def tokenizer_from_directory(directory: Path) -> Any:
     """The tokenizer of a checkpoint directory. Raises InputError if it has no tokenizer.json or a corrupt one."""
     if not (directory / "tokenizer.json").exists():
@@ -36,28 +43,34 @@ def tokenizer_from_directory(directory: Path) -> Any:
     try:
         return _fast_class().from_pretrained(directory)
     except Exception as e:  # transformers and tokenizers raise anything, bare Exception included, on a bad file
-        raise InputError(f"{directory}: the tokenizer cannot be read ({str(e).splitlines()[0]})") from e
+        raise InputError(f"{directory}: the tokenizer cannot be read ({_reason(e)})") from e
 
 
 def tokenizer_from_gguf(fields: dict[str, Any]) -> Any:
     """The byte-level BPE tokenizer, special tokens and chat template of a GGUF's metadata.
 
-    Raises InputError for another tokenizer model or pre-tokenizer, naming the supported ones.
+    Entries that only fill the vocabulary up are no tokens. Raises InputError for another tokenizer model or
+    pre-tokenizer, naming the supported ones, and for fields that are no tokenizer's.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
     prefix = "tokenizer.ggml."
     model, pre = fields.get(prefix + "model"), fields.get(prefix + "pre")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise InputError(f"GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not supported; supported: gpt2 with "
                          f"{', '.join(_PRE_TOKENIZERS)}; load the tokenizer from the model's own directory instead")
-    tokens, types = fields[prefix + "tokens"], fields.get(prefix + "token_type")
-    merges = [tuple(m.split(" ")) for m in fields[prefix + "merges"]]
-    vocab = {t: i for i, t in enumerate(tokens)}
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    except Exception as e:  # tokenizers raises a bare Exception
-        raise InputError(f"the GGUF's tokenizer is corrupt: {e}; fetch the file again") from e
+        return _byte_level_bpe({name.removeprefix(prefix): value for name, value in fields.items()}, pre,
+                               fields.get("tokenizer.chat_template"))
+    except Exception as e:  # tokenizers raises a bare Exception, and fields may be missing or of any type
+        raise InputError(f"the GGUF's tokenizer is corrupt: {_reason(e)}; fetch the file again") from e
+
+
+def _byte_level_bpe(fields: dict[str, Any], pre: str, chat_template: str | None) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    tokens, types = fields["tokens"], fields.get("token_type")
+    merges = [tuple(m.split(" ")) for m in fields["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=gguf_vocabulary(tokens, types), merges=merges,
+                                     ignore_merges=pre == "llama-bpe"))
     if pre == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -72,14 +85,14 @@ def tokenizer_from_gguf(fields: dict[str, Any]) -> Any:
                           for t, kind in zip(tokens, types or (), strict=False) if kind in (_CONTROL, _USER_DEFINED)])
     named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
              "pad_token": "padding_token_id"}
-    special = {k: tokens[fields[prefix + v]] for k, v in named.items() if prefix + v in fields}
+    special = {k: tokens[fields[v]] for k, v in named.items() if v in fields}
     special.setdefault("pad_token", special.get("eos_token"))
     bos = special.get("bos_token")
-    if bos and fields.get(prefix + "add_bos_token", False):
+    if bos and fields.get("add_bos_token", pre in _BEGINS):
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, fields[prefix + "bos_token_id"])])
-    return _fast_class()(tokenizer_object=tokenizer, chat_template=fields.get("tokenizer.chat_template"),
-                         clean_up_tokenization_spaces=False, **special)
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, fields["bos_token_id"])])
+    return _fast_class()(tokenizer_object=tokenizer, chat_template=chat_template, clean_up_tokenization_spaces=False,
+                         **special)
 
 
 def character_tokenizer(alphabet: str) -> Any:

@@ -41,9 +41,9 @@ class RopeConfig:
 class ModelConfig:
     """One decoder-only transformer. Hashable, so that it can be the static part of a pytree.
 
-    `stop_tokens` are the end tokens of the checkpoint (config and generation config united). `tokenless` are ranges
-    [start, stop) of ids that the tokenizer has no token for, as vocabularies are padded to round sizes: they are no
-    part of the policy's distribution, in sampling and in training alike.
+    `stop_tokens` are the end tokens of the checkpoint (config, generation config and tokenizer united). `tokenless` are
+    ranges [start, stop) of ids that the tokenizer has no token for, as vocabularies are padded to round sizes: they are
+    no part of the policy's distribution, in sampling and in training alike.
     """
 
     vocab_size: int

@@ -52,9 +52,23 @@ def test_a_begin_token_is_added_where_the_file_says_so():
     assert tokenizer_from_gguf(_fields(bos_token_id=7, add_bos_token=False))("ab").input_ids == [2]
 
 
+@pytest.mark.parametrize("pre, begins", [("llama-bpe", True), ("qwen2", False), ("smollm", False)])
+def test_a_begin_token_is_added_where_llama_cpp_adds_one_by_default(pre, begins):
+    said_nothing = _fields(pre=pre, bos_token_id=7)
+    assert tokenizer_from_gguf(said_nothing)("ab").input_ids == ([7, 2] if begins else [2])
+    against = {**said_nothing, "tokenizer.ggml.add_bos_token": not begins}
+    assert tokenizer_from_gguf(against)("ab").input_ids == ([2] if begins else [7, 2])
+
+
 def test_a_corrupt_gguf_tokenizer():
-    with pytest.raises(InputError, match="tokenizer is corrupt: .*; fetch the file again"):
-        tokenizer_from_gguf(_fields(merges=["a x"]))
+    for broken in ({"merges": ["a x"]}, {"merges": [3]}, {"merges": ["ab"]}, {"tokens": 3}, {"eos_token_id": 99},
+                   {"token_type": [1]}, {"eos_token_id": "x"}, {"tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9]}):
+        with pytest.raises(InputError, match="tokenizer is corrupt: .*; fetch the file again"):
+            tokenizer_from_gguf(_fields(**broken))
+    without = _fields()
+    del without["tokenizer.ggml.merges"]
+    with pytest.raises(InputError, match="tokenizer is corrupt: KeyError: 'merges'; fetch the file again"):
+        tokenizer_from_gguf(without)
 
 
 @pytest.mark.parametrize("changes", [{"pre": "deepseek-coder"}, {"model": "llama", "pre": None}])

@@ -12,20 +12,22 @@ from typing import Any
 
 from jspec import settings
 from jspec.errors import InputError
-from jspec.settings import setting
+from jspec.settings import Override, setting
 
 # Every file in drafts/ is a drafter; listed without importing them, for they import JAX.
 _DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
 DRAFTERS = tuple(sorted(m.name for m in _DRAFT_FILES if m.name != "base" and not m.ispkg))
 # of `speculate.cycle.RULES`, for the same reason
 RULES = ("rejection", "block", "coupled")
+SEED_HIGH = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
     """The policy."""
 
-    name: str = setting("smollm2-135m-instruct", "short name, hub id, safetensors directory, .gguf file, or 'random'")
+    name: str = setting("smollm2-135m-instruct", "short name, hub id, safetensors directory, .gguf file, or 'random'",
+                        filled=True)
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on accelerators, float32 on the CPU",
                          choices=("auto", "float32", "bfloat16"))
     architecture: dict | None = setting(None, "ModelConfig fields of a policy drawn at random; only with name 'random'")
@@ -92,14 +94,16 @@ class SamplingSection:
     temperature: float = setting(1.0, "divides the logits; 0: greedy", low=0)
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all", low=0)
     top_p: float = setting(1.0, "keep the smallest set of likeliest tokens with this much probability", above=0, high=1)
-    stop_tokens: tuple[int, ...] | None = setting(None, "token ids that end an answer; null: the checkpoint's own")
+    stop_tokens: tuple[int, ...] | None = setting(None, "token ids that end an answer; null: the checkpoint's own",
+                                                   low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
     """The prompts."""
 
-    source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, or 'reasoning_gym:TASK'")
+    source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, or 'reasoning_gym:TASK'",
+                          filled=True)
     prompts_per_step: int = setting(4, "different prompts a step, over all processes", low=1)
     group_size: int = setting(4, "answers sampled for each prompt", low=1)
     max_prompt_tokens: int = setting(128, "a longer prompt is an error", low=1)
@@ -113,9 +117,11 @@ class DataSection:
 class RewardSection:
     """How answers are graded, on the host, by a pool of processes."""
 
-    function: str = setting("math_verify", "'math_verify', 'reasoning_gym', or your own as 'path/to/file.py:function'")
+    function: str = setting("math_verify", "'math_verify', 'reasoning_gym', or your own as 'path/to/file.py:function'",
+                            filled=True)
     workers: int = setting(2, "grading processes", low=1)
-    timeout_s: float = setting(10.0, "seconds after which an answer's grading is killed and scores 0", above=0)
+    timeout_s: float = setting(10.0, "seconds after which an answer's grading is killed and scores 0", above=0,
+                               high=1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +175,10 @@ class ProfileSection:
 class Config:
     """One run of `jspec train`."""
 
-    seed: int = setting(0, "of everything drawn: fresh weights, prompts' order, sampling noise", low=0)
+    seed: int = setting(0, "of everything drawn: fresh weights, prompts' order, sampling noise", low=0, high=SEED_HIGH)
     steps: int = setting(6, "GRPO steps in all, those before a resume included", low=1)
-    output_dir: str = setting("runs/quickstart", "metrics, checkpoints and traces; the same one again resumes")
+    output_dir: str = setting("runs/quickstart", "metrics, checkpoints and traces; the same one again resumes",
+                              filled=True)
     log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
     model: TrainedModelSection = TrainedModelSection()
     draft: DraftSection = DraftSection()
@@ -232,8 +239,9 @@ class ReportSection:
 class DraftTrainingConfig:
     """One run of `jspec draft train`."""
 
-    seed: int = setting(0, "of everything drawn", low=0)
-    output_dir: str = setting("runs/draft", "samples, checkpoints, report and the draft; the same one again resumes")
+    seed: int = setting(0, "of everything drawn", low=0, high=SEED_HIGH)
+    output_dir: str = setting("runs/draft", "samples, checkpoints, report and the draft; the same one again resumes",
+                              filled=True)
     log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
     model: ModelSection = ModelSection()
     draft: DraftLearningSection = DraftLearningSection()
@@ -243,7 +251,8 @@ class DraftTrainingConfig:
     report: ReportSection = ReportSection()
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), kind: type = Config) -> Any:
+def load_config(path: str | Path | None = None, overrides: Sequence[Override] = (),
+                kind: type = Config) -> Any:
     """`settings.read` as a `kind`, then what its fields demand of each other. Raises InputError."""
     config = settings.read(kind, path, overrides)
     _check_together(config)

@@ -7,17 +7,25 @@ written and described. Anything wrong is an `InputError` that names the key and 
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from jspec import yaml_text
 from jspec.errors import InputError
+
+Override = str | tuple[str, Any]
+"""'section.key=value', the value in YAML; or (section.key, value), the value taken as it is."""
+
+WHOLE_HIGH, FLOAT_LOW, FLOAT_HIGH = 2**31 - 1, 1.2e-38, 3.4e38
+"""What int32 and float32 hold: the largest whole number where a setting does not say otherwise, and the smallest and
+largest other number beside 0."""
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
@@ -30,30 +38,78 @@ def setting(default: Any, help: str, *, low: float | None = None, above: float |
     return dataclasses.field(default=default, metadata=bounds)
 
 
-def read(kind: type, path: str | Path | None, overrides: Sequence[str]) -> Any:
-    """A `kind` of its defaults, then a YAML file's values (None: no file), then `section.key=value` overrides, later
-    ones winning.
+def read(kind: type, path: str | Path | None, overrides: Sequence[Override]) -> Any:
+    """A `kind` of its defaults, then a YAML file's values (None: no file), then overrides, later ones winning.
+
+    `${section.key}` in a text stands for that key's value; a backslash before it makes it text.
 
     Raises InputError for a missing or malformed file, an unknown key (with the nearest known one), a wrong type and a
     value out of range, each with the key and where it was set.
     """
     layers = [] if path is None else [(str(path), _read_file(Path(path)))]
-    layers += [(f"override '{text}'", _parse_override(text)) for text in overrides]
+    layers += [_parse_override(override) for override in overrides]
     origin: dict[str, str] = {}
+    values = _plain(dataclasses.asdict(kind()))
     for source, layer in layers:
-        _check_keys(kind, OmegaConf.to_container(layer, resolve=False), (), source, origin)
+        _check_keys(kind, layer, (), source, origin)
+        values = _merged(values, layer)
+    return _build(kind, _resolved(values, origin), (), origin)
+
+
+def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings key by key, anything else as a whole."""
+    def one(key: str) -> Any:
+        both = below.get(key), above[key]
+        return _merged(*both) if all(isinstance(value, dict) for value in both) else above[key]
+
+    return below | {key: one(key) for key in above}
+
+
+_REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")
+_MARK = re.compile(r"(\\*)(\$\{)")
+
+
+def _resolved(values: dict[str, Any], origin: Mapping[str, str]) -> dict[str, Any]:
+    """`values` with each reference replaced. Raises InputError for one to something else than a key."""
+    for key, text in _texts(values):
+        for mark in _MARK.finditer(text):
+            if len(mark[1]) % 2 == 0 and not _REFERENCE.match(text, mark.start(2)):
+                raise InputError(f"{_origin(key, origin)}: '{key}': what stands in ${{...}} must be a key of the "
+                                 "configuration; write \\${ for the characters themselves")
     try:
-        merged = OmegaConf.merge(_plain(dataclasses.asdict(kind())), *(layer for _, layer in layers))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except Exception as error:  # among them RecursionError, for a reference that leads to itself
         key = getattr(error, "full_key", None) or "?"
-        raise InputError(f"{origin.get(key, path)}: '{key}': {_first_line(error)}") from None
-    return _build(kind, values, (), origin)
+        raise InputError(f"{_origin(key, origin)}: '{key}': {yaml_text.first_line(error)}") from None
+
+
+def _texts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text within a container."""
+    if isinstance(value, str):
+        yield ".".join(path), value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, (*path, str(key)))
+
+
+def _origin(key: str, origin: Mapping[str, str]) -> str:
+    """Where `key`, or the setting that it is a part of, was set."""
+    return next((origin[known] for known in origin if f"{key}.".startswith(f"{known}.")), "the configuration")
+
+
+def _escaped(value: Any) -> Any:
+    """A value whose texts have no reference in them: what `${` they hold is meant as it stands."""
+    if isinstance(value, str):
+        return _MARK.sub(lambda mark: f"{mark[1] * 2}\\${{", value)
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def to_yaml(config: Any) -> str:
     """The whole configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    # OmegaConf writes what OmegaConf reads: to PyYAML, 1e-6 is a text
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
 
 
 def refuse_changes(directory: str | Path, before: Any, after: Any, free: tuple[str, ...],
@@ -106,39 +162,31 @@ def _sections(kind: type) -> Iterator[tuple[tuple[str, ...], type]]:
             yield (field.name,), field.type
 
 
-def _read_file(path: Path):
-    if not path.is_file():
+def _read_file(path: Path) -> dict[str, Any]:
+    if not os.path.exists(path):  # unlike Path's, quiet about names that no file can have
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise InputError(f"config file {path} does not exist{hint}")
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {_where(error)}{_first_line(error)}") from None
-    except OSError:  # also what OmegaConf says of a document that is one number
-        loaded = None
-    if not OmegaConf.is_dict(loaded):
+        raise InputError(f"config file {shortened(str(path))} does not exist{hint}")
+    loaded = yaml_text.read(path)
+    if not isinstance(loaded, dict):
         raise InputError(f"{path} must hold key: value pairs, such as 'steps: 10'")
     return loaded
 
 
-def _parse_override(text: str):
-    key, equals, _ = text.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"override '{text}' must be key=value, such as grpo.learning_rate=1e-6")
-    try:
-        return OmegaConf.from_dotlist([text])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"override '{text}': {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return getattr(error, "problem", None) or str(error).strip().splitlines()[0]
-
-
-def _where(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+def _parse_override(override: Override) -> tuple[str, dict[str, Any]]:
+    """(where it comes from, for errors; the layer that it makes)."""
+    if isinstance(override, str):
+        label = f"override '{shortened(override)}'"
+        key, equals, text = override.partition("=")
+        if not equals or not all(part.strip() for part in key.split(".")):
+            raise InputError(f"{label} must be key=value, such as grpo.learning_rate=1e-6")
+        value = yaml_text.value(text, label)
+    else:
+        key, value = override[0], _escaped(override[1])
+        label = f"override '{shortened(f'{key}={override[1]}')}'"
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return label, value
 
 
 def _check_keys(section: type, values: Any, path: tuple[str, ...], source: str, origin: dict[str, str],
@@ -186,25 +234,34 @@ def _build(section: type, values: dict[str, Any], path: tuple[str, ...], origin:
 
 
 def _checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str, str]) -> Any:
-    def wrong(expected: str) -> InputError:
-        return InputError(f"{origin[dotted]}: '{dotted}' must be {expected}, not {_show(value)}")
-
     fitted = _fit(value, field.type)
-    if fitted is _MISFIT:
-        raise wrong(_type_name(field.type))
+    expected = _type_name(field.type) if fitted is _MISFIT else _out_of_bounds(fitted, field)
+    if expected:
+        quote = isinstance(value, list | dict) and _fit("", field.type) is not _MISFIT
+        hint = f"; text with such characters needs quotes, as in {dotted}='\"...\"'" if quote else ""
+        raise InputError(f"{origin[dotted]}: '{dotted}' must be {expected}, not {shortened(_show(value))}{hint}")
+    return fitted
+
+
+def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:
+    """What a value of the right type must be and is not, in words, or ''."""
     bounds, is_list = field.metadata, isinstance(fitted, tuple)
     entries, each = fitted if is_list else (fitted,), "a list with each entry " if is_list else ""
     if bounds["filled"] and not fitted:
-        raise wrong(f"{_type_name(field.type)} with one entry at least")
+        return f"{_type_name(field.type)} with one {'entry' if is_list else 'character'} at least"
     if bounds["choices"] and not set(entries) <= set(bounds["choices"]):
-        raise wrong(f"{each}one of {', '.join(bounds['choices'])}")
-    if bounds["low"] is not None and any(entry < bounds["low"] for entry in entries):
-        raise wrong(f"{each}at least {bounds['low']}")
-    if bounds["above"] is not None and any(entry <= bounds["above"] for entry in entries):
-        raise wrong(f"{each}above {bounds['above']}")
-    if bounds["high"] is not None and any(entry > bounds["high"] for entry in entries):
-        raise wrong(f"{each}at most {bounds['high']}")
-    return fitted
+        return f"{each}one of {', '.join(bounds['choices'])}"
+    for entry in (entry for entry in entries if isinstance(entry, int | float)):
+        if bounds["low"] is not None and entry < bounds["low"]:
+            return f"{each}at least {bounds['low']}"
+        if bounds["above"] is not None and entry <= bounds["above"]:
+            return f"{each}above {bounds['above']}"
+        high = WHOLE_HIGH if bounds["high"] is None and isinstance(entry, int) else bounds["high"]
+        if high is not None and entry > high:
+            return f"{each}at most {high}"
+        if isinstance(entry, float) and entry and not FLOAT_LOW <= abs(entry) <= FLOAT_HIGH:
+            return f"{each}0, or between {FLOAT_LOW} and {FLOAT_HIGH} in size, which is what float32 holds"
+    return ""
 
 
 _MISFIT = object()
@@ -218,12 +275,24 @@ def _fit(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         items = [_fit(item, typing.get_args(kind)[0]) for item in value] if isinstance(value, list) else [_MISFIT]
         return _MISFIT if any(item is _MISFIT for item in items) else tuple(items)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if math.isfinite(value) else _MISFIT
     if kind is types.NoneType:
         return None if value is None else _MISFIT
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**1000 else math.inf
     exact = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    return value if exact else _MISFIT
+    return value if exact and _is_plain(value) else _MISFIT
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is what every reader takes: texts that UTF-8 and file names can hold, finite numbers, and lists and
+    mappings of those by name."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+    return value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _type_name(kind: Any) -> str:
@@ -232,7 +301,8 @@ def _type_name(kind: Any) -> str:
     return _TYPE_NAMES[kind]
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping",
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+               dict: "a mapping of names to texts, finite numbers, lists and mappings",
                tuple[int, ...]: "a list of whole numbers",
                tuple[float, ...]: "a list of numbers", tuple[str, ...]: "a list of texts", types.NoneType: "null"}
 
@@ -241,3 +311,9 @@ def _show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return repr(value) if isinstance(value, str) else str(value)
+
+
+def shortened(text: str) -> str:
+    """A text as part of an error's line: what cannot be printed is escaped, and what is long is cut."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:101])
+    return shown if len(text) <= 100 else f"{shown[:97]}..."

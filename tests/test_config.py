@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import pytest
 
@@ -34,6 +35,36 @@ def test_yaml_round_trip(tmp_path):
     config = load_config(None, [*RANDOM, "sampling.stop_tokens=[7]", "data.system_prompt='a: b'"])
     (tmp_path / "copy.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "copy.yaml") == config
+
+
+ODD = ["it's", 'a "b"', "${x}", "\\${x}", "${seed}", "a\\", "[red]", "{a: 1}", "# no", "null", "7", "1e-6", "é\n ",
+       ": -", "&a *b", "~"]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_a_value_is_taken_as_it_is_and_survives_the_file(tmp_path, text):
+    config = load_config(None, [("model.name", text), ("data.options", {"a": [text]})])
+    assert config.model.name == text and config.data.options == {"a": [text]}
+    (tmp_path / "copy.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "copy.yaml") == config
+
+
+def test_references_are_to_keys_and_to_nothing_else(monkeypatch):
+    monkeypatch.setenv("SECRET", "told")
+    config = load_config(None, [("model.name", "my/model"), "output_dir='runs/${model.name}/${seed}/\\${x}'"])
+    assert config.output_dir == "runs/my/model/0/${x}"
+    for text in ("${oc.env:SECRET}", "${oc.decode:1}", "a ${", "${}", "${${seed}}", "${output_dir}"):
+        with pytest.raises(InputError) as caught:
+            load_config(None, [f"output_dir='{text}'"])
+        assert "told" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_overrides_merge_into_mappings_and_replace_the_rest(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("draft: {options: {depths: 2, blocks: 1}}\nsampling: {stop_tokens: [1, 2]}\n")
+    config = load_config(path, ["draft.options.blocks=2", "sampling.stop_tokens=[3]", f"seed={2**64 - 1}"])
+    assert (config.draft.options, config.sampling.stop_tokens) == ({"depths": 2, "blocks": 2}, (3,))
+    assert config.seed == 2**64 - 1
 
 
 def test_config_is_frozen():
@@ -88,6 +119,29 @@ def test_every_field_has_a_meaning():
                           "the name 'random', which needs one"),
     ("draft={path: p, options: {longest: 4}}", "draft.options are a fresh draft's, and the one at draft.path=p has its "
                                                "own; set draft.options=null"),
+    ("draft.options=[1]", "override 'draft.options=[1]': 'draft.options' must be a mapping of names to texts, finite "
+                          "numbers, lists and mappings or null, not [1]"),
+    ("data.options={1: 2}", "override 'data.options={1: 2}': 'data.options' must be a mapping of names to texts, "
+                            "finite numbers, lists and mappings, not {1: 2}"),
+    ("output_dir=[a]", "override 'output_dir=[a]': 'output_dir' must be text, not ['a']; text with such characters "
+                       "needs quotes, as in output_dir='\"...\"'"),
+    ('output_dir=""', "override 'output_dir=\"\"': 'output_dir' must be text with one character at least, not ''"),
+    ('output_dir="a\\0b"', "override 'output_dir=\"a\\0b\"': 'output_dir' must be text, not 'a\\x00b'"),
+    ("seed=-1", "override 'seed=-1': 'seed' must be at least 0, not -1"),
+    (f"seed={2**64}", f"override 'seed={2**64}': 'seed' must be at most {2**64 - 1}, not {2**64}"),
+    ("steps=3000000000", "override 'steps=3000000000': 'steps' must be at most 2147483647, not 3000000000"),
+    ("grpo.clip=1e39", "override 'grpo.clip=1e39': 'grpo.clip' must be 0, or between 1.2e-38 and 3.4e+38 in size, "
+                       "which is what float32 holds, not 1e+39"),
+    ("grpo.clip=9" + "0" * 400, f"override 'grpo.clip=9{'0' * 86}...': 'grpo.clip' must be a number, not "
+                                f"9{'0' * 96}..."),
+    ("seed=9" + "0" * 5000, f"override 'seed=9{'0' * 91}...': a whole number of more than 4300 digits"),
+    ("seed=" + "[" * 99, f"override 'seed={'[' * 92}...': nested more than 32 deep"),
+    ("seed=&a [*a]", "override 'seed=&a [*a]': *a stands inside of itself"),
+    ("seed=!!int x", "override 'seed=!!int x': invalid literal for int() with base 10: 'x'"),
+    ("seed=!!python/object:os.system x", "override 'seed=!!python/object:os.system x': could not determine a "
+                                         "constructor for the tag 'tag:yaml.org,2002:python/object:os.system'"),
+    ("grpo..clip=1", "override 'grpo..clip=1' must be key=value, such as grpo.learning_rate=1e-6"),
+    ("seed=1\n2", "override 'seed=1\\n2': 'seed' must be a whole number, not '1 2'"),
     ("mesh.fsdp=-1", "mesh.data, mesh.fsdp and mesh.tensor are (-1, -1, 1): each at least 1, "
                      "and one of them at most may be -1"),
 ])
@@ -113,6 +167,36 @@ def test_a_bad_file_is_named(tmp_path, text, message):
         load_config(path)
     assert str(caught.value).replace(f"{path}: ", "").replace(f"{path} ", "") == message
     assert str(caught.value).startswith(str(path))
+
+
+def test_a_few_aliases_are_read_and_many_are_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: &a 5\nsteps: *a\n")
+    assert load_config(path).steps == 5
+    levels = "".join(f"    a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+    path.write_text(f"data:\n  options:\n    a0: &a0 [1, 1]\n{levels}")
+    with pytest.raises(InputError, match="more than 20000 values, aliases written out"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("content", [b"steps: \xff", b"steps: 3\0", b"# " + b"x" * 2**18, b"steps: 3\n--- 4",
+                                     b"data: {options: {a: .nan}}", b"data: {options: {a: !!set {x}}}"])
+def test_hostile_files_get_one_line_each(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_what_is_no_file_is_no_config(tmp_path):
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for name in ("", "fifo.yaml"):
+        with pytest.raises(InputError, match="is no regular file"):
+            load_config(tmp_path / name)
+    for name in ("a\0b", "a" * 5000):
+        with pytest.raises(InputError, match="does not exist"):
+            load_config(tmp_path / name)
 
 
 def test_a_file_that_is_not_there_is_named_with_its_neighbour(tmp_path):

@@ -26,7 +26,7 @@ from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, param_specs
 from jspec.model.params import is_spec
 from jspec.rl.state import TrainState
-from jspec.settings import refuse_changes, to_yaml
+from jspec.settings import Override, refuse_changes, to_yaml
 from jspec.sharding import spec_sharding
 from pallas_kernels.noise import key_words
 
@@ -175,8 +175,8 @@ class Checkpoints:
         self.manager.close()  # waits for what is being written
 
 
-def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a run, with `key=value` overrides. Raises InputError if the directory is not one."""
+def run_config(run_dir: str | Path, overrides: Sequence[Override] = ()) -> Config:
+    """The configuration of a run, with overrides (`settings.read`). Raises InputError if the directory is not one."""
     path = Path(run_dir) / "config.yaml"
     if not path.exists():
         raise InputError(f"{run_dir} is not the output_dir of a run: it has no config.yaml")
@@ -255,6 +255,6 @@ def load_draft(run_dir: str | Path) -> Draft | None:
     return draft.replace(**items["draft"])
 
 
-def load_run(run_dir: str | Path, overrides: Sequence[str] = (), dtype: str | None = None) -> tuple:
+def load_run(run_dir: str | Path, overrides: Sequence[Override] = (), dtype: str | None = None) -> tuple:
     """(Config, Policy, Draft or None) of a run's latest checkpoint; see `load_policy` and `run_config`."""
     return run_config(run_dir, overrides), load_policy(run_dir, dtype), load_draft(run_dir)

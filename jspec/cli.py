@@ -176,7 +176,7 @@ def _train(arguments) -> int:
 def _train_draft(arguments) -> int:
     from jspec.config import DraftTrainingConfig, load_config
 
-    overrides = [f"model.name='{arguments.model}'", *arguments.overrides]
+    overrides = [("model.name", arguments.model), *arguments.overrides]
     config = load_config(arguments.config, overrides, DraftTrainingConfig)
     from jspec.draft_training import train_draft
     from jspec.progress import stderr

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jspec.progress import telling
 from jspec.rl.answers import answer_text, reward_inputs
 from jspec.rl.prompts import PromptData, encode_prompt
 from jspec.rl.rewards import RewardPool, check_reward
+from jspec.settings import Override
 from pallas_kernels.noise import seed_key
 
 
@@ -40,7 +42,7 @@ class Source:
     config: Config
 
 
-def open_source(name: str, overrides: list[str], dtype: str | None = None) -> Source:
+def open_source(name: str, overrides: Sequence[Override], dtype: str | None = None) -> Source:
     """A run's output_dir (its last checkpoint), a config file, or any name that `jspec.load` takes.
 
     Raises InputError for what cannot be found or read.
@@ -55,7 +57,7 @@ def open_source(name: str, overrides: list[str], dtype: str | None = None) -> So
         if config.model.name == "random":
             raise InputError(f"{name} trains a policy drawn at random: give the output_dir of its run instead")
     else:
-        config = load_config(None, [f"model.name='{name}'", *overrides])
+        config = load_config(None, [("model.name", name), *overrides])
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     tokenizer = make_tokenizer(config)
@@ -92,9 +94,9 @@ def time_rollout(policy: Policy, draft: Draft | None, batch, sampling, speculati
 def rollout(arguments) -> int:
     """`jspec rollout`: the same prompt and seed without and with a draft, side by side."""
     console = Console()
-    overrides = [f"sampling.{key}={getattr(arguments, key)}"
+    overrides = [(f"sampling.{key}", getattr(arguments, key))
                  for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
-    overrides += [f"speculation.{name}={getattr(arguments, name)}" for name in ("k", "rule", "kernels")]
+    overrides += [(f"speculation.{name}", getattr(arguments, name)) for name in ("k", "rule", "kernels")]
     with telling(f"loading {arguments.model}"):
         source = open_source(arguments.model, overrides, arguments.dtype)
         draft = make_draft(source, arguments.draft, arguments.model)
@@ -176,7 +178,7 @@ def evaluate(arguments) -> int:
     console = Console(stderr=arguments.json == "-")
     overrides = list(arguments.overrides)
     if arguments.temperature is not None:
-        overrides.append(f"sampling.temperature={arguments.temperature}")
+        overrides.append(("sampling.temperature", arguments.temperature))
     for name in ("prompts", "samples", "batch"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
@@ -184,7 +186,7 @@ def evaluate(arguments) -> int:
         source = open_source(arguments.source, overrides)
         check_reward(source.config.reward.function, source.config.data.source)
     result = score(source, arguments.prompts, arguments.samples, arguments.batch, console)
-    result = {"source": arguments.source, "overrides": overrides, **result}
+    result = {"source": arguments.source, "overrides": arguments.overrides, **result}
     if arguments.json == "-":
         print(json.dumps(result))
     elif arguments.json:

@@ -147,7 +147,9 @@ def _computing(handler: Callable[[argparse.Namespace], int]) -> Callable[[argpar
     @functools.wraps(handler)
     def computing(arguments: argparse.Namespace) -> int:
         from jspec.compile_cache import keep_compiled
+        from jspec.distributed import check_platform
 
+        check_platform()
         keep_compiled()
         return handler(arguments)
 
@@ -167,6 +169,7 @@ def _train(arguments) -> int:
     from jspec.train import train
 
     distributed.initialize()
+    distributed.check_platform()
     keep_compiled()
     signal.signal(signal.SIGTERM, _terminate)  # JAX's service for several processes has put a handler of its own there
     return train(config)

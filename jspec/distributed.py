@@ -11,27 +11,59 @@ import glob
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
 
 from jspec.errors import InputError
+from jspec.progress import say, telling
+
+WAIT_S = 300.0
+"""How long the processes wait for each other: the slowest one may still be installing."""
+
+BY_HAND = "start the processes by hand: --processes N --coordinator HOST:PORT --id I"
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes, where the environment says that there are any. Call it before any JAX computation.
 
-    Raises InputError if the addresses given by hand are incomplete or make no sense.
+    Ends this process with one line and exit code 2 if the others have not come after WAIT_S, and at once by SIGINT or
+    SIGTERM. Raises InputError if what the environment says of the processes is incomplete or makes no sense.
     """
-    by_hand = _by_hand(environment)
-    if by_hand is not None:
-        address, count, index = by_hand
-        devices = _numbers(environment.get("JAX_LOCAL_DEVICE_IDS", ""))
-        jax.distributed.initialize(address, count, index, local_device_ids=devices or None,
-                                   cluster_detection_method="deactivate")
-    elif _scheduler(environment) is not None:
-        jax.distributed.initialize(local_device_ids=_all_devices_of_the_node(environment))
+    by_hand, scheduler = _by_hand(environment), _scheduler(environment)
+    if by_hand is None and scheduler is None:
+        return
+    devices = _device_ids(environment)
+    try:
+        if by_hand is not None:
+            address, count, index = by_hand
+            with _waiting_for_others(address, count):
+                jax.distributed.initialize(address, count, index, local_device_ids=devices,
+                                           cluster_detection_method="deactivate", initialization_timeout=_LONGER_S)
+        else:
+            with _waiting_for_others(f"the coordinator that {scheduler} names", None):
+                jax.distributed.initialize(local_device_ids=devices or _all_devices_of_the_node(environment),
+                                           initialization_timeout=_LONGER_S)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:  # of a port in use, of the cluster's API, ...
+        how, remedy = ("given by hand", "give --coordinator another port") if by_hand else (scheduler, BY_HAND)
+        raise InputError(f"the processes cannot meet ({how}): {_one_line(error)}; {remedy}") from error
+
+
+def check_platform() -> None:
+    """Raises InputError if the platform that JAX_PLATFORMS names is not there."""
+    if not jax.config.jax_platforms:
+        return
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # CUDA without its plugin trips over an assertion
+        raise InputError(f"JAX_PLATFORMS={jax.config.jax_platforms} is not here, or jspec was installed without it "
+                         f"({_one_line(error)}); unset the variable, and JAX takes what there is") from error
 
 
 def is_main() -> bool:
@@ -48,40 +80,114 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+# --- waiting ---
+
+_LONGER_S = 2 * int(WAIT_S)  # JAX's own patience ends with a stack trace
+
+
+@contextmanager
+def _waiting_for_others(address: str, count: int | None) -> Iterator[None]:
+    """While JAX joins the processes, in C++, where no handler of Python's is heard and the end is an abort."""
+    def give_up():
+        whom = "the other processes" if count is None else f"all {count} processes"
+        say(f"error: {whom} have not met at {address} after {WAIT_S:.0f} s: {_answer(address)}")
+        sys.stderr.flush()
+        os._exit(2)
+
+    timer = threading.Timer(WAIT_S, give_up)
+    timer.daemon = True
+    with ExitStack() as stack:
+        stack.enter_context(telling(f"waiting for the other processes at {address}"))
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
+        stack.callback(timer.cancel)
+        timer.start()
+        yield
+
+
+def _answer(address: str) -> str:
+    """Whether anybody answers there, and what to look at."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return "look at what the first process says"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return (f"nobody answers there ({error.strerror or error}); process 0 must run on that machine, and the others "
+                "must reach the port")
+    return "process 0 answers, others are missing; start them, each with an id of its own"
+
+
+# --- what the environment says ---
+
+
 def _by_hand(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """(coordinator's address, number of processes, index of this one), or None if nobody gave them."""
     address = environment.get("JAX_COORDINATOR_ADDRESS")
-    if not address:
+    index = environment.get("JAX_PROCESS_ID") or (environment.get("JOB_COMPLETION_INDEX") if address else None)
+    given = {"coordinator (--coordinator, JAX_COORDINATOR_ADDRESS)": address,
+             "number of processes (--processes, JAX_NUM_PROCESSES)": environment.get("JAX_NUM_PROCESSES"),
+             "id of this process (--id, JAX_PROCESS_ID)": index}
+    there, missing = [name for name in given if given[name]], [name for name in given if not given[name]]
+    if not there:
         return None
-    texts = {
-        "number of processes (--processes, JAX_NUM_PROCESSES)": environment.get("JAX_NUM_PROCESSES"),
-        "id of this process (--id, JAX_PROCESS_ID)":
-            environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX")),
-    }
-    if not re.fullmatch(r".+:\d+", address):
+    if missing:
+        raise InputError(f"the {there[0]} is given, {given[there[0]]}, but not the {missing[0]}")
+    if not re.fullmatch(r".+:[0-9]{1,5}", address) or not 0 < int(address.rpartition(":")[2]) < 2**16:
         raise InputError(f"the coordinator must be HOST:PORT (--coordinator, JAX_COORDINATOR_ADDRESS), not '{address}'")
-    for what, text in texts.items():
-        if text is None:
-            raise InputError(f"a coordinator is given, {address}, but not the {what}")
-        if not re.fullmatch(r"\d+", text):
-            raise InputError(f"the {what} must be a whole number, not '{text}'")
-    count, index = (int(text) for text in texts.values())
+    count, index = (_number(f"the {name}", given[name]) for name in there[1:])
     if index >= count:
         raise InputError(f"process id {index} is not below the number of processes, {count}: ids count from 0")
     return address, count, index
 
 
+SCHEDULERS = {
+    "SLURM": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"),
+}
+"""The variables that JAX needs of each: number of processes, index, index on the node, and where the others are."""
+
+
 def _scheduler(environment: Mapping[str, str]) -> str | None:
-    """What started several processes, or None if this is the only one."""
-    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        return "slurm"
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return "open mpi"
+    """What started several processes, or None if this is the only one.
+
+    Raises InputError for variables that are incomplete or no numbers.
+    """
+    if "SLURM_STEP_NODELIST" in environment and _several("SLURM", environment):
+        return "SLURM"
+    if "OMPI_COMM_WORLD_SIZE" in environment and _several("Open MPI", environment):
+        return "Open MPI"
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return "kubernetes"
+        _number("JOB_COMPLETION_INDEX", environment["JOB_COMPLETION_INDEX"])
+        if not importlib.util.find_spec("kubernetes"):
+            raise InputError("in an indexed Kubernetes job JAX needs the package kubernetes, which is not installed: "
+                             f"pip install -e '.[k8s]', or {BY_HAND}")
+        return "Kubernetes"
     # JAX sets TPU_SKIP_MDS_QUERY on import where it sees no TPU; on a Cloud TPU it finds the other hosts by itself.
     if "TPU_SKIP_MDS_QUERY" not in environment and importlib.util.find_spec("libtpu"):
-        return "tpu"
+        return "Cloud TPU"
     return None
+
+
+def _several(scheduler: str, environment: Mapping[str, str]) -> bool:
+    size, rank, local, *where = SCHEDULERS[scheduler]
+    if _number(size, environment.get(size, "1")) < 2:
+        return False
+    for name in (rank, local, *where):
+        if not environment.get(name):
+            raise InputError(f"{scheduler} started {environment[size]} processes ({size}), but {name} is not set; "
+                             f"{BY_HAND}")
+    if max(_number(rank, environment[rank]), _number(local, environment[local])) >= int(environment[size]):
+        raise InputError(f"{rank}={environment[rank]} and {local}={environment[local]} must be below {size}="
+                         f"{environment[size]}; {BY_HAND}")
+    return True
+
+
+def _number(name: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise InputError(f"{name} must be a whole number, not '{text}'")
+    return int(text)
 
 
 def _all_devices_of_the_node(environment: Mapping[str, str]) -> list[int] | None:
@@ -94,5 +200,11 @@ def _all_devices_of_the_node(environment: Mapping[str, str]) -> list[int] | None
     return list(range(count)) or None
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
+def _device_ids(environment: Mapping[str, str]) -> list[int] | None:
+    """The devices of this process alone, or None for all."""
+    texts = [text for text in environment.get("JAX_LOCAL_DEVICE_IDS", "").split(",") if text]
+    return [_number("JAX_LOCAL_DEVICE_IDS", text) for text in texts] or None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -38,7 +38,7 @@ def telling(what: str, total: int | None = None) -> Iterator[Callable[..., None]
 
     Yields `advance(parts=1)`, for the block to call after each part.
     """
-    if jax.process_index() > 0:
+    if jax.distributed.is_initialized() and jax.process_index() > 0:  # not to wake a device before it is needed
         yield lambda parts=1: None
     elif stderr().is_terminal:
         counts = [] if total is None else [BarColumn(), MofNCompleteColumn()]

@@ -1,10 +1,11 @@
 """Runs N processes of one jspec program on this machine: `python -m jspec.local N ARGUMENTS OF jspec...`.
 
 Process 0 has the terminal; what the others print goes to stderr behind their number. SIGINT and SIGTERM are passed on
-to all. When one process fails the others are stopped, and the exit code is that of the one that failed first.
+to all. When one process fails, it is named, the others are stopped, and the exit code is that of the one that failed.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,7 +15,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-GRACE_S = 15.0  # from the first failure to SIGKILL: the others may hang in a collective that will never finish
+from jspec.progress import say
+
+GRACE_S = 5.0  # from the first failure to SIGKILL: the others may hang in a collective that will never finish
 
 
 def run(count: int, command: Sequence[str]) -> int:
@@ -26,14 +29,17 @@ def run(count: int, command: Sequence[str]) -> int:
     for relay in relays:
         relay.start()
 
+    asked = []  # the signals that were passed on: what ends by them has not failed
+
     def forward(number, _frame):
+        asked.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = _wait(processes)
+        code = _wait(processes, asked)
         for relay in relays:  # what the processes said last; a grandchild may hold the pipe open for longer
             relay.join(timeout=5)
         return code
@@ -77,27 +83,43 @@ def _relay(index: int, stream) -> None:
             sys.stderr.flush()
 
 
-def _wait(processes: Sequence[subprocess.Popen]) -> int:
+def _wait(processes: Sequence[subprocess.Popen], asked: Sequence[int]) -> int:
     failure, failed_at = 0, 0.0
     while None in (codes := [process.poll() for process in processes]):
         if not failure and any(codes):
-            failure, failed_at = _first_failure(codes), time.monotonic()
+            failure, failed_at = _first_failure(codes, asked), time.monotonic()
             for process in processes:
                 process.terminate()
         if failure and time.monotonic() - failed_at > GRACE_S:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    failure = failure or _first_failure(codes)
+    failure = failure or _first_failure(codes, asked)
     return 128 - failure if failure < 0 else failure
 
 
-def _first_failure(codes: Sequence[int | None]) -> int:
-    return next((code for code in codes if code), 0)
+def _first_failure(codes: Sequence[int | None], asked: Sequence[int]) -> int:
+    """The exit code of what failed, 0 for nothing. Says which it was, unless it said itself what is wrong (2)."""
+    failed = [(index, code) for index, code in enumerate(codes) if code]
+    # of several that ended together, one that was killed is the reason why the others failed
+    index, code = min(failed, key=lambda pair: pair[1] > 0, default=(0, 0))
+    if code not in (0, 2) and not asked:
+        end = f"ended with exit code {code}" if code > 0 else f"was ended by {_signal_name(-code)}"
+        memory = " (out of memory? the kernel's log says)" if code == -signal.SIGKILL else ""
+        others = "; the others are stopped" if None in codes else ""
+        say(f"process {index} of {len(codes)} {end}{memory}{others}")
+    return code
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or not re.fullmatch("[1-9][0-9]{0,3}", arguments[0]):
+        say("error: usage: python -m jspec.local N ARGUMENTS OF jspec..., N processes, at least 1")
+        return 2
     return run(int(arguments[0]), [sys.executable, "-m", "jspec", *arguments[1:]])
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -38,6 +37,8 @@ def telling(what: str, total: int | None = None) -> Iterator[Callable[..., None]
 
     Yields `advance(parts=1)`, for the block to call after each part.
     """
+    import jax  # the launcher of local processes, which only says things, needs none
+
     if jax.distributed.is_initialized() and jax.process_index() > 0:  # not to wake a device before it is needed
         yield lambda parts=1: None
     elif stderr().is_terminal:

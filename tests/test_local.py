@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jspec import local
 from jspec.local import run
 
 TELL = "import os, json; print(json.dumps({k: v for k, v in os.environ.items() if k.startswith('JAX_')}))"
@@ -26,16 +27,37 @@ def test_processes_know_each_other_and_output_is_told_apart(capfd):
     assert first["JAX_COORDINATOR_ADDRESS"] == second["JAX_COORDINATOR_ADDRESS"]
 
 
-def test_when_one_fails_the_others_are_stopped():
+def test_when_one_fails_it_is_named_and_the_others_are_stopped(capfd):
     start = time.monotonic()
     code = "import os, sys, time; sys.exit(3) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(60)"
     assert run(3, python(code)) == 3
     assert time.monotonic() - start < 10
+    assert capfd.readouterr().err == "jspec: process 1 of 3 ended with exit code 3; the others are stopped\n"
 
 
-def test_a_killed_process_is_told_as_a_shell_would():
-    code = "import os, signal; os.environ['JAX_PROCESS_ID'] == '0' and os.kill(os.getpid(), signal.SIGKILL)"
+def test_a_killed_process_is_told_as_a_shell_would(capfd):
+    code = ("import os, signal, time\n"
+            "os.kill(os.getpid(), signal.SIGKILL) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(60)")
     assert run(2, python(code)) == 128 + signal.SIGKILL
+    assert capfd.readouterr().err == ("jspec: process 1 of 2 was ended by SIGKILL (out of memory? the kernel's log "
+                                      "says); the others are stopped\n")
+
+
+def test_of_those_that_end_together_the_killed_one_is_named(capsys):
+    assert local._first_failure([1, -11, None], asked=[]) == -11
+    assert capsys.readouterr().err == "jspec: process 1 of 3 was ended by SIGSEGV; the others are stopped\n"
+
+
+def test_mistakes_and_ends_that_were_asked_for_are_not_named(capsys):
+    assert local._first_failure([2, 2], asked=[]) == 2
+    assert local._first_failure([None, 143], asked=[signal.SIGTERM]) == 143
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["two"], ["0"], ["-1"]])
+def test_a_count_that_is_none(capsys, arguments):
+    assert local.main(arguments) == 2
+    assert "jspec: error: usage: python -m jspec.local N" in capsys.readouterr().err
 
 
 def test_signals_reach_every_process(tmp_path):

@@ -45,7 +45,7 @@ from jspec.errors import InputError  # noqa: E402
 from jspec.heads import shipped  # noqa: E402
 from jspec.kernels import KERNELS, choose, picked  # noqa: E402
 from jspec.model import ModelConfig, Policy  # noqa: E402
-from jspec.prepare import fresh_draft  # noqa: E402
+from jspec.prepare import BENCH_KEY, fresh_draft, purpose_key  # noqa: E402
 from jspec.progress import telling  # noqa: E402
 from jspec.rl.prompts import encode_prompt, read_jsonl  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
@@ -242,8 +242,8 @@ def make_variants(args: argparse.Namespace) -> list[Variant]:
 
 def make_batches(args: argparse.Namespace, prompts: list[list[int]], size: int) -> list[jspec.PromptBatch]:
     """`size` prompts at a time, all padded to one length; what is left over in the end is left out."""
-    length = -(-max(map(len, prompts)) // _UNIT) * _UNIT
-    return [jspec.PromptBatch.from_tokens(prompts[i:i + size], group_size=1, seed=args.seed, buckets=(length,),
+    length, key = -(-max(map(len, prompts)) // _UNIT) * _UNIT, purpose_key(args.seed, BENCH_KEY)
+    return [jspec.PromptBatch.from_tokens(prompts[i:i + size], group_size=1, seed=key, buckets=(length,),
                                           sequence_ids=range(i, i + size))
             for i in range(0, len(prompts) - size + 1, size)]
 

@@ -25,6 +25,7 @@ from rich.table import Table  # noqa: E402
 import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
+from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
 from jspec.rl.advantages import group_advantages  # noqa: E402
 from jspec.rl.update import UpdateSettings, init_state, make_batch, update  # noqa: E402
 
@@ -65,7 +66,7 @@ def step(args: argparse.Namespace, state: Any, roll: Any, learn: Any, number: in
     """One GRPO step. Returns (state, seconds by phase and the metrics that say it was a real one)."""
     rng = np.random.default_rng(number)
     tokens = rng.integers(5, state.policy.config.vocab_size - 5, (args.prompts, args.prompt_tokens))
-    key = jax.random.fold_in(jax.random.key(0), number)
+    key = jax.random.fold_in(purpose_key(0, BENCH_KEY), number)
     prompts = jspec.PromptBatch.from_tokens(tokens.tolist(), group_size=args.group, seed=key,
                                             buckets=(args.prompt_tokens,))
     marks = [time.perf_counter()]

@@ -34,12 +34,16 @@ from jspec.drafts import Draft  # noqa: E402
 from jspec.errors import InputError  # noqa: E402
 from jspec.metrics import read_records  # noqa: E402
 from jspec.model import Policy  # noqa: E402
-from jspec.prepare import make_sampling, make_speculation, make_tokenizer  # noqa: E402
+from jspec.prepare import (  # noqa: E402
+    BENCH_KEY,
+    make_sampling,
+    make_speculation,
+    make_tokenizer,
+    purpose_key,
+    purpose_seed,
+)
 from jspec.rl.prompts import PromptData  # noqa: E402
 from jspec.train import train  # noqa: E402
-
-MEASURED_SEED = 1_000_003
-"""Of the prompts' order and the noise that acceptance is measured with; a run's own seed is another."""
 
 LEARNERS = [name for name in DRAFTERS if importlib.import_module(f"jspec.drafts.{name}").loss is not None]
 
@@ -60,10 +64,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict[str, Any]:
     """Tokens a cycle, and acceptance by position, over prompts of the run's task."""
-    data = PromptData(config.data, make_tokenizer(config), seed=MEASURED_SEED)
+    data = PromptData(config.data, make_tokenizer(config), seed=purpose_seed(config.seed, BENCH_KEY))
     tokens, cycles, drafted, taken = 0, 0, 0, 0
     for index in range(batches):
-        key = jax.random.fold_in(jax.random.key(MEASURED_SEED), index)
+        key = jax.random.fold_in(purpose_key(config.seed, BENCH_KEY), index)
         prompts = jspec.PromptBatch.from_tokens([prompt.tokens for prompt in next(data)], seed=key,
                                                 group_size=config.data.group_size,
                                                 buckets=(config.data.max_prompt_tokens,))

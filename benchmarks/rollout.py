@@ -32,6 +32,7 @@ from benchmarks import kernel_cases, measure, parts, synthetic  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.kernels import KERNELS, choose, judge, picked  # noqa: E402
 from jspec.model import Policy, to_rollout  # noqa: E402
+from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
 from jspec.progress import telling  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
 from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
@@ -83,7 +84,8 @@ def make_batch(args: argparse.Namespace, policy: Policy, size: int) -> jspec.Pro
     else:
         phrase = np.random.default_rng(0).integers(5, policy.config.vocab_size - 5, 12)
         prompts = np.broadcast_to(np.resize(phrase, args.prompt_tokens), (size, args.prompt_tokens))
-    return jspec.PromptBatch.from_tokens(prompts.tolist(), group_size=1, seed=0, buckets=(args.prompt_tokens,))
+    return jspec.PromptBatch.from_tokens(prompts.tolist(), group_size=1, seed=purpose_key(0, BENCH_KEY),
+                                         buckets=(args.prompt_tokens,))
 
 
 def make_draft(name: str, policy: Policy):

@@ -23,13 +23,20 @@ from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import publish, shipped
 from jspec.model import Policy
-from jspec.prepare import make_policy, make_sampling, make_speculation, make_tokenizer, with_tokenizer
+from jspec.prepare import (
+    EVAL_KEY,
+    make_policy,
+    make_sampling,
+    make_speculation,
+    make_tokenizer,
+    purpose_key,
+    with_tokenizer,
+)
 from jspec.progress import telling
 from jspec.rl.answers import answer_text, reward_inputs
 from jspec.rl.prompts import PromptData, encode_prompt
 from jspec.rl.rewards import RewardPool, check_reward
 from jspec.settings import Override
-from pallas_kernels.noise import seed_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +213,7 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
     data = PromptData(dataclasses.replace(config.data, prompts_per_step=batch), source.tokenizer, seed=config.seed)
     if prompts > len(data.records):
         raise InputError(f"--prompts {prompts} is more than {config.data.source} has: {len(data.records)}")
-    key, sampling = seed_key(config.seed), make_sampling(config)
+    key, sampling = purpose_key(config.seed, EVAL_KEY), make_sampling(config)
     speculation = make_speculation(config)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
     with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jspec.drafts
@@ -25,8 +26,19 @@ from jspec.sharding import check_mesh, check_rows
 from jspec.speculate import Sampling, Speculation
 from pallas_kernels.noise import seed_key
 
-# folded into the run's key as steps are; no step has these numbers
-POLICY_KEY, DRAFT_KEY = 2**32 - 1, 2**32 - 2
+POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY = range(2**32 - 1, 2**32 - 8, -1)
+"""What noise is for, folded into a seed's key before anything else is: training folds in its steps there, and no step
+has these numbers. So no two purposes share noise, whatever their seeds."""
+
+
+def purpose_key(seed: int, purpose: int) -> jax.Array:
+    """The typed key of one of the purposes above, of `seed`'s noise."""
+    return jax.random.fold_in(seed_key(seed), purpose)
+
+
+def purpose_seed(seed: int, purpose: int) -> int:
+    """A seed below 2**32 for what takes numbers, such as the order of prompts."""
+    return int(jax.random.bits(purpose_key(seed, purpose), dtype=jnp.uint32))
 
 
 def check(config: Config, mesh: Mesh) -> None:
@@ -83,7 +95,7 @@ def make_policy(config: Config, tokenizer: Any) -> Policy:
         raise InputError(f"the tokenizer {name} has {count} tokens, the model {config.model.name} only "
                          f"{shape.vocab_size}; give the model its own, or a larger vocab_size")
     if config.model.name == "random":
-        policy = init_policy(shape, jax.random.fold_in(seed_key(config.seed), POLICY_KEY), dtype)
+        policy = init_policy(shape, purpose_key(config.seed, POLICY_KEY), dtype)
     else:
         policy = hub.load(config.model.name, dtype=dtype)
     return with_tokenizer(policy, tokenizer)
@@ -123,7 +135,7 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
             raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.config.name}, and draft.name "
                              f"is {section.name}; set draft.name={draft.config.name}")
         return draft
-    key = jax.random.fold_in(seed_key(config.seed), DRAFT_KEY)
+    key = purpose_key(config.seed, DRAFT_KEY)
     return fresh_draft(policy, key, section.name, section.options or {}, "draft.options")
 
 

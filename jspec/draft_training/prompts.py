@@ -17,8 +17,8 @@ import jspec
 from jspec.config import DataSection, DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.model import Policy
+from jspec.prepare import INSTRUCTIONS_KEY, purpose_key
 from jspec.rl.prompts import encode_prompt, load_records, read_jsonl
-from pallas_kernels.noise import seed_key
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, co
     opening = turn_opening(config, tokenizer)
     weights, texts = jspec.reshard(policy), []
     sampling = jspec.Sampling(max_new_tokens=INSTRUCTION_TOKENS)
-    key = jax.random.fold_in(seed_key(config.seed), 2**32 - 3)
+    key = purpose_key(config.seed, INSTRUCTIONS_KEY)
     for call in itertools.count():
         batch = jspec.PromptBatch.from_tokens([opening], group_size=INSTRUCTION_ROWS, buckets=(len(opening),),
                                               seed=jax.random.fold_in(key, call))

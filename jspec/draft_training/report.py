@@ -17,7 +17,7 @@ import jspec
 from jspec.config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.model import Policy
-from jspec.prepare import make_sampling
+from jspec.prepare import REPORT_KEY, make_sampling, purpose_key
 from jspec.progress import telling
 
 log = logging.getLogger(__name__)
@@ -48,11 +48,11 @@ def measure(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: 
     """Acceptance over all prompts, a record that JSON can hold."""
     sampling = make_sampling(config).replace(temperature=temperature)
     speculation = jspec.Speculation(k=config.report.k, rule=rule)
-    totals = []
+    totals, key = [], purpose_key(config.seed, REPORT_KEY)
     for at in range(0, len(prompts), ROWS):
         group = prompts[at:at + ROWS]
         rows = (group * ROWS)[:ROWS]  # another size would be another compilation: what fills the last batch counts too
-        batch = jspec.PromptBatch.from_tokens(rows, group_size=1, seed=jax.random.fold_in(jax.random.key(1), at))
+        batch = jspec.PromptBatch.from_tokens(rows, group_size=1, seed=jax.random.fold_in(key, at))
         out = jax.device_get(jspec.rollout(policy, draft, batch, sampling=sampling, speculation=speculation))
         totals.append((out.lengths.sum(), out.stats.cycles.sum(), out.stats.accepted, out.stats.drafted))
     tokens, cycles, accepted, drafted = (np.sum(column, axis=0) for column in zip(*totals, strict=True))

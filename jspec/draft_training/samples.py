@@ -18,9 +18,8 @@ from jspec.config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
-from jspec.prepare import make_draft, make_sampling
+from jspec.prepare import SAMPLES_KEY, make_draft, make_sampling, purpose_key
 from jspec.speculate.types import BUCKETS
-from pallas_kernels.noise import seed_key
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]]
     weights, sampling = jspec.reshard(policy), make_sampling(config)
     temperatures = config.samples.temperatures or (config.sampling.temperature,)
     speculation = jspec.Speculation(states=trunk_features(config, policy))
-    key = seed_key(config.seed)
+    key = purpose_key(config.seed, SAMPLES_KEY)
     jobs = list(files_of(prompts, min(config.samples.batch, len(prompts))))
     for index, (bucket, group) in enumerate(jobs):
         path = directory / f"{index:05d}.npz"

@@ -1,0 +1,22 @@
+"""What a run is made from: noise by purpose."""
+
+import jax
+import numpy as np
+import pytest
+
+from jspec import prepare
+from pallas_kernels.noise import seed_key
+
+PURPOSES = [name for name in vars(prepare) if name.endswith("_KEY")]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
+def test_no_two_purposes_share_noise_and_none_is_a_step_s(seed):
+    assert {"EVAL_KEY", "REPORT_KEY", "SAMPLES_KEY", "BENCH_KEY"} <= set(PURPOSES)
+    numbers = [getattr(prepare, name) for name in PURPOSES]
+    assert min(numbers) > 2**31 - 1  # the highest number of a step
+    steps = [jax.random.fold_in(seed_key(seed), step) for step in range(8)]
+    keys = [seed_key(seed), *steps, *(prepare.purpose_key(seed, number) for number in numbers)]
+    assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(keys)
+    seeds = {prepare.purpose_seed(seed, number) for number in numbers}
+    assert len(seeds) == len(numbers) and all(0 <= value < 2**32 and value != seed for value in seeds)

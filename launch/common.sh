@@ -30,7 +30,7 @@ find_uv() {
     done
     say "fetching uv with pip"
     "$candidate" -m pip install --quiet --disable-pip-version-check --upgrade --target "$tools" uv >&2 \
-      || die "pip could not install uv; its message is above"
+      || die "pip could not install uv into $tools ($(room)); its message is above"
   fi
   echo "$tools/bin/uv"
 }
@@ -55,24 +55,37 @@ find_accelerator() {
 # Newer TPUs are VFIO devices; a GPU or network card handed to a virtual machine is one too, so the vendor decides.
 google_vfio() { compgen -G '/dev/vfio/[0-9]*' >/dev/null && grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor; }
 
-# prepare EXTRA,EXTRA... makes the environment with those extras; it does nothing when that is already done.
+# prepare EXTRA,EXTRA... makes the environment with those extras; it does nothing, and writes nothing, when that is done.
 prepare() {
   local stamp=$venv/.jspec-${1//,/-} want
   case ${1%%,*} in
     cpu|cuda|cuda12|tpu) ;;
     *) die "JSPEC_ACCELERATOR must be cpu, cuda, cuda12 or tpu, not '${1%%,*}'";;
   esac
-  mkdir -p "$(dirname "$venv")"
+  want=$({ cat "$root/pyproject.toml"; printf '%s\n' "$root $1"; } | cksum)
+  if prepared "$stamp" "$want"; then return; fi
+  mkdir -p "$(dirname "$venv")" 2>/dev/null || cannot_write "$(dirname "$venv")"
   if command -v flock >/dev/null; then   # launches at the same time wait for the first one's installation
-    exec 9>"$venv.lock"
+    { : >>"$venv.lock"; } 2>/dev/null || cannot_write "$venv.lock"
+    exec 9>>"$venv.lock"
     flock -n 9 || { say "waiting for another installation"; flock 9; }
   fi
-  want=$(cat "$root/pyproject.toml" - <<<"$root $1" | cksum)
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || ! python_is "$venv/bin/python" True; then
+  if ! prepared "$stamp" "$want"; then
     install "$1"
-    printf '%s\n' "$want" >"$stamp"
+    { printf '%s\n' "$want" >"$stamp"; } 2>/dev/null || cannot_write "$stamp"
   fi
   if [ -e "$venv.lock" ]; then exec 9>&-; fi
+}
+
+prepared() { [ "$(cat "$1" 2>/dev/null)" = "$2" ] && python_is "$venv/bin/python" True; }
+
+cannot_write() { die "$1 cannot be written to ($(room)); make room, or name another place: JSPEC_VENV=/path bash launch/..."; }
+
+# How much is free where the environment goes: a full disk is the most common reason of all.
+room() {
+  local place=$venv
+  until [ -d "$place" ]; do place=$(dirname "$place"); done
+  df -Pm "$place" 2>/dev/null | awk -v place="$place" 'NR == 2 { print $4 " MB free in " place }'
 }
 
 install() {
@@ -84,12 +97,12 @@ install() {
     python=$(find_python) || exit 2
     uv=$(find_uv "$python") || exit 2
     say "making $venv with $("$python" --version)"
-    "$uv" venv --quiet --clear --python "$python" "$venv" || die "uv could not make $venv; its message is above"
+    "$uv" venv --quiet --clear --python "$python" "$venv" || die "uv could not make $venv ($(room)); its message is above"
   fi
   say "installing jspec[$1] into $venv (once)"
   use_pip_settings
   UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" pip install --quiet --python "$venv/bin/python" --editable "$root[$1]" \
-    || die "the installation failed; uv's message is above"
+    || die "the installation failed ($(room)); uv's message is above"
 }
 
 # uv does not read pip's settings, and a cluster's package mirror and its certificate are often only there.

@@ -1,6 +1,7 @@
 """The launchers, with a stand-in for uv that makes an environment whose Python tells what it was run with."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,32 @@ def test_a_second_run_installs_nothing(machine):
 def test_a_failed_installation_is_tried_again(machine):
     failed = launch(machine | {"FAIL": "1"})
     assert failed.returncode == 2 and "the installation failed" in failed.stderr and "ran" not in failed.stdout
+    assert launch(machine).returncode == 0
+
+
+@pytest.mark.parametrize("place", ["file/venv", "locked"])
+def test_a_place_that_cannot_be_written_to_is_one_line(machine, tmp_path, place):
+    (tmp_path / "file").touch()  # not a folder
+    (tmp_path / "locked.lock").mkdir()  # not a file
+    done = launch(machine | {"JSPEC_VENV": str(tmp_path / place)})
+    assert done.returncode == 2 and done.stdout == ""
+    culprit = tmp_path / ("file" if place == "file/venv" else "locked.lock")
+    assert re.fullmatch(rf"jspec: error: {culprit} cannot be written to \(\d+ MB free in {tmp_path}\); make room, or "
+                        r"name another place: JSPEC_VENV=/path bash launch/\.\.\.\n", done.stderr)
+
+
+def test_a_disk_that_is_full_in_the_end_is_said(machine, tmp_path):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / ".jspec-cpu").symlink_to(tmp_path / "nowhere" / "stamp")  # writing fails, as on a full disk
+    done = launch(machine)
+    assert done.returncode == 2 and "ran" not in done.stdout
+    assert f"jspec: error: {tmp_path}/venv/.jspec-cpu cannot be written to (" in done.stderr.splitlines()[-1]
+
+
+def test_what_is_installed_need_not_be_written_to(machine, tmp_path):
+    launch(machine)
+    (tmp_path / "venv.lock").unlink()
+    (tmp_path / "venv.lock").mkdir()  # as in an installation that belongs to somebody else
     assert launch(machine).returncode == 0
 
 

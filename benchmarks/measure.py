@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jspec.model import ModelConfig, Policy
+from jspec.progress import telling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,11 +35,15 @@ def in_turn(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> Iterator[
 def interleaved(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of `rounds` runs of each program, `in_turn`. Each runs once before, which compiles it and is not
     counted."""
-    for program in programs.values():
-        jax.block_until_ready(program())
+    with telling("compiling, and running once", total=len(programs)) as advance:
+        for program in programs.values():
+            jax.block_until_ready(program())
+            advance()
     seconds: dict[Any, list[float]] = {name: [] for name in programs}
-    for name, taken, _ in in_turn(programs, rounds):
-        seconds[name].append(taken)
+    with telling("timing", total=rounds * len(programs)) as advance:
+        for name, taken, _ in in_turn(programs, rounds):
+            seconds[name].append(taken)
+            advance()
     return seconds
 
 

@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     bandwidth = measure.copy_bandwidth(2**24 if args.shape == "tiny" and not args.weights else None)
     rows = []
     for size in args.batch:
-        with telling(f"batch {size}: compiling, then {args.rounds} round(s)"):
+        with telling(f"batch {size}"):
             new = time_batch(args, policy, size, rule)
         derive(args, policy, new, bandwidth)
         rows += new

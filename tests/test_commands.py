@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -25,10 +26,27 @@ def task(tmp_path):
             "sampling.max_new_tokens=8"]
 
 
-def test_rollout_side_by_side(capsys, model):
+@pytest.fixture
+def told(monkeypatch):
+    """What commands say that they are doing."""
+    said = []
+
+    @contextmanager
+    def telling(what, total=None):
+        said.append(what)
+        yield lambda parts=1: None
+
+    monkeypatch.setattr("jspec.commands.telling", telling)
+    return said
+
+
+def test_rollout_side_by_side(capsys, model, told):
     code = main(["rollout", model, "--prompt", "1+1=", "--rule", "coupled", "--max-new-tokens", "12", "--samples", "2"])
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
+    assert told == [f"loading {model}", "compiling, then decoding one token at a time",
+                    "timing: decoding one token at a time", "compiling, then decoding with ngram drafts",
+                    "timing: decoding with ngram drafts"]
     assert "ngram (the same tokens)" in out and "autoregressive" in out
     for row in ("tokens/s", "speed-up", "tokens a cycle", "accepted, by draft position"):
         assert row in out

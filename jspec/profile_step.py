@@ -5,6 +5,7 @@ A draft that is trained at every n-th step has its n-th part in the figures: the
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,29 @@ from jspec.prepare import (
     make_speculation,
     make_tokenizer,
 )
-from jspec.profiling import PARTS, PHASES, Phase, memory_of, module_name, phases_of_program, seconds_by_phase, trace
+from jspec.profiling import (
+    PARTS,
+    PHASES,
+    Phase,
+    in_order,
+    length,
+    meaning,
+    memory_of,
+    module_name,
+    name_phases,
+    phases_of_program,
+    spans_by_phase,
+    trace,
+)
+from jspec.progress import telling
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
 from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from, trains_draft
 from jspec.sharding import make_mesh
 from jspec.train import Run, jit_update, jit_update_draft, make_prompt_batch, place
 from pallas_kernels.noise import seed_key
+
+WORDS = "what it is"
 
 LEARNING = ("policy_loss", "draft_loss", "optimizer", "draft_optimizer", "update", "draft")
 """Phases, and programs whose rest is one, in which policy and draft learn."""
@@ -77,9 +94,10 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     """
     check(config, mesh)
     tokenizer, settings = make_tokenizer(config), UpdateSettings.of(config)
-    policy = make_policy(config, tokenizer)
-    reference = make_reference(config, policy)
-    draft = make_draft(config, policy)
+    with telling(f"loading {config.model.name}"):
+        policy = make_policy(config, tokenizer)
+        reference = make_reference(config, policy)
+        draft = make_draft(config, policy)
     data = PromptData(config.data, tokenizer, seed=config.seed)
     run = Run(config, mesh, tokenizer, data, pool=None, checkpoints=None, metrics=None, stop=None)
     prompts = make_prompt_batch(run, next(data), seed_key(config.seed))
@@ -89,49 +107,59 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     states = learned_from(draft, settings)
     speculation = make_speculation(config).replace(states=states)
 
-    reshard = jax.jit(partial(to_rollout, layout=layout)).lower(policy).compile()
-    resharded = reshard(policy)
+    def compiled(name, program, *arguments):
+        with telling(f"compiling {name}"):
+            programs[name] = program.lower(*arguments).compile()
+            return programs[name]
+
+    programs: dict[str, Any] = {}
+    resharded = compiled("reshard", jax.jit(partial(to_rollout, layout=layout)), policy)(policy)
     rollout = jax.jit(partial(jspec.rollout, sampling=make_sampling(config), speculation=speculation))
-    rollout = rollout.lower(resharded, draft, prompts).compile()
-    out = rollout(resharded, draft, prompts)
-    programs = {"reshard": reshard, "rollout": rollout}
+    rollout = compiled("rollout", rollout, resharded, draft, prompts)
+    with telling("decoding"):
+        out = jax.block_until_ready(rollout(resharded, draft, prompts))
     if states is not None:
-        programs["draft"] = jit_update_draft(config, state).lower(state, prompts, out).compile()
+        compiled("draft", jit_update_draft(config, state), state, prompts, out)
         out = out.replace(trunk=None)
-    programs["update"] = jit_update(config, state).lower(state, reference, prompts, out, rewards).compile()
+    compiled("update", jit_update(config, state), state, reference, prompts, out, rewards)
     return Step(settings, programs, state, reference, prompts, rewards)
 
 
 def profile(config: Config, directory: Path) -> int:
     """`jspec profile`: prints the table, and writes trace and profile.json under `directory`."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    # else a program that was kept may come back with the scopes of the source that it was compiled from
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     mesh, clock = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), Clock()
     with jax.set_mesh(mesh):
-        with console.status("compiling"):
-            step = compile_step(config, mesh)
+        step = compile_step(config, mesh)
         period = step.settings.draft_every if trains_draft(step.state.draft, step.settings) else 1
-        with console.status("timing"):
+        with telling("timing steps", total=1 + config.profile.repeats * period) as advance:
             step, _ = step.run(Clock())
             for _ in range(config.profile.repeats * period):
+                advance()
                 step, out = step.run(clock)
-        with console.status("tracing"), trace(directory):
-            for _ in range(period):
-                step, _ = step.run(Clock())
+        with telling("tracing"), trace(directory):
+            for number in range(period):
+                with jax.profiler.StepTraceAnnotation("step", step_num=number):
+                    step, _ = step.run(Clock())
     seconds = {name: total / config.profile.repeats / period for name, total in clock.seconds.items()}
-    with console.status("reading the trace"):
+    with telling("reading the trace"):
         known = {}
         for name, compiled in step.programs.items():
             text = compiled.as_text()
             known[module_name(text)] = phases_of_program(text, name if name in PHASES else f"{name}, rest")
-        phases = {phase: spent / period for phase, spent in seconds_by_phase(directory, known).items()}
+        spans = spans_by_phase(directory, known)
+        perfetto = name_phases(directory, spans)
+    phases = {phase: length(found) / 1e9 / period for phase, found in spans.items()}
     memory = {name: memory_of(compiled) for name, compiled in step.programs.items()}
     report(console, config, seconds, phases, memory, int(out.lengths.sum()), period)
     record = {"seconds": seconds, "memory_bytes": memory, "tokens": int(out.lengths.sum()),
               "draft_share_of_update": draft_share(phases),
               "phases": [dataclasses.asdict(phase) | {"seconds": spent} for phase, spent in phases.items()]}
     (directory / "profile.json").write_text(json.dumps(record, indent=2) + "\n")
-    newest = max(directory.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
-    console.print(f"Perfetto (ui.perfetto.dev): {newest}\nXProf (pip install xprof): xprof {directory}", soft_wrap=True)
+    console.print(f"Perfetto (ui.perfetto.dev; the phases are its first tracks): {perfetto}\n"
+                  f"XProf (pip install xprof): xprof {directory}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -149,10 +177,10 @@ def report(console: Console, config: Config, seconds: Mapping[str, float], phase
         table.add_row(name, f"{spent:.3f}", f"{spent / step:.1%}")
     table.add_row("whole step", f"{step:.3f}", "", style="bold")
     console.print(right_justified(table))
-    table = Table("phase", "seconds", "share", title="by phase (named scope), from the trace")
+    table = Table("phase", "seconds", "share", WORDS, title="by phase, from the trace")
     for name in dict.fromkeys(phase.name for phase in sorted(phases, key=in_order)):
         parts = {phase.part: spent for phase, spent in phases.items() if phase.name == name}
-        table.add_row(name, f"{sum(parts.values()):.3f}", f"{sum(parts.values()) / traced:.1%}")
+        table.add_row(name, f"{sum(parts.values()):.3f}", f"{sum(parts.values()) / traced:.1%}", meaning(name))
         for part in (part for part in PARTS if part in parts):
             table.add_row(f"  {part}", f"{parts[part]:.3f}", f"{parts[part] / traced:.1%}", style="dim")
     table.add_row("operations, all", f"{traced:.3f}", "", style="bold")
@@ -173,13 +201,7 @@ def draft_share(phases: Mapping[Phase, float]) -> float:
 
 
 def right_justified(table: Table) -> Table:
-    """Numbers, all columns but the first, to the right."""
+    """Numbers, all columns but the first and what is said in words, to the right."""
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify = "left" if column.header == WORDS else "right"
     return table
-
-
-def in_order(phase: Phase) -> tuple[int, bool, str]:
-    """Phases as a step goes through them."""
-    name = phase.name.split(",")[0]
-    return (PHASES.index(name) if name in PHASES else len(PHASES)), "backward" in phase.name, phase.name

@@ -6,6 +6,8 @@ which operation ran when; the two are joined by the operation's name. The same o
 
 import contextlib
 import dataclasses
+import gzip
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,16 +16,35 @@ from typing import Any
 
 import jax
 
-PHASES = ("reshard", "prefill", "propose", "verify", "accept", "commit", "observe", "decode", "policy_loss",
-          "draft_loss", "optimizer", "draft_optimizer")
+MEANING = {
+    "reshard": "the weights, from the training layout to the rollout's",
+    "prepare": "what the rollout makes of the weights before it begins",
+    "prefill": "the prompts, through policy and draft",
+    "noise": "random bits of the cycles",
+    "propose": "the draft's tokens",
+    "verify": "the policy's pass over them",
+    "accept": "its logits, the verdict and the token after the accepted ones",
+    "commit": "tokens and log-probabilities to where they are kept",
+    "observe": "what the draft takes in of the verified tokens",
+    "decode": "the loop's test, and what the loop copies",
+    "collect": "the answers out of the rows",
+    "policy_loss": "the policy's loss on the answers",
+    "draft_loss": "the draft's loss on the same answers",
+    "optimizer": "the policy's gradient norm and new weights",
+    "draft_optimizer": "the same of the draft",
+    "rest": "what of that program belongs to no phase",
+}
+PHASES = tuple(name for name in MEANING if name != "rest")  # the innermost first: all of decoding lies in "decode"
 PARTS = ("attention", "mlp", "head", "token_logprobs")
 OTHER = "other operations"
+BETWEEN_OPERATIONS_NS = 20_000.0  # what XLA needs to start the next one; a phase's track shows no hole there
 # containers, whose time is that of what is in them, and what never runs
 _NO_WORK = {"while", "call", "conditional", "async-start", "async-done", "parameter", "tuple", "get-tuple-element"}
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(")
-_COMPUTATION = re.compile(r"^%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:calls|body|condition|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 
 
 @contextlib.contextmanager
@@ -54,39 +75,84 @@ def phase_of(op_name: str) -> Phase:
     return Phase(name, next((scope for scope in reversed(scopes) if scope in PARTS), ""))
 
 
-def phases_of_program(hlo: str, default: str = OTHER) -> dict[str, Phase]:
-    """The phase of every operation in a compiled program's text (`compiled.as_text()`), containers left out.
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """A line of a compiled program."""
 
-    An operation that XLA made itself, without a scope, has the phase of what is fused into it, else `default`.
-    """
-    names: dict[str, str] = {}
-    calls: dict[str, str] = {}
-    inside: dict[str, str] = {}
-    computation = ""
+    opcode: str
+    scope: str
+    operands: tuple[str, ...]
+    called: tuple[str, ...]
+    computation: str
+
+
+def _instructions(hlo: str) -> dict[str, _Instruction]:
+    found, computation = {}, ""
     for line in hlo.splitlines():
-        found = _INSTRUCTION.match(line)
-        if not found:
+        match = _INSTRUCTION.match(line)
+        if not match:
             header = _COMPUTATION.match(line)
             computation = header.group(1) if header else computation
             continue
-        instruction, opcode = found.groups()
-        if opcode in _NO_WORK:
-            continue
-        scope, called = _OP_NAME.search(line), _CALLS.search(line)
-        names[instruction] = scope.group(1) if scope else ""
-        if scope and "/" in scope.group(1):
-            inside.setdefault(computation, scope.group(1))
-        if called:
-            calls[instruction] = called.group(1)
-    phases = {}
-    for instruction, name in names.items():
-        phase = phase_of(name if "/" in name else inside.get(calls.get(instruction, ""), name))
-        phases[instruction] = dataclasses.replace(phase, name=default) if phase.name == OTHER else phase
-    return phases
+        name, opcode, rest = match.groups()
+        scope = _OP_NAME.search(rest)
+        called = tuple(one or many.replace("%", "") for one, many in _CALLED.findall(rest))
+        called = tuple(part.strip() for names in called for part in names.split(","))
+        operands = tuple(_NAME.findall(rest.partition(")")[0]))
+        found[name] = _Instruction(opcode, scope.group(1) if scope else "", operands, called, computation)
+    return found
 
 
-def seconds_by_phase(directory: Path, programs: Mapping[str, Mapping[str, Phase]]) -> dict[Phase, float]:
-    """Seconds in which operations of each phase ran, from the newest trace under `directory`.
+def phases_of_program(hlo: str, default: str = OTHER) -> dict[str, Phase]:
+    """The phase of every operation in a compiled program's text (`compiled.as_text()`), containers left out.
+
+    An operation that XLA made itself, without a scope, belongs with what is fused into it, else with the nearest of the
+    operations that it reads and that read it, else with the loop that it is in, else to `default`.
+    """
+    found = _instructions(hlo)
+    neighbours: dict[str, list[str]] = {name: list(one.operands) for name, one in found.items()}
+    inside: dict[str, Phase] = {}
+    caller: dict[str, str] = {}
+    for name, one in found.items():
+        for operand in one.operands:
+            neighbours.setdefault(operand, []).append(name)
+        for computation in one.called:
+            caller.setdefault(computation, name)
+        if "/" in one.scope and phase_of(one.scope).name != OTHER:
+            inside.setdefault(one.computation, phase_of(one.scope))
+
+    def own_phase(one: _Instruction) -> Phase | None:
+        if one.opcode == "parameter":  # its scope is that of whatever else is computed from the argument
+            return None
+        phase = phase_of(one.scope)
+        if phase.name != OTHER:
+            return phase
+        return next((inside[called] for called in one.called if one.opcode == "fusion" and called in inside), None)
+
+    own = {name: own_phase(one) for name, one in found.items()}
+
+    def nearest(name: str) -> Phase | None:
+        seen, level = {name}, [name]
+        while level:
+            for other in level:
+                if own[other] is not None:
+                    return own[other]
+            level = list(dict.fromkeys(other for one in level for other in neighbours[one] if other in found
+                                       and other not in seen))
+            seen.update(level)
+        above = caller.get(found[name].computation)
+        return None if above is None else nearest(above)
+
+    return {name: nearest(name) or Phase(default, phase_of(one.scope).part) for name, one in found.items()
+            if one.opcode not in _NO_WORK}
+
+
+Spans = list[tuple[float, float]]
+"""(beginning, end) of stretches of time, in nanoseconds since the trace began."""
+
+
+def spans_by_phase(directory: Path, programs: Mapping[str, Mapping[str, Phase]]) -> dict[Phase, Spans]:
+    """When operations of each phase ran, from the newest trace under `directory`: stretches in order, apart.
 
     Args:
       programs: for each program traced, by its XLA module's name, what `phases_of_program` gives.
@@ -94,17 +160,57 @@ def seconds_by_phase(directory: Path, programs: Mapping[str, Mapping[str, Phase]
     Operations that run at the same time, on several threads or streams, count once. Of several devices the busiest is
     told; waiting is nobody's.
     """
-    newest = max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     devices = []
-    for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
-        spans: dict[Phase, list[tuple[float, float]]] = defaultdict(list)
+    for plane in jax.profiler.ProfileData.from_file(str(newest(directory, "*.xplane.pb"))).planes:
+        spans: dict[Phase, Spans] = defaultdict(list)
         for line in plane.lines:
             for event in line.events:
                 phase = _phase_of_event(event, programs)
                 if phase is not None:
                     spans[phase].append((event.start_ns, event.start_ns + event.duration_ns))
-        devices.append({phase: _covered(found) / 1e9 for phase, found in spans.items()})
-    return max(devices, key=lambda device: sum(device.values()), default={})
+        devices.append({phase: _joined(found) for phase, found in spans.items()})
+    return max(devices, key=lambda device: sum(map(length, device.values())), default={})
+
+
+def newest(directory: Path, pattern: str) -> Path:
+    """The newest file of that kind under `directory`."""
+    return max(directory.rglob(pattern), key=lambda path: path.stat().st_mtime)
+
+
+def name_phases(directory: Path, spans: Mapping[Phase, Spans]) -> Path:
+    """Writes the phases into the newest Perfetto trace under `directory`, a track for each. Returns its path.
+
+    Operations have no scopes there, and those of a CPU in no other view either.
+    """
+    path = newest(directory, "perfetto_trace.json.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        recorded = json.load(file)
+    events = recorded["traceEvents"]
+    process = 1 + max((event.get("pid", 0) for event in events), default=0)
+    names = list(dict.fromkeys(phase.name for phase in sorted(spans, key=in_order)))
+    added = [{"ph": "M", "pid": process, "name": "process_name", "args": {"name": "phases"}},
+             {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": -1}}]
+    for track, name in enumerate(names):
+        added += [{"ph": "M", "pid": process, "tid": track, "name": "thread_name", "args": {"name": name}},
+                  {"ph": "M", "pid": process, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}}]
+        stretches = _joined(span for phase, found in spans.items() if phase.name == name for span in found)
+        added += [{"ph": "X", "pid": process, "tid": track, "name": name, "ts": start / 1e3,
+                   "dur": (end - start) / 1e3} for start, end in _joined(stretches, gap=BETWEEN_OPERATIONS_NS)]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        json.dump({**recorded, "traceEvents": [*added, *events]}, file)
+    return path
+
+
+def meaning(name: str) -> str:
+    """What a phase of that name is, for people; 'update, rest' and 'policy_loss, forward' are names too."""
+    first, _, rest = name.partition(", ")
+    return MEANING.get("rest" if rest == "rest" else first, "")
+
+
+def in_order(phase: Phase) -> tuple[int, bool, str]:
+    """Phases as a step goes through them."""
+    name = phase.name.split(",")[0]
+    return (PHASES.index(name) if name in PHASES else len(PHASES)), "backward" in phase.name, phase.name
 
 
 def _phase_of_event(event: Any, programs: Mapping[str, Mapping[str, Phase]]) -> Phase | None:
@@ -117,13 +223,20 @@ def _phase_of_event(event: Any, programs: Mapping[str, Mapping[str, Phase]]) -> 
     return next((phases[operation] for phases in programs.values() if operation in phases), None)
 
 
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
+def _joined(spans: Iterable[tuple[float, float]], gap: float = 0.0) -> Spans:
+    """The union of stretches; those that are at most `gap` apart become one."""
+    joined: Spans = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1] + gap:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def length(spans: Spans) -> float:
+    """Nanoseconds of stretches that are apart."""
+    return sum(end - start for start, end in spans)
 
 
 def module_name(hlo: str) -> str:

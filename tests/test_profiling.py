@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import jax
@@ -5,7 +6,19 @@ import jax.numpy as jnp
 import pytest
 
 from jspec.cli import main
-from jspec.profiling import Phase, memory_of, module_name, phase_of, phases_of_program, seconds_by_phase, trace
+from jspec.profiling import (
+    PHASES,
+    Phase,
+    length,
+    meaning,
+    memory_of,
+    module_name,
+    name_phases,
+    phase_of,
+    phases_of_program,
+    spans_by_phase,
+    trace,
+)
 
 
 @pytest.mark.parametrize(("op_name", "name", "part"), [
@@ -40,9 +53,40 @@ def test_a_trace_is_split_by_phase(tmp_path):
         jax.block_until_ready(compiled(x))
     text = compiled.as_text()
     assert module_name(text) == "jit_step"
-    seconds = seconds_by_phase(tmp_path, {module_name(text): phases_of_program(text)})
-    assert seconds[Phase("verify")] > 0.5 * sum(seconds.values()) > 0
-    assert list(tmp_path.rglob("perfetto_trace.json.gz")) and list(tmp_path.rglob("*.xplane.pb"))
+    spans = spans_by_phase(tmp_path, {module_name(text): phases_of_program(text)})
+    assert length(spans[Phase("verify")]) > 0.5 * sum(map(length, spans.values())) > 0
+    assert_named(name_phases(tmp_path, spans), spans)
+
+
+def assert_named(path, spans):
+    """The Perfetto trace has a track for each phase, whose spans hold those of its operations and no other's."""
+    events = [e for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"] if "name" in e]
+    process = next(e["pid"] for e in events if e["name"] == "process_name" and e["args"]["name"] == "phases")
+    tracks = {e["tid"]: e["args"]["name"] for e in events if e["pid"] == process and e["name"] == "thread_name"}
+    assert set(tracks.values()) == {phase.name for phase in spans}
+    drawn = [e for e in events if e["pid"] == process and e["ph"] == "X"]
+    assert all(e["name"] == tracks[e["tid"]] for e in drawn)
+    for phase, found in spans.items():
+        mine = [(e["ts"] * 1e3, (e["ts"] + e["dur"]) * 1e3) for e in drawn if e["name"] == phase.name]
+        assert all(any(start - 1 <= a and b <= end + 1 for start, end in mine) for a, b in found)
+    assert any(e["pid"] != process and e["ph"] == "X" for e in events)  # what was recorded is still there
+
+
+def test_spans_that_touch_are_one(tmp_path):
+    recorded = {"traceEvents": [{"ph": "X", "pid": 7, "tid": 1, "ts": 0, "dur": 1, "name": "x"}]}
+    (tmp_path / "perfetto_trace.json.gz").write_bytes(gzip.compress(json.dumps(recorded).encode()))
+    spans = {Phase("accept"): [(3e6, 4e6)], Phase("verify"): [(1e6, 2e6), (2.01e6, 3e6), (5e6, 6e6)],
+             Phase("verify", "mlp"): [(6e6, 7e6)]}
+    drawn = [e for e in json.loads(gzip.decompress(name_phases(tmp_path, spans).read_bytes()))["traceEvents"]
+             if e["ph"] == "X" and e["pid"] == 8]
+    assert [(e["name"], e["tid"], e["ts"], e["dur"]) for e in drawn] == [
+        ("verify", 0, 1000, 2000), ("verify", 0, 5000, 2000), ("accept", 1, 3000, 1000)]
+
+
+def test_every_phase_says_what_it_is():
+    names = [phase_of(f"jit(f)/{name}/dot").name for name in PHASES]
+    assert all(meaning(name) for name in [*names, "policy_loss, backward", "rollout, rest"])
+    assert meaning("decode, between phases") != meaning("rollout, rest") == meaning("update, rest")
 
 
 def test_time_on_several_threads_counts_once(tmp_path):
@@ -56,13 +100,51 @@ def test_time_on_several_threads_counts_once(tmp_path):
         jax.block_until_ready(compiled(x))
         wall = time.perf_counter() - start
     text = compiled.as_text()
-    total = sum(seconds_by_phase(tmp_path, {module_name(text): phases_of_program(text)}).values())
+    total = sum(map(length, spans_by_phase(tmp_path, {module_name(text): phases_of_program(text)}).values())) / 1e9
     assert 0.5 * wall < total <= wall * 1.05
 
 
 def test_containers_have_no_time_of_their_own():
     text = jax.jit(step).lower(jnp.ones((4, 4))).compile().as_text()
     assert not any(name.startswith("while") for name in phases_of_program(text))
+
+
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%fused (param_0: f32[8]) -> f32[8] {
+  %param_0 = f32[8]{0} parameter(0)
+  ROOT %tanh.1 = f32[8]{0} tanh(%param_0), metadata={op_name="jit(f)/decode/while/body/verify/tanh"}
+}
+
+%body (param.1: (f32[8])) -> (f32[8]) {
+  %param.1 = (f32[8]{0}) parameter(0)
+  %gte = f32[8]{0} get-tuple-element(%param.1), index=0
+  %fusion.1 = f32[8]{0} fusion(%gte), kind=kLoop, calls=%fused
+  %copy.2 = f32[8]{0} copy(%fusion.1)
+  %alone = f32[8]{0} broadcast(), dimensions={}
+  ROOT %tuple.1 = (f32[8]{0}) tuple(%copy.2)
+}
+
+ENTRY %main.9 (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0), metadata={op_name="x"}
+  %copy.1 = f32[8]{0} copy(%x)
+  %tuple.2 = (f32[8]{0}) tuple(%copy.1)
+  %while.1 = (f32[8]{0}) while(%tuple.2), condition=%cond, body=%body, metadata={op_name="jit(f)/decode/while"}
+  %gte.1 = f32[8]{0} get-tuple-element(%while.1), index=0
+  ROOT %add.1 = f32[8]{0} add(%gte.1, %gte.1), metadata={op_name="jit(f)/commit/mlp/add"}
+}
+"""
+
+
+@pytest.mark.parametrize(("operation", "phase"), [
+    ("fusion.1", Phase("verify")),  # what is fused into it
+    ("copy.2", Phase("verify")),  # what it reads
+    ("copy.1", Phase("decode, between phases")),  # what reads it
+    ("alone", Phase("decode, between phases")),  # the loop that it is in
+    ("add.1", Phase("commit", "mlp")),  # its own
+])
+def test_what_xla_made_itself_belongs_with_its_neighbours(operation, phase):
+    assert phases_of_program(PROGRAM)[operation] == phase
 
 
 def test_an_operation_without_a_scope_has_the_programs_phase():

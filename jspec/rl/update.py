@@ -348,9 +348,9 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch, setti
     """
     (grads, metrics), of_draft = gradients(state, reference, batch, settings)
     optimizer, draft_optimizer = optimizers(settings)
-    norm = optax.tree.norm(grads)
-    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
+        norm = optax.tree.norm(grads)
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         weights, opt_state = apply_gradients(optimizer, state.policy.weights, state.opt_state, grads, sound)
     metrics = {**metrics, "grad_norm": norm, "trained_tokens": batch.mask.sum(dtype=jnp.float32)}
     new = state.replace(policy=state.policy.replace(weights=weights), opt_state=opt_state, updates=state.updates + 1,
@@ -374,9 +374,9 @@ def update_draft(state: TrainState, batch: TrainBatch, settings: UpdateSettings)
 def step_draft(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, metrics: dict[str, jax.Array],
                due: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of the draft's optimizer; nothing changes where it is not due."""
-    norm = optax.tree.norm(grads)
-    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     with jax.named_scope("draft_optimizer"):
+        norm = optax.tree.norm(grads)
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         weights, opt_state = apply_gradients(optimizer, state.draft.weights, state.draft_opt_state, grads, sound & due)
     failed = ~sound & due
     in_row = jnp.where(due, jnp.where(sound, 0, state.draft_skipped_in_row + 1), state.draft_skipped_in_row)

@@ -144,9 +144,10 @@ def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:
 @partial(jax.jit, static_argnames="speculation")
 def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation) -> Rollout:
     log.debug("compiling a rollout with %s", picked(speculation.kernels))
-    policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
-    if draft is not None:
-        draft = draft.module.prepare(policy, draft)
+    with jax.named_scope("prepare"):
+        policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
+        if draft is not None:
+            draft = draft.module.prepare(policy, draft)
     k = 0 if draft is None else speculation.k
     if k == 0:
         draft = None
@@ -155,13 +156,15 @@ def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation:
     make_noise = RULES[speculation.rule]
 
     def body(slots: Slots) -> Slots:
-        noise = make_noise(key, slots.sequence_ids, slots.lengths, k)
+        with jax.named_scope("noise"):
+            noise = make_noise(key, slots.sequence_ids, slots.lengths, k)
         return cycle(policy, draft, slots, noise, sampling=sampling, stop_tokens=stops, k=k, states=speculation.states)
 
     slots = start(policy, draft, batch, sampling, k, speculation.states)
     with jax.named_scope("decode"):
         slots = jax.lax.while_loop(lambda s: ~jnp.all(s.done), body, slots)
-    return _gather(slots, sampling.max_new_tokens, policy.config.pad_token)
+    with jax.named_scope("collect"):
+        return _gather(slots, sampling.max_new_tokens, policy.config.pad_token)
 
 
 def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *, sampling: Sampling | None = None,

@@ -51,7 +51,8 @@ class DraftLearningSection:
                                "fresh one")
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; overlap: -log of the "
                         "overlap, the likelihood of acceptance", choices=("kl", "tv", "overlap"))
-    optimizer: str = setting("adamw", "the draft's own; muon: orthogonal updates of matrices, AdamW for the rest",
+    optimizer: str = setting("adamw", "the draft's own; muon: orthogonal updates of the matrices inside blocks, AdamW "
+                             "for the rest",
                              choices=("adamw", "muon"))
     learning_rate: float = setting(1e-3, "peak learning rate of the draft's own optimizer", low=0)
     clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
@@ -138,7 +139,7 @@ class GrpoSection:
     learning_rate: float = setting(1e-6, "peak learning rate of the policy's AdamW", low=0)
     clip: float = setting(1.0, "global-norm clip of the policy's gradient", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
-    warmup_steps: int = setting(0, "steps over which the learning rate rises linearly", low=0)
+    warmup_steps: int = setting(0, "GRPO steps over which the learning rate rises linearly", low=0)
     max_skipped: int = setting(5, "stop after this many updates in a row with a non-finite loss or gradient", low=1)
 
 
@@ -166,7 +167,8 @@ class CheckpointSection:
 class ProfileSection:
     """Traces that XProf and Perfetto open."""
 
-    trace_step: int = setting(-1, "the step of `jspec train` that is traced into output_dir/trace; -1: none", low=-1)
+    trace_step: int = setting(-1, "the step of `jspec train` that is traced into output_dir/trace, by the number that "
+                              "its line has; 0 and -1: none", low=-1)
     repeats: int = setting(2, "`jspec profile`: how many times the step (or draft.every_n_steps of them) is timed, "
                            "after one warm-up", low=1)
 

@@ -27,7 +27,7 @@ from jspec.errors import InputError
 from jspec.model import Policy, Trunk
 from jspec.prepare import make_draft
 from jspec.progress import telling
-from jspec.rl.update import draft_optimizer
+from jspec.rl.update import draft_optimizer, warmup
 from jspec.stopping import StopSignal
 
 log = logging.getLogger(__name__)
@@ -109,9 +109,10 @@ def solved(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list
 
 
 def schedule(config: DraftTrainingConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up and a cosine down to a tenth."""
-    rate, warmup = config.draft.learning_rate, min(config.training.warmup_steps, steps // 2)
-    return optax.warmup_cosine_decay_schedule(rate / (warmup + 1), rate, warmup, steps, rate / 10)
+    """`warmup` over half of the steps at most, then a cosine down to a tenth."""
+    rate, rising = config.draft.learning_rate, min(config.training.warmup_steps, steps // 2)
+    falling = optax.cosine_decay_schedule(rate, steps - rising, alpha=0.1)
+    return optax.join_schedules([warmup(rate, rising), falling], [rising]) if rising else falling
 
 
 def restore(checkpoints: ocp.CheckpointManager, draft: Draft, config: DraftTrainingConfig) -> tuple[int, Any]:

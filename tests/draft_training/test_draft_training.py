@@ -268,3 +268,11 @@ def test_losses_are_compared_from_one_start(trained, tmp_path):
         draft_losses.main([str(trained), "draft.loss=tv"])
     with pytest.raises(InputError, match="has no samples: give the output_dir"):
         draft_losses.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("rising, rates", [(0, [1.0]), (4, [0.25, 0.5, 0.75, 1.0, 1.0]), (99, [0.1, 0.2])])
+def test_the_rate_rises_over_warmup_steps_and_falls_to_a_tenth(rising, rates):
+    config = load_config(None, ["draft.learning_rate=1", f"training.warmup_steps={rising}"], DraftTrainingConfig)
+    schedule = stages.schedule(config, 20)
+    np.testing.assert_allclose([schedule(i) for i in range(len(rates))], rates, rtol=1e-6)
+    assert schedule(19) == pytest.approx(0.1, abs=0.03) and schedule(20) == pytest.approx(0.1)

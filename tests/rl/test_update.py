@@ -232,14 +232,30 @@ def test_gradients_are_clipped_to_each_sides_own_norm(side):
     np.testing.assert_allclose(optax.tree.norm(adam.mu), 0.1 * (2.0, 3.0)[side], rtol=1e-5)
 
 
-def test_warmup_rises_to_the_rate_and_the_first_update_moves():
-    optimizer, _ = up.optimizers(up.UpdateSettings(learning_rate=1e-2, warmup_steps=4))
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_warmup_counts_steps_however_many_updates_they_have(per_step):
+    optimizer, _ = up.optimizers(up.UpdateSettings(learning_rate=1e-2, warmup_steps=4, updates_per_rollout=per_step))
     weights, opt_state, sizes = {"a": jnp.zeros(2)}, optimizer.init({"a": jnp.zeros(2)}), []
-    for _ in range(6):
+    for _ in range(6 * per_step):
         new, opt_state = up.apply_gradients(optimizer, weights, opt_state, {"a": jnp.ones(2)}, jnp.array(True))
         sizes.append(change(new, weights) / np.sqrt(2))
         weights = new
-    np.testing.assert_allclose(sizes, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01], rtol=1e-3)
+    expected = [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01]  # the first update already moves
+    np.testing.assert_allclose(sizes, np.repeat(expected, per_step), rtol=1e-3)
+
+
+@pytest.mark.parametrize("draft, options", [("mtp", {"blocks": 2}), ("eagle3", {"own_embed": True})])
+def test_muon_has_the_matrices_inside_blocks_and_adamw_all_else(draft, options):
+    policy = jax.eval_shape(lambda: init_policy(CONFIG, jax.random.key(0)))
+    weights = jax.eval_shape(lambda p: getattr(jspec.drafts, draft)(p, jax.random.key(1), **options).weights, policy)
+    muon = {jax.tree_util.keystr(path) for path, given in jax.tree_util.tree_leaves_with_path(
+        up.inside_blocks(weights), is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers))}
+    blocks = [f"['blocks'][{i}]['layer']" for i in range(2)] if draft == "mtp" else ["['layer']"]
+    assert muon == {f"{block}['{name}']" for block in blocks for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    state = jax.eval_shape(up.draft_optimizer("muon", 1e-3, 1.0).init, weights)
+    moments = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    second = {name.split(".nu", 1)[1] for name in moments if ".nu" in name}  # only AdamW has second moments
+    assert second == {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(weights)} - muon
 
 
 def test_a_policy_without_sound_gradients_is_left_alone_while_the_draft_goes_on():

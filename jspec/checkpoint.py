@@ -1,8 +1,8 @@
 """Checkpoints of a run: all that training carries, saved in the background, kept by count, whole or not there at all.
 
 `output_dir/checkpoints/STEP` holds the items `policy`, `draft`, `optimizer` (with counters and key) and `meta` (model
-config, position in the data), so that a policy can be read without the rest; `output_dir/config.yaml` is the run's
-configuration.
+config, position in the data), so that a policy can be read without the rest, and the checksums of their files, which
+are compared before they are read; `output_dir/config.yaml` is the run's configuration.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from jspec import checksums
 from jspec.config import Config, load_config
-from jspec.distributed import any_process, is_main
+from jspec.distributed import any_process, on_main
 from jspec.drafts import Draft
-from jspec.drafts.base import config_from_fields, model_config
+from jspec.drafts.base import config_from_fields, model_config, unlike
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, param_specs
 from jspec.model.params import is_spec
+from jspec.output_dir import is_checkpoint, written
 from jspec.rl.state import TrainState
 from jspec.settings import Override, refuse_changes, to_yaml
 from jspec.sharding import spec_sharding
@@ -48,14 +50,15 @@ def check_config(config: Config) -> None:
     path = Path(config.output_dir) / "config.yaml"
     if path.exists() and has_checkpoints(config.output_dir):
         refuse_changes(config.output_dir, load_config(path), config, FREE_TO_CHANGE)
-    if is_main():
-        whole = path.with_suffix(".tmp")
-        try:
+
+    def write() -> None:
+        with written(config.output_dir):
             path.parent.mkdir(parents=True, exist_ok=True)
+            whole = path.with_suffix(".tmp")
             whole.write_text(to_yaml(config))
-        except OSError as error:
-            raise InputError(f"output_dir={config.output_dir} cannot be written to: {error.strerror}") from None
-        whole.replace(path)
+            whole.replace(path)
+
+    on_main(write)
 
 
 def has_checkpoints(run_dir: str | Path) -> bool:
@@ -101,18 +104,42 @@ class Checkpoints:
         with Checkpoints(output_dir, keep=2) as checkpoints:
             restored = checkpoints.restore(state)           # (step, state, data position), or None
             checkpoints.save(step, state, data.state())     # copies now, writes in the background
+
+    Saving, waiting and leaving raise InputError where a checkpoint, perhaps an earlier one, could not be written.
     """
 
     def __init__(self, output_dir: str | Path, keep: int):
         self.directory = Path(output_dir).absolute() / "checkpoints"
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.keep = keep
-        self.manager = self._open()
+        with self._written():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True,
-                                               enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums))
         return ocp.CheckpointManager(self.directory, options=options)
+
+    def _add_checksums(self) -> None:
+        """Called when all processes have written their files, and before the folder gets its name: a checkpoint has
+        checksums or is not there."""
+        for folder in self.directory.iterdir():
+            if folder.is_dir() and not folder.name.isdigit():
+                checksums.write(folder)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of a full disk every writer says something else
+            raise InputError(f"a checkpoint cannot be written to {self.directory} ({_brief(error)}); make room or mend "
+                             "its permissions, and the same command goes on from the last one that is whole") from error
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint, once all are on disk; 0 if there is none."""
+        self.wait()
+        return self.manager.latest_step() or 0
 
     def save(self, step: int, state: TrainState, data: dict) -> None:
         """Save the state after `step` steps. `data` is the position in the data, as JSON can hold it."""
@@ -120,59 +147,116 @@ class Checkpoints:
         meta = {"step": step, "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data,
                 "draft": None if state.draft is None else _draft_meta(state.draft)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
+        with self._written():
+            self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
 
     def restore(self, state: TrainState) -> tuple[int, TrainState, dict] | None:
-        """The latest checkpoint that can be read, placed as `state` is, whose own arrays are freed first.
+        """The latest checkpoint that is as it was written, placed as `state` is, whose own arrays are freed first.
 
-        One that cannot is set aside with a warning, and the one before it is tried. Returns None if there is none at
-        all; raises InputError if none of those there are can be read.
+        One that is damaged is set aside with a warning, and the one before it is tried. Returns None if there is none
+        at all; raises InputError if all those there are are damaged, or the latest one is of another model or draft.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         wanted = {name: _abstract(tree) for name, tree in _items(state).items()}
         for leaf in jax.tree.leaves(_items(state)) if steps else ():
             leaf.delete()
         for step in steps:
-            items, reason = self._read(step, wanted)
+            items, reason = self._read(step, state, wanted)
             if not any_process(items is None):
                 return step, _put_back(state, items), items["meta"]["data"]
             if step == steps[-1]:
                 raise InputError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}), and there is "
-                                 f"no earlier one; remove {self.directory.parent} to start over, or choose another "
-                                 "output_dir")
-            self._set_aside(step, reason)
+                                 f"no earlier one; remove it to start over, or choose another output_dir")
+            log.warning("the checkpoint %s cannot be read (%s): set aside, going back to the one before it",
+                        self.directory / str(step), reason)
+            self.set_aside(step)
         return None
 
-    def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict | None, str]:
+    def _read(self, step: int, state: TrainState, wanted: dict[str, Any]) -> tuple[dict | None, str]:
+        """(items, "") of a checkpoint, or (None, what is damaged)."""
+        folder = self.directory / str(step)
+        verified = checksums.known(folder)
+        if not verified:
+            log.debug("the checkpoint %s has no checksums: it is of an earlier jspec", folder)
+        # one process reads for all: each would read all files
+        reason = on_main(lambda: checksums.damage(folder)) if verified else ""
+        if any_process(bool(reason)):
+            return None, reason or "process 0 says why"
+        try:
+            meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            _check_meta(meta, step)
+        except Exception as error:  # what is cut short raises whatever its reader comes to trip over
+            return None, _brief(error)
+        _check_same(folder, meta, state)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         try:
-            return dict(self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))), ""
-        except Exception as error:  # what is cut short raises whatever its reader comes to trip over
-            return None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            return {**self.manager.restore(step, args=ocp.args.Composite(**args)), "meta": meta}, ""
+        except Exception as error:
+            if verified:
+                raise InputError(f"the checkpoint {folder} is whole, but not of this configuration ({_brief(error)}); "
+                                 "give the one it was made with, or choose another output_dir") from error
+            return None, _brief(error)
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        """Move a broken checkpoint out of the way: its step will be saved again."""
-        log.warning("the checkpoint %s cannot be read (%s): set aside, going back to the one before it",
-                    self.directory / str(step), reason)
+    def set_aside(self, step: int) -> None:
+        """Move a checkpoint out of the way: its step can be saved again. Raises InputError for what is none."""
         self.manager.close()
-        if is_main():
-            broken = self.directory.parent / "broken_checkpoints"
-            broken.mkdir(exist_ok=True)
-            taken = len(os.listdir(broken))
-            (self.directory / str(step)).rename(broken / f"{step}-{taken}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {step}")
+        folder, broken = self.directory / str(step), self.directory.parent / "broken_checkpoints"
+
+        def move() -> None:
+            if not is_checkpoint(folder):
+                raise InputError(f"{folder} is no checkpoint of a run; move it away")
+            with written(self.directory.parent):
+                broken.mkdir(exist_ok=True)
+                folder.rename(broken / f"{step}-{len(os.listdir(broken))}")
+
+        on_main(move)
         self.manager = self._open()
 
     def wait(self) -> None:
         """Return when everything saved is on disk."""
-        self.manager.wait_until_finished()
+        with self._written():
+            self.manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.manager.close()  # waits for what is being written
+    def __exit__(self, kind: type | None, *exception) -> None:
+        try:
+            with self._written():
+                self.manager.close()  # waits for what is being written
+        except InputError:
+            if kind is None:  # else the one that is on its way says more
+                raise
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _check_meta(meta: Any, step: int | None = None) -> None:
+    """Raise InputError for what is not the `meta` of a checkpoint, of that step."""
+    kinds = {"step": int, "model": dict, "dtype": str, "data": dict, "draft": (dict, type(None))}
+    if not isinstance(meta, dict):
+        raise InputError(f"its meta is not an object, but {type(meta).__name__}")
+    for name, kind in kinds.items():
+        # what a draft was has not always been said
+        if not isinstance(meta.get(name), kind) and (name, name in meta) != ("draft", False):
+            raise InputError(f"its meta has no {name} that is one")
+    if step is not None and meta["step"] != step:
+        raise InputError(f"its meta is of step {meta['step']}")
+
+
+def _check_same(folder: Path, meta: dict, state: TrainState) -> None:
+    """Raise InputError if a checkpoint is of another model, or another drafter, than the state is."""
+    with _meaning(folder.parent.parent):
+        difference = unlike(model_config(meta["model"]), state.policy.config)
+    theirs = (meta.get("draft") or {}).get("config", {}).get("name", "none") if "draft" in meta else None
+    ours = "none" if state.draft is None else state.draft.config.name
+    if not difference and theirs not in (None, ours):
+        difference = f"its draft is {theirs}, the configuration's is {ours}"
+    if difference:
+        raise InputError(f"the checkpoint {folder} is of another run: {difference}; give the configuration that it was "
+                         "made with, or choose another output_dir")
 
 
 def run_config(run_dir: str | Path, overrides: Sequence[Override] = ()) -> Config:
@@ -186,21 +270,40 @@ def run_config(run_dir: str | Path, overrides: Sequence[Override] = ()) -> Confi
 def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
     """Items of a run's latest checkpoint. Raises InputError if there is none, or it cannot be read."""
     directory = Path(run_dir).absolute() / "checkpoints"
-    if not directory.is_dir():
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file, and a folder of checkpoints is needed there; give another run")
+    if not has_checkpoints(run_dir):
         raise InputError(f"{run_dir} has no checkpoint yet; train with it first")
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{run_dir} has no checkpoint yet; train with it first")
+        folder = directory / str(step)
+        reason = checksums.damage(folder, tuple(items)) if checksums.known(folder) else ""
         try:
-            return dict(manager.restore(step, args=ocp.args.Composite(**items)))
+            restored = {} if reason else dict(manager.restore(step, args=ocp.args.Composite(**items)))
         except Exception as error:  # as above
-            raise InputError(f"the checkpoint {directory / str(step)} cannot be read ({type(error).__name__}); move it "
-                             "away, and the one before it is taken") from error
+            reason = _brief(error)
+    if reason:
+        raise InputError(f"the checkpoint {folder} cannot be read ({reason}); move it away, and the one before it is "
+                         "taken")
+    return restored
 
 
 def _meta(run_dir: str | Path) -> dict:
-    return _restore(run_dir, meta=ocp.args.JsonRestore())["meta"]
+    meta = _restore(run_dir, meta=ocp.args.JsonRestore())["meta"]
+    with _meaning(run_dir):
+        _check_meta(meta)
+    return meta
+
+
+@contextmanager
+def _meaning(where: str | Path) -> Iterator[None]:
+    """Says of a checkpoint's `meta` what cannot be made from it."""
+    try:
+        yield
+    except Exception as error:  # it may hold anything
+        reason = str(error) if isinstance(error, InputError) else _brief(error)
+        raise InputError(f"the latest checkpoint of {where} cannot be used: {reason}; move it away, and the one before "
+                         "it is taken") from error
 
 
 def _everywhere() -> Any:
@@ -231,7 +334,8 @@ def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
     """
     run_config(run_dir)
     meta = _meta(run_dir)
-    config = model_config(meta["model"])
+    with _meaning(run_dir):
+        config = model_config(meta["model"])
     weights = _restore(run_dir, policy=ocp.args.StandardRestore(_placed(param_specs(config), config)))["policy"]
     return Policy(weights, config, dtype or meta["dtype"])
 
@@ -244,11 +348,13 @@ def load_draft(run_dir: str | Path) -> Draft | None:
     if "draft" not in meta:
         raise InputError(f"the draft of {run_dir} was saved by an earlier jspec, which did not say what it was; train "
                          "it anew")
-    fields = dict(meta["draft"]["config"])
-    draft = Draft(weights={}, state={}, config=config_from_fields(fields["name"], {**fields, "policy": meta["model"]}))
+    with _meaning(run_dir):
+        fields = dict(meta["draft"]["config"])
+        draft = Draft(weights={}, state={}, config=config_from_fields(fields["name"], {**fields,
+                                                                                      "policy": meta["model"]}))
+        state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(tuple(s["shape"]), s["dtype"], sharding=_everywhere()),
+                             meta["draft"]["state"], is_leaf=lambda s: isinstance(s, dict) and "shape" in s)
     weights = _placed(draft.module.specs(draft.config), draft.config.policy)
-    state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(tuple(s["shape"]), s["dtype"], sharding=_everywhere()),
-                         meta["draft"]["state"], is_leaf=lambda s: isinstance(s, dict) and "shape" in s)
     if not jax.tree.leaves((weights, state)):
         return draft
     items = _restore(run_dir, draft=ocp.args.StandardRestore({"weights": weights, "state": state}))

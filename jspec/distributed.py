@@ -15,8 +15,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +29,8 @@ WAIT_S = 300.0
 """How long the processes wait for each other: the slowest one may still be installing."""
 
 BY_HAND = "start the processes by hand: --processes N --coordinator HOST:PORT --id I"
+
+T = TypeVar("T")
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
@@ -78,6 +81,20 @@ def any_process(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def on_main(act: Callable[[], T]) -> T | None:
+    """What `act` gives on the main process, None on the others. All processes must call it: where it raises InputError
+    all of them do."""
+    made, refusal = None, None
+    if is_main():
+        try:
+            made = act()
+        except InputError as error:
+            refusal = error
+    if any_process(refusal is not None):
+        raise refusal or InputError("refused; process 0 says why")
+    return made
 
 
 # --- waiting ---

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import logging
 import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jspec.console import PlainConsole
+from jspec.errors import InputError
+from jspec.hub.json_io import parse_json
+
+log = logging.getLogger(__name__)
+
 TIMINGS = ("seconds/", "tokens_per_second")
-"""Prefixes of the fields that differ between two runs of the same thing; all others are equal."""
+"""Prefixes of the fields that differ, as `time` does, between two runs of the same thing; all others are equal."""
 
 PHASES = ("data", "reshard", "rollout", "reward", "draft", "update", "checkpoint")
 WINDOW = 20  # steps in the running mean that acceptance is compared with
@@ -29,20 +37,36 @@ TABLE_ROWS = 12
 
 def untimed(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what may differ between two runs of the same thing."""
-    return {key: value for key, value in record.items() if not key.startswith(TIMINGS)}
+    return {key: value for key, value in record.items() if key != "time" and not key.startswith(TIMINGS)}
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl, in order; none if there is no such file. Lines that are no records are left out:
+    a last one that a crash cut short, and others with a warning. Raises InputError if it cannot be read."""
     path, records = Path(path), []
     if not path.exists():
         return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is no file, and metrics are written there; move it away")
+        *lines, unended = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    for number, text in enumerate((*lines, unended), start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            if text.strip():
+                records.append(_record(text, f"{path}:{number}"))
+        except InputError as error:
+            if number <= len(lines):
+                log.warning("%s: left out", error)
     return records
+
+
+def _record(text: bytes, where: str) -> dict[str, Any]:
+    record = parse_json(text, where)
+    if type(record.get("step")) is not int:
+        raise InputError(f"{where}: no record of a step: it has no whole number 'step'")
+    return record
 
 
 def keep_steps(path: Path, steps: int) -> list[dict[str, Any]]:
@@ -55,58 +79,125 @@ def keep_steps(path: Path, steps: int) -> list[dict[str, Any]]:
     return records
 
 
-class Clock:
-    """Seconds of each phase of a step."""
+class CompileSeconds:
+    """The seconds in which JAX has compiled, or read compiled programs, since it was entered: call it to ask."""
+
+    EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __init__(self):
+        self.total = 0.0
+
+    def __call__(self) -> float:
+        return self.total
+
+    def hear(self, event: str, seconds: float, **_: Any) -> None:
+        if event == self.EVENT:
+            self.total += seconds
+
+    def __enter__(self) -> CompileSeconds:
+        jax.monitoring.register_event_duration_secs_listener(self.hear)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        jax.monitoring.unregister_event_duration_listener(self.hear)
+
+
+class Clock:
+    """Seconds of each phase of a step, and those of them that went into compiling."""
+
+    def __init__(self, compile_seconds: Callable[[], float] = lambda: 0.0):
+        """`compile_seconds`: a `CompileSeconds`, or nothing is known of compiling."""
         self.seconds: dict[str, float] = {}
+        self.compiling: dict[str, float] = {}
+        self.compile_seconds, self.compiled_before = compile_seconds, compile_seconds()
         self.start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, compiled = time.perf_counter(), self.compile_seconds()
         with jax.profiler.TraceAnnotation(phase):  # what a trace of the host shows
             yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.compiling[phase] = self.compiling.get(phase, 0.0) + self.compile_seconds() - compiled
 
     def record(self) -> dict[str, float]:
-        """Fields `seconds/PHASE` and `seconds/step`, all that has passed since the step began."""
+        """Fields `seconds/PHASE`, `seconds/compile`, and `seconds/step`, all that has passed since the step began."""
         fields = {f"seconds/{phase}": round(value, 4) for phase, value in self.seconds.items()}
-        return {**fields, "seconds/step": round(time.perf_counter() - self.start, 4)}
+        return {**fields, "seconds/compile": round(self.compile_seconds() - self.compiled_before, 4),
+                "seconds/step": round(time.perf_counter() - self.start, 4)}
+
+
+class Board:
+    """TensorBoard's scalars, written as they come: tensorboardX's own SummaryWriter hangs on a full disk."""
+
+    def __init__(self, directory: Path, done: int):
+        """What the files in `directory` say of steps after `done` is shown no more."""
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        directory.mkdir(exist_ok=True)
+        self.event, self.scalar = event_pb2.Event, scalar
+        self.writer = event_file_writer.EventsWriter(str(directory / "events"), f".{os.getpid()}.{done}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self.writer.write_event(self.event(wall_time=time.time(), step=done + 1, session_log=start))
+
+    def write(self, step: int, scalars: Iterator[tuple[str, float]]) -> None:
+        for name, value in scalars:
+            self.writer.write_event(self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value)))
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 class Metrics:
     """Writes records to output_dir/metrics.jsonl and output_dir/tensorboard, and lines to the terminal.
 
     Opened at step `done`, it first takes back what an interrupted run wrote beyond that step: what the files say is
-    then what an uninterrupted run would have written.
+    then what an uninterrupted run would have written. Opening and writing raise InputError where a file cannot be
+    written.
     """
 
     def __init__(self, output_dir: str | Path, done: int, steps: int, console: Console | None = None,
                  write: bool = True):
         """`write` is false on all processes but one: they keep records and write nothing."""
-        directory = Path(output_dir)
+        self.directory = Path(output_dir)
         self.steps, self.file, self.board, self.records = steps, None, None, []
         if write:
-            from tensorboardX import SummaryWriter
-
-            directory.mkdir(parents=True, exist_ok=True)
-            self.records = keep_steps(directory / "metrics.jsonl", done)
-            self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
-        self.console = console or Console()
+            with self._written(f"metrics after step {done}"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self.records = keep_steps(self.directory / "metrics.jsonl", done)
+                self.file = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
+                self.board = Board(self.directory / "tensorboard", done)
+        self.compile_seconds = CompileSeconds()
+        self.console = console or PlainConsole()
         self.progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(),
                                  TextColumn("left"), TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task("train", total=steps, completed=done)
 
+    @contextmanager
+    def _written(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self.directory}: cannot write {what}: {error.strerror}; make room or make it writable, "
+                             "and the same command goes on from the last checkpoint") from None
+
+    def clock(self) -> Clock:
+        """Of the step that begins now."""
+        return Clock(self.compile_seconds)
+
     def write(self, record: dict[str, Any]) -> None:
-        """One step's record: numbers, lists of numbers and text. Not-finite numbers become null in the JSON."""
-        record = {key: _plain(value) for key, value in record.items()}
+        """One step's record: numbers, lists of numbers and text. It gets the time, and numbers that are not finite
+        become null in the JSON."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record = {key: _plain(value) for key, value in {**record, "time": now}.items()}
         if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-            for name, value in _scalars(record):
-                self.board.add_scalar(name, value, record["step"])
+            with self._written(f"the metrics of step {record['step']}"):
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+                self.board.write(record["step"], _scalars(record))
         alarm = acceptance_alarm(self.records, record)
         self.records.append(record)
         self.say(line(record, self.steps))
@@ -116,17 +207,20 @@ class Metrics:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line above the progress bar."""
-        self.progress.console.print(text, style=style, highlight=False, soft_wrap=True)
+        self.progress.console.print(text, style=style, soft_wrap=True)
 
     def __enter__(self) -> Metrics:
+        self.compile_seconds.__enter__()
         self.progress.start()
         return self
 
     def __exit__(self, *exception) -> None:
         self.progress.stop()
+        self.compile_seconds.__exit__(*exception)
         if self.file is not None:
-            self.file.close()
-            self.board.close()
+            with suppress(OSError):  # every record has been flushed; what one could not be written for has been said
+                self.file.close()
+                self.board.close()
 
 
 def _plain(value: Any) -> Any:
@@ -167,22 +261,28 @@ def _number(record: dict[str, Any], key: str, form: str) -> str:
 
 def line(record: dict[str, Any], steps: int) -> str:
     """A step in one line."""
-    parts = [f"step {record['step']:>{len(str(steps))}}/{steps}", f"reward {_number(record, 'reward', '.3f')}",
-             f"length {_number(record, 'length', '.1f')}", f"finished {_number(record, 'finished', '.0%')}",
-             f"{_number(record, 'tokens_per_second', '.1f')} tok/s"]
+    parts = [f"step {record['step']:>{len(str(steps))}}/{steps}", f"reward {_number(record, 'reward', '.3f')}"]
+    if record.get("reward_failures"):
+        parts.append(f"reward_failures {record['reward_failures']}")
+    parts += [f"length {_number(record, 'length', '.1f')}", f"finished {_number(record, 'finished', '.0%')}",
+              f"{_number(record, 'tokens_per_second', '.1f')} tok/s"]
     if record.get("acceptance") is not None:
-        parts.append(f"{record['acceptance_length']:.2f} tok/cycle (accepted {record['acceptance']:.0%})")
-    parts += [f"gap {_number(record, 'logprob_gap', '.1e')}", f"{_number(record, 'seconds/step', '.1f')} s"]
+        parts.append(f"{record['acceptance_length']:.2f} tok/cycle  acceptance {record['acceptance']:.0%}")
+    if record.get("draft_skipped_in_row") or record.get("draft_finite") is False:
+        parts.append("draft NOT FINITE")
+    parts += [f"logprob_gap {_number(record, 'logprob_gap', '.1e')}", f"{_number(record, 'seconds/step', '.1f')} s"]
+    if record.get("seconds/compile"):
+        parts.append(f"(compiling {record['seconds/compile']:.1f} s)")
     return "  ".join(parts)
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """The run at a glance: at most `TABLE_ROWS` of its steps, evenly spread."""
     columns = (("step", "step", "d"), ("reward", "reward", ".3f"), ("length", "length", ".1f"),
-               ("done", "finished", ".0%"), ("tok/s", "tokens_per_second", ".1f"),
-               ("tok/cycle", "acceptance_length", ".2f"), ("accept", "acceptance", ".0%"),
-               ("gap", "logprob_gap", ".1e"), ("grad", "grad_norm", ".2f"), ("draft", "draft/loss", ".3f"),
-               ("seconds", "seconds/step", ".1f"))
+               ("finished", "finished", ".0%"), ("tok/s", "tokens_per_second", ".1f"),
+               ("tok/cycle", "acceptance_length", ".2f"), ("acceptance", "acceptance", ".0%"),
+               ("logprob_gap", "logprob_gap", ".1e"), ("grad_norm", "grad_norm", ".2f"),
+               ("draft/loss", "draft/loss", ".3f"), ("seconds", "seconds/step", ".1f"))
     shown = Table(title="the run, step by step", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title, _, _ in columns:
         shown.add_column(title, justify="right", no_wrap=True)
@@ -194,11 +294,13 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def phase_table(records: Sequence[dict[str, Any]]) -> Table:
-    """Seconds a step spends in each phase, as the median over steps (the first ones compile), and their share."""
-    medians = {phase: statistics.median([r.get(f"seconds/{phase}", 0.0) for r in records] or [0.0])
+    """Seconds a step spends in each phase, as the median over the steps that compiled nothing, and their share."""
+    warm = [record for record in records if not record.get("seconds/compile")]
+    medians = {phase: statistics.median([r.get(f"seconds/{phase}", 0.0) for r in warm or records] or [0.0])
                for phase in PHASES}
     total = sum(medians.values()) or 1.0
-    shown = Table(title="seconds of a step by phase (median)", box=SIMPLE_HEAD)
+    which = "of the steps that compiled nothing" if warm else "compiling included"
+    shown = Table(title=f"seconds of a step by phase (median, {which})", box=SIMPLE_HEAD)
     for phase in (*PHASES, "all"):
         shown.add_column(phase, justify="right")
     shown.add_row(*(f"{medians[phase]:.2f}" for phase in PHASES), f"{total:.2f}")

@@ -29,10 +29,12 @@ largest other number beside 0."""
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
-            high: float | None = None, choices: tuple[str, ...] = (), filled: bool = False) -> Any:
+            high: float | None = None, choices: tuple[str, ...] = (), filled: bool = False,
+            path: bool = False) -> Any:
     """A dataclass field with its meaning and bounds: low <= value <= high, value > above, one of choices. Those of a
-    list are each entry's; `filled`: it has one at least."""
-    bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "filled": filled}
+    list are each entry's; `filled`: it has one at least. `path`: a text that may name a file, where `~` is the home."""
+    bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "filled": filled,
+              "path": path}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=bounds)
     return dataclasses.field(default=default, metadata=bounds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 
@@ -23,9 +24,20 @@ class StopSignal:
     def handle(self, number: int, _frame: Any) -> None:
         if self.number is not None:
             raise SystemExit(128 + number)
+        self.ask(number, f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop "
+                         "at once")
+
+    def closed_output(self) -> None:
+        """Nobody reads what is printed (`| head -2`): as SIGPIPE would, but with a checkpoint."""
+        if self.number is None:
+            self.ask(signal.SIGPIPE, "nobody reads the output any more: stopping after this step, with a checkpoint; "
+                                     "the same command goes on (send the output to a file to keep it running)")
+
+    def ask(self, number: int, why: str) -> None:
+        """Stop after the step as if signal `number` had come."""
         self.number = number
-        name = signal.Signals(number).name
-        print(f"jspec: {name}: stopping after this step, with a checkpoint; again to stop at once", file=sys.stderr)
+        with suppress(OSError):  # stderr may have gone the same way
+            print(f"jspec: {why}", file=sys.stderr)
 
     def __exit__(self, *exception) -> None:
         for number, handler in self.before.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -24,11 +25,15 @@ from rich.logging import RichHandler
 
 from jspec.checkpoint import Checkpoints, check_config
 from jspec.config import Config
+from jspec.console import PlainConsole
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.health import Trouble, all_failed, largest, troubles
 from jspec.kernels import picked
 from jspec.metrics import Clock, Metrics, phase_table, table
 from jspec.model import Policy, reshard
+from jspec.output_dir import claimed
 from jspec.prepare import (
     check,
     ends,
@@ -66,20 +71,22 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> int:
     """Run or resume the training that `config` describes, with metrics and checkpoints in its output_dir.
 
-    Returns the exit code: 0 when all steps are done, 1 after too many updates in a row with a non-finite loss or
-    gradient, 128 + n after signal n, in every case with a checkpoint to go on from. Raises InputError for what the user
-    can put right, before anything expensive is done.
+    Returns the exit code: 0 when all steps are done, 1 when the last of them taught nothing (`jspec.health`), 128 + n
+    after signal n, with a checkpoint of the last sound weights to go on from. Raises InputError for what the user can
+    put right, before anything expensive is done, and where the output_dir can no longer be written to.
     """
-    console = Console(quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
+    stop = StopSignal()
+    console = PlainConsole(stop.closed_output, quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
     set_up_logging(config.log_level, console)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh), ExitStack() as stack:
         check(config, mesh)
-        stop = stack.enter_context(StopSignal())
+        stack.enter_context(stop)
         pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s))
         with telling(f"reading {config.data.source}"):
             tokenizer = make_tokenizer(config)
             data = PromptData(config.data, tokenizer, seed=config.seed)
+        stack.enter_context(claimed(config.output_dir))
         check_config(config)
         with telling(f"loading {config.model.name}"):
             policy = make_policy(config, tokenizer)
@@ -92,11 +99,11 @@ def train(config: Config) -> int:
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
         run = Run(config, mesh, tokenizer, data, pool, checkpoints, metrics, stop)
-        code = loop(run, state, reference, done)
+        ending = loop(run, state, reference, done)
     console.print(table(metrics.records))
     console.print(phase_table(metrics.records))
-    console.print(closing(config, code, len(metrics.records)), highlight=False, soft_wrap=True)
-    return code
+    console.print(closing(config, ending), soft_wrap=True)
+    return ending.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +120,27 @@ class Run:
     stop: StopSignal
 
 
-def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> int:
-    """The steps from `done` on. Returns the exit code, with every checkpoint on disk."""
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a run ended: its exit code, steps done in all, the step of its newest checkpoint (0: none), and what was
+    wrong with its last step."""
+
+    code: int
+    steps: int
+    newest: int
+    troubles: Sequence[Trouble] = ()
+
+
+def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> Ending:
+    """The steps from `done` on, with every checkpoint on disk in the end."""
     config, sampling = run.config, make_sampling(run.config)
     speculation = make_speculation(config).replace(states=learned_from(state.draft, UpdateSettings.of(config)))
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
     learn, learn_draft = make_learn(config, state), make_learn_draft(config, state)
     remember = make_remember(state.draft)
-    code, saving = 0, 0.0
+    code, saving, rewardless, found = 0, 0.0, 0, []
     for step in range(done, config.steps):
-        clock = Clock()
+        clock = run.metrics.clock()
         with traced(config, step):
             with clock("data"):
                 prompts = next(run.data)
@@ -137,7 +155,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> in
             del weights  # the rollout's copy of the policy is gone before the update needs the memory
             state, of_draft = learn_draft(state, batch, out)  # only begun here: the host goes on to the rewards
             with clock("reward"):
-                rewards, failures = grade(run, prompts, on_host)
+                rewards, failures, no_rewards = grade(run, prompts, on_host)
             with clock("draft"):
                 jax.block_until_ready(of_draft)
             out = out.replace(trunk=None)
@@ -148,23 +166,46 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> in
                 state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))
                 learned |= jax.tree.map(lambda x: x.tolist(), jax.device_get(of_draft))
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
+        if trains_draft(state.draft, UpdateSettings.of(config)):
+            learned["draft_finite"] = math.isfinite(largest(state.draft.weights))
         run.metrics.write({"step": step + 1, **describe(on_host, rewards, clock), **failures, **learned,
                            **clock.record()})
-        code = exit_code(run, learned)
-        if code == 1:
-            break  # the last checkpoint is of a better time
-        # weights that ran away are finite at first: a checkpoint waits until the updates go through again
-        sound = not (learned["skipped_in_row"] or learned["draft_skipped_in_row"])
-        saving = save(run, step + 1, state, always=bool(code)) if sound else 0.0
+        rewardless = rewardless + 1 if no_rewards else 0
+        found = troubles(config, state, learned, no_rewards, rewardless)
+        for trouble in found:
+            run.metrics.say(str(trouble), "bold red")
+        code = exit_code(run, found, last=step + 1 == config.steps)
+        saving = save(run, step + 1, state, found, code)
+        done = step + 1
         if code:
             break
-    run.checkpoints.wait()
-    return code
+    return Ending(code, done, run.checkpoints.newest(), found)
 
 
-def save(run: Run, step: int, state: TrainState, always: bool) -> float:
-    """Save where it is time to, or `always`. Returns the seconds for which the loop had to wait."""
-    if not (always or step == run.config.steps or step % run.config.checkpoint.every == 0):
+def exit_code(run: Run, found: Sequence[Trouble], last: bool) -> int:
+    """Why to stop after this step, or 0; the same on every process."""
+    stopped = any_process(run.stop.number is not None)
+    if any(trouble.final or (last and trouble.side != "draft") for trouble in found):
+        return 1
+    return 128 + (run.stop.number or signal.SIGTERM) if stopped else 0
+
+
+def save(run: Run, step: int, state: TrainState, found: Sequence[Trouble], code: int) -> float:
+    """Save where it is time to. Returns the seconds for which the loop had to wait.
+
+    Weights that ran away are finite at first: a checkpoint waits until the updates go through again. Where the run ends
+    before that, its last sound weights are saved, if they are not in a checkpoint already.
+    """
+    lost = {trouble.side for trouble in found if trouble.lost}
+    if "policy" in lost:
+        withdraw(run, step - 1, state)
+        return 0.0
+    last = step == run.config.steps or code > 1
+    if not last and any(trouble.side != "reward" for trouble in found):
+        skipped = int(state.skipped_in_row) // run.config.grpo.updates_per_rollout
+        if not code or run.checkpoints.newest() >= (1 if lost else step - skipped):
+            return 0.0
+    elif not (last or code or step % run.config.checkpoint.every == 0):
         return 0.0
     clock = Clock()
     with clock("checkpoint"):
@@ -172,21 +213,12 @@ def save(run: Run, step: int, state: TrainState, always: bool) -> float:
     return clock.seconds["checkpoint"]
 
 
-def exit_code(run: Run, learned: dict[str, Any]) -> int:
-    """Why to stop after this step, or 0; the same on every process. Says so where an update was skipped."""
-    limit, code = run.config.grpo.max_skipped, 0
-    for side, prefix in (("policy", ""), ("draft", "draft_")):
-        in_row = learned[f"{prefix}skipped_in_row"]
-        if in_row:
-            run.metrics.say(f"the {side}'s loss or gradient was not finite: update skipped ({in_row} in a row, "
-                            f"{learned[f'{prefix}skipped']} in all)", "bold red")
-        if in_row >= limit:
-            run.metrics.say(f"grpo.max_skipped={limit} such updates in a row: stopping; lower the {side}'s learning "
-                            "rate, or look at its data", "bold red")
-            code = 1
-    if any_process(run.stop.number is not None):
-        code = code or 128 + (run.stop.number or signal.SIGTERM)
-    return code
+def withdraw(run: Run, step: int, state: TrainState) -> None:
+    """Set the checkpoint of weights that ran away aside, where there is an earlier one to go on from."""
+    skipped = int(state.skipped_in_row) >= run.config.grpo.updates_per_rollout  # else other weights began this step
+    if skipped and run.checkpoints.newest() == step and len(run.checkpoints.manager.all_steps()) > 1:
+        run.metrics.say(f"the checkpoint of step {step} holds the weights that have run away: set aside")
+        run.checkpoints.set_aside(step)
 
 
 # --- what a step is made of ---
@@ -216,8 +248,9 @@ def fetch(out: Rollout) -> Rollout:
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), out)
 
 
-def grade(run: Run, prompts: Sequence[Prompt], out: Rollout) -> tuple[np.ndarray, dict[str, int]]:
-    """Rewards float32 [N] and counts of failures, of all rows; each process grades its own share of them."""
+def grade(run: Run, prompts: Sequence[Prompt], out: Rollout) -> tuple[np.ndarray, dict[str, int], str]:
+    """Rewards float32 [N] and counts of failures, of all rows, and why nothing can be learned from them, or ""; each
+    process grades its own share of them."""
     rows = np.array_split(np.arange(len(out.lengths)), jax.process_count())[jax.process_index()]
     graded = run.pool.grade(reward_inputs(run.tokenizer, prompts, out, rows))
     rewards = np.zeros(len(out.lengths), np.float32)
@@ -226,7 +259,8 @@ def grade(run: Run, prompts: Sequence[Prompt], out: Rollout) -> tuple[np.ndarray
     if jax.process_count() > 1:
         rewards, counts = (multihost_utils.process_allgather(x).sum(0) for x in (rewards, counts))
     by_kind = {f"reward_failures/{kind}": int(n) for kind, n in zip(FAILURES, counts, strict=True)}
-    return rewards, {"reward_failures": int(counts.sum()), **by_kind}
+    nothing = all_failed(rewards, int(counts.sum()), next(iter(graded.messages.values()), ""))
+    return rewards, {"reward_failures": int(counts.sum()), **by_kind}, nothing
 
 
 def jit_update(config: Config, state: TrainState) -> jax.stages.Wrapped:
@@ -296,7 +330,8 @@ def describe(out: Rollout, rewards: np.ndarray, clock: Clock) -> dict[str, Any]:
     stats, tokens = out.stats, int(out.lengths.sum())
     record = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()), "length": float(out.lengths.mean()),
               "finished": float(out.finished.mean()), "tokens": tokens,
-              "tokens_per_second": round(tokens / clock.seconds["rollout"], 2),
+              # of a rollout that was compiled first it would be no rate
+              "tokens_per_second": None if clock.compiling["rollout"] else round(tokens / clock.seconds["rollout"], 2),
               "acceptance_length": tokens / int(stats.cycles.sum())}
     if stats.drafted.sum():
         record["drafted"] = int(stats.drafted.sum())
@@ -307,7 +342,7 @@ def describe(out: Rollout, rewards: np.ndarray, clock: Clock) -> dict[str, Any]:
 
 def traced(config: Config, step: int) -> AbstractContextManager:
     """The profiler, around the one step that the configuration asks for."""
-    return trace(Path(config.output_dir) / "trace") if step == config.profile.trace_step else nullcontext()
+    return trace(Path(config.output_dir) / "trace") if step + 1 == config.profile.trace_step else nullcontext()
 
 
 def resume(config: Config, checkpoints: Checkpoints, data: PromptData, state: TrainState) -> tuple[int, TrainState]:
@@ -316,7 +351,13 @@ def resume(config: Config, checkpoints: Checkpoints, data: PromptData, state: Tr
     if restored is None:
         return 0, state
     done, state, position = restored
-    data.restore(position)
+    try:
+        data.restore(position)
+    except InputError:
+        raise
+    except Exception as error:  # it may hold anything
+        raise InputError(f"the data position of {checkpoints.directory / str(done)} is none ({type(error).__name__}); "
+                         "move that checkpoint away, and the one before it is taken") from error
     return done, state
 
 
@@ -341,12 +382,15 @@ def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:
             f"{picked(config.speculation.kernels)}, {ends}; {start}")
 
 
-def closing(config: Config, code: int, steps: int) -> str:
+def closing(config: Config, ending: Ending) -> str:
     """The last line of a run."""
     where = f"metrics and checkpoints are in {config.output_dir}"
-    if code == 1:
-        return (f"stopped at step {steps} of {config.steps}: updates are not finite; {where}; go on from the last good "
-                "checkpoint with a lower grpo.learning_rate (or draft.learning_rate)")
-    if code:
-        return f"stopped after step {steps} of {config.steps}; {where}; the same command goes on"
-    return f"all {config.steps} steps are done; {where}"
+    if ending.code > 1:
+        return f"stopped after step {ending.steps} of {config.steps}; {where}; the same command goes on"
+    if not ending.code:
+        return f"all {config.steps} steps are done; {where}"
+    begin = (f"stopped at step {ending.steps} of {config.steps}" if ending.steps < config.steps else
+             f"all {config.steps} steps are done, but the last one taught nothing")
+    why = next(trouble for trouble in ending.troubles if trouble.final or trouble.side != "draft")
+    go_on = f"the newest checkpoint is of step {ending.newest}" if ending.newest else "there is no checkpoint"
+    return f"{begin}: {why.what}: {why.remedy}; {go_on}; {where}"

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jspec.config import DRAFTERS
 from jspec.errors import InputError
 from jspec.kernels import draw
 from jspec.model import Cache, ModelConfig, Policy, RopeConfig, Trunk
@@ -56,7 +57,10 @@ def model_config(fields: dict) -> ModelConfig:
 
 
 def config_from_fields(name: str, fields: dict) -> Any:
-    """A drafter's static config from what `dataclasses.asdict` and JSON left of it."""
+    """A drafter's static config from what `dataclasses.asdict` and JSON left of it. Raises InputError for a name
+    that is no drafter's: nothing else may be imported."""
+    if name not in DRAFTERS:
+        raise InputError(f"{name!r} is no drafter; there are {', '.join(DRAFTERS)}")
     kind = importlib.import_module(f"jspec.drafts.{name}").Config
     types = {field.name: field.type for field in dataclasses.fields(kind)}
 

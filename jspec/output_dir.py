@@ -1,0 +1,130 @@
+"""The folder that a run writes to: that it is the run's own, that no other run writes there, that it can be written.
+
+Its lock file is what says that a folder is a run's own: nothing of jspec's names is overwritten or moved in a folder
+that has none, unless it holds what only a run leaves there.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import yaml
+
+from jspec import checksums
+from jspec.distributed import on_main
+from jspec.errors import InputError
+from jspec.hub.json_io import read_json
+
+log = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+RUN_FOLDERS = ("checkpoints", "tensorboard")
+RUN_NAMES = (*RUN_FOLDERS, "config.yaml", "metrics.jsonl", "broken_checkpoints", "trace")
+"""What `jspec train` makes in its output_dir."""
+
+
+@contextmanager
+def claimed(directory: str | Path, names: Sequence[str] = RUN_NAMES, folders: Sequence[str] = RUN_FOLDERS
+            ) -> Iterator[None]:
+    """Holds the folder for this run, and makes it and its `folders` where they are missing. All processes call it; the
+    first one does it.
+
+    Raises InputError if the folder holds one of `names` that no run has made, if another run is writing there, or if it
+    cannot be written to.
+    """
+    lock = on_main(lambda: _claim(Path(directory), names, folders))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _claim(directory: Path, names: Sequence[str], folders: Sequence[str]) -> int:
+    """The lock's file descriptor, open for as long as the folder is held."""
+    with written(directory):
+        return _hold(directory, names, folders)
+
+
+@contextmanager
+def written(directory: str | Path) -> Iterator[None]:
+    """Says what the operating system refuses of the folder as an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"output_dir={directory} cannot be written to: {error.strerror or error}; make room, mend its "
+                         "permissions, or choose another output_dir") from None
+
+
+def _hold(directory: Path, names: Sequence[str], folders: Sequence[str]) -> int:
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output_dir={directory} is no folder; move it away, or choose another output_dir")
+    taken = [name for name in names if (directory / name).exists()]
+    if taken and not is_run(directory):
+        raise InputError(f"output_dir={directory} holds {', '.join(taken)}, which no run of jspec has made; choose an "
+                         f"empty folder, such as output_dir={directory / 'run'}")
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = _lock(directory)
+    for folder in (directory, *(directory / name for name in folders)):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file, and a folder is needed there; move it away")
+        folder.mkdir(exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"jspec tries whether it can write here")
+        probe.unlink()
+    return lock
+
+
+def _lock(directory: Path) -> int:
+    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by reward processes
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 200).decode(errors="replace").strip()
+        os.close(lock)
+        raise InputError(f"output_dir={directory} is being written to by another run ({holder}); wait for its end, "
+                         "stop it, or choose another output_dir") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("output_dir=%s lies on a file system without locks (%s): nothing keeps a second run from writing "
+                    "there", directory, error.strerror)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run has been here. Runs of earlier versions left no lock file, but configurations and checkpoints that
+    nothing else looks like."""
+    return ((directory / LOCK).is_file() or _dumped(directory / "config.yaml")
+            or any(is_checkpoint(path) for path in directory.glob("checkpoints/*")))
+
+
+def _dumped(path: Path) -> bool:
+    """Whether a configuration is as jspec writes it: whole, and without a comment or a line that is somebody's own."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        if re.match(r"seed: \d+\n", text):
+            return yaml.safe_dump(yaml.safe_load(text), sort_keys=False) == text
+    return False
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this is a folder that `jspec.checkpoint` wrote, whole or not: it names its items in one of two files."""
+    if checksums.known(folder):
+        return True
+    try:
+        items = read_json(folder / "_CHECKPOINT_METADATA").get("item_handlers")
+    except InputError:
+        return False
+    return isinstance(items, dict) and {"meta", "policy", "optimizer"} <= items.keys()

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jspec.metrics import PHASES, read_records
+from jspec.metrics import PHASES, phase_medians, read_records
 
 
 def smooth(values: list[float], window: int) -> np.ndarray:
@@ -36,8 +36,8 @@ def draw(records: list[dict], title: str, out: Path) -> None:
         axis.set(xlabel="step", title=label)
         axis.grid(alpha=0.3)
     left.set_ylim(0, 1.02)
-    seconds = [np.median([r.get(f"seconds/{phase}", 0.0) for r in records]) for phase in PHASES]
-    right.barh(PHASES[::-1], seconds[::-1], color="C1")
+    seconds = phase_medians(records)
+    right.barh(PHASES[::-1], [seconds[phase] for phase in PHASES[::-1]], color="C1")
     right.set(title="seconds of a step (median)")
     right.grid(alpha=0.3, axis="x")
     figure.suptitle(title)

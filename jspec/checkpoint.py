@@ -26,7 +26,7 @@ from jspec.drafts.base import config_from_fields, model_config, unlike
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, param_specs
 from jspec.model.params import is_spec
-from jspec.output_dir import is_checkpoint, written
+from jspec.output_dir import brief, checkpoints_written, is_checkpoint, written
 from jspec.rl.state import TrainState
 from jspec.settings import Override, refuse_changes, to_yaml
 from jspec.sharding import spec_sharding
@@ -111,7 +111,7 @@ class Checkpoints:
     def __init__(self, output_dir: str | Path, keep: int):
         self.directory = Path(output_dir).absolute() / "checkpoints"
         self.keep = keep
-        with self._written():
+        with checkpoints_written(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = self._open()
 
@@ -128,14 +128,6 @@ class Checkpoints:
             if folder.is_dir() and not folder.name.isdigit():
                 checksums.write(folder)
 
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # of a full disk every writer says something else
-            raise InputError(f"a checkpoint cannot be written to {self.directory} ({_brief(error)}); make room or mend "
-                             "its permissions, and the same command goes on from the last one that is whole") from error
-
     def newest(self) -> int:
         """The step of the newest checkpoint, once all are on disk; 0 if there is none."""
         self.wait()
@@ -147,7 +139,7 @@ class Checkpoints:
         meta = {"step": step, "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data,
                 "draft": None if state.draft is None else _draft_meta(state.draft)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        with self._written():
+        with checkpoints_written(self.directory):
             self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
 
     def restore(self, state: TrainState) -> tuple[int, TrainState, dict] | None:
@@ -186,16 +178,16 @@ class Checkpoints:
             meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             _check_meta(meta, step)
         except Exception as error:  # what is cut short raises whatever its reader comes to trip over
-            return None, _brief(error)
+            return None, brief(error)
         _check_same(folder, meta, state)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         try:
             return {**self.manager.restore(step, args=ocp.args.Composite(**args)), "meta": meta}, ""
         except Exception as error:
             if verified:
-                raise InputError(f"the checkpoint {folder} is whole, but not of this configuration ({_brief(error)}); "
+                raise InputError(f"the checkpoint {folder} is whole, but not of this configuration ({brief(error)}); "
                                  "give the one it was made with, or choose another output_dir") from error
-            return None, _brief(error)
+            return None, brief(error)
 
     def set_aside(self, step: int) -> None:
         """Move a checkpoint out of the way: its step can be saved again. Raises InputError for what is none."""
@@ -214,7 +206,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything saved is on disk."""
-        with self._written():
+        with checkpoints_written(self.directory):
             self.manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
@@ -222,15 +214,11 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *exception) -> None:
         try:
-            with self._written():
+            with checkpoints_written(self.directory):
                 self.manager.close()  # waits for what is being written
         except InputError:
             if kind is None:  # else the one that is on its way says more
                 raise
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _check_meta(meta: Any, step: int | None = None) -> None:
@@ -281,7 +269,7 @@ def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
         try:
             restored = {} if reason else dict(manager.restore(step, args=ocp.args.Composite(**items)))
         except Exception as error:  # as above
-            reason = _brief(error)
+            reason = brief(error)
     if reason:
         raise InputError(f"the checkpoint {folder} cannot be read ({reason}); move it away, and the one before it is "
                          "taken")
@@ -301,7 +289,7 @@ def _meaning(where: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it may hold anything
-        reason = str(error) if isinstance(error, InputError) else _brief(error)
+        reason = str(error) if isinstance(error, InputError) else brief(error)
         raise InputError(f"the latest checkpoint of {where} cannot be used: {reason}; move it away, and the one before "
                          "it is taken") from error
 

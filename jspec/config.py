@@ -27,11 +27,12 @@ class ModelSection:
     """The policy."""
 
     name: str = setting("smollm2-135m-instruct", "short name, hub id, safetensors directory, .gguf file, or 'random'",
-                        filled=True)
+                        filled=True, path=True)
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on accelerators, float32 on the CPU",
                          choices=("auto", "float32", "bfloat16"))
     architecture: dict | None = setting(None, "ModelConfig fields of a policy drawn at random; only with name 'random'")
-    tokenizer: str | None = setting(None, "another model's tokenizer, or 'chars:ALPHABET'; null: the model's own")
+    tokenizer: str | None = setting(None, "another model's tokenizer, or 'chars:ALPHABET'; null: the model's own",
+                                     path=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class DraftLearningSection:
     name: str = setting("mtp", "the drafter", choices=DRAFTERS)
     path: str | None = setting(None, "a trained draft to start from: a model whose draft ships with jspec, a directory "
                                "of a published draft, or the output_dir of `jspec draft train` or of a run; null: a "
-                               "fresh one")
+                               "fresh one", path=True)
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; overlap: -log of the "
                         "overlap, the likelihood of acceptance", choices=("kl", "tv", "overlap"))
     optimizer: str = setting("adamw", "the draft's own; muon: orthogonal updates of the matrices inside blocks, AdamW "
@@ -104,7 +105,7 @@ class DataSection:
     """The prompts."""
 
     source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, or 'reasoning_gym:TASK'",
-                          filled=True)
+                          filled=True, path=True)
     prompts_per_step: int = setting(4, "different prompts a step, over all processes", low=1)
     group_size: int = setting(4, "answers sampled for each prompt", low=1)
     max_prompt_tokens: int = setting(128, "a longer prompt is an error", low=1)
@@ -119,7 +120,7 @@ class RewardSection:
     """How answers are graded, on the host, by a pool of processes."""
 
     function: str = setting("math_verify", "'math_verify', 'reasoning_gym', or your own as 'path/to/file.py:function'",
-                            filled=True)
+                            filled=True, path=True)
     workers: int = setting(2, "grading processes", low=1)
     timeout_s: float = setting(10.0, "seconds after which an answer's grading is killed and scores 0", above=0,
                                high=1e6)
@@ -180,7 +181,7 @@ class Config:
     seed: int = setting(0, "of everything drawn: fresh weights, prompts' order, sampling noise", low=0, high=SEED_HIGH)
     steps: int = setting(6, "GRPO steps in all, those before a resume included", low=1)
     output_dir: str = setting("runs/quickstart", "metrics, checkpoints and traces; the same one again resumes",
-                              filled=True)
+                              filled=True, path=True)
     log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
     model: TrainedModelSection = TrainedModelSection()
     draft: DraftSection = DraftSection()
@@ -200,7 +201,7 @@ class SamplesSection:
 
     sources: tuple[str, ...] = setting(("self", "arithmetic"), "where prompts come from, taken in turn: 'self' "
                                        "(instructions that the policy writes itself), and whatever data.source may "
-                                       "be; one that is named twice has two turns", filled=True)
+                                       "be; one that is named twice has two turns", filled=True, path=True)
     count: int = setting(4096, "answers in all", low=1)
     batch: int = setting(32, "answers decoded together; also the rows of one file of samples", low=1)
     temperatures: tuple[float, ...] = setting((), "of one file of samples after the other, in turn; none named: all at "
@@ -229,7 +230,8 @@ class TrainingSection:
 class ReportSection:
     """Acceptance on prompts that training never saw."""
 
-    prompts: str | None = setting(None, "a .jsonl file of {prompt}; null: prompts of the sources that were left out")
+    prompts: str | None = setting(None, "a .jsonl file of {prompt}; null: prompts of the sources that were left out",
+                                  path=True)
     count: int = setting(32, "how many of them", low=1)
     k: int = setting(3, "tokens drafted a cycle", low=1, high=64)
     temperatures: tuple[float, ...] = setting((0.0, 1.0), "of the rollouts that are measured", low=0, filled=True)
@@ -243,7 +245,7 @@ class DraftTrainingConfig:
 
     seed: int = setting(0, "of everything drawn", low=0, high=SEED_HIGH)
     output_dir: str = setting("runs/draft", "samples, checkpoints, report and the draft; the same one again resumes",
-                              filled=True)
+                              filled=True, path=True)
     log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
     model: ModelSection = ModelSection()
     draft: DraftLearningSection = DraftLearningSection()

@@ -293,13 +293,21 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def phase_medians(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The median of each phase's seconds over the steps that compiled nothing, or over all if each of them did."""
+    return {phase: statistics.median([r.get(f"seconds/{phase}", 0.0) for r in _warm(records) or records] or [0.0])
+            for phase in PHASES}
+
+
+def _warm(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if not record.get("seconds/compile")]
+
+
 def phase_table(records: Sequence[dict[str, Any]]) -> Table:
     """Seconds a step spends in each phase, as the median over the steps that compiled nothing, and their share."""
-    warm = [record for record in records if not record.get("seconds/compile")]
-    medians = {phase: statistics.median([r.get(f"seconds/{phase}", 0.0) for r in warm or records] or [0.0])
-               for phase in PHASES}
+    medians = phase_medians(records)
     total = sum(medians.values()) or 1.0
-    which = "of the steps that compiled nothing" if warm else "compiling included"
+    which = "of the steps that compiled nothing" if _warm(records) else "compiling included"
     shown = Table(title=f"seconds of a step by phase (median, {which})", box=SIMPLE_HEAD)
     for phase in (*PHASES, "all"):
         shown.add_column(phase, justify="right")

@@ -65,6 +65,21 @@ def written(directory: str | Path) -> Iterator[None]:
                          "permissions, or choose another output_dir") from None
 
 
+@contextmanager
+def checkpoints_written(directory: Path) -> Iterator[None]:
+    """Says what keeps a checkpoint from being written as an InputError."""
+    try:
+        yield
+    except Exception as error:  # of a full disk every writer in Orbax says something else
+        raise InputError(f"a checkpoint cannot be written to {directory} ({brief(error)}); make room or mend its "
+                         "permissions, and the same command goes on from the last one that is whole") from error
+
+
+def brief(error: Exception) -> str:
+    """What sort of error it is, and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def _hold(directory: Path, names: Sequence[str], folders: Sequence[str]) -> int:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output_dir={directory} is no folder; move it away, or choose another output_dir")

@@ -242,7 +242,13 @@ def _checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str
         quote = isinstance(value, list | dict) and _fit("", field.type) is not _MISFIT
         hint = f"; text with such characters needs quotes, as in {dotted}='\"...\"'" if quote else ""
         raise InputError(f"{origin[dotted]}: '{dotted}' must be {expected}, not {shortened(_show(value))}{hint}")
-    return fitted
+    return _at_home(fitted) if field.metadata["path"] else fitted
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:

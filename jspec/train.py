@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.logging import RichHandler
 
-from jspec.checkpoint import Checkpoints, check_config
+from jspec.checkpoint import COUNTERS, Checkpoints, check_config
 from jspec.config import Config
 from jspec.console import PlainConsole
 from jspec.distributed import any_process, is_main
@@ -139,6 +139,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
     learn, learn_draft = make_learn(config, state), make_learn_draft(config, state)
     remember = make_remember(state.draft)
     code, saving, rewardless, found = 0, 0.0, 0, []
+    if done >= config.steps:
+        code, found = as_it_ended(run, state)
     for step in range(done, config.steps):
         clock = run.metrics.clock()
         with traced(config, step):
@@ -164,10 +166,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             with clock("update"):
                 state = state.replace(draft=remember(state.draft, batch, out))
                 state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))
-                learned |= jax.tree.map(lambda x: x.tolist(), jax.device_get(of_draft))
+                learned |= jax.tree.map(lambda x: x.tolist(), jax.device_get(of_draft)) | draft_health(config, state)
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
-        if trains_draft(state.draft, UpdateSettings.of(config)):
-            learned["draft_finite"] = math.isfinite(largest(state.draft.weights))
         run.metrics.write({"step": step + 1, **describe(on_host, rewards, clock), **failures, **learned,
                            **clock.record()})
         rewardless = rewardless + 1 if no_rewards else 0
@@ -180,6 +180,12 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         if code:
             break
     return Ending(code, done, run.checkpoints.newest(), found)
+
+
+def as_it_ended(run: Run, state: TrainState) -> tuple[int, list[Trouble]]:
+    """The exit code of a run that was over already, and what was wrong with its last step."""
+    found = troubles(run.config, state, {name: int(getattr(state, name)) for name in COUNTERS}, "", 0)
+    return exit_code(run, found, last=True), found
 
 
 def exit_code(run: Run, found: Sequence[Trouble], last: bool) -> int:
@@ -279,6 +285,12 @@ def jit_update_draft(config: Config, state: TrainState) -> jax.stages.Wrapped:
     settings, shardings = UpdateSettings.of(config), jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(lambda state, prompts, out: update_draft(state, make_batch(prompts, out, None), settings),
                    donate_argnums=0, out_shardings=(shardings, None))
+
+
+def draft_health(config: Config, state: TrainState) -> dict[str, bool]:
+    """Whether the weights of a draft that is trained are finite."""
+    trained = trains_draft(state.draft, UpdateSettings.of(config))
+    return {"draft_finite": math.isfinite(largest(state.draft.weights))} if trained else {}
 
 
 def make_learn(config: Config, state: TrainState) -> Callable:

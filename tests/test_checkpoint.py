@@ -193,3 +193,115 @@ def test_the_data_position_is_json(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, make_state(None), DATA)
     assert checkpoint._restore(tmp_path, meta=checkpoint.ocp.args.JsonRestore())["meta"]["data"] == DATA
+
+
+def flip(folder, item):
+    """Change one byte of the item's largest file, whose size stays."""
+    path = max((path for path in (folder / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("item", ["policy", "optimizer", "meta"])
+def test_changed_bytes_are_noticed(tmp_path, item, caplog):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, make_state(None), DATA)
+        checkpoints.save(2, make_state(None, seed=3), DATA)
+    check_config(Config(output_dir=str(tmp_path), draft=DraftSection(name="none")))
+    flip(tmp_path / "checkpoints" / "2", item)
+    if item == "optimizer":  # of which a policy reads nothing
+        load_policy(tmp_path)
+    else:
+        with pytest.raises(InputError, match=f"checkpoints/2 cannot be read .{item}/.* is not what was written there"):
+            load_policy(tmp_path)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.restore(make_state(None, seed=5))[0] == 1
+    assert "is not what was written there" in caplog.text and (tmp_path / "broken_checkpoints" / "2-0").is_dir()
+
+
+def edit_meta(folder, change):
+    path = folder / "meta" / "metadata"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    (folder / "checksums.json").unlink()  # as earlier versions left it
+
+
+@pytest.mark.parametrize("change", [
+    lambda meta: [], lambda meta: {}, lambda meta: None, lambda meta: meta | {"step": 9},
+    lambda meta: meta | {"model": []}, lambda meta: meta | {"data": 7}, lambda meta: meta | {"draft": "mtp"}])
+def test_a_checkpoint_that_says_nothing_of_itself_is_set_aside(tmp_path, change):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, make_state(None), DATA)
+        checkpoints.save(2, make_state(None), DATA)
+    check_config(Config(output_dir=str(tmp_path), draft=DraftSection(name="none")))
+    edit_meta(tmp_path / "checkpoints" / "2", change)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.restore(make_state(None, seed=5))[0] == 1
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda meta: [], "its meta is not an object"), (lambda meta: {}, "its meta has no step"),
+    (lambda meta: meta | {"model": {}}, "checkpoint of .* cannot be used"),
+    (lambda meta: meta | {"draft": {"config": {"name": "../../evil"}, "state": {}}}, "'../../evil' is no drafter"),
+    (lambda meta: meta | {"draft": {"config": {"name": ["mtp"]}, "state": {}}}, "is no drafter"),
+    (lambda meta: meta | {"draft": {"config": {"name": "mtp", "x": 1}, "state": {}}}, "cannot be used")])
+def test_readers_say_what_they_cannot_use(tmp_path, change, message):
+    make_run(tmp_path)
+    edit_meta(tmp_path / "checkpoints" / "3", change)
+    with pytest.raises(InputError, match=message) as error:
+        load_draft(tmp_path)
+        load_policy(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(tmp_path):
+    state, _ = make_run(tmp_path)
+    edit_meta(tmp_path / "checkpoints" / "3", lambda meta: meta)
+    same(load_policy(tmp_path).weights, state.policy.weights)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.restore(make_state(seed=5))[0] == 3
+
+
+def test_a_good_checkpoint_of_another_configuration_is_never_set_aside(tmp_path):
+    """As when config.yaml was lost and another one is started in its place."""
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(3, make_state(), DATA)
+    wider = init_policy(dataclasses.replace(MODEL, hidden_size=32), jax.random.key(0))
+    other = init_state(wider, None, UpdateSettings(), seed=0)
+    muon = init_state(first_state("mtp").policy, jspec.drafts.mtp(first_state("mtp").policy, jax.random.key(1)),
+                      UpdateSettings(draft_optimizer="muon"), seed=0)
+    for state, message in ((other, "of another run: its hidden_size is 16, the policy's is 32"),
+                           (make_state("ngram"), "its draft is mtp, the configuration's is ngram"),
+                           (jax.tree.map(jnp.copy, muon), "is whole, but not of this configuration")):
+        with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError, match=message):
+            checkpoints.restore(state)
+    assert (tmp_path / "checkpoints" / "3").is_dir() and not (tmp_path / "broken_checkpoints").exists()
+
+
+def test_a_folder_of_somebody_elses_is_not_moved(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, make_state(None), DATA)
+    (tmp_path / "checkpoints" / "200").mkdir()
+    (tmp_path / "checkpoints" / "200" / "model.pt").write_text("theirs")
+    with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError, match="200 is no checkpoint of a run"):
+        checkpoints.restore(make_state(None, seed=5))
+    assert (tmp_path / "checkpoints" / "200" / "model.pt").exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.checksums, "write", full)  # in Orbax's thread, after all else
+    with pytest.raises(InputError, match="cannot be written to .*No space left on device.*make room") as error:
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(1, make_state(None), DATA)
+    assert "\n" not in str(error.value)
+    assert not checkpoint.has_checkpoints(tmp_path)
+
+
+def test_a_file_where_checkpoints_should_be(tmp_path):
+    check_config(Config(output_dir=str(tmp_path)))
+    (tmp_path / "checkpoints").write_text("x")
+    with pytest.raises(InputError, match="checkpoints is a file"):
+        load_policy(tmp_path)

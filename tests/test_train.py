@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,8 +77,17 @@ def test_a_run_says_everything_that_is_asked_of_it(whole):
         assert wanted <= record.keys()
         assert record["logprob_gap"] < 1e-4 and record["reward_failures"] == record["skipped"] == 0
         assert len(record["acceptance_by_position"]) == 3
+    assert every[0]["seconds/compile"] > 0 and every[0]["tokens_per_second"] is None  # no rate: it was compiled
+    assert every[-1]["seconds/compile"] == 0 and every[-1]["tokens_per_second"] > 0
     assert (whole / "config.yaml").exists() and list((whole / "tensorboard").iterdir())
     assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [8, 10]
+
+
+def test_every_key_of_the_metrics_is_in_the_readme(whole):
+    section = (ROOT / "README.md").read_text().split("## What the output means")[1].split("## The API")[0]
+    known = {key for row in re.findall(r"^\| (`.*?) \|", section, re.M) for key in re.findall("`([^`]+)`", row)}
+    keys = {key for record in read_records(whole / "metrics.jsonl") for key in record}
+    assert not {key for key in keys if key not in known and re.sub("/.*", "/*", key) not in known}
 
 
 def test_the_draft_learns_while_rewards_are_computed(whole, tmp_path):
@@ -264,9 +275,15 @@ def test_the_tiny_run_ends_above_four_fifths_within_three_minutes(tmp_path):
 
 def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path, monkeypatch, capsys):
     assert train.train(tiny(tmp_path, "steps=2")) == 0
+    shutil.copytree(tmp_path, tmp_path / "other")
     real = train.group_advantages
     with monkeypatch.context() as patch:
         patch.setattr(train, "group_advantages", lambda *a: real(*a) * np.nan)
+        assert train.train(tiny(tmp_path / "other", "steps=4")) == 1  # fewer in a row, but the last of all
+        said = " ".join(capsys.readouterr().out.split())
+        assert "all 4 steps are done, but the last one taught nothing" in said
+        assert "not the learning rate" in said and "the newest checkpoint is of step 4" in said
+        assert train.train(tiny(tmp_path / "other", "steps=4")) == 1  # and says so whenever it is asked
         assert train.train(tiny(tmp_path, "steps=10")) == 1
     every = records(tmp_path)
     assert [record["skipped_in_row"] for record in every] == [0, 0, 1, 2, 3, 4, 5] and every[-1]["loss"] is None
@@ -277,11 +294,24 @@ def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path,
     assert records(tmp_path) == records(whole)
 
 
-def test_a_reward_that_fails_is_counted_and_stops_nothing(tmp_path):
+def test_weights_that_run_away_end_the_run_at_the_first_step_that_shows_it(tmp_path, capsys):
+    """Step 1 blows them up, and its checkpoint holds them: there is no earlier one, so it stays where it is."""
+    assert train.train(tiny(tmp_path, "steps=10", "grpo.learning_rate=1e30", "checkpoint.every=1")) == 1
+    assert [record["skipped_in_row"] for record in records(tmp_path)] == [0, 1]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "its weights have run away (up to 1e+30); lower grpo.learning_rate=1e+30" in said
+    assert "stopped at step 2 of 10" in said and (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_reward_that_fails_for_every_answer_is_named_at_once_and_is_no_success(tmp_path, capsys):
     (tmp_path / "bad.py").write_text("def bad(prompt, response, answer, **meta):\n    raise RuntimeError('no')\n")
-    assert train.train(tiny(tmp_path / "run", "steps=1", f"reward.function={tmp_path}/bad.py:bad")) == 0
+    assert train.train(tiny(tmp_path / "run", "steps=1", f"reward.function={tmp_path}/bad.py:bad")) == 1
     (record,) = records(tmp_path / "run")
     assert record["reward"] == 0 and record["reward_failures"] == record["reward_failures/raised"] == 16
+    said = " ".join(capsys.readouterr().out.split())
+    assert "reward_failures 16" in said and "ALARM: the reward failed for every one of the step's 16 answers" in said
+    assert "RuntimeError: no" in said and "all 1 steps are done, but the last one taught nothing" in said
+    assert "the newest checkpoint is of step 1" in said and "lower" not in said
 
 
 def refused(config) -> str:

@@ -20,6 +20,7 @@ from jspec.draft_training.samples import sample
 from jspec.draft_training.stages import fit
 from jspec.errors import InputError
 from jspec.heads import files
+from jspec.output_dir import claimed, written
 from jspec.prepare import make_policy
 from jspec.progress import telling
 from jspec.settings import refuse_changes, to_yaml
@@ -36,18 +37,20 @@ def train_draft(config: DraftTrainingConfig) -> int:
     if importlib.import_module(f"jspec.drafts.{config.draft.name}").loss is None:
         raise InputError(f"draft.name={config.draft.name}: this drafter has no weights to train")
     directory = Path(config.output_dir)
-    begin(config, directory)
-    tokenizer = hub.load_tokenizer(config.model.tokenizer or config.model.name)
-    with telling(f"loading {config.model.name}"):
-        policy = make_policy(config, tokenizer)
-    prompts = gather(config, policy, tokenizer, directory)
-    with telling("sampling answers (the first of each length compiles)"):
-        sample(config, policy, prompts.training, directory / "samples")
-    draft = fit(config, policy, directory)
-    head = directory / files.HEAD
-    head.mkdir(exist_ok=True)
-    files.write(draft, head)
-    report(config, policy, files.read(head, policy), prompts.held_out, directory)
+    with claimed(directory, names=WRITTEN, folders=()):
+        begin(config, directory)
+        tokenizer = hub.load_tokenizer(config.model.tokenizer or config.model.name)
+        with telling(f"loading {config.model.name}"):
+            policy = make_policy(config, tokenizer)
+        prompts = gather(config, policy, tokenizer, directory)
+        with telling("sampling answers (the first of each length compiles)"):
+            sample(config, policy, prompts.training, directory / "samples")
+        draft = fit(config, policy, directory)
+        head = directory / files.HEAD
+        with written(directory):
+            head.mkdir(exist_ok=True)
+            files.write(draft, head)
+        report(config, policy, files.read(head, policy), prompts.held_out, directory)
     log.info("the draft lies in %s; draft.path=%s trains with it", head, directory)
     return 0
 
@@ -60,6 +63,8 @@ REMEDY = ("give that value to go on with it, or choose another output_dir; one w
 
 MADE = ("instructions.json", "samples", "checkpoints")
 """What a configuration leaves in output_dir; one that came to none of it may be corrected."""
+WRITTEN = ("config.yaml", "checkpoints", files.HEAD, "report.json", "report.png")
+"""What is made in output_dir without being asked whether it may be there: samples and instructions may."""
 
 
 def begin(config: DraftTrainingConfig, directory: Path) -> None:
@@ -67,8 +72,6 @@ def begin(config: DraftTrainingConfig, directory: Path) -> None:
     path = directory / "config.yaml"
     if path.exists() and any((directory / name).exists() for name in MADE):
         refuse_changes(directory, load_config(path, kind=DraftTrainingConfig), config, FREE_TO_CHANGE, REMEDY)
-    try:
+    with written(directory):
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(to_yaml(config))
-    except OSError as error:
-        raise InputError(f"output_dir={directory} cannot be written to: {error.strerror}") from None

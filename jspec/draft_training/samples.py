@@ -18,6 +18,7 @@ from jspec.config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
+from jspec.output_dir import written
 from jspec.prepare import SAMPLES_KEY, make_draft, make_sampling, purpose_key
 from jspec.speculate.types import BUCKETS
 
@@ -81,7 +82,7 @@ def write(path: Path, prompts: list[list[int]], out: Any, temperature: float) ->
     states = {f"state{i}": x[:, :size].astype(ml_dtypes.bfloat16).view(np.uint16)
               for i, x in enumerate((out.trunk.hidden, *out.trunk.features))}
     work = path.with_suffix(".tmp")
-    with work.open("wb") as file:
+    with written(path.parent), work.open("wb") as file:
         np.savez(file, tokens=tokens, start=lengths, mask=out.mask[:, :answer], logprobs=out.logprobs[:, :answer],
                  temperature=np.full(len(prompts), temperature, np.float32), **states)
     work.replace(path)

@@ -25,6 +25,7 @@ from jspec.drafts.base import DraftBatch
 from jspec.drafts.parts.vocabulary import most_frequent
 from jspec.errors import InputError
 from jspec.model import Policy, Trunk
+from jspec.output_dir import checkpoints_written
 from jspec.prepare import make_draft
 from jspec.progress import telling
 from jspec.rl.update import draft_optimizer, warmup
@@ -79,7 +80,8 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
             if stop.number is not None:
                 break
             done = stage.before + stage.steps
-        checkpoints.wait_until_finished()
+        with checkpoints_written(checkpoints.directory):
+            checkpoints.wait_until_finished()
     if stop.number is not None:
         raise SystemExit(128 + stop.number)
     return draft.replace(weights=saved["weights"])
@@ -158,7 +160,8 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
             log.info("%s  step %d/%d  loss %.4f  %s%.0f tok/s", stage.kind, index + 1, stage.steps, metrics["loss"],
                      overlap and f"overlap {overlap}  ", tokens / (time.perf_counter() - begin))
         if due:
-            checkpoints.save(step, args=ocp.args.StandardSave(saved), force=True)
+            with checkpoints_written(checkpoints.directory):
+                checkpoints.save(step, args=ocp.args.StandardSave(saved), force=True)
         if stop.number is not None:
             break
     return saved

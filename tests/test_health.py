@@ -1,0 +1,60 @@
+"""What is said of a step that taught nothing, and when a run ends for it."""
+
+import types
+
+import numpy as np
+import pytest
+
+from jspec.config import load_config
+from jspec.health import all_failed, troubles
+
+SOUND = {"skipped": 0, "skipped_in_row": 0, "draft_skipped": 0, "draft_skipped_in_row": 0, "draft_finite": True}
+
+
+def found(learned=(), weights=1.0, draft=1.0, updates=8, rewardless="", in_row=0, *overrides):
+    def side(value):
+        return types.SimpleNamespace(weights={"w": np.array([0.5, value], np.float32)})
+
+    state = types.SimpleNamespace(policy=side(weights), draft=side(draft), updates=np.int32(updates))
+    return troubles(load_config(None, ["draft.path=some/draft", *overrides]), state, SOUND | dict(learned), rewardless,
+                    in_row)
+
+
+def test_a_sound_step_has_none():
+    assert found() == []
+
+
+def test_sound_weights_are_not_blamed_and_waited_for():
+    (trouble,) = found({"skipped": 3, "skipped_in_row": 3})
+    assert "update skipped (3 in a row, 3 in all)" in str(trouble) and "not the learning rate" in str(trouble)
+    assert not trouble.final and not trouble.lost
+    (trouble,) = found({"skipped": 5, "skipped_in_row": 5})
+    assert trouble.final and "grpo.max_skipped=5" in str(trouble)
+
+
+@pytest.mark.parametrize("size", [1e30, float("inf"), float("nan")])
+def test_weights_that_ran_away_end_the_run_at_once(size):
+    (trouble,) = found({"skipped": 1, "skipped_in_row": 1}, weights=size)
+    assert trouble.final and trouble.lost and "lower grpo.learning_rate=1e-06 or grpo.clip=1" in str(trouble)
+    (trouble,) = found({"skipped": 1, "skipped_in_row": 1}, weights=size, updates=1)
+    assert trouble.final and "as they come from smollm2-135m-instruct" in str(trouble)  # never was an update sound
+    assert "learning_rate" not in str(trouble)
+
+
+@pytest.mark.parametrize("learned", [{"draft_skipped": 1, "draft_skipped_in_row": 1}, {"draft_finite": False}])
+def test_a_draft_that_ran_away_is_named_and_stops_the_run_only_in_a_row(learned):
+    (trouble,) = found(learned, draft=float("nan"))
+    assert trouble.side == "draft" and trouble.lost and not trouble.final
+    assert "the draft" in str(trouble) and "lower draft.learning_rate=0.001 or draft.clip=1" in str(trouble)
+    (trouble,) = found({"draft_skipped": 9, "draft_skipped_in_row": 5}, draft=float("nan"))
+    assert trouble.final
+
+
+def test_rewards_that_all_fail():
+    why = all_failed(np.zeros(4), 4, "RuntimeError: no")
+    assert why == "the reward failed for every one of the step's 4 answers (RuntimeError: no)"
+    assert all_failed(np.zeros(4), 3) == ""
+    (trouble,) = found(rewardless=why, in_row=1)
+    assert not trouble.final and "not at the learning rate" in str(trouble)
+    (trouble,) = found(rewardless=why, in_row=5)
+    assert trouble.final and "5 steps in a row" in str(trouble)

@@ -31,12 +31,12 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import kernel_cases, measure  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
+from jspec.console import PlainConsole  # noqa: E402
 from jspec.model import init_policy, policy_sharding  # noqa: E402
 from jspec.sharding import make_mesh  # noqa: E402
 from pallas_kernels.implementation import Implementation  # noqa: E402
@@ -214,7 +214,7 @@ def show(found: list[dict[str, Any]]) -> None:
                       f"{sum(row['seconds'] for row in good):.0f}",
                       f"{max(most['vmem_bytes'], most['smem_bytes']) / 1024:,.0f}",
                       *(str(most[name]) if chip == GPU else "" for name in ("registers", "spill_bytes")))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:

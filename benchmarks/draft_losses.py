@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
@@ -32,6 +31,7 @@ from benchmarks import measure  # noqa: E402
 from benchmarks.drafts import check_targets  # noqa: E402
 from jspec import cli  # noqa: E402
 from jspec.config import DraftTrainingConfig, load_config  # noqa: E402
+from jspec.console import PlainConsole  # noqa: E402
 from jspec.draft_training import samples, stages  # noqa: E402
 from jspec.drafts import Draft  # noqa: E402
 from jspec.drafts.parts.losses import LOSSES  # noqa: E402
@@ -93,7 +93,7 @@ def show(records: list[dict[str, Any]], title: str) -> None:
         lengths = [record["acceptance_length"] for record in mine]
         table.add_row(kind, "  ".join(f"{x:.3f}" for x in lengths), f"{statistics.mean(lengths):.3f}",
                       f"{statistics.median(record['step_seconds'] for record in mine):.2f}")
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -32,7 +32,6 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from yaml import YAMLError  # noqa: E402
 
@@ -40,6 +39,7 @@ import jspec  # noqa: E402
 from benchmarks import measure, parts  # noqa: E402
 from jspec import cli  # noqa: E402
 from jspec.commands import open_source  # noqa: E402
+from jspec.console import PlainConsole  # noqa: E402
 from jspec.drafts.base import Draft, Proposal  # noqa: E402
 from jspec.errors import InputError  # noqa: E402
 from jspec.heads import shipped  # noqa: E402
@@ -379,7 +379,7 @@ def show(records: list[dict[str, Any]], title: str) -> None:
                       f"{r['acceptance_length']:.2f}", " ".join(f"{a:.2f}" for a in r["acceptance_by_position"]),
                       *(f"{r[name]:.2f}" for name in ("cycle_ms", "draft_ms", "verify_ms", "rest_ms")),
                       f"{r['tok_per_s']:.1f}", f"{r['speedup']:.2f}x", f"{r['predicted_speedup']:.2f}x")
-    Console(width=max(150, Console().width)).print(table)
+    PlainConsole(width=max(150, PlainConsole().width)).print(table)
 
 
 def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
+from jspec.console import PlainConsole  # noqa: E402
 from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
 from jspec.rl.advantages import group_advantages  # noqa: E402
 from jspec.rl.update import UpdateSettings, init_state, make_batch, update  # noqa: E402
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*(f"{row[name]:.3g}" for name in shown))
-    Console(width=max(110, Console().width)).print(table)
+    PlainConsole(width=max(110, PlainConsole().width)).print(table)
     result = measure.report(rows, model=args.shape, sequences=args.prompts * args.group, draft=args.draft)
     measure.write_json(args.json, result)
     return result

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks import kernel_cases, measure  # noqa: E402
+from jspec.console import PlainConsole  # noqa: E402
 from jspec.kernels import choose, picked  # noqa: E402
 from pallas_kernels import noise as noise_lib  # noqa: E402
 from pallas_kernels.implementation import REFERENCE, Implementation  # noqa: E402
@@ -235,7 +235,7 @@ def show(rows: list[dict[str, Any]], bandwidth: float) -> None:
         rest = ", ".join(f"{k} {v}" for k, v in us.items() if k not in ("kernel", "xla"))
         table.add_row(row["kernel"], row["shape"], row["rule"] or "", us["kernel"], us["xla"], rest,
                       f"{row['of_floor']:.0%}", f"{row['over_xla']:.2f}x")
-    Console(width=160).print(table)
+    PlainConsole(width=160).print(table)
 
 
 def measured(args: argparse.Namespace, implementation: Implementation, bandwidth: float) -> Any:

@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
@@ -30,6 +29,7 @@ from benchmarks.drafts import check_targets  # noqa: E402
 from jspec import cli  # noqa: E402
 from jspec.checkpoint import load_run  # noqa: E402
 from jspec.config import DRAFTERS, Config, load_config  # noqa: E402
+from jspec.console import PlainConsole  # noqa: E402
 from jspec.drafts import Draft  # noqa: E402
 from jspec.errors import InputError  # noqa: E402
 from jspec.metrics import read_records  # noqa: E402
@@ -98,7 +98,7 @@ def show(records: list[dict[str, Any]], title: str) -> None:
     for record in records:
         table.add_row(str(record["step"]), f"{record['reward']:.3f}",
                       *(f"{record[name]['acceptance_length']:.2f}" for name in ("online", "frozen")))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import kernel_cases, measure, parts, synthetic  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
+from jspec.console import PlainConsole  # noqa: E402
 from jspec.kernels import KERNELS, choose, judge, picked  # noqa: E402
 from jspec.model import Policy, to_rollout  # noqa: E402
 from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
@@ -164,7 +164,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
         table.add_row(str(row["batch"]), row["draft"], str(row["k"]), f"{row['tok_per_s']:.1f}",
                       f"{row['speedup']:.2f}x", f"{row['acceptance_length']:.2f}", f"{row['cycle_ms']:.2f}", draft_ms,
                       f"{row['accept_ms']:.2f}", f"{1e3 * row['prefill_s']:.1f}", f"{100 * row['share_of_floor']:.0f}%")
-    Console(width=max(110, Console().width)).print(table)
+    PlainConsole(width=max(110, PlainConsole().width)).print(table)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

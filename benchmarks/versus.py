@@ -24,10 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
+from jspec.console import PlainConsole  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 # (what, peer, target: jspec over the peer, or for seconds the other way round)
@@ -129,7 +129,7 @@ def show(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_row(row["what"], row["peer"], f"{row['jspec']:.1f}", f"{row['theirs']:.1f}", f"{row['ratio']:.2f}x",
                       f"{row['target']:.2f}x", "yes" if row["ratio"] >= row["target"] else "no")
-    Console(width=max(120, Console().width)).print(table)
+    PlainConsole(width=max(120, PlainConsole().width)).print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("where are the peers? see --help")
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     threads: dict[str, int] = {}
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     for number in range(1, args.rounds + 1):
         for name in args.only:
             console.print(f"round {number}: {name} (load {os.getloadavg()[0]:.1f})")

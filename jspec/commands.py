@@ -19,6 +19,7 @@ from rich.text import Text
 import jspec
 from jspec.checkpoint import load_run
 from jspec.config import Config, load_config
+from jspec.console import PlainConsole
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import publish, shipped
@@ -100,7 +101,7 @@ def time_rollout(policy: Policy, draft: Draft | None, batch, sampling, speculati
 
 def rollout(arguments) -> int:
     """`jspec rollout`: the same prompt and seed without and with a draft, side by side."""
-    console = Console()
+    console = PlainConsole()
     overrides = [(f"sampling.{key}", getattr(arguments, key))
                  for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
     overrides += [(f"speculation.{name}", getattr(arguments, name)) for name in ("k", "rule", "kernels")]
@@ -182,7 +183,7 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
 
 def evaluate(arguments) -> int:
     """`jspec eval`: samples answers to a task's prompts, grades them, and reports the mean reward."""
-    console = Console(stderr=arguments.json == "-")
+    console = PlainConsole(stderr=arguments.json == "-")
     overrides = list(arguments.overrides)
     if arguments.temperature is not None:
         overrides.append(("sampling.temperature", arguments.temperature))

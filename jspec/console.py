@@ -16,14 +16,14 @@ class PlainConsole(Console):
     """A console that prints text as it is. What it prints to may go away (`| head -2`): it then prints no more."""
 
     def __init__(self, on_closed: Callable[[], None] | None = None, **options: Any):
-        """`on_closed` is called once when nobody reads any more; None: SystemExit, with 1. The options are rich's."""
+        """`on_closed` is called once when nobody reads any more; None: BrokenPipeError. The options are rich's."""
         super().__init__(**options, markup=False, emoji=False, highlight=False)
         self.on_closed = on_closed
 
     def on_broken_pipe(self) -> None:
         """What rich calls then, from whichever thread was printing."""
         if self.on_closed is None:
-            return super().on_broken_pipe()
+            raise BrokenPipeError
         self.quiet = True
         with suppress(OSError, ValueError):  # what is left in the buffer must not fail at the program's exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

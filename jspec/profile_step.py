@@ -19,6 +19,7 @@ from rich.table import Table
 
 import jspec
 from jspec.config import Config
+from jspec.console import PlainConsole
 from jspec.metrics import Clock
 from jspec.model import to_rollout
 from jspec.prepare import (
@@ -127,7 +128,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
 
 def profile(config: Config, directory: Path) -> int:
     """`jspec profile`: prints the table, and writes trace and profile.json under `directory`."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     # else a program that was kept may come back with the scopes of the source that it was compiled from
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     mesh, clock = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), Clock()

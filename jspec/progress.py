@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from jspec.console import PlainConsole
+
 AFTER_S, EVERY_S = 2.0, 30.0
 """In a log, seconds until the first line, for what is done or fails at once needs none, and from one to the next."""
 
@@ -19,7 +21,7 @@ AFTER_S, EVERY_S = 2.0, 30.0
 @functools.cache
 def stderr() -> Console:
     """The one console on stderr: bars inside one another must know of each other."""
-    return Console(stderr=True)
+    return PlainConsole(stderr=True)
 
 
 def say(text: str) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import jspec
 from jspec.config import DraftTrainingConfig
+from jspec.console import PlainConsole
 from jspec.drafts import Draft
 from jspec.model import Policy
 from jspec.prepare import REPORT_KEY, make_sampling, purpose_key
@@ -35,7 +35,7 @@ def report(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: l
         with telling(f"measuring acceptance, {rule}, temperature {temperature:g}"):
             records.append(measure(config, policy, draft, prompts, rule, temperature))
     (directory / "report.json").write_text(json.dumps(records, indent=1) + "\n")
-    Console().print(table(records))
+    PlainConsole().print(table(records))
     try:
         plot(records, directory / "report.png")
     except ImportError:

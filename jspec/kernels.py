@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from jspec.arguments import one_of
 from jspec.errors import InputError
 from jspec.sharding import current_mesh, heads_replicated, partition
 from pallas_kernels.implementation import REFERENCE, Implementation
@@ -50,8 +51,7 @@ def choose(kernels: str | Implementation) -> Implementation:
     """
     if isinstance(kernels, Implementation):
         return kernels
-    if kernels not in KERNELS:
-        raise InputError(f"speculation kernels {kernels!r} is unknown; known: {', '.join(KERNELS)}")
+    one_of(KERNELS)("speculation kernels", kernels)
     chip = "gpu" if platform() in ("gpu", "cuda") else platform()
     supported = chip == "tpu" or chip == "gpu" and _is_hopper()
     if kernels == "reference" or kernels == "auto" and not supported:

@@ -23,7 +23,7 @@ a rollout with the same key.
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jspec.arguments import show
 from jspec.config import DRAFTERS
 from jspec.errors import InputError
 from jspec.kernels import draw
@@ -40,6 +41,15 @@ from pallas_kernels.rejection_sampling import process_logits
 
 UNLIKE = ("stop_tokens", "pad_token", "tokenless", "max_position_embeddings", "initializer_range")
 """Fields of a ModelConfig that a draft and its policy need not share."""
+
+
+def drafter(name: Any) -> ModuleType:
+    """The drafter's module of a name, which may come from a file: it is looked up among those that are there, and never
+    imported. Raises InputError for another name."""
+    module = sys.modules.get(f"jspec.drafts.{name}")
+    if not hasattr(module, "propose"):
+        raise InputError(f"{show(name)} is no drafter; there are {', '.join(DRAFTERS)}")
+    return module
 
 
 def unlike(made: ModelConfig, config: ModelConfig) -> str:
@@ -58,10 +68,8 @@ def model_config(fields: dict) -> ModelConfig:
 
 def config_from_fields(name: str, fields: dict) -> Any:
     """A drafter's static config from what `dataclasses.asdict` and JSON left of it. Raises InputError for a name
-    that is no drafter's: nothing else may be imported."""
-    if name not in DRAFTERS:
-        raise InputError(f"{name!r} is no drafter; there are {', '.join(DRAFTERS)}")
-    kind = importlib.import_module(f"jspec.drafts.{name}").Config
+    that is no drafter's."""
+    kind = drafter(name).Config
     types = {field.name: field.type for field in dataclasses.fields(kind)}
 
     def back(key: str, value: Any) -> Any:
@@ -86,10 +94,14 @@ class Draft:
     @property
     def module(self) -> ModuleType:
         """The module of pure functions that this draft's config names."""
-        return importlib.import_module(f"jspec.drafts.{self.config.name}")
+        return drafter(self.config.name)
 
     def check(self, policy: Policy) -> None:
-        """Raise InputError if this draft was made for a policy of another architecture or vocabulary."""
+        """Raise InputError if this draft was made for a policy of another architecture or vocabulary, or is none."""
+        made = getattr(self.config, "policy", None)
+        if not isinstance(made, ModelConfig):
+            raise InputError(f"this draft's config is a {type(self.config).__name__} without the policy's; make one "
+                             "with jspec.drafts.NAME(policy, ...)")
         difference = unlike(self.config.policy, policy.config)
         if difference:
             raise InputError(f"this {self.config.name} draft was made for another policy: {difference}; "

@@ -19,13 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jspec.arguments import flag, settle, whole, whole_numbers
 from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Sampler
 from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, state_loss
 from jspec.drafts.parts.unroll import shift
 from jspec.drafts.parts.vocabulary import check_vocab, table_logits
 from jspec.errors import InputError
-from jspec.model import ModelConfig, ParamSpec, Policy, Trunk, embed, init_weights, layer_specs, place_on_mesh
+from jspec.model import (
+    ModelConfig,
+    ParamSpec,
+    Policy,
+    Trunk,
+    check_policy,
+    embed,
+    init_weights,
+    layer_specs,
+    place_on_mesh,
+)
 from jspec.model.layers import decoder_layer, fuse, linear, rms_norm
 from jspec.sharding import constrain_tree
 
@@ -59,9 +70,10 @@ class Eagle3Config:
     name: str = "eagle3"
 
     def __post_init__(self):
+        flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "own_embed")
+        settle(self, "eagle3 draft: ", aux_depths=whole_numbers, vocab_size=whole(), depths=whole(1, 32),
+               **dict.fromkeys(flags, flag))
         n, hidden = self.policy.num_layers, self.policy.hidden_size
-        if self.depths < 1:
-            raise InputError(f"eagle3 draft: depths = {self.depths} must be at least 1")
         if self.norm_before_fc and self.fc_norm:
             raise InputError("eagle3 draft: norm_before_fc and fc_norm exclude each other; set one of them")
         if self.block.hidden_size != hidden:
@@ -102,15 +114,16 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
         for all of them.
       depths, norm_before_residual, norm_before_fc, fc_norm, norm_output, own_embed: see `Eagle3Config`.
 
-    Raises InputError for depths that the policy does not have, options that exclude each other, or a vocabulary that is
-    none.
+    Raises InputError for depths that the policy does not have, options that exclude each other, a vocabulary that is
+    none, or a policy in a rollout layout.
     """
+    check_policy("the policy of an eagle3 draft", policy, stacked=True)
     made = policy.config
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, "eagle3")
     block = dataclasses.replace(made, family="llama", num_layers=1, tie_embeddings=False, qkv_bias=False,
                                 out_bias=False, mlp_bias=False, qk_norm=False, stop_tokens=(), pad_token=0,
                                 tokenless=())
-    config = Eagle3Config(made, block, tuple(default_depths(made.num_layers) if aux_depths is None else aux_depths),
+    config = Eagle3Config(made, block, default_depths(made.num_layers) if aux_depths is None else aux_depths,
                           0 if ids is None else len(ids), depths, norm_before_residual, norm_before_fc, fc_norm,
                           norm_output, own_embed)
 

@@ -17,13 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jspec.arguments import flag, settle, whole
 from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Sampler
 from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, state_loss, unit
 from jspec.drafts.parts.unroll import shift
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.errors import InputError
-from jspec.model import ModelConfig, ParamSpec, Policy, Trunk, embed, init_weights, layer_specs, place_on_mesh
+from jspec.model import (
+    ModelConfig,
+    ParamSpec,
+    Policy,
+    Trunk,
+    check_policy,
+    embed,
+    init_weights,
+    layer_specs,
+    place_on_mesh,
+)
 from jspec.model.layers import decoder_layer, fuse, linear, rms_norm
 from jspec.sharding import constrain_tree
 
@@ -57,11 +68,12 @@ class MtpConfig:
     name: str = "mtp"
 
     def __post_init__(self):
-        if self.depths < 1:
-            raise InputError(f"mtp draft: depths = {self.depths} must be at least 1")
-        if not 1 <= self.blocks <= self.depths:
+        settle(self, "mtp draft: ", depths=whole(1, 32), blocks=whole(1), vocab_size=whole(), hidden_first=flag,
+               normed_trunk=flag, first=whole(0, 1))
+        if self.blocks > self.depths:
             raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most depths = {self.depths}")
-        assert self.first == 0 or self.blocks == 1, "every further block would begin one position later"
+        if self.first and self.blocks > 1:  # every further block would begin one position later
+            raise InputError(f"mtp draft: first = {self.first} needs blocks = 1, not {self.blocks}")
 
 
 Config = MtpConfig
@@ -81,8 +93,9 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
       vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own rollouts), or None
         for all of them.
 
-    Raises InputError if not 1 <= blocks <= depths, or for a vocabulary that is none.
+    Raises InputError if not 1 <= blocks <= depths, for a vocabulary that is none, or a policy in a rollout layout.
     """
+    check_policy("the policy of an mtp draft", policy, stacked=True)
     ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "mtp")
     config = MtpConfig(policy.config, depths, blocks, 0 if ids is None else len(ids))
     d = policy.config.hidden_size

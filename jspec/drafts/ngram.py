@@ -9,10 +9,10 @@ import dataclasses
 
 import jax
 
+from jspec.arguments import settle, whole
 from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
 from jspec.drafts.parts.lookup import look_up
 from jspec.drafts.parts.weightless import features, observe, prepare, specs  # noqa: F401, the module's own
-from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy
 
 loss = None
@@ -26,14 +26,16 @@ class NgramConfig:
     max_ngram: int = 3
     name: str = "ngram"
 
+    def __post_init__(self):
+        settle(self, "ngram draft: ", max_ngram=whole(1, 256))
+
 
 Config = NgramConfig
 
 
 def init(policy: Policy, key: jax.Array | None = None, *, max_ngram: int = 3) -> Draft:
-    """An n-gram draft. The key is not used: there is nothing random in it. Raises InputError if max_ngram < 1."""
-    if max_ngram < 1:
-        raise InputError(f"ngram draft: max_ngram = {max_ngram} must be at least 1")
+    """An n-gram draft. The key is not used: there is nothing random in it. Raises InputError if max_ngram is no
+    whole number from 1 to 256."""
     return Draft(weights={}, state={}, config=NgramConfig(policy.config, max_ngram))
 
 

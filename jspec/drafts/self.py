@@ -9,12 +9,14 @@ with quantised weights: https://arxiv.org/abs/2502.10424.)
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jspec.arguments import settle, whole, wrong
 from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.drafts.parts.weightless import features, observe, specs  # noqa: F401, the module's own
@@ -37,6 +39,11 @@ class SelfConfig:
     vocab_size: int = 0
     name: str = "self"
 
+    def __post_init__(self):
+        if not isinstance(self.bits, numbers.Integral) or self.bits not in BITS:
+            raise wrong("self draft: bits", self.bits, f"one of {', '.join(map(str, BITS))}")
+        settle(self, "self draft: ", bits=whole(), vocab_size=whole())
+
 
 Config = SelfConfig
 
@@ -52,8 +59,6 @@ def init(policy: Policy, key: jax.Array | None = None, *, bits: int = 8,
 
     Raises InputError for other bits, or for a vocabulary that is none.
     """
-    if bits not in BITS:
-        raise InputError(f"self draft: bits = {bits!r} must be one of {', '.join(map(str, BITS))}")
     ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "self")
     return Draft(weights={}, state={} if ids is None else {"vocab": jnp.asarray(ids)},
                  config=SelfConfig(policy.config, bits, 0 if ids is None else len(ids)))

@@ -26,6 +26,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jspec.arguments import INT32, settle, whole
 from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
 from jspec.drafts.parts.lookup import NOTHING, last_tokens, look_up, look_up_elsewhere, vote
 from jspec.drafts.parts.weightless import features, observe, prepare, specs  # noqa: F401, the module's own
@@ -48,6 +49,14 @@ class SuffixConfig:
     history_rows: int
     history_tokens: int
     name: str = "suffix"
+
+    def __post_init__(self):
+        settle(self, "suffix draft: ", max_match=whole(1, 256), siblings=whole(), history_prompts=whole(),
+               history_rows=whole(1), history_tokens=whole(1))
+        tokens = self.history_prompts * self.history_rows * self.width
+        if tokens > INT32:
+            raise InputError(f"suffix draft: a history of {tokens} tokens is more than memory has room for; lower "
+                             "history_prompts, history_rows or history_tokens")
 
     @property
     def width(self) -> int:
@@ -74,13 +83,8 @@ def init(policy: Policy, key: jax.Array | None = None, *, max_match: int = 8, si
       history_rows: H, how many outputs of a prompt, the newest ones.
       history_tokens: how many tokens of each, its first ones.
 
-    Raises InputError for an argument that is out of range.
+    Raises InputError for an argument that is no whole number or out of range.
     """
-    least = {"max_match": (max_match, 1), "siblings": (siblings, 0), "history_prompts": (history_prompts, 0),
-             "history_rows": (history_rows, 1), "history_tokens": (history_tokens, 1)}
-    for name, (value, low) in least.items():
-        if value < low:
-            raise InputError(f"suffix draft: {name} = {value} must be at least {low}")
     config = SuffixConfig(policy.config, max_match, siblings, history_prompts, history_rows, history_tokens)
     return Draft(weights={}, state=_empty(config), config=config)
 

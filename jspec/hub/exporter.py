@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jspec.arguments import path, whole
 from jspec.errors import InputError
 from jspec.hub.architectures import StoredTensor, config_to_hf, stored_tensors
 from jspec.hub.safetensors_io import INDEX, write_file
 from jspec.model.config import ModelConfig
-from jspec.model.params import Policy
+from jspec.model.params import Policy, check_policy, check_static
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -102,7 +103,7 @@ def on_host(array: jax.Array) -> np.ndarray:
 
 def new_directory(directory: str | Path) -> Path:
     """Where to export. Raises InputError if the directory has files in it."""
-    target = Path(directory).expanduser().absolute()
+    target = path("directory", directory).absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty directory; export into a new one")
     return target
@@ -116,10 +117,13 @@ def export(policy: Policy, directory: str | Path, tokenizer: Any = None, *,
     tokenizer. The directory appears whole or not at all. With several processes all call this and the first writes.
     Raises InputError if the directory has files in it, or if no published architecture has the policy's config.
     """
-    target = new_directory(directory)
-    if not policy.stacked:
-        raise InputError("export takes a policy in the training layout; this one is in a rollout layout")
+    check_static("the policy of an export", policy)
     config_to_hf(policy.config)
+    check_policy("the policy of an export", policy, stacked=True)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer of transformers, or None")
+    max_shard_bytes = whole(1, 2**63 - 1)("max_shard_bytes", max_shard_bytes)
+    target = new_directory(directory)
     if jax.process_index() == 0:
         with whole_directory(target) as work:
             write_checkpoint(work, policy.config, lambda t: host_value(policy.weights, t), tokenizer, max_shard_bytes)

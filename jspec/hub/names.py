@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from jspec import arguments
 from jspec.errors import InputError
 
 
@@ -55,7 +56,7 @@ def resolve(name: str) -> PackagedModel | Path | str:
     """
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
-    path = Path(name).expanduser()
+    path = arguments.path("model", name)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():

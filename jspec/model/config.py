@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 
+from jspec.arguments import flag, instance, one_of, optional, real, settle, show, whole, whole_numbers
 from jspec.errors import InputError
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -17,6 +17,8 @@ class RopeConfig:
 
     `factor` is used by every scaling but `default`; `low_freq_factor`, `high_freq_factor` by `llama3`; the betas,
     `attention_factor`, the mscales and `truncate` by `yarn`. `original_max_position` is the length before scaling.
+
+    Raises InputError for a value of another type, and for numbers that would make angles which are none.
     """
 
     theta: float = 10000.0
@@ -33,8 +35,20 @@ class RopeConfig:
     truncate: bool = True
 
     def __post_init__(self):
-        if self.scaling not in ROPE_SCALINGS:
-            raise InputError(f"rope scaling {self.scaling!r} is not supported; supported: {', '.join(ROPE_SCALINGS)}")
+        ratio = real(low=1e-6, high=1e6)  # float32 has room for what is made of them
+        settle(self, "rope ", scaling=one_of(ROPE_SCALINGS), theta=real(low=1), factor=real(low=1),
+               original_max_position=whole(), attention_factor=optional(ratio), mscale=real(low=0, high=1e6),
+               mscale_all_dim=real(low=0, high=1e6), truncate=flag,
+               **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), ratio))
+        if self.scaling in ("llama3", "yarn") and self.original_max_position < 1:
+            raise InputError(f"rope scaling {self.scaling} needs original_max_position, the length before scaling")
+        if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(f"rope low_freq_factor = {self.low_freq_factor} must be below high_freq_factor = "
+                             f"{self.high_freq_factor}")
+        if self.scaling == "yarn" and self.beta_fast < self.beta_slow:
+            raise InputError(f"rope beta_fast = {self.beta_fast} must be at least beta_slow = {self.beta_slow}")
+        if self.scaling == "yarn" and self.theta == 1:
+            raise InputError("rope theta = 1.0 must be above 1 for yarn, whose wavelengths are powers of it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +58,8 @@ class ModelConfig:
     `stop_tokens` are the end tokens of the checkpoint (config, generation config and tokenizer united). `tokenless` are
     ranges [start, stop) of ids that the tokenizer has no token for, as vocabularies are padded to round sizes: they are
     no part of the policy's distribution, in sampling and in training alike.
+
+    Raises InputError, naming the field, for a value of another type and for one that no transformer has.
     """
 
     vocab_size: int
@@ -68,16 +84,15 @@ class ModelConfig:
     tokenless: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise InputError(f"model family {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                     "head_dim", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+        sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+                               "num_kv_heads", "head_dim", "max_position_embeddings"), whole(1))
+        flags = dict.fromkeys(("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"), flag)
+        settle(self, "", family=one_of(FAMILIES), **sizes, **flags, rms_norm_eps=real(low=1e-30, high=1),
+               rope=instance(RopeConfig, "a jspec.RopeConfig"), initializer_range=real(low=0, high=100),
+               stop_tokens=whole_numbers, pad_token=whole())
         for token in self.stop_tokens:
-            if not isinstance(token, numbers.Integral) or not 0 <= token < self.vocab_size:
-                raise InputError(f"stop token {token!r} is not an id of the vocabulary of {self.vocab_size}")
+            if token >= self.vocab_size:
+                raise InputError(f"stop token {token} is not an id of the vocabulary of {self.vocab_size}")
         self._check_tokenless()
         if self.num_heads % self.num_kv_heads:
             raise InputError(
@@ -86,14 +101,15 @@ class ModelConfig:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
 
     def _check_tokenless(self):
-        try:
-            ranges = tuple(tuple(r) for r in self.tokenless)  # JSON and YAML have lists, which cannot be hashed
-        except TypeError:
-            raise InputError(f"tokenless must be ranges [start, stop) of ids, not {self.tokenless!r}") from None
+        given = self.tokenless
+        if not isinstance(given, list | tuple) or not all(isinstance(r, list | tuple) for r in given):
+            shown = f"[{', '.join(map(show, given[:4]))}]" if isinstance(given, list | tuple) else show(given)
+            raise InputError(f"tokenless must be ranges [start, stop) of ids, not {shown}")
+        ranges = tuple(whole_numbers("a range of tokenless", r) for r in self.tokenless)
         object.__setattr__(self, "tokenless", ranges)
         before = 0
         for r in ranges:
-            if len(r) != 2 or not all(isinstance(i, numbers.Integral) for i in r) or not before <= r[0] < r[1]:
+            if len(r) != 2 or not before <= r[0] < r[1]:
                 raise InputError(f"tokenless must be ascending ranges [start, stop) of ids that do not overlap, and "
                                  f"{list(r)} is none after {before}")
             before = r[1]

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jspec.arguments import DTYPES, compute_dtype, instance, one_of, random_key
+from jspec.errors import InputError
 from jspec.model.config import ModelConfig
 from jspec.model.layers import fuse
-from jspec.sharding import constrain_tree, current_mesh, spec_sharding
+from jspec.sharding import RULES, constrain_tree, current_mesh, spec_sharding
 from pallas_kernels.implementation import REFERENCE, Implementation
 
 
@@ -54,6 +56,49 @@ class Policy:
     def stacked(self) -> bool:
         """True in the training layout."""
         return isinstance(self.weights["layers"], dict)
+
+
+def check_weights(label: str, weights: Any, specs: Any) -> None:
+    """Raise InputError, naming it, for the first array that `specs` declares and `weights` lack or have in another
+    shape. What else is there is not judged."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    for path, spec in flat:
+        found = weights
+        for step in path:
+            key = getattr(step, "key", getattr(step, "idx", None))
+            known = range(len(found)) if isinstance(found, list | tuple) else found if isinstance(found, dict) else ()
+            found = found[key] if key in known else None
+        shape, name = getattr(found, "shape", None), jax.tree_util.keystr(path, simple=True, separator=".")
+        if shape != spec.shape:
+            has = "is missing" if shape is None else f"has shape {list(shape)}"
+            raise InputError(f"weight {name} of {label} {has}; its config says {list(spec.shape)}")
+
+
+def check_static(label: str, policy: Any) -> None:
+    """Raise InputError for a policy that is none, or that has a static field which is none."""
+    instance(Policy, "a policy, such as jspec.load(\"NAME\")")(label, policy)
+    instance(ModelConfig, "a jspec.ModelConfig")(f"the config of {label}", policy.config)
+    one_of(DTYPES)(f"the dtype of {label}", policy.dtype)
+    one_of(RULES)(f"the layout of {label}", policy.layout)
+    instance(Implementation, "what jspec.rollout sets")(f"kernels of {label}", policy.kernels)
+
+
+def check_policy(label: str, policy: Any, stacked: bool = False) -> None:
+    """`check_static`, and InputError for a policy whose weights are not those of its config.
+
+    stacked: it must be in the training layout.
+    """
+    check_static(label, policy)
+    config = policy.config
+    specs, layers = param_specs(config), policy.weights.get("layers") if isinstance(policy.weights, dict) else None
+    if isinstance(layers, tuple):
+        if stacked:
+            raise InputError(f"{label} must be in the training layout, and this one is in a rollout layout; give the "
+                             "policy that jspec.reshard was given")
+        del specs["layers"]
+        if len(layers) != config.num_layers:
+            raise InputError(f"{label} has {len(layers)} layers; its config says {config.num_layers}")
+    check_weights(label, policy.weights, specs)
 
 
 def layer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -128,11 +173,20 @@ def place_on_mesh(make: Any, specs: Any, config: ModelConfig) -> Any:
     return jax.jit(make, out_shardings=None if mesh is None else spec_sharding(specs, config, mesh))
 
 
-def init_policy(config: ModelConfig, key: jax.Array, dtype: str = "float32") -> Policy:
+def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32") -> Policy:
     """A policy from random initialisation (normal, `config.initializer_range`), in the training layout.
 
     Placed on the mesh of `jax.set_mesh`, if there is one; the values do not depend on it.
+
+    Args:
+      key: a typed key, or a seed.
+      dtype: see `Policy`.
+
+    Raises InputError for an argument of another kind, or where the mesh does not divide the model.
     """
+    instance(ModelConfig, "a jspec.ModelConfig")("config", config)
+    key, dtype = random_key("key", key), compute_dtype("dtype", dtype)
+
     def make(key):
         return init_weights(param_specs(config), key, config.initializer_range)
 
@@ -162,4 +216,10 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     return policy.replace(weights=weights, layout=layout)
 
 
-reshard = jax.jit(to_rollout, static_argnames="layout")
+_reshard = jax.jit(to_rollout, static_argnames="layout")
+
+
+def reshard(policy: Policy, layout: str = "rollout") -> Policy:
+    """`to_rollout`, jitted. Raises InputError for a policy that is none, and for another layout."""
+    check_policy("policy", policy)
+    return _reshard(policy, layout=one_of(name for name in RULES if name != "train")("layout", layout))

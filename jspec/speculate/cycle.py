@@ -11,11 +11,8 @@ from flax import struct
 from jspec.drafts.base import Committed, Draft, Observation, Proposal, Sampler
 from jspec.kernels import judge
 from jspec.model import Cache, Policy, Trunk, logits, verify
-from jspec.speculate.types import Sampling
-from pallas_kernels import noise as noise_lib
+from jspec.speculate.types import RULES, Sampling  # noqa: F401, RULES are a cycle's too
 from pallas_kernels.rejection_sampling import Verdict
-
-RULES = {"rejection": noise_lib.rejection_noise, "block": noise_lib.block_noise, "coupled": noise_lib.coupled_noise}
 
 
 @struct.dataclass

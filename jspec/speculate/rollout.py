@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import numbers
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jspec.drafts.base import Draft, Prefill
-from jspec.errors import InputError
 from jspec.kernels import choose, picked
 from jspec.model import Policy, prefill, to_rollout
-from jspec.sharding import check_rows, constrain
+from jspec.sharding import constrain
+from jspec.speculate.arguments import answerable, check, in_32_bits
 from jspec.speculate.cycle import RULES, Slots, cycle, split_features
 from jspec.speculate.types import PromptBatch, Rollout, RolloutStats, Sampling, Speculation
 from pallas_kernels.noise import key_words
@@ -23,65 +21,6 @@ from pallas_kernels.noise import key_words
 _TILE, _BLOCK = 16, 128
 
 log = logging.getLogger(__name__)
-
-
-def _concrete(x) -> np.ndarray | None:
-    """The value of x, or None while it is being traced (or lives partly on other hosts)."""
-    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
-        return None
-    return np.asarray(x)
-
-
-def _check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, spec: Speculation) -> None:
-    """Raise InputError for what cannot work, before anything is compiled."""
-    if not isinstance(policy, Policy):
-        raise InputError(f"params is a {type(policy).__name__}: give a policy, such as jspec.load(\"NAME\")")
-    rows = batch.tokens.shape[0] * batch.group_size
-    if spec.rule not in RULES:
-        raise InputError(f"speculation rule {spec.rule!r} is unknown; known: {', '.join(RULES)}")
-    positions = policy.config.max_position_embeddings
-    if not isinstance(spec.k, numbers.Integral) or not 0 <= spec.k < positions:
-        raise InputError(f"speculation k = {spec.k!r} must be a whole number below the model's {positions} positions; "
-                         "0 turns speculation off")
-    if not isinstance(draft, Draft | None):
-        raise InputError(f"draft_params is a {type(draft).__name__}: give a draft, such as jspec.drafts.ngram(params), "
-                         "or None")
-    if not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens or sampling.max_new_tokens < 1:
-        raise InputError("sampling needs 0 <= min_new_tokens <= max_new_tokens >= 1; got "
-                         f"{sampling.min_new_tokens} and {sampling.max_new_tokens}")
-    if sampling.top_k < 0:
-        raise InputError(f"sampling top_k = {sampling.top_k} is negative; 0 turns it off")
-    for name, value in (("temperature", sampling.temperature), ("top_p", sampling.top_p)):
-        if value is None and name == "top_p":
-            continue
-        if jnp.shape(value) not in ((), (rows,)):
-            raise InputError(f"sampling {name} has shape {jnp.shape(value)}; give a scalar or one value for each of "
-                             f"the {rows} sequences")
-        known = _concrete(value)
-        if known is not None and not np.issubdtype(known.dtype, np.number):
-            raise InputError(f"sampling {name} must be a number, not {value!r}")
-        if known is not None and not np.all((known >= 0) & np.isfinite(known)):
-            raise InputError(f"sampling {name} must be finite and at least 0; got {known.min()}")
-    choose(spec.kernels)
-    _check_tokens(policy, batch, sampling)
-    if draft is not None:
-        draft.check(policy)
-    check_rows(rows, layout=policy.layout if not policy.stacked else "rollout")
-
-
-def _check_tokens(policy: Policy, batch: PromptBatch, sampling: Sampling) -> None:
-    config = policy.config
-    lengths, tokens = _concrete(batch.lengths), _concrete(batch.tokens)
-    longest = batch.tokens.shape[1] if lengths is None else int(lengths.max())
-    if longest + sampling.max_new_tokens > config.max_position_embeddings:
-        raise InputError(f"a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} do not fit the "
-                         f"model's {config.max_position_embeddings} positions; shorten one of them")
-    if tokens is not None and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
-        raise InputError(f"prompt token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is outside the "
-                         f"model's vocabulary of {config.vocab_size}; was it made with another tokenizer?")
-    for token in sampling.stop_tokens or ():
-        if not 0 <= token < config.vocab_size:
-            raise InputError(f"stop token {token} is outside the model's vocabulary of {config.vocab_size}")
 
 
 def _cache_size(prompt: int, max_new_tokens: int, k: int) -> int:
@@ -93,9 +32,13 @@ def _cache_size(prompt: int, max_new_tokens: int, k: int) -> int:
 
 def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, k: int,
           states: tuple[int, ...] | None = None) -> Slots:
-    """Prefill every prompt once, and give each of its group's rows a copy of the keys and values."""
+    """Prefill every prompt once, and give each of its group's rows a copy of the keys and values. Rows that have no
+    answer are done from the start."""
     prompts, length = batch.tokens.shape
     rows = prompts * batch.group_size
+    live = answerable(policy.config, batch, sampling)
+    batch = batch.replace(tokens=jnp.clip(batch.tokens, 0, policy.config.vocab_size - 1),  # of the others' rows
+                          lengths=jnp.clip(batch.lengths, 1, length))
     size = _cache_size(length, sampling.max_new_tokens, k)
     features = () if draft is None else draft.module.features(draft.config)
     with jax.named_scope("prefill"):
@@ -115,12 +58,12 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
 
         cache, state, kept, lengths, tokens = jax.tree.map(share, (cache, state, kept, batch.lengths, batch.tokens))
     by_row = partial(jnp.broadcast_to, shape=(rows,))
-    flags = constrain(jnp.zeros(rows, bool), policy.layout, "batch")
+    done, stopped = (constrain(flags, policy.layout, "batch") for flags in (~live, jnp.zeros(rows, bool)))
     values = jnp.zeros((rows, sampling.max_new_tokens + k + 1), jnp.float32)
     return Slots(
         sequence_ids=batch.sequence_ids, prompt_lengths=lengths, lengths=lengths,
         tokens=jnp.pad(tokens, ((0, 0), (0, size - length))),
-        logprobs=values, entropy=values, done=flags, stopped=flags,
+        logprobs=values, entropy=values, done=done, stopped=stopped,
         temperature=by_row(jnp.asarray(sampling.temperature, jnp.float32)),
         top_p=None if sampling.top_p is None else by_row(jnp.asarray(sampling.top_p, jnp.float32)),
         cache=cache, draft_state=state, trunk=kept,
@@ -171,7 +114,10 @@ def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *, s
             speculation: Speculation | None = None) -> Rollout:
     """Continue every prompt, with exactly the policy's distribution and as few passes over its weights as drafts allow.
 
-    Pure and jittable; inside a caller's `jax.jit` it finds the mesh by `jax.set_mesh`.
+    Pure, and jitted already: it compiles anew for another shape of the batch, another layout of the weights, and other
+    static settings (all of `speculation`; `max_new_tokens`, `min_new_tokens`, `top_k`, `stop_tokens`, `group_size`).
+    Inside a caller's own `jax.jit` the policy, the draft and the batch are arguments, `temperature` and `top_p` may be,
+    and those settings must be Python values; the mesh is found by `jax.set_mesh`.
 
     Args:
       params: the policy, in the training or a rollout layout.
@@ -181,11 +127,13 @@ def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *, s
       speculation: defaults to `Speculation()`.
 
     Returns:
-      `Rollout` with N = prompts x group_size rows.
+      `Rollout` with N = prompts x group_size rows. What is refused below cannot be seen where it is traced: a row whose
+      prompt length, tokens, temperature or top_p turn out to be none then comes back empty, with nothing in its mask.
 
     Raises InputError for a bad argument, a prompt that does not fit the model's positions, a batch that the mesh does
     not divide, and a draft made for another policy.
     """
-    sampling, speculation = sampling or Sampling(), speculation or Speculation()
-    _check(params, draft_params, batch, sampling, speculation)
-    return _rollout(params, draft_params, batch, sampling, speculation)
+    sampling = Sampling() if sampling is None else sampling
+    speculation = Speculation() if speculation is None else speculation
+    check(params, draft_params, batch, sampling, speculation)
+    return _rollout(params, draft_params, *in_32_bits(batch, sampling), speculation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -11,12 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jspec.arguments import INT32, one_of, optional, random_key, settle, show, whole, whole_numbers, wrong
 from jspec.errors import InputError
 from jspec.model import Trunk
-from pallas_kernels.noise import seed_key
+from pallas_kernels import noise
+
+RULES = {"rejection": noise.rejection_noise, "block": noise.block_noise, "coupled": noise.coupled_noise}
+"""By which a rollout may judge its drafts: each is the noise that it is given."""
 
 # prompt lengths are padded up to one of these, so that a new length is seldom a new compilation
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
+
+
+_GROUP = whole(1, 2**20)
 
 
 @struct.dataclass
@@ -37,6 +44,9 @@ class PromptBatch:
     key: jax.Array
     group_size: int = struct.field(pytree_node=False)
 
+    def __post_init__(self):
+        settle(self, "", group_size=_GROUP)
+
     @classmethod
     def from_tokens(cls, prompts: Sequence[Sequence[int]], *, group_size: int, seed: int | jax.Array,
                     sequence_ids: Sequence[int] | None = None, buckets: Sequence[int] = BUCKETS,
@@ -44,35 +54,73 @@ class PromptBatch:
         """Pad token lists to a bucket.
 
         Args:
-          prompts: lists of token ids, none of them empty.
+          prompts: lists or integer arrays of token ids, none of them empty.
           group_size: sequences for each prompt.
-          seed: an integer or a typed key. No default: a silent constant would give every step the same noise.
-          sequence_ids: N distinct integers; 0..N-1 by default.
+          seed: a whole number from 0 to 2**64 - 1 or a typed key. No default: a silent constant would give every step
+            the same noise.
+          sequence_ids: N distinct whole numbers below 2**31; 0..N-1 by default.
           buckets: ascending lengths to pad to.
 
-        Raises InputError for an empty batch, an empty prompt, text, or a prompt longer than the largest bucket.
+        Raises InputError for an empty batch, an empty prompt, text, ids that are no whole numbers or do not fit int32,
+        a prompt longer than the largest bucket, and an argument of another kind.
         """
-        if not len(prompts) or group_size < 1:
-            raise InputError(f"a batch needs prompts and group_size >= 1; got {len(prompts)} prompts, {group_size}")
-        if isinstance(prompts[0], str):
-            raise InputError("prompts must be lists of token ids, not text; encode them with the model's tokenizer")
-        lengths = [len(p) for p in prompts]
-        if min(lengths) == 0:
-            raise InputError(f"prompt {lengths.index(0)} is empty; a prompt needs at least one token")
+        rows, group_size = _token_rows(prompts), _GROUP("group_size", group_size)
+        buckets, pad_token = whole_numbers("buckets", buckets), whole()("pad_token", pad_token)
+        if not buckets or list(buckets) != sorted(buckets):
+            raise InputError("buckets must be lengths to pad to, ascending")
+        lengths = [len(row) for row in rows]
         bucket = next((b for b in buckets if b >= max(lengths)), None)
         if bucket is None:
             raise InputError(f"prompt {int(np.argmax(lengths))} has {max(lengths)} tokens, more than the longest "
                              f"bucket, {buckets[-1]}; shorten it or pass buckets=")
-        tokens = np.full((len(prompts), bucket), pad_token, np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        rows = len(prompts) * group_size
-        ids = np.arange(rows) if sequence_ids is None else np.asarray(sequence_ids)
-        if ids.shape != (rows,) or len(np.unique(ids)) != rows:
-            raise InputError(f"sequence_ids must be {rows} distinct integers (prompts x group_size); got shape "
-                             f"{ids.shape}")
-        key = seed_key(seed) if isinstance(seed, numbers.Integral) else seed
-        return cls(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.asarray(ids, jnp.int32), key, group_size)
+        tokens = np.full((len(rows), bucket), pad_token, np.int32)
+        for to, row in zip(tokens, rows, strict=True):
+            to[: len(row)] = row
+        ids = range(len(rows) * group_size) if sequence_ids is None else whole_numbers("sequence_ids", sequence_ids)
+        if len(ids) != len(rows) * group_size or len(set(ids)) != len(ids):
+            raise InputError(f"sequence_ids must be {len(rows) * group_size} distinct integers (prompts x group_size); "
+                             f"got {len(ids)}, {len(set(ids))} of them distinct")
+        return cls(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.asarray(ids, jnp.int32),
+                   random_key("seed", seed), group_size)
+
+
+def _token_rows(prompts: Any) -> list[np.ndarray]:
+    """Integer arrays [length], one a prompt."""
+    expected = "lists of token ids, such as [[1, 2, 3], [4, 5]]"
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
+        raise InputError(f"prompts is a {type(prompts).__name__}, and must be {expected}; give its [\"input_ids\"]")
+    if isinstance(prompts, str | bytes | Mapping | Set):
+        raise wrong("prompts", prompts, expected)
+    try:
+        prompts = list(np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts)
+    except Exception:  # no collection, one that is traced, or what an object's own methods raise
+        raise wrong("prompts", prompts, expected) from None
+    if not prompts:
+        raise InputError(f"a batch needs prompts, and there are 0 prompts; they must be {expected}")
+    return [_token_row(i, prompt) for i, prompt in enumerate(prompts)]
+
+
+def _token_row(i: int, prompt: Any) -> np.ndarray:
+    if isinstance(prompt, str | bytes):
+        raise InputError(f"prompt {i} is {show(prompt)}; prompts must be lists of token ids, not text; encode them "
+                         "with the model's tokenizer")
+    if isinstance(prompt, numbers.Number | np.generic):
+        raise InputError(f"prompt {i} is the number {show(prompt)}, and must be a list of token ids; a single prompt "
+                         "is a batch too: [[1, 2, 3]]")
+    try:
+        row = np.asarray(prompt)
+        empty = len(prompt) == 0
+        has_flag = isinstance(prompt, list | tuple) and any(isinstance(token, bool) for token in prompt)
+    except Exception:  # lists of different lengths, traced values, or what an object's own methods raise
+        raise wrong(f"prompt {i}", prompt, "a list of token ids") from None
+    if empty:
+        raise InputError(f"prompt {i} is empty; a prompt needs at least one token")
+    if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or row.dtype == object):
+        raise InputError(f"prompt {i} must be a list of token ids, whole numbers, and not {row.dtype} of shape "
+                         f"{row.shape}")
+    if row.dtype == object or has_flag or row.max() > INT32 or row.min() < -INT32:
+        raise InputError(f"prompt {i} holds what is no token id: they are whole numbers from 0 to {INT32}")
+    return row
 
 
 @struct.dataclass
@@ -85,7 +133,9 @@ class Sampling:
       temperature: scalar or [N]; 0 (in any row) is greedy.
       top_k: 0 is off.
       top_p: scalar or [N], or None for off; a plain 1.0 is off too.
-      stop_tokens: None means the checkpoint's end tokens; () means none.
+      stop_tokens: ids in any collection; None means the checkpoint's end tokens; () means none.
+
+    Raises InputError for a static field that is of another type or out of range. Leaves are judged by the rollout.
     """
 
     temperature: Any = 1.0
@@ -96,11 +146,14 @@ class Sampling:
     stop_tokens: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
     def __post_init__(self):
+        settle(self, "sampling ", max_new_tokens=whole(1), min_new_tokens=whole(), top_k=whole(hint="; 0 turns it off"),
+               stop_tokens=optional(whole_numbers))
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InputError("sampling needs 0 <= min_new_tokens <= max_new_tokens >= 1; got "
+                             f"{self.min_new_tokens} and {self.max_new_tokens}")
         # off must be visible when tracing: truncation by top_p sorts the vocabulary
-        if isinstance(self.top_p, numbers.Real) and self.top_p >= 1:
+        if isinstance(self.top_p, numbers.Real) and self.top_p == 1 and not isinstance(self.top_p, bool):
             object.__setattr__(self, "top_p", None)
-        if isinstance(self.stop_tokens, list):
-            object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 
 
 @struct.dataclass
@@ -116,12 +169,18 @@ class Speculation:
         JAX; "pallas" is the kernels or an error (a CPU interprets them, slowly). Or an `Implementation`.
       states: trunk depths (see `model.Trunk`) that the rollout returns as the verifier computed them, besides the final
         hidden states, so that a draft can be trained without another forward; None: it returns no states.
+
+    Raises InputError for a field of another type, an unknown rule, and a k below 0.
     """
 
     k: int = struct.field(pytree_node=False, default=3)
     rule: str = struct.field(pytree_node=False, default="rejection")
     kernels: Any = struct.field(pytree_node=False, default="auto")
     states: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+
+    def __post_init__(self):
+        settle(self, "speculation ", k=whole(hint="; 0 turns speculation off"), rule=one_of(RULES),
+               states=optional(whole_numbers))
 
 
 @struct.dataclass

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -206,8 +207,10 @@ def pairs(share_noise):
     batch = jspec.PromptBatch.from_tokens([prompt] * count, group_size=2, seed=0, buckets=(4,))
     if share_noise:
         batch = batch.replace(sequence_ids=batch.sequence_ids // 2)
-    out = tiny.sequences(jspec.rollout(policy, draft, batch, sampling=jspec.Sampling(max_new_tokens=3),
-                                       speculation=jspec.Speculation(k=1, rule="rejection")))
+    # in a jit, as a rollout that sees two equal ids refuses them
+    rollout = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=3),
+                              speculation=jspec.Speculation(k=1, rule="rejection")))
+    out = tiny.sequences(rollout(policy, draft, batch))
     one = tiny.autoregressive(policy, prompt, max_new_tokens=3, stop_tokens=(3,))
     want = {(a, b): one[a] * one[b] for a in one for b in one}
     return Counter(zip(out[::2], out[1::2], strict=True)), want

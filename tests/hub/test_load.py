@@ -214,6 +214,7 @@ SHARDED = """
     import json
     import jax, numpy as np
     from jspec import hub
+    from jspec.errors import InputError
     from jspec.hub import assemble
     from jspec.model.params import policy_sharding
     from jspec.sharding import make_mesh
@@ -231,7 +232,7 @@ SHARDED = """
         shards.append(policy.weights["layers"]["gate"].addressable_shards[0].data.shape)
     try:
         hub.load("tests/golden/llama", mesh=make_mesh(1, 1, 8, devices=jax.devices()))
-    except hub.InputError as e:
+    except InputError as e:
         print(json.dumps([shards, str(e)]))
 """
 

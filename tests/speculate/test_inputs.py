@@ -27,29 +27,29 @@ def sampling(**options):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(speculation=jspec.Speculation(rule="greedy")), ("'greedy'", "rejection, block, coupled")),
-    (dict(speculation=jspec.Speculation(k=-1)), ("k = -1", "0 turns speculation off")),
-    (dict(speculation=jspec.Speculation(k=1.5)), ("k = 1.5", "a whole number")),
-    (dict(speculation=jspec.Speculation(k=9000)), ("k = 9000", "below the model's 64 positions")),
-    (dict(policy=None), ("params is a NoneType", "jspec.load")),
-    (dict(draft=jspec.drafts.ngram), ("draft_params is a function", "jspec.drafts.ngram(params)")),
-    (sampling(min_new_tokens=5), ("min_new_tokens", "5")),
-    (sampling(max_new_tokens=0), ("max_new_tokens",)),
-    (sampling(top_k=-2), ("top_k = -2", "0 turns it off")),
-    (sampling(temperature=-0.5), ("temperature", "-0.5")),
-    (sampling(temperature=float("nan")), ("temperature", "finite")),
-    (sampling(temperature=jnp.ones(3)), ("temperature", "(3,)", "4 sequences")),
-    (sampling(top_p=-0.1), ("top_p", "-0.1")),
-    (sampling(max_new_tokens=100), ("prompt of 2 tokens", "max_new_tokens = 100", "64 positions")),
-    (sampling(stop_tokens=(11,)), ("stop token 11", "vocabulary of 11")),
-    (dict(prompts=((1, 12), (3,))), ("token 12", "vocabulary of 11", "tokenizer")),
-    (dict(prompts=((1, -4), (3,))), ("token -4", "vocabulary of 11")),
-    (dict(draft=jspec.drafts.ngram(tiny.policy(12, hidden=32))), ("another policy", "vocab_size is 12", "11")),
-    (dict(draft=jspec.drafts.mtp(tiny.policy(11, hidden=16), jax.random.key(0))),
+    (lambda: dict(speculation=jspec.Speculation(rule="greedy")), ("'greedy'", "rejection, block, coupled")),
+    (lambda: dict(speculation=jspec.Speculation(k=-1)), ("k = -1", "0 turns speculation off")),
+    (lambda: dict(speculation=jspec.Speculation(k=1.5)), ("k = 1.5", "a whole number")),
+    (lambda: dict(speculation=jspec.Speculation(k=9000)), ("k = 9000", "below the model's 64 positions")),
+    (lambda: dict(policy=None), ("params is a NoneType", "jspec.load")),
+    (lambda: dict(draft=jspec.drafts.ngram), ("draft_params is a function", "jspec.drafts.ngram(params)")),
+    (lambda: sampling(min_new_tokens=5), ("min_new_tokens", "5")),
+    (lambda: sampling(max_new_tokens=0), ("max_new_tokens",)),
+    (lambda: sampling(top_k=-2), ("top_k = -2", "0 turns it off")),
+    (lambda: sampling(temperature=-0.5), ("temperature", "-0.5")),
+    (lambda: sampling(temperature=float("nan")), ("temperature", "finite")),
+    (lambda: sampling(temperature=jnp.ones(3)), ("temperature", "(3,)", "4 sequences")),
+    (lambda: sampling(top_p=-0.1), ("top_p", "-0.1")),
+    (lambda: sampling(max_new_tokens=100), ("prompt of 2 tokens", "max_new_tokens = 100", "64 positions")),
+    (lambda: sampling(stop_tokens=(11,)), ("stop token 11", "vocabulary of 11")),
+    (lambda: dict(prompts=((1, 12), (3,))), ("token 12", "vocabulary of 11", "tokenizer")),
+    (lambda: dict(prompts=((1, -4), (3,))), ("token -4", "vocabulary of 11")),
+    (lambda: dict(draft=jspec.drafts.ngram(tiny.policy(12, hidden=32))), ("another policy", "vocab_size is 12", "11")),
+    (lambda: dict(draft=jspec.drafts.mtp(tiny.policy(11, hidden=16), jax.random.key(0))),
      ("another policy", "hidden_size is 16", "32", "jspec.drafts.mtp")),
 ])
 def test_rollout_refuses(options, words):
-    text = message(lambda: rollout(**options))
+    text = message(lambda: rollout(**options()))
     assert all(w in text for w in words), text
 
 

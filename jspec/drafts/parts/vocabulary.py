@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jspec.arguments import whole_numbers
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.model.layers import linear
@@ -22,15 +23,14 @@ def most_frequent(tokens: np.ndarray, size: int, vocab_size: int) -> np.ndarray:
 
 def check_vocab(vocab: Sequence[int] | np.ndarray, vocab_size: int, name: str) -> np.ndarray:
     """int32 [Vd], ascending. Raises InputError for an empty vocabulary, ids out of range and repeated ones."""
-    ids = np.asarray(vocab)
-    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(f"{name} draft: vocab must be a list of token ids, not {ids.dtype} of shape {ids.shape}")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise InputError(f"{name} draft: vocab holds token {ids.min() if ids.min() < 0 else ids.max()}, outside the "
-                         f"policy's {vocab_size}")
+    ids = np.asarray(whole_numbers(f"{name} draft: vocab", vocab), np.int32)
+    if not len(ids):
+        raise InputError(f"{name} draft: vocab must be a list of token ids, and is empty")
+    if ids.max() >= vocab_size:
+        raise InputError(f"{name} draft: vocab holds token {ids.max()}, outside the policy's {vocab_size}")
     if len(np.unique(ids)) != len(ids):
         raise InputError(f"{name} draft: vocab holds a token twice")
-    return np.sort(ids).astype(np.int32)
+    return np.sort(ids)
 
 
 def output_table(policy: Policy, vocab: jax.Array | None) -> jax.Array:

@@ -1,0 +1,150 @@
+"""What `jspec.rollout` is given, judged before anything is compiled, and in the program what cannot be seen before."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jspec.arguments import INT32, instance, random_key, wrong
+from jspec.drafts.base import Draft
+from jspec.errors import InputError
+from jspec.kernels import choose
+from jspec.model import ModelConfig, Policy, check_policy, check_weights
+from jspec.sharding import check_rows
+from jspec.speculate.types import PromptBatch, Sampling, Speculation
+
+MOST_DRAFTS = 64
+_DRAFT = "a draft, such as jspec.drafts.ngram(params), or None"
+_BATCH = "a batch, jspec.PromptBatch.from_tokens(prompts, group_size=..., seed=...)"
+
+
+def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, spec: Speculation) -> None:
+    """Raise InputError for what cannot work. Values that are traced, or lie partly on other hosts, are not judged
+    (`answerable` is for those), their shapes and dtypes are."""
+    check_policy("params", policy)
+    if draft is not None:
+        instance(Draft, _DRAFT)("draft_params", draft).check(policy)
+        check_weights(f"this {draft.config.name} draft", draft.weights, draft.module.specs(draft.config))
+    instance(PromptBatch, _BATCH)("batch", batch)
+    instance(Sampling, "jspec.Sampling(...) or None")("sampling", sampling)
+    instance(Speculation, "jspec.Speculation(...) or None")("speculation", spec)
+    _check_batch(batch)
+    rows, config = batch.tokens.shape[0] * batch.group_size, policy.config
+    _check_leaf("temperature", sampling.temperature, rows, high=np.inf)
+    if sampling.top_p is not None:
+        _check_leaf("top_p", sampling.top_p, rows, high=1)
+    choose(spec.kernels)
+    _check_tokens(config, batch, sampling)
+    positions = config.max_position_embeddings
+    if spec.k >= positions:
+        raise InputError(f"speculation k = {spec.k} must be below the model's {positions} positions")
+    if spec.k > MOST_DRAFTS:
+        raise InputError(f"speculation k = {spec.k} must be at most {MOST_DRAFTS}: the passes that draft are unrolled")
+    for depth in spec.states or ():
+        if depth > config.num_layers:
+            raise InputError(f"speculation states holds depth {depth}; the model has {config.num_layers} layers")
+    check_rows(rows, layout=policy.layout if not policy.stacked else "rollout")
+
+
+def answerable(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> jax.Array:
+    """bool [N]: whether a row's prompt and settings are such that it has an answer.
+
+    `check` has refused the others where it could see them; where they are traced, nothing is to be generated in their
+    place. Log-probabilities of a prompt of 0 tokens, or at a temperature of NaN, would be plausible or NaN, and learned
+    from.
+    """
+    length = batch.tokens.shape[1]
+    inside = (batch.tokens >= 0) & (batch.tokens < config.vocab_size)
+    known = inside | (jnp.arange(length) >= batch.lengths[:, None])
+    prompts = (batch.lengths >= 1) & (batch.lengths <= length) & known.all(1)
+    temperature = jnp.asarray(sampling.temperature, jnp.float32)
+    settings = (temperature >= 0) & jnp.isfinite(temperature)
+    if sampling.top_p is not None:
+        top_p = jnp.asarray(sampling.top_p, jnp.float32)
+        settings &= (top_p >= 0) & (top_p <= 1)
+    return jnp.repeat(prompts, batch.group_size) & settings
+
+
+def in_32_bits(batch: PromptBatch, sampling: Sampling) -> tuple[PromptBatch, Sampling]:
+    """The leaves as the program has them, int32 and float32; NumPy's and Python's are wider, and JAX's with x64."""
+    ids = {name: getattr(batch, name) for name in ("tokens", "lengths", "sequence_ids")}
+    batch = batch.replace(**{name: jnp.asarray(x, jnp.int32) for name, x in ids.items() if x.dtype != jnp.int32})
+    leaves = {name: getattr(sampling, name) for name in ("temperature", "top_p")}
+    return batch, sampling.replace(**{name: np.float32(x) for name, x in leaves.items() if isinstance(x, numbers.Real)})
+
+
+def _concrete(x: Any) -> np.ndarray | None:
+    """The value of x, or None while it is being traced (or lives partly on other hosts)."""
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.is_fully_addressable:
+        return None
+    return None if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)) else np.asarray(x)
+
+
+def _check_leaf(name: str, value: Any, rows: int, high: float) -> None:
+    """A number in [0, high] or one for each row."""
+    expected = f"a number, or one for each of the {rows} sequences"
+    try:
+        shape, dtype = jnp.shape(value), jnp.result_type(value) if hasattr(value, "dtype") else np.asarray(value).dtype
+    except Exception:  # JAX and NumPy raise several kinds for what is no array
+        raise wrong(f"sampling {name}", value, expected) from None
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise wrong(f"sampling {name}", value, expected)
+    if shape not in ((), (rows,)):
+        raise InputError(f"sampling {name} has shape {shape}; give a scalar or one value for each of the {rows} "
+                         "sequences")
+    known = _concrete(value)
+    with np.errstate(over="ignore"):
+        known = None if known is None else known.astype(np.float32)
+    if known is not None and not np.all((known >= 0) & (known <= high) & np.isfinite(known)):
+        most = "" if high == np.inf else f" and at most {high}"
+        raise InputError(f"sampling {name} must be finite and at least 0{most}; got {_first_bad(known, high)}")
+
+
+def _first_bad(values: np.ndarray, high: float) -> Any:
+    bad = ~((values >= 0) & (values <= high) & np.isfinite(values))
+    return values.ravel()[bad.ravel()][0]
+
+
+def _check_batch(batch: PromptBatch) -> None:
+    """Shapes, dtypes and values of a batch that may have been put together by hand."""
+    shape = getattr(batch.tokens, "shape", None)
+    if shape is None or len(shape) != 2 or 0 in shape:
+        raise wrong("batch.tokens", batch.tokens, "int32 [prompts, length], at least one of each")
+    wanted = {"tokens": shape, "lengths": shape[:1], "sequence_ids": (shape[0] * batch.group_size,)}
+    for name, shape in wanted.items():
+        value = getattr(batch, name)
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or value.shape != shape:
+            raise wrong(f"batch.{name}", value, f"int32 {list(shape)}: whole numbers")
+    lengths, ids = _concrete(batch.lengths), _concrete(batch.sequence_ids)
+    longest = wanted["tokens"][1]
+    if lengths is not None and not (lengths.min() >= 1 and lengths.max() <= longest):
+        bad = lengths[(lengths < 1) | (lengths > longest)][0]
+        raise InputError(f"batch.lengths holds {bad}; a prompt has at least one token, and at most the {longest} that "
+                         "batch.tokens has room for")
+    if ids is not None and not (ids.min() >= 0 and ids.max() <= INT32):
+        bad = ids[(ids < 0) | (ids > INT32)][0]
+        raise InputError(f"batch.sequence_ids holds {bad}; they must be whole numbers from 0 to {INT32}")
+    if ids is not None and len(np.unique(ids)) != len(ids):
+        raise InputError("batch.sequence_ids holds a number twice; two sequences would get the same noise")
+    if not hasattr(batch.key, "dtype"):
+        raise wrong("batch.key", batch.key, "a typed key, jax.random.key(seed)")
+    random_key("batch.key", batch.key)
+
+
+def _check_tokens(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> None:
+    lengths, tokens = _concrete(batch.lengths), _concrete(batch.tokens)
+    longest = batch.tokens.shape[1] if lengths is None else int(lengths.max())
+    if longest + sampling.max_new_tokens > config.max_position_embeddings:
+        raise InputError(f"a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} do not fit the "
+                         f"model's {config.max_position_embeddings} positions; shorten one of them")
+    if tokens is not None and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+        raise InputError(f"prompt token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is outside the "
+                         f"model's vocabulary of {config.vocab_size}; was it made with another tokenizer?")
+    for token in sampling.stop_tokens or ():
+        if token >= config.vocab_size:
+            raise InputError(f"stop token {token} is outside the model's vocabulary of {config.vocab_size}")

@@ -47,7 +47,8 @@ from jspec.kernels import KERNELS, choose, picked  # noqa: E402
 from jspec.model import ModelConfig, Policy  # noqa: E402
 from jspec.prepare import BENCH_KEY, fresh_draft, purpose_key  # noqa: E402
 from jspec.progress import telling  # noqa: E402
-from jspec.rl.prompts import encode_prompt, read_jsonl  # noqa: E402
+from jspec.rl.encode import encode_prompt  # noqa: E402
+from jspec.rl.records import read_jsonl  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
 
 HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"

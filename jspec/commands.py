@@ -35,7 +35,8 @@ from jspec.prepare import (
 )
 from jspec.progress import telling
 from jspec.rl.answers import answer_text, reward_inputs
-from jspec.rl.prompts import PromptData, encode_prompt
+from jspec.rl.encode import encode_prompt
+from jspec.rl.prompts import PromptData
 from jspec.rl.rewards import RewardPool, check_reward
 from jspec.settings import Override
 
@@ -108,10 +109,7 @@ def rollout(arguments) -> int:
     with telling(f"loading {arguments.model}"):
         source = open_source(arguments.model, overrides, arguments.dtype)
         draft = make_draft(source, arguments.draft, arguments.model)
-        try:
-            tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
-        except Exception as error:  # tokenizers raise nothing narrower
-            raise InputError(f"the model's tokenizer refuses the prompt: {error}") from None
+        tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
         batch = jspec.PromptBatch.from_tokens([tokens], group_size=arguments.samples, seed=arguments.seed)
         policy = jspec.reshard(source.policy)
     sampling = make_sampling(source.config)

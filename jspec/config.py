@@ -111,6 +111,8 @@ class DataSection:
     max_prompt_tokens: int = setting(128, "a longer prompt is an error", low=1)
     system_prompt: str | None = setting(None, "first message of the chat; null: what the chat template does by itself")
     chat_template: bool = setting(True, "wrap prompts in the tokenizer's chat template")
+    held_out: int = setting(0, "different prompts that training never draws, chosen by the seed: for `jspec eval`",
+                            low=0)
     shuffle: bool = setting(True, "shuffle the prompts, anew at every epoch, by the run's seed")
     options: dict = setting({}, "further arguments of the task, such as reasoning_gym's parameters")
 

@@ -18,7 +18,9 @@ from jspec.config import DataSection, DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.prepare import INSTRUCTIONS_KEY, purpose_key
-from jspec.rl.prompts import encode_prompt, load_records, read_jsonl
+from jspec.rl.chat import has_template, render
+from jspec.rl.encode import encode_prompt
+from jspec.rl.records import load_records, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +82,7 @@ def in_turn(turns: Iterable[str], items: dict[str, list[Any]], count: int) -> li
 
 def encode(config: DraftTrainingConfig, tokenizer: Any, text: str) -> list[int]:
     """A prompt's token ids. Raises InputError for a text that the tokenizer refuses."""
-    try:
-        return encode_prompt(tokenizer, text, config.samples.system_prompt, config.samples.chat_template)
-    except Exception as error:  # a character without a token, a role that the chat template refuses
-        raise InputError(f"the tokenizer cannot encode the prompt {text[:60]!r}: {error}") from error
+    return encode_prompt(tokenizer, text, config.samples.system_prompt, config.samples.chat_template)
 
 
 def source_texts(config: DraftTrainingConfig, source: str, times: int, policy: Policy, tokenizer: Any,
@@ -93,7 +92,7 @@ def source_texts(config: DraftTrainingConfig, source: str, times: int, policy: P
     if source == SELF:
         return instructions(config, policy, tokenizer, share, directory / "instructions.json")
     options = {"size": share} if source.startswith("reasoning_gym:") else {}
-    records, _ = load_records(DataSection(source=source, options=options), config.seed, "samples.sources")
+    records = load_records(DataSection(source=source, options=options), config.seed, "samples.sources")
     return [records[i]["prompt"] for i in range(min(share, len(records)))]
 
 
@@ -127,9 +126,7 @@ def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, co
 
 def turn_opening(config: DraftTrainingConfig, tokenizer: Any) -> list[int]:
     """The rendered chat up to where the user's message begins."""
-    if not (config.samples.chat_template and getattr(tokenizer, "chat_template", None)):
+    if not (config.samples.chat_template and has_template(tokenizer)):
         raise InputError("samples.sources: 'self' needs a tokenizer with a chat template; name prompts of your own")
-    system = config.samples.system_prompt
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    rendered = tokenizer.apply_chat_template([*messages, {"role": "user", "content": TURN}], tokenize=False)
+    rendered = render(tokenizer, TURN, config.samples.system_prompt, add_generation_prompt=False)
     return list(tokenizer.encode(rendered.split(TURN)[0], add_special_tokens=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,13 @@ def reward_inputs(tokenizer: Any, prompts: Sequence[Prompt], out: Rollout,
 
 
 def answer_text(tokenizer: Any, out: Rollout, row: int) -> str:
-    """A row's answer as text, without the token that ended it."""
+    """A row's answer as text, without the token that ended it.
+
+    Special tokens stand in it as the tokenizer writes them, and ids for which it has no token as U+FFFD: what the
+    policy wrote on either side of them does not become one word, or one number.
+    """
     tokens = out.tokens[row][out.mask[row]]
-    return tokenizer.decode(tokens[: len(tokens) - int(out.finished[row])], skip_special_tokens=True)
+    tokens = tokens[: len(tokens) - int(out.finished[row])].tolist()
+    known = [token is not None for token in tokenizer.convert_ids_to_tokens(tokens)]
+    runs = itertools.groupby(zip(tokens, known, strict=True), key=lambda pair: pair[1])
+    return "".join(tokenizer.decode([token for token, _ in run]) if has_token else "\ufffd" for has_token, run in runs)

@@ -1,22 +1,22 @@
-"""Prompts: where they come from, how they become tokens, and the order in which steps see them."""
+"""Prompts: their order, each step's share of them, and the search for those that cannot be used."""
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 
 from jspec.errors import InputError
-from jspec.rl.tasks import PREFIX, ReasoningGym
+from jspec.rl.encode import encode_prompt, encode_prompts, shown
+from jspec.rl.records import load_records
 
-OF_THE_RESPONSE = {"response", "finished", "length"}
-"""What reward functions are told about a response: no record may say it."""
-ARITHMETIC = Path(__file__).parent / "data" / "arithmetic.jsonl"
+CHUNK = 256
+"""Prompts that are checked together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,46 +46,55 @@ class PromptData:
         prompts = next(data)                         # list[Prompt]
         checkpoint["data"] = data.state()            # a dict that JSON can hold
         data.restore(checkpoint["data"])             # the next step is the one after that
+        if data.trouble: ...                         # an InputError: a prompt that a later step would stumble over
+
+    Every prompt is looked at, the first ones before the first step and the rest in the background.
     """
 
-    def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1):
+    def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1,
+                 held_out: bool = False):
         """
         Args:
             config: `jspec.config.DataSection`.
             tokenizer: of `jspec.load_tokenizer`.
-            seed: of the run; decides the order, and reasoning_gym's questions unless `config.options` has a seed.
+            seed: of the run; decides the order, which prompts are held out, and reasoning_gym's questions unless
+                `config.options` has a seed.
             process_index: of this process, as `jax.process_index()` says.
             process_count: of all, as `jax.process_count()` says.
+            held_out: the `config.held_out` prompts that are kept from training, instead of all others.
 
         Raises:
-            InputError: the source is missing or malformed, its longest prompt is over `config.max_prompt_tokens`, or
-                `config.prompts_per_step` cannot be shared among the processes.
+            InputError: the source is missing or malformed, has fewer prompts than a step or `config.held_out` wants, or
+                one that cannot be encoded or is over `config.max_prompt_tokens`; or `config.prompts_per_step` cannot be
+                shared among the processes.
         """
         if config.prompts_per_step % process_count:
             raise InputError(
                 f"data.prompts_per_step={config.prompts_per_step} cannot be shared by {process_count} processes; "
                 f"make it a multiple of {process_count}"
             )
-        self.config = config
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self.share = config.prompts_per_step // process_count
         self.first = process_index * self.share
-        self.records, identity = load_records(config, seed)
-        self.fingerprint = fingerprint(config, seed, identity)
-        if isinstance(self.records, list):
-            # The rest is checked as it is drawn: to tokenize a large file here would hold up every start.
-            self.prompt(max(self.records, key=lambda record: len(record["prompt"])))
-        self.iterator = iter(self.pipeline(seed))
+        self.records = load_records(config, seed, held_out=held_out)
+        if config.prompts_per_step > len(self.records):
+            kept = f" beside the {config.held_out} of data.held_out" if config.held_out and not held_out else ""
+            raise InputError(f"data.prompts_per_step={config.prompts_per_step} is more than data.source="
+                             f"{config.source} has: {len(self.records)}{kept}; lower it, or give more prompts")
+        # Not grain's shuffle: for small data sets it takes milliseconds a prompt, and its epoch e of seed s is epoch
+        # e - 1 of seed s + 1.
+        self.order = functools.lru_cache(maxsize=2)(functools.partial(
+            shuffled if config.shuffle else unshuffled, len(self.records), seed))
+        self.steps, self.iterator = 0, iter(self.pipeline())
+        self.trouble: InputError | None = None
+        self.check(range(min(self.records.at_once, len(self.records))))
+        self.look_on(range(self.records.at_once, len(self.records)))
 
-    def pipeline(self, seed: int) -> grain.IterDataset:
+    def pipeline(self) -> grain.IterDataset:
         """Steps as lists of record numbers, this process's share."""
-        count = len(self.records)
+        count, order = len(self.records), self.order
         steps = grain.MapDataset.range(count).repeat()
-        if self.config.shuffle:
-            # Not grain's shuffle: for small data sets it takes milliseconds a prompt, and its epoch e of seed s is
-            # epoch e - 1 of seed s + 1.
-            order = functools.lru_cache(maxsize=2)(functools.partial(shuffled, count, seed))
-            steps = steps.map_with_index(lambda index, _: int(order(index // count)[index % count]))
+        steps = steps.map_with_index(lambda index, _: int(order(index // count)[index % count]))
         steps = steps.batch(self.config.prompts_per_step, batch_fn=list)
         steps = steps.map(lambda numbers: numbers[self.first : self.first + self.share])
         return steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -97,25 +106,59 @@ class PromptData:
         """The next step's prompts of this process, `prompts_per_step / process_count` of them.
 
         Raises:
-            InputError: one of them is over `max_prompt_tokens`, or the tokenizer refuses it.
+            InputError: one of them cannot be used.
         """
-        return [self.prompt(self.records[number]) for number in next(self.iterator)]
+        prompts = [self.prompt(number) for number in next(self.iterator)]
+        self.steps += 1
+        return prompts
 
-    def prompt(self, record: Mapping[str, Any]) -> Prompt:
-        text = record["prompt"]
-        shown = text if len(text) <= 60 else text[:57] + "..."
+    def prompt(self, number: int) -> Prompt:
+        """The prompt of a record. Raises InputError, naming where it stands, for one that cannot be used."""
+        record, where = self.records[number], self.records.where(number)
+        text, config = record["prompt"], self.config
         try:
-            tokens = encode_prompt(self.tokenizer, text, self.config.system_prompt, self.config.chat_template)
-        except Exception as error:  # a character without a token, a role that the chat template refuses
-            raise InputError(f"the tokenizer cannot encode the prompt {shown!r}: {error}") from error
-        limit = self.config.max_prompt_tokens
-        if len(tokens) > limit:
+            tokens = encode_prompt(self.tokenizer, text, config.system_prompt, config.chat_template)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if not tokens:
+            raise InputError(f"{where}: the prompt {shown(text)!r} has no tokens")
+        if len(tokens) > config.max_prompt_tokens:
             raise InputError(
-                f"the prompt {shown!r} has {len(tokens)} tokens, over data.max_prompt_tokens={limit}; "
-                f"shorten it or raise the limit"
+                f"{where}: the prompt {shown(text)!r} has {len(tokens)} tokens, over "
+                f"data.max_prompt_tokens={config.max_prompt_tokens}; shorten it or raise the limit"
             )
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
         return Prompt(text, tuple(tokens), record["answer"], meta)
+
+    def check(self, numbers: range) -> None:
+        """Looks at the records of these numbers. Raises InputError, naming where it stands, for the first that cannot
+        be used."""
+        for begin in range(0, len(numbers), CHUNK):
+            if not self.fit(numbers[begin : begin + CHUNK]):
+                for number in numbers[begin : begin + CHUNK]:
+                    self.prompt(number)
+
+    def fit(self, numbers: Iterable[int]) -> bool:
+        """Whether all of these records can be used, at a fraction of what `prompt` costs for each."""
+        config = self.config
+        try:
+            texts = [self.records[number]["prompt"] for number in numbers]
+            encoded = encode_prompts(self.tokenizer, texts, config.system_prompt, config.chat_template)
+        except Exception:  # whatever it is, it is said of the one that it is the matter with
+            return False
+        return all(0 < len(tokens) <= config.max_prompt_tokens for tokens in encoded)
+
+    def look_on(self, numbers: range) -> None:
+        """Checks these records in the background. What is wrong becomes `trouble`."""
+
+        def look() -> None:
+            try:
+                self.check(numbers)
+            except InputError as error:
+                self.trouble = error
+
+        if numbers:
+            threading.Thread(target=look, name="prompts", daemon=True).start()
 
     def sequence_ids(self, group_size: int) -> np.ndarray:
         """int32 [share x group_size]: a step's numbers of this process's answers, unique over all processes."""
@@ -123,20 +166,39 @@ class PromptData:
 
     def state(self) -> dict:
         """Where the stream stands, the same on every process: a dict that JSON can hold."""
-        return {"fingerprint": self.fingerprint, "iterator": self.iterator.get_state()}
+        return self.state_after(self.steps)
+
+    def state_after(self, steps: int) -> dict:
+        # what decides the order of the records; how many processes share them does not
+        order = [len(self.records), self.config.shuffle, self.seed, self.config.prompts_per_step, self.config.held_out]
+        return {"order": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
+                "drawn": self.records.digest(self.drawn(steps)), "steps": steps}
+
+    def drawn(self, steps: int) -> np.ndarray:
+        """int64: the numbers of the records that so many steps have had, each once, the latest ones last."""
+        epoch, inside = divmod(steps * self.config.prompts_per_step, len(self.records))
+        now, before = self.order(epoch)[:inside], self.order(epoch - 1) if epoch else np.zeros(0, np.int64)
+        return np.concatenate([before[~np.isin(before, now)], now])
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken.
+        """Goes to where `state` was taken. Records that no step had until then may have changed since.
 
         Raises:
-            InputError: it was taken from other prompts, another order or another number of prompts a step.
+            InputError: it was taken from other prompts, another order or another number of prompts a step, or it is no
+                state at all.
         """
-        if state["fingerprint"] != self.fingerprint:
+        steps = state.get("steps") if isinstance(state, Mapping) else None
+        if not isinstance(steps, int) or not 0 <= steps < 2**40:
+            raise InputError("the checkpoint's data position is none; go back to the checkpoint before it, or choose "
+                             "another output_dir")
+        if state != self.state_after(steps):
             raise InputError(
                 "the checkpoint's data position belongs to other prompts (data.source, its content, data.options, "
-                "data.prompts_per_step, data.shuffle or seed has changed); undo the change or choose another output_dir"
+                "data.prompts_per_step, data.held_out, data.shuffle or seed has changed, or the version of "
+                "reasoning_gym); undo the change or choose another output_dir"
             )
-        self.iterator.set_state(state["iterator"])
+        self.steps = steps
+        self.iterator.set_state({"next_index": steps})
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -144,83 +206,6 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def encode_prompt(tokenizer, text: str, system_prompt: str | None = None, chat_template: bool = True) -> list[int]:
-    """Token ids of a prompt: through the tokenizer's chat template where it has one, as plain text otherwise."""
-    if not (chat_template and getattr(tokenizer, "chat_template", None)):
-        return list(tokenizer.encode(text if system_prompt is None else f"{system_prompt}\n\n{text}"))
-    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    messages.append({"role": "user", "content": text})
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer.encode(rendered, add_special_tokens=False))
-
-
-def load_records(config, seed: int, setting: str = "data.source") -> tuple[Sequence[Mapping[str, Any]], str]:
-    """The source's records of {prompt, answer, ...}, and a string that changes when they do. `setting` is what named
-    the source, for errors."""
-    if config.source.startswith(PREFIX):
-        tasks = ReasoningGym(config.source.removeprefix(PREFIX), {"seed": seed} | dict(config.options))
-        return tasks, json.dumps([tasks.task, tasks.options], sort_keys=True, default=str)
-    if config.options:
-        raise InputError(f"data.options are for reasoning_gym tasks; data.source={config.source!r} takes none")
-    if config.source != "arithmetic" and not config.source.endswith(".jsonl"):
-        raise InputError(
-            f"{setting}={config.source!r} is none of 'arithmetic', a .jsonl file, 'reasoning_gym:TASK'"
-        )
-    records = read_jsonl(ARITHMETIC if config.source == "arithmetic" else Path(config.source), setting=setting)
-    return records, hashlib.sha256(json.dumps(records).encode()).hexdigest()
-
-
-def fingerprint(config, seed: int, identity: str) -> str:
-    """Hexadecimal digest of all that decides which prompts a step gets; how many processes share them does not."""
-    parts = [identity, config.shuffle, seed, config.prompts_per_step]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer"),
-               setting: str = "data.source") -> list[dict[str, Any]]:
-    """Reads a file of one {"prompt": ..., "answer": ...} a line; further keys are kept, blank lines are skipped.
-
-    Args:
-        path: the file.
-        keys: what every line must have.
-        setting: what named the file, for errors.
-
-    Raises:
-        InputError: naming file and line, and what is wrong there.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read the prompts {path}: {reason}; check {setting}") from error
-    records = [parse_line(line, f"{path}:{number}", keys) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not records:
-        raise InputError(f"{path} holds no prompts; it needs lines of {shape_of(keys)}")
-    return records
-
-
-def shape_of(keys: Sequence[str]) -> str:
-    return json.dumps(dict.fromkeys(keys, "..."))
-
-
-def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not an object of {shape_of(keys)}, but {type(record).__name__}")
-    for key in keys:
-        if key not in record:
-            raise InputError(f"{where}: no {key!r} (it has {', '.join(map(repr, record)) or 'no keys'})")
-    for key in OF_THE_RESPONSE & record.keys():
-        raise InputError(f"{where}: the key {key!r} is taken: reward functions are told the response's own by it; "
-                         "rename it")
-    if isinstance(record.get("answer"), int | float) and not isinstance(record["answer"], bool):
-        record["answer"] = str(record["answer"])
-    for key in keys:
-        if not isinstance(record[key], str):
-            raise InputError(f"{where}: {key!r} is not a string, but {type(record[key]).__name__}")
-    if not record["prompt"].strip():
-        raise InputError(f"{where}: the prompt is empty")
-    return record
+def unshuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [count]: every epoch's order."""
+    return np.arange(count)

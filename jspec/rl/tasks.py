@@ -5,44 +5,127 @@ Reward processes import this module, so it imports nothing heavy; reasoning-gym 
 
 import difflib
 import functools
+import hashlib
+import importlib.util
 import json
+import pickle
 import re
+import subprocess
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jspec.errors import InputError
+from jspec.rl.processes import run_module
 
 PREFIX = "reasoning_gym:"
 """What `data.source` begins with when it names a task."""
 DEFAULT_SIZE = 1024
 """Questions in one epoch of a task whose `size` is not given."""
+UNREPEATABLE = {"codeio": "its questions are outputs of programs that read the clock"}
+"""Tasks whose questions are not decided by the seed, and why."""
+REMEMBERED = 16
+"""By how many questions a task's are known again."""
 
 
 class ReasoningGym(Sequence):
-    """The questions of a task, each made when asked for, from the task's seed and the question's own number."""
+    """The questions of a task, each made when asked for, from the task's seed and the question's own number.
 
-    def __init__(self, task: str, options: Mapping[str, Any]):
+    They are made by `jspec.rl.questions`, in a process of its own: there they are the same at every start. One thread
+    at a time is answered.
+    """
+
+    at_once = 32  # some tasks search for a good question
+
+    def __init__(self, task: str, options: Mapping[str, Any], further: int = 0):
         """
         Args:
             task: reasoning_gym's name of it, such as "chain_sum".
             options: arguments of the task, among them its `seed` and `size`.
+            further: questions after those of `size`.
 
         Raises:
-            InputError: reasoning_gym is not installed, knows no such task, or the task refuses the options.
+            InputError: reasoning_gym is not installed, knows no such task, the task refuses the options, or its
+                questions are others at every start.
         """
         self.task, self.options = task, {"size": DEFAULT_SIZE} | dict(options)
-        self.dataset = create(task, self.options)
-        if len(self.dataset) < 1:
+        if further and isinstance(self.options["size"], int):
+            self.options["size"] += further
+        check_repeatable(task, self.options)
+        if importlib.util.find_spec("reasoning_gym") is None:
+            import_gym()
+        self.lock = threading.Lock()
+        self.start()
+        self.entry = functools.lru_cache(maxsize=64)(self.make)  # a step's are asked for again when it is saved
+        if self.size < 1:
             raise InputError(f"data.options.size={self.options['size']!r} leaves {task!r} without questions")
 
+    def start(self) -> None:
+        """Starts the process, which ends with its input."""
+        self.process = run_module("jspec.rl.questions", PYTHONHASHSEED="0")
+        weakref.finalize(self, stop, self.process)
+        self.size = self.exchange((self.task, self.options))
+
+    def exchange(self, request: Any) -> Any:
+        """What the process answers. Raises InputError where it refuses, or has ended."""
+        try:
+            pickle.dump(request, self.process.stdin)
+            self.process.stdin.flush()
+            made, answer = pickle.load(self.process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self.process.kill()
+            made, answer = False, f"the process that makes its questions ended with exit code {self.process.wait()}"
+        if not made:
+            raise InputError(answer)
+        return answer
+
+    def make(self, number: int) -> dict[str, Any]:
+        """A question as reasoning_gym has it. A process that has died is replaced."""
+        with self.lock:
+            if self.process.poll() is not None:
+                self.start()
+            try:
+                return self.exchange(number)
+            except InputError as error:
+                raise InputError(f"{self.where(number)} cannot be made: {error}") from None
+
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.size
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        entry = self.dataset[number]
+        if not 0 <= number < self.size:
+            raise IndexError(number)
+        entry = self.entry(number)
         answer = "" if entry["answer"] is None else str(entry["answer"])
         verdict = {"task": self.task, "options": self.options, "entry": entry}  # what `score` needs
         return {"prompt": entry["question"], "answer": answer} | verdict
+
+    def where(self, number: int) -> str:
+        return f"question {number} of {PREFIX}{self.task}"
+
+    def digest(self, numbers: Sequence[int]) -> str:
+        """Of the last few of these questions: to make them all may take minutes."""
+        last = [self[int(number)] for number in numbers[-REMEMBERED:]]
+        return hashlib.sha256(json.dumps([[r["prompt"], r["answer"]] for r in last]).encode()).hexdigest()[:16]
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+
+
+def check_repeatable(task: str, options: Mapping[str, Any]) -> None:
+    """Refuses a task whose questions the seed does not decide, or a part of `composite` of which that is so."""
+    if task in UNREPEATABLE:
+        raise InputError(f"the reasoning_gym task {task!r} asks other questions at every start: {UNREPEATABLE[task]}; "
+                         "save some as a .jsonl file of {prompt, answer} and name that as data.source")
+    if options.get("seed", 0) is None:
+        raise InputError(f"data.options: the seed of {task!r} is null, and it asks other questions at every start; "
+                         "give a number, or leave it out for the run's own")
+    for part in options.get("datasets") or () if task == "composite" else ():
+        if isinstance(part, Mapping):
+            check_repeatable(part.get("name"), part.get("config") or {})
 
 
 def create(task: str, options: Mapping[str, Any]):
@@ -52,6 +135,9 @@ def create(task: str, options: Mapping[str, Any]):
         close = difflib.get_close_matches(task, gym.factory.DATASETS, n=1)
         raise InputError(f"reasoning_gym has no task {task!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     try:
+        if task == "composite" and "datasets" in options:  # its parts have a class of their own
+            parts = [gym.composite.DatasetSpec(**{"weight": 1.0, "config": {}} | part) for part in options["datasets"]]
+            options = {**options, "datasets": parts}
         return gym.create_dataset(task, **options)
     except Exception as error:  # every task checks its options in its own way: TypeError, AssertionError, ValueError
         raise InputError(f"the reasoning_gym task {task!r} refuses data.options={dict(options)}: {error}") from error

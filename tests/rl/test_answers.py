@@ -1,9 +1,10 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from jspec.hub.tokenizer import character_tokenizer
-from jspec.rl.answers import reward_inputs
+from jspec.rl.answers import answer_text, reward_inputs
 from jspec.rl.prompts import Prompt
 from jspec.rl.rewards import RewardInput
 
@@ -28,3 +29,12 @@ def test_rewards_are_told_prompt_response_and_how_it_ended():
         RewardInput("b", "", "2", {}, True, 1), RewardInput("b", "3=", "2", {}, True, 3)]
     cut = reward_inputs(TOKENIZER, prompts, rollout("17+25=4", "1", "2", "3", ended=False), rows=[0, 3])
     assert cut == [RewardInput("a", "17+25=4", "1", {"x": 1}, False, 7), RewardInput("b", "3", "2", {}, False, 1)]
+
+
+@pytest.mark.parametrize("middle, text", [([0], "4<pad>2"), ([14], "4\ufffd2"), ([14, 99], "4\ufffd2"),
+                                          ([14, 0], "4\ufffd<pad>2"), ([1], "4<end>2"), ([], "42")])
+def test_what_has_no_text_does_not_join_its_neighbours(middle, text):
+    four, two = TOKENIZER.convert_tokens_to_ids(["4", "2"])
+    out = rollout("00" + "0" * len(middle))
+    out.tokens[0, :-1] = [four, *middle, two]
+    assert answer_text(TOKENIZER, out, 0) == text

@@ -71,9 +71,10 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> int:
     """Run or resume the training that `config` describes, with metrics and checkpoints in its output_dir.
 
-    Returns the exit code: 0 when all steps are done, 1 when the last of them taught nothing (`jspec.health`), 128 + n
-    after signal n, with a checkpoint of the last sound weights to go on from. Raises InputError for what the user can
-    put right, before anything expensive is done, and where the output_dir can no longer be written to.
+    Returns the exit code: 0 when all steps are done, 1 when the last of them taught nothing (`jspec.health`), 2 when a
+    prompt of a later step cannot be used, 128 + n after signal n, with a checkpoint of the last sound weights to go on
+    from. Raises InputError for what the user can put right, before anything expensive is done, and where the output_dir
+    can no longer be written to.
     """
     stop = StopSignal()
     console = PlainConsole(stop.closed_output, quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
@@ -174,7 +175,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         found = troubles(config, state, learned, no_rewards, rewardless)
         for trouble in found:
             run.metrics.say(str(trouble), "bold red")
-        code = exit_code(run, found, last=step + 1 == config.steps)
+        last = step + 1 == config.steps
+        code = exit_code(run, found, last) or (0 if last else prompt_trouble(run))
         saving = save(run, step + 1, state, found, code)
         done = step + 1
         if code:
@@ -225,6 +227,15 @@ def withdraw(run: Run, step: int, state: TrainState) -> None:
     if skipped and run.checkpoints.newest() == step and len(run.checkpoints.manager.all_steps()) > 1:
         run.metrics.say(f"the checkpoint of step {step} holds the weights that have run away: set aside")
         run.checkpoints.set_aside(step)
+
+
+def prompt_trouble(run: Run) -> int:
+    """2, as of any input that is wrong, once a process has found a prompt that a later step could not use; else 0."""
+    trouble = run.data.trouble
+    if not any_process(trouble is not None):
+        return 0
+    run.metrics.say(f"{trouble or 'another process has found a prompt that cannot be used'}: stopping", "bold red")
+    return 2
 
 
 # --- what a step is made of ---
@@ -363,13 +374,9 @@ def resume(config: Config, checkpoints: Checkpoints, data: PromptData, state: Tr
     if restored is None:
         return 0, state
     done, state, position = restored
-    try:
-        data.restore(position)
-    except InputError:
-        raise
-    except Exception as error:  # it may hold anything
-        raise InputError(f"the data position of {checkpoints.directory / str(done)} is none ({type(error).__name__}); "
-                         "move that checkpoint away, and the one before it is taken") from error
+    data.restore(position)
+    if data.trouble and done < config.steps:
+        raise data.trouble
     return done, state
 
 

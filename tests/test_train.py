@@ -20,6 +20,8 @@ from jspec.checkpoint import load_draft
 from jspec.config import Config, load_config
 from jspec.errors import InputError
 from jspec.metrics import PHASES, Metrics, read_records, untimed
+from jspec.rl.prompts import PromptData
+from jspec.rl.records import JsonLines
 from jspec.stopping import StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,6 +303,23 @@ def test_weights_that_run_away_end_the_run_at_the_first_step_that_shows_it(tmp_p
     said = " ".join(capsys.readouterr().out.split())
     assert "its weights have run away (up to 1e+30); lower grpo.learning_rate=1e+30" in said
     assert "stopped at step 2 of 10" in said and (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_prompt_that_a_later_step_cannot_use(tmp_path, monkeypatch, capsys):
+    """It is named before its step, with what was computed saved; once it is mended the same command goes on."""
+    lines = (ROOT / "configs/data/count_up.jsonl").read_text().splitlines()[:16]
+    path = tmp_path / "late.jsonl"
+    path.write_text("\n".join([*lines[:13], '{"prompt": "x", "answer": "1"}', *lines[14:]]))
+    config = tiny(tmp_path / "run", f"data.source={path}", "data.shuffle=false", "steps=4")
+    monkeypatch.setattr(JsonLines, "at_once", 0)
+    monkeypatch.setattr(PromptData, "look_on", lambda self, numbers: None)
+    assert train.train(config) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{path}:14: the tokenizer cannot encode the prompt 'x'" in said and "stopped after step 3 of 4" in said
+    assert (tmp_path / "run/checkpoints/3").is_dir()
+    assert "late.jsonl:14: the tokenizer cannot encode the prompt 'x': 'x' is not in its alphabet" in refused(config)
+    path.write_text("\n".join(lines))
+    assert train.train(config) == 0
 
 
 def test_a_reward_that_fails_for_every_answer_is_named_at_once_and_is_no_success(tmp_path, capsys):

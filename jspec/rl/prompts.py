@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -46,9 +46,9 @@ class PromptData:
         prompts = next(data)                         # list[Prompt]
         checkpoint["data"] = data.state()            # a dict that JSON can hold
         data.restore(checkpoint["data"])             # the next step is the one after that
-        if data.trouble: ...                         # an InputError: a prompt that a later step would stumble over
 
-    Every prompt is looked at, the first ones before the first step and the rest in the background.
+    Every prompt is looked at, the first ones here and the rest in the background. `trouble` is an InputError as soon as
+    one is found that cannot be used, at the latest when the step before its own is drawn; until then it is None.
     """
 
     def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1,
@@ -86,8 +86,9 @@ class PromptData:
         self.order = functools.lru_cache(maxsize=2)(functools.partial(
             shuffled if config.shuffle else unshuffled, len(self.records), seed))
         self.steps, self.iterator = 0, iter(self.pipeline())
+        self.coming = next(self.iterator)
         self.trouble: InputError | None = None
-        self.check(range(min(self.records.at_once, len(self.records))))
+        self.check([*range(min(self.records.at_once, len(self.records))), *self.coming])
         self.look_on(range(self.records.at_once, len(self.records)))
 
     def pipeline(self) -> grain.IterDataset:
@@ -108,8 +109,9 @@ class PromptData:
         Raises:
             InputError: one of them cannot be used.
         """
-        prompts = [self.prompt(number) for number in next(self.iterator)]
-        self.steps += 1
+        prompts = [self.prompt(number) for number in self.coming]
+        self.steps, self.coming = self.steps + 1, next(self.iterator)
+        self.look(self.coming)  # a step ahead, so that a run can end between two steps
         return prompts
 
     def prompt(self, number: int) -> Prompt:
@@ -130,7 +132,7 @@ class PromptData:
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
         return Prompt(text, tuple(tokens), record["answer"], meta)
 
-    def check(self, numbers: range) -> None:
+    def check(self, numbers: Sequence[int]) -> None:
         """Looks at the records of these numbers. Raises InputError, naming where it stands, for the first that cannot
         be used."""
         for begin in range(0, len(numbers), CHUNK):
@@ -138,7 +140,7 @@ class PromptData:
                 for number in numbers[begin : begin + CHUNK]:
                     self.prompt(number)
 
-    def fit(self, numbers: Iterable[int]) -> bool:
+    def fit(self, numbers: Sequence[int]) -> bool:
         """Whether all of these records can be used, at a fraction of what `prompt` costs for each."""
         config = self.config
         try:
@@ -148,17 +150,17 @@ class PromptData:
             return False
         return all(0 < len(tokens) <= config.max_prompt_tokens for tokens in encoded)
 
+    def look(self, numbers: Sequence[int]) -> None:
+        """Checks these records. What is wrong becomes `trouble`."""
+        try:
+            self.check(numbers)
+        except InputError as error:
+            self.trouble = self.trouble or error
+
     def look_on(self, numbers: range) -> None:
-        """Checks these records in the background. What is wrong becomes `trouble`."""
-
-        def look() -> None:
-            try:
-                self.check(numbers)
-            except InputError as error:
-                self.trouble = error
-
+        """The same in the background."""
         if numbers:
-            threading.Thread(target=look, name="prompts", daemon=True).start()
+            threading.Thread(target=self.look, args=(numbers,), name="prompts", daemon=True).start()
 
     def sequence_ids(self, group_size: int) -> np.ndarray:
         """int32 [share x group_size]: a step's numbers of this process's answers, unique over all processes."""
@@ -189,16 +191,17 @@ class PromptData:
         """
         steps = state.get("steps") if isinstance(state, Mapping) else None
         if not isinstance(steps, int) or not 0 <= steps < 2**40:
-            raise InputError("the checkpoint's data position is none; go back to the checkpoint before it, or choose "
-                             "another output_dir")
+            raise InputError("the checkpoint's data position is none; move that checkpoint away, and the one before it is "
+                             "taken")
         if state != self.state_after(steps):
             raise InputError(
                 "the checkpoint's data position belongs to other prompts (data.source, its content, data.options, "
                 "data.prompts_per_step, data.held_out, data.shuffle or seed has changed, or the version of "
                 "reasoning_gym); undo the change or choose another output_dir"
             )
-        self.steps = steps
         self.iterator.set_state({"next_index": steps})
+        self.steps, self.coming = steps, next(self.iterator)
+        self.look(self.coming)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

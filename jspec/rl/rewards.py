@@ -17,6 +17,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as Expired
+from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,14 @@ LARGEST = float(np.finfo(np.float32).max)
 ORPHAN_S = 5.0
 """Seconds past its time-out that a hung reward process may outlive a training process that was killed."""
 
+ATTEMPTS = 3
+"""How often a response is handed to processes that die before they begin with it."""
+
 Reward = Callable[..., float]
+Grade = tuple[float, str | None, str]
+"""(reward, kind of failure or None, message)"""
+Task = tuple[pebble.ProcessPool, pebble.ProcessFuture | None]
+"""A response handed to a pool; None if it took no more."""
 FAILURES = ("raised", "timed_out", "invalid", "died")
 """Why a response scores 0 unjudged: the function raised, ran past the time-out, returned what is no finite number, or
 its process ended."""
@@ -183,8 +192,8 @@ def start_process(function: str) -> None:
         return
 
 
-def grade_one(function: str, item: RewardInput, timeout_s: float) -> tuple[float, str | None, str]:
-    """In a reward process: (reward, kind of failure or None, message)."""
+def grade_one(function: str, item: RewardInput, timeout_s: float) -> Grade:
+    """In a reward process."""
     # The pool kills what hangs. Should the pool itself be killed, the process must still not hang for ever, and this
     # is the one timer that works while C code holds the interpreter.
     faulthandler.dump_traceback_later(timeout_s + ORPHAN_S, exit=True, file=nowhere())
@@ -209,13 +218,21 @@ class RewardPool:
             result = pending()
 
     A response whose grading raises, hangs, dies or returns no finite number scores 0, is counted, and stops nothing;
-    the first of each kind is logged with what it said. Check the function with `check_reward` beforehand.
+    the first of each kind is logged with what it said. What was waiting when a process died is graded by another. Check
+    the function with `check_reward` beforehand.
     """
 
     def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0):
         self.function, self.workers, self.timeout_s = function, workers, timeout_s
         self.logged: set[str] = set()
         self.pool = self.start()
+
+    def living(self) -> pebble.ProcessPool:
+        """A pool that takes work: pebble gives one up when a process of it dies between two tasks."""
+        if not self.pool.active:
+            self.close()
+            self.pool = self.start()
+        return self.pool
 
     def start(self) -> pebble.ProcessPool:
         pool = pebble.ProcessPool(
@@ -229,18 +246,52 @@ class RewardPool:
 
     def submit(self, items: Sequence[RewardInput]) -> Callable[[], RewardResult]:
         """Starts grading; the function returned waits for the grades and may be called once."""
-        if not self.pool.active:  # pebble gives up a pool whose idle process died
-            self.pool = self.start()
-        timeout = self.timeout_s
-        futures = [self.pool.schedule(grade_one, (self.function, item, timeout), timeout=timeout) for item in items]
-        return lambda: self.collect(futures)
+        tasks = self.begin(items)
+        return lambda: self.collect(items, tasks)
 
     def grade(self, items: Sequence[RewardInput]) -> RewardResult:
         """Grades of all items, in order."""
         return self.submit(items)()
 
-    def collect(self, futures: Sequence[pebble.ProcessFuture]) -> RewardResult:
-        grades = [self.wait(future) for future in futures]
+    def begin(self, items: Sequence[RewardInput]) -> list[Task]:
+        """Hands the items to the processes."""
+        pool, timeout = self.living(), self.timeout_s
+        tasks = []
+        for item in items:
+            try:
+                tasks.append((pool, pool.schedule(grade_one, (self.function, item, timeout), timeout=timeout)))
+            except RuntimeError:  # it was given up this very moment
+                tasks.append((pool, None))
+        return tasks
+
+    def collect(self, items: Sequence[RewardInput], tasks: Sequence[Task]) -> RewardResult:
+        grades = [self.wait(*task) for task in tasks]
+        for _ in range(ATTEMPTS - 1):
+            left = [index for index, grade in enumerate(grades) if grade is None]
+            again = self.begin([items[index] for index in left]) if left else ()
+            for index, task in zip(left, again, strict=True):
+                grades[index] = self.wait(*task)
+        return self.count([grade or (0.0, "died", "no process lived until it was its turn") for grade in grades])
+
+    def wait(self, pool: pebble.ProcessPool, future: pebble.ProcessFuture | None) -> Grade | None:
+        """A grade, or None if no process began with it."""
+        while future and not future.done() and pool.active:
+            wait_for([future], timeout=1.0)  # a pool that is given up forgets what it had not yet sent
+        if not (future and future.done()):
+            return None
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            return None
+        except Expired:
+            return 0.0, "timed_out", f"took longer than reward.timeout_s={self.timeout_s:g} seconds and was killed"
+        except pebble.ProcessExpired as error:
+            return 0.0, "died", f"its process ended with exit code {error.exitcode}"
+        except Exception as error:  # no process could be sent the response
+            return 0.0, "died", one_line(error)
+
+    def count(self, grades: Sequence[Grade]) -> RewardResult:
+        """The grades together. The first failure of each kind is logged."""
         counts = Counter(kind for _, kind, _ in grades if kind)
         messages = {kind: message for _, kind, message in reversed(grades) if kind}
         for kind in messages.keys() - self.logged:
@@ -248,16 +299,6 @@ class RewardPool:
         self.logged |= messages.keys()
         rewards = np.asarray([reward for reward, _, _ in grades], dtype=np.float32)
         return RewardResult(rewards, {kind: counts[kind] for kind in FAILURES}, messages)
-
-    def wait(self, future: pebble.ProcessFuture) -> tuple[float, str | None, str]:
-        try:
-            return future.result()
-        except Expired:
-            return 0.0, "timed_out", f"took longer than reward.timeout_s={self.timeout_s:g} seconds and was killed"
-        except pebble.ProcessExpired as error:
-            return 0.0, "died", f"its process ended with exit code {error.exitcode}"
-        except Exception as error:  # no process could be started, or none could be sent the response
-            return 0.0, "died", one_line(error)
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""

@@ -154,6 +154,21 @@ def test_every_prompt_is_looked_at(tmp_path, monkeypatch, bad, message, backgrou
     assert data.state()["steps"] == 1
 
 
+def test_a_bad_prompt_is_known_a_step_ahead(tmp_path, monkeypatch):
+    path = tmp_path / "late.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in "abcdefgh~ijk"))
+    monkeypatch.setattr(JsonLines, "at_once", 0)
+    monkeypatch.setattr(PromptData, "look_on", lambda self, numbers: None)
+    data = PromptData(section(path, shuffle=False), Bytes(), seed=0)
+    next(data)
+    assert data.trouble is None
+    next(data)
+    assert str(data.trouble) == f"{path}:9: the prompt '~' has no tokens"
+    again = PromptData(section(path, shuffle=False), Bytes(), seed=0)
+    again.restore(data.state())
+    assert str(again.trouble) == str(data.trouble)
+
+
 def test_a_prompt_that_the_tokenizer_refuses(numbers):
     with pytest.raises(InputError, match="numbers.jsonl:4: the tokenizer cannot encode the prompt '3': '3' is not in "
                                          "its alphabet '012'"):
@@ -190,5 +205,5 @@ def test_a_line_that_no_step_has_had_may_be_mended(numbers):
 
 @pytest.mark.parametrize("state", [None, [], {}, {"steps": -1}, {"steps": "1"}, {"steps": 10**30}])
 def test_a_position_that_is_none(numbers, state):
-    with pytest.raises(InputError, match="data position is none; go back to the checkpoint before it"):
+    with pytest.raises(InputError, match="data position is none; move that checkpoint away"):
         PromptData(section(numbers), Characters(), seed=0).restore(state)

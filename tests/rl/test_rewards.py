@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -94,6 +95,25 @@ def test_a_process_that_ends_scores_zero_and_is_replaced(pool):
     assert result.failures == OK | {"died": 3}
     assert result.messages == {"died": "its process ended with exit code 3"}
     assert pool.grade(items("abcd")).rewards == [4]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_dies_waiting_costs_nothing(behave, workers):
+    """Whether the death is seen before or after the next responses come; and no process outlives its pool."""
+    before = set(multiprocessing.active_children())
+    with RewardPool(behave, workers=workers, timeout_s=60.0) as pool:
+        for notice in (False, True):
+            assert pool.grade(items("abc")).rewards == [3]
+            process, *_ = set(multiprocessing.active_children()) - before
+            process.kill()
+            deadline = time.monotonic() + 30
+            while notice and pool.pool.active and time.monotonic() < deadline:
+                time.sleep(0.05)
+            result = pool.grade(items("a", "ab", "abc", "abcd"))
+            np.testing.assert_array_equal(result.rewards, [1, 2, 3, 4])
+            assert result.failures == OK
+            assert len(set(multiprocessing.active_children()) - before) <= workers
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_what_hangs_is_killed_scores_zero_and_stops_nothing(behave):

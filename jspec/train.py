@@ -28,7 +28,6 @@ from jspec.config import Config
 from jspec.console import PlainConsole
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
-from jspec.errors import InputError
 from jspec.health import Trouble, all_failed, largest, troubles
 from jspec.kernels import picked
 from jspec.metrics import Clock, Metrics, phase_table, table

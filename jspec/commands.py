@@ -209,7 +209,7 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
     """Mean reward of `samples` answers to each of `prompts` prompts, with its standard error over prompts."""
     config, policy = source.config, jspec.reshard(source.policy)
     batch = min(batch, prompts)
-    data = PromptData(dataclasses.replace(config.data, prompts_per_step=batch), source.tokenizer, seed=config.seed)
+    data = PromptData(dataclasses.replace(config.data, prompts_per_step=1), source.tokenizer, seed=config.seed)
     if prompts > len(data.records):
         raise InputError(f"--prompts {prompts} is more than {config.data.source} has: {len(data.records)}")
     key, sampling = purpose_key(config.seed, EVAL_KEY), make_sampling(config)
@@ -218,7 +218,7 @@ def score(source: Source, prompts: int, samples: int, batch: int, console: Conso
     with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,
           telling("answering (the first batch compiles)", total=prompts) as advance):
         for step in range(math.ceil(prompts / batch)):
-            chosen = next(data)
+            chosen = [next(data)[0] for _ in range(batch)]
             made = jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
                                                  seed=jax.random.fold_in(key, step))
             start = time.perf_counter()

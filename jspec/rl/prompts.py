@@ -15,6 +15,8 @@ from jspec.errors import InputError
 from jspec.rl.encode import encode_prompt, encode_prompts, shown
 from jspec.rl.records import load_records
 
+EPOCHS = 2**31
+"""As good as endless: grain's own endless is longer than Python's longest sequence, and fails in steps of one."""
 CHUNK = 256
 """Prompts that are checked together."""
 
@@ -94,7 +96,7 @@ class PromptData:
     def pipeline(self) -> grain.IterDataset:
         """Steps as lists of record numbers, this process's share."""
         count, order = len(self.records), self.order
-        steps = grain.MapDataset.range(count).repeat()
+        steps = grain.MapDataset.range(count).repeat(EPOCHS)
         steps = steps.map_with_index(lambda index, _: int(order(index // count)[index % count]))
         steps = steps.batch(self.config.prompts_per_step, batch_fn=list)
         steps = steps.map(lambda numbers: numbers[self.first : self.first + self.share])
@@ -191,8 +193,8 @@ class PromptData:
         """
         steps = state.get("steps") if isinstance(state, Mapping) else None
         if not isinstance(steps, int) or not 0 <= steps < 2**40:
-            raise InputError("the checkpoint's data position is none; move that checkpoint away, and the one before it is "
-                             "taken")
+            raise InputError("the checkpoint's data position is none; move that checkpoint away, and the one before it "
+                             "is taken")
         if state != self.state_after(steps):
             raise InputError(
                 "the checkpoint's data position belongs to other prompts (data.source, its content, data.options, "

@@ -50,6 +50,12 @@ def test_without_shuffling_the_files_order_repeats(numbers):
     ]
 
 
+def test_steps_of_one_prompt(numbers):
+    assert texts(PromptData(section(numbers, shuffle=False, prompts_per_step=1), Characters(), seed=0), 11) == [
+        [text] for text in "01234567890"
+    ]
+
+
 def test_shuffled_epochs_hold_every_prompt_once_and_differ(numbers):
     stream = sum(texts(PromptData(section(numbers), Characters(), seed=0), 5), [])
     assert sorted(stream[:10]) == sorted(stream[10:]) == list("0123456789")

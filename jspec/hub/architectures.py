@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from jspec.errors import InputError
+from jspec.hub.fields import flag, number, section, short, texts, whole
 from jspec.model.config import ROPE_SCALINGS, ModelConfig, RopeConfig
 
 # by architecture; a family's first one is what its policies are exported as
@@ -72,6 +73,7 @@ _MTP = (
               final_norm="final_layernorm.weight", hidden_first=True, normed_trunk=False, first=1),
 )
 MTP_LAYOUTS = {layout.architecture: layout for layout in _MTP}
+MOST_MTP_HEADS = 64  # published models have one or a few
 
 _TOP = {
     "embed": ("model.embed_tokens.weight", "token_embd.weight"),
@@ -127,15 +129,15 @@ def _mtp_prefix(layout: MtpLayout, config: ModelConfig, index: int) -> str:
 
 def mtp_prefixes(hf: dict, config: ModelConfig) -> tuple[str, ...]:
     """How the tensors of the MTP heads begin that a config.json speaks of; they are no part of the policy."""
-    layout = MTP_LAYOUTS.get(hf["architectures"][0])
+    layout = MTP_LAYOUTS.get(texts(hf, "architectures")[0])
     return () if layout is None else tuple(_mtp_prefix(layout, config, i) for i in range(mtp_count(hf)))
 
 
 def mtp_count(hf: dict) -> int:
-    """How many MTP heads a config.json speaks of. Raises InputError if that is no number."""
-    count = hf.get("num_nextn_predict_layers") or 0
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise InputError(f"config.json has {count!r} as num_nextn_predict_layers; expected a whole number")
+    """How many MTP heads a config.json speaks of. Raises InputError if that is no number, or beyond reason."""
+    count = whole(hf, "num_nextn_predict_layers", 0, least=0)
+    if count > MOST_MTP_HEADS:
+        raise InputError(f"config.json has {count} as num_nextn_predict_layers; expected at most {MOST_MTP_HEADS}")
     return count
 
 
@@ -155,77 +157,66 @@ def mtp_tensors(layout: MtpLayout, config: ModelConfig) -> list[StoredTensor]:
 def end_tokens(*ids: Any) -> tuple[int, ...]:
     """End-token ids (each an int, a list of them, or None) united, in order of appearance."""
     flat = [i for x in ids if x is not None for i in (x if isinstance(x, list | tuple) else [x])]
-    if not all(isinstance(i, int) for i in flat):
-        raise InputError(f"eos_token_id must be an integer or a list of them, not {flat}")
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in flat):
+        raise InputError(f"eos_token_id must be an integer or a list of them, not {short(flat)}")
     return tuple(dict.fromkeys(flat))
 
 
 def family_of(config: dict) -> str:
     """The family of a config.json. Raises InputError, naming the supported architectures, for any other."""
-    supported = ", ".join(ARCHITECTURES)
-    names = config.get("architectures") or []
+    names = texts(config, "architectures")
     if len(names) != 1 or names[0] not in ARCHITECTURES:
-        what = ", ".join(map(str, names)) or f"model_type {config.get('model_type')!r} without an architecture"
-        raise InputError(f"architecture {what} is not supported; supported: {supported}")
+        what = ", ".join(names)[:200] or f"model_type {short(config.get('model_type'))} without an architecture"
+        raise InputError(f"architecture {what} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[names[0]]
-
-
-def _number(config: dict, key: str, kind: type, default: Any = None) -> Any:
-    value = config.get(key)
-    value = default if value is None else value
-    good = isinstance(value, int | float) and not isinstance(value, bool) and kind(value) == value
-    if not good or (kind is int and value < 1):
-        problem = "has no" if value is None else f"has {value!r} as"
-        raise InputError(f"config.json {problem} {key}; expected a {'positive integer' if kind is int else 'number'}")
-    return kind(value)
 
 
 def rope_from_hf(config: dict, max_position: int) -> RopeConfig:
     """RopeConfig of a config.json, in its old spelling (rope_theta, rope_scaling) or its new one (rope_parameters)."""
-    params = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    params = section(config, "rope_parameters") or section(config, "rope_scaling")
     if any(isinstance(v, dict) for v in params.values()):
         raise InputError("rope parameters that differ by layer type are not supported; "
                          f"supported: one of {', '.join(ROPE_SCALINGS)} for all layers")
-    scaling = params.get("rope_type") or params.get("type") or "default"
+    scaling = next((params[key] for key in ("rope_type", "type") if params.get(key) is not None), "default")
     if scaling not in ROPE_SCALINGS:
-        raise InputError(f"rope scaling {scaling!r} is not supported; supported: {', '.join(ROPE_SCALINGS)}")
-    if _number({**config, **params}, "partial_rotary_factor", float, 1.0) != 1.0:
+        raise InputError(f"rope scaling {short(scaling)} is not supported; supported: {', '.join(ROPE_SCALINGS)}")
+    both = {**config, **params}
+    if number(both, "partial_rotary_factor", 1.0) != 1.0:
         raise InputError("partial_rotary_factor other than 1 is not supported")
-    theta = _number({**config, **params}, "rope_theta", float, 10000.0)
+    theta = number(both, "rope_theta", 10000.0)
     if scaling == "default":
         return RopeConfig(theta=theta)
     key = "original_max_position_embeddings"  # at the top it wins, as in transformers
-    original = _number({key: config.get(key) or params.get(key)}, key, int, max_position)
+    original = whole({key: config.get(key) or params.get(key)}, key, max_position)
     rope = RopeConfig(theta=theta, scaling=scaling, original_max_position=original)
     if scaling == "yarn":
         given = params.get("attention_factor") is not None
         return dataclasses.replace(
-            rope, factor=_number(params, "factor", float, max_position / original),
-            beta_fast=_number(params, "beta_fast", float, 32.0), beta_slow=_number(params, "beta_slow", float, 1.0),
-            attention_factor=_number(params, "attention_factor", float) if given else None,
-            mscale=_number(params, "mscale", float, 0.0), mscale_all_dim=_number(params, "mscale_all_dim", float, 0.0),
-            truncate=bool(params.get("truncate", True)))
-    rope = dataclasses.replace(rope, factor=_number(params, "factor", float))
+            rope, factor=number(params, "factor", max_position / original),
+            beta_fast=number(params, "beta_fast", 32.0), beta_slow=number(params, "beta_slow", 1.0),
+            attention_factor=number(params, "attention_factor") if given else None,
+            mscale=number(params, "mscale", 0.0), mscale_all_dim=number(params, "mscale_all_dim", 0.0),
+            truncate=flag(params, "truncate", True))
+    rope = dataclasses.replace(rope, factor=number(params, "factor"))
     if scaling == "llama3":
-        return dataclasses.replace(rope, low_freq_factor=_number(params, "low_freq_factor", float),
-                                   high_freq_factor=_number(params, "high_freq_factor", float))
+        return dataclasses.replace(rope, low_freq_factor=number(params, "low_freq_factor"),
+                                   high_freq_factor=number(params, "high_freq_factor"))
     return dataclasses.replace(rope, original_max_position=0)
 
 
 def _check_supported(config: dict, layers: int, max_position: int) -> None:
     """Raise InputError for what a config may ask that our transformer does not compute."""
     if config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"hidden_act {config['hidden_act']!r} is not supported; supported: silu")
+        raise InputError(f"hidden_act {short(config['hidden_act'])} is not supported; supported: silu")
     if config.get("quantization_config"):
         raise InputError("a checkpoint with a quantization_config is not supported; load the unquantized one or a GGUF")
-    window = config.get("sliding_window")
-    if not config.get("use_sliding_window", False) or window is None or window >= max_position:
+    window = whole(config, "sliding_window", max_position, least=0)
+    if not flag(config, "use_sliding_window") or window >= max_position:
         return
-    types = config.get("layer_types")
-    if types is not None:
-        sliding = "sliding_attention" in types
+    if config.get("layer_types") is not None:
+        sliding = "sliding_attention" in texts(config, "layer_types")
     else:
-        sliding = config.get("max_window_layers", 28) < layers
+        sliding = whole(config, "max_window_layers", 28, least=0) < layers
     if sliding:
         raise InputError(f"sliding-window attention (window {window}) is not supported; supported: full attention, "
                          "that is use_sliding_window false")
@@ -240,24 +231,32 @@ def config_from_hf(config: dict, generation_config: dict | None = None) -> Model
     family = family_of(config)
     config = {**_DEFAULTS[family], **config}
     generation = generation_config or {}
-    heads, hidden = _number(config, "num_attention_heads", int), _number(config, "hidden_size", int)
-    layers, max_position = _number(config, "num_hidden_layers", int), _number(config, "max_position_embeddings", int)
+    heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
+    layers, max_position = whole(config, "num_hidden_layers"), whole(config, "max_position_embeddings")
     _check_supported(config, layers, max_position)
-    bias = bool(config.get("attention_bias", False))
+    bias = flag(config, "attention_bias")
     stop = end_tokens(config.get("eos_token_id"), generation.get("eos_token_id"))
-    pad = config.get("pad_token_id")
-    pad = generation.get("pad_token_id") if pad is None else pad
     return ModelConfig(
-        family=family, vocab_size=_number(config, "vocab_size", int), hidden_size=hidden,
-        intermediate_size=_number(config, "intermediate_size", int), num_layers=layers, num_heads=heads,
-        num_kv_heads=_number(config, "num_key_value_heads", int, heads),
-        head_dim=_number(config, "head_dim", int, hidden // heads),
-        rms_norm_eps=_number(config, "rms_norm_eps", float), rope=rope_from_hf(config, max_position),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        family=family, vocab_size=whole(config, "vocab_size"), hidden_size=hidden,
+        intermediate_size=whole(config, "intermediate_size"), num_layers=layers, num_heads=heads,
+        num_kv_heads=whole(config, "num_key_value_heads", heads), head_dim=whole(config, "head_dim", hidden // heads),
+        rms_norm_eps=number(config, "rms_norm_eps"), rope=rope_from_hf(config, max_position),
+        tie_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=True if family == "qwen2" else bias, out_bias=False if family == "qwen2" else bias,
-        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)), qk_norm=family == "qwen3",
-        max_position_embeddings=max_position, initializer_range=_number(config, "initializer_range", float, 0.02),
-        stop_tokens=stop, pad_token=int(pad) if pad is not None and pad >= 0 else (stop[0] if stop else 0))
+        mlp_bias=family == "llama" and flag(config, "mlp_bias"), qk_norm=family == "qwen3",
+        max_position_embeddings=max_position, initializer_range=number(config, "initializer_range", 0.02),
+        stop_tokens=stop, pad_token=_pad_token(config, generation, stop))
+
+
+def _pad_token(config: dict, generation: dict, stop: tuple[int, ...]) -> int:
+    """Some publishers write -1 where there is none; then it is the first end token."""
+    for fields in (config, generation):
+        if fields.get("pad_token_id") is not None:
+            pad = whole(fields, "pad_token_id", least=-1)
+            break
+    else:
+        pad = -1
+    return pad if pad >= 0 else next(iter(stop), 0)
 
 
 def rope_to_hf(rope: RopeConfig) -> dict | None:

@@ -53,8 +53,15 @@ def check_none_left(source: Source, left: list[str], what: str) -> None:
         raise InputError(f"{source.label}: tensor {left[0]} has no place in {what}" + _more(left))
 
 
+def check_layers(label: str, config: ModelConfig, tensors: int) -> None:
+    """Raise InputError for more layers than there are tensors, before anybody lists what 10^9 layers consist of."""
+    if config.num_layers > tensors:
+        raise InputError(f"{label}: the config says {config.num_layers} layers, and there are only {tensors} tensors")
+
+
 def check_tensors(source: Source, config: ModelConfig) -> None:
     """Raise InputError for the first tensor that is missing, left over, or of the wrong shape."""
+    check_layers(source.label, config, len(source.shapes))
     left = check_shapes(source, stored_tensors(config))
     if config.tie_embeddings and "lm_head.weight" in left:
         _check_tied(source)

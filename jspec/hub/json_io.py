@@ -32,7 +32,9 @@ def read_bytes(path: Path, required: bool = True) -> bytes | None:
     try:
         if not path.exists():
             if required:
-                raise InputError(f"{path.parent}: no {path.name}; give a directory that has one")
+                model = "a model directory has config.json and safetensors"
+                remedy = model if path.name == "config.json" else "give a directory that has one"
+                raise InputError(f"{path.parent}: no {path.name}; {remedy}")
             return None
         if not path.is_file():  # a pipe would be waited for without end
             raise InputError(f"{path}: not a file; {path.name} must be one")

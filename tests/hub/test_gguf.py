@@ -9,8 +9,10 @@ import pytest
 
 from jspec import hub
 from jspec.errors import InputError
-from jspec.hub.gguf_io import GgufSource, GgufTensor, llama3_rope
+from jspec.hub.gguf_config import config_from_gguf, llama3_rope
+from jspec.hub.gguf_io import GgufSource, GgufTensor
 from jspec.model.config import RopeConfig
+from jspec.model.layers import rope_frequencies
 from tests.hub.checkpoints import GOLDEN, write_gguf
 
 YARN = {"{}.rope.scaling.type": "yarn", "{}.rope.scaling.factor": 4.0, "{}.rope.scaling.original_context_length": 16}
@@ -35,8 +37,73 @@ def test_gguf_biases_and_yarn(tmp_path):
     policy = hub.load(str(write_gguf("llama_yarn_bias", tmp_path / "model.gguf", fields)))
     want = hub.load(str(GOLDEN / "llama_yarn_bias"))
     same(policy, want)
-    # the betas are not in a GGUF: llama.cpp has YaRN's own
+    # the betas are not in this one, and llama.cpp has YaRN's own
     assert policy.config.rope == dataclasses.replace(want.config.rope, beta_fast=32.0, beta_slow=1.0)
+    own = {"yarn_beta_fast": 8.0, "yarn_beta_slow": 2.0, "yarn_ext_factor": 1.0}
+    fields |= {f"llama.rope.scaling.{name}": value for name, value in own.items()}
+    config = hub.read_config(str(write_gguf("llama_yarn_bias", tmp_path / "whole.gguf", fields)))
+    assert config.rope == want.config.rope  # whose logits are those of transformers (test_parity)
+
+
+BASE = {"general.architecture": "llama", "llama.attention.head_count": 4, "llama.embedding_length": 32,
+        "llama.feed_forward_length": 48, "llama.block_count": 2, "llama.context_length": 4096,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5}
+
+
+def read(factors=None, **scaling):
+    fields = {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
+    return config_from_gguf({**BASE, **fields}, {"token_embd.weight": (64, 32)}, factors)
+
+
+@pytest.mark.parametrize("scaling, want", [
+    (dict(type="yarn", factor=4.0), dict(scaling="yarn", factor=4.0, original_max_position=4096)),
+    (dict(type="yarn", factor=4.0, original_context_length=1024, yarn_attn_factor=1.25, finetuned=True),
+     dict(scaling="yarn", factor=4.0, original_max_position=1024, attention_factor=1.25)),
+    (dict(type="yarn", factor=4.0, yarn_ext_factor=-1.0, attn_factor=2.0),
+     dict(scaling="yarn", factor=4.0, original_max_position=4096, attention_factor=2 * (0.1 * np.log(4) + 1))),
+    (dict(type="yarn", factor=4.0, yarn_attn_factor=1.5, attn_factor=2.0),
+     dict(scaling="yarn", factor=4.0, original_max_position=4096, attention_factor=3.0)),
+    (dict(factor=2.0), dict(scaling="linear", factor=2.0)),  # llama.cpp's default type
+    (dict(type="none", factor=2.0), {}), (dict(type="linear", factor=0.0), {}), ({}, {}),
+])
+def test_the_scaling_of_a_gguf(scaling, want):
+    assert read(**scaling).rope == RopeConfig(**want)
+
+
+@pytest.mark.parametrize("scaling, text", [
+    (dict(type="yarn", factor=4.0, yarn_ext_factor=0.5), "yarn_ext_factor 0.5 is not supported; supported: 1"),
+    (dict(type="yarn", factor=4.0, yarn_log_multiplier=0.1), "rope.scaling.yarn_log_multiplier is not supported"),
+    (dict(type="linear", factor=2.0, attn_factor=1.2), "attn_factor is supported with yarn only"),
+    (dict(type="yarn", factor="4"), "the GGUF has '4' as rope.scaling.factor; expected a number"),
+    (dict(type="yarn", factor=4.0, yarn_beta_fast=[8.0]), "as rope.scaling.yarn_beta_fast; expected a number"),
+    (dict(type=["yarn"]), "rope scaling .'yarn'. of a GGUF is not supported"),
+    (dict(type="yarn", factor=4.0, factors=np.full(4, 2, np.float32)), "scales its rope twice"),
+])
+def test_a_scaling_that_is_not_followed_is_refused(scaling, text):
+    with pytest.raises(InputError, match=text):
+        read(**scaling)
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"llama.attention.head_count": [4, 4]}, "the GGUF has .4, 4. as attention.head_count; expected a positive"),
+    ({"llama.attention.head_count": 0}, "the GGUF has 0 as attention.head_count"),
+    ({"llama.block_count": None}, "the GGUF has no block_count; expected a positive integer"),
+    ({"llama.context_length": "long"}, "has 'long' as context_length"),
+    ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "has nan as attention.layer_norm_rms_epsilon"),
+    ({"llama.rope.dimension_count": 4}, "rotates 4 of 8 dimensions"),
+    ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id must be an integer"),
+    ({"tokenizer.ggml.padding_token_id": "x"}, "has 'x' as tokenizer.ggml.padding_token_id"),
+    ({"general.architecture": 7}, "GGUF architecture 7 is not supported"),
+])
+def test_metadata_of_the_wrong_type_is_named(changes, text):
+    with pytest.raises(InputError, match=text):
+        config_from_gguf({**BASE, **changes}, {"token_embd.weight": (64, 32)})
+
+
+def test_a_gguf_without_an_embedding():
+    for shapes in ({}, {"token_embd.weight": (64,)}):
+        with pytest.raises(InputError, match="no token_embd.weight of two dimensions"):
+            config_from_gguf(BASE, shapes)
 
 
 def test_gguf_quantized_rows_are_those_of_the_dequantized_tensor(tmp_path):
@@ -69,6 +136,52 @@ def test_llama3_scaling_is_recognised_by_its_divisors(factor):
     rope = llama3_rope(500000.0, 64, _llama3_divisors(500000.0, 64, factor))
     assert rope == RopeConfig(theta=500000.0, scaling="llama3", factor=factor, low_freq_factor=1.0,
                               high_freq_factor=4.0, original_max_position=8192)
+
+
+@pytest.mark.parametrize("head_dim, original, high", [
+    (64, 4096, 4.0), (128, 131072, 4.0), (64, 8192, 2.0), (128, 2048, 8.0), (8, 1024, 4.0), (4, 100, 4.0)])
+def test_llama3_scaling_of_another_length(head_dim, original, high):
+    """Found from the divisors alone; what counts is that the frequencies are those of the model that was converted."""
+    want = RopeConfig(theta=500000.0, scaling="llama3", factor=8.0, high_freq_factor=high,
+                      original_max_position=original)
+    divisors = _llama3_divisors(500000.0, head_dim, 8.0, high, original)
+    got = llama3_rope(500000.0, head_dim, divisors)
+    np.testing.assert_allclose(rope_frequencies(got, head_dim)[0], rope_frequencies(want, head_dim)[0], rtol=1e-4)
+    assert head_dim < 64 or (got.original_max_position, got.high_freq_factor) == (original, high)
+    assert llama3_rope(500000.0, head_dim, divisors, original).original_max_position == original or high != 4.0
+
+
+@pytest.mark.parametrize("divisors", [[1, 2, 3, 4], [1, np.nan, 8, 8], [0, 1, 8, 8], [8, 8, 1, 1], [1, 1, 8]])
+def test_divisors_that_are_no_llama3_scaling(divisors):
+    with pytest.raises(InputError, match="rope_freqs.weight is not Llama 3's scaling"):
+        llama3_rope(500000.0, 8, np.array(divisors, np.float32))
+
+
+@pytest.mark.parametrize("where", [8, 16])  # how many tensors there are, and how many keys
+def test_counts_that_the_file_does_not_hold(tmp_path, where):
+    path = write_gguf("llama", tmp_path / "model.gguf")
+    raw = path.read_bytes()
+    path.write_bytes(raw[:where] + (10**12).to_bytes(8, "little") + raw[where + 8:])
+    with pytest.raises(InputError, match="cannot be read as GGUF, it is cut short or corrupt"):
+        hub.load(str(path))
+
+
+def test_an_array_that_the_file_does_not_hold(tmp_path):
+    path = write_gguf("llama", tmp_path / "model.gguf", tokenizer=True)
+    raw, key = path.read_bytes(), b"tokenizer.ggml.token_type"
+    at = raw.index(key) + len(key) + 8  # after the value's type and that of its entries
+    path.write_bytes(raw[:at] + (10**12).to_bytes(8, "little") + raw[at + 8:])
+    with pytest.raises(InputError, match="its header speaks of more than the file holds"):
+        hub.load(str(path))
+
+
+def test_more_layers_than_tensors(tmp_path):
+    path = write_gguf("llama", tmp_path / "model.gguf")
+    raw, key = path.read_bytes(), b"llama.block_count"
+    at = raw.index(key) + len(key) + 4  # after the value's type
+    path.write_bytes(raw[:at] + (10**9).to_bytes(4, "little") + raw[at + 4:])
+    with pytest.raises(InputError, match="the config says 1000000000 layers, and there are only 21 tensors"):
+        hub.load(str(path))
 
 
 def test_bad_gguf_files_are_named(tmp_path):

@@ -1,0 +1,83 @@
+"""Values of a config that came from outside (config.json, a GGUF's metadata): each of its type, or one line says which.
+
+A key that is there and null counts as not there, as in transformers. `where` begins every message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jspec.errors import InputError
+
+CONFIG = "config.json"
+_LARGEST = 2**31 - 1  # sizes and ids are int32 on a device
+
+
+def whole(fields: Mapping[str, Any], key: str, default: int | None = None, where: str = CONFIG, least: int = 1) -> int:
+    """A whole number of at least `least`. Raises InputError where it is none, or is not there and has no default."""
+    value = _given(fields, key, default)
+    if not _is_number(value) or value != int(value) or not least <= value <= _LARGEST:
+        kinds = {0: "a whole number", 1: "a positive integer"}
+        raise _wrong(value, key, where, kinds.get(least, f"an integer of at least {least}"))
+    return int(value)
+
+
+def number(fields: Mapping[str, Any], key: str, default: float | None = None, where: str = CONFIG) -> float:
+    """A finite number. Raises InputError as `whole` does."""
+    value = _given(fields, key, default)
+    if not _is_number(value):
+        raise _wrong(value, key, where, "a number")
+    return float(value)
+
+
+def flag(fields: Mapping[str, Any], key: str, default: bool = False, where: str = CONFIG) -> bool:
+    """True or false; a text like "false", which counts as true in Python, is neither."""
+    value = _given(fields, key, default)
+    if not isinstance(value, bool):
+        raise _wrong(value, key, where, "true or false")
+    return value
+
+
+def section(fields: Mapping[str, Any], key: str, where: str = CONFIG) -> dict[str, Any]:
+    """An object of keys of its own; empty if it is not there."""
+    value = _given(fields, key, {})
+    if not isinstance(value, dict):
+        raise _wrong(value, key, where, "an object")
+    return value
+
+
+def texts(fields: Mapping[str, Any], key: str, where: str = CONFIG) -> list[str]:
+    """A list of texts; empty if it is not there."""
+    value = _given(fields, key, [])
+    if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
+        raise _wrong(value, key, where, "a list of texts")
+    return list(value)
+
+
+def _given(fields: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = fields.get(key)
+    return default if value is None else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one and float64 holds it."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _wrong(value: Any, key: str, where: str, expected: str) -> InputError:
+    problem = "has no" if value is None else f"has {short(value)} as"
+    return InputError(f"{where} {problem} {key}; expected {expected}")
+
+
+def short(value: Any) -> str:
+    """A value for a message: as Python writes it, at most 60 characters."""
+    try:
+        said = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        said = "a number beyond all bounds"
+    return said if len(said) <= 60 else said[:57] + "..."

@@ -103,6 +103,8 @@ def parser() -> Parser:
                       "with a published draft, or the short name of a model whose draft ships with jspec")
     made.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty (an mtp head also joins "
                       "its policy in a directory of `jspec export`)")
+    made.add_argument("--layout", choices=("specforge", "speculators"), help="of an eagle3 draft: SpecForge's (the "
+                      "default), or that of the speculators library")
 
     profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys="Config")
     with_config(profile)

@@ -23,6 +23,7 @@ from jspec.console import PlainConsole
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import publish, shipped
+from jspec.hub.names import hub_id
 from jspec.model import Policy
 from jspec.prepare import (
     EVAL_KEY,
@@ -262,5 +263,5 @@ def export_draft(arguments) -> int:
     with telling(f"loading {arguments.model} and {arguments.draft}"):
         source = open_source(arguments.model, [])
         draft = jspec.load_draft(source.policy, arguments.draft)
-    print(publish(draft, arguments.directory))
+    print(publish(draft, arguments.directory, arguments.layout, hub_id(arguments.model)))
     return 0

@@ -109,7 +109,7 @@ def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int, draft_vocab: 
 
 
 def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array,
-           lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+           lengths: jax.Array, window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`.
 
     Where KV heads are replicated, every shard computes all heads: the copies of the cache must stay equal.
@@ -117,7 +117,7 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.A
     args = (q, k, v, cache_k, cache_v, lengths)
 
     def kernel():
-        run = partial(verify_attention, implementation=policy.kernels)
+        run = partial(verify_attention, window=window, implementation=policy.kernels)
         if _one_device():
             return run(*args)
         whole = heads_replicated(policy.config)
@@ -128,7 +128,7 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.A
         return jax.shard_map(run, in_specs=(queries, new, new, cache, cache, rows), out_specs=(queries, cache, cache),
                              check_vma=False)(*args)
 
-    return _or_reference(policy.kernels, kernel, lambda: verify_attention(*args))
+    return _or_reference(policy.kernels, kernel, lambda: verify_attention(*args, window=window))
 
 
 def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: Any,

@@ -52,6 +52,7 @@ class Eagle3Config:
       depths: how many are unrolled in training; at inference k may be larger.
       norm_before_residual: the block's residual is the normed hidden state. norm_before_fc: one norm over the
         concatenated streams. fc_norm: one norm for each of them. norm_output: the next depth reads the normed state.
+      window: of the trunk's entries the block's attention sees the last `window`; 0: all of them.
       own_embed: the draft has an embedding of its own, which training leaves as it is; else it is the policy's.
       dtype: in which a checkpoint is written.
     """
@@ -65,6 +66,7 @@ class Eagle3Config:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    window: int = 0
     own_embed: bool = False
     dtype: str = "bfloat16"
     name: str = "eagle3"
@@ -72,7 +74,7 @@ class Eagle3Config:
     def __post_init__(self):
         flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "own_embed")
         settle(self, "eagle3 draft: ", aux_depths=whole_numbers, vocab_size=whole(), depths=whole(1, 32),
-               **dict.fromkeys(flags, flag))
+               window=whole(), **dict.fromkeys(flags, flag))
         n, hidden = self.policy.num_layers, self.policy.hidden_size
         if self.norm_before_fc and self.fc_norm:
             raise InputError("eagle3 draft: norm_before_fc and fc_norm exclude each other; set one of them")
@@ -125,7 +127,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
                                 tokenless=())
     config = Eagle3Config(made, block, default_depths(made.num_layers) if aux_depths is None else aux_depths,
                           0 if ids is None else len(ids), depths, norm_before_residual, norm_before_fc, fc_norm,
-                          norm_output, own_embed)
+                          norm_output, own_embed=own_embed)
 
     def make(key, theirs):
         weights = init_weights(specs(config), key, made.initializer_range)
@@ -218,21 +220,22 @@ def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> re
     state is zeros, and the first draft's distribution is flat."""
     config, w = draft.config, draft.weights
     return recursion.start(_inside(policy, config), [_run(policy, config, w)], _fused(config, w, prefill.trunk),
-                           recursion.next_tokens(prefill.tokens), prefill.lengths - 1, cache_size)
+                           recursion.next_tokens(prefill.tokens), prefill.lengths - 1, cache_size,
+                           config.window or None)
 
 
 def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     config, w = draft.config, draft.weights
     return recursion.propose(_inside(policy, config), [_run(policy, config, w)], state, committed.lengths - 1, sampler,
-                             lambda x: logits(policy, config, w, x), draft.state.get("vocab"))
+                             lambda x: logits(policy, config, w, x), draft.state.get("vocab"), config.window or None)
 
 
 def observe(policy: Policy, draft: Draft, state: recursion.State, observation: Observation) -> recursion.State:
     """Rewrite the cache of the committed positions from the verifier's states; keep the state at the last one."""
     config, w = draft.config, draft.weights
     return recursion.observe(_inside(policy, config), [_run(policy, config, w)], state, observation.lengths - 1,
-                             _fused(config, w, observation.trunk), observation)
+                             _fused(config, w, observation.trunk), observation, config.window or None)
 
 
 def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, depths: int) -> list[jax.Array]:
@@ -241,7 +244,7 @@ def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, depths
     config = draft.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     states = recursion.unroll(_inside(policy, config), [_run(policy, config, weights)], _fused(config, weights, trunk),
-                              recursion.next_tokens(tokens), depths)
+                              recursion.next_tokens(tokens), depths, config.window or None)
     return [shift(x) for x in states]
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from jspec import arguments
 from jspec.checkpoint import load_draft as draft_of_run
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.hub import eagle3, mtp_heads
+from jspec.hub.eagle3_config import LAYOUTS
+from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json
 from jspec.model import Policy, check_policy
 
@@ -31,10 +36,19 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
         (or its `head`), a directory with a published EAGLE-3 draft (SpecForge's, vLLM's or speculators' layout) or a
         native MTP head (`jspec.hub.architectures.MTP_LAYOUTS`), or a run's output_dir, whose last checkpoint is taken.
 
-    Raises InputError if there is none, it cannot be read, or it was made for another policy.
+    Raises InputError if there is none, it cannot be read or is not finite, or it was made for another policy.
     """
     check_policy("policy", policy)
-    source = arguments.name("draft", source)
+    draft = _find(policy, arguments.name("draft", source))
+    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(draft.weights)
+    for path, whole in jax.tree_util.tree_leaves_with_path(finite):
+        if not whole:
+            raise InputError(f"the draft of {source} has values that are not finite in weights"
+                             f"{jax.tree_util.keystr(path)}; take another, or train it anew")
+    return draft
+
+
+def _find(policy: Policy, source: str) -> Draft:
     if source in SHIPPED:
         return files.read(_HOME / source, policy)
     path = arguments.path("draft", source)
@@ -55,19 +69,23 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
                      "EAGLE-3 draft or MTP head" + "".join(f", or {name}" for name in SHIPPED))
 
 
-def publish(draft: Draft, directory: str | Path) -> Path:
+def publish(draft: Draft, directory: str | Path, layout: str | None = None, verifier: str | None = None) -> Path:
     """Write a draft in the layout that others publish (`jspec.hub.eagle3.write`, `jspec.hub.mtp_heads.write`).
 
+    layout: of an eagle3 draft, one of `eagle3_config.LAYOUTS`; None: the first. verifier: the hub id of its policy.
     Raises InputError for a drafter without one, and where those raise it.
     """
-    writers = {"eagle3": eagle3.write, "mtp": mtp_heads.write}
-    if draft.config.name not in writers:
-        raise InputError(f"nobody publishes {draft.config.name} drafts; those of {', '.join(writers)} can be exported")
-    return writers[draft.config.name](draft, directory)
+    if draft.config.name == "eagle3":
+        return eagle3.write(draft, directory, layout=layout or LAYOUTS[0], verifier=verifier)
+    if draft.config.name != "mtp":
+        raise InputError(f"nobody publishes {draft.config.name} drafts; those of eagle3, mtp can be exported")
+    if layout is not None:
+        raise InputError(f"layout {layout} is for eagle3 drafts; an mtp head is written as its architecture has it")
+    return mtp_heads.write(draft, directory)
 
 
 def read_published(path: Path, policy: Policy) -> Draft:
     """The EAGLE-3 draft or native MTP head in a directory of the layouts that others publish."""
     hf = read_json(path / files.CONFIG)
-    named = " ".join([*(hf.get("architectures") or ()), str(hf.get("speculators_model_type", ""))]).lower()
+    named = " ".join([*texts(hf, "architectures"), str(hf.get("speculators_model_type", ""))]).lower()
     return eagle3.read(path, policy) if "eagle" in named or "draft_vocab_size" in hf else mtp_heads.read(path, policy)

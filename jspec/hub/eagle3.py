@@ -1,12 +1,8 @@
 """Published EAGLE-3 checkpoints, read as `eagle3` drafts and written back. Nothing here ever unpickles.
 
 Three layouts are read. SpecForge's calls the block `midlayer`, vLLM's `layers.0`; both have a flat config.json. That of
-the speculators library has vLLM's names, and the block's config inside `transformer_layer_config`. SpecForge's is
-written, which SGLang and vLLM serve.
-
-`eagle_aux_hidden_state_layer_ids` has two conventions, a layer apart. Id i at the top of config.json (vLLM,
-speculators) is the layer whose input is taken: depth i. Inside `eagle_config` (SpecForge, SGLang) it is the layer whose
-output is taken: depth i + 1. The draft's config holds depths; both entries are written, each as its readers have it.
+the speculators library has vLLM's names, and the block's config inside `transformer_layer_config`. SpecForge's and
+speculators' are written (speculators' own converter from SpecForge's leaves out flags and auxiliary layers).
 
 `d2t` holds offsets: draft token i is token i + d2t[i] of the policy; `t2d` marks the tokens that some draft token is.
 """
@@ -23,26 +19,24 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
+from jspec import arguments
 from jspec.drafts.base import Draft
-from jspec.drafts.eagle3 import Eagle3Config, default_depths, specs
+from jspec.drafts.eagle3 import Eagle3Config, specs
 from jspec.errors import InputError
-from jspec.hub.architectures import config_from_hf, config_to_hf, layer_tensor
+from jspec.hub.architectures import layer_tensor
+from jspec.hub.eagle3_config import LAYOUTS, config_json, read_config
 from jspec.hub.exporter import new_directory, on_host, whole_directory
+from jspec.hub.fields import whole
 from jspec.hub.json_io import read_json
-from jspec.model import ModelConfig, Policy
+from jspec.hub.safetensors_io import read_tensors
+from jspec.model import Policy
 from jspec.model.params import is_spec
 from jspec.sharding import spec_sharding
 
-AUX_CONVENTIONS = {"input": 0, "output": 1}
-"""What is to be added to the id of an auxiliary layer to have its depth, by what of that layer is taken."""
-
-FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
-_BLOCKS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _NAMES = {"fc": "fc.weight", "norm": "norm.weight", "head": "lm_head.weight", "embed": "embed_tokens.weight",
           "input_norm": "input_norm.weight", "embed_norm": "midlayer.input_layernorm.weight",
           "hidden_norm": "midlayer.hidden_norm.weight"}
@@ -67,15 +61,12 @@ def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
     tensor is missing, left over or of the wrong shape, `d2t` is out of range or `t2d` disagrees with it, or the config
     asks for what is not supported.
     """
-    path = Path(directory).expanduser()
-    hf, stored = read_json(path / "config.json"), _stored(path)
-    block = _block_config(path, hf, policy.config)
-    ids = _vocabulary(path, hf, stored, policy.config.vocab_size)
-    config = Eagle3Config(policy=policy.config, block=block,
-                          aux_depths=_aux_depths(path, hf, policy.config.num_layers, aux_convention),
-                          vocab_size=0 if ids is None else len(ids),
-                          depths=hf.get("jspec", {}).get("depths", 3) if depths is None else depths,
-                          own_embed="embed_tokens.weight" in stored, dtype=_dtype(path, stored), **_flags(hf))
+    path = arguments.path("draft", directory)
+    hf = read_json(path / "config.json")
+    config, stored = read_config(path, hf, policy.config, depths, aux_convention), _stored(path)
+    ids = _vocabulary(path, whole(hf, "draft_vocab_size", policy.config.vocab_size), stored, policy.config.vocab_size)
+    config = dataclasses.replace(config, vocab_size=0 if ids is None else len(ids), dtype=_dtype(path, stored),
+                                 own_embed="embed_tokens.weight" in stored)
     names = tensor_names(config)
     _check_tensors(path, stored, names, specs(config))
     weights = jax.tree.map(lambda name: stored[name].astype(np.float32), names)
@@ -85,13 +76,19 @@ def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
     return Draft(weights=weights, state={} if ids is None else {"vocab": jnp.asarray(ids, jnp.int32)}, config=config)
 
 
-def write(draft: Draft, directory: str | Path, *, dtype: str | None = None) -> Path:
-    """Write an `eagle3` draft in SpecForge's layout: config.json and model.safetensors, whole or not at all.
+def write(draft: Draft, directory: str | Path, *, dtype: str | None = None, layout: str = "specforge",
+          verifier: str | None = None) -> Path:
+    """Write an `eagle3` draft: config.json and model.safetensors, whole or not at all.
 
-    vLLM and SGLang serve it; a block with query and key norms (`block.qk_norm`) is read back here only, and
-    `norm_before_residual` and `norm_before_fc` are known to vLLM alone. Tensors are stored in `dtype`, by default the
-    one that the draft was read in (a new one: bfloat16): a draft that was read and not trained has its bits back. With
-    several processes all call this and the first writes. Raises InputError if the directory has files in it.
+    Args:
+      layout: "specforge", which vLLM and SGLang serve (`norm_before_residual`, `norm_before_fc`, a window and a block
+        with query and key norms are known to vLLM alone), or "speculators", which vLLM serves and the speculators
+        library trains on.
+      dtype: in which tensors are stored, by default the one that the draft was read in (a new one: bfloat16): a draft
+        that was read and not trained has its bits back.
+      verifier: the policy's hub id or path, which speculators' config may name.
+
+    With several processes all call this and the first writes. Raises InputError if the directory has files in it.
     """
     config = draft.config
     if config.name != "eagle3":
@@ -99,33 +96,26 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None) -> P
     dtype = config.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+    hf = config_json(config, dtype, layout, verifier)
     target = new_directory(directory)
     tensors = {name: on_host(x).astype(DTYPES[dtype]) for name, x in zip(
         jax.tree.leaves(tensor_names(config)), jax.tree.leaves(draft.weights), strict=True)}
+    if layout == "speculators":
+        tensors = {name.replace("midlayer.", "layers.0."): x for name, x in tensors.items()}
     if config.vocab_size:
         ids = np.asarray(draft.state["vocab"], np.int64)
         tensors["d2t"] = ids - np.arange(len(ids))
         tensors["t2d"] = np.isin(np.arange(config.policy.vocab_size), ids)
     if jax.process_index() == 0:
         with whole_directory(target) as work:
-            (work / "config.json").write_text(json.dumps(config_json(config, dtype), indent=2) + "\n")
+            (work / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
             # not save_file, whose files only their owner can read
             (work / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jspec.hub.eagle3.write")
     return target
-
-
-def config_json(config: Eagle3Config, dtype: str) -> dict:
-    """The config.json of SpecForge's layout."""
-    policy, aux = config.policy, "eagle_aux_hidden_state_layer_ids"
-    hf, _ = config_to_hf(dataclasses.replace(config.block, stop_tokens=policy.stop_tokens, pad_token=policy.pad_token))
-    ids = {name: [depth - shift for depth in config.aux_depths] for name, shift in AUX_CONVENTIONS.items()}
-    return {**hf, "architectures": ["LlamaForCausalLMEagle3"], "torch_dtype": dtype, "tie_word_embeddings": False,
-            "draft_vocab_size": config.vocab_size or policy.vocab_size, "target_hidden_size": policy.hidden_size,
-            **{flag: getattr(config, flag) for flag in FLAGS}, "num_aux_hidden_states": len(config.aux_depths),
-            aux: ids["input"], "eagle_config": {"use_aux_hidden_state": True, aux: ids["output"]},
-            "jspec": {"depths": config.depths}}
 
 
 def tensor_names(config: Eagle3Config) -> Any:
@@ -146,11 +136,7 @@ def _stored(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: no safetensors; pickled weights are never loaded: convert the draft to safetensors")
     out: dict[str, np.ndarray] = {}
     for file in files:
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
-        for name, tensor in tensors.items():
+        for name, tensor in read_tensors(file).items():
             plain = name.removeprefix("model.")
             for old, new in _OLD_NAMES.items():
                 plain = new + plain.removeprefix(old) if plain.startswith(old) else plain
@@ -185,66 +171,8 @@ def _check_tensors(path: Path, stored: dict[str, np.ndarray], names: Any, tree: 
                              f"{list(spec.shape)}")
 
 
-def _block_config(path: Path, hf: dict, policy: ModelConfig) -> ModelConfig:
-    """The block as a model of one layer. Raises InputError for what the drafter does not compute."""
-    architectures = hf.get("architectures") or [hf.get("speculators_model_type") or "eagle3"]
-    if not any("eagle3" in str(name).lower() for name in architectures):
-        raise InputError(f"{path}: {architectures[0]} is not an EAGLE-3 draft; give a directory that holds one")
-    layer = hf.get("transformer_layer_config") or hf
-    family = layer.get("model_type") or ("llama" if layer is hf else "qwen3")
-    if family not in _BLOCKS:
-        raise InputError(f"{path}: a block of model_type {family!r} is not supported; supported: {', '.join(_BLOCKS)}")
-    if layer is not hf:  # the library leaves out what is transformers' default
-        from transformers import AutoConfig
-
-        layer = AutoConfig.for_model(**{**layer, "model_type": family}).to_dict()
-    if layer.get("num_hidden_layers", 1) != 1:
-        raise InputError(f"{path}: a draft of {layer['num_hidden_layers']} blocks is not supported; supported: one")
-    window = layer.get("sliding_window")
-    if "sliding_attention" in (layer.get("layer_types") or ()) and window and window < policy.max_position_embeddings:
-        raise InputError(f"{path}: sliding-window attention (window {window}) is not supported; supported: full "
-                         "attention, or a window as long as the policy's context")
-    if (hf.get("eagle_config") or {}).get("use_aux_hidden_state", True) is False:
-        raise InputError(f"{path}: a draft without auxiliary hidden states is not supported; take one that has "
-                         "them")
-    block = config_from_hf({"num_hidden_layers": 1, **layer, "architectures": [_BLOCKS[family]], "eos_token_id": None,
-                            "pad_token_id": None, "tie_word_embeddings": False})
-    for what, made, theirs in (("hidden size", hf.get("target_hidden_size") or block.hidden_size, policy.hidden_size),
-                               ("hidden size", block.hidden_size, policy.hidden_size),
-                               ("vocabulary size", block.vocab_size, policy.vocab_size)):
-        if made != theirs:
-            raise InputError(f"{path}: this EAGLE-3 draft was made for another policy: its {what} is {made}, the "
-                             f"policy's is {theirs}; take one made for this policy")
-    return block
-
-
-def _flags(hf: dict) -> dict[str, bool]:
-    inside = hf.get("eagle_config") or {}  # where some trainers put them
-    flags = {flag: bool(hf.get(flag, inside.get(flag, False))) for flag in FLAGS}
-    return {**flags, "fc_norm": flags["fc_norm"] or bool(hf.get("use_aux_norm"))}
-
-
-def _aux_depths(path: Path, hf: dict, num_layers: int, convention: str | None) -> tuple[int, ...]:
-    if convention is not None and convention not in AUX_CONVENTIONS:
-        raise InputError(f"aux_convention {convention!r} is unknown; known: {', '.join(AUX_CONVENTIONS)}")
-    key = "eagle_aux_hidden_state_layer_ids"
-    found = {"input": hf.get(key), "output": (hf.get("eagle_config") or {}).get(key)}
-    found = {own: ids for own, ids in found.items() if ids}
-    for ids in found.values():
-        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-            raise InputError(f"{path}: {key} in config.json must be a list of integers, not {ids!r}")
-    depths = {own: tuple(i + AUX_CONVENTIONS[convention or own] for i in ids) for own, ids in found.items()}
-    if not depths:
-        return default_depths(num_layers)
-    if len(set(depths.values())) > 1:
-        raise InputError(f"{path}: config.json names two sets of auxiliary layers: {found['input']} at the top (each "
-                         f"layer's input) and {found['output']} in eagle_config (each layer's output); keep one")
-    return next(iter(depths.values()))
-
-
-def _vocabulary(path: Path, hf: dict, stored: dict[str, np.ndarray], vocab_size: int) -> np.ndarray | None:
-    """The policy's ids of the draft's tokens, int64 [Vd]; None: they are the whole vocabulary."""
-    size = hf.get("draft_vocab_size") or vocab_size
+def _vocabulary(path: Path, size: int, stored: dict[str, np.ndarray], vocab_size: int) -> np.ndarray | None:
+    """The policy's ids of the draft's `size` tokens, int64 [Vd]; None: they are the whole vocabulary."""
     offsets, marks = stored.get("d2t"), stored.get("t2d")
     if offsets is None:
         if size != vocab_size:

@@ -70,6 +70,15 @@ def resolve(name: str) -> PackagedModel | Path | str:
                      f"file{hint}")
 
 
+def hub_id(name: str) -> str | None:
+    """The hub id that a name stands for, None if it stands for anything else, or nothing."""
+    try:
+        found = resolve(name)
+    except InputError:
+        return None
+    return found if isinstance(found, str) else None
+
+
 def cache_directory() -> Path:
     """Where packaged models are unpacked: $JSPEC_CACHE, else $XDG_CACHE_HOME/jspec, else ~/.cache/jspec."""
     if os.environ.get("JSPEC_CACHE"):

@@ -12,8 +12,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import load_file
 
 from jspec.errors import InputError
+from jspec.hub.fields import short
 from jspec.hub.json_io import parse_json, read_bytes
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -99,6 +101,18 @@ def read_rows(location: Location, start: int, stop: int) -> np.ndarray:
     return np.frombuffer(out, location.dtype).reshape(stop - start, *location.shape[1:])
 
 
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All of a small file at once, in any dtype. Raises InputError if it is no file, cut short or corrupt."""
+    if not path.is_file():
+        raise InputError(f"{path}: not a file; fetch or make it again")
+    try:
+        return load_file(path)
+    except Exception as e:  # SafetensorError, OSError, and whatever a dtype that numpy has not comes to
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{path}: not a whole safetensors file ({type(e).__name__}: {reason}); it is cut short or no "
+                         "safetensors file; fetch or make it again") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class SafetensorsSource:
     """The tensors of a directory by name; `rows` reads any range of them."""
@@ -145,9 +159,9 @@ def _open_index(directory: Path, index: Path) -> SafetensorsSource:
         raise InputError(f"{index}: the index is corrupt: it has no weight_map; fetch it again")
     for name, file in weight_map.items():
         # a plain name: an index may not reach outside the model's folder (links, as of the hub's cache, may)
-        if not isinstance(file, str) or file in ("", ".", "..") or {"/", "\0"} & set(file):
-            raise InputError(f"{index}: the index is corrupt: tensor {name} is in {file!r}, which is not the name of a "
-                             "file beside it; fetch it again")
+        if not isinstance(file, str) or file in ("", ".", "..") or {"/", "\0"} & set(file) or len(file) > 255:
+            raise InputError(f"{index}: the index is corrupt: tensor {name[:100]} is in {short(file)}, which is not "
+                             "the name of a file beside it; fetch it again")
     headers = {}
     for file in sorted(set(weight_map.values())):
         if not (directory / file).exists():

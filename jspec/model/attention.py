@@ -42,9 +42,18 @@ def _in_query_blocks(q: jax.Array, k: jax.Array, v: jax.Array, visible: Callable
     return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal grouped-query attention, q [B, S, H, D], k and v [B, S, H_kv, D] -> [B, S, H, D]."""
-    return _in_query_blocks(q, k, v, lambda rows: (jnp.arange(k.shape[1]) <= rows[:, None])[None])
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None) -> jax.Array:
+    """Causal grouped-query attention, q [B, S, H, D], k and v [B, S, H_kv, D] -> [B, S, H, D].
+
+    window: a position sees itself and the window - 1 before it; None: all before it.
+    """
+    return _in_query_blocks(q, k, v, lambda rows: in_reach(jnp.arange(k.shape[1]), rows[:, None], window)[None])
+
+
+def in_reach(position: jax.Array, last: jax.Array, window: int | None) -> jax.Array:
+    """Whether `position` is visible to a query that sees up to `last`, and of those the window last ones."""
+    visible = position <= last
+    return visible if window is None else visible & (position > last - window)
 
 
 def continued_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.Array, prompt_v: jax.Array,

@@ -16,7 +16,7 @@ from tests.drafts import recursive
 from tests.speculate import tiny
 from tests.speculate.enumeration import enumerate_sequences
 
-REDUCED = dict(vocab=[0, 2, 3, 5, 7, 10], norm_before_residual=True, norm_before_fc=True, own_embed=True)
+REDUCED = dict(vocab=[0, 2, 3, 5, 7, 10], norm_before_residual=True, norm_before_fc=True, own_embed=True, window=3)
 OWN_SIZES = dict(num_heads=6, num_kv_heads=3, head_dim=4, intermediate_size=24, rope=RopeConfig(theta=300.0),
                  qkv_bias=True, qk_norm=True)
 
@@ -26,9 +26,11 @@ def policy():
     return tiny.policy(11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.2)
 
 
-def make(policy, block=None, **options):
-    """A draft with noise on every weight, and a block of other sizes than the policy's."""
+def make(policy, block=None, window=0, **options):
+    """A draft with noise on every weight, a block of other sizes than the policy's, and a window, as checkpoints have
+    one."""
     draft = jspec.drafts.eagle3(policy, jax.random.key(1), **{"aux_depths": (0, 1, 3), **options})
+    draft = draft.replace(config=dataclasses.replace(draft.config, window=window))
     if block:
         config = dataclasses.replace(draft.config, block=dataclasses.replace(draft.config.block, **block))
         draft = draft.replace(config=config, weights=init_weights(draft.module.specs(config), jax.random.key(2), 0.2))

@@ -47,6 +47,10 @@ CASES = {
                            dict(draft_vocab_size=12, norm_before_residual=True, norm_before_fc=True), (2, 3, 6)),
     "eagle3_speculators_qwen3": (Qwen3Config, dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
                                  dict(draft_vocab_size=25, norm_output=True), None),
+    # as the library's trainer makes them by default, but for the window's length
+    "eagle3_speculators_window": (Qwen3Config, dict(
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0), sliding_window=5, use_sliding_window=True,
+        layer_types=["sliding_attention"]), dict(draft_vocab_size=VOCAB, norm_before_residual=True), None),
 }
 
 

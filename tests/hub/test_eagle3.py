@@ -15,12 +15,15 @@ from safetensors.numpy import load_file
 import jspec
 from jspec import hub
 from jspec.errors import InputError
+from jspec.heads import publish
 from jspec.hub import eagle3
+from jspec.hub.eagle3_config import FLAGS
 from jspec.model import train_forward
 from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
 from tests.speculate import tiny
 
-CASES = ["eagle3_specforge", "eagle3_vllm", "eagle3_speculators", "eagle3_speculators_qwen3"]
+CASES = ["eagle3_specforge", "eagle3_vllm", "eagle3_speculators", "eagle3_speculators_qwen3",
+         "eagle3_speculators_window"]
 AUX = "eagle_aux_hidden_state_layer_ids"
 module = importlib.import_module("jspec.drafts.eagle3")  # the package has the function under this name
 
@@ -59,12 +62,13 @@ def test_logits_match_the_reference_at_every_depth(policy, case):
 def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
     drafts = {case: eagle3.read(GOLDEN / case, policy) for case in CASES}
     configs = [draft.config for draft in drafts.values()]
-    for flag in (*eagle3.FLAGS, "own_embed"):
+    for flag in (*FLAGS, "own_embed"):
         assert {getattr(c, flag) for c in configs} == {False, True}
-    assert [c.vocab_size for c in configs] == [20, 0, 12, 25]
-    assert [c.aux_depths for c in configs] == [(1, 4, 6), (0, 3, 5), (2, 3, 6), (2, 3, 4)]
-    assert [c.dtype for c in configs] == ["bfloat16", "float16", "bfloat16", "bfloat16"]
-    assert [c.block.qk_norm for c in configs] == [False, False, False, True]
+    assert [c.vocab_size for c in configs] == [20, 0, 12, 25, 0]
+    assert [c.aux_depths for c in configs] == [(1, 4, 6), (0, 3, 5), (2, 3, 6), (2, 3, 4), (2, 3, 4)]
+    assert [c.dtype for c in configs] == ["bfloat16", "float16", "bfloat16", "bfloat16", "bfloat16"]
+    assert [c.block.qk_norm for c in configs] == [False, False, False, True, True]
+    assert [c.window for c in configs] == [0, 0, 0, 0, 5]
     assert {c.block.qkv_bias for c in configs} == {False, True}
     assert {c.block.rope.scaling for c in configs} == {"default", "linear", "llama3"}
     stored = {case: load_file(GOLDEN / case / "model.safetensors") for case in CASES}
@@ -78,20 +82,22 @@ def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
 @pytest.mark.parametrize("case, changes", [
     (CASES[0], {"norm_before_residual": True}), (CASES[0], {"norm_output": True}), (CASES[0], {"own_embed": False}),
     (CASES[0], {"aux_depths": (0, 3, 5)}), (CASES[2], {"norm_before_residual": False}),
-    (CASES[2], {"norm_before_fc": False}), (CASES[1], {"norm_output": False}), (CASES[1], {"fc_norm": False})])
+    (CASES[2], {"norm_before_fc": False}), (CASES[1], {"norm_output": False}), (CASES[1], {"fc_norm": False}),
+    (CASES[4], {"window": 0}), (CASES[4], {"window": 6})])
 def test_the_golden_files_would_show_a_flag_that_is_not_honoured(policy, case, changes):
     draft = eagle3.read(GOLDEN / case, policy)
     wrong = draft.replace(config=dataclasses.replace(draft.config, **changes))
     assert largest_difference(policy, wrong, case) > 0.01
 
 
+@pytest.mark.parametrize("layout, block", [("specforge", "midlayer."), ("speculators", "layers.0.")])
 @pytest.mark.parametrize("case", CASES)
-def test_read_write_read_is_bit_exact(policy, case, tmp_path):
+def test_read_write_read_is_bit_exact(policy, case, layout, block, tmp_path):
     draft = eagle3.read(GOLDEN / case, policy)
-    assert eagle3.write(draft, tmp_path / "out") == tmp_path / "out"
+    assert eagle3.write(draft, tmp_path / "out", layout=layout) == tmp_path / "out"
     same(eagle3.read(tmp_path / "out", policy), draft)
     want, got = load_file(GOLDEN / case / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    want = {name.replace("layers.0.", "midlayer."): x for name, x in want.items()}
+    want = {name.replace("layers.0.", block).replace("midlayer.", block): x for name, x in want.items()}
     assert set(got) == set(want)
     for name, x in want.items():
         assert got[name].dtype == x.dtype and got[name].tobytes() == x.tobytes(), name
@@ -119,8 +125,45 @@ def test_a_new_draft_is_written_as_both_servers_read_it(policy, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, eagle3.read(tmp_path / "exact", policy).weights, draft.weights)
 
 
+def test_the_configs_that_are_written_name_what_servers_look_for(policy, tmp_path):
+    drafts = {case: eagle3.read(GOLDEN / case, policy) for case in CASES[2:]}
+    for case, served_as in zip(CASES[2:], ["LlamaForCausalLMEagle3", *["Eagle3Qwen3ForCausalLM"] * 2], strict=True):
+        eagle3.write(drafts[case], tmp_path / case)
+        hf = json.loads((tmp_path / case / "config.json").read_text())
+        assert hf["architectures"] == [served_as] and "window" not in hf
+        assert (hf.get("layer_types"), hf.get("sliding_window")) == (
+            (["sliding_attention"], 5) if drafts[case].config.window else (None, None))
+    publish(drafts[CASES[2]], tmp_path / "speculators", "speculators", "org/policy")
+    hf = json.loads((tmp_path / "speculators" / "config.json").read_text())
+    golden = json.loads((GOLDEN / CASES[2] / "config.json").read_text())
+    same_keys = set(golden) - {"transformers_version", "target_hidden_size", "speculators_config"}
+    layer, want = hf["transformer_layer_config"], golden.pop("transformer_layer_config")
+    assert {key: hf[key] for key in same_keys - {"transformer_layer_config"}} == {
+        key: golden[key] for key in same_keys - {"transformer_layer_config"}}
+    assert {key: layer[key] for key in want if key in layer and key not in ("bos_token_id", "pad_token_id")} == {
+        key: x for key, x in want.items() if key in layer and key not in ("bos_token_id", "pad_token_id")}
+    assert hf["speculators_config"]["verifier"] == {"name_or_path": "org/policy", "architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(InputError, match="layout 'vllm' is unknown; known: specforge, speculators"):
+        eagle3.write(drafts[CASES[2]], tmp_path / "x", layout="vllm")
+    with pytest.raises(InputError, match="a block of the kind qwen2 has no name in published drafts"):
+        block = dataclasses.replace(drafts[CASES[2]].config.block, family="qwen2", out_bias=False)
+        eagle3.write(drafts[CASES[2]].replace(config=dataclasses.replace(drafts[CASES[2]].config, block=block)),
+                     tmp_path / "x")
+
+
+@pytest.mark.parametrize("config, window", [
+    ({"layer_types": ["sliding_attention"], "sliding_window": 8}, 8),
+    ({"layer_types": ["sliding_attention"], "sliding_window": 64}, 0),  # as long as the policy's context
+    ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, 0),  # of the policy's layers
+    ({"layer_types": ["sliding_attention"], "sliding_window": None}, 0),
+    ({"sliding_window": 8}, 0), ({"sliding_window": 8, "use_sliding_window": True}, 0),
+    ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8)])
+def test_which_window_a_config_asks_for(policy, tmp_path, config, window):
+    assert eagle3.read(edit_config(copy(CASES[0], tmp_path / "x"), **config), policy).config.window == window
+
+
 def test_a_draft_that_was_read_rolls_out(policy):
-    draft = eagle3.read(GOLDEN / CASES[2], policy)
+    draft = eagle3.read(GOLDEN / CASES[4], policy)
     batch = jspec.PromptBatch.from_tokens([[1, 5, 9], [7]], group_size=1, seed=0, buckets=(4,))
     out = jspec.rollout(policy, draft, batch, sampling=jspec.Sampling(max_new_tokens=6, stop_tokens=()))
     assert out.lengths.tolist() == [6, 6]
@@ -201,7 +244,19 @@ def flip(tensors):
     ({}, put(d2t=np.zeros(5, np.int64)), "d2t must hold 20 integers (draft_vocab_size), not int64 of shape [5]"),
     ({}, flip, "t2d does not agree with d2t"),
     ({"num_hidden_layers": 2}, None, "a draft of 2 blocks is not supported"),
-    ({"layer_types": ["sliding_attention"], "sliding_window": 8}, None, "sliding-window attention (window 8)"),
+    ({"layer_types": ["chunked_attention"]}, None, "'chunked_attention' is not supported; supported: full_attention"),
+    ({"layer_types": "sliding_attention"}, None, "as layer_types; expected a list of texts"),
+    ({"sliding_window": "8"}, None, "has '8' as sliding_window"),
+    ({"norm_before_residual": "false"}, None, "has 'false' as norm_before_residual; expected true or false"),
+    ({"eagle_config": [1]}, None, "has [1] as eagle_config; expected an object"),
+    ({"eagle_config": {"use_aux_hidden_state": "no"}}, None, "has 'no' as use_aux_hidden_state"),
+    ({"jspec": 3}, None, "has 3 as jspec; expected an object"),
+    ({"jspec": {"depths": "3"}}, None, "has '3' as depths"),
+    ({"draft_vocab_size": "20"}, None, "has '20' as draft_vocab_size"),
+    ({"target_hidden_size": [16]}, None, "has [16] as target_hidden_size"),
+    ({"transformer_layer_config": "llama"}, None, "has 'llama' as transformer_layer_config; expected an object"),
+    ({"transformer_layer_config": {"hidden_size": "many"}}, None, "is refused by transformers"),
+    ({"architectures": "LlamaForCausalLMEagle3"}, None, "as architectures; expected a list of texts"),
     ({"architectures": ["LlamaForCausalLM"]}, None, "LlamaForCausalLM is not an EAGLE-3 draft"),
     ({"model_type": "mistral"}, None, "a block of model_type 'mistral' is not supported; supported: llama, qwen3"),
     ({}, put(fc__weight=np.ones((16, 48), np.int8)), "tensor fc.weight is stored as int8; supported: float32"),

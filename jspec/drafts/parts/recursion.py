@@ -6,6 +6,9 @@ block each; the last block serves all the depths after it too (https://arxiv.org
 entries a row's caches hold. What a depth drafted is overwritten once the verifier's states are known.
 
 `policy` is read for what the blocks are computed in and where: its config must have the blocks' heads and rope.
+
+`window` is for one block that serves every depth: of the entries made from the trunk's states its attention sees the
+`window` last (None: all of them), and at every depth those of the depths before, as the block's trainer has it.
 """
 
 from __future__ import annotations
@@ -33,13 +36,13 @@ def next_tokens(tokens: jax.Array) -> jax.Array:
 
 
 def start(policy: Policy, runs: Sequence[Run], hidden: jax.Array, tokens: jax.Array, entries: jax.Array,
-          cache_size: int) -> State:
+          cache_size: int, window: int | None = None) -> State:
     """Of every block, its cache over hidden [P, L, D] and tokens [P, L], and its state [P, 1, D] at the last of
     entries int32 [P]: zeros where there are none."""
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v):
-        return causal_attention(q, k, v), (to_cache(k, cache_size), to_cache(v, cache_size))
+        return causal_attention(q, k, v, window), (to_cache(k, cache_size), to_cache(v, cache_size))
 
     out = []
     for run in runs:
@@ -51,12 +54,13 @@ def start(policy: Policy, runs: Sequence[Run], hidden: jax.Array, tokens: jax.Ar
     return tuple(out)
 
 
-def _extend(policy: Policy, run: Run, state: dict, hidden: jax.Array, tokens: jax.Array, entries: jax.Array):
+def _extend(policy: Policy, run: Run, state: dict, hidden: jax.Array, tokens: jax.Array, entries: jax.Array,
+            window: int | None = None):
     """Run tokens [N, T] as entries entries .. entries + T - 1 of a block, writing its cache."""
     rope = rope_table(policy.config, entries[:, None] + jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v):
-        out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], entries)
+        out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], entries, window)
         return out, (new_k, new_v)
 
     states, (k, v) = run(hidden, tokens, rope, attend)
@@ -64,7 +68,8 @@ def _extend(policy: Policy, run: Run, state: dict, hidden: jax.Array, tokens: ja
 
 
 def propose(policy: Policy, runs: Sequence[Run], state: State, entries: jax.Array, sampler: Sampler,
-            head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None) -> tuple[Proposal, State]:
+            head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None,
+            window: int | None = None) -> tuple[Proposal, State]:
     """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's states and tokens.
 
     A block of its own has to catch up first: at depth j it has not yet seen the j - 1 tokens drafted before.
@@ -80,7 +85,7 @@ def propose(policy: Policy, runs: Sequence[Run], state: State, entries: jax.Arra
             states = jnp.concatenate([state[j]["hidden"], new], axis=1)
         elif j:
             states, state[last] = _extend(policy, runs[last], state[last], states[:, -1:], tokens[-1][:, None],
-                                          entries + j - 1)
+                                          entries + j - 1, None if window is None else window + j)
         token, log_q = sampler.draw(head(states[:, -1]), j, vocab)
         tokens.append(token)
         log_qs.append(log_q)
@@ -88,26 +93,27 @@ def propose(policy: Policy, runs: Sequence[Run], state: State, entries: jax.Arra
 
 
 def observe(policy: Policy, runs: Sequence[Run], state: State, entries: jax.Array, hidden: jax.Array,
-            observation: Observation) -> State:
+            observation: Observation, window: int | None = None) -> State:
     """Rewrite the caches of the committed positions from the verifier's hidden [N, K + 1, D]; keep the last states."""
     at = jnp.maximum(observation.count - 1, 0)[:, None, None]
     live = (observation.count > 0)[:, None, None]
     out = []
     for run, before in zip(runs, state, strict=True):
-        states, new = _extend(policy, run, before, hidden, observation.tokens, entries)
+        states, new = _extend(policy, run, before, hidden, observation.tokens, entries, window)
         last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before["hidden"])
         out.append({**new, "hidden": constrain(last, policy.layout, "batch", None, None)})
         hidden = jnp.concatenate([before["hidden"], states[:, :-1]], axis=1)
     return tuple(out)
 
 
-def unroll(policy: Policy, runs: Sequence[Run], hidden: jax.Array, tokens: jax.Array, depths: int) -> list[jax.Array]:
+def unroll(policy: Policy, runs: Sequence[Run], hidden: jax.Array, tokens: jax.Array, depths: int,
+           window: int | None = None) -> list[jax.Array]:
     """The states [B, S, D] of every depth over whole sequences, each depth as `propose` computes it."""
     rope, out = rope_table(policy.config, jnp.arange(tokens.shape[1])[None]), []
     for depth in range(depths):
         if depth < len(runs):
             run, earlier = runs[depth], []
-        states, _ = run(hidden, tokens, rope, unrolled_attention(earlier))
+        states, _ = run(hidden, tokens, rope, unrolled_attention(earlier, window))
         out.append(states)
         hidden = shift(states)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jspec.model.attention import causal_attention
+from jspec.model.attention import causal_attention, in_reach
 
 
 def shift(x: jax.Array) -> jax.Array:
@@ -13,22 +13,23 @@ def shift(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
-def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]]):
+def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]], window: int | None = None):
     """Attention of recursion depth d = len(earlier) + 1, as at inference, over all positions of a sequence at once.
 
-    A query at p sees what a draft of depth d sees: depth 1 (from the trunk's states) up to position p - d + 1, then one
-    position each of the depths since, the last its own. `earlier`: keys and values of depths 1 .. d - 1, grown here.
+    A query at p sees what a draft of depth d sees: depth 1 (from the trunk's states) up to position p - d + 1, and of
+    those the `window` last (None: all), then one position each of the depths since, the last its own. `earlier`: keys
+    and values of depths 1 .. d - 1, grown here.
     """
     def attend(q, k, v):
         pairs = [*earlier, (k, v)]
         earlier.append((k, v))
         if len(pairs) == 1:
-            return causal_attention(q, k, v), None
+            return causal_attention(q, k, v, window), None
         b, s, kv_heads, hd = k.shape
         q = q.reshape(b, s, kv_heads, -1, hd) * hd**-0.5
         scores = jnp.einsum("bthgd,bshd->bhgts", q, pairs[0][0], preferred_element_type=jnp.float32)
         position = jnp.arange(s)
-        visible = position[None, :] <= position[:, None] - (len(pairs) - 1)
+        visible = in_reach(position[None, :], position[:, None] - (len(pairs) - 1), window)
         columns = [jnp.where(visible, scores, -jnp.inf)]
         shifted = []
         for i, (key, value) in enumerate(pairs[1:]):

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 import jspec.drafts
@@ -18,7 +17,9 @@ from jspec.drafts import Draft
 from jspec.drafts.base import config_from_fields
 from jspec.drafts.parts.vocabulary import check_vocab
 from jspec.errors import InputError
+from jspec.hub.fields import section
 from jspec.hub.json_io import read_json
+from jspec.hub.safetensors_io import read_tensors
 from jspec.model import Policy, place_on_mesh
 from jspec.model.params import is_spec
 
@@ -54,13 +55,16 @@ def read(directory: Path, policy: Policy) -> Draft:
     draft = Draft(weights={}, state={}, config=config)
     draft.check(policy)
     draft = draft.replace(config=dataclasses.replace(config, policy=policy.config))
-    tensors = _tensors(directory / WEIGHTS)
+    tensors = read_tensors(directory / WEIGHTS)
     specs = draft.module.specs(draft.config)
     weights = {name: tensors.pop(f"weights.{name}", None) for name in _named(specs)}
     state = {name: tensors.pop(name) for name in list(tensors) if name.startswith("state.")}
     for name, spec in _named(specs).items():
         if weights[name] is None:
             raise InputError(f"{directory}: tensor weights.{name} is missing")
+        if weights[name].dtype.name not in DTYPES:
+            raise InputError(f"{directory}: tensor weights.{name} is stored as {weights[name].dtype}; supported: "
+                             f"{', '.join(DTYPES)}")
         if weights[name].shape != spec.shape:
             raise InputError(f"{directory}: tensor weights.{name} has shape {list(weights[name].shape)}, but the "
                              f"config says {list(spec.shape)}")
@@ -87,22 +91,17 @@ def _check_vocab(directory: Path, config: Any, vocab: np.ndarray | None) -> None
 
 def read_config(directory: Path) -> Any:
     """The static config of a draft. Raises InputError if it is not one, or of no drafter that is known."""
-    found = read_json(directory / CONFIG)
+    where = directory / CONFIG
+    found = read_json(where)
+    name = found.get("drafter")
+    if name not in jspec.drafts.NAMES:  # before anything of that name is imported
+        raise InputError(f"{directory}: drafter {name!r} is unknown; known: {', '.join(jspec.drafts.NAMES)}")
+    options = section(found, "options", str(where))
     try:
-        name, options, fields = found["drafter"], found["options"], dict(found["policy"])
-        if name not in jspec.drafts.NAMES:
-            raise InputError(f"{directory}: drafter {name!r} is unknown; known: {', '.join(jspec.drafts.NAMES)}")
-        return config_from_fields(name, {**options, "policy": fields})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{directory / CONFIG} is not the config of a draft: {error}") from None
-
-
-def _tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({error}); it is missing, cut short or no safetensors file") from None
+        return config_from_fields(name, {**options, "name": name, "policy": found["policy"]})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{where} is not the config of a draft: {reason}") from None
 
 
 def _named(tree: Any) -> dict[str, Any]:

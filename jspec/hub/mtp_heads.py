@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jspec import arguments
 from jspec.drafts.base import Draft, unlike
 from jspec.drafts.mtp import MtpConfig, specs
 from jspec.errors import InputError
@@ -26,6 +27,7 @@ from jspec.hub.architectures import (
 )
 from jspec.hub.assemble import assemble, check_none_left, check_shapes
 from jspec.hub.exporter import host_value, whole_directory, write_json
+from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json
 from jspec.hub.safetensors_io import INDEX, SafetensorsSource, open_directory, read_header, write_file
 from jspec.model import ModelConfig, Policy
@@ -46,7 +48,7 @@ def read(path: str | Path, policy: Policy, *, depths: int = 2) -> Draft:
     made for another policy (hidden size, vocabulary or anything else that it shares), a file is cut short, or a tensor
     is missing, left over or of the wrong shape.
     """
-    path = Path(path).expanduser()
+    path = arguments.path("draft", path)
     hf = read_json(path / "config.json")
     layout = _layout(path, hf)
     difference = unlike(config_from_hf(hf), policy.config)
@@ -61,7 +63,7 @@ def read(path: str | Path, policy: Policy, *, depths: int = 2) -> Draft:
 
 
 def _layout(path: Path, hf: dict) -> MtpLayout:
-    name = (hf.get("architectures") or ["an unnamed architecture"])[0]
+    name = (texts(hf, "architectures") or ["an unnamed architecture"])[0]
     if name not in MTP_LAYOUTS:
         raise InputError(f"{path}: no layout of MTP heads is known for {name}; known: {', '.join(MTP_LAYOUTS)}")
     count = mtp_count(hf)

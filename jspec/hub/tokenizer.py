@@ -40,6 +40,9 @@ def tokenizer_from_directory(directory: Path) -> Any:
     """The tokenizer of a checkpoint directory. Raises InputError if it has no tokenizer.json or a corrupt one."""
     if not (directory / "tokenizer.json").exists():
         raise InputError(f"{directory}: no tokenizer.json; save the model's fast tokenizer there (save_pretrained)")
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".jinja") and not path.is_file():  # a pipe would be waited for without end
+            raise InputError(f"{path}: not a file; {path.name} must be one")
     try:
         return _fast_class().from_pretrained(directory)
     except Exception as e:  # transformers and tokenizers raise anything, bare Exception included, on a bad file

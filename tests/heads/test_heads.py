@@ -61,6 +61,44 @@ def test_tensors_that_do_not_fit_are_named(policy, directory, edit, message):
         jspec.load_draft(policy, directory)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_draft_that_is_not_finite_is_refused(policy, directory, value):
+    def spoil(tensors):
+        tensors["weights.blocks.1.proj"][3, 4] = value
+
+    change(directory, spoil)
+    with pytest.raises(jspec.InputError, match=r"not finite in weights\['blocks'\]\[1\]\['proj'\]; take another"):
+        jspec.load_draft(policy, directory)
+
+
+@pytest.mark.parametrize("edit, message", [
+    ({"drafter": "../../x"}, "drafter '../../x' is unknown"), ({"drafter": ["mtp"]}, "is unknown; known: "),
+    ({"drafter": "base"}, "drafter 'base' is unknown"), ({"options": "many"}, "has 'many' as options; expected an"),
+    ({"options": {"depths": "many"}}, "is not the config of a draft"), ({"options": {"wide": 1}}, "unexpected keyword"),
+    ({"policy": 3}, "is not the config of a draft"), ({"policy": {"vocab_size": 11}}, "is not the config of a draft"),
+])
+def test_a_config_that_is_none_of_a_draft(policy, directory, edit, message):
+    config = json.loads((directory / files.CONFIG).read_text())
+    (directory / files.CONFIG).write_text(json.dumps({**config, **edit}))
+    with pytest.raises(jspec.InputError, match=message) as e:
+        jspec.load_draft(policy, directory)
+    assert "\n" not in str(e.value)
+
+
+def test_the_drafter_is_the_one_that_is_named_and_no_option(policy, directory):
+    config = json.loads((directory / files.CONFIG).read_text())
+    config["options"]["name"] = "os"  # nothing of this name is imported
+    (directory / files.CONFIG).write_text(json.dumps(config))
+    assert jspec.load_draft(policy, directory).config.name == "mtp"
+
+
+@pytest.mark.parametrize("source", [3, None, "x" * 300, "~nobody-of-this-name/x", "a\0b"])
+def test_what_cannot_be_a_place(policy, source):
+    with pytest.raises(jspec.InputError) as e:
+        jspec.load_draft(policy, source)
+    assert "\n" not in str(e.value)
+
+
 def test_files_that_are_broken_or_of_another_policy(policy, directory):
     other = tiny.policy(12, layers=2, heads=4, kv_heads=2, hidden=32)
     with pytest.raises(jspec.InputError, match="its vocab_size is 11, the policy's is 12"):

@@ -29,14 +29,23 @@ def test_what_a_name_stands_for(tmp_path):
     assert resolve("qwen3-8b") == resolve("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
     assert resolve(str(GOLDEN / "llama")) == GOLDEN / "llama"
     (tmp_path / "m.gguf").write_bytes(b"")
-    assert resolve(str(tmp_path / "m.gguf")) == tmp_path / "m.gguf"
+    assert resolve(str(tmp_path / "m.gguf")) == resolve(tmp_path / "m.gguf") == tmp_path / "m.gguf"
+    assert (names.hub_id("qwen3-8b"), names.hub_id(str(tmp_path)), names.hub_id("?")) == ("Qwen/Qwen3-8B", None, None)
+
+
+def test_paths_are_taken_as_they_are(tmp_path, monkeypatch):
+    hub.export(hub.load(GOLDEN / "llama"), tmp_path / "it's ${x} [m]", hub.character_tokenizer("01"))
+    assert hub.load_tokenizer(tmp_path / "it's ${x} [m]").encode("10") == [3, 2]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.read_config("~/it's ${x} [m]") == hub.read_config(tmp_path / "it's ${x} [m]")
 
 
 @pytest.mark.parametrize("name, text", [
     ("smollm2-135m-instrct", "did you mean smollm2-135m-instruct?"),
     ("nothing-like-it", "short names: smollm2-135m-instruct, "),
     ("./not/there", "is not there"), ("/not/there", "is not there"), ("not/there.gguf", "is not there"),
-    (__file__, "this is another file"),
+    (__file__, "this is another file"), ("", "must be a name or a path"), (3, "must be a name or a path"),
+    ("x" * 300, "cannot be looked at"), ("~nobody-of-this-name/x", "cannot be looked at"),
 ])
 def test_a_model_that_is_not_there(name, text):
     with pytest.raises(InputError) as e:

@@ -65,6 +65,21 @@ def test_tensors_missing_left_over_or_misshapen(tmp_path):
     assert f"tensor {NORM} has shape [15], but the config says [16]" in message(shape)
 
 
+def test_more_layers_than_tensors_are_not_even_listed(tmp_path):
+    directory = edit_config(copy("llama", tmp_path / "m"), num_hidden_layers=10**9)
+    assert "the config says 1000000000 layers, and there are only 21 tensors" in message(directory)
+    directory = edit_config(copy("mimo", tmp_path / "n"), num_nextn_predict_layers=10**9)
+    assert "1000000000 as num_nextn_predict_layers; expected at most 64" in message(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+def test_a_folder_where_a_file_is_expected(tmp_path, name):
+    directory = copy("llama", tmp_path / "m")
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).mkdir()
+    assert f"{name}: not a file" in message(directory)
+
+
 def test_a_tied_head_may_be_stored_twice_but_must_agree(tmp_path):
     def head(change):
         return lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + np.float32(change)})

@@ -1,6 +1,7 @@
 """Tokenizers against recorded ids, and the single-character one."""
 
 import json
+import os
 
 import pytest
 
@@ -95,4 +96,8 @@ def test_a_directory_without_a_tokenizer_or_with_a_broken_one(tmp_path):
         hub.load_tokenizer(str(GOLDEN / "llama"))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="tokenizer cannot be read"):
+        hub.load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    os.mkfifo(tmp_path / "chat_template.jinja")  # a pipe would be waited for without end
+    with pytest.raises(InputError, match="chat_template.jinja: not a file"):
         hub.load_tokenizer(str(tmp_path))

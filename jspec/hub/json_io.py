@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -79,10 +80,10 @@ def _finite(text: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [x for outer in level if isinstance(outer, dict | list)
-                 for x in (outer.values() if isinstance(outer, dict) else outer) if isinstance(x, dict | list)]
+    level = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        inside = itertools.chain.from_iterable(x.values() if type(x) is dict else x for x in level)
+        level = [x for x in inside if type(x) is dict or type(x) is list]
         if not level:
             return
     raise ValueError(_TOO_DEEP)

@@ -6,7 +6,6 @@ Read from the files themselves: making the tokenizer would import transformers, 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,9 @@ def with_vocabulary(config: ModelConfig, vocabulary: Vocabulary | None) -> Model
     end = vocabulary.end if vocabulary.end is not None and 0 <= vocabulary.end < config.vocab_size else None
     stop = end_tokens(config.stop_tokens, end)
     ids = np.unique(np.concatenate([vocabulary.ids, np.asarray(stop, np.int64)]))
-    ids = [-1, *ids[(ids >= 0) & (ids < config.vocab_size)].tolist(), config.vocab_size]
-    gaps = tuple((before + 1, after) for before, after in itertools.pairwise(ids) if after - before > 1)
+    ids = np.concatenate([[-1], ids[(ids >= 0) & (ids < config.vocab_size)], [config.vocab_size]])
+    before = np.flatnonzero(np.diff(ids) > 1)
+    gaps = tuple(zip((ids[before] + 1).tolist(), ids[before + 1].tolist(), strict=True))
     return dataclasses.replace(config, stop_tokens=stop, tokenless=gaps)
 
 

@@ -9,16 +9,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jspec.arguments import INT32
 from jspec.errors import InputError
 
 CONFIG = "config.json"
-_LARGEST = 2**31 - 1  # sizes and ids are int32 on a device
 
 
 def whole(fields: Mapping[str, Any], key: str, default: int | None = None, where: str = CONFIG, least: int = 1) -> int:
     """A whole number of at least `least`. Raises InputError where it is none, or is not there and has no default."""
     value = _given(fields, key, default)
-    if not _is_number(value) or value != int(value) or not least <= value <= _LARGEST:
+    if not _is_number(value) or value != int(value) or not least <= value <= INT32:
         kinds = {0: "a whole number", 1: "a positive integer"}
         raise _wrong(value, key, where, kinds.get(least, f"an integer of at least {least}"))
     return int(value)

@@ -73,7 +73,7 @@ def _location(path: Path, name: str, entry: Any, start: int, size: int) -> Locat
     except (ValueError, KeyError, TypeError):
         whole, code, dtype = False, None, None
     if whole and dtype is None:
-        raise InputError(f"{path}: tensor {name} is stored as {code}; supported: {', '.join(_DTYPES)}")
+        raise InputError(f"{path}: tensor {name} is stored as {str(code)[:40]}; supported: {', '.join(_DTYPES)}")
     if not whole or end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(f"{path}: the safetensors header is corrupt at tensor {name}; fetch the file again")
     if start + end > size:

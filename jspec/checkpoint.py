@@ -167,6 +167,8 @@ class Checkpoints:
     def _read(self, step: int, state: TrainState, wanted: dict[str, Any]) -> tuple[dict | None, str]:
         """(items, "") of a checkpoint, or (None, what is damaged)."""
         folder = self.directory / str(step)
+        if not is_checkpoint(folder):
+            raise InputError(f"{folder} is no checkpoint of a run; move it away")
         verified = checksums.known(folder)
         if not verified:
             log.debug("the checkpoint %s has no checksums: it is of an earlier jspec", folder)
@@ -190,13 +192,11 @@ class Checkpoints:
             return None, brief(error)
 
     def set_aside(self, step: int) -> None:
-        """Move a checkpoint out of the way: its step can be saved again. Raises InputError for what is none."""
+        """Move a checkpoint out of the way: its step can be saved again."""
         self.manager.close()
         folder, broken = self.directory / str(step), self.directory.parent / "broken_checkpoints"
 
         def move() -> None:
-            if not is_checkpoint(folder):
-                raise InputError(f"{folder} is no checkpoint of a run; move it away")
             with written(self.directory.parent):
                 broken.mkdir(exist_ok=True)
                 folder.rename(broken / f"{step}-{len(os.listdir(broken))}")
@@ -289,9 +289,8 @@ def _meaning(where: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it may hold anything
-        reason = str(error) if isinstance(error, InputError) else brief(error)
-        raise InputError(f"the latest checkpoint of {where} cannot be used: {reason}; move it away, and the one before "
-                         "it is taken") from error
+        raise InputError(f"the latest checkpoint of {where} cannot be used: {brief(error)}; move it away, and the one "
+                         "before it is taken") from error
 
 
 def _everywhere() -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from jspec.errors import InputError
 from jspec.hub.json_io import read_json
 
-NAME = "checksums.json"
+NAME = "jspec_checksums.json"
 CHUNK = 1 << 24
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -25,7 +25,7 @@ from jspec.hub.json_io import read_json
 
 log = logging.getLogger(__name__)
 
-LOCK = "run.lock"
+LOCK = "jspec.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 RUN_FOLDERS = ("checkpoints", "tensorboard")
 RUN_NAMES = (*RUN_FOLDERS, "config.yaml", "metrics.jsonl", "broken_checkpoints", "trace")
@@ -41,18 +41,9 @@ def claimed(directory: str | Path, names: Sequence[str] = RUN_NAMES, folders: Se
     Raises InputError if the folder holds one of `names` that no run has made, if another run is writing there, or if it
     cannot be written to.
     """
-    lock = on_main(lambda: _claim(Path(directory), names, folders))
-    try:
+    with ExitStack() as held:
+        on_main(lambda: _claim(Path(directory), names, folders, held))
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _claim(directory: Path, names: Sequence[str], folders: Sequence[str]) -> int:
-    """The lock's file descriptor, open for as long as the folder is held."""
-    with written(directory):
-        return _hold(directory, names, folders)
 
 
 @contextmanager
@@ -77,45 +68,48 @@ def checkpoints_written(directory: Path) -> Iterator[None]:
 
 def brief(error: Exception) -> str:
     """What sort of error it is, and the beginning of what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text[:160]}"
 
 
-def _hold(directory: Path, names: Sequence[str], folders: Sequence[str]) -> int:
+def _claim(directory: Path, names: Sequence[str], folders: Sequence[str], held: ExitStack) -> None:
+    """`held` is given the lock to close in the end."""
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output_dir={directory} is no folder; move it away, or choose another output_dir")
     taken = [name for name in names if (directory / name).exists()]
     if taken and not is_run(directory):
         raise InputError(f"output_dir={directory} holds {', '.join(taken)}, which no run of jspec has made; choose an "
                          f"empty folder, such as output_dir={directory / 'run'}")
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = _lock(directory)
-    for folder in (directory, *(directory / name for name in folders)):
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file, and a folder is needed there; move it away")
-        folder.mkdir(exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"jspec tries whether it can write here")
-        probe.unlink()
-    return lock
+    with written(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        _lock(directory, held)
+        for folder in (directory, *(directory / name for name in folders)):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{folder} is a file, and a folder is needed there; move it away")
+            folder.mkdir(exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"jspec tries whether it can write here")
+            probe.unlink()
 
 
-def _lock(directory: Path) -> int:
-    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by reward processes
+def _lock(directory: Path, held: ExitStack) -> None:
+    """Refuse if another process has the lock. Python's files are not inherited: it is free when this process is gone,
+    whatever its reward processes do."""
+    file = held.enter_context(open(directory / LOCK, "a+"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(lock, 200).decode(errors="replace").strip()
-        os.close(lock)
-        raise InputError(f"output_dir={directory} is being written to by another run ({holder}); wait for its end, "
-                         "stop it, or choose another output_dir") from None
+        file.seek(0)
+        raise InputError(f"output_dir={directory} is being written to by another run ({file.read(200).strip()}); wait "
+                         "for its end, stop it, or choose another output_dir") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         log.warning("output_dir=%s lies on a file system without locks (%s): nothing keeps a second run from writing "
                     "there", directory, error.strerror)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return lock
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 def is_run(directory: Path) -> bool:

@@ -223,7 +223,7 @@ def test_changed_bytes_are_noticed(tmp_path, item, caplog):
 def edit_meta(folder, change):
     path = folder / "meta" / "metadata"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    (folder / "checksums.json").unlink()  # as earlier versions left it
+    (folder / checkpoint.checksums.NAME).unlink()  # as earlier versions left it
 
 
 @pytest.mark.parametrize("change", [

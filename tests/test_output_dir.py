@@ -4,9 +4,11 @@ import errno
 import fcntl
 import json
 import os
+from pathlib import Path
 
 import pytest
 
+from jspec import checksums
 from jspec.config import Config, DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.output_dir import LOCK, claimed, is_run
@@ -49,7 +51,7 @@ def test_what_is_not_a_runs_own_is_left_alone(tmp_path, name, text):
 @pytest.mark.parametrize("name, text", [
     ("config.yaml", to_yaml(Config())), ("config.yaml", to_yaml(DraftTrainingConfig())),
     ("config.yaml", "seed: 3\nsteps: 4\nof_an_earlier_version: 1\n"), (LOCK, ""),
-    ("checkpoints/4/checksums.json", "{}"),
+    (f"checkpoints/4/{checksums.NAME}", "{}"),
     ("checkpoints/4/_CHECKPOINT_METADATA", json.dumps({"item_handlers": {"meta": "", "policy": "", "optimizer": ""}}))])
 def test_a_run_of_an_earlier_version_is_known_by_what_it_left(tmp_path, name, text):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +87,11 @@ def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert "cannot be written to: No space left on device; make room" in refused(tmp_path)
+    monkeypatch.undo()
+    with claimed(tmp_path):  # what was refused holds no lock
+        pass
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog):

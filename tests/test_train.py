@@ -1,6 +1,7 @@
 """The whole loop on a tiny policy: that it says, learns, resumes to the same numbers, and stops as it should."""
 
 import dataclasses
+import io
 import os
 import random
 import re
@@ -20,6 +21,7 @@ from jspec.checkpoint import load_draft
 from jspec.config import Config, load_config
 from jspec.errors import InputError
 from jspec.metrics import PHASES, Metrics, read_records, untimed
+from jspec.output_dir import claimed
 from jspec.rl.prompts import PromptData
 from jspec.rl.records import JsonLines
 from jspec.stopping import StopSignal
@@ -147,6 +149,24 @@ def test_sigterm_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkeyp
     assert (tmp_path / "checkpoints" / "3").is_dir()  # though 2 is what checkpoint.every says
     assert train.train(tiny(tmp_path, "steps=10")) == 0
     assert records(tmp_path) == records(whole)
+
+
+def test_an_output_that_nobody_reads_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    class Closed(io.StringIO):  # as of `jspec train ... | head -2`
+        def write(self, text):
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        assert train.train(tiny(tmp_path, "steps=10")) == 128 + signal.SIGPIPE
+    said = [line for line in capsys.readouterr().err.splitlines() if "nobody reads the output" in line]
+    assert len(said) == 1 and "the same command goes on" in said[0]
+    assert len(records(tmp_path)) == 1 and (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    with claimed(tmp_path):
+        assert "is being written to by another run (process" in refused(tiny(tmp_path, "steps=10"))
 
 
 def test_a_second_signal_stops_at_once():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,8 +140,22 @@ class Checkpoints:
         meta = {"step": step, "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data,
                 "draft": None if state.draft is None else _draft_meta(state.draft)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        self.check_room(state)
         with checkpoints_written(self.directory):
             self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
+
+    def check_room(self, state: TrainState) -> None:
+        """Raise InputError if the disk has no room for one more checkpoint: Orbax finds out halfway, with many a stack
+        trace from its threads."""
+        def check() -> None:
+            needed = sum(x.nbytes for x in jax.tree.leaves(_items(state)))
+            free = shutil.disk_usage(self.directory).free
+            if free < needed:
+                raise InputError(f"{self.directory}: a checkpoint takes up to {needed / 2**20:,.1f} MiB, and "
+                                 f"{free / 2**20:,.1f} MiB are free; make room, and the same command goes on from the "
+                                 "last one")
+
+        on_main(check)
 
     def restore(self, state: TrainState) -> tuple[int, TrainState, dict] | None:
         """The latest checkpoint that is as it was written, placed as `state` is, whose own arrays are freed first.

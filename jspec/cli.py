@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on stderr), 128 + n after
     signal n; `train` has one more (see `jspec.train`)."""
     signal.signal(signal.SIGTERM, _terminate)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it was asked to do
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises
 
     def run() -> int:
         chosen = _parse(arguments)

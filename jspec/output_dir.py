@@ -67,9 +67,10 @@ def checkpoints_written(directory: Path) -> Iterator[None]:
 
 
 def brief(error: Exception) -> str:
-    """What sort of error it is, and the beginning of what it says."""
+    """What sort of error it is, and the beginning and the end of what it says."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text[:160]}"
+    short = text if len(text) <= 200 else f"{text[:80]} ... {text[-110:]}"
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {short}"
 
 
 def _claim(directory: Path, names: Sequence[str], folders: Sequence[str], held: ExitStack) -> None:

@@ -94,7 +94,9 @@ def train(config: Config) -> int:
             draft = make_draft(config, policy)
         settings = UpdateSettings.of(config)
         checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))
-        done, state = resume(config, checkpoints, data, init_state(policy, draft, settings, config.seed))
+        state = init_state(policy, draft, settings, config.seed)
+        checkpoints.check_room(state)
+        done, state = resume(config, checkpoints, data, state)
         del policy, draft
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
@@ -388,7 +390,7 @@ def set_up_logging(level: str, console: Console) -> None:
     ours.setLevel(level.upper())
     ours.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
     ours.propagate = False
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises
 
 
 def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:
@@ -410,5 +412,6 @@ def closing(config: Config, ending: Ending) -> str:
     begin = (f"stopped at step {ending.steps} of {config.steps}" if ending.steps < config.steps else
              f"all {config.steps} steps are done, but the last one taught nothing")
     why = next(trouble for trouble in ending.troubles if trouble.final or trouble.side != "draft")
-    go_on = f"the newest checkpoint is of step {ending.newest}" if ending.newest else "there is no checkpoint"
-    return f"{begin}: {why.what}: {why.remedy}; {go_on}; {where}"
+    where = f"{where}, the newest of step {ending.newest}" if ending.newest else (
+        f"metrics are in {config.output_dir}, and no checkpoint")
+    return f"{begin}: {why.what}: {why.remedy}; {where}"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -298,6 +299,15 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
             checkpoints.save(1, make_state(None), DATA)
     assert "\n" not in str(error.value)
     assert not checkpoint.has_checkpoints(tmp_path)
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    needed = sum(x.nbytes for x in jax.tree.leaves(make_state(None)))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=needed // 2))
+        with pytest.raises(InputError, match="a checkpoint takes up to .* MiB, and .* MiB are free; make room"):
+            checkpoints.save(1, make_state(None), DATA)
+        assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_file_where_checkpoints_should_be(tmp_path):

@@ -304,7 +304,7 @@ def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path,
         assert train.train(tiny(tmp_path / "other", "steps=4")) == 1  # fewer in a row, but the last of all
         said = " ".join(capsys.readouterr().out.split())
         assert "all 4 steps are done, but the last one taught nothing" in said
-        assert "not the learning rate" in said and "the newest checkpoint is of step 4" in said
+        assert "not the learning rate" in said and "the newest of step 4" in said
         assert train.train(tiny(tmp_path / "other", "steps=4")) == 1  # and says so whenever it is asked
         assert train.train(tiny(tmp_path, "steps=10")) == 1
     every = records(tmp_path)
@@ -350,7 +350,7 @@ def test_a_reward_that_fails_for_every_answer_is_named_at_once_and_is_no_success
     said = " ".join(capsys.readouterr().out.split())
     assert "reward_failures 16" in said and "ALARM: the reward failed for every one of the step's 16 answers" in said
     assert "RuntimeError: no" in said and "all 1 steps are done, but the last one taught nothing" in said
-    assert "the newest checkpoint is of step 1" in said and "lower" not in said
+    assert "the newest of step 1" in said and "lower" not in said
 
 
 def refused(config) -> str:

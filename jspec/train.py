@@ -94,9 +94,9 @@ def train(config: Config) -> int:
             draft = make_draft(config, policy)
         settings = UpdateSettings.of(config)
         checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))
-        state = init_state(policy, draft, settings, config.seed)
-        checkpoints.check_room(state)
-        done, state = resume(config, checkpoints, data, state)
+        done, state = resume(config, checkpoints, data, init_state(policy, draft, settings, config.seed))
+        if done < config.steps:
+            checkpoints.check_room(state)
         del policy, draft
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))

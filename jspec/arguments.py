@@ -50,11 +50,11 @@ def show(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def wrong(label: str, value: Any, expected: str) -> InputError:
-    """The error for a value that is not `expected`."""
+def wrong(label: str, value: Any, expected: str, traceable: bool = False) -> InputError:
+    """The error for a value that is not `expected`; `traceable`: it may be traced."""
     shown = show(value)
     plain = not shown.startswith(("a ", "an "))
-    static = "; under jax.jit keep it static" if isinstance(value, jax.core.Tracer) else ""
+    static = "; under jax.jit keep it static" if isinstance(value, jax.core.Tracer) and not traceable else ""
     return InputError(f"{label} {'=' if plain else 'is'} {shown}{'' if plain else ', and'} must be {expected}{static}")
 
 

@@ -34,8 +34,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     Raises InputError if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if not isinstance(devices, list | tuple | np.ndarray) or not all(hasattr(d, "device_kind") for d in devices):
-        raise wrong("devices", devices, "a list of devices, such as jax.devices()")
+    is_list = isinstance(devices, list | tuple | np.ndarray) and len(devices)
+    if not is_list or not all(hasattr(device, "device_kind") for device in devices):
+        raise wrong("devices", devices, "a list of devices, at least one, such as jax.devices()")
     sizes = [whole(-1)(f"mesh {name}", size) for name, size in zip(AXES, (data, fsdp, tensor), strict=True)]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise InputError(f"mesh sizes must be positive, at most one of them -1; got data, fsdp, tensor = {sizes}")

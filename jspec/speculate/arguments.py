@@ -90,9 +90,9 @@ def _check_leaf(name: str, value: Any, rows: int, high: float) -> None:
     try:
         shape, dtype = jnp.shape(value), jnp.result_type(value) if hasattr(value, "dtype") else np.asarray(value).dtype
     except Exception:  # JAX and NumPy raise several kinds for what is no array
-        raise wrong(f"sampling {name}", value, expected) from None
+        raise wrong(f"sampling {name}", value, expected, traceable=True) from None
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise wrong(f"sampling {name}", value, expected)
+        raise wrong(f"sampling {name}", value, expected, traceable=True)
     if shape not in ((), (rows,)):
         raise InputError(f"sampling {name} has shape {shape}; give a scalar or one value for each of the {rows} "
                          "sequences")
@@ -113,13 +113,13 @@ def _check_batch(batch: PromptBatch) -> None:
     """Shapes, dtypes and values of a batch that may have been put together by hand."""
     shape = getattr(batch.tokens, "shape", None)
     if shape is None or len(shape) != 2 or 0 in shape:
-        raise wrong("batch.tokens", batch.tokens, "int32 [prompts, length], at least one of each")
+        raise wrong("batch.tokens", batch.tokens, "int32 [prompts, length], at least one of each", traceable=True)
     wanted = {"tokens": shape, "lengths": shape[:1], "sequence_ids": (shape[0] * batch.group_size,)}
     for name, shape in wanted.items():
         value = getattr(batch, name)
         dtype = getattr(value, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or value.shape != shape:
-            raise wrong(f"batch.{name}", value, f"int32 {list(shape)}: whole numbers")
+            raise wrong(f"batch.{name}", value, f"int32 {list(shape)}: whole numbers", traceable=True)
     lengths, ids = _concrete(batch.lengths), _concrete(batch.sequence_ids)
     longest = wanted["tokens"][1]
     if lengths is not None and not (lengths.min() >= 1 and lengths.max() <= longest):

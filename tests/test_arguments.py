@@ -151,7 +151,7 @@ WRONG = {
     "tokenizer": (lambda: jspec.load_tokenizer(3), "model = 3 must be a name or a path"),
     "fetch": (lambda: jspec.fetch(b"x"), "model = b'x' must be a name or a path"),
     "mesh text": (lambda: jspec.make_mesh("2"), "mesh data = '2' must be a whole number"),
-    "mesh devices": (lambda: jspec.make_mesh(devices=4), "devices = 4 must be a list of devices, such as"),
+    "mesh devices": (lambda: jspec.make_mesh(devices=4), "devices = 4 must be a list of devices, at least"),
     # drafts
     "draft of None": (lambda: jspec.drafts.ngram(None), "the policy of jspec.drafts.ngram is a NoneType: give a"),
     "draft ready": (lambda: jspec.drafts.mtp(READY, 0), "the policy of an mtp draft must be in the training"),

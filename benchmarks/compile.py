@@ -35,6 +35,7 @@ from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import kernel_cases, measure  # noqa: E402
+from benchmarks.options import open_results, program  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.console import PlainConsole  # noqa: E402
 from jspec.model import init_policy, policy_sharding  # noqa: E402
@@ -69,9 +70,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chip", nargs="+", choices=[*TPUS, GPU], default=[*TPUS, GPU])
     parser.add_argument("--what", nargs="+", choices=["kernels", "rollout"], default=["kernels", "rollout"])
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")
-    parser.add_argument("--draft", nargs="+", choices=DRAFTS, default=list(DRAFTS), help="of the rollouts")
+    parser.add_argument("--drafts", nargs="+", choices=DRAFTS, default=list(DRAFTS), help="of the rollouts")
     parser.add_argument("--json", help="write the result there")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    open_results(args)
+    return args
 
 
 def devices(chip: str) -> list[Any]:
@@ -195,7 +198,7 @@ def rows(args: argparse.Namespace) -> Any:
                 yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule, **timed(chip, function, values)}
     if "rollout" in args.what:
         for chip in ROLLOUTS:
-            for draft in args.draft if chip.split(":")[0] in args.chip else ():
+            for draft in args.drafts if chip.split(":")[0] in args.chip else ():
                 yield {"chip": chip, "what": "jspec.rollout", "shape": "qwen3-8b-b64", "rule": None, "draft": draft,
                        **rollout(chip, draft)}
 
@@ -235,4 +238,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

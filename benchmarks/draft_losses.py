@@ -28,15 +28,15 @@ from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
-from benchmarks.drafts import check_targets  # noqa: E402
+from benchmarks.options import open_results  # noqa: E402
 from jspec import cli  # noqa: E402
 from jspec.config import DraftTrainingConfig, load_config  # noqa: E402
-from jspec.console import PlainConsole  # noqa: E402
 from jspec.draft_training import samples, stages  # noqa: E402
 from jspec.drafts import Draft  # noqa: E402
 from jspec.drafts.parts.losses import LOSSES  # noqa: E402
 from jspec.errors import InputError  # noqa: E402
 from jspec.model import Policy  # noqa: E402
+from jspec.output import Output, screen  # noqa: E402
 from jspec.prepare import make_policy, make_tokenizer  # noqa: E402
 from jspec.rl.update import draft_optimizer  # noqa: E402
 from jspec.settings import refuse_changes  # noqa: E402
@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them there")
     args = parser.parse_intermixed_args(arguments)
-    check_targets(args)
+    open_results(args)
     return args
 
 
@@ -93,10 +93,10 @@ def show(records: list[dict[str, Any]], title: str) -> None:
         lengths = [record["acceptance_length"] for record in mine]
         table.add_row(kind, "  ".join(f"{x:.3f}" for x in lengths), f"{statistics.mean(lengths):.3f}",
                       f"{statistics.median(record['step_seconds'] for record in mine):.2f}")
-    PlainConsole().print(table)
+    screen().print(table)
 
 
-def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw(records: list[dict[str, Any]], title: str, written: Output) -> None:
     """A point for each seed of each loss."""
     from matplotlib.figure import Figure
 
@@ -106,8 +106,7 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.scatter(record["loss"], record["acceptance_length"], color=f"C{record['seed'] or 0}")
     axes.set(ylabel="tokens a cycle", title=title)
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    written.save(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure.write_json(args.json, measure.report(records, overrides=args.overrides))
     show(records, title)
     if args.plot:
-        draw(records, title, Path(args.plot))
+        draw(records, title, args.plot)
     return 0
 
 

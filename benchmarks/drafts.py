@@ -15,10 +15,7 @@ verification, verdict) timed apart. The measured one also pays for prefill, and 
 
 import argparse
 import dataclasses
-import difflib
-import importlib.util
 import itertools
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -30,29 +27,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from rich.table import Table  # noqa: E402
-from yaml import YAMLError  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure, parts  # noqa: E402
+from benchmarks.options import (  # noqa: E402
+    KERNELS_HELP,
+    PLAIN,
+    add_listed,
+    drafter,
+    one_of,
+    open_results,
+    split_options,
+)
 from jspec import cli  # noqa: E402
-from jspec.commands import open_source  # noqa: E402
-from jspec.console import PlainConsole  # noqa: E402
+from jspec.config import SEED_HIGH  # noqa: E402
 from jspec.drafts.base import Draft, Proposal  # noqa: E402
 from jspec.errors import InputError  # noqa: E402
 from jspec.heads import shipped  # noqa: E402
 from jspec.kernels import KERNELS, choose, picked  # noqa: E402
 from jspec.model import ModelConfig, Policy  # noqa: E402
-from jspec.prepare import BENCH_KEY, fresh_draft, purpose_key  # noqa: E402
+from jspec.output import Output, screen  # noqa: E402
+from jspec.prepare import BENCH_KEY, DRAFT_KEY, check_fresh_draft, fresh_draft, purpose_key  # noqa: E402
 from jspec.progress import telling  # noqa: E402
 from jspec.rl.encode import encode_prompt  # noqa: E402
 from jspec.rl.records import read_jsonl  # noqa: E402
+from jspec.sources import open_source  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
 
 HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"
-PLAIN = "none"
 COUNT = 24  # prompts, if nothing is said and batches are smaller
 TIMES = 16  # runs of a part within its program
 _UNIT = 16  # prompts are padded to a multiple of this
@@ -68,64 +71,6 @@ class Variant:
     temperature: float
 
 
-def one_of(what: str, known: Sequence[str]) -> Callable[[str], str]:
-    """A parser of names that names the nearest known one."""
-    def parse(text: str) -> str:
-        if text in known:
-            return text
-        near = difflib.get_close_matches(text, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise argparse.ArgumentTypeError(f"unknown {what} {text!r}; {hint}")
-    return parse
-
-
-def number(kind: type, low: float) -> Callable[[str], Any]:
-    """A parser of finite numbers from `low` on."""
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value >= low):
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} of at least {low}, not {text!r}")
-        return value
-    return parse
-
-
-def split_options(draft: str) -> tuple[str, dict[str, Any]]:
-    """`self:bits=4` as ("self", {"bits": 4})."""
-    name, *options = draft.split(":")
-    return name, OmegaConf.to_container(OmegaConf.from_dotlist(options))
-
-
-def drafter(text: str) -> str:
-    """A parser of drafters with or without options."""
-    name, *options = text.split(":")
-    one_of("drafter", (PLAIN, *jspec.drafts.NAMES))(name)
-    try:
-        split_options(text)
-    except (OmegaConfBaseException, YAMLError):
-        options.append("")
-    if options and (name == PLAIN or not all("=" in option for option in options)):
-        raise argparse.ArgumentTypeError(f"must be a drafter, or one with options as in self:bits=4, not {text!r}")
-    return text
-
-
-class Listed(argparse.Action):
-    """Items separated by commas, spaces or both, each once. `const` parses one."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        items = [item for text in values for item in text.split(",") if item]
-        try:
-            parsed = list(dict.fromkeys(self.const(item) for item in items))
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-        if not parsed:
-            raise argparse.ArgumentError(self, "needs at least one")
-        setattr(namespace, self.dest, parsed)
-
-
 def named_path(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (equals and path):
@@ -137,28 +82,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Raises InputError for whatever can be known to be wrong before the model is loaded."""
     parser = cli.Parser(prog="jspec bench drafts", description=__doc__)
 
-    def listed(option: str, item: Callable[[str], Any], default: list, help: str) -> None:
-        shown = " ".join(map(str, default))
-        parser.add_argument(option, nargs="+", action=Listed, const=item, default=default,
-                            metavar=option.strip("-").rstrip("s").upper(), help=f"{help} (default: {shown})")
-
+    listed = partial(add_listed, parser)
     parser.add_argument("model", metavar="MODEL", help=cli.MODEL)
-    listed("--drafts", drafter, [PLAIN, *jspec.drafts.NAMES], "drafters, with options as NAME:KEY=VALUE")
-    listed("--k", number(int, 1), list(range(1, 8)), "tokens drafted a cycle")
-    listed("--batch", number(int, 1), [1], "prompts decoded together")
-    listed("--temperature", number(float, 0.0), [1.0], "0 is greedy")
+    listed("--drafts", drafter(PLAIN), [PLAIN, *jspec.drafts.NAMES], "drafters, with options as NAME:KEY=VALUE")
+    listed("--k", cli.number(int, 1), list(range(1, 8)), "tokens drafted a cycle")
+    listed("--batch", cli.number(int, 1), [1], "prompts decoded together")
+    listed("--temperature", cli.number(float, 0.0), [1.0], "0 is greedy")
     listed("--rule", one_of("rule", tuple(RULES)), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=64, metavar="N",
+    parser.add_argument("--max-new-tokens", type=cli.number(int, 1), default=64, metavar="N",
                         help="longest answer; an end token ends one earlier (default: 64)")
     parser.add_argument("--prompts", type=Path, default=HELDOUT, metavar="FILE.jsonl",
                         help='lines of {"prompt": "..."} (default: benchmarks/prompts/heldout.jsonl)')
-    parser.add_argument("--count", type=number(int, 1), metavar="N",
+    parser.add_argument("--count", type=cli.number(int, 1), metavar="N",
                         help=f"only the first N prompts (default: {COUNT}, or all if there are fewer)")
     parser.add_argument("--draft-path", type=named_path, action="append", default=[], metavar="NAME=DIR",
                         help="where a drafter's trained weights are, as jspec.load_draft takes it; may be repeated")
-    parser.add_argument("--rounds", type=number(int, 1), default=3, metavar="N", help="(default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
-    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="(default: auto)")
+    parser.add_argument("--rounds", type=cli.number(int, 1), default=3, metavar="N",
+                        help="runs of every program, taken in turn (default: 3)")
+    parser.add_argument("--seed", type=cli.number(int, 0, SEED_HIGH), default=0,
+                        help="of the sampling noise (default: 0)")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help=KERNELS_HELP)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--json", metavar="FILE", help="write a list of records there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw acceptance and speed-up there (needs matplotlib)")
@@ -166,19 +109,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.draft_path = dict(args.draft_path)
     for name in args.draft_path.keys() - set(args.drafts):
         raise InputError(f"--draft-path {name}=... is for a drafter that --drafts leaves out; add {name} to it")
-    check_targets(args)
+    open_results(args)
     return args
-
-
-def check_targets(args: argparse.Namespace) -> None:
-    """Raise InputError now for what would fail when results are written, after hours."""
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path and Path(path).is_dir():
-            raise InputError(f"{option} {path} is a directory; name a file in it")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install matplotlib")
-    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--plot {args.plot} must end in .png, .pdf or .svg")
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:
@@ -213,24 +145,25 @@ def trained(name: str, model_name: str, paths: dict[str, str]) -> str | None:
     return paths.get(name, model_name if shipped(model_name, name) else None)
 
 
-def make_draft(name: str, policy: Policy, model_name: str, paths: dict[str, str]) -> Draft | None:
-    """The drafter `name` for `policy` (training layout): trained weights from `paths`, else those that ship with jspec,
-    else (and always where it has options) fresh ones, with a warning where there would be something to train. Raises
-    InputError for a path that holds no such draft, or options that the drafter does not take."""
+def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str]) -> Callable[[Policy], Draft | None]:
+    """What makes the drafter `name` of the policy (training layout): trained weights from `paths`, else those that ship
+    with jspec, else (and always where it has options) fresh ones, with a warning where there would be something to
+    train. Raises InputError, before any weights of the policy are read, for a path that holds no such draft, or options
+    that the drafter does not take."""
     if name == PLAIN:
-        return None
+        return lambda policy: None
     path = trained(name, model_name, paths)
     if path is None:
         kind, options = split_options(name)
-        draft = fresh_draft(policy, jax.random.key(1), kind, options, f"--drafts {kind}")
-        if draft.module.loss is not None:
+        label = f"--drafts {kind}"
+        if check_fresh_draft(shape, kind, options, label).module.loss is not None:
             print(f"jspec: the {name} draft for {model_name} is untrained: few of its tokens will be accepted; give a "
                   f"trained one with --draft-path {name}=DIR", file=sys.stderr)
-        return draft
-    draft = jspec.load_draft(policy, path)
+        return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), name=kind, options=options, label=label)
+    draft = jspec.load_draft(shape, path)
     if draft.config.name != name:
         raise InputError(f"--draft-path {name}={path} holds a draft of the kind {draft.config.name}")
-    return draft
+    return lambda policy: draft
 
 
 def make_variants(args: argparse.Namespace) -> list[Variant]:
@@ -380,10 +313,10 @@ def show(records: list[dict[str, Any]], title: str) -> None:
                       f"{r['acceptance_length']:.2f}", " ".join(f"{a:.2f}" for a in r["acceptance_by_position"]),
                       *(f"{r[name]:.2f}" for name in ("cycle_ms", "draft_ms", "verify_ms", "rest_ms")),
                       f"{r['tok_per_s']:.1f}", f"{r['speedup']:.2f}x", f"{r['predicted_speedup']:.2f}x")
-    PlainConsole(width=max(150, PlainConsole().width)).print(table)
+    screen(width=max(150, screen().width)).print(table)
 
 
-def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw(records: list[dict[str, Any]], title: str, written: Output) -> None:
     """A row of three panels for each batch, temperature and rule: tokens a cycle and speed-up (measured; dashed:
     predicted) over k, and acceptance by position at the largest k."""
     import matplotlib
@@ -419,25 +352,23 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
         axes[1].axhline(1, color="0.5", linewidth=1)
         axes[2].set_ylim(0, 1.02)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    written.save(figure)
     plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Returns the records, which are what `--json` writes. Raises InputError for a mistake of the user's."""
     args = parse(arguments)
-    texts = read_texts(args)
+    texts, source = read_texts(args), open_source(args.model, [], args.dtype)
+    prompts = encode(texts, source.tokenizer)
+    check_positions(args, source.shape.config, prompts)
+    paths = ({} if source.draft is None else {source.draft.config.name: args.model}) | args.draft_path
+    makers = {name: choose_draft(name, source.shape, args.model, paths)
+              for name in dict.fromkeys((PLAIN, *args.drafts))}
     with telling(f"loading {args.model}"):
-        source = open_source(args.model, [], args.dtype)
-        prompts = encode(texts, source.tokenizer)
-        check_positions(args, source.policy.config, prompts)
-        own = {} if source.draft is None else {source.draft.config.name: args.model}
-        paths = own | args.draft_path
-        drafts = {name: make_draft(name, source.policy, args.model, paths)
-                  for name in dict.fromkeys((PLAIN, *args.drafts))}
-        policy = jspec.reshard(source.policy).replace(kernels=choose(args.kernels))
-        del source
+        policy = source.load()
+        drafts = {name: make(policy) for name, make in makers.items()}
+        policy = jspec.reshard(policy).replace(kernels=choose(args.kernels))
     facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels), "seed": args.seed,
              "max_new_tokens": args.max_new_tokens, "prompts_file": str(args.prompts), **measure.circumstances()}
     records = []
@@ -449,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     title = f"{args.model}, {facts['dtype']}, up to {args.max_new_tokens} new tokens, {facts['kernels']}"
     show(records, title)
     if args.plot:
-        draw(records, title, Path(args.plot))
+        draw(records, title, args.plot)
     return records
 
 

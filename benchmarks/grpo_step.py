@@ -23,6 +23,7 @@ from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
+from benchmarks.options import open_results, program  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.console import PlainConsole  # noqa: E402
 from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
@@ -45,7 +46,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=0, help="rows of one forward and backward; 0: all")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--json", help="write the result there")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    open_results(args)
+    return args
 
 
 def programs(args: argparse.Namespace):
@@ -111,4 +114,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks import kernel_cases, measure  # noqa: E402
+from benchmarks.options import open_results, program  # noqa: E402
 from jspec.console import PlainConsole  # noqa: E402
 from jspec.kernels import choose, picked  # noqa: E402
 from pallas_kernels import noise as noise_lib  # noqa: E402
@@ -61,6 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--json", help="write the result there")
     args = parser.parse_args(arguments)
+    open_results(args)
     args.repeat = args.repeat or (1 if args.tiny else 20)
     if jax.default_backend() == "cpu" and not args.tiny:
         parser.error("a CPU only interprets the kernels, and real shapes would take hours; add --tiny")
@@ -266,4 +268,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

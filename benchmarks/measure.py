@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jspec.model import ModelConfig, Policy
+from jspec.output import Output
 from jspec.progress import telling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,8 +114,7 @@ def report(rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
     return {**circumstances(), **facts, "rows": rows}
 
 
-def write_json(path: str | None, result: Any) -> None:
-    if path:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(result, indent=1) + "\n")
+def write_json(written: Output | None, result: Any) -> None:
+    """Write a result to the file that `open_output` opened before there was one, if there is to be any."""
+    if written:
+        written.write(json.dumps(result, indent=1) + "\n")

@@ -25,15 +25,15 @@ from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
 from benchmarks import measure  # noqa: E402
-from benchmarks.drafts import check_targets  # noqa: E402
+from benchmarks.options import open_results  # noqa: E402
 from jspec import cli  # noqa: E402
 from jspec.checkpoint import load_run  # noqa: E402
 from jspec.config import DRAFTERS, Config, load_config  # noqa: E402
-from jspec.console import PlainConsole  # noqa: E402
 from jspec.drafts import Draft  # noqa: E402
 from jspec.errors import InputError  # noqa: E402
 from jspec.metrics import read_records  # noqa: E402
 from jspec.model import Policy  # noqa: E402
+from jspec.output import Output, screen  # noqa: E402
 from jspec.prepare import (  # noqa: E402
     BENCH_KEY,
     make_sampling,
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw both curves and the reward there")
     args = parser.parse_intermixed_args(arguments)
-    check_targets(args)
+    open_results(args)
     return args
 
 
@@ -98,10 +98,10 @@ def show(records: list[dict[str, Any]], title: str) -> None:
     for record in records:
         table.add_row(str(record["step"]), f"{record['reward']:.3f}",
                       *(f"{record[name]['acceptance_length']:.2f}" for name in ("online", "frozen")))
-    PlainConsole().print(table)
+    screen().print(table)
 
 
-def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw(records: list[dict[str, Any]], title: str, written: Output) -> None:
     """Tokens a cycle of both drafts over steps, and the policy's reward on an axis of its own."""
     from matplotlib.figure import Figure
 
@@ -117,8 +117,7 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
     right.plot(steps, [record["reward"] for record in records], color="0.6", linestyle="--", label="reward")
     right.set(ylabel="mean reward since the stop before", ylim=(0, 1))
     figure.legend(loc="outside lower center", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    written.save(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"{name}: a draft trained beside its policy, and the same one frozen at step {args.every}"
     show(records, title)
     if args.plot:
-        draw(records, title, Path(args.plot))
+        draw(records, title, args.plot)
     return 0
 
 

@@ -1,9 +1,9 @@
 """Time `jspec.rollout`: tokens per second, milliseconds of a cycle and of its draft, share of the memory floor.
 
     python benchmarks/rollout.py --shape smollm2-135m --batch 1 8 32
-    python benchmarks/rollout.py --shape smollm2-135m --batch 8 --draft mtp --k 1 3 7 --acceptance 0.8,0.7,0.6
-    python benchmarks/rollout.py --shape qwen3-8b --batch 1 8 64 --prompt-tokens 2048 --draft ngram mtp --k 1 3 7
-    python benchmarks/rollout.py --weights smollm2-135m-instruct --prompt repeat --batch 1 --draft ngram --k 3
+    python benchmarks/rollout.py --shape smollm2-135m --batch 8 --drafts mtp --k 1 3 7 --acceptance 0.8,0.7,0.6
+    python benchmarks/rollout.py --shape qwen3-8b --batch 1 8 64 --prompt-tokens 2048 --drafts ngram mtp --k 1 3 7
+    python benchmarks/rollout.py --weights smollm2-135m-instruct --prompt repeat --batch 1 --drafts ngram --k 3
 
 Weights are random unless `--weights` names a model. Every row has a prompt of its own and runs to --new-tokens. The
 first line of each batch size is autoregressive; speed-ups are over it. With a draft, a drafter that costs nothing
@@ -16,6 +16,7 @@ cycle's time. All are medians of runs taken in turn.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,17 @@ import numpy as np  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
+import jspec.hub  # noqa: E402
 from benchmarks import kernel_cases, measure, parts, synthetic  # noqa: E402
+from benchmarks.options import KERNELS_HELP, PLAIN, add_listed, drafter, open_results, split_options  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
-from jspec.console import PlainConsole  # noqa: E402
+from jspec import cli  # noqa: E402
+from jspec.drafts import Draft  # noqa: E402
+from jspec.errors import InputError  # noqa: E402
 from jspec.kernels import KERNELS, choose, judge, picked  # noqa: E402
-from jspec.model import Policy, to_rollout  # noqa: E402
-from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
+from jspec.model import Policy, abstract_policy, to_rollout  # noqa: E402
+from jspec.output import screen  # noqa: E402
+from jspec.prepare import BENCH_KEY, check_fresh_draft, fresh_draft, purpose_key  # noqa: E402
 from jspec.progress import telling  # noqa: E402
 from jspec.speculate.cycle import RULES  # noqa: E402
 from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
@@ -40,39 +46,82 @@ from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
 REPEATED = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. "
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--weights", help="a model that jspec.load takes, instead of random weights of --shape")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt-tokens", type=int, default=48)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--prompt", choices=["random", "repeat"], default="random",
-                        help="repeat: a phrase over and over")
-    parser.add_argument("--draft", nargs="+", choices=["none", "ngram", "mtp", "synthetic"], default=["none"])
-    parser.add_argument("--k", type=int, nargs="+", default=[3])
-    parser.add_argument("--acceptance", type=lambda text: tuple(map(float, text.split(","))),
-                        help="acceptance by draft position, for example 0.8,0.7,0.6; the last one goes on")
-    parser.add_argument("--rule", choices=RULES, default="rejection")
-    parser.add_argument("--kernels", choices=KERNELS, default="auto")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the result there")
+SYNTHETIC = "synthetic"
+DETERMINISTIC = (SYNTHETIC, "ngram", "suffix")
+"""Drafters that sample nothing, so that the rule has no distribution of theirs to read."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Raises InputError for whatever can be known to be wrong before anything is made."""
+    parser = cli.Parser(prog="jspec bench", description=__doc__)
+    count = partial(cli.number, int)
+    listed = partial(add_listed, parser)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="sizes of a model with random weights "
+                        "(default: smollm2-135m)")
+    parser.add_argument("--weights", metavar="MODEL", help=f"instead of random weights: {cli.NAMED}")
+    listed("--batch", count(1), [1, 8, 32], "rows decoded together")
+    parser.add_argument("--prompt-tokens", type=count(1), default=48, metavar="N", help="of every prompt (default: 48)")
+    parser.add_argument("--new-tokens", type=count(1), default=64, metavar="N",
+                        help="that every row gets; nothing ends one earlier (default: 64)")
+    parser.add_argument("--prompt", choices=("random", "repeat"), default="random",
+                        help="repeat: a phrase over and over (default: random)")
+    listed("--drafts", drafter(PLAIN, SYNTHETIC), [PLAIN], "drafters, with options as NAME:KEY=VALUE; synthetic costs "
+           "nothing")
+    listed("--k", count(1), [3], "tokens drafted a cycle")
+    parser.add_argument("--acceptance", metavar="P,P,...",
+                        help="acceptance by draft position, for example 0.8,0.7,0.6; the last one goes on (default: "
+                        "what is accepted)")
+    parser.add_argument("--rule", choices=RULES, default="rejection", help="how drafts are judged (default: rejection)")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help=KERNELS_HELP)
+    parser.add_argument("--temperature", type=cli.number(float, 0.0), default=1.0, help="0 is greedy (default: 1)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--rounds", type=count(1), default=5, metavar="N",
+                        help="runs of every program, taken in turn (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="write the result there")
     args = parser.parse_args(arguments)
-    if args.acceptance and not all(0 <= a <= 1 for a in args.acceptance):
+    try:
+        args.acceptance = args.acceptance and tuple(map(cli.number(float, 0, 1), args.acceptance.split(",")))
+    except argparse.ArgumentTypeError:
         parser.error("--acceptance takes probabilities, separated by commas")
+    shape = jspec.hub.read_config(args.weights) if args.weights else SHAPES[args.shape]
+    needed, positions = args.prompt_tokens + args.new_tokens + max(args.k), shape.max_position_embeddings
+    if needed > positions:
+        raise InputError(f"--prompt-tokens {args.prompt_tokens}, --new-tokens {args.new_tokens} and --k {max(args.k)} "
+                         f"do not fit the model's {positions} positions; lower one of them")
     args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    for name in args.drafts:
+        if name not in (PLAIN, SYNTHETIC):
+            kind, options = split_options(name)
+            check_fresh_draft(abstract_policy(shape, args.dtype), kind, options, f"--drafts {kind}")
+    open_results(args)
     return args
 
 
-def make_policy(args: argparse.Namespace) -> Policy:
-    """In the rollout layout, on the device."""
+def make(args: argparse.Namespace) -> tuple[Policy, dict[str, Draft | None]]:
+    """The policy in the rollout layout, on the device, and every drafter that is timed with it."""
+    names = dict.fromkeys(name for name, _ in variants(args))
     if args.weights:
-        return jspec.reshard(jspec.load(args.weights, dtype=args.dtype))
-    config = SHAPES[args.shape]
-    make = jax.jit(lambda key: to_rollout(jspec.init_policy(config, key, args.dtype)))
-    return jax.block_until_ready(make(jax.random.key(0)))
+        policy = jspec.load(args.weights, dtype=args.dtype)
+        drafts = {name: make_draft(name, policy) for name in names}
+        return jspec.reshard(policy), drafts
+
+    def random(key):
+        return jspec.init_policy(SHAPES[args.shape], key, args.dtype)
+
+    # each in a program of its own, of which XLA leaves out the masters that it does not need
+    key = jax.random.key(0)
+    drafts = {name: jax.jit(lambda key, name=name: make_draft(name, random(key)))(key) for name in names}
+    return jax.block_until_ready(jax.jit(lambda key: to_rollout(random(key)))(key)), drafts
+
+
+def make_draft(name: str, policy: Policy) -> Draft | None:
+    """A fresh draft for a policy in the training layout."""
+    if name == PLAIN:
+        return None
+    if name == SYNTHETIC:
+        return synthetic.free(policy)
+    kind, options = split_options(name)
+    return fresh_draft(policy, jax.random.key(1), kind, options, f"--drafts {kind}")
 
 
 def make_batch(args: argparse.Namespace, policy: Policy, size: int) -> jspec.PromptBatch:
@@ -88,19 +137,11 @@ def make_batch(args: argparse.Namespace, policy: Policy, size: int) -> jspec.Pro
                                          buckets=(args.prompt_tokens,))
 
 
-def make_draft(name: str, policy: Policy):
-    if name == "none":
-        return None
-    if name == "synthetic":
-        return synthetic.free(policy)
-    return getattr(jspec.drafts, name)(policy, jax.random.key(1))
-
-
 def variants(args: argparse.Namespace) -> list[tuple[str, int]]:
     """(drafter, k) to be timed at each batch size: autoregressive first, then the free drafter, then the real ones."""
-    drafts = [d for d in args.draft if d not in ("none", "synthetic")]
-    names = (["synthetic"] if drafts or "synthetic" in args.draft else []) + drafts
-    return [("none", 0)] + [(name, k) for name in names for k in args.k]
+    drafts = [name for name in args.drafts if name not in (PLAIN, SYNTHETIC)]
+    names = ([SYNTHETIC] if drafts or SYNTHETIC in args.drafts else []) + drafts
+    return [(PLAIN, 0)] + [(name, k) for name in names for k in args.k]
 
 
 def accept_program(args: argparse.Namespace, policy: Policy, size: int, k: int, sampled: bool) -> Any:
@@ -112,19 +153,20 @@ def accept_program(args: argparse.Namespace, policy: Policy, size: int, k: int, 
     return partial(jax.jit(lambda case: judge(chosen, **case)), case)
 
 
-def time_batch(args: argparse.Namespace, policy: Policy, size: int, rule: str) -> list[dict[str, Any]]:
+def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None], size: int,
+               rule: str) -> list[dict[str, Any]]:
     """One row of raw figures for each variant at one batch size."""
     batch = make_batch(args, policy, size)
     sampling = jspec.Sampling(max_new_tokens=args.new_tokens, temperature=args.temperature, stop_tokens=())
     programs, wanted = {}, variants(args)
-    for name in dict.fromkeys(name for name, _ in wanted):
-        programs[name, "prefill"] = partial(parts.prefill, policy, make_draft(name, policy), batch, sampling,
-                                            k=max(args.k))
+    for name, draft in drafts.items():
+        programs[name, "prefill"] = partial(parts.prefill, policy, draft, batch, sampling, k=max(args.k))
     for name, k in wanted:
-        programs[name, k, "accept"] = accept_program(args, policy, size, k, sampled=name == "mtp")
+        sampled = name.split(":")[0] not in (PLAIN, *DETERMINISTIC)
+        programs[name, k, "accept"] = accept_program(args, policy, size, k, sampled)
         # plain decoding has nothing to accept, and a rule for drafts would only change its noise
         speculation = jspec.Speculation(k=k, rule=rule if k else args.rule, kernels=args.kernels)
-        programs[name, k] = partial(jspec.rollout, policy, make_draft(name, policy), batch, sampling=sampling,
+        programs[name, k] = partial(jspec.rollout, policy, drafts[name], batch, sampling=sampling,
                                     speculation=speculation)
     seconds = measure.interleaved(programs, args.rounds)
     rows = []
@@ -144,14 +186,14 @@ def time_batch(args: argparse.Namespace, policy: Policy, size: int, rule: str) -
 def derive(args: argparse.Namespace, policy: Policy, rows: list[dict[str, Any]], bandwidth: float) -> None:
     """Add speed-up, draft time and share of the memory floor to the rows of one batch size."""
     plain = rows[0]
-    free = {row["k"]: row["cycle_ms"] for row in rows if row["draft"] == "synthetic"}
+    free = {row["k"]: row["cycle_ms"] for row in rows if row["draft"] == SYNTHETIC}
     itemsize = np.dtype(policy.dtype).itemsize
     live = plain["batch"] * (args.prompt_tokens + args.new_tokens / 2)
     floor_ms = 1e3 * (measure.weight_bytes(policy) + measure.kv_bytes(policy.config, itemsize, live)) / bandwidth
     for row in rows:
         row["speedup"] = row["tok_per_s"] / plain["tok_per_s"]
         row["share_of_floor"] = floor_ms / row["cycle_ms"]
-        row["draft_ms"] = row["cycle_ms"] - free[row["k"]] if row["draft"] not in ("none", "synthetic") else None
+        row["draft_ms"] = row["cycle_ms"] - free[row["k"]] if row["draft"] not in (PLAIN, SYNTHETIC) else None
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
@@ -164,19 +206,19 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
         table.add_row(str(row["batch"]), row["draft"], str(row["k"]), f"{row['tok_per_s']:.1f}",
                       f"{row['speedup']:.2f}x", f"{row['acceptance_length']:.2f}", f"{row['cycle_ms']:.2f}", draft_ms,
                       f"{row['accept_ms']:.2f}", f"{1e3 * row['prefill_s']:.1f}", f"{100 * row['share_of_floor']:.0f}%")
-    PlainConsole(width=max(110, PlainConsole().width)).print(table)
+    screen(width=max(110, screen().width)).print(table)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
     with telling(f"making {args.weights or args.shape}"):
-        policy = make_policy(args)
+        policy, drafts = make(args)
     rule = synthetic.add_rule(args.acceptance) if args.acceptance else args.rule
     bandwidth = measure.copy_bandwidth(2**24 if args.shape == "tiny" and not args.weights else None)
     rows = []
     for size in args.batch:
         with telling(f"batch {size}"):
-            new = time_batch(args, policy, size, rule)
+            new = time_batch(args, policy, drafts, size, rule)
         derive(args, policy, new, bandwidth)
         rows += new
     name = args.weights or args.shape
@@ -190,4 +232,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.main(["bench", *sys.argv[1:]]))

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.table import Table  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
+from benchmarks.options import open_results, program  # noqa: E402
 from jspec.console import PlainConsole  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -96,7 +97,7 @@ def grpo(peers: Path, timeout_s: float, prompts: int):
 
 def repeat(peers: Path, timeout_s: float):
     options = ["--weights", "smollm2-135m-instruct", "--prompt", "repeat", "--prompt-tokens", "160", "--batch", "1",
-               "--draft", "ngram", "--k", "3", "--temperature", "0", "--rounds", "3"]
+               "--drafts", "ngram", "--k", "3", "--temperature", "0", "--rounds", "3"]
     systems = {"none": "jspec, autoregressive", "ngram": "jspec"}
     for row in ours("rollout.py", options, timeout_s):
         if row["draft"] in systems:
@@ -141,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", help="write the result there")
     parser.add_argument("--show", help="print the table of a result that was written before, and run nothing")
     args = parser.parse_args(arguments)
+    open_results(args)
     if args.show:
         show(json.loads(Path(args.show).read_text()))
         return
@@ -164,4 +166,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -25,7 +25,7 @@ from jspec.distributed import any_process, on_main
 from jspec.drafts import Draft
 from jspec.drafts.base import config_from_fields, model_config, unlike
 from jspec.errors import InputError
-from jspec.model import ModelConfig, Policy, param_specs
+from jspec.model import ModelConfig, Policy, abstract_policy, param_specs
 from jspec.model.params import is_spec
 from jspec.output_dir import brief, checkpoints_written, is_checkpoint, written
 from jspec.rl.state import TrainState
@@ -325,6 +325,15 @@ def _placed(specs: Any, config: ModelConfig) -> Any:
                         is_leaf=is_spec)
 
 
+def policy_shape(run_dir: str | Path, dtype: str | None = None) -> Policy:
+    """The policy of a run's latest checkpoint with `jax.ShapeDtypeStruct`s for weights. Arguments and errors are those
+    of `load_policy`."""
+    run_config(run_dir)
+    meta = _meta(run_dir)
+    with _meaning(run_dir):
+        return abstract_policy(model_config(meta["model"]), dtype or meta["dtype"])
+
+
 def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
     """The policy of a run's latest checkpoint, in the training layout, on the mesh of `jax.set_mesh` if there is one.
 
@@ -334,12 +343,9 @@ def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
 
     Raises InputError if there is no such run or checkpoint, or it cannot be read.
     """
-    run_config(run_dir)
-    meta = _meta(run_dir)
-    with _meaning(run_dir):
-        config = model_config(meta["model"])
-    weights = _restore(run_dir, policy=ocp.args.StandardRestore(_placed(param_specs(config), config)))["policy"]
-    return Policy(weights, config, dtype or meta["dtype"])
+    policy = policy_shape(run_dir, dtype)
+    wanted = _placed(param_specs(policy.config), policy.config)
+    return policy.replace(weights=_restore(run_dir, policy=ocp.args.StandardRestore(wanted))["policy"])
 
 
 def load_draft(run_dir: str | Path) -> Draft | None:

@@ -1,15 +1,19 @@
 """The command line. Handlers import what they need when they run, so that `--help` and mistakes answer at once."""
 
 import argparse
+import contextlib
 import functools
 import logging
+import math
+import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from jspec.config import DRAFTERS, RULES
+from jspec.config import DRAFTERS, RULES, SEED_HIGH
 from jspec.errors import InputError
 
 EPILOG = """\
@@ -35,6 +39,21 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return super().format_help() + (f"\n{keys_help(self.keys)}" if self.keys else "")
+
+
+def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], Any]:
+    """A parser of finite numbers from `low` to `high`, for an argument's `type`."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} of at least {low} and at most {high}, not {text!r}"
+                                             if value > high else f"must be {what} of at least {low}, not {text!r}")
+        return value
+    return parse
 
 
 def keys_help(kind: str) -> str:
@@ -64,7 +83,8 @@ def parser() -> Parser:
 
     def with_config(made: Parser) -> None:
         made.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-        made.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=2e-6 steps=20")
+        made.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=2e-6 "
+                          "steps=20; values are YAML, so text with [ { : # needs quotes, data.source='\"a: b.jsonl\"'")
 
     train = command("train", _train, "train a policy with GRPO; the same command again resumes", keys="Config")
     with_config(train)
@@ -120,28 +140,31 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--draft", choices=(*DRAFTERS, "none"), help="the drafter (default: the trained one of a "
                       "run's output_dir, or the one that ships for the model; ngram otherwise)")
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
-    made.add_argument("--rule", choices=RULES, default="rejection", help="rejection, block: exact in distribution, "
-                      "drafts judged one by one or together; coupled: the autoregressive tokens themselves (default: "
-                      "rejection)")
+    made.add_argument("--rule", choices=RULES, default="coupled", help="coupled: the autoregressive tokens themselves, "
+                      "so that both texts are one; rejection, block: exact in distribution, drafts judged one by one "
+                      "or together, as training does (default: coupled)")
     made.add_argument("--kernels", choices=("auto", "reference", "pallas"), default="auto", help="auto: the chip's "
                       "own where it has them; reference: plain JAX; pallas: the kernels or an error (default: auto)")
     made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     made.add_argument("--top-k", type=int, default=0, help="0: off (default)")
     made.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
     made.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
-    made.add_argument("--samples", type=int, default=1, help="answers decoded together; one is shown (default: 1)")
-    made.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
+    made.add_argument("--samples", type=number(int, 1), default=1, metavar="N",
+                      help="answers decoded together; one is shown (default: 1)")
+    made.add_argument("--seed", type=number(int, 0, SEED_HIGH), default=0, help="of the sampling noise (default: 0)")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on the CPU")
 
 
 def _add_eval(made: Parser) -> None:
     made.add_argument("source", metavar="MODEL_OR_CONFIG", help=MODEL + ", or a config's .yaml file")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="of a config, such as data.source=my.jsonl")
-    made.add_argument("--prompts", type=int, default=64, help="how many prompts (default: 64)")
+    made.add_argument("--prompts", type=int, help="how many prompts (default: 64, or all if there are fewer)")
     made.add_argument("--samples", type=int, default=4, help="answers to each (default: 4)")
-    made.add_argument("--temperature", type=float, help="instead of sampling.temperature")
+    made.add_argument("--temperature", type=float, help="instead of sampling.temperature; 0 is greedy")
     made.add_argument("--batch", type=int, default=8, help="prompts decoded together (default: 8)")
     made.add_argument("--json", metavar="FILE", help="write the result as JSON, '-' for stdout")
+    made.add_argument("--run-code", action="store_true", help="run the Python file that a run's own config names as "
+                      "its reward")
 
 
 def _computing(handler: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -200,7 +223,7 @@ def _rollout(arguments) -> int:
 
 @_computing
 def _eval(arguments) -> int:
-    from jspec.commands import evaluate
+    from jspec.evaluation import evaluate
 
     return evaluate(arguments)
 
@@ -284,16 +307,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """The exit code of `run`; mistakes of the user's are one line on stderr and 2."""
     try:
-        return run()
+        try:
+            return run()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a pipe that nobody reads is noticed here, not at the interpreter's end
     except InputError as error:
-        print(f"jspec: error: {error}", file=sys.stderr)
+        print(f"jspec: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jspec: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `jspec train --help | head`
-        sys.stderr.close()
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def one_line(text: str) -> str:
+    """An error as one line, in which nothing that cannot be printed reaches the terminal as it is."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":

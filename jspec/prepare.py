@@ -20,7 +20,7 @@ from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.heads import load_draft
 from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
-from jspec.model import ModelConfig, Policy, RopeConfig, init_policy
+from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_policy
 from jspec.rl.rewards import check_reward
 from jspec.sharding import check_mesh, check_rows
 from jspec.speculate import Sampling, Speculation
@@ -83,8 +83,9 @@ def make_tokenizer(config: Config) -> Any:
     return hub.load_tokenizer(config.model.tokenizer or config.model.name)
 
 
-def make_policy(config: Config, tokenizer: Any) -> Policy:
-    """The policy before the first step, on the mesh. Raises InputError if the tokenizer has ids that it has not."""
+def make_shape(config: Config, tokenizer: Any) -> Policy:
+    """What `make_policy` gives, with `jax.ShapeDtypeStruct`s for weights: nothing is read. Raises InputError if the
+    tokenizer has ids that the policy has not."""
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -94,10 +95,16 @@ def make_policy(config: Config, tokenizer: Any) -> Policy:
         name = config.model.tokenizer or config.model.name
         raise InputError(f"the tokenizer {name} has {count} tokens, the model {config.model.name} only "
                          f"{shape.vocab_size}; give the model its own, or a larger vocab_size")
+    return with_tokenizer(abstract_policy(shape, dtype), tokenizer)
+
+
+def make_policy(config: Config, tokenizer: Any) -> Policy:
+    """The policy before the first step, on the mesh. Raises InputError if the tokenizer has ids that it has not."""
+    shape = make_shape(config, tokenizer)
     if config.model.name == "random":
-        policy = init_policy(shape, purpose_key(config.seed, POLICY_KEY), dtype)
+        policy = init_policy(model_config(config), purpose_key(config.seed, POLICY_KEY), shape.dtype)
     else:
-        policy = hub.load(config.model.name, dtype=dtype)
+        policy = hub.load(config.model.name, dtype=shape.dtype)
     return with_tokenizer(policy, tokenizer)
 
 
@@ -149,8 +156,13 @@ def fresh_draft(policy: Policy, key: jax.Array, name: str, options: Mapping[str,
                          "remove it")
     try:
         return drafter(policy, key, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{label}: {error}") from error
+
+
+def check_fresh_draft(shape: Policy, name: str, options: Mapping[str, Any], label: str) -> Draft:
+    """`fresh_draft` without computing anything: the draft with `jax.ShapeDtypeStruct`s. Raises as that does."""
+    return jax.eval_shape(lambda policy: fresh_draft(policy, purpose_key(0, DRAFT_KEY), name, options, label), shape)
 
 
 def make_sampling(config: Config) -> Sampling:

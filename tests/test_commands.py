@@ -10,8 +10,9 @@ import pytest
 
 import jspec
 from jspec.cli import main
-from jspec.commands import compare, make_draft, open_source
+from jspec.commands import compare
 from jspec.heads import files
+from jspec.sources import choose_draft, open_source
 
 REWARD = "def even(prompt, response, answer, **meta):\n    return float(int(answer) % 2 == 0)\n"
 
@@ -54,13 +55,14 @@ def test_rollout_side_by_side(capsys, model, told):
 
 def test_which_draft(capsys, model):
     source = open_source(model, [])
-    assert make_draft(source, None, model).config.name == "ngram"
-    assert make_draft(source, "none", model) is None
-    trained = make_draft(source, "mtp", model)
+    policy = source.load()
+    assert choose_draft(source, None)(policy).config.name == "ngram"
+    assert choose_draft(source, "none") is None
+    trained = choose_draft(source, "mtp")(policy)
     assert "this mtp draft is fresh, not trained" in capsys.readouterr().err
     own = dataclasses.replace(source, draft=trained)
-    assert make_draft(own, None, model) is make_draft(own, "mtp", model) is trained
-    assert make_draft(own, "ngram", model).config.name == "ngram"
+    assert choose_draft(own, None)(policy) is choose_draft(own, "mtp")(policy) is trained
+    assert choose_draft(own, "ngram")(policy).config.name == "ngram"
 
 
 def test_rollout_without_a_draft(capsys, model):

@@ -28,17 +28,23 @@ MAX_SHARD_BYTES = 5 * 10**9
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place on success and vanishes on failure."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"{target} cannot be written to: {error.strerror}; choose another directory") from None
+    work = _beside(target)
     try:
         yield work
         work.chmod(0o755)
         os.rename(work, target)  # replaces an empty directory, refuses one with files
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A new temporary directory next to `target`. Raises InputError if none can be made."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}-", dir=target.parent))
+    except (OSError, ValueError) as error:  # a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target} cannot be written to: {reason}; choose another directory") from None
 
 
 def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
@@ -102,10 +108,11 @@ def on_host(array: jax.Array) -> np.ndarray:
 
 
 def new_directory(directory: str | Path) -> Path:
-    """Where to export. Raises InputError if the directory has files in it."""
+    """Where to export. Raises InputError if the directory has files in it, or could not be made."""
     target = path("directory", directory).absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty directory; export into a new one")
+    _beside(target).rmdir()
     return target
 
 

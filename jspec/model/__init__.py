@@ -6,6 +6,7 @@ from jspec.model.forward import Trunk, embed, group_forward, logits, prefill, tr
 from jspec.model.params import (
     ParamSpec,
     Policy,
+    abstract_policy,
     check_policy,
     check_weights,
     init_policy,
@@ -18,6 +19,7 @@ from jspec.model.params import (
     to_rollout,
 )
 
-__all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "check_policy", "check_weights",
-           "embed", "group_forward", "init_policy", "init_weights", "layer_specs", "logits", "param_specs",
-           "place_on_mesh", "policy_sharding", "prefill", "reshard", "to_rollout", "train_forward", "verify"]
+__all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "abstract_policy", "check_policy",
+           "check_weights", "embed", "group_forward", "init_policy", "init_weights", "layer_specs", "logits",
+           "param_specs", "place_on_mesh", "policy_sharding", "prefill", "reshard", "to_rollout", "train_forward",
+           "verify"]

@@ -193,6 +193,13 @@ def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32
     return Policy(place_on_mesh(make, param_specs(config), config)(key), config, dtype)
 
 
+def abstract_policy(config: ModelConfig, dtype: str = "float32") -> Policy:
+    """A policy in the training layout with `jax.ShapeDtypeStruct`s for weights, to check input against before any are
+    read."""
+    weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), param_specs(config), is_leaf=is_spec)
+    return Policy(weights, config, dtype)
+
+
 def policy_sharding(config: ModelConfig, mesh: Any) -> Any:
     """NamedSharding of every weight in the training layout. Raises InputError where the mesh does not divide."""
     return spec_sharding(param_specs(config), config, mesh, "train")

@@ -1,0 +1,129 @@
+"""What `jspec eval` does: answers to a task's prompts, graded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jspec
+from jspec.errors import InputError
+from jspec.model import Policy
+from jspec.output import open_output, screen
+from jspec.prepare import EVAL_KEY, make_sampling, make_speculation, purpose_key, purpose_seed
+from jspec.progress import say, telling
+from jspec.rl.answers import reward_inputs
+from jspec.rl.prompts import PromptData
+from jspec.rl.rewards import RewardPool, check_reward
+from jspec.settings import Override
+from jspec.sources import Source, open_source
+
+PROMPTS = 64
+"""How many prompts, if nothing is said and the data has as many."""
+
+
+def evaluate(arguments) -> int:
+    """`jspec eval`: samples answers to a task's prompts, grades them, and reports the mean reward."""
+    for name in ("prompts", "samples", "batch"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
+    overrides: list[Override] = list(arguments.overrides)
+    if arguments.temperature is not None:
+        overrides.append(("sampling.temperature", arguments.temperature))
+    written = open_output(None if arguments.json == "-" else arguments.json, "--json")
+    source = open_source(arguments.source, overrides)
+    check_code(source, arguments.overrides, arguments.run_code)
+    check_reward(source.config.reward.function, source.config.data.source)
+    data = prompts_of(source)
+    count = check_count(source, data, arguments.prompts)
+    with telling(f"loading {arguments.source}"):
+        policy = jspec.reshard(source.load())
+    console = screen(stderr=arguments.json == "-")
+    result = {"source": arguments.source, "overrides": arguments.overrides,
+              **score(source, policy, data, count, arguments.samples, min(arguments.batch, count), console)}
+    table = Table(show_edge=False, show_header=False)
+    for key, value in result.items():
+        if isinstance(value, int | float):
+            table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    if written:
+        written.write(json.dumps(result, indent=2) + "\n")
+    elif arguments.json == "-":
+        print(json.dumps(result))
+    return 0
+
+
+def check_code(source: Source, overrides: list[str], allowed: bool) -> None:
+    """A folder that is opened for its weights runs no code: raise InputError if a run's own config names a file as its
+    reward, unless that is allowed or the command line names one itself."""
+    function = source.config.reward.function
+    if ".py:" not in function:
+        return
+    if source.own is not None and not allowed and not any(text.startswith("reward") for text in overrides):
+        raise InputError(f"the config of {source.name} has its answers graded by {function}, which would run that "
+                         "file: look at it, then give --run-code, or name a function with reward.function=...")
+    say(f"grading with {function}")
+
+
+def prompts_of(source: Source) -> PromptData:
+    """The prompts to answer, one a step: those that the run kept from training, else its own, in an order of their own
+    (of procedural tasks: other questions), which is said of a run."""
+    config, own = source.config, source.own
+    section = dataclasses.replace(config.data, prompts_per_step=1)
+    if own is not None and config.data.source == own.data.source:
+        say(f"{source.name} kept no prompts from training (data.held_out=0): these are its training's")
+    return PromptData(section, source.tokenizer, seed=purpose_seed(config.seed, EVAL_KEY))
+
+
+def check_count(source: Source, data: PromptData, wanted: int | None) -> int:
+    """How many prompts to answer. Raises InputError for more than there are."""
+    available = len(data.records)
+    if wanted is not None and wanted > available:
+        raise InputError(f"--prompts {wanted} is more than {source.config.data.source} has: {available}")
+    return min(PROMPTS, available) if wanted is None else wanted
+
+
+def score(source: Source, policy: Policy, data: PromptData, prompts: int, samples: int, batch: int,
+          console: Console) -> dict[str, Any]:
+    """Mean reward of `samples` answers to each of `prompts` prompts, with its standard error over prompts. `policy` is
+    in the rollout layout."""
+    config, key = source.config, purpose_key(source.config.seed, EVAL_KEY)
+    sampling, speculation = make_sampling(config), make_speculation(config)
+    rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
+    with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,
+          telling("answering (the first batch compiles)", total=prompts) as advance):
+        for step in range(math.ceil(prompts / batch)):
+            chosen = [prompt for _ in range(batch) for prompt in next(data)]
+            made = jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
+                                                 seed=jax.random.fold_in(key, step))
+            start = time.perf_counter()
+            out = jax.device_get(jspec.rollout(policy, source.draft, made, sampling=sampling, speculation=speculation))
+            seconds += time.perf_counter() - start
+            graded = pool.grade(reward_inputs(source.tokenizer, chosen, out))
+            keep = min(batch, prompts - step * batch)  # the last batch is filled up with prompts that are not asked for
+            rewards.append(graded.rewards.reshape(batch, samples)[:keep])
+            lengths.append(out.lengths.reshape(batch, samples)[:keep])
+            finished.append(out.finished.reshape(batch, samples)[:keep])
+            failures += sum(graded.failures.values())
+            advance(keep)
+            console.print(f"{min(prompts, (step + 1) * batch):>5} prompts, mean reward "
+                          f"{np.concatenate(rewards).mean():.3f}")
+    grades = np.concatenate(rewards)
+    by_prompt = grades.mean(axis=1)
+    return {
+        "prompts": prompts, "samples": samples, "temperature": config.sampling.temperature,
+        "mean_reward": float(grades.mean()),
+        "standard_error": float(by_prompt.std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else 0.0,
+        "mean_of_the_best_sample": float(grades.max(axis=1).mean()),
+        "mean_tokens": float(np.concatenate(lengths).mean()),
+        "share_finished": float(np.concatenate(finished).mean()),
+        "graded_0_by_failure": int(failures),
+        "seconds_of_rollouts_compiling_included": round(seconds, 3),
+    }

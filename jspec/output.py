@@ -64,6 +64,8 @@ class Output:
             if isinstance(error, InputError):
                 raise
             reason = getattr(error, "strerror", None) or error
+            if isinstance(error, FileExistsError | NotADirectoryError):
+                reason = "what should be its folder is a file"
             raise InputError(f"{self.option} {self.path} cannot be written: {reason}; name another file") from None
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import shutil
+import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,9 +13,13 @@ import pytest
 
 import jspec
 from jspec.cli import main
-from jspec.commands import compare
+from jspec.commands import Timed, compare, speed_table
+from jspec.config import load_config
 from jspec.heads import files
+from jspec.hub import load_tokenizer
+from jspec.rl.prompts import PromptData
 from jspec.sources import choose_draft, open_source
+from pallas_kernels.noise import seed_key
 
 REWARD = "def even(prompt, response, answer, **meta):\n    return float(int(answer) % 2 == 0)\n"
 
@@ -125,3 +132,97 @@ def test_export_of_a_draft(capsys, model, tmp_path):
     files.write(jspec.drafts.mtp(policy, jax.random.key(1)), tmp_path / "head")
     assert main(["draft", "export", model, str(tmp_path / "head"), str(tmp_path / "other")]) == 2
     assert "no published architecture" in capsys.readouterr().err
+
+
+def test_the_speed_up_of_other_texts_is_said_to_be_one_a_token():
+    def timed(tokens):
+        stats = jspec.speculate.RolloutStats(*(np.array(x, np.int32) for x in ([len(tokens)], [4], [2])))
+        out = jspec.Rollout(tokens=np.array([tokens]), mask=np.ones((1, len(tokens)), bool), logprobs=None,
+                            loss_mask=None, entropy=None, lengths=np.array([len(tokens)]), finished=None, stats=stats)
+        return Timed(out, 1.0)
+
+    def labels(*runs):
+        return list(speed_table(*runs, SimpleNamespace(config=SimpleNamespace(name="mtp")), 1).columns[0].cells)
+
+    assert "speed-up" in labels(timed([1, 2]), timed([1, 2]))
+    assert "speed-up a token (other texts)" in labels(timed([1, 2]), timed([1, 2, 3]))
+
+
+def spied(monkeypatch):
+    """What is asked of `jspec.PromptBatch.from_tokens` from now on: (prompts, seed) of every call."""
+    calls, made = [], jspec.PromptBatch.from_tokens
+
+    def spy(prompts, *, seed, **options):
+        calls.append(([tuple(prompt) for prompt in prompts], seed))
+        return made(prompts, seed=seed, **options)
+
+    monkeypatch.setattr(jspec.PromptBatch, "from_tokens", spy)
+    return calls
+
+
+def test_evaluation_has_noise_and_an_order_of_its_own(capsys, model, task, monkeypatch):
+    calls = spied(monkeypatch)
+    assert main(["eval", model, *task, "--prompts", "6", "--samples", "2", "--batch", "2"]) == 0
+    ours = [np.asarray(jax.random.key_data(seed)).tolist() for _, seed in calls]
+    training = [np.asarray(jax.random.key_data(jax.random.fold_in(seed_key(0), step))).tolist() for step in range(100)]
+    assert len(ours) == 3 and not any(key in training for key in ours)
+    config = load_config(None, [*task, "data.prompts_per_step=2"])
+    data = PromptData(config.data, load_tokenizer(model), seed=config.seed)
+    assert [prompts for prompts, _ in calls] != [[tuple(prompt.tokens) for prompt in next(data)] for _ in range(3)]
+
+
+@pytest.fixture
+def weightless(monkeypatch):
+    """Reading weights is an error from now on: what is refused has to be refused before."""
+    def refuse(*arguments, **options):
+        raise AssertionError("weights were read")
+
+    for reader in ("jspec.hub.load", "jspec.sources.load_policy"):
+        monkeypatch.setattr(reader, refuse)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["rollout", "{model}", "--prompt", "?"], "the model's tokenizer refuses the prompt"),
+    (["rollout", "{model}", "--prompt", "1" * 2000, "--max-new-tokens", "100"],
+     "do not fit the model's 2048 positions"),
+    (["rollout", "{model}", "--prompt", "1", "--seed", "-1"], "--seed: must be a whole number of at least 0, not '-1'"),
+    (["rollout", "{model}", "--prompt", "1", "--seed", str(2**64)], "at most 18446744073709551615"),
+    (["rollout", "{model}", "--prompt", "1", "--samples", "0"], "--samples: must be a whole number of at least 1"),
+    (["rollout", "{here}/it's ${x}", "--prompt", "1"], "there is nothing at {here}/it's ${x} "),
+    (["eval", "{model}", "--prompts", "7"], "--prompts 7 is more than"),
+    (["eval", "{model}", "--json", "{here}"], "--json {here} is a directory; name a file in it"),
+    (["eval", "{model}", "--json", "{model}/config.json/x.json"], "what should be its folder is a file"),
+    (["export", "{model}", "{model}"], "exists and is not an empty directory"),
+    (["export", "{model}", "{model}/config.json/x"], "cannot be written to"),
+    (["export", "runs/nothing/here", "{here}/out"], "there is nothing at runs/nothing/here (looked in "),
+    (["export", "./nothing", "{here}/out"], "there is nothing at ./nothing"),
+    (["draft", "export", "{model}", "nowhere", "{here}/out"], "no draft at nowhere"),
+    (["draft", "export", "{model}", "nowhere", "{here}"], "exists and is not an empty directory"),
+    (["bench", "drafts", "{model}", "--drafts", "self:bits=3", "--prompts", "{here}/sums.jsonl"],
+     "--drafts self: self draft: bits = 3"),
+    (["bench", "--weights", "{model}", "--prompt-tokens", "2048"], "do not fit the model's 2048 positions"),
+    (["bench", "--drafts", "ngrm"], "unknown drafter 'ngrm'; did you mean 'ngram'?"),
+    (["bench", "--shape", "tiny", "--drafts", "ngram:max_ngram=0"], "max_ngram"),
+    (["bench", "--shape", "tiny", "--json", "{here}"], "--json {here} is a directory; name a file in it"),
+    (["bench", "--rounds", "0"], "argument --rounds: must be a whole number of at least 1, not '0'"),
+    (["bench", "--drfts", "none"], "unrecognized arguments: --drfts none"),
+])
+def test_mistakes_are_found_before_weights_are_read(capsys, model, task, tmp_path, weightless, monkeypatch, arguments,
+                                                    message):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    arguments = [text.format(model=model, here=tmp_path, x="{x}") if "{" in text else text for text in arguments]
+    if arguments[0] == "eval":
+        arguments += task
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    last = err.splitlines()[-1]
+    assert last.startswith("jspec: error: ") and message.format(model=model, here=tmp_path, x="{x}") in last
+
+
+def test_a_model_may_have_any_name(capsys, model, tmp_path):
+    odd = tmp_path / "it's ${seed} [red] {a: 1}"
+    shutil.copytree(model, odd)
+    assert main(["rollout", str(odd), "--prompt", "1+1=", "--draft", "none", "--max-new-tokens", "4"]) == 0
+    assert main(["export", str(odd), str(tmp_path / "[bold]copy")]) == 0
+    assert capsys.readouterr().out.endswith(f"{tmp_path}/[bold]copy\n")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -305,23 +306,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`; mistakes of the user's are one line on stderr and 2."""
+    """The exit code of `run`; mistakes of the user's are one line on stderr and 2. That nobody reads what is printed
+    any more (`jspec train --help | head`) is no mistake."""
+    code = 0
     try:
         try:
-            return run()
+            code = _explained(run)
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # a pipe that nobody reads is noticed here, not at the interpreter's end
+                sys.stdout.flush()  # trouble with it is noticed here, not at the interpreter's end
+    except BrokenPipeError:
+        _drop_stdout()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_stdout()
+        print(f"jspec: error: {error.filename or 'what is printed'}: {error.strerror}; make room, and give the same "
+              "command again", file=sys.stderr)
+        return code or 1
+    return code
+
+
+def _explained(run: Callable[[], int]) -> int:
+    try:
+        return run()
     except InputError as error:
         print(f"jspec: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jspec: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `jspec train --help | head`
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _drop_stdout() -> None:
+    """What is left in the buffer must not fail at the interpreter's end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(text: str) -> str:

@@ -19,9 +19,9 @@ from rich.table import Table
 
 import jspec
 from jspec.config import Config
-from jspec.console import PlainConsole
 from jspec.metrics import Clock
 from jspec.model import to_rollout
+from jspec.output import screen
 from jspec.prepare import (
     check,
     make_draft,
@@ -128,7 +128,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
 
 def profile(config: Config, directory: Path) -> int:
     """`jspec profile`: prints the table, and writes trace and profile.json under `directory`."""
-    console = PlainConsole(width=None if sys.stdout.isatty() else 120)
+    console = screen(width=None if sys.stdout.isatty() else 120)
     # else a program that was kept may come back with the scopes of the source that it was compiled from
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     mesh, clock = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), Clock()

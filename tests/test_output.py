@@ -48,6 +48,15 @@ def test_names_are_no_markup(capsys):
     assert capsys.readouterr().out == "runs/[red]x :smile:\n"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
+def test_a_full_disk_under_stdout_is_one_line():
+    program = "import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: print('x') or 0))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "jspec: error: what is printed: No space left on device; make room" in done.stderr
+
+
 @pytest.mark.parametrize("program", [
     "from jspec.output import screen; c = screen(); [c.print('x' * 60) for _ in range(9000)]; open('done', 'w')",
     "import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: print('x' * 600_000) or 0))",

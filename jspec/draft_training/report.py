@@ -14,9 +14,9 @@ from rich.table import Table
 
 import jspec
 from jspec.config import DraftTrainingConfig
-from jspec.console import PlainConsole
 from jspec.drafts import Draft
 from jspec.model import Policy
+from jspec.output import screen
 from jspec.prepare import REPORT_KEY, make_sampling, purpose_key
 from jspec.progress import telling
 
@@ -35,7 +35,7 @@ def report(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: l
         with telling(f"measuring acceptance, {rule}, temperature {temperature:g}"):
             records.append(measure(config, policy, draft, prompts, rule, temperature))
     (directory / "report.json").write_text(json.dumps(records, indent=1) + "\n")
-    PlainConsole().print(table(records))
+    screen().print(table(records))
     try:
         plot(records, directory / "report.png")
     except ImportError:

@@ -77,16 +77,23 @@ def prompts_of(source: Source) -> PromptData:
     (of procedural tasks: other questions), which is said of a run."""
     config, own = source.config, source.own
     section = dataclasses.replace(config.data, prompts_per_step=1)
-    if own is not None and config.data.source == own.data.source:
-        say(f"{source.name} kept no prompts from training (data.held_out=0): these are its training's")
-    return PromptData(section, source.tokenizer, seed=purpose_seed(config.seed, EVAL_KEY))
+    held_out = bool(section.held_out)
+    if own is not None and section.source == own.data.source:
+        if held_out and (section.held_out, config.seed) != (own.data.held_out, own.seed):
+            raise InputError(f"{source.name} kept data.held_out={own.data.held_out} prompts by seed={own.seed} from "
+                             "its training, and others were trained on; leave both as they are")
+        if not held_out:
+            say(f"{source.name} kept no prompts from training (data.held_out=0): these are its training's")
+    seed = config.seed if held_out else purpose_seed(config.seed, EVAL_KEY)
+    return PromptData(section, source.tokenizer, seed=seed, held_out=held_out)
 
 
 def check_count(source: Source, data: PromptData, wanted: int | None) -> int:
     """How many prompts to answer. Raises InputError for more than there are."""
     available = len(data.records)
     if wanted is not None and wanted > available:
-        raise InputError(f"--prompts {wanted} is more than {source.config.data.source} has: {available}")
+        held_out = " held out (data.held_out)" if source.config.data.held_out else ""
+        raise InputError(f"--prompts {wanted} is more than {source.config.data.source} has{held_out}: {available}")
     return min(PROMPTS, available) if wanted is None else wanted
 
 
@@ -119,6 +126,7 @@ def score(source: Source, policy: Policy, data: PromptData, prompts: int, sample
     by_prompt = grades.mean(axis=1)
     return {
         "prompts": prompts, "samples": samples, "temperature": config.sampling.temperature,
+        "held_out": bool(config.data.held_out),
         "mean_reward": float(grades.mean()),
         "standard_error": float(by_prompt.std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else 0.0,
         "mean_of_the_best_sample": float(grades.max(axis=1).mean()),

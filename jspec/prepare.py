@@ -44,6 +44,7 @@ def purpose_seed(seed: int, purpose: int) -> int:
 def check(config: Config, mesh: Mesh) -> None:
     """Raise InputError for what would fail later, without loading any weights."""
     check_reward(config.reward.function, config.data.source)
+    check_unbiased(config)
     rows, layout = config.data.prompts_per_step * config.data.group_size, "train"
     check_rows(rows, mesh, layout)
     if config.grpo.micro_batch:
@@ -57,6 +58,18 @@ def check(config: Config, mesh: Mesh) -> None:
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):
         raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; choose another "
                          "output_dir, or checkpoint.resume=true to go on from them")
+
+
+def check_unbiased(config: Config) -> None:
+    """Raise InputError if answers are not drawn from the distribution that the update takes them to be drawn from, the
+    policy's own at a temperature above 0, and the configuration does not say that this is known."""
+    sampling = config.sampling
+    cuts = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1, "min_new_tokens": sampling.min_new_tokens > 0,
+            "temperature": sampling.temperature == 0}
+    named = [f"sampling.{name}={getattr(sampling, name):g}" for name, holds in cuts.items() if holds]
+    if named and not config.grpo.biased_sampling:
+        raise InputError(f"{', '.join(named)}: answers would be drawn from another distribution than the one whose "
+                         "gradient the update takes, which biases it; leave that out, or say grpo.biased_sampling=true")
 
 
 def model_config(config: Config) -> ModelConfig:

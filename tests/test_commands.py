@@ -15,6 +15,8 @@ import jspec
 from jspec.cli import main
 from jspec.commands import Timed, compare, speed_table
 from jspec.config import load_config
+from jspec.errors import InputError
+from jspec.evaluation import check_code, check_count, prompts_of
 from jspec.heads import files
 from jspec.hub import load_tokenizer
 from jspec.rl.prompts import PromptData
@@ -171,6 +173,28 @@ def test_evaluation_has_noise_and_an_order_of_its_own(capsys, model, task, monke
     assert [prompts for prompts, _ in calls] != [[tuple(prompt.tokens) for prompt in next(data)] for _ in range(3)]
 
 
+def test_evaluation_takes_what_was_held_out_and_a_runs_code_needs_permission(capsys, model, task):
+    config = load_config(None, [*task, ("model.name", model), "data.held_out=2"])
+    source = dataclasses.replace(open_source(model, [*task, "data.held_out=2"]), own=config, name="RUN")
+    data = prompts_of(source)
+    training = PromptData(dataclasses.replace(config.data, prompts_per_step=1), source.tokenizer, seed=config.seed)
+    assert check_count(source, data, None) == 2 and len(training.records) == 4
+    ours, theirs = ({next(stream)[0].text for _ in range(4)} for stream in (data, training))
+    assert len(ours) == 2 and not ours & theirs
+    with pytest.raises(InputError, match="--prompts 3 is more than .* held out"):
+        check_count(source, data, 3)
+    with pytest.raises(InputError, match="RUN kept data.held_out=0 prompts by seed=0"):
+        prompts_of(dataclasses.replace(source, own=load_config(None, task)))
+    prompts_of(dataclasses.replace(source, config=load_config(None, task), own=load_config(None, task)))
+    assert "RUN kept no prompts from training" in capsys.readouterr().err
+    with pytest.raises(InputError, match="reward.py:even, which would run that file: look at it, then give --run-code"):
+        check_code(source, [], False)
+    check_code(source, [], True)
+    check_code(source, ["reward.function=mine.py:f"], False)
+    check_code(dataclasses.replace(source, own=None), [], False)
+    assert capsys.readouterr().err.count("grading with") == 3
+
+
 @pytest.fixture
 def weightless(monkeypatch):
     """Reading weights is an error from now on: what is refused has to be refused before."""
@@ -182,7 +206,7 @@ def weightless(monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["rollout", "{model}", "--prompt", "?"], "the model's tokenizer refuses the prompt"),
+    (["rollout", "{model}", "--prompt", "?"], "the tokenizer cannot encode the prompt '?'"),
     (["rollout", "{model}", "--prompt", "1" * 2000, "--max-new-tokens", "100"],
      "do not fit the model's 2048 positions"),
     (["rollout", "{model}", "--prompt", "1", "--seed", "-1"], "--seed: must be a whole number of at least 0, not '-1'"),

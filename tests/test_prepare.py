@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from jspec import prepare
+from jspec.config import load_config
+from jspec.errors import InputError
 from pallas_kernels.noise import seed_key
 
 PURPOSES = [name for name in vars(prepare) if name.endswith("_KEY")]
@@ -20,3 +22,14 @@ def test_no_two_purposes_share_noise_and_none_is_a_step_s(seed):
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(keys)
     seeds = {prepare.purpose_seed(seed, number) for number in numbers}
     assert len(seeds) == len(numbers) and all(0 <= value < 2**32 and value != seed for value in seeds)
+
+
+@pytest.mark.parametrize("cut", ["top_k=2", "top_p=0.6", "min_new_tokens=2", "temperature=0"])
+def test_training_on_answers_of_another_distribution_has_to_be_asked_for(cut):
+    with pytest.raises(InputError, match=f"sampling.{cut}: .* biases it; .* grpo.biased_sampling=true"):
+        prepare.check_unbiased(load_config(None, [f"sampling.{cut}"]))
+    prepare.check_unbiased(load_config(None, [f"sampling.{cut}", "grpo.biased_sampling=true"]))
+
+
+def test_a_temperature_is_no_bias_for_the_update_divides_by_it_too():
+    prepare.check_unbiased(load_config(None, ["sampling.temperature=0.5", "sampling.top_p=1"]))

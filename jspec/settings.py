@@ -248,7 +248,7 @@ def _checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str
 def _at_home(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_at_home, value))
-    return os.path.expanduser(value) if isinstance(value, str) else value
+    return os.path.expanduser(value) if isinstance(value, str) and "/" in value else value
 
 
 def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from jspec.config import DRAFTERS, RULES, Config, load_config
+from jspec.config import DRAFTERS, RULES, Config, DraftTrainingConfig, load_config
 from jspec.errors import InputError
 from jspec.settings import describe, to_yaml
 
@@ -211,3 +211,12 @@ def test_an_override_of_a_bad_file_value_repairs_it(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("steps: many\n")
     assert load_config(path, ["steps=4"]).steps == 4
+
+
+def test_the_home_is_where_a_path_says_so(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(None, ["output_dir=~/run", "data.source=~/p.jsonl", "data.system_prompt=~/as it is"])
+    assert (config.output_dir, config.data.source) == ("/home/somebody/run", "/home/somebody/p.jsonl")
+    assert config.data.system_prompt == "~/as it is"
+    draft = load_config(None, ["samples.sources=[self, ~/p.jsonl]"], DraftTrainingConfig)
+    assert draft.samples.sources == ("self", "/home/somebody/p.jsonl")

@@ -75,7 +75,7 @@ def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict
                                            speculation=make_speculation(config)))
         tokens, cycles = tokens + int(out.lengths.sum()), cycles + int(out.stats.cycles.sum())
         drafted, taken = drafted + out.stats.drafted, taken + out.stats.accepted
-    return {"acceptance_length": tokens / cycles, "acceptance_by_position": (taken / drafted).tolist()}
+    return {"acceptance_length": tokens / cycles, "acceptance_by_position": (taken / drafted.clip(1)).tolist()}
 
 
 def run(config: Config, every: int, batches: int) -> Iterator[dict[str, Any]]:

@@ -148,3 +148,8 @@ def _check_tokens(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -
     for token in sampling.stop_tokens or ():
         if token >= config.vocab_size:
             raise InputError(f"stop token {token} is outside the model's vocabulary of {config.vocab_size}")
+    if sampling.min_new_tokens:
+        stops = set(config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens)
+        if len(stops.union(*(range(*ids) for ids in config.tokenless))) == config.vocab_size:
+            raise InputError(f"sampling min_new_tokens = {sampling.min_new_tokens} forbids every token, since all of "
+                             "them are stop tokens; set it to 0, or name fewer stop tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ class Slots:
       temperature: float32 [N]; top_p: float32 [N] or None.
       cache: of the policy, S positions a row. draft_state: the drafter's, rows leading.
       trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1 on.
-      cycles: int32 [N]; drafted, accepted: int32 [K].
+      cycles: int32 [N]; drafted, accepted: int32 [K], see `RolloutStats`.
       group_size: static; each group_size adjacent slots, from slot 0 on, hold sequences of one prompt.
     """
 
@@ -59,10 +60,7 @@ def split_features(trunk: Trunk, count: int) -> tuple[Trunk, Trunk]:
 
 def _write_rows(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
     """Write values [N, W, ...] into buffer [N, S, ...] at each row's start [N]."""
-    def write(row, new, at):
-        return jax.lax.dynamic_update_slice(row, new, (at, *(0,) * (row.ndim - 1)))
-
-    return jax.vmap(write)(buffer, values, start)
+    return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(buffer, values, start)
 
 
 def _propose(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, top_k: int, k: int):
@@ -86,11 +84,22 @@ def _accept(policy: Policy, slots: Slots, hidden: jax.Array, proposal: Proposal,
                  draft_vocab=proposal.vocab, top_k=sampling.top_k, ban=ban, banned_tokens=stop_tokens)
 
 
-def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int,
+def _counted(drafts: jax.Array, live: jax.Array, room: jax.Array, stop_tokens: tuple[int, ...]) -> jax.Array:
+    """Which of the drafts int32 [N, K] could be emitted, whatever the verdict, bool [N, K]: none after a drafted end
+    token, and none beyond what a row has room for, int32 [N]. Nothing else may decide: counts that knew what was
+    accepted would be biased."""
+    ends = jnp.isin(drafts, jnp.array(stop_tokens, jnp.int32))
+    ended = jnp.cumsum(ends, axis=1) > ends
+    return live[:, None] & ~ended & (jnp.arange(drafts.shape[1]) < room[:, None])
+
+
+def _commit(slots: Slots, drafts: jax.Array, verdict: Verdict, max_new_tokens: int,
             stop_tokens: tuple[int, ...]) -> tuple[Slots, jax.Array]:
-    """Keep the emitted tokens up to the first end token and the cap. Returns (slots, count int32 [N])."""
+    """Keep the emitted tokens up to the first end token and the cap. drafts: int32 [N, K], that were judged.
+
+    Returns (slots, count int32 [N])."""
     width = verdict.tokens.shape[1]
-    offsets = jnp.arange(width)
+    offsets = jnp.arange(width, dtype=jnp.int32)
     count = verdict.accepted + 1
     is_stop = jnp.isin(verdict.tokens, jnp.array(stop_tokens, jnp.int32)) & (offsets < count[:, None])
     first_stop = jnp.where(is_stop, offsets, width).min(-1)
@@ -98,7 +107,8 @@ def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int,
     count = jnp.where(slots.done, 0, jnp.minimum(jnp.minimum(count, first_stop + 1), room))
     generated = slots.lengths - slots.prompt_lengths
     live = ~slots.done
-    drafted = jnp.broadcast_to(live[:, None], (live.shape[0], width - 1))
+    drafted = _counted(drafts, live, room, stop_tokens)
+    accepted = drafted & (offsets[:-1] < verdict.accepted[:, None])
     stopped = slots.stopped | (live & (first_stop < count))
     return slots.replace(
         tokens=_write_rows(slots.tokens, verdict.tokens, slots.lengths),
@@ -108,8 +118,8 @@ def _commit(slots: Slots, verdict: Verdict, max_new_tokens: int,
         stopped=stopped,
         done=slots.done | stopped | (count == room),
         cycles=slots.cycles + live,
-        drafted=slots.drafted + drafted.sum(0),
-        accepted=slots.accepted + (drafted & (offsets[:-1] < verdict.accepted[:, None])).sum(0),
+        drafted=slots.drafted + drafted.sum(0, dtype=jnp.int32),
+        accepted=slots.accepted + accepted.sum(0, dtype=jnp.int32),
     ), count
 
 
@@ -134,7 +144,8 @@ def cycle(policy: Policy, draft: Draft | None, slots: Slots, noise: Any, *, samp
     with jax.named_scope("accept"):
         verdict = _accept(policy, slots, trunk.hidden, proposal, noise, sampling, stop_tokens)
     with jax.named_scope("commit"):
-        new, count = _commit(slots.replace(cache=cache), verdict, sampling.max_new_tokens, stop_tokens)
+        new, count = _commit(slots.replace(cache=cache), proposal.tokens, verdict, sampling.max_new_tokens,
+                             stop_tokens)
         if states is not None:
             new = new.replace(trunk=jax.tree.map(lambda all, x: _write_rows(all, x, slots.lengths - 1), slots.trunk,
                                                  kept))

@@ -13,7 +13,7 @@ KV_BLOCK = 128
 def _write(cache: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
     """Write new [B, T, H_kv, D] into cache [B, H_kv, S, D] at each row's length."""
     def one(row_cache, row, length):
-        return jax.lax.dynamic_update_slice(row_cache, row, (0, length, 0))
+        return jax.lax.dynamic_update_slice_in_dim(row_cache, row, length, axis=1)
     return jax.vmap(one)(cache, new.swapaxes(1, 2).astype(cache.dtype), lengths)
 
 

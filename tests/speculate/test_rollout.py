@@ -10,6 +10,7 @@ import pytest
 import jspec
 from jspec.model import logits, train_forward
 from jspec.rl.update import join
+from jspec.speculate import cycle
 from tests.speculate import tiny
 from tests.speculate.ties import generated
 
@@ -146,14 +147,32 @@ def test_logprobs_and_entropy_are_those_of_the_training_forward(policy, drafts, 
         score(policy, jnp.array([PROMPTS[0] + [0] * 19], jnp.int32))[0, 4].at[3].set(-jnp.inf)))
 
 
+@pytest.mark.parametrize("cap, stop, counted", [
+    (8, (4,), [2, 2, 2]),  # 1 2 4, and 4 is the end
+    (8, (2,), [2, 2, 0]),  # 1 2, and a third draft that no verdict could have let out
+    (6, (), [4, 4, 2]),  # 1 2 4 5, 6 7, and a third draft beyond the cap
+    (3, (8,), [2, 2, 2]),  # 1 2 4: the fourth token would not have been a draft
+])
+def test_what_lies_beyond_an_end_or_the_cap_is_not_counted(chained, cap, stop, counted):
+    out = chain(chained, max_new_tokens=cap, stop_tokens=stop)
+    assert out.stats.accepted.tolist() == out.stats.drafted.tolist() == counted
+
+
+def test_what_is_counted_is_known_before_the_verdict():
+    """Drafts after a drafted end token do not count, also where the end token is then refused."""
+    drafts = jnp.array([[5, 6, 7], [5, 3, 7], [3, 3, 7], [5, 6, 3], [5, 3, 7]])
+    got = cycle._counted(drafts, jnp.array([True, True, True, True, False]), jnp.array([9, 9, 9, 2, 9]), (3,))
+    np.testing.assert_array_equal(got, [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+
+
 def test_statistics(policy, drafts):
     out = jspec.rollout(policy, drafts["ngram"], make_batch(), sampling=PLAIN)
     stats = out.stats
-    assert stats.drafted.tolist() == [int(stats.cycles.sum())] * 3
-    accepted = stats.accepted.tolist()
-    assert accepted == sorted(accepted, reverse=True) and accepted[0] > 0
-    # every cycle emits its accepted drafts and one token more, but for what stops and caps cut off
-    assert 0 <= int(stats.cycles.sum()) + sum(accepted) - int(out.lengths.sum()) <= 3 * out.lengths.shape[0]
+    drafted, accepted = stats.drafted.tolist(), stats.accepted.tolist()
+    assert drafted[0] == int(stats.cycles.sum()) and drafted == sorted(drafted, reverse=True)
+    assert accepted == sorted(accepted, reverse=True) and 0 < accepted[0] < drafted[0]
+    # every cycle emits its accepted drafts and one token more, but for a row's last, which may end in a draft
+    assert 0 <= int(stats.cycles.sum()) + sum(accepted) - int(out.lengths.sum()) <= out.lengths.shape[0]
     np.testing.assert_allclose(out.acceptance_length, out.lengths.sum() / stats.cycles.sum())
 
 

@@ -370,5 +370,11 @@ def load_draft(run_dir: str | Path) -> Draft | None:
 
 
 def load_run(run_dir: str | Path, overrides: Sequence[Override] = (), dtype: str | None = None) -> tuple:
-    """(Config, Policy, Draft or None) of a run's latest checkpoint; see `load_policy` and `run_config`."""
-    return run_config(run_dir, overrides), load_policy(run_dir, dtype), load_draft(run_dir)
+    """(Config, Policy, Draft or None) of a run's latest checkpoint; see `load_policy` and `run_config`.
+
+    Raises InputError for a draft that is not finite, too.
+    """
+    config, policy, draft = run_config(run_dir, overrides), load_policy(run_dir, dtype), load_draft(run_dir)
+    if draft is not None:
+        draft.check_finite(run_dir)
+    return config, policy, draft

@@ -80,6 +80,13 @@ def config_from_fields(name: str, fields: dict) -> Any:
     return kind(**{key: back(key, value) for key, value in fields.items()})
 
 
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no array of a tree holds NaN or infinity, bool scalar. Jitted; whole numbers are finite."""
+    flags = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array(flags, bool))
+
+
 @struct.dataclass
 class Draft:
     """A drafter's weights, its persistent state (checkpointed), and a static config that names its module.
@@ -106,6 +113,16 @@ class Draft:
         if difference:
             raise InputError(f"this {self.config.name} draft was made for another policy: {difference}; "
                              f"make one with jspec.drafts.{self.config.name}(policy, ...)")
+
+    def check_finite(self, source: Any) -> None:
+        """Raise InputError if a weight is NaN or infinite: every draft would be refused, and a rollout slower than
+        without. source: what the draft was read from, for the message."""
+        if all_finite(self.weights):
+            return
+        bad = next(path for path, x in jax.tree_util.tree_leaves_with_path(self.weights) if not all_finite(x))
+        raise InputError(f"the {self.config.name} draft of {source} is not finite: its weight "
+                         f"{jax.tree_util.keystr(bad, simple=True, separator='.')} holds NaN or infinity; take a "
+                         "checkpoint from before, or train it again with a lower learning rate")
 
 
 @struct.dataclass

@@ -131,7 +131,8 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
 
     def make(key, theirs):
         weights = init_weights(specs(config), key, made.initializer_range)
-        mix = jnp.tile(jnp.eye(made.hidden_size), (1, len(config.aux_depths))) / len(config.aux_depths)
+        streams = len(config.aux_depths)
+        mix = jnp.tile(jnp.eye(made.hidden_size, dtype=jnp.float32), (1, streams)) / streams
         table = theirs["embed" if made.tie_embeddings else "head"]
         # copies: training donates the policy's buffers and the draft's in one call
         own = {"embed": theirs["embed"] + 0} if own_embed else {}
@@ -206,9 +207,9 @@ def _run(policy: Policy, config: Eagle3Config, w: dict) -> recursion.Run:
     return run
 
 
-def logits(policy: Policy, config: Eagle3Config, w: dict, states: jax.Array) -> jax.Array:
+def logits(policy: Policy, config: Eagle3Config, w: dict, vocab: jax.Array | None, states: jax.Array) -> jax.Array:
     """Logits float32 [..., Vd] of the block's states [..., D], over the draft's vocabulary."""
-    return table_logits(policy, w["head"].astype(policy.dtype), _normed(config, w, states), whole=not config.vocab_size)
+    return table_logits(policy, w["head"].astype(policy.dtype), vocab, _normed(config, w, states))
 
 
 def _normed(config: Eagle3Config, w: dict, states: jax.Array) -> jax.Array:
@@ -226,9 +227,9 @@ def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> re
 
 def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
-    config, w = draft.config, draft.weights
+    config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
     return recursion.propose(_inside(policy, config), [_run(policy, config, w)], state, committed.lengths - 1, sampler,
-                             lambda x: logits(policy, config, w, x), draft.state.get("vocab"), config.window or None)
+                             partial(logits, policy, config, w, vocab), vocab, config.window or None)
 
 
 def observe(policy: Policy, draft: Draft, state: recursion.State, observation: Observation) -> recursion.State:
@@ -254,9 +255,9 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
     policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
     float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss` of the first depth.
     """
-    config, w = draft.config, draft.weights
+    config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
     states = unroll(policy, draft, batch.trunk, batch.tokens, 1 if kind == "states" else config.depths)
     if kind == "states":
         return state_loss(policy, batch, [_normed(config, w, x) for x in states])
-    return loss_over_depths(policy, batch, [batch.predicting(x) for x in states], partial(logits, policy, config, w),
-                            draft.state.get("vocab"), kind)
+    return loss_over_depths(policy, batch, [batch.predicting(x) for x in states],
+                            partial(logits, policy, config, w, vocab), vocab, kind)

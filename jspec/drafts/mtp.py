@@ -103,7 +103,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
     def make(key, layers, final_norm):
         weights = init_weights(specs(config), key, policy.config.initializer_range)
         for block in weights["blocks"]:
-            block["proj"] = block["proj"] + 0.5 * jnp.concatenate([jnp.eye(d), jnp.eye(d)], axis=1)
+            block["proj"] = block["proj"] + 0.5 * jnp.tile(jnp.eye(d, dtype=jnp.float32), (1, 2))
             last = {name: x[-1] for name, x in layers.items() if name not in ("o", "down")}
             block["layer"] = block["layer"] | last
             block["final_norm"] = jnp.copy(final_norm)
@@ -173,7 +173,7 @@ def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> re
 def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     vocab = draft.state.get("vocab")
-    head = partial(table_logits, policy, draft.weights["table"], whole=vocab is None)
+    head = partial(table_logits, policy, draft.weights["table"], vocab)
     return recursion.propose(policy, _runs(policy, draft.config, draft.weights["blocks"]), state,
                              committed.lengths - draft.config.first, sampler, head, vocab)
 
@@ -200,7 +200,7 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
     if kind == "states":
         return state_loss(policy, batch, states)
     vocab = draft.state.get("vocab")
-    head = partial(table_logits, policy, output_table(policy, vocab), whole=vocab is None)
+    head = partial(table_logits, policy, output_table(policy, vocab), vocab)
     return loss_over_depths(policy, batch, [batch.predicting(x) for x in states], head, vocab, kind)
 
 

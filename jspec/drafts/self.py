@@ -93,7 +93,7 @@ def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sam
     tokens, log_qs = [], []
     for j in range(sampler.k):
         trunk, cache = verify(quantized, token[:, None], cache, committed.lengths - 1 + j)
-        scores = table_logits(policy, draft.weights["table"], trunk.hidden[:, 0], whole=vocab is None)
+        scores = table_logits(policy, draft.weights["table"], vocab, trunk.hidden[:, 0])
         token, log_q = sampler.draw(scores, j, vocab)
         tokens.append(token)
         log_qs.append(log_q)

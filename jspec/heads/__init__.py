@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from jspec import arguments
 from jspec.checkpoint import load_draft as draft_of_run
 from jspec.drafts import Draft
@@ -40,11 +37,7 @@ def load_draft(policy: Policy, source: str | Path) -> Draft:
     """
     check_policy("policy", policy)
     draft = _find(policy, arguments.name("draft", source))
-    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(draft.weights)
-    for path, whole in jax.tree_util.tree_leaves_with_path(finite):
-        if not whole:
-            raise InputError(f"the draft of {source} has values that are not finite in weights"
-                             f"{jax.tree_util.keystr(path)}; take another, or train it anew")
+    draft.check_finite(source)
     return draft
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jspec.model import Policy, logits
 from jspec.model.chunks import CHUNK_TOKENS, map_chunks
+from pallas_kernels.rejection_sampling import scaled
 
 
 def predicting_states(prompt_hidden: jax.Array, response_hidden: jax.Array, prompt_lengths: jax.Array) -> jax.Array:
@@ -22,12 +23,6 @@ def predicting_states(prompt_hidden: jax.Array, response_hidden: jax.Array, prom
     last = jnp.take_along_axis(prompt_hidden, prompt_lengths[:, None, None] - 1, axis=1)
     last = jnp.repeat(last, response_hidden.shape[0] // prompt_hidden.shape[0], axis=0)
     return jnp.concatenate([last, response_hidden[:, :-1]], axis=1)
-
-
-def training_temperature(temperature: jax.Array) -> jax.Array:
-    """The temperature that the rollout's log-probabilities were taken at: its own, and 1 where it was 0."""
-    temperature = jnp.asarray(temperature, jnp.float32)
-    return jnp.where(temperature == 0, 1.0, temperature)
 
 
 def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, temperature: jax.Array,
@@ -46,15 +41,15 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
       carries no gradient.
     """
     n, t, _ = hidden.shape
-    temperature = jnp.broadcast_to(training_temperature(temperature), (n,))[:, None, None]
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (n,))[:, None]
 
     def one(chunk):
         hidden, tokens = chunk
-        scaled = logits(policy, hidden) / temperature
-        normaliser = jax.nn.logsumexp(scaled, axis=-1)
-        chosen = jnp.take_along_axis(scaled, tokens[..., None], axis=-1)[..., 0]
-        still = jax.lax.stop_gradient(scaled - normaliser[..., None])
-        # A banned token's logit may be -inf, and 0 x -inf is not 0.
+        z = scaled(logits(policy, hidden), temperature)
+        normaliser = jnp.log(jnp.sum(jnp.exp(z), axis=-1))  # the largest z is 0
+        chosen = jnp.take_along_axis(z, tokens[..., None], axis=-1)[..., 0]
+        still = jax.lax.stop_gradient(z - normaliser[..., None])
+        # the logit of an id without a token is -inf, and 0 x -inf is not 0
         entropy = -jnp.sum(jnp.where(jnp.isneginf(still), 0.0, jnp.exp(still) * still), axis=-1)
         return chosen - normaliser, entropy
 

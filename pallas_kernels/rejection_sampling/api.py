@@ -38,7 +38,8 @@ def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array |
 
     Args:
       logits: [..., V], any float dtype.
-      temperature: broadcasts to [...]; 0 gives all mass to the largest logit (ties: the lowest id).
+      temperature: broadcasts to [...]; 0 gives all mass to the largest logit (ties: the lowest id). What is smaller
+        than float32's normal numbers, 1.2e-38, is 0.
       top_p: broadcasts to [...], or None for no truncation. The token that crosses is kept; ties go to the lowest id.
       top_k: static; 0 is off.
       ban: bool [...], where true `banned_tokens` have probability zero.
@@ -82,8 +83,8 @@ def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
       logits: [B, K + 1, V], float32 or bfloat16; row j judges draft j, row K gives the bonus token.
       draft_tokens: int32 [B, K].
       draft_log_q: float32 [B, K, Vd], the normalised log-probabilities that the drafts were drawn from, or None for
-        deterministic drafts.
-      temperature: float32 [B]; 0 is greedy.
+        deterministic drafts. Of a row that is NaN the draft is refused, and q is 0: what is emitted there is from p.
+      temperature: float32 [B]; 0, and what is below float32's normal numbers, is greedy.
       top_p: float32 [B] or None. top_k: static, 0 is off. With either of them the reference runs: both sort.
       draft_vocab: int32 [Vd], distinct global ids of a reduced draft vocabulary, outside of which q is 0; None: Vd = V.
       ban: bool [B, K + 1] or None; where true `banned_tokens` have probability zero in p.
@@ -101,6 +102,7 @@ def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
         return Verdict(*reference.rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p,
                                                      draft_vocab=draft_vocab, top_k=top_k, ban=ban,
                                                      banned_tokens=banned_tokens))
+    temperature = reference.flushed(temperature)
     summarize = partial(implementation.load(__package__).summarize, interpret=implementation.interpret)
     return Verdict(*judge(summarize, logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban,
                           banned_tokens, axis))

@@ -68,9 +68,7 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
     )(logits, temperature, drafted if keys is None else keys,
       jnp.zeros(rows, jnp.int32) if ban is None else ban.astype(jnp.int32),
       jnp.zeros(1, jnp.int32) if offset is None else jnp.reshape(offset, 1))
-    fields = {name: x[:, :pl.cdiv(vocab, CHUNK)] for name, x in zip(plan.fields, out, strict=True)}
-    # without noise the score is z
-    return Summary(**{"best_z": fields["best"], "drafted_z": None, "mass": None, "spill": None, **fields})
+    return Summary(**{name: x[:, :pl.cdiv(vocab, CHUNK)] for name, x in zip(plan.fields, out, strict=True)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +89,8 @@ class _Plan:
         """The names of the outputs, in the order of `_summaries`."""
         names = "top", "total", "weighted", "best", "best_id"
         if self.coupled:
-            return *names, "best_z"
-        return (*names, "drafted_z", "mass") + (("spill",) if self.sharded else ())
+            return *names, "best_noise"
+        return (*names, "drafted", "mass") + (("spill",) if self.sharded else ())
 
     @property
     def chunks(self) -> int:
@@ -229,40 +227,47 @@ def _summaries(x, t, row_data, ban, first, offset, plan, plain):
     def largest(x):
         return x.max(1).max(1)
 
+    def finite(leader):
+        return jnp.where(leader > -jnp.inf, leader, 0.0)  # of a chunk of -inf any number will do
+
     scale = 1 / jnp.where(t > 0, t, 1.0)
     # in this order: what is the same for every tile would be kept from one to the next, in a register for each logit
     ids = first + plan.iota(2) + plan.iota(0) * CHUNK + plan.iota(1) * plan.width
     if not plain:
         x = jnp.where(ids - offset < plan.vocab, x, -jnp.inf)
-    top = largest(x)
-    # the difference of the logits is all but exact, and 2^d is an instruction
-    d = (x - plan.spread(jnp.where(top > -jnp.inf, top, 0.0))) * (scale * LOG2E)
+    top = leader = largest(x)
+    # differences are all but exact, and 2^d is an instruction
+    d = (x - plan.spread(finite(top))) * (scale * LOG2E)
     e = jnp.exp2(d)
     weighted = total(e * jnp.maximum(d, -200.0)) * LN2  # 2^-200 is 0, and 0 * -inf would be NaN
-    score = x
-    if plan.coupled:  # most of the work, and none of it for a greedy row
-        score = lax.cond(t > 0, lambda: x * scale + noise.gumbel(noise.random_bits(row_data, ids)), lambda: x)
-    if not plain:
+    candidates = x
+    if not plain and plan.banned_tokens:
         for token in plan.banned_tokens:
-            score = jnp.where(ids == jnp.where(ban > 0, token, -1), -jnp.inf, score)
-    best = top if plain else largest(score)
+            candidates = jnp.where(ids == jnp.where(ban > 0, token, -1), -jnp.inf, candidates)
+        leader = largest(candidates)
+    scores, highest = candidates, leader
+    if plan.coupled:  # most of the work, and none of it for a greedy row
+        under = candidates - plan.spread(finite(leader))
+        scores = lax.cond(t > 0, lambda: under * scale + noise.gumbel(noise.random_bits(row_data, ids)), lambda: under)
+        highest = largest(scores)
     # the lowest id of the largest score: the lowest part first, which is a constant, then the lowest column
-    part = jnp.where(score == plan.spread(best), plan.iota(1), plan.shape[1]).min(1)
+    part = jnp.where(scores == plan.spread(highest), plan.iota(1), plan.shape[1]).min(1)
     flat = (plan.chunks, plan.width)
     chunk, lane = (plan.cast(lax.broadcasted_iota(jnp.int32, flat, i), plan.layout.reduce(1)) for i in (0, 1))
     best_id = (part * plan.width + (lane + chunk * CHUNK + first)).min(1)
-    fields = top * scale, total(e), weighted
+    fields = top, total(e), weighted
     if plan.coupled:
-        best_z = largest(jnp.where(ids == plan.spread(best_id), x, -jnp.inf)) * scale
-        return *fields, best, best_id, best_z
-    drafted_z = jnp.minimum(top, -jnp.inf)  # in the layout of the others: a constant has none, and is not stored
+        best = largest(jnp.where(ids == plan.spread(best_id), candidates, -jnp.inf))
+        drawn = highest - (best - finite(leader)) * scale
+        return *fields, best, best_id, jnp.where(best > -jnp.inf, drawn, 0.0)
+    drafted_x = jnp.minimum(top, -jnp.inf)  # in the layout of the others: a constant has none, and is not stored
     if not plain:
         drafted = ids == row_data[()]
-        drafted_z = largest(jnp.where(drafted, x, -jnp.inf)) * scale
+        drafted_x = largest(jnp.where(drafted, x, -jnp.inf))
         if plan.banned_tokens:
-            e = jnp.exp2((score - plan.spread(jnp.where(best > -jnp.inf, best, 0.0))) * (scale * LOG2E))
+            e = jnp.exp2((candidates - plan.spread(finite(leader))) * (scale * LOG2E))
         e = jnp.where(drafted, 0.0, e)
-    fields = *fields, best * scale, best_id, drafted_z
+    fields = *fields, leader, best_id, drafted_x
     if not plan.sharded:
         return *fields, fields[1] if plain else total(e)
     below = ids < plan.iota(0) * CHUNK + (first + CHUNK - lax.rem(offset, CHUNK))

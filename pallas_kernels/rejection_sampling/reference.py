@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import noise as noise_lib
 from pallas_kernels.noise import BlockNoise, CoupledNoise, CycleNoise, RejectionNoise
@@ -11,6 +12,20 @@ from pallas_kernels.noise import BlockNoise, CoupledNoise, CycleNoise, Rejection
 # the inverse transform picks a block by one uniform and a token inside it by another, so that neither the noise nor
 # the cumulative sums span the vocabulary
 VOCAB_BLOCK = 512
+
+SMALLEST = float(np.finfo(np.float32).tiny)  # below it is what chips flush to 0, and what has no reciprocal
+
+
+def flushed(temperature: jax.Array) -> jax.Array:
+    """The temperature as it counts, float32: 0 where it is below float32's smallest normal number, 1.2e-38."""
+    temperature = jnp.asarray(temperature, jnp.float32)
+    return jnp.where(temperature < SMALLEST, 0.0, temperature)
+
+
+def divisor(temperature: jax.Array) -> jax.Array:
+    """What logits are divided by, float32: the temperature, and 1 where it counts as 0."""
+    temperature = flushed(temperature)
+    return jnp.where(temperature > 0, temperature, 1.0)
 
 
 def _top_k(log_p: jax.Array, k: int) -> jax.Array:
@@ -33,12 +48,25 @@ def _top_p(log_p: jax.Array, top_p: jax.Array) -> jax.Array:
 def _argmax(x: jax.Array) -> jax.Array:
     """The lowest index of the largest value, int32 [...] from [..., V]: a quarter of `jnp.argmax`'s time on a CPU."""
     largest = x == jnp.max(x, -1, keepdims=True)
-    return jnp.min(jnp.where(largest, jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1] - 1), -1)
+    last = jnp.int32(x.shape[-1] - 1)
+    return jnp.min(jnp.where(largest, jnp.arange(x.shape[-1], dtype=jnp.int32), last), -1)
+
+
+def scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """(logits - the largest) / T, float32 [..., V], at most 0; temperature broadcasts to [...], and 0 counts as 1.
+
+    In this order: the difference of near logits is exact, and rounding the quotients of a small T by themselves would
+    outweigh it.
+    """
+    logits = logits.astype(jnp.float32)
+    largest = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    return (logits - largest) / divisor(temperature)[..., None]
 
 
 def scaled_logprobs(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """log-softmax(logits / T), float32 [..., V], over the whole vocabulary; temperature [...], and 0 counts as 1."""
-    return jax.nn.log_softmax(logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)[..., None])
+    """log-softmax(logits / T), float32 [..., V], over the whole vocabulary; as `scaled`, and differentiable."""
+    z = scaled(logits, temperature)
+    return z - jnp.log(jnp.sum(jnp.exp(z), -1, keepdims=True))
 
 
 def _process(logits, raw, temperature, top_p, top_k, ban, banned_tokens):
@@ -47,8 +75,8 @@ def _process(logits, raw, temperature, top_p, top_k, ban, banned_tokens):
     if ban is not None and banned_tokens:
         banned = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(banned_tokens)) & ban[..., None]
         scores = jnp.where(banned, -jnp.inf, scores)
-        log_p = jax.nn.log_softmax(jnp.where(banned, -jnp.inf, log_p))
-    greedy = jnp.where(jnp.arange(logits.shape[-1]) == _argmax(scores)[..., None], 0.0, -jnp.inf)
+        log_p = scaled_logprobs(scores, temperature)
+    greedy = jnp.where(jnp.arange(logits.shape[-1]) == _argmax(scores)[..., None], jnp.float32(0), -jnp.inf)
     log_p = jnp.where(temperature[..., None] > 0, log_p, greedy)
     if top_k:
         log_p = jax.nn.log_softmax(_top_k(log_p, top_k))
@@ -59,7 +87,7 @@ def _process(logits, raw, temperature, top_p, top_k, ban, banned_tokens):
 
 def process_logits(logits, temperature, top_p=None, *, top_k=0, ban=None, banned_tokens=()):
     """See `api.process_logits`."""
-    temperature = jnp.broadcast_to(temperature, logits.shape[:-1])
+    temperature = jnp.broadcast_to(flushed(temperature), logits.shape[:-1])
     top_p = None if top_p is None else jnp.broadcast_to(top_p, logits.shape[:-1])
     return _process(logits, scaled_logprobs(logits, temperature), temperature, top_p, top_k, ban, banned_tokens)
 
@@ -135,7 +163,7 @@ def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def leading(flags: jax.Array) -> jax.Array:
     """How many leading flags are true, int32 [B] from bool [B, K]."""
-    return jnp.cumprod(flags.astype(jnp.int32), axis=-1).sum(-1)
+    return jnp.cumprod(flags, axis=-1, dtype=jnp.int32).sum(-1, dtype=jnp.int32)
 
 
 def _coupled(log_p, draft_tokens, noise: CoupledNoise):
@@ -143,19 +171,30 @@ def _coupled(log_p, draft_tokens, noise: CoupledNoise):
     return leading(target[:, :-1] == draft_tokens), target
 
 
+def draft_mass(log_q: jax.Array) -> jax.Array:
+    """q, float32 [..., V], of log q; 0 where that is no number: nothing can be said to have been drawn from it."""
+    q = jnp.exp(log_q)
+    return jnp.where(jnp.isfinite(q), q, 0.0)
+
+
 def residual(log_p: jax.Array, log_q: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
     """(weight p - q)+, unnormalised, float32 [B, V]; p itself where rounding leaves nothing. weight: [B, 1]."""
     p = jnp.exp(log_p)
-    mass = jnp.maximum(weight * p - jnp.exp(log_q), 0.0)
+    mass = jnp.maximum(weight * p - draft_mass(log_q), 0.0)
     return jnp.where(mass.sum(-1, keepdims=True) > 0, mass, p)
 
 
+def log_ratio(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """log p(y) - log q(y) of every draft, float32 [B, K]; -inf, which no test passes, where log q(y) is not finite."""
+    return jnp.where(jnp.isfinite(log_q), log_p - log_q, -jnp.inf)
+
+
 def _log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab):
-    """log p(y) - log q(y) of every draft, float32 [B, K]."""
-    ratio = _pick(log_p[:, :draft_tokens.shape[1]], draft_tokens)
+    """`log_ratio`, float32 [B, K], of the drafts in rows [B, K, V]; of certain ones log p(y)."""
+    drafted = _pick(log_p[:, :draft_tokens.shape[1]], draft_tokens)
     if draft_log_q is None:
-        return ratio
-    return ratio - draft_logprobs(draft_log_q, draft_tokens, draft_vocab)
+        return drafted
+    return log_ratio(drafted, draft_logprobs(draft_log_q, draft_tokens, draft_vocab))
 
 
 def _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise: CycleNoise, weight):
@@ -167,7 +206,7 @@ def _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise: CycleN
         at = jnp.minimum(accepted, k - 1)
         if draft_log_q is None:
             refused = jnp.arange(last.shape[-1]) == _pick(draft_tokens, at)[:, None]
-            log_q = jnp.where(refused, 0.0, -jnp.inf)
+            log_q = jnp.where(refused, jnp.float32(0), -jnp.inf)
         else:
             log_q = jnp.take_along_axis(draft_log_q, at[:, None, None], axis=1)[:, 0]
             log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, last.shape[-1])
@@ -187,7 +226,7 @@ def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise, draft_vo
 
 def block_weights(ratio: jax.Array) -> jax.Array:
     """w_0 = 1, w_i = min(1, w_{i - 1} p(y_i) / q(y_i)), float32 [B, K + 1] from log p(y) - log q(y) [B, K]."""
-    log_w = [jnp.zeros(ratio.shape[0])]
+    log_w = [jnp.zeros(ratio.shape[0], jnp.float32)]
     for column in ratio.T:
         log_w.append(jnp.minimum(log_w[-1] + column, 0.0))  # logarithms: a ratio may overflow
     return jnp.exp(jnp.stack(log_w, 1))
@@ -202,7 +241,7 @@ def block_left(log_p, draft_tokens, draft_log_q, draft_vocab, weights) -> jax.Ar
     if draft_vocab is not None:
         flat = draft_log_q.reshape(b * k, draft_log_q.shape[-1])
         draft_log_q = spread(flat, draft_vocab, log_p.shape[-1]).reshape(log_p.shape)
-    return jnp.maximum(w[..., None] * jnp.exp(log_p) - jnp.exp(draft_log_q), 0.0).sum(-1)
+    return jnp.maximum(w[..., None] * jnp.exp(log_p) - draft_mass(draft_log_q), 0.0).sum(-1)
 
 
 def block_chances(weights: jax.Array, left: jax.Array) -> jax.Array:
@@ -213,7 +252,7 @@ def block_chances(weights: jax.Array, left: jax.Array) -> jax.Array:
     """
     k = left.shape[1]
     left, whole = left[:, 1:], left[:, 1:] + (1.0 - weights[:, 1:k])
-    h = jnp.where(whole > 0, left / jnp.where(whole > 0, whole, 1.0), 1.0)
+    h = jnp.where(whole == 0, 1.0, left / jnp.where(whole == 0, 1.0, whole))  # of NaN it is NaN, which is refused
     return jnp.concatenate([h, weights[:, k:]], axis=1)[:, :k]
 
 
@@ -238,7 +277,7 @@ def _block(log_p, draft_tokens, draft_log_q, noise: BlockNoise, draft_vocab):
 def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p=None, *, draft_vocab=None,
                        top_k=0, ban=None, banned_tokens=()):
     """See `api.rejection_sampling`; returns the fields of `api.Verdict`."""
-    temperature = jnp.broadcast_to(temperature[:, None], logits.shape[:-1])
+    temperature = jnp.broadcast_to(flushed(temperature)[:, None], logits.shape[:-1])
     top_p = None if top_p is None else jnp.broadcast_to(top_p[:, None], logits.shape[:-1])
     raw = scaled_logprobs(logits, temperature)
     log_p = _process(logits, raw, temperature, top_p, top_k, ban, banned_tokens)

@@ -19,10 +19,13 @@ from pallas_kernels.rejection_sampling.reference import (
     VOCAB_BLOCK,
     block_chances,
     block_weights,
+    divisor,
     draft_logprobs,
+    draft_mass,
     first_above,
     last_true,
     leading,
+    log_ratio,
     spread,
 )
 
@@ -33,20 +36,21 @@ CHUNK = VOCAB_BLOCK
 class Summary:
     """Of R rows of logits [R, V] in C = ceil(V / CHUNK) chunks. All arrays are [R, C].
 
-    With z = logits / T in float32 (T = 0 counts as 1), and id = column + offset the global vocabulary id:
+    With x the logits in float32, T = 0 counting as 1, and id = column + offset the global vocabulary id. Only
+    differences are divided by T: see `reference.scaled`.
 
     Attributes:
-      top: float32, the largest z; -inf if all are.
-      total: float32, sum of exp(z - top); 0 where top is -inf.
-      weighted: float32, sum of exp(z - top) * (z - top), a term of z = -inf counting 0.
-      best: float32, the largest score over the chunk's ids that are not banned: z, plus the Gumbel noise of
+      top: float32, the largest x; -inf if all are.
+      total: float32, sum of exp((x - top) / T); 0 where top is -inf.
+      weighted: float32, sum of exp((x - top) / T) * (x - top) / T, a term of x = -inf counting 0.
+      best: float32, x of the largest score over the chunk's ids that are not banned: x / T, plus the Gumbel noise of
         (key, id) where keys are given and T > 0. -inf if there is none.
       best_id: int32, its global id; ties go to the lowest. Anything where best is -inf.
-      best_z: float32, its z.
-      drafted_z: float32, z of the row's drafted token where the chunk has it, else -inf; None where keys are given.
-      mass: float32, sum of exp(z - best) over the ids below the first multiple of CHUNK that is greater than the
+      best_noise: float32, the noise in that score, 0 where T = 0 or best is -inf; None where no keys are given.
+      drafted: float32, x of the row's drafted token where the chunk has it, else -inf; None where keys are given.
+      mass: float32, sum of exp((x - best) / T) over the ids below the first multiple of CHUNK that is greater than the
         chunk's first id, without the row's drafted token and banned ids; None where keys are given. (Against `top`,
-        what is left beside a banned id of large z would be 0.)
+        what is left beside a banned id of large x would be 0.)
       spill: float32, the same over the chunk's other ids (none, if offset is a multiple of CHUNK); None where keys are
         given, and where the whole vocabulary is here (offset None).
     """
@@ -56,17 +60,19 @@ class Summary:
     weighted: jax.Array
     best: jax.Array
     best_id: jax.Array
-    best_z: jax.Array
-    drafted_z: jax.Array | None
-    mass: jax.Array | None
-    spill: jax.Array | None
+    best_noise: jax.Array | None = None
+    drafted: jax.Array | None = None
+    mass: jax.Array | None = None
+    spill: jax.Array | None = None
 
 
 @struct.dataclass
 class _Rows:
-    """Of whole rows, float32 [R]: log-sum-exp and entropy of the policy."""
+    """Of whole rows, float32 [R]: the largest logit, the logarithm of sum(exp((x - top) / T)), and the policy's
+    entropy."""
 
-    lse: jax.Array
+    top: jax.Array
+    log_total: jax.Array
     entropy: jax.Array
 
 
@@ -78,24 +84,33 @@ def _max(x, axis):
     return x if axis is None else jax.lax.pmax(x, axis)
 
 
-def _rows(s: Summary, axis) -> _Rows:
-    top = _max(s.top.max(-1), axis)
-    top = jnp.where(top > -jnp.inf, top, 0.0)
-    shift = jnp.where(s.top > -jnp.inf, s.top - top[:, None], 0.0)
-    scale = jnp.exp(shift)
-    total = _sum((scale * s.total).sum(-1), axis)
+def _finite(x):
+    """x, or 0 where it is -inf: what is measured from it is -inf itself, and -inf - -inf would be NaN."""
+    return jnp.where(x > -jnp.inf, x, 0.0)
+
+
+def _rows(s: Summary, scale, axis) -> _Rows:
+    """scale: 1 / T, float32 [R]."""
+    top = _finite(_max(s.top.max(-1), axis))
+    shift = jnp.where(s.top > -jnp.inf, (s.top - top[:, None]) * scale[:, None], 0.0)
+    share = jnp.exp(shift)
+    total = _sum((share * s.total).sum(-1), axis)
     # a chunk so far below that it counts nothing may have a product that overflows
-    weighted = _sum(jnp.where(scale > 0, scale * (s.weighted + s.total * shift), 0.0).sum(-1), axis)
-    return _Rows(top + jnp.log(total), jnp.log(total) - weighted / total)
+    weighted = _sum(jnp.where(share > 0, share * (s.weighted + s.total * shift), 0.0).sum(-1), axis)
+    return _Rows(top, jnp.log(total), jnp.log(total) - weighted / total)
 
 
-def _best(s: Summary, axis) -> tuple[jax.Array, jax.Array]:
-    """Id int32 [R] and z float32 [R] of each row's largest score."""
+def _best(s: Summary, scale, axis) -> tuple[jax.Array, jax.Array]:
+    """Id int32 [R] and logit float32 [R] of each row's largest score."""
     def pick(scores, *values):
         at = jnp.argmax(scores, 0)[None]
         return tuple(jnp.take_along_axis(x, at, axis=0)[0] for x in (scores, *values))
 
-    best = pick(s.best.T, s.best_id.T, s.best_z.T)
+    scores = s.best
+    if s.best_noise is not None:
+        largest = _finite(_max(s.best.max(-1), axis))
+        scores = (s.best - largest[:, None]) * scale[:, None] + s.best_noise
+    best = pick(scores.T, s.best_id.T, s.best.T)
     if axis is not None:
         best = pick(*(jax.lax.all_gather(x, axis) for x in best))
     return best[1:]
@@ -126,37 +141,34 @@ class _Candidates:
 
     Attributes:
       logits: [R, V], this shard's of all rows. row: int32 [B], which of them it is.
-      temperature, lse: float32 [B]; p = exp(logits / T - lse).
+      scale, top, log_total: float32 [B]; p = exp((logits - top) * scale - log_total).
       banned: bool [B] or None.
-      refused: int32 [B], global id of the refused draft; -1 where all were accepted. refused_z: float32 [B], its z.
+      refused: int32 [B], global id of the refused draft; -1 where all were accepted. refused_x: float32 [B], its logit.
       log_q: float32 [B, V], this shard's part of what the refused draft was drawn from; None if that is certain.
       weight: float32 [B], of p in the residual; the block rule's w, else 1.
     """
 
     logits: jax.Array
     row: jax.Array
-    temperature: jax.Array
-    lse: jax.Array
+    scale: jax.Array
+    top: jax.Array
+    log_total: jax.Array
     banned: jax.Array | None
     refused: jax.Array
-    refused_z: jax.Array
+    refused_x: jax.Array
     log_q: jax.Array | None
     weight: jax.Array
 
     def weigh(self, logits: jax.Array, log_q: jax.Array | None, ids: jax.Array, banned_tokens: tuple[int, ...]):
-        """z, p and the residual (weight p - q)+, in some unit, of ids [B or 1, n], float32 [B, n]."""
-        z = _scaled(logits, self.temperature[:, None])
-        p = jnp.exp(z - self.lse[:, None])
+        """x, p and the residual (weight p - q)+, in some unit, of ids [B or 1, n], float32 [B, n]."""
+        x = logits.astype(jnp.float32)
+        p = jnp.exp((x - self.top[:, None]) * self.scale[:, None] - self.log_total[:, None])
         if self.banned is not None:
             p = jnp.where(self.banned[:, None] & jnp.isin(ids, jnp.array(banned_tokens)), 0.0, p)
         if log_q is None:
-            return z, p, jnp.where(ids == self.refused[:, None], 0.0, p)
-        residual = jnp.maximum(self.weight[:, None] * p - jnp.exp(log_q), 0.0)
-        return z, p, jnp.where(self.refused[:, None] < 0, p, residual)
-
-
-def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    return logits.astype(jnp.float32) * (1 / jnp.where(temperature > 0, temperature, 1.0))  # as the kernels do
+            return x, p, jnp.where(ids == self.refused[:, None], 0.0, p)
+        residual = jnp.maximum(self.weight[:, None] * p - draft_mass(log_q), 0.0)
+        return x, p, jnp.where(self.refused[:, None] < 0, p, residual)
 
 
 def _row_pieces(mass: jax.Array, ids: jax.Array) -> jax.Array:
@@ -182,12 +194,12 @@ def inverse_transform(mass: jax.Array, u: jax.Array, axis: tuple[str, ...]) -> j
     pieces = _row_pieces(mass, first + jnp.arange(vocab))
     block = first_above(pieces, u[:, 0], first // CHUNK + jnp.arange(pieces.shape[1]), axis)
     start, ids = _window(block, first, vocab)
-    inside = _slice(mass, jnp.arange(rows), start, ids.shape[1])
+    inside = _slice(mass, jnp.arange(rows, dtype=jnp.int32), start, ids.shape[1])
     return first_above(jnp.where(ids // CHUNK == block[:, None], inside, 0.0), u[:, 1], ids, axis)
 
 
 def _draw_last(last: _Candidates, pieces: jax.Array, u: jax.Array, first: jax.Array | int, banned_tokens, axis):
-    """Inverse transform of each sequence's residual (of p, where nothing was refused): its id int32 [B] and z.
+    """Inverse transform of each sequence's residual (of p, where nothing was refused): its id int32 [B] and logit.
 
     pieces: float32 [B, C + 1], the residual's mass by block of the vocabulary; computed here where drafts were sampled.
     """
@@ -196,21 +208,21 @@ def _draw_last(last: _Candidates, pieces: jax.Array, u: jax.Array, first: jax.Ar
         ids = first + jnp.arange(vocab)
         _, p, residual = last.weigh(last.logits[last.row], last.log_q, ids[None], banned_tokens)
         pieces, whole = _row_pieces(residual, ids), _row_pieces(p, ids)
-    empty = _sum(pieces.sum(-1), axis) == 0  # by rounding: then p itself
+    empty = ~(_sum(pieces.sum(-1), axis) > 0)  # by rounding: then p itself
     if last.log_q is not None:
         pieces = jnp.where(empty[:, None], whole, pieces)
     block = first_above(pieces, u[:, 0], first // CHUNK + jnp.arange(pieces.shape[1]), axis)
     start, ids = _window(block, first, vocab)
     width = ids.shape[1]
-    log_q = None if last.log_q is None else _slice(last.log_q, jnp.arange(len(start)), start, width)
-    z, p, residual = last.weigh(_slice(last.logits, last.row, start, width), log_q, ids, banned_tokens)
+    log_q = None if last.log_q is None else _slice(last.log_q, jnp.arange(len(start), dtype=jnp.int32), start, width)
+    x, p, residual = last.weigh(_slice(last.logits, last.row, start, width), log_q, ids, banned_tokens)
     mass = jnp.where(empty[:, None], p, residual)
     token = first_above(jnp.where(ids // CHUNK == block[:, None], mass, 0.0), u[:, 1], ids, axis)
-    z = _max(jnp.where(ids == token[:, None], z, -jnp.inf).max(-1), axis)
+    x = _max(jnp.where(ids == token[:, None], x, -jnp.inf).max(-1), axis)
     if last.log_q is None:  # all of p is the refused draft's
         alone = empty & (last.refused >= 0)
-        token, z = jnp.where(alone, last.refused, token), jnp.where(alone, last.refused_z, z)
-    return token, z
+        token, x = jnp.where(alone, last.refused, token), jnp.where(alone, last.refused_x, x)
+    return token, x
 
 
 def _local(x: jax.Array, ids: jax.Array, first: jax.Array | int) -> jax.Array:
@@ -227,57 +239,64 @@ def _left(rows: _Candidates, first, banned_tokens, axis) -> jax.Array:
     return _sum(rows.weigh(rows.logits[rows.row], rows.log_q, ids[None], banned_tokens)[2].sum(-1), axis)
 
 
-def _by_uniforms(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits, draft_tokens, draft_log_q, noise,
-               temperature, draft_vocab, ban, banned_tokens, first, axis):
-    """Accepted int32 [B], and tokens and their z [B, K + 1]. logits: [B * (K + 1), V]."""
+def _among_candidates(s: Summary, rows: _Rows, best, drafted, draft_tokens, scale, ban, banned_tokens, axis):
+    """Mass by block of the vocabulary [B, K + 1, C + 1] in some unit, and what p is measured from: top and log_total,
+    float32 [B, K + 1], and log p of the drafts, whose logits are `drafted`, float32 [B, K]."""
     b, k = draft_tokens.shape
-    row = (k + 1) * jnp.arange(b)
-    top = jnp.where(best[1] > -jnp.inf, best[1], 0.0)
-    scale = jnp.exp(s.best - top.reshape(-1, 1))
-    pieces = _pieces(s.mass * scale, None if s.spill is None else s.spill * scale).reshape(b, k + 1, -1)
-    z = _max(s.drafted_z.max(-1), axis).reshape(b, k + 1)[:, :k]
-    log_p, lse = z - rows.lse[:, :k], rows.lse
-    if ban is not None:
-        log_z = jnp.where(ban[:, :k] & jnp.isin(draft_tokens, jnp.array(banned_tokens)), -jnp.inf, z)
-        drafted = jnp.pad(jnp.exp(log_z - top[:, :k]), ((0, 0), (0, 1)))
-        lse = top + jnp.log(_sum(pieces.sum(-1), axis) + drafted)
-        log_p = log_z - lse[:, :k]
+    top = _finite(best)
+    share = jnp.exp((s.best - top.reshape(-1, 1)) * scale.reshape(-1, 1))
+    pieces = _pieces(s.mass * share, None if s.spill is None else s.spill * share).reshape(b, k + 1, -1)
+    if ban is None:
+        return pieces, rows.top, rows.log_total, (drafted - rows.top[:, :k]) * scale[:, :k] - rows.log_total[:, :k]
+    drafted = jnp.where(ban[:, :k] & jnp.isin(draft_tokens, jnp.array(banned_tokens)), -jnp.inf, drafted)
+    log_mass = (drafted - top[:, :k]) * scale[:, :k]
+    log_total = jnp.log(_sum(pieces.sum(-1), axis) + jnp.pad(jnp.exp(log_mass), ((0, 0), (0, 1))))
+    return pieces, top, log_total, log_mass - log_total[:, :k]
+
+
+def _by_uniforms(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits, draft_tokens, draft_log_q, noise,
+                 temperature, scale, draft_vocab, ban, banned_tokens, first, axis):
+    """Accepted int32 [B], and tokens and their logits [B, K + 1]. logits: [B * (K + 1), V]; scale [B, K + 1]."""
+    b, k = draft_tokens.shape
+    row = (k + 1) * jnp.arange(b, dtype=jnp.int32)
+    drafted = _max(s.drafted.max(-1), axis).reshape(b, k + 1)[:, :k]
+    pieces, top, log_total, log_p = _among_candidates(s, rows, best[1], drafted, draft_tokens, scale, ban,
+                                                      banned_tokens, axis)
     log_q, ratio = None, log_p
     if draft_log_q is not None:
         if draft_vocab is None:
             drawn = _max(_local(draft_log_q, draft_tokens, first), axis)
         else:
             drawn = draft_logprobs(draft_log_q, draft_tokens, draft_vocab)
-        ratio = log_p - drawn
-    greedy, likeliest = temperature == 0, leading(draft_tokens == best[0][:, :k])
-    accepted, weight = leading(jnp.log(noise.accept) < ratio), jnp.ones(b)
+        ratio = log_ratio(log_p, drawn)
+    accepted, weight = leading(jnp.log(noise.accept) < ratio), jnp.ones(b, jnp.float32)
     if isinstance(noise, BlockNoise):
         weights = block_weights(ratio)
         left = weights[:, :k] * jnp.maximum(1.0 - jnp.exp(log_p), 0.0)  # where q is all on the draft
         if draft_log_q is not None and k:
             log_q = draft_log_q.reshape(b * k, -1)
             log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
-            each, each_lse, each_weight = (
-                x[:, :k].reshape(-1) for x in (row[:, None] + jnp.arange(k + 1), lse, weights))
-            drafts = _Candidates(logits, each, jnp.repeat(temperature, k), each_lse,
-                                 None if ban is None else ban[:, :k].reshape(-1), draft_tokens.reshape(-1),
-                                 z.reshape(-1), log_q, each_weight)
+            each, *of_each = (x[:, :k].reshape(-1) for x in (row[:, None] + jnp.arange(k + 1), scale, top, log_total))
+            drafts = _Candidates(logits, each, *of_each, None if ban is None else ban[:, :k].reshape(-1),
+                                 draft_tokens.reshape(-1), drafted.reshape(-1), log_q, weights[:, :k].reshape(-1))
             left = _left(drafts, first, banned_tokens, axis).reshape(b, k)
         accepted = last_true(noise.accept < block_chances(weights, left))
         weight = _at(weights, accepted)
+    greedy = temperature == 0
+    likeliest = leading((draft_tokens == best[0][:, :k]) & (ratio > -jnp.inf))
     accepted = jnp.where(greedy, likeliest, accepted)
     refused = _at(jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1), accepted)
-    refused_z = _at(jnp.pad(z, ((0, 0), (0, 1))), accepted)
+    refused_x = _at(jnp.pad(drafted, ((0, 0), (0, 1))), accepted)
     if draft_log_q is not None and k:
         log_q = _at(draft_log_q, jnp.minimum(accepted, k - 1))
         log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
-    last = _Candidates(logits, row + accepted, temperature, _at(lse, accepted),
-                       None if ban is None else _at(ban, accepted), refused, refused_z, log_q, weight)
-    token, token_z = _draw_last(last, _at(pieces, accepted), noise.residual, first, banned_tokens, axis)
-    token, token_z = (jnp.where(greedy, _at(x, accepted), y) for x, y in zip(best, (token, token_z), strict=True))
+    last = _Candidates(logits, row + accepted, *(_at(x, accepted) for x in (scale, top, log_total)),
+                       None if ban is None else _at(ban, accepted), refused, refused_x, log_q, weight)
+    token, token_x = _draw_last(last, _at(pieces, accepted), noise.residual, first, banned_tokens, axis)
+    token, token_x = (jnp.where(greedy, _at(x, accepted), y) for x, y in zip(best, (token, token_x), strict=True))
     at = jnp.arange(k + 1) == accepted[:, None]
     return accepted, *(jnp.where(at, x[:, None], jnp.pad(y, ((0, 0), (0, 1))))
-                       for x, y in ((token, draft_tokens), (token_z, z)))
+                       for x, y in ((token, draft_tokens), (token_x, drafted)))
 
 
 def judge(summarize: Callable[..., Summary], logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban,
@@ -293,14 +312,17 @@ def judge(summarize: Callable[..., Summary], logits, draft_tokens, draft_log_q, 
         keys = noise.keys.reshape(b * width, 2)
     else:
         drafted = jnp.pad(draft_tokens, ((0, 0), (0, 1)), constant_values=-1).reshape(-1)
-    s = summarize(logits, jnp.repeat(temperature, width), drafted, keys,
-                  None if ban is None else ban.reshape(-1), offset, banned_tokens=banned_tokens)
+    by_row = jnp.repeat(temperature, width)
+    s = summarize(logits, by_row, drafted, keys, None if ban is None else ban.reshape(-1), offset,
+                  banned_tokens=banned_tokens)
     s = s.replace(best_id=jnp.minimum(s.best_id, (0 if offset is None else offset) + vocab - 1))  # also of NaN
-    rows, best = jax.tree.map(lambda x: x.reshape(b, width), (_rows(s, axis), _best(s, axis)))
+    scale = 1 / divisor(by_row)  # by which the kernels multiply too
+    rows, best = jax.tree.map(lambda x: x.reshape(b, width), (_rows(s, scale, axis), _best(s, scale, axis)))
+    scale = scale.reshape(b, width)
     if isinstance(noise, CoupledNoise):
-        tokens, z = best
+        tokens, x = best
         accepted = leading(tokens[:, :-1] == draft_tokens)
     else:
-        accepted, tokens, z = _by_uniforms(s, rows, best, logits, draft_tokens, draft_log_q, noise, temperature,
+        accepted, tokens, x = _by_uniforms(s, rows, best, logits, draft_tokens, draft_log_q, noise, temperature, scale,
                                            draft_vocab, ban, banned_tokens, 0 if offset is None else offset, axis)
-    return accepted, tokens, z - rows.lse, rows.entropy
+    return accepted, tokens, (x - rows.top) * scale - rows.log_total, rows.entropy

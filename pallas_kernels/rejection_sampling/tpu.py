@@ -41,7 +41,7 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
         raise NotImplementedError(f"logits must be float32 or bfloat16, not {logits.dtype}")
     coupled, sharded = keys is not None, offset is not None
     names = ["top", "total", "weighted", "best", "best_id"]
-    names += ["best_z"] if coupled else ["drafted_z", "mass", "spill"] if sharded else ["drafted_z", "mass"]
+    names += ["best_noise"] if coupled else ["drafted", "mass", "spill"] if sharded else ["drafted", "mass"]
     count = pl.cdiv(vocab, CHUNK)
     chunks, height = min(CHUNKS, count), min(32 // logits.dtype.itemsize, rows)
     # one array for all that is known of a row: each would be padded to 128 lanes by itself
@@ -65,9 +65,7 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
         interpret=interpret,
     )(jnp.zeros(1, jnp.int32) if offset is None else jnp.reshape(offset, 1).astype(jnp.int32), logits,
       temperature[:, None], jnp.stack(of_row, 1))
-    fields = {name: x[:, :count] for name, x in zip(names, out, strict=True)}
-    # without noise the score is z
-    return Summary(**{"best_z": fields["best"], "drafted_z": None, "mass": None, "spill": None, **fields})
+    return Summary(**{name: x[:, :count] for name, x in zip(names, out, strict=True)})
 
 
 def _body(offset, logits, temperature, of_row, *out, vocab, chunks, names, banned_tokens):
@@ -95,35 +93,46 @@ def _summaries(x, column, offset, temperature, of_row, vocab, names, banned_toke
     ids = lane + (column + offset)
     if vocab % CHUNK:
         x = jnp.where(lane < vocab - column, x, -jnp.inf)
-    z = x * (1 / jnp.where(temperature > 0, temperature, 1.0))
-    top = largest(z)
-    d = z - jnp.where(top > -jnp.inf, top, 0.0)
+    scale = 1 / jnp.where(temperature > 0, temperature, 1.0)
+    top = largest(x)
+    d = (x - _finite(top)) * scale
     e = jnp.exp(d)
     fields = {"top": top, "total": total(e), "weighted": total(e * jnp.maximum(d, -200.0))}  # exp(-200) is 0; not NaN
-    banned = jnp.zeros(x.shape, bool)
-    for token in banned_tokens:
-        banned |= ids == jnp.where(of_row[:, :1] > 0, token, -1)
-    score = z
-    if "best_z" in names:
+    candidates, leader = x, top
+    if banned_tokens:
+        banned = jnp.zeros(x.shape, bool)
+        for token in banned_tokens:
+            banned |= ids == jnp.where(of_row[:, :1] > 0, token, -1)
+        candidates = jnp.where(banned, -jnp.inf, x)
+        leader = largest(candidates)
+        d = (candidates - _finite(leader)) * scale
+
+    def lowest(scores, best):
+        # lanes as floats, which every TPU can reduce
+        return jnp.min(jnp.where(scores == best, lane.astype(jnp.float32), CHUNK - 1.0), axis=1, keepdims=True).astype(
+            jnp.int32)
+
+    if "best_noise" in names:
         key = of_row[:, 1:2].astype(jnp.uint32), of_row[:, 2:3].astype(jnp.uint32)
         x0, x1 = noise.threefry2x32(*key, jnp.uint32(0), ids.astype(jnp.uint32))
-        score = jnp.where(temperature > 0, z + noise.gumbel(x0 ^ x1), z)
-    if banned_tokens:
-        score = jnp.where(banned, -jnp.inf, score)
-    best = top if score is z else largest(score)
-    # lanes as floats, which every TPU can reduce
-    winner = jnp.min(jnp.where(score == best, lane.astype(jnp.float32), CHUNK - 1.0), axis=1, keepdims=True)
-    winner = winner.astype(jnp.int32)
-    fields |= {"best": best, "best_id": winner + (column + offset)}
-    if "best_z" in names:
-        fields["best_z"] = largest(jnp.where(lane == winner, z, -jnp.inf))
+        scores = d + jnp.where(temperature > 0, noise.gumbel(x0 ^ x1), 0.0)
+        highest = largest(scores)
+        winner = lowest(scores, highest)
+        best = largest(jnp.where(lane == winner, candidates, -jnp.inf))
+        drawn = highest - (best - _finite(leader)) * scale
+        fields |= {"best": best, "best_id": winner + (column + offset),
+                   "best_noise": jnp.where(best > -jnp.inf, drawn, 0.0)}
     else:
+        fields |= {"best": leader, "best_id": lowest(candidates, leader) + (column + offset)}
         drafted = ids == of_row[:, 1:2]
-        fields["drafted_z"] = largest(jnp.where(drafted, z, -jnp.inf))
-        if banned_tokens:
-            e = jnp.exp(score - jnp.where(best > -jnp.inf, best, 0.0))
-        e = jnp.where(drafted, 0.0, e)
+        fields["drafted"] = largest(jnp.where(drafted, x, -jnp.inf))
+        e = jnp.where(drafted, 0.0, jnp.exp(d) if banned_tokens else e)
         below = lane < CHUNK - jax.lax.rem(offset, CHUNK)
         fields["mass"] = total(jnp.where(below, e, 0.0) if "spill" in names else e)
         fields["spill"] = total(jnp.where(below, 0.0, e))
     return [fields[name] for name in names]
+
+
+def _finite(x):
+    """x, or 0 where all of a chunk is -inf."""
+    return jnp.where(x > -jnp.inf, x, 0.0)

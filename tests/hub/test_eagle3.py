@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,8 @@ def largest_difference(policy, draft, case):
     def score(policy, draft):
         trunk = train_forward(policy, tokens, features=draft.module.features(draft.config))
         states = module.unroll(policy, draft, trunk, tokens, draft.config.depths)
-        return jnp.concatenate([module.logits(policy, draft.config, draft.weights, x) for x in states])
+        head = partial(module.logits, policy, draft.config, draft.weights, draft.state.get("vocab"))
+        return jnp.concatenate([head(x) for x in states])
 
     got = np.asarray(score(policy, draft))
     assert got.shape == want.shape and np.isfinite(want).sum() > 60 * want.shape[-1]

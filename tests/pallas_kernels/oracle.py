@@ -102,24 +102,29 @@ def attention(q, k, v, length, window=None):
 def summary(logits, temperature, drafted, gumbel, ban, banned_tokens, offset, chunk):
     """One row of `rejection_sampling.summary.Summary` as a dict of float64 [C]; gumbel [V] or None, drafted a global
     id or -1."""
-    z = np.asarray(logits, np.float64) / (temperature or 1.0)
-    ids = offset + np.arange(len(z))
+    x = np.asarray(logits, np.float64)
+    ids = offset + np.arange(len(x))
     banned = np.isin(ids, banned_tokens) & bool(ban)
-    score = np.where(banned, -np.inf, z + (gumbel if gumbel is not None and temperature > 0 else 0.0))
-    names = ("top", "total", "weighted", "best", "best_id", "best_z", "drafted_z", "mass", "spill")
+    g = gumbel if gumbel is not None and temperature > 0 else np.zeros(len(x))
+    score = np.where(banned, -np.inf, x / (temperature or 1.0) + g)
+    names = ("top", "total", "weighted", "best", "best_id", "best_noise", "drafted", "mass", "spill")
     out = {name: [] for name in names}
-    for start in range(0, len(z), chunk):
+    for start in range(0, len(x), chunk):
         part = slice(start, start + chunk)
-        top = z[part].max()
-        d = z[part] - (top if top > -np.inf else 0.0)
+        top, at = x[part].max(), start + int(np.argmax(score[part]))
+        some = score[at] > -np.inf
+
+        def above(y, from_):
+            return (y - (from_ if from_ > -np.inf else 0.0)) / (temperature or 1.0)
+
+        d = above(x[part], top)
         e = np.exp(d)
-        at = start + int(np.argmax(score[part]))
         candidate = ~banned[part] & (ids[part] != drafted)
         first = ids[part] < (ids[start] // chunk + 1) * chunk
-        drafted_z = z[part][ids[part] == drafted].max(initial=-np.inf)
-        left = np.exp(np.where(candidate, z[part], -np.inf) - (z[at] if score[at] > -np.inf else 0.0))
-        values = (top, e.sum(), (e * np.where(e > 0, d, 0.0)).sum(), score[at], ids[at], z[at], drafted_z,
-                  left[first].sum(), left[~first].sum())
+        drafted_x = x[part][ids[part] == drafted].max(initial=-np.inf)
+        left = np.exp(above(np.where(candidate, x[part], -np.inf), x[at] if some else 0.0))
+        values = (top, e.sum(), (e * np.where(e > 0, d, 0.0)).sum(), x[at] if some else -np.inf, ids[at],
+                  g[at] if some else 0.0, drafted_x, left[first].sum(), left[~first].sum())
         for name, value in zip(names, values, strict=True):
             out[name].append(value)
     return {name: np.array(value) for name, value in out.items()}

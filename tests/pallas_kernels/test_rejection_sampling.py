@@ -163,6 +163,57 @@ def test_a_draft_without_probability_is_refused_even_at_u_zero(kind):
         assert int(out.accepted[0]) == 0 and int(out.tokens[0, 0]) == 2
 
 
+@by_uniforms
+def test_a_draft_that_is_not_finite_ends_the_block(kind):
+    """It is refused, and the token there is drawn from p: as if only the drafts before it had been made."""
+    logits, drafts, log_q, noise = random_case(np.random.default_rng(0), 64, 2, 9, True, kind)
+    spoil = jax.jit(lambda log_q, value, at: rejection_sampling(
+        logits, drafts, log_q.at[:, at].set(value), noise, jnp.ones(64)))
+    for at in (0, 1):
+        before = jnp.asarray(log_q[:, :at]) if at else None
+        want = judge(jnp.asarray(logits[:, :at + 1]), jnp.asarray(drafts[:, :at]), before,
+                     noise.replace(draft=noise.draft[:, :at], accept=noise.accept[:, :at]), jnp.ones(64))
+        emitted = np.arange(at + 1) <= np.asarray(want.accepted)[:, None]
+        assert len(set(np.asarray(want.accepted).tolist())) == at + 1
+        for value in (np.nan, np.inf, -np.inf):
+            got = spoil(jnp.asarray(log_q), value, at)
+            np.testing.assert_array_equal(got.accepted, want.accepted)
+            np.testing.assert_array_equal(np.asarray(got.tokens)[:, :at + 1][emitted], np.asarray(want.tokens)[emitted])
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_draw_from_what_is_not_finite_is_an_id_that_exists(coupled):
+    log_q = jnp.full((4, 700), jnp.nan).at[2:, 5:].set(-1.0)
+    noise = RejectionNoise(jnp.full((4, 1, 2), 0.9), jnp.zeros((4, 1)), jnp.zeros((4, 2)))
+    if coupled:
+        noise = coupled_noise(jax.random.key_data(jax.random.key(0)), jnp.arange(4), jnp.full(4, 5), 1)
+    reduced = jnp.arange(3, 1403, 2)
+    whole, part = jax.jit(lambda q, noise: (draw(q, noise, 0), draw(q, noise, 0, reduced)))(log_q, noise)
+    assert whole.dtype == part.dtype == jnp.int32 and np.isin(whole, range(700)).all() and np.isin(part, reduced).all()
+
+
+# small numbers, the smallest normal one, and what chips flush to 0
+TINY = np.float32([1e-2, 1e-4, 1e-6, 1e-9, 1e-12, 1e-20, 1e-30, 1.2e-38, 1e-39, 1e-44])
+
+
+def test_a_small_temperature_is_the_limit():
+    """Finite log-probabilities of what is likeliest, and that alone is drawn; also of logits that nearly tie, and of
+    large ones. Below the smallest normal number it is 0."""
+    rng, cold = np.random.default_rng(7), jax.jit(rejection_sampling)
+    for scale, shift in ((2.0, 0.0), (1e-5, 7.0), (300.0, -4000.0)):
+        logits = (shift + scale * rng.normal(0, 1, (len(TINY), 1, 40))).astype(np.float32)
+        _, _, _, noise = random_case(rng, len(TINY), 0, 40, False)
+        out = cold(jnp.asarray(logits), jnp.zeros((len(TINY), 0), jnp.int32), None, noise, jnp.asarray(TINY))
+        for row, t, token, got, entropy in zip(logits[:, 0], TINY, out.tokens[:, 0], out.logprobs[:, 0],
+                                               out.entropy[:, 0], strict=True):
+            raw = oracle.log_softmax(row.astype(np.float64) / (t if t >= 1.2e-38 else 1.0))
+            np.testing.assert_allclose(got, raw[token], atol=1e-5, rtol=1e-5)
+            p = np.exp(raw)
+            np.testing.assert_allclose(entropy, -(p * np.where(p > 0, raw, 0)).sum(), atol=1e-5)
+            if t < 1e-9:
+                assert int(token) == row.argmax()
+
+
 def test_a_later_test_outdoes_an_earlier_one():
     """Block accepts a draft that the target likes less than the draft did, for the sake of the one after it."""
     p, q = np.array([[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]), np.array([[0.6, 0.4], [0.3, 0.7]])

@@ -47,7 +47,7 @@ def check_summary(chip, seed, rows, chunks, dtype, rule, offset, banned, lone):
         x[:] = -np.inf
         x[np.arange(rows), rng.integers(0, vocab, rows)] = 1
     logits = jnp.asarray(x, dtype)
-    temperature = rng.choice([0, 0.3, 1, 2.5], rows).astype(np.float32)
+    temperature = rng.choice([0, 1e-12, 0.3, 1, 2.5], rows).astype(np.float32)
     drafted = keys = None
     if rule == "coupled":
         keys = rng.integers(0, 2**32, (rows, 2), dtype=np.uint32)
@@ -66,7 +66,8 @@ def check_summary(chip, seed, rows, chunks, dtype, rule, offset, banned, lone):
                            np.float64)
         want = oracle.summary(np.asarray(logits[i], np.float32), temperature[i], -1 if drafted is None else drafted[i],
                               g, banned and ban[i], tokens, first, summary.CHUNK)
-        missing = {"drafted_z", "mass", "spill"} if keys is not None else {"spill"} if offset is None else set()
+        missing = {"drafted", "mass", "spill"} if keys is not None else {"best_noise"}
+        missing |= {"spill"} if offset is None else set()
         some = want["best"] > -np.inf
         for name, value in want.items():
             if name in missing:
@@ -74,7 +75,7 @@ def check_summary(chip, seed, rows, chunks, dtype, rule, offset, banned, lone):
                 continue
             mine = np.asarray(getattr(got, name)[i], np.float64)
             assert mine.shape == value.shape
-            if name in ("best_id", "best_z"):
+            if name == "best_id":
                 mine, value = mine[some], value[some]
             np.testing.assert_allclose(mine, value, rtol=0 if name == "best_id" else TOLERANCE, atol=TOLERANCE,
                                        err_msg=name)
@@ -181,31 +182,51 @@ def assert_same(got, args, reference, *, at_most=0.02):
     return want
 
 
+def ruined(args, seed=0):
+    """The same arguments with drafts of which a part is not finite."""
+    rng = np.random.default_rng(seed)
+    bad = rng.choice(np.float32([np.nan, np.inf, -np.inf, 0]), args["draft_tokens"].shape, p=[0.3, 0.1, 0.1, 0.5])
+    return {**args, "draft_log_q": jnp.where(bad[..., None] == 0, args["draft_log_q"], bad[..., None])}
+
+
+def chilled(args):
+    """The same arguments at temperatures down to what counts as 0."""
+    tiny = np.resize(np.float32([1e-2, 1e-6, 1e-12, 1e-30, 1.2e-38, 1e-40]), args["temperature"].shape)
+    return {**args, "temperature": jnp.asarray(tiny)}
+
+
 VERDICTS = [("certain", 3, 1300, False), ("sampled", 3, 1300, False), ("reduced", 2, 700, False),
             ("certain", 0, 1300, False), ("sampled", 3, 1300, True), ("certain", 0, 515, True)]
 
 
 @pytest.mark.parametrize("kind, k, vocab, coupled", VERDICTS)
 def test_verdicts_equal_the_reference(kind, k, vocab, coupled):
-    static = dict(banned_tokens=(5, 17))
-    args = case(vocab + k, 64, k, vocab, kind, coupled)
-    want = assert_same(verdict(PLAIN, **static)(**args), args, verdict(**static))
+    check_verdicts(kind, k, vocab, coupled)
+
+
+def check_verdicts(kind, k, vocab, coupled, uniforms=RejectionNoise):
+    kernel, reference = (verdict(*which, banned_tokens=(5, 17)) for which in ((PLAIN,), ()))
+    args = case(vocab + k, 64, k, vocab, kind, coupled, uniforms=uniforms)
+    want = assert_same(kernel(**args), args, reference)
     if k:
         assert len(set(np.asarray(want.accepted).tolist())) == k + 1  # all that can happen does
+    others = [chilled(args)] if kind == "certain" else [chilled(args), ruined(args), chilled(ruined(args))]
+    for other in others:
+        want = assert_same(kernel(**other), other, reference)
+        emitted = np.arange(k + 1) <= np.asarray(want.accepted)[:, None]
+        assert np.isfinite(np.asarray(want.logprobs)[emitted]).all() and np.isfinite(want.entropy).all()
 
 
 @pytest.mark.parametrize("kind, k, vocab", [("sampled", 3, 1300), ("reduced", 2, 700), ("certain", 3, 1300),
                                             ("certain", 0, 515)])
 def test_block_verdicts_equal_the_reference(kind, k, vocab):
-    static = dict(banned_tokens=(5, 17))
-    args = case(vocab + k, 64, k, vocab, kind, False, uniforms=BlockNoise)
-    want = assert_same(verdict(PLAIN, **static)(**args), args, verdict(**static))
-    if k:
-        assert len(set(np.asarray(want.accepted).tolist())) == k + 1
+    check_verdicts(kind, k, vocab, False, BlockNoise)
 
 
 def test_verdicts_of_the_gpu_equal_the_reference():
-    args = case(0, 2, 1, 704, "sampled", False)
+    """A usual row, a cold one, and one whose draft is not finite."""
+    args = case(0, 3, 1, 704, "sampled", False)
+    args |= {"temperature": jnp.array([0.7, 1e-12, 1.0]), "draft_log_q": args["draft_log_q"].at[2].set(jnp.nan)}
     assert_same(verdict(CHIPS["gpu"])(**args), args, verdict())
     assert not races_found("gpu")
 

@@ -1,5 +1,7 @@
 """The losses against plain NumPy, and what they must not depend on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,53 @@ def test_temperature_zero_is_scored_as_one(policy):
     mixed, _ = losses.token_logprobs(policy, hidden, tokens, jnp.array([0.0, 2.0, 1.0]))
     expected, _ = plain(policy, hidden, tokens, np.array([1.0, 2.0, 1.0]))
     np.testing.assert_allclose(mixed, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-12, 1.2e-38])
+def test_a_small_temperature_is_the_limit(policy, temperature):
+    """Of the likeliest token 0, or the logarithm of those that tie, with no gradient that is not finite."""
+    hidden, _ = states()
+    z = np.asarray(logits(policy, hidden), np.float64)
+    best = jnp.asarray(z.argmax(-1))
+    raw = (z - z.max(-1, keepdims=True)) / np.float64(np.float32(temperature))
+
+    def total(hidden):
+        out = losses.token_logprobs(policy, hidden, best, temperature)
+        return out[0].sum(), out
+
+    (_, (got, entropy)), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(hidden)
+    p = np.exp(raw) / np.exp(raw).sum(-1, keepdims=True)
+    np.testing.assert_allclose(got, np.log(p.max(-1)), atol=1e-4)
+    np.testing.assert_allclose(entropy, -(p * np.log(np.where(p > 0, p, 1))).sum(-1), atol=1e-3)
+    assert np.isfinite(grad).all()
+
+
+def test_below_the_normal_numbers_a_temperature_is_zero(policy):
+    hidden, tokens = states()
+    score = jax.jit(losses.token_logprobs)
+    for a, b in zip(score(policy, hidden, tokens, 1e-39), score(policy, hidden, tokens, 0.0), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_ids_without_a_token_are_not_counted(policy):
+    """What is left is a policy of the other ids; and padding, which may be such an id, leaves no gradient."""
+    hidden, tokens = states()
+    lacking = policy.replace(config=dataclasses.replace(CONFIG, tokenless=((30, 37),)))
+    has = policy.replace(weights={"embed": policy.weights["embed"][:30]})
+    real = tokens % 30
+    score = jax.jit(losses.token_logprobs)
+    for a, b in zip(score(lacking, hidden, real, 0.7), score(has, hidden, real, 0.7), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6)
+    mask = tokens < 30
+
+    def loss(weights, hidden):
+        logprobs, _ = losses.token_logprobs(lacking.replace(weights=weights), hidden, jnp.where(mask, tokens, 36), 0.7)
+        surrogate, _ = losses.clipped_objective(logprobs, jnp.zeros_like(logprobs), jnp.ones(N), mask, 0.2, 0.28)
+        return surrogate.sum() + losses.k3(logprobs, logprobs - 0.1, mask).sum()
+
+    grads = jax.jit(jax.grad(loss, (0, 1)))(policy.weights, hidden)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    assert np.any(grads[0]["embed"][:30]) and not np.any(grads[0]["embed"][30:])
 
 
 def test_gradient_in_chunks_is_that_of_the_whole(policy):

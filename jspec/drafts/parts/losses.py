@@ -19,6 +19,7 @@ from jspec.drafts.base import DraftBatch
 from jspec.drafts.parts.vocabulary import head_rows, output_table, table_logits
 from jspec.model import Policy, logits
 from jspec.model.chunks import CHUNK_TOKENS, sum_over_chunks
+from pallas_kernels.rejection_sampling import divisor, scaled_logprobs
 
 LOSSES = ("kl", "tv", "overlap")
 
@@ -55,27 +56,27 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
       (sum over trained tokens and depths / depths, count of trained tokens float32, metrics), where the metrics are
       sums over trained tokens: "overlap" float32 [depths], the probability that the draft of that depth is accepted.
     """
-    temperature = jnp.asarray(batch.temperature, jnp.float32)
-    temperature = jnp.broadcast_to(jnp.where(temperature == 0, 1.0, temperature), batch.mask.shape[:1])[:, None, None]
+    temperature = jnp.broadcast_to(jnp.asarray(batch.temperature, jnp.float32), batch.mask.shape[:1])[:, None]
     table = None if vocab is None else output_table(policy, vocab)
 
     def log_target(hidden, tokens, logprobs):
         if vocab is None:
-            return jax.nn.log_softmax(logits(policy, hidden) / temperature)
+            return scaled_logprobs(logits(policy, hidden), temperature)
         own = jnp.einsum("btd,btd->bt", hidden, head_rows(policy, tokens), precision=jax.lax.Precision.HIGHEST,
-                         preferred_element_type=jnp.float32)[..., None] / temperature
+                         preferred_element_type=jnp.float32)[..., None]
+        above = (table_logits(policy, table, vocab, hidden) - own) / divisor(temperature)[..., None]
         # at most 0 but for rounding, and but for positions that are not trained, whose gradients must stay finite
-        scores = table_logits(policy, table, hidden, whole=False) / temperature
-        return jnp.minimum(scores - own + logprobs[..., None], 0.0)
+        return jnp.minimum(above + logprobs[..., None], 0.0)
 
     def one(chunk):
         hidden, tokens, logprobs, mask, *states = chunk
         log_p = jax.lax.stop_gradient(log_target(hidden, tokens, logprobs))
-        pairs = [divergence(log_p, jax.nn.log_softmax(head(x) / temperature), kind) for x in states]
+        pairs = [divergence(log_p, scaled_logprobs(head(x), temperature), kind) for x in states]
         losses, overlaps = (jnp.stack([jnp.sum(x, where=mask) for x in column]) for column in zip(*pairs, strict=True))
         return losses.mean(), jax.lax.stop_gradient(overlaps)
 
-    columns = (batch.predicting(batch.trunk.hidden), batch.response(), batch.logprobs, batch.mask, *states)
+    logprobs = jnp.where(batch.mask, batch.logprobs, 0.0)  # of padding -inf, where no token has its id
+    columns = (batch.predicting(batch.trunk.hidden), batch.response(), logprobs, batch.mask, *states)
     # as many logits at a time as of the whole vocabulary: of a reduced one often all, and none is computed twice
     size = policy.config.vocab_size if vocab is None else len(vocab)
     total, overlap = sum_over_chunks(one, columns, CHUNK_TOKENS * policy.config.vocab_size // size)

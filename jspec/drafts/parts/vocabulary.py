@@ -11,6 +11,7 @@ import numpy as np
 from jspec.arguments import whole_numbers
 from jspec.errors import InputError
 from jspec.model import Policy
+from jspec.model.forward import without_tokenless
 from jspec.model.layers import linear
 from jspec.sharding import constrain
 
@@ -53,8 +54,11 @@ def _head(policy: Policy) -> jax.Array:
     return policy.weights["embed" if policy.config.tie_embeddings else "head"]
 
 
-def table_logits(policy: Policy, table: jax.Array, states: jax.Array, whole: bool) -> jax.Array:
-    """Logits float32 [..., Vd] of states [..., D]; `whole`: the table is the whole vocabulary's, sharded as it is."""
+def table_logits(policy: Policy, table: jax.Array, vocab: jax.Array | None, states: jax.Array) -> jax.Array:
+    """Logits float32 [..., Vd] of states [..., D], -inf for ids without a token, as the policy's are.
+
+    vocab: int32 [Vd], the ids of a reduced vocabulary; None: the table is the whole vocabulary's, sharded as it is.
+    """
     with jax.named_scope("head"):
-        out = linear(states, table, out_dtype=jnp.float32)
-        return constrain(out, policy.layout, "batch", *(None,) * (out.ndim - 2), "vocab" if whole else None)
+        out = without_tokenless(policy.config, linear(states, table, out_dtype=jnp.float32), vocab)
+        return constrain(out, policy.layout, "batch", *(None,) * (out.ndim - 2), "vocab" if vocab is None else None)

@@ -51,6 +51,7 @@ def check(config: Config, mesh: Mesh) -> None:
         check_rows(config.grpo.micro_batch, mesh, layout)
     model = model_config(config)
     check_mesh(model, mesh)
+    check_draft(config, model)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > model.max_position_embeddings:
         raise InputError(f"data.max_prompt_tokens + sampling.max_new_tokens = {longest} is more than the model's "
@@ -84,11 +85,14 @@ def model_config(config: Config) -> ModelConfig:
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if missing:
         raise InputError(f"model.architecture needs {', '.join(missing)} too")
+    rope, stops = fields.get("rope", {}), fields.get("stop_tokens", [])
+    for name, value, kind, what in (("rope", rope, dict, "mapping"), ("stop_tokens", stops, list | tuple, "list")):
+        if not isinstance(value, kind):
+            raise InputError(f"model.architecture.{name} must be a {what}, not {value!r}")
     try:
-        fields["stop_tokens"] = tuple(fields.get("stop_tokens", ()))
-        return ModelConfig(**fields | {"rope": RopeConfig(**fields.get("rope", {}))})
-    except TypeError as error:
-        raise InputError(f"model.architecture: {error}") from error
+        return ModelConfig(**fields | {"rope": RopeConfig(**rope), "stop_tokens": tuple(stops)})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.architecture: {error}") from None
 
 
 def make_tokenizer(config: Config) -> Any:
@@ -157,6 +161,15 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
         return draft
     key = purpose_key(config.seed, DRAFT_KEY)
     return fresh_draft(policy, key, section.name, section.options or {}, "draft.options")
+
+
+def check_draft(config: Config, model: ModelConfig) -> None:
+    """Raise InputError for options that a fresh draft refuses, or a trained one that is not there or does not fit."""
+    section, shape = config.draft, abstract_policy(model)
+    if section.path is not None:
+        make_draft(config, shape)
+    elif section.name != "none":
+        check_fresh_draft(shape, section.name, section.options or {}, "draft.options")
 
 
 def fresh_draft(policy: Policy, key: jax.Array, name: str, options: Mapping[str, Any], label: str) -> Draft:

@@ -21,7 +21,7 @@ import jspec
 from jspec.config import Config
 from jspec.metrics import Clock
 from jspec.model import to_rollout
-from jspec.output import screen
+from jspec.output import open_directory, screen
 from jspec.prepare import (
     check,
     make_draft,
@@ -95,11 +95,11 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     """
     check(config, mesh)
     tokenizer, settings = make_tokenizer(config), UpdateSettings.of(config)
+    data = PromptData(config.data, tokenizer, seed=config.seed)
     with telling(f"loading {config.model.name}"):
         policy = make_policy(config, tokenizer)
         reference = make_reference(config, policy)
         draft = make_draft(config, policy)
-    data = PromptData(config.data, tokenizer, seed=config.seed)
     run = Run(config, mesh, tokenizer, data, pool=None, checkpoints=None, metrics=None, stop=None)
     prompts = make_prompt_batch(run, next(data), seed_key(config.seed))
     rewards = place(mesh, np.resize(np.float32([1, 0]), prompts.sequence_ids.shape), "batch")
@@ -129,6 +129,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
 def profile(config: Config, directory: Path) -> int:
     """`jspec profile`: prints the table, and writes trace and profile.json under `directory`."""
     console = screen(width=None if sys.stdout.isatty() else 120)
+    directory = open_directory(directory, "--out")
     # else a program that was kept may come back with the scopes of the source that it was compiled from
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     mesh, clock = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), Clock()

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.shapes import SHAPES
 from jspec import prepare
 from jspec.config import load_config
 from jspec.errors import InputError
@@ -33,3 +34,28 @@ def test_training_on_answers_of_another_distribution_has_to_be_asked_for(cut):
 
 def test_a_temperature_is_no_bias_for_the_update_divides_by_it_too():
     prepare.check_unbiased(load_config(None, ["sampling.temperature=0.5", "sampling.top_p=1"]))
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("draft.options={first: 1}", "draft.options.first: mtp has no such option"),
+    ("draft.options={name: x}", "draft.options.name: mtp has no such option"),
+    ("draft.options={blocks: x}", "draft.options: .*blocks"),
+    ("draft={name: ngram, options: {max_ngram: 0}}", "draft.options: .*max_ngram"),
+    ("draft={path: nowhere}", "no draft at nowhere"),
+])
+def test_drafts_that_cannot_be_are_refused_without_weights(override, message):
+    with pytest.raises(InputError, match=message):
+        prepare.check_draft(load_config(None, [override]), SHAPES["tiny"])
+
+
+@pytest.mark.parametrize(("wrong", "name"), [
+    ({"hidden_size": "x"}, "hidden_size"), ({"rope": "text"}, "rope"), ({"rope": {"theta": -1}}, "theta"),
+    ({"num_layers": 10**30}, "num_layers"), ({"stop_tokens": 5}, "stop_tokens"), ({"hidden": 1}, "hidden"),
+    ({"stop_tokens": ["a"]}, "stop_tokens"), ({"num_heads": True}, "num_heads"), ({"family": []}, "family"),
+])
+def test_an_architecture_that_is_none_is_named(wrong, name):
+    right = load_config("configs/tiny.yaml").model.architecture
+    config = load_config("configs/tiny.yaml", [("model.architecture", right | wrong)])
+    with pytest.raises(InputError, match=name) as caught:
+        prepare.model_config(config)
+    assert "model.architecture" in str(caught.value) and "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ from jspec.draft_training.stages import fit
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.output_dir import claimed, written
-from jspec.prepare import make_policy
+from jspec.prepare import check_draft, make_policy, model_config
 from jspec.progress import telling
 from jspec.settings import refuse_changes, to_yaml
 
@@ -40,6 +40,7 @@ def train_draft(config: DraftTrainingConfig) -> int:
     with claimed(directory, names=WRITTEN, folders=()):
         begin(config, directory)
         tokenizer = hub.load_tokenizer(config.model.tokenizer or config.model.name)
+        check_draft(config, model_config(config))
         with telling(f"loading {config.model.name}"):
             policy = make_policy(config, tokenizer)
         prompts = gather(config, policy, tokenizer, directory)

@@ -352,6 +352,7 @@ def make_remember(draft: Draft | None) -> Callable:
 def describe(out: Rollout, rewards: np.ndarray, clock: Clock) -> dict[str, Any]:
     """The rollout in numbers."""
     stats, tokens = out.stats, int(out.lengths.sum())
+    rewards = rewards.astype(np.float64)  # the squares of large ones are beyond float32
     record = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()), "length": float(out.lengths.mean()),
               "finished": float(out.finished.mean()), "tokens": tokens,
               # of a rollout that was compiled first it would be no rate

@@ -34,9 +34,12 @@ def group_advantages(rewards: jax.Array, group_size: int, form: AdvantageForm = 
     if rewards.ndim != 1 or rewards.shape[0] % group_size:
         raise ValueError(f"rewards of shape {rewards.shape} do not divide into groups of {group_size}")
     groups = rewards.astype(jnp.float32).reshape(-1, group_size)
+    # The squares of large rewards are beyond float32. A power of two rounds nothing: what comes out is the same.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(groups), axis=1, keepdims=True))
+    groups = jnp.ldexp(groups, -exponent)
     # The mean of equal numbers is not always that number in float32, so equality is asked of the rewards themselves.
     spread = jnp.max(groups, axis=1, keepdims=True) > jnp.min(groups, axis=1, keepdims=True)
     centred = jnp.where(spread, groups - jnp.mean(groups, axis=1, keepdims=True), 0.0)
-    if form == "group":
-        centred = centred / (jnp.std(groups, axis=1, keepdims=True) + EPSILON)
-    return centred.reshape(-1)
+    if form == "dr_grpo":
+        return jnp.ldexp(centred, exponent).reshape(-1)
+    return (centred / (jnp.std(groups, axis=1, keepdims=True) + jnp.ldexp(EPSILON, -exponent))).reshape(-1)

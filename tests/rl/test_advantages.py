@@ -32,6 +32,24 @@ def test_by_hand():
     np.testing.assert_allclose(group_advantages(rewards, 4, "group"), normalised, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e6, 1e20, 1e30, 2e38])
+def test_large_rewards_are_as_exact(scale):
+    rewards = np.float32(scale) * np.array([1.0, 0.0, 0.5, 0.0, 0.25, -1.0, 1.0, 1.0], np.float32)
+    groups = rewards.astype(np.float64).reshape(2, 4)
+    centred = groups - groups.mean(1, keepdims=True)
+    expected = centred / groups.std(1, keepdims=True)
+    np.testing.assert_allclose(advantages_of(rewards, 4, "group"), expected.ravel(), rtol=1e-5)
+    np.testing.assert_allclose(advantages_of(rewards, 4, "dr_grpo"), centred.ravel(), rtol=1e-5)
+
+
+def test_scaling_rounds_nothing():
+    """What ordinary rewards give is what it was without it, bit for bit."""
+    rewards = np.random.default_rng(0).normal(0, 3, 64).astype(np.float32)
+    groups = jnp.asarray(rewards).reshape(-1, 4)
+    plain = jax.jit(lambda x: (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True) + EPSILON))(groups)
+    np.testing.assert_array_equal(advantages_of(rewards, 4, "group"), plain.ravel())
+
+
 @pytest.mark.parametrize("form", ["group", "dr_grpo"])
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, -7.3, 1e6])
 @pytest.mark.parametrize("size", [1, 3, 7])

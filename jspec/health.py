@@ -7,6 +7,7 @@ A run goes on for a while, since a batch may be at fault; it ends where no later
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 from jspec.config import Config
 from jspec.rl.state import TrainState
 
+SAME_STEPS = 5
+"""Steps without a difference between two rewards after which that is said."""
 RUN_AWAY = 1e6
 """Weights of a model that computes anything are smaller."""
 
@@ -95,3 +98,18 @@ def all_failed(rewards: np.ndarray, failures: int, message: str = "") -> str:
     if failures < len(rewards):
         return ""
     return f"the reward failed for every one of the step's {len(rewards)} answers{message and f' ({message})'}"
+
+
+def never_varied(records: Sequence[Mapping[str, Any]]) -> str:
+    """What to say once a run's first SAME_STEPS steps have all given one and the same reward; "" at any other time.
+
+    Args:
+      records: of all steps until now, as metrics.jsonl has them.
+    """
+    if len(records) != SAME_STEPS or any(record["reward_std"] or record["reward_failures"] for record in records):
+        return ""
+    rewards = {record["reward"] for record in records}
+    if len(rewards) > 1:
+        return ""
+    return (f"every answer of the first {SAME_STEPS} steps has the reward {rewards.pop():g}, and where rewards do not "
+            "differ nothing is learned: look at what reward.function gives, and at how hard data.source is")

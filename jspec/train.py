@@ -28,7 +28,7 @@ from jspec.config import Config
 from jspec.console import PlainConsole
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
-from jspec.health import Trouble, all_failed, largest, troubles
+from jspec.health import Trouble, all_failed, largest, never_varied, troubles
 from jspec.kernels import picked
 from jspec.metrics import Clock, Metrics, phase_table, table
 from jspec.model import Policy, reshard
@@ -176,6 +176,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         found = troubles(config, state, learned, no_rewards, rewardless)
         for trouble in found:
             run.metrics.say(str(trouble), "bold red")
+        if same := never_varied(run.metrics.records):
+            run.metrics.say(f"WARNING: {same}", "bold red")
         last = step + 1 == config.steps
         code = exit_code(run, found, last) or (0 if last else prompt_trouble(run))
         saving = save(run, step + 1, state, found, code)

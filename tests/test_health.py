@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jspec.config import load_config
-from jspec.health import all_failed, troubles
+from jspec.health import SAME_STEPS, all_failed, never_varied, troubles
 
 SOUND = {"skipped": 0, "skipped_in_row": 0, "draft_skipped": 0, "draft_skipped_in_row": 0, "draft_finite": True}
 
@@ -58,3 +58,12 @@ def test_rewards_that_all_fail():
     assert not trouble.final and "not at the learning rate" in str(trouble)
     (trouble,) = found(rewardless=why, in_row=5)
     assert trouble.final and "5 steps in a row" in str(trouble)
+
+
+def test_rewards_that_never_vary_are_named_once():
+    same = [{"reward": 1.0, "reward_std": 0.0, "reward_failures": 0}] * (SAME_STEPS + 1)
+    told = [bool(never_varied(same[:steps])) for steps in range(SAME_STEPS + 2)]
+    assert told == [steps == SAME_STEPS for steps in range(SAME_STEPS + 2)]
+    assert "every answer of the first 5 steps has the reward 1, and" in never_varied(same[:SAME_STEPS])
+    for change in ({"reward": 0.0}, {"reward_std": 0.1}, {"reward_failures": 16}):  # what fails is said elsewhere
+        assert not never_varied([*same[:3], {**same[0], **change}, same[0]])

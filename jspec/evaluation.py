@@ -21,7 +21,7 @@ from jspec.prepare import EVAL_KEY, make_sampling, make_speculation, purpose_key
 from jspec.progress import say, telling
 from jspec.rl.answers import reward_inputs
 from jspec.rl.prompts import PromptData
-from jspec.rl.rewards import RewardPool, check_reward
+from jspec.rl.rewards import RewardPool, answer_check, check_reward
 from jspec.settings import Override
 from jspec.sources import Source, open_source
 
@@ -85,7 +85,8 @@ def prompts_of(source: Source) -> PromptData:
         if not held_out:
             say(f"{source.name} kept no prompts from training (data.held_out=0): these are its training's")
     seed = config.seed if held_out else purpose_seed(config.seed, EVAL_KEY)
-    return PromptData(section, source.tokenizer, seed=seed, held_out=held_out)
+    return PromptData(section, source.tokenizer, seed=seed, held_out=held_out,
+                      check_answer=answer_check(config.reward.function, section.source))
 
 
 def check_count(source: Source, data: PromptData, wanted: int | None) -> int:

@@ -48,7 +48,7 @@ from jspec.progress import telling
 from jspec.rl.advantages import group_advantages
 from jspec.rl.answers import answer_text, reward_inputs  # noqa: F401 - answer_text is imported from here
 from jspec.rl.prompts import Prompt, PromptData
-from jspec.rl.rewards import FAILURES, RewardPool
+from jspec.rl.rewards import FAILURES, RewardPool, answer_check
 from jspec.rl.state import TrainState
 from jspec.rl.update import (
     UpdateSettings,
@@ -85,7 +85,8 @@ def train(config: Config) -> int:
         pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s))
         with telling(f"reading {config.data.source}"):
             tokenizer = make_tokenizer(config)
-            data = PromptData(config.data, tokenizer, seed=config.seed)
+            data = PromptData(config.data, tokenizer, seed=config.seed,
+                              check_answer=answer_check(config.reward.function, config.data.source))
         stack.enter_context(claimed(config.output_dir))
         check_config(config)
         with telling(f"loading {config.model.name}"):

@@ -1,6 +1,5 @@
 """Fixtures that more than one folder of tests needs."""
 
-import functools
 import os
 import shutil
 import tempfile
@@ -26,47 +25,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly(request):
-    """Most tests compile for longer than they run, so by default they go without most of XLA's optimizations and with
-    its emitters of before MLIR, which compile a tiny rollout in 40% of the time. Not so modules marked `optimized`,
-    which run for longer, and not the full checks: those see the code that users run. Modules marked `same_bits` have
-    XLA's own emitters: what they promise of two programs is not true of the old ones."""
+    """Most tests compile for longer than they run, so by default they go without most of XLA's optimizations. Not so
+    modules marked `optimized`, which run for longer, and not the full checks: those see the code that users run."""
     import jax
 
     full = request.config.getoption("markexpr") != "not slow" or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not full)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not full)))  # of the processes that tests start
-        own = full or request.node.get_closest_marker("same_bits")
-        if not own and xla_knows(tuple(OLD_EMITTERS.items())):
-            use_old_emitters(patch)
-        yield
-
-
-OLD_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
-
-
-@functools.cache
-def xla_knows(options):
-    import jax
-
-    try:
-        jax.jit(lambda: 0).lower().compile(compiler_options=dict(options))
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-def use_old_emitters(patch):
-    from jax._src import compiler
-
-    make = compiler.get_compile_options  # XLA_FLAGS are read once in a process, and modules differ
-
-    def with_old_emitters(*arguments, env_options_overrides=None, **options):
-        return make(*arguments, env_options_overrides={**OLD_EMITTERS, **(env_options_overrides or {})}, **options)
-
-    patch.setattr(compiler, "get_compile_options", with_old_emitters)
-    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in OLD_EMITTERS.items())
-    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip())  # of the processes that tests start
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not full))  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")

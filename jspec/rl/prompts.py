@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -13,7 +13,7 @@ import numpy as np
 
 from jspec.errors import InputError
 from jspec.rl.encode import encode_prompt, encode_prompts, shown
-from jspec.rl.records import load_records
+from jspec.rl.records import ARITHMETIC, load_records, parse_line  # noqa: F401 - two are imported from here
 
 EPOCHS = 2**31
 """As good as endless: grain's own endless is longer than Python's longest sequence, and fails in steps of one."""
@@ -54,7 +54,7 @@ class PromptData:
     """
 
     def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1,
-                 held_out: bool = False):
+                 held_out: bool = False, check_answer: Callable[[str], None] | None = None):
         """
         Args:
             config: `jspec.config.DataSection`.
@@ -64,6 +64,7 @@ class PromptData:
             process_index: of this process, as `jax.process_index()` says.
             process_count: of all, as `jax.process_count()` says.
             held_out: the `config.held_out` prompts that are kept from training, instead of all others.
+            check_answer: raises ValueError for an answer that the reward cannot grade against.
 
         Raises:
             InputError: the source is missing or malformed, has fewer prompts than a step or `config.held_out` wants, or
@@ -76,6 +77,7 @@ class PromptData:
                 f"make it a multiple of {process_count}"
             )
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.check_answer = check_answer or (lambda answer: None)
         self.share = config.prompts_per_step // process_count
         self.first = process_index * self.share
         self.records = load_records(config, seed, held_out=held_out)
@@ -131,6 +133,10 @@ class PromptData:
                 f"{where}: the prompt {shown(text)!r} has {len(tokens)} tokens, over "
                 f"data.max_prompt_tokens={config.max_prompt_tokens}; shorten it or raise the limit"
             )
+        try:
+            self.check_answer(record["answer"])
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
         return Prompt(text, tuple(tokens), record["answer"], meta)
 
@@ -148,6 +154,8 @@ class PromptData:
         try:
             texts = [self.records[number]["prompt"] for number in numbers]
             encoded = encode_prompts(self.tokenizer, texts, config.system_prompt, config.chat_template)
+            for number in numbers:
+                self.check_answer(self.records[number]["answer"])
         except Exception:  # whatever it is, it is said of the one that it is the matter with
             return False
         return all(0 < len(tokens) <= config.max_prompt_tokens for tokens in encoded)

@@ -207,7 +207,9 @@ def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
     for key in OF_THE_RESPONSE & record.keys():
         raise InputError(f"{where}: the key {key!r} is taken: reward functions are told the response's own by it; "
                          "rename it")
-    if isinstance(record.get("answer"), int | float) and not isinstance(record["answer"], bool):
+    if isinstance(record.get("answer"), float):
+        record["answer"] = json.loads(line, parse_float=str)["answer"]  # as it is written, no digit lost
+    elif isinstance(record.get("answer"), int) and not isinstance(record["answer"], bool):
         record["answer"] = str(record["answer"])
     for key in keys:
         if not isinstance(record[key], str):

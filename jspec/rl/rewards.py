@@ -27,6 +27,7 @@ import pebble
 
 from jspec.errors import InputError
 from jspec.rl import tasks
+from jspec.rl.math_grading import check_gold, math_verify
 
 log = logging.getLogger(__name__)
 LARGEST = float(np.finfo(np.float32).max)
@@ -82,23 +83,6 @@ class RewardResult:
     messages: dict[str, str]
 
 
-def math_verify(prompt: str, response: str, answer: str, **meta) -> float:
-    """1 if the last number or formula of the response equals the answer (42.0 is 42, 0.5 is \\frac{1}{2}), else 0.
-
-    Raises:
-        ValueError: the answer itself is neither a number nor a formula.
-    """
-    from math_verify import parse, verify
-
-    # Its own time-outs are alarm signals, off here: the pool has one.
-    gold = parse(answer, parsing_timeout=None)
-    if not gold and not answer.replace(" ", "").isalpha():  # a formula; of words it would make products of letters
-        gold = parse(f"${answer}$", parsing_timeout=None)
-    if not gold or isinstance(gold[0], str):
-        raise ValueError(f"math_verify cannot read the answer {answer!r} of the prompt {prompt!r}")
-    return float(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
-
-
 def reasoning_gym(prompt: str, response: str, answer: str, *, task: str, options: dict, entry: dict, **meta) -> float:
     """The verdict of the reasoning_gym task that the prompt is from; a response may put it in <answer></answer>."""
     return tasks.score(response, task, options, entry)
@@ -123,11 +107,15 @@ def check_reward(function: str, source: str | None = None) -> None:
     load_reward(function)
 
 
+def answer_check(function: str, source: str) -> Callable[[str], None] | None:
+    """What raises ValueError for an answer that this reward cannot grade against; None where all will do, and for
+    tasks, which make their own."""
+    return check_gold if function == "math_verify" and not source.startswith(tasks.PREFIX) else None
+
+
 def load_reward(function: str) -> Reward:
     """The function that `reward.function` names; raises as `check_reward` does."""
     if function == "math_verify":
-        quiet = logging.getLogger("math_verify")  # warns on every call that its time-outs are off
-        quiet.setLevel(logging.ERROR)
         return math_verify
     if function == "reasoning_gym":
         tasks.import_gym()  # takes seconds, which no response shall pay for
@@ -187,7 +175,7 @@ def start_process(function: str) -> None:
     try:
         reward = cached_reward(function)
         if reward is math_verify:
-            math_verify("", "1", "1")  # imports sympy and builds the parsers: seconds, which no response shall pay for
+            math_verify("", "x", r"\sqrt{2}")  # imports sympy and builds the parsers: seconds, no response's
     except BaseException:  # noqa: B036 - what is wrong will be said by the first response that is graded
         return
 

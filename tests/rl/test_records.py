@@ -7,7 +7,10 @@ import pytest
 
 from jspec.config import DataSection
 from jspec.errors import InputError
-from jspec.rl.records import ARITHMETIC, LONGEST_LINE, load_records, read_jsonl
+from jspec.hub import character_tokenizer
+from jspec.rl.prompts import PromptData
+from jspec.rl.records import ARITHMETIC, LONGEST_LINE, load_records, parse_line, read_jsonl
+from jspec.rl.rewards import answer_check
 
 
 @pytest.mark.parametrize(
@@ -99,3 +102,21 @@ def test_the_shipped_arithmetic_is_right_and_what_its_script_makes():
         left, sign, right = re.search(r"(\d) ([+-]) (\d)", record["prompt"]).groups()
         assert int(record["answer"]) == int(left) + (1 if sign == "+" else -1) * int(right)
     assert len({record["prompt"] for record in records}) == len(records) == 279
+
+
+@pytest.mark.parametrize("written", ["1e-7", "2e16", "0.10", "-0.0", "1000000000000000000000",
+                                     "0.10000000000000000001"])
+def test_numbers_as_answers_are_kept_as_they_are_written(written):
+    line = f'{{"prompt": "p", "answer": {written}, "half": 0.5}}'
+    record = parse_line(line, "x", ("prompt", "answer"))
+    assert record == {"prompt": "p", "answer": written, "half": 0.5}
+
+
+def test_an_answer_that_the_reward_cannot_read_is_named(tmp_path):
+    path = tmp_path / "golds.jsonl"
+    path.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "17 + 25"}\n')
+    section = DataSection(source=str(path), prompts_per_step=1)
+    check = answer_check("math_verify", str(path))
+    with pytest.raises(InputError, match="golds.jsonl:2: math_verify cannot read the answer '17 . 25': it is to"):
+        PromptData(section, character_tokenizer("ab"), seed=0, check_answer=check)
+    assert answer_check("mine.py:f", str(path)) is None is answer_check("math_verify", "reasoning_gym:chain_sum")

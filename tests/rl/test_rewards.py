@@ -230,7 +230,7 @@ def test_math_verify(response, answer, right):
     assert load_reward("math_verify")("What is 17 + 25?", response, answer, source="test") == float(right)
 
 
-@pytest.mark.parametrize("answer", ["blue", "a dog", "", "?"])
+@pytest.mark.parametrize("answer", ["", "?", "17 + 25"])
 def test_math_verify_says_when_the_answer_itself_cannot_be_read(answer):
     with pytest.raises(ValueError, match=f"cannot read the answer '{re.escape(answer)}' of the prompt 'Which one"):
         load_reward("math_verify")("Which one?", answer, answer)

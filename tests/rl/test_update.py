@@ -14,8 +14,6 @@ from jspec.model import ModelConfig, group_forward, init_policy, train_forward
 from jspec.rl import update as up
 from jspec.rl.losses import token_logprobs
 
-pytestmark = pytest.mark.same_bits
-
 CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=8, initializer_range=0.2)
 SETTINGS = up.UpdateSettings(temperature=0.8, learning_rate=1e-3, draft_learning_rate=1e-3)

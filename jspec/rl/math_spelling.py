@@ -1,0 +1,101 @@
+"""The many spellings of LaTeX and Unicode brought to one, and texts cut where their brackets allow it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+CHARACTERS = str.maketrans({
+    "−": "-", "–": "-", "‐": "-", "‑": "-", "⁄": "/", "∕": "/", "＝": "=", "≈": r"\approx ", "×": r"\times ",
+    "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "°": r"^{\circ}",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
+    "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "²": "^{2}", "³": "^{3}", "％": "%", "\u00a0": " ",
+    "\u2009": " ", "\u202f": " ", "\u200b": "",
+})
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
+    (r"\\\[|\\\]|\\\(|\\\)|\$\$", " "),
+    (r"\\\$", "$ "),  # money, now that a $ around a formula is told from it by the blank
+    (r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
+    (r"\{,\}|(?<=\d)\\[,!] ?(?=\d{3}(?!\d))", ","),  # thousands
+    (r"(?<!\\)\\!", ""),
+    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\\thinspace", " "),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac ?(\d) ?(?=\{)", r"\\frac{\1}"),
+    (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
+    (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf)|mbox|emph|bf|rm)\s*(?=\{)", r"\\text"),
+    (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1 "),
+    (r"\\(?:le|ge)slant(?![A-Za-z])", lambda match: match[0][:3] + " "),
+    (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
+    (r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt ?(\d+|[a-z](?![A-Za-z]))", r"\\sqrt{\1}"),
+    (r"\\(langle|rangle)(?![A-Za-z])", lambda match: "⟨" if match[1] == "langle" else "⟩"),
+    (r"\s+", " "),
+]]
+QUOTED = re.compile(r"(\*{1,3}|_{2}|`{1,3}|[\"“”'‘])(.+?)(\*{1,3}|_{2}|`{1,3}|[\"“”'’])", re.DOTALL)
+BRACKETS = re.compile(r"\\[{}]|\\(begin|end)(?![A-Za-z])|\\.|[()\[\]{}⟨⟩]")
+OPENING = {"(", "[", "{", r"\{", r"\begin", "⟨"}
+CLOSING = {")", "]", "}", r"\}", r"\end", "⟩"}
+
+
+def clean(text: str) -> str:
+    """`text` in one spelling, without markdown, quotes, math mode or a box around it and without a full stop."""
+    text = text.strip()
+    while (quoted := QUOTED.fullmatch(text)) and len(quoted[2]) < len(text):
+        text = quoted[2].strip()
+    text = spell(text)
+    boxed = re.fullmatch(r"\\f?box(?:ed)? ?\{(.*)\}", text)
+    if boxed:
+        return clean(boxed[1])
+    return text.strip().rstrip(".,;:").strip()
+
+
+def spell(text: str) -> str:
+    """`text` in one spelling, nothing stripped from its ends."""
+    text = text.translate(CHARACTERS)
+    if text.replace(r"\$", "").count("$") % 2 == 0:  # pairs of them are math mode, a lone one is money
+        text = re.sub(r"(?<!\\)\$", " ", text)
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def squeeze(text: str) -> str:
+    return text.replace(" ", "")
+
+
+def split(text: str, separators: str) -> Iterator[str]:
+    """The parts of `text` between `separators` (characters) that stand in no bracket; any bracket closes any."""
+    depth = start = 0
+    inside = [(match.start(), match[0]) for match in BRACKETS.finditer(text)]
+    steps = {place: (sign in OPENING) - (sign in CLOSING) for place, sign in inside}
+    for place, character in enumerate(text):
+        depth += steps.get(place, 0)
+        if depth == 0 and character in separators:
+            yield text[start:place]
+            start = place + 1
+    yield text[start:]
+
+
+def nesting(text: str) -> int:
+    """How deep brackets stand in brackets."""
+    deepest = depth = 0
+    for match in BRACKETS.finditer(text):
+        depth += (match[0] in OPENING) - (match[0] in CLOSING)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def enclosed(text: str) -> tuple[str, str, str] | None:
+    """(opening bracket, what is inside, closing bracket) of a text that one pair of brackets encloses."""
+    depth = 0
+    for match in BRACKETS.finditer(text):
+        depth += (match[0] in OPENING) - (match[0] in CLOSING)
+        if match.start() == 0:
+            opening = match
+        elif depth == 0:
+            if match.end() == len(text) and text.startswith(("(", "[", r"\{", "⟨")):
+                return opening[0], text[opening.end():match.start()], match[0]
+            return None
+    return None

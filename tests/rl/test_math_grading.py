@@ -1,0 +1,140 @@
+import json
+import re
+
+import pytest
+
+from jspec.rl import math_grading
+from jspec.rl.math_grading import check_gold, math_verify
+from jspec.rl.math_reading import Words
+from jspec.rl.records import ARITHMETIC
+from tests.rl.math_answers import ANSWERS
+
+RULES = {  # kind: (response, answer, is it right?)
+    "forms": [
+        ("**73**", "73", 1), ("x = 42", "42", 1), ("17 + 25 = 42", "42", 1), ("Answer:42", "42", 1), ("`42`", "42", 1),
+        ('"42"', "42", 1), ("The answer is 42.", "42", 1), ("<answer>42</answer>", "42", 1), ("(42)", "42", 1),
+        ("So 17+25=42! Great.", "42", 1), ("**Answer:** 42", "42", 1), ("1. 42", "42", 1), ("- 42", "42", 1),
+        ("42 or 43", "42", 0), ("42 or 43", "43", 0), ("It is 42 apples, or rather 43.", "42", 0), ("", "42", 0),
+        ("4 and then 2", "42", 0), ("H2O", "2", 0),
+    ],
+    "expressions": [
+        ("17 + 25", "42", 0), ("17 + 25 is", "42", 0), ("84/2", "42", 0), ("2^{10}", "1024", 0),
+        ("x = 17 + 25", "42", 0),
+        (r"\boxed{17 + 25}", "42", 0), (r"\sqrt{4}", "2", 0), ("seventeen + 25", "25", 0), ("42 = 17 + 25", "42", 0),
+    ],
+    "boxes": [
+        (r"\boxed{41} no wait \boxed{42}", "42", 1), (r"\boxed{41} no wait \boxed{42}", "41", 0),
+        (r"\boxed{42", "42", 0),
+        (r"$\boxed{42}$, as 17 + 26 = 43.", "42", 1), (r"\boxed{}", "42", 0), (r"\fbox{42}", "42", 1),
+        (r"\boxed{\frac{1}{2}} <answer>3</answer>", "0.5", 1), (r"\boxed{\{1, 2\}}", r"\{1, 2\}", 1),
+        ("<answer>42", "42", 0),
+        (r"\boxed{17 + 25 = 42}", "42", 1), (r"\boxed{\boxed{42}}", "42", 1),
+        ("<answer>4</answer> or <answer>5</answer>", "5", 1),
+    ],
+    "numbers": [
+        ("1,234", "1234", 1), ("1, 234", "1234", 0), ("1e3", "1000", 1), ("10^{3}", "1000", 1), ("1", "1e-7", 0),
+        ("0.0000001", "1e-7", 1), ("2", "2e16", 0), ("20000000000000000", "2e16", 1), ("2.5 × 10³", "2500", 1),
+        ("0.50", "0.5", 1), ("0.3333333", "1/3", 0), ("0,5", "0.5", 0), ("-0.0", "0", 1), ("−5", "-5", 1),
+        ("5", "-5", 0),
+        ("1000000000000000000001", "1000000000000000000000", 0), ("142", "42", 0), ("2/4", "1/2", 1),
+        ("1 1/2", "1.5", 1),
+        (r"1\frac{1}{2}", "1.5", 1), (r"\frac{-1}{2}", "-0.5", 1), ("42 million", "42", 0),
+        ("42 million", "42000000", 1),
+    ],
+    "percent": [("50%", "0.5", 1), ("50%", "50", 0), ("50", r"50\%", 0), ("50 percent", "1/2", 1), ("0.5", r"50\%", 1)],
+    "units": [
+        ("42 apples", "42", 1), ("x = 42 apples.", "42", 1), ("5", "5 cm", 1), ("5 m", "5 cm", 0),
+        (r"5 \text{ cm}", "5 cm", 1),
+        ("$5", "5", 1), (r"\$5", "5", 1), ("5 dollars", "$5", 1), ("5 euros", "$5", 0), ("45°", r"45^\circ", 1),
+        ("45 degrees", "45", 1), ("2 x", "2", 0), ("3k", "3", 0), ("It costs $5 and not $6.", "6", 1),
+    ],
+    "times": [("12:30", "12", 0), ("12:30", "30", 0), ("12:30", "12:30", 1), ("3/4", "3:4", 0)],
+    "several": [
+        ("(7, 3)", "(2, 3)", 0), (r"\{3, 2\}", "(3, 2)", 0), ("(3, 2)", r"\{2, 3\}", 0), ("2 and 1", "1, 2", 1),
+        ("x = 2 or x = 3", "2, 3", 1), (r"x \in \{1, 2\}", "1, 2", 1), (r"x = 1 \pm \sqrt2", r"1 \pm \sqrt{2}", 1),
+        (r"(2, \infty) \cup (-\infty, 1)", r"(-\infty, 1) \cup (2, \infty)", 1), ("The answer is [2, 3).", "[2,3)", 1),
+    ],
+    "equations": [("3", "x = 3", 1), ("y = 3", "x = 3", 0), ("2y = 4x + 2", "y = 2x + 1", 1),
+        (r"3 \le x", r"x \geq 3", 1)],
+    "words": [
+        ("The answer is Tuesday.", r"\text{Tuesday}", 1), ("It is not Tuesday", "Tuesday", 0), ("seat", "east", 0),
+        ("The answer is (B).", "B", 1), (r"\boxed{\text{(B)}}", "(B)", 1), ("no", "No", 1), ("forty-two", "42", 0),
+    ],
+    "formulas": [
+        ("2", "2t", 0), ("2h", "2h", 1), ("3√13", r"3\sqrt{13}", 1), ("9i + 6", "6+9i", 1), ("6.283185", r"2\pi", 1),
+        ("6.28", r"2\pi", 0), ("sqrt(2)", r"\sqrt{2}", 1), ("infinity", r"\infty", 1), ("x² + 1", "x^2+1", 1),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_rules_of_the_docstring(kind):
+    cases = RULES[kind]
+    assert [(*case[:2], int(math_verify("p", *case[:2]))) for case in cases] == cases
+
+
+def test_answers_as_mathematics_writes_them():
+    """Each is right as it is, in a box, in a tag and in a sentence; what is near is not, boxed or bare."""
+    assert len(ANSWERS) >= 66
+    faults = []
+    for answer, misses in ANSWERS.items():
+        check_gold(answer)
+        right = [answer, rf"$\boxed{{{answer}}}$", f"So <answer>{answer}</answer>", f"The answer is ${answer}$."]
+        if not isinstance(math_grading.read_gold(answer), Words):
+            right.append(f"Therefore, ${answer}$ it is")
+        faults += [("is right", answer, text) for text in right if math_verify("p", text, answer) != 1]
+        wrong = [*misses, *(rf"\boxed{{{miss}}}" for miss in misses)]
+        faults += [("is wrong", answer, text) for text in wrong if math_verify("p", text, answer) != 0]
+    assert not faults
+
+
+def test_the_shipped_task_is_not_solved_by_its_own_expressions():
+    for line in ARITHMETIC.read_text().splitlines():
+        record = json.loads(line)
+        expression = re.search(r"\d+ \S+ \d+", record["prompt"])[0]
+        rewards = [math_verify(record["prompt"], text, record["answer"])
+                   for text in (expression, record["prompt"], f"{expression} = {record['answer']}", record["answer"])]
+        assert rewards == [0, 0, 1, 1], record
+
+
+def test_what_is_copied_from_the_prompt_is_no_answer():
+    assert math_verify("Expand $(x + 1)^2$.", "(x+1)^2", "x^2+2x+1") == 0
+    assert math_verify("Expand $(x + 1)^2$.", "1 + 2x + x^2", "x^2+2x+1") == 1
+    assert math_verify("What is 10/4 as a decimal?", "10/4", "2.5") == 0
+    assert math_verify("Which is it, 1/2 or 1/3?", "1/2", "0.5") == 1
+
+
+@pytest.mark.parametrize("response, reward", [
+    ("42", 0), ("So x = 42", 0), (r"\boxed{42} because", 1), ("<answer>42</answer> as", 1),
+    (r"\boxed{42} or \boxed{4", 0),
+    (r"\boxed{4", 0), ("<answer>42", 0),
+])
+def test_of_a_cut_response_only_what_is_whole_counts(response, reward):
+    assert math_verify("p", response, "42", finished=False) == reward
+
+
+@pytest.mark.parametrize("answer, why", [
+    ("", "empty"), ("   ", "empty"), ("?", "no formula"), (r"\frac{1}{", "no formula"), ("17 + 25", "to be worked out"),
+    ("2024-05-01", "to be worked out"), (r"\sum_{k=1}^{9} k", r"\\sum is not known"), ("9^{9^{9}}", "too large"),
+    ("(9!)!", "too large"), ("x" * 2000, "too long"), ("(" * 50 + "1" + ")" * 50, "too long"),
+    ("1, \\frac{", "no formula"),
+])
+def test_answers_that_are_refused(answer, why):
+    with pytest.raises(ValueError, match=f"(?s)cannot read the answer .*{why}"):
+        check_gold(answer)
+    with pytest.raises(ValueError, match="of the prompt 'Which one"):
+        math_verify("Which one?", "1", answer)
+
+
+def test_computer_algebra_is_not_asked_what_it_could_not_bound(monkeypatch):
+    check_gold(r"\sqrt{2}")
+    monkeypatch.setattr(math_grading, "verified", lambda *_: pytest.fail("was asked"))
+    for response in ("9^{9^{9}}", "((10^{99})^{99})^{99}", "(9!)!", r"\binom{99999}{5000}", "(a+b+c)^{99}", "x^" * 99):
+        assert math_verify("p", rf"\boxed{{{response}}}", r"\sqrt{2}") == 0
+
+
+def test_of_long_responses_the_end_is_read():
+    assert math_verify("p", "word " * 20000 + "it is 42", "42") == 1
+    assert math_verify("p", r"\boxed{42}" + " word 7" * 20000, "42") == 1
+    for text in ("1" * 100_000, "(" * 100_000, r"\boxed{" * 20_000, "<answer>" * 20_000, "x^" * 50_000, "1," * 50_000):
+        assert math_verify("p", text, "42") == 0

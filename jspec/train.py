@@ -144,7 +144,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
     code, saving, rewardless, found = 0, 0.0, 0, []
     if done >= config.steps:
         code, found = as_it_ended(run, state)
-    for step in range(done, config.steps):
+    first = done  # which compiles
+    for step in range(first, config.steps):
         clock = run.metrics.clock()
         with traced(config, step):
             with clock("data"):
@@ -152,7 +153,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
                 batch = make_prompt_batch(run, prompts, jax.random.fold_in(state.key, step))
             with clock("reshard"):
                 weights = jax.block_until_ready(reshard(state.policy, layout=layout))
-            if step == done:
+            if step == first:
                 run.metrics.say("compiling the rollout")
             with clock("rollout"):
                 out = rollout(weights, state.draft, batch, sampling=sampling, speculation=speculation)
@@ -164,7 +165,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             with clock("draft"):
                 jax.block_until_ready(of_draft)
             out = out.replace(trunk=None)
-            if step == done:
+            if step == first:
                 run.metrics.say("compiling the update")
             with clock("update"):
                 state = state.replace(draft=remember(state.draft, batch, out))

@@ -336,6 +336,7 @@ def test_a_prompt_that_a_later_step_cannot_use(tmp_path, monkeypatch, capsys):
     assert train.train(config) == 2
     said = " ".join(capsys.readouterr().out.split())
     assert f"{path}:14: the tokenizer cannot encode the prompt 'x'" in said and "stopped after step 3 of 4" in said
+    assert said.count("compiling the rollout") == said.count("compiling the update") == 1  # of three steps, the first
     assert (tmp_path / "run/checkpoints/3").is_dir()
     assert "late.jsonl:14: the tokenizer cannot encode the prompt 'x': 'x' is not in its alphabet" in refused(config)
     path.write_text("\n".join(lines))

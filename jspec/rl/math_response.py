@@ -69,6 +69,9 @@ def last_value(response: str) -> Answer | None:
         tail = tail.partition(" ")[2]  # what is cut may be half of a number
     for pattern, replacement in LAYOUT:
         tail = pattern.sub(replacement, tail)
+    whole = read(tail) if len(response) <= TAIL else None
+    if isinstance(whole, Number):  # its unit may have signs that end a stretch within words, as km/h has
+        return whole
     stretches = list(mathematics(tail.translate(CHARACTERS)))
     if not stretches:
         return read(tail)
@@ -118,9 +121,12 @@ def is_symbol(word: str, tokens: list[tuple[str, str]], place: int) -> bool:
     return len(word) == 1 and (word not in ARTICLES or any(token in OPERATORS for token in beside))
 
 
+LEADING = re.compile(r"^(?:[ \t,;:*'_]|\.(?!\d)|(?<=\.)\.)*")  # the point of .5 is its own
+
+
 def trimmed(stretch: str, following: str) -> Iterator[tuple[str, str]]:
     """The stretch without what belongs to the sentence around it, if anything is left that says something."""
-    stretch = stretch.strip(" \t.,;:*'_")
+    stretch = LEADING.sub("", stretch, count=1).rstrip(" \t.,;:*'_")
     if stretch.startswith("- ") or stretch.endswith(" -"):
         stretch = stretch.strip("- ")  # dashes between words: a minus stands at its number
     if re.search(r"\d|\\[A-Za-z]|[-+*/^=]|^[A-Za-z]$|^-?(pi|infinity)$|\$[A-Za-z]+\$", stretch):

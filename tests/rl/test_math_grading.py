@@ -138,3 +138,10 @@ def test_of_long_responses_the_end_is_read():
     assert math_verify("p", r"\boxed{42}" + " word 7" * 20000, "42") == 1
     for text in ("1" * 100_000, "(" * 100_000, r"\boxed{" * 20_000, "<answer>" * 20_000, "x^" * 50_000, "1," * 50_000):
         assert math_verify("p", text, "42") == 0
+
+
+@pytest.mark.parametrize(("response", "answer", "reward"), [
+    (".1", "0.1", 1), (".1", "1", 0), ("It is .5", "5", 0), ("The answer is .5.", "0.5", 1), ("-.5", "-0.5", 1),
+    ("wait...5", "5", 1), ("90 km/h", "90 km/h", 1), ("90 km/h", "90 m/h", 0)])
+def test_a_leading_point_and_a_unit_with_signs_belong_to_the_number(response, answer, reward):
+    assert math_verify("p", response, answer) == reward

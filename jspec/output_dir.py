@@ -52,6 +52,9 @@ def written(directory: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if os.path.islink(directory) and not os.path.exists(directory):
+            raise InputError(f"output_dir={directory} is a link to {os.readlink(directory)}, which is not there; make "
+                             "that, or choose another output_dir") from None
         raise InputError(f"output_dir={directory} cannot be written to: {error.strerror or error}; make room, mend its "
                          "permissions, or choose another output_dir") from None
 

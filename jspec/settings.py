@@ -242,13 +242,21 @@ def _checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str
         quote = isinstance(value, list | dict) and _fit("", field.type) is not _MISFIT
         hint = f"; text with such characters needs quotes, as in {dotted}='\"...\"'" if quote else ""
         raise InputError(f"{origin[dotted]}: '{dotted}' must be {expected}, not {shortened(_show(value))}{hint}")
-    return _at_home(fitted) if field.metadata["path"] else fitted
+    return _at_home(fitted, f"{origin.get(dotted, 'the defaults')}: '{dotted}'") if field.metadata["path"] else fitted
 
 
-def _at_home(value: Any) -> Any:
+def _at_home(value: Any, label: str) -> Any:
+    """A path, or each of several, with the home in the place of its ~. Raises InputError, which begins with `label`,
+    for the home of a user who is not there."""
     if isinstance(value, tuple):
-        return tuple(map(_at_home, value))
-    return os.path.expanduser(value) if isinstance(value, str) and "/" in value else value
+        return tuple(_at_home(entry, label) for entry in value)
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        raise InputError(f"{label}: {shortened(value)} names the home of a user who is not there; write ./~... for a "
+                         "folder of that name")
+    return expanded
 
 
 def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:

@@ -11,7 +11,7 @@ import pytest
 from jspec import checksums
 from jspec.config import Config, DraftTrainingConfig
 from jspec.errors import InputError
-from jspec.output_dir import LOCK, claimed, is_run
+from jspec.output_dir import LOCK, claimed, is_run, written
 from jspec.settings import to_yaml
 
 
@@ -101,3 +101,10 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(fcntl, "flock", none)
     with claimed(tmp_path):
         assert "file system without locks" in caplog.text
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="is a link to .*gone, which is not there"):
+        with written(tmp_path / "run"):
+            (tmp_path / "run").mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,8 @@ def evaluate(arguments) -> int:
     source = open_source(arguments.source, overrides)
     check_code(source, arguments.overrides, arguments.run_code)
     check_reward(source.config.reward.function, source.config.data.source)
+    if source.draft is not None:
+        source.draft.check_finite(source.name)
     data = prompts_of(source)
     count = check_count(source, data, arguments.prompts)
     with telling(f"loading {arguments.source}"):
@@ -66,7 +68,8 @@ def check_code(source: Source, overrides: list[str], allowed: bool) -> None:
     function = source.config.reward.function
     if ".py:" not in function:
         return
-    if source.own is not None and not allowed and not any(text.startswith("reward") for text in overrides):
+    named = any(text.partition("=")[0].strip() == "reward.function" for text in overrides)
+    if source.own is not None and function == source.own.reward.function and not (allowed or named):
         raise InputError(f"the config of {source.name} has its answers graded by {function}, which would run that "
                          "file: look at it, then give --run-code, or name a function with reward.function=...")
     say(f"grading with {function}")

@@ -41,7 +41,8 @@ class Source:
       own: of a run, the configuration that it was trained with; None: it is no run.
       tokenizer: of `jspec.load_tokenizer`.
       shape: the policy with `jax.ShapeDtypeStruct`s for weights.
-      draft: the trained draft of a run that has one.
+      draft: the trained draft of a run that has one, and whose overrides do not say draft.name=none. Whether it is
+        finite is asked where it is used: an export needs none.
       load: reads the policy.
     """
 
@@ -63,7 +64,8 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
     if (path / "checkpoints").is_dir():
         config = run_config(path, overrides)
         tokenizer, shape = make_tokenizer(config), policy_shape(path, dtype)
-        return Source(name, config, run_config(path), tokenizer, with_tokenizer(shape, tokenizer), load_draft(path),
+        draft = None if config.draft.name == "none" else load_draft(path)
+        return Source(name, config, run_config(path), tokenizer, with_tokenizer(shape, tokenizer), draft,
                       lambda: with_tokenizer(load_policy(path, dtype), tokenizer))
     if path.suffix in (".yaml", ".yml"):
         config = load_config(path, overrides)
@@ -98,6 +100,7 @@ def choose_draft(source: Source, name: str | None) -> Callable[[Policy], Draft] 
     if name == "none":
         return None
     if source.draft is not None and name in (None, source.draft.config.name):
+        source.draft.check_finite(source.name)
         return lambda policy: source.draft
     if shipped(source.name, name):
         draft = jspec.load_draft(source.shape, source.name)

@@ -189,10 +189,22 @@ def test_evaluation_takes_what_was_held_out_and_a_runs_code_needs_permission(cap
     assert "RUN kept no prompts from training" in capsys.readouterr().err
     with pytest.raises(InputError, match="reward.py:even, which would run that file: look at it, then give --run-code"):
         check_code(source, [], False)
+    with pytest.raises(InputError, match="would run that file"):  # another key of the section names no function
+        check_code(source, ["reward.workers=1"], False)
     check_code(source, [], True)
     check_code(source, ["reward.function=mine.py:f"], False)
     check_code(dataclasses.replace(source, own=None), [], False)
     assert capsys.readouterr().err.count("grading with") == 3
+
+
+def test_a_runs_draft_that_is_not_finite_is_refused_where_it_drafts(model, task):
+    source = open_source(model, task)
+    draft = jspec.drafts.mtp(jspec.load(model), 0)
+    bad = dataclasses.replace(source, name="RUN", draft=draft.replace(weights=jax.tree.map(lambda x: x * np.nan,
+                                                                                           draft.weights)))
+    with pytest.raises(InputError, match="the mtp draft of RUN is not finite"):
+        choose_draft(bad, None)
+    assert choose_draft(bad, "none") is None
 
 
 @pytest.fixture

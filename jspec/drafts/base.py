@@ -122,7 +122,7 @@ class Draft:
         bad = next(path for path, x in jax.tree_util.tree_leaves_with_path(self.weights) if not all_finite(x))
         raise InputError(f"the {self.config.name} draft of {source} is not finite: its weight "
                          f"{jax.tree_util.keystr(bad, simple=True, separator='.')} holds NaN or infinity; take a "
-                         "checkpoint from before, or train it again with a lower learning rate")
+                         "checkpoint from before, go without a draft, or train it again with a lower learning rate")
 
 
 @struct.dataclass

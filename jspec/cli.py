@@ -1,12 +1,10 @@
 """The command line. Handlers import what they need when they run, so that `--help` and mistakes answer at once."""
 
 import argparse
-import contextlib
 import errno
 import functools
 import logging
 import math
-import os
 import signal
 import sys
 import textwrap
@@ -316,11 +314,15 @@ def guarded(run: Callable[[], int]) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()  # trouble with it is noticed here, not at the interpreter's end
     except BrokenPipeError:
-        _drop_stdout()
+        from jspec.console import drop_stdout
+
+        drop_stdout()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _drop_stdout()
+        from jspec.console import drop_stdout
+
+        drop_stdout()
         print(f"jspec: error: {error.filename or 'what is printed'}: {error.strerror}; make room, and give the same "
               "command again", file=sys.stderr)
         return code or 1
@@ -336,12 +338,6 @@ def _explained(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("jspec: interrupted", file=sys.stderr)
         return 130
-
-
-def _drop_stdout() -> None:
-    """What is left in the buffer must not fail at the interpreter's end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(text: str) -> str:

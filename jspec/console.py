@@ -25,6 +25,11 @@ class PlainConsole(Console):
         if self.on_closed is None:
             raise BrokenPipeError
         self.quiet = True
-        with suppress(OSError, ValueError):  # what is left in the buffer must not fail at the program's exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         self.on_closed()
+
+
+def drop_stdout() -> None:
+    """From here on nothing is printed: what is left in the buffer must not fail at the program's exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

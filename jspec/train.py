@@ -71,9 +71,9 @@ def train(config: Config) -> int:
     """Run or resume the training that `config` describes, with metrics and checkpoints in its output_dir.
 
     Returns the exit code: 0 when all steps are done, 1 when the last of them taught nothing (`jspec.health`), 2 when a
-    prompt of a later step cannot be used, 128 + n after signal n, with a checkpoint of the last sound weights to go on
-    from. Raises InputError for what the user can put right, before anything expensive is done, and where the output_dir
-    can no longer be written to.
+    prompt of a later step cannot be used, 128 + n after signal n, with a checkpoint of sound weights to go on from
+    unless they ran away before the first one was due. Raises InputError for what the user can put right, before
+    anything expensive is done, and where the output_dir can no longer be written to.
     """
     stop = StopSignal()
     console = PlainConsole(stop.closed_output, quiet=not is_main(), width=None if sys.stdout.isatty() else 120)

@@ -79,6 +79,16 @@ def constrain(x: jax.Array, layout: str, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, layout, x.shape, axes)))
 
 
+def block_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of x [R, ...], of each of its equal blocks those at index int32 [blocks, n] within it: [blocks x n, ...].
+
+    Where the blocks are the shards that a batch is split into, every device takes from what it holds.
+    """
+    blocks = x.reshape(index.shape[0], -1, *x.shape[1:])
+    rows = jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds"))(blocks, index)
+    return rows.reshape(-1, *x.shape[1:])
+
+
 def check_mesh(config: Any, mesh: Any, layout: str = "train") -> None:
     """Raise InputError, naming the axis, if the mesh does not divide the model. More shards than KV heads is fine."""
     rules = RULES[layout]

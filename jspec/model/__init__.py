@@ -2,7 +2,16 @@
 
 from jspec.model.attention import Cache
 from jspec.model.config import ModelConfig, RopeConfig
-from jspec.model.forward import Trunk, embed, group_forward, logits, prefill, train_forward, verify
+from jspec.model.forward import (
+    Trunk,
+    embed,
+    logits,
+    prefill,
+    prompt_forward,
+    response_forward,
+    train_forward,
+    verify,
+)
 from jspec.model.params import (
     ParamSpec,
     Policy,
@@ -20,6 +29,6 @@ from jspec.model.params import (
 )
 
 __all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "abstract_policy", "check_policy",
-           "check_weights", "embed", "group_forward", "init_policy", "init_weights", "layer_specs", "logits",
-           "param_specs", "place_on_mesh", "policy_sharding", "prefill", "reshard", "to_rollout", "train_forward",
-           "verify"]
+           "check_weights", "embed", "init_policy", "init_weights", "layer_specs", "logits", "param_specs",
+           "place_on_mesh", "policy_sharding", "prefill", "prompt_forward", "reshard", "response_forward", "to_rollout",
+           "train_forward", "verify"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jspec.model.attention import Cache, causal_attention, continued_attention, 
 from jspec.model.config import ModelConfig
 from jspec.model.layers import decoder_layer, linear, rms_norm, rope_table
 from jspec.model.params import Policy
-from jspec.sharding import constrain
+from jspec.sharding import block_rows, constrain
 
 
 @struct.dataclass
@@ -57,27 +58,27 @@ def logits(policy: Policy, hidden: jax.Array) -> jax.Array:
         return constrain(out, policy.layout, "batch", *(None,) * (out.ndim - 2), "vocab")
 
 
-def _final(policy: Policy, x: jax.Array, features: list[jax.Array]) -> Trunk:
+def _final(policy: Policy, x: jax.Array, features: Sequence[jax.Array]) -> Trunk:
     return Trunk(rms_norm(x, policy.weights["final_norm"], policy.config.rms_norm_eps), tuple(features))
 
 
-def _scanned(policy: Policy, streams: tuple[jax.Array, ...], layer: Callable, features: tuple[int, ...],
-             remat: bool) -> tuple[Trunk, ...]:
-    """Scan `layer(weights, streams) -> streams` over the stacked layers; a Trunk for each residual stream."""
+def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, features: tuple[int, ...],
+             remat: bool) -> tuple[Trunk, Any]:
+    """Scan `layer(weights, x, its entry of by_layer) -> (x, kept)` over the stacked layers: a Trunk over `tokens`, and
+    what the layers kept, stacked."""
     def step(carry, xs):
-        streams, kept = carry
-        w, depth = xs
-        streams = layer(w, streams)
-        streams = tuple(constrain(x, policy.layout, "batch", None, None) for x in streams)
-        kept = tuple(jax.tree.map(lambda x, old, i=i: jnp.where(depth == i, x, old), streams, old)
-                     for i, old in zip(features, kept, strict=True))
-        return (streams, kept), None
+        x, states = carry
+        w, depth, entry = xs
+        x, kept = layer(w, x, entry)
+        x = constrain(x, policy.layout, "batch", None, None)
+        states = tuple(jnp.where(depth == i, x, old) for i, old in zip(features, states, strict=True))
+        return (x, states), kept
 
+    x = _embedded(policy, tokens)
     with jax.named_scope("trunk"):
-        xs = (policy.weights["layers"], 1 + jnp.arange(policy.config.num_layers))
-        start = (streams, (streams,) * len(features))
-        (streams, kept), _ = jax.lax.scan(jax.checkpoint(step) if remat else step, start, xs)
-    return tuple(_final(policy, x, [depth[i] for depth in kept]) for i, x in enumerate(streams))
+        xs = (policy.weights["layers"], 1 + jnp.arange(policy.config.num_layers), by_layer)
+        (x, states), kept = jax.lax.scan(jax.checkpoint(step) if remat else step, (x, (x,) * len(features)), xs)
+    return _final(policy, x, states), kept
 
 
 def _embedded(policy: Policy, tokens: jax.Array) -> jax.Array:
@@ -90,34 +91,41 @@ def train_forward(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...
     Rows are right-padded: padding can only influence positions after it. `remat` recomputes each layer in the
     backward pass, so that only one residual stream a layer is kept.
     """
+    return _causal(policy, tokens, lambda k, v: None, features, remat)[0]
+
+
+def prompt_forward(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...] = (),
+                   remat: bool = False) -> tuple[Trunk, tuple[jax.Array, jax.Array]]:
+    """`train_forward` of prompts, with their keys and values of all layers, [layers, B, S, kv_heads, head_dim] each,
+    for `response_forward` to continue."""
+    return _causal(policy, tokens, lambda k, v: (k, v), features, remat)
+
+
+def _causal(policy: Policy, tokens: jax.Array, keep: Callable, features: tuple[int, ...], remat: bool):
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
-    def layer(w, streams):
-        x, _ = decoder_layer(policy.config, w, *streams, rope, lambda q, k, v: (causal_attention(q, k, v), None))
-        return (x,)
+    def layer(w, x, _):
+        return decoder_layer(policy.config, w, x, rope, lambda q, k, v: (causal_attention(q, k, v), keep(k, v)))
 
-    return _scanned(policy, (_embedded(policy, tokens),), layer, features, remat)[0]
+    return _scanned(policy, tokens, layer, None, features, remat)
 
 
-def group_forward(policy: Policy, prompts: jax.Array, lengths: jax.Array, responses: jax.Array, *,
-                  features: tuple[int, ...] = (), remat: bool = False) -> tuple[Trunk, Trunk]:
-    """What `train_forward` computes of every prompt followed by its responses, with each prompt computed once.
+def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys_values: tuple[jax.Array, jax.Array],
+                     prompts: jax.Array, *, features: tuple[int, ...] = (), remat: bool = False) -> Trunk:
+    """What `train_forward` computes of responses after their prompts, the prompts being computed already.
 
-    Prompts int32 [P, L], right-padded, lengths int32 [P]; responses int32 [N, T], row i continues prompt i // (N // P)
-    at its length. Returns the Trunks over [P, L] and [N, T].
+    Responses int32 [N, T]; lengths int32 [N], of each one's prompt; keys_values: of all prompts (`prompt_forward`);
+    prompts int32 [blocks, N // blocks], which of them each row continues, as `block_rows` has it. Returns the Trunk
+    over [N, T].
     """
-    config, group = policy.config, responses.shape[0] // prompts.shape[0]
-    prompt_rope = rope_table(config, jnp.arange(prompts.shape[1])[None])
-    rope = rope_table(config, jnp.repeat(lengths, group)[:, None] + jnp.arange(responses.shape[1])[None])
+    rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
 
-    def layer(w, streams):
-        prompt, (k, v) = decoder_layer(config, w, streams[0], prompt_rope,
-                                       lambda q, k, v: (causal_attention(q, k, v), (k, v)))
-        response, _ = decoder_layer(config, w, streams[1], rope, lambda q, own_k, own_v: (
-            continued_attention(q, own_k, own_v, k, v, lengths), None))
-        return prompt, response
+    def layer(w, x, before):
+        before = (constrain(block_rows(x, prompts), policy.layout, "batch", None, "kv_heads", None) for x in before)
+        return decoder_layer(policy.config, w, x, rope,
+                             lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None))
 
-    return _scanned(policy, (_embedded(policy, prompts), _embedded(policy, responses)), layer, features, remat)
+    return _scanned(policy, tokens, layer, keys_values, features, remat)[0]
 
 
 def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features: tuple[int, ...], attend) -> tuple:

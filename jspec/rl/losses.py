@@ -15,14 +15,12 @@ from jspec.model.chunks import CHUNK_TOKENS, map_chunks
 from pallas_kernels.rejection_sampling import scaled
 
 
-def predicting_states(prompt_hidden: jax.Array, response_hidden: jax.Array, prompt_lengths: jax.Array) -> jax.Array:
+def predicting_states(last: jax.Array, response_hidden: jax.Array) -> jax.Array:
     """The hidden states that predict the responses' tokens, [N, T, D]: each token's is that of the token before it.
 
-    prompt_hidden [P, L, D] with prompt_lengths int32 [P], and response_hidden [N, T, D], row i of prompt i // (N // P).
+    last: [N, D], at the last tokens of their prompts. response_hidden: [N, T, D].
     """
-    last = jnp.take_along_axis(prompt_hidden, prompt_lengths[:, None, None] - 1, axis=1)
-    last = jnp.repeat(last, response_hidden.shape[0] // prompt_hidden.shape[0], axis=0)
-    return jnp.concatenate([last, response_hidden[:, :-1]], axis=1)
+    return jnp.concatenate([last[:, None], response_hidden[:, :-1]], axis=1)
 
 
 def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, temperature: jax.Array,

@@ -1,9 +1,10 @@
 """The GRPO update: policy loss and detached draft loss from one forward, each with an optimizer of its own.
 
-One jitted, donated step. As in the rollout, a prompt is computed once for all the sequences of its group that a
-micro-batch holds. The draft's gradient is taken of the draft's weights only, from hidden states behind `stop_gradient`,
-so that nothing of it reaches the policy; a barrier on those states keeps XLA from compiling the policy's part
-differently because somebody else reads them.
+One jitted, donated step. Prompts are computed once, before the responses, which continue their keys and values in
+micro-batches of like length (`jspec.rl.micro_batches`); what the responses' gradients say of those keys and values then
+goes back through the prompts, once as well. The draft's gradient is taken of the draft's weights only, from hidden
+states behind `stop_gradient`, so that nothing of it reaches the policy; a barrier on those states keeps XLA from
+compiling the policy's part differently because somebody else reads them.
 
 With `draft_features="rollout"` the draft learns in a step of its own (`update_draft`), from the states that the
 verifier computed, before the policy's update or while rewards are computed.
@@ -12,7 +13,6 @@ verifier computed, before the policy's update or while rewards are computed.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +26,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.drafts.base import DraftBatch
-from jspec.model import Policy, Trunk, group_forward
+from jspec.model import Policy, Trunk, prompt_forward, response_forward
+from jspec.rl.batch import TrainBatch, join, make_batch  # noqa: F401 - make_batch is imported from here
 from jspec.rl.losses import clipped_objective, k3, predicting_states, token_logprobs
+from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, least_tokens, shapes
 from jspec.rl.state import TrainState
-from jspec.sharding import batch_shards, constrain, current_mesh
-from jspec.speculate import PromptBatch, Rollout
+from jspec.sharding import block_rows, constrain, current_mesh
 from pallas_kernels.noise import key_words, seed_key
 
 
@@ -44,6 +45,7 @@ class UpdateSettings:
     kl_weight: float = 0.0
     updates_per_rollout: int = 1
     micro_batch: int = 0
+    widths: tuple[int, ...] = ()
     remat: bool = False
     learning_rate: float = 1e-6
     clip: float = 1.0
@@ -61,57 +63,13 @@ class UpdateSettings:
     def of(cls, config: Config) -> UpdateSettings:
         """The settings that a run's configuration gives."""
         grpo, draft = config.grpo, config.draft
-        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "learning_rate", "clip",
-                "weight_decay", "warmup_steps")
+        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "widths", "learning_rate",
+                "clip", "weight_decay", "warmup_steps")
         return cls(temperature=config.sampling.temperature, remat=config.model.remat, train_draft=draft.train,
                    draft_every=draft.every_n_steps, draft_features=draft.features, draft_loss=draft.loss,
                    draft_optimizer=draft.optimizer,
                    draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
                    **{name: getattr(grpo, name) for name in same})
-
-
-@struct.dataclass
-class TrainBatch:
-    """P prompts and the N sequences that continue them, row i prompt i // (N // P).
-
-    Attributes:
-      prompts: int32 [P, L], right-padded. prompt_lengths: int32 [P].
-      tokens: int32 [N, T], the responses.
-      logprobs: float32 [N, T], of the responses' tokens, from the verifier.
-      mask: bool [N, T], the responses' tokens that are trained.
-      advantages: float32 [N]. None where nothing but the draft learns.
-      trunk: the verifier's states (`Rollout.trunk`), or None.
-    """
-
-    prompts: jax.Array
-    prompt_lengths: jax.Array
-    tokens: jax.Array
-    logprobs: jax.Array
-    mask: jax.Array
-    advantages: jax.Array | None
-    trunk: Trunk | None = None
-
-    @property
-    def group_size(self) -> int:
-        """Sequences of one prompt."""
-        return self.tokens.shape[0] // self.prompts.shape[0]
-
-
-def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array | None) -> TrainBatch:
-    """What a rollout gives the update to learn from. Jittable."""
-    return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs, rollout.loss_mask, advantages,
-                      rollout.trunk)
-
-
-def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Array:
-    """Prompts [P, L, ...] and responses [N, T, ...] as rows [N, L + T, ...] without a gap, zeros after them."""
-    group, length = responses.shape[0] // prompts.shape[0], prompts.shape[1]
-    start, position = jnp.repeat(lengths, group)[:, None], jnp.arange(length + responses.shape[1])
-    rows = jnp.concatenate([jnp.repeat(prompts, group, axis=0), responses], axis=1)
-    rows = jnp.pad(rows, ((0, 0), (0, 1), *((0, 0),) * (rows.ndim - 2)))  # one column of padding, to read from
-    source = jnp.where(position < start, position, jnp.minimum(length + position - start, rows.shape[1] - 1))
-    rows = jnp.take_along_axis(rows, source.reshape(*source.shape, *(1,) * (rows.ndim - 2)), axis=1)
-    return constrain(rows, "train", "batch", *(None,) * (rows.ndim - 1))
 
 
 def optimizers(settings: UpdateSettings) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
@@ -189,46 +147,97 @@ def _init_optimizer(optimizer: optax.GradientTransformation, weights: Any) -> An
     return jax.jit(optimizer.init, out_shardings=shardings)(weights)
 
 
-def policy_loss(weights: Any, policy: Policy, reference: Policy | None, batch: TrainBatch, count: jax.Array,
-                settings: UpdateSettings,
-                features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict, tuple[Trunk, Trunk], jax.Array]]:
-    """The clipped objective of `batch`'s rows over the global `count` of trained tokens, plus the KL where asked for.
+@struct.dataclass
+class PromptStates:
+    """What responses continue, of P prompts.
 
-    Returns (loss, (metrics, trunks of prompts and responses with `features`, log-probabilities of the responses'
-    tokens)). Metrics are this batch's share of token means over `count`, so that those of micro-batches add up;
-    `logprob_gap` is a maximum.
+    Attributes:
+      last: [P, D], final-normed, at each prompt's last token.
+      keys_values: of all layers, [layers, P, L, kv_heads, head_dim] each.
     """
-    trunks, logprobs, entropy = response_logprobs(policy.replace(weights=weights), batch, settings, features)
-    surrogate, clipped = clipped_objective(logprobs, batch.logprobs, batch.advantages, batch.mask, settings.clip_low,
+
+    last: jax.Array
+    keys_values: tuple[jax.Array, jax.Array]
+
+
+def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
+                  features: tuple[int, ...] = ()) -> tuple[PromptStates, Trunk]:
+    """What responses continue, and the prompts' Trunk with `features`.
+
+    As many prompts at a time as hold no more tokens than a micro-batch. Where that is not all of them, the backward
+    pass computes them anew.
+    """
+    def one(prompts, lengths):
+        trunk, keys_values = jax.lax.optimization_barrier(
+            prompt_forward(policy, prompts, features=features, remat=settings.remat))
+        last = jnp.take_along_axis(trunk.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return PromptStates(last, keys_values), trunk
+
+    blocks, (count, length) = blocks_of(batch), batch.prompts.shape
+    each, (rows, width) = count // blocks, shapes(batch, settings.micro_batch, settings.widths)[0]
+    fitting = max(1, max(rows * width, least_tokens()) // length)
+    together = next(n for n in range(min(each, fitting), 0, -1) if each % n == 0)
+    if together == each:
+        return one(batch.prompts, batch.prompt_lengths)
+
+    def split(x):
+        return x.reshape(blocks, -1, together, *x.shape[1:]).swapaxes(0, 1).reshape(-1, blocks * together, *x.shape[1:])
+
+    def merged(x, axis):  # [chunks, ..., blocks x together, ...] -> [..., P, ...]
+        x = jnp.moveaxis(x, 0, axis)
+        x = x.reshape(*x.shape[:axis], -1, blocks, together, *x.shape[axis + 2:]).swapaxes(axis, axis + 1)
+        return x.reshape(*x.shape[:axis], count, *x.shape[axis + 3:])
+
+    states, trunk = jax.lax.map(lambda chunk: jax.checkpoint(one)(*chunk),
+                                (split(batch.prompts), split(batch.prompt_lengths)))
+    keys_values = jax.tree.map(lambda x: merged(x, 1), states.keys_values)
+    return PromptStates(merged(states.last, 0), keys_values), jax.tree.map(lambda x: merged(x, 0), trunk)
+
+
+def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tuple[Policy, PromptStates] | None,
+                micro: MicroBatch, count: jax.Array, settings: UpdateSettings,
+                features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict, Trunk, jax.Array]]:
+    """The clipped objective of a micro-batch's rows over the global `count` of trained tokens, plus the KL where asked
+    for. prompts: of the policy; anchor: the reference with its own.
+
+    Returns (loss, (metrics, the responses' trunk with `features`, log-probabilities of their tokens)). Metrics are the
+    rows' share of token means over `count`, so that those of micro-batches add up; `logprob_gap` is a maximum.
+    """
+    rows = micro.rows
+    trunk, logprobs, entropy = response_logprobs(policy.replace(weights=weights), prompts, micro, settings, features)
+    surrogate, clipped = clipped_objective(logprobs, rows.logprobs, rows.advantages, rows.mask, settings.clip_low,
                                            settings.clip_high)
-    gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0)
+    gap = jnp.where(rows.mask, jnp.abs(logprobs - rows.logprobs), 0.0)
 
     def mean(x):
-        return jnp.sum(x, where=batch.mask, dtype=jnp.float32) / count
+        return jnp.sum(x, where=rows.mask, dtype=jnp.float32) / count
 
     loss = -mean(surrogate)
     metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped), "logprob_gap_mean": mean(gap)}
-    if settings.kl_weight:
-        _, anchor, _ = response_logprobs(reference, batch, settings)
-        metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchor), batch.mask))
+    if anchor is not None:
+        _, anchored, _ = response_logprobs(*anchor, micro, settings)
+        metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchored), rows.mask))
         loss = loss + settings.kl_weight * metrics["kl"]
-    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunks, logprobs)
+    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunk, logprobs)
 
 
-def response_logprobs(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
-                      features: tuple[int, ...] = ()) -> tuple[tuple[Trunk, Trunk], jax.Array, jax.Array]:
-    """(trunks of prompts and responses, log-probabilities of the responses' tokens, entropy, both float32 [N, T])."""
-    trunks = jax.lax.optimization_barrier(group_forward(policy, batch.prompts, batch.prompt_lengths, batch.tokens,
-                                                        features=features, remat=settings.remat))
-    hidden = predicting_states(*(trunk.hidden for trunk in trunks), batch.prompt_lengths)
-    return trunks, *token_logprobs(policy, hidden, batch.tokens, settings.temperature)
+def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch, settings: UpdateSettings,
+                      features: tuple[int, ...] = ()) -> tuple[Trunk, jax.Array, jax.Array]:
+    """(trunk of the responses, log-probabilities of their tokens, entropy, both float32 [N, T])."""
+    tokens = micro.rows.tokens
+    trunk = jax.lax.optimization_barrier(response_forward(
+        policy, tokens, micro.rows.prompt_lengths, prompts.keys_values, micro.prompts, features=features,
+        remat=settings.remat))
+    hidden = predicting_states(block_rows(prompts.last, micro.prompts), trunk.hidden)
+    return trunk, *token_logprobs(policy, hidden, tokens, settings.temperature)
 
 
 def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk] | None, logprobs: jax.Array,
                batch: TrainBatch, settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The drafter's own loss, a sum over trained tokens, with the policy and all that it computed detached.
 
-    trunks: of prompts and responses; None: the states are those of the batch, whose rows have no gap already.
+    trunks: of the rows' prompts and of their responses; None: the states are those of the batch, whose rows have no
+    gap already.
     Returns (loss, metrics), all of them sums over trained tokens.
     """
     # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or
@@ -255,26 +264,41 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     with_draft = trains_draft(state.draft, settings) and learned_from(state.draft, settings) is None
     features = state.draft.module.features(state.draft.config) if with_draft else ()
 
-    def one(rows: TrainBatch):
+    def of_prompts(weights):
         with jax.named_scope("policy_loss"):
-            of_policy = jax.value_and_grad(policy_loss, has_aux=True)
-            (_, (metrics, *computed)), grads = of_policy(state.policy.weights, state.policy, reference, rows, count,
-                                                      settings, features)
-        gap = metrics.pop("logprob_gap")
+            return prompt_states(state.policy.replace(weights=weights), batch, settings, features)
+
+    prompts, pull, prompt_trunk = jax.vjp(of_prompts, state.policy.weights, has_aux=True)
+    anchor = None if not settings.kl_weight else (reference, prompt_states(reference, batch, settings)[0])
+
+    def one(micro: MicroBatch):
+        with jax.named_scope("policy_loss"):
+            of_policy = jax.value_and_grad(policy_loss, (0, 1), has_aux=True)
+            (_, (metrics, trunk, logprobs)), grads = of_policy(state.policy.weights, prompts, state.policy, anchor,
+                                                               micro, count, settings, features)
+        grads, gap = in_float32(grads), metrics.pop("logprob_gap")
         if not with_draft:
             return (grads, metrics, None, None), gap
         with jax.named_scope("draft_loss"):
+            trunks = jax.tree.map(lambda x: block_rows(x, micro.prompts), prompt_trunk), trunk
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
             (_, draft_metrics), draft_grads = every(
-                settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, *computed,
-                                                          rows, settings))
+                settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, trunks,
+                                                          logprobs, micro.rows, settings))
         return (grads, metrics, draft_grads, draft_metrics), gap
 
-    (grads, metrics, draft_grads, draft_metrics), gap = accumulate(one, batch, settings.micro_batch)
-    metrics = {**metrics, "logprob_gap": gap}
+    cut = shapes(batch, settings.micro_batch, settings.widths)
+    ((grads, to_prompts), metrics, draft_grads, draft_metrics), gap = accumulate(one, batch, cut)
+    (through_prompts,) = pull(jax.tree.map(lambda x, like: x.astype(like.dtype), to_prompts, prompts))
+    grads, metrics = jax.tree.map(jnp.add, grads, in_float32(through_prompts)), {**metrics, "logprob_gap": gap}
     if not with_draft:
         return (grads, metrics), None
     return (grads, metrics), jax.tree.map(lambda x: x / count, (draft_grads, draft_metrics))
+
+
+def in_float32(tree: Any) -> Any:
+    """Every array of a tree as float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def every(settings: UpdateSettings, updates: jax.Array, compute: Callable[[], Any]) -> Any:
@@ -294,56 +318,15 @@ def draft_gradients(state: TrainState, batch: TrainBatch, settings: UpdateSettin
     """Gradients and metrics of the draft alone, from the batch's own states: means over trained tokens."""
     count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
 
-    def one(rows: TrainBatch):
+    def one(micro: MicroBatch):
         with jax.named_scope("draft_loss"):
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
-            (_, metrics), grads = of_draft(state.draft.weights, state.draft, state.policy, None, rows.logprobs, rows,
-                                           settings)
+            (_, metrics), grads = of_draft(state.draft.weights, state.draft, state.policy, None, micro.rows.logprobs,
+                                           micro.rows, settings)
         return (grads, metrics), ()
 
-    sums, _ = accumulate(one, batch, settings.micro_batch)
+    sums, _ = accumulate(one, batch, shapes(batch, settings.micro_batch, settings.widths))
     return jax.tree.map(lambda x: x / count, sums)
-
-
-def accumulate(one: Callable[[TrainBatch], tuple[Any, Any]], batch: TrainBatch, micro_batch: int) -> tuple[Any, Any]:
-    """`one` gives (sums, maxima) of rows: those of all rows, in chunks of `micro_batch`, gradients in float32."""
-    if not micro_batch or micro_batch == batch.tokens.shape[0]:
-        return one(batch)
-
-    def body(total, rows):
-        sums, maxima = one(rows)
-        return (jax.tree.map(jnp.add, total[0], sums), jax.tree.map(jnp.maximum, total[1], maxima)), None
-
-    chunks = micro_batches(batch, micro_batch)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
-    return jax.lax.scan(body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)[0]
-
-
-def micro_batches(batch: TrainBatch, rows: int) -> TrainBatch:
-    """The batch cut into chunks of `rows` sequences along a new leading axis, with as many siblings together as fit.
-
-    A chunk takes every n-th prompt and every m-th sibling: where the prompts are sharded, of every device's contiguous
-    block its share.
-    """
-    prompts, group = batch.prompts.shape[0], batch.group_size
-    shards = batch_shards("train")
-    siblings = math.gcd(rows // shards if prompts % shards == 0 else rows, group)
-    together = rows // siblings  # prompts of a chunk
-    n, m = prompts // together, group // siblings
-
-    def by_row(x):
-        return jnp.moveaxis(x.reshape(together, n, siblings, m, *x.shape[1:]), (1, 3), (0, 1))
-
-    def by_prompt(x):
-        x = x.reshape(together, n, 1, *x.shape[1:]).swapaxes(0, 1)[:, None]
-        return jnp.broadcast_to(x, (n, m, *x.shape[2:]))
-
-    def split(x):
-        x = by_prompt(x) if x.shape[0] == prompts else by_row(x)
-        x = x.reshape(n * m, -1, *x.shape[4:])
-        return constrain(x, "train", None, "batch", *(None,) * (x.ndim - 2))
-
-    return jax.tree.map(split, batch)
 
 
 def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_state: Any, grads: Any,

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 import jspec
-from jspec.model import attention, chunks, group_forward, layers, logits, prefill, train_forward, verify
+from jspec.model import (
+    attention,
+    chunks,
+    layers,
+    logits,
+    prefill,
+    prompt_forward,
+    response_forward,
+    train_forward,
+    verify,
+)
 from tests.speculate import tiny
 
 KINDS = {
@@ -96,19 +106,25 @@ def test_attention_in_blocks_of_queries(monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-def test_responses_of_a_group_share_its_prompt(blocks, monkeypatch):
+def test_responses_continue_prompts_that_are_computed_once(blocks, monkeypatch):
     if blocks:
         monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
     policy, rng = make("qwen3"), np.random.default_rng(5)
     prompts, lengths = jnp.asarray(rng.integers(0, 13, (2, 6)), jnp.int32), jnp.array([6, 2])
     responses = jnp.asarray(rng.integers(0, 13, (6, 5)), jnp.int32)
-    forward = jax.jit(lambda p: group_forward(p, prompts, lengths, responses, features=(0, 2, 3)))
+    own = jnp.array([0, 1, 1, 0, 0, 1])  # in any order
+
+    @jax.jit
+    def forward(policy):
+        trunk, keys_values = prompt_forward(policy, prompts, features=(0, 2, 3))
+        return trunk, response_forward(policy, responses, lengths[own], keys_values, own[None], features=(0, 2, 3))
+
     prompt, response = forward(policy)
     for i, row in enumerate(responses):
-        n = int(lengths[i // 3])
-        whole = train_forward(policy, jnp.concatenate([prompts[i // 3, :n], row])[None], features=(0, 2, 3))
+        n = int(lengths[own[i]])
+        whole = train_forward(policy, jnp.concatenate([prompts[own[i], :n], row])[None], features=(0, 2, 3))
         for both, a, b in zip(*map(jax.tree.leaves, (whole, prompt, response)), strict=True):
-            np.testing.assert_allclose(a[i // 3, :n], both[0, :n], atol=1e-5)
+            np.testing.assert_allclose(a[own[i], :n], both[0, :n], atol=1e-5)
             np.testing.assert_allclose(b[i], both[0, n:], atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jspec
-from jspec.model import ModelConfig, group_forward, init_policy, train_forward
+from jspec.model import ModelConfig, init_policy, prompt_forward, response_forward, train_forward
 from jspec.rl import update as up
 from jspec.rl.losses import token_logprobs
 
@@ -75,24 +75,6 @@ def test_rows_are_joined_without_a_gap():
     np.testing.assert_array_equal(pairs, jnp.stack([joined, -joined], -1))
 
 
-@pytest.mark.parametrize("prompts, group, shards, rows, together", [
-    (2, 4, 1, 8, 2), (2, 4, 1, 4, 1), (2, 4, 1, 2, 1), (2, 4, 1, 1, 1), (4, 6, 1, 8, 4), (4, 6, 1, 12, 2),
-    (4, 4, 4, 8, 4), (4, 4, 2, 8, 2), (2, 8, 8, 8, 1), (3, 8, 2, 4, 1)])
-def test_micro_batches_keep_siblings_and_their_prompt_together(prompts, group, shards, rows, together, monkeypatch):
-    monkeypatch.setattr(up, "batch_shards", lambda layout: shards)
-    n = prompts * group
-    own, ours = jnp.arange(n), jnp.arange(prompts)
-    batch = up.TrainBatch(ours[:, None], ours, own[:, None], own[:, None], own[:, None] >= 0, own)
-    chunks = up.micro_batches(batch, rows)
-    assert chunks.prompts.shape == (n // rows, together, 1) and chunks.tokens.shape == (n // rows, rows, 1)
-    assert sorted(chunks.advantages.ravel().tolist()) == list(range(n))
-    np.testing.assert_array_equal(chunks.tokens[..., 0], chunks.advantages)
-    np.testing.assert_array_equal(chunks.prompts[..., 0], chunks.prompt_lengths)
-    # as the update has it: row i of a chunk continues its prompt i // (rows // together)
-    np.testing.assert_array_equal(jnp.repeat(chunks.prompt_lengths, rows // together, axis=1),
-                                  chunks.advantages // group)
-
-
 @pytest.mark.parametrize("micro_batch", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_policy_gradients_are_the_same_bits_with_and_without_a_draft(micro_batch):
     settings = dataclasses.replace(SETTINGS, micro_batch=micro_batch)
@@ -117,7 +99,9 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
 
     def loss(weights, draft_weights):
         policy = state.policy.replace(weights=weights)
-        trunks = group_forward(policy, batch.prompts, batch.prompt_lengths, batch.tokens)
+        prompt, keys_values = prompt_forward(policy, batch.prompts)
+        trunks = prompt, response_forward(policy, batch.tokens, jnp.repeat(batch.prompt_lengths, G), keys_values,
+                                          jnp.arange(N)[None] // G)
         logprobs = own_logprobs(policy, batch)
         return up.draft_loss(draft_weights, state.draft, policy, trunks, logprobs, batch, SETTINGS)[0]
 

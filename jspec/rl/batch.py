@@ -1,0 +1,55 @@
+"""What an update learns from: prompts and the sequences that continue them, with their advantages."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jspec.model import Trunk
+from jspec.sharding import constrain
+from jspec.speculate import PromptBatch, Rollout
+
+
+@struct.dataclass
+class TrainBatch:
+    """P prompts and the N sequences that continue them, row i prompt i // (N // P).
+
+    Attributes:
+      prompts: int32 [P, L], right-padded. prompt_lengths: int32 [P].
+      tokens: int32 [N, T], the responses.
+      logprobs: float32 [N, T], of the responses' tokens, from the verifier.
+      mask: bool [N, T], the responses' tokens that are trained.
+      advantages: float32 [N]. None where nothing but the draft learns.
+      trunk: the verifier's states (`Rollout.trunk`), or None.
+    """
+
+    prompts: jax.Array
+    prompt_lengths: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array
+    mask: jax.Array
+    advantages: jax.Array | None
+    trunk: Trunk | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Sequences of one prompt."""
+        return self.tokens.shape[0] // self.prompts.shape[0]
+
+
+def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array | None) -> TrainBatch:
+    """What a rollout gives the update to learn from. Jittable."""
+    return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs, rollout.loss_mask, advantages,
+                      rollout.trunk)
+
+
+def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Array:
+    """Prompts [P, L, ...] and responses [N, T, ...] as rows [N, L + T, ...] without a gap, zeros after them."""
+    group, length = responses.shape[0] // prompts.shape[0], prompts.shape[1]
+    start, position = jnp.repeat(lengths, group)[:, None], jnp.arange(length + responses.shape[1])
+    rows = jnp.concatenate([jnp.repeat(prompts, group, axis=0), responses], axis=1)
+    rows = jnp.pad(rows, ((0, 0), (0, 1), *((0, 0),) * (rows.ndim - 2)))  # one column of padding, to read from
+    source = jnp.where(position < start, position, jnp.minimum(length + position - start, rows.shape[1] - 1))
+    rows = jnp.take_along_axis(rows, source.reshape(*source.shape, *(1,) * (rows.ndim - 2)), axis=1)
+    return constrain(rows, "train", "batch", *(None,) * (rows.ndim - 1))

@@ -138,7 +138,11 @@ class GrpoSection:
     clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high", low=0)
     kl_weight: float = setting(0.0, "weight of the k3 KL to the frozen first policy; 0: no reference is kept", low=0)
     updates_per_rollout: int = setting(1, "optimizer steps on each rollout", low=1)
-    micro_batch: int = setting(0, "rows per forward and backward, for memory, best whole groups; 0: all rows", low=0)
+    micro_batch: int = setting(0, "rows per forward and backward; more need more memory, and fewer are of more like "
+                               "length; 0: what keeps a device busy, one at least", low=0)
+    widths: tuple[int, ...] = setting((), "tokens that answers are trimmed to, besides sampling.max_new_tokens, before "
+                                      "the update computes them, those of like length together. Each is compiled: more "
+                                      "of them waste less and compile longer; none named: up to five", low=1)
     learning_rate: float = setting(1e-6, "peak learning rate of the policy's AdamW", low=0)
     clip: float = setting(1.0, "global-norm clip of the policy's gradient", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
@@ -305,6 +309,9 @@ def _check_grpo(config: Config) -> None:
     _demand(not grpo.micro_batch or rows % grpo.micro_batch == 0,
             f"grpo.micro_batch ({grpo.micro_batch}) must divide the rows of a step, "
             f"data.prompts_per_step x data.group_size = {rows}")
+    longest = config.sampling.max_new_tokens
+    _demand(all(width <= longest for width in grpo.widths), f"grpo.widths is {list(grpo.widths)}, and no answer is "
+            f"longer than sampling.max_new_tokens = {longest}: leave out what is above it")
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _demand(0 not in axes and axes.count(-1) <= 1,
             f"mesh.data, mesh.fsdp and mesh.tensor are {axes}: each at least 1, and one of them at most may be -1")

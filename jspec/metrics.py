@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from jspec.hub.json_io import parse_json
 
 log = logging.getLogger(__name__)
 
-TIMINGS = ("seconds/", "tokens_per_second")
+TIMINGS = ("seconds/", "tokens_per_second", "compilations")
 """Prefixes of the fields that differ, as `time` does, between two runs of the same thing; all others are equal."""
 
 PHASES = ("data", "reshard", "rollout", "reward", "draft", "update", "checkpoint")
@@ -80,12 +80,13 @@ def keep_steps(path: Path, steps: int) -> list[dict[str, Any]]:
 
 
 class CompileSeconds:
-    """The seconds in which JAX has compiled, or read compiled programs, since it was entered: call it to ask."""
+    """The seconds in which JAX has compiled programs, or read compiled ones, since it was entered: call it to ask.
+    `programs` counts them."""
 
     EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __init__(self):
-        self.total = 0.0
+        self.total, self.programs = 0.0, 0
 
     def __call__(self) -> float:
         return self.total
@@ -93,6 +94,7 @@ class CompileSeconds:
     def hear(self, event: str, seconds: float, **_: Any) -> None:
         if event == self.EVENT:
             self.total += seconds
+            self.programs += 1
 
     def __enter__(self) -> CompileSeconds:
         jax.monitoring.register_event_duration_secs_listener(self.hear)
@@ -105,11 +107,13 @@ class CompileSeconds:
 class Clock:
     """Seconds of each phase of a step, and those of them that went into compiling."""
 
-    def __init__(self, compile_seconds: Callable[[], float] = lambda: 0.0):
-        """`compile_seconds`: a `CompileSeconds`, or nothing is known of compiling."""
+    def __init__(self, compile_seconds: CompileSeconds | None = None):
+        """None: nothing is known of compiling."""
+        compile_seconds = compile_seconds or CompileSeconds()
         self.seconds: dict[str, float] = {}
         self.compiling: dict[str, float] = {}
         self.compile_seconds, self.compiled_before = compile_seconds, compile_seconds()
+        self.programs_before = compile_seconds.programs
         self.start = time.perf_counter()
 
     @contextmanager
@@ -119,6 +123,10 @@ class Clock:
             yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
         self.compiling[phase] = self.compiling.get(phase, 0.0) + self.compile_seconds() - compiled
+
+    def compilations(self) -> int:
+        """Programs that were compiled, or read compiled, since the step began."""
+        return self.compile_seconds.programs - self.programs_before
 
     def record(self) -> dict[str, float]:
         """Fields `seconds/PHASE`, `seconds/compile`, and `seconds/step`, all that has passed since the step began."""

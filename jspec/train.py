@@ -165,15 +165,13 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             with clock("draft"):
                 jax.block_until_ready(of_draft)
             out = out.replace(trunk=None)
-            if step == first:
-                run.metrics.say("compiling the update")
             with clock("update"):
                 state = state.replace(draft=remember(state.draft, batch, out))
                 state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))
                 learned |= jax.tree.map(lambda x: x.tolist(), jax.device_get(of_draft)) | draft_health(config, state)
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
         run.metrics.write({"step": step + 1, **describe(on_host, rewards, clock), **failures, **learned,
-                           **clock.record()})
+                           "compilations": clock.compilations(), **clock.record()})
         rewardless = rewardless + 1 if no_rewards else 0
         found = troubles(config, state, learned, no_rewards, rewardless)
         for trouble in found:

@@ -168,6 +168,7 @@ def test_compiling_is_counted_by_phase():
             pass
         assert clock.compiling["rollout"] > 0 == clock.compiling["update"]
         assert clock.record()["seconds/compile"] == pytest.approx(clock.compiling["rollout"], abs=1e-3)
+        assert clock.compilations() > 0 == metrics.Clock(compiling).compilations()
     before = compiling()
     jax.jit(lambda x: x * 1.2345 + 7)(jnp.ones(3))
     assert compiling() == before

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jspec
 from jspec.model import init_policy, layers, param_specs, policy_sharding
 from jspec.model.quantized import GROUP, Quantized, dequantize
+from jspec.rl import update as up
 from jspec.sharding import check_rows, make_mesh, partition
 from pallas_kernels.noise import BlockNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import draw, rejection_sampling
@@ -82,6 +83,22 @@ def draws(mesh, axis):
         np.testing.assert_array_equal(split(some), draw(some, noise, 0))
 
 
+def learned(policy, **options):
+    """The gradients and metrics of policy and draft, of answers of 1 to 6 tokens."""
+    rng, prompts, n = np.random.default_rng(0), 4, 16
+    settings = up.UpdateSettings(**options)
+    state = up.init_state(policy, jspec.drafts.mtp(policy, jax.random.key(1), depths=1), settings, 0)
+    batch = up.TrainBatch(
+        prompts=rng.integers(0, 16, (prompts, 8), np.int32), prompt_lengths=rng.integers(1, 9, prompts, np.int32),
+        tokens=rng.integers(0, 16, (n, 6), np.int32), logprobs=rng.normal(-3, 0.3, (n, 6)).astype(np.float32),
+        mask=np.arange(6) < rng.integers(1, 7, (n, 1)), advantages=rng.normal(0, 1, n).astype(np.float32))
+    if (mesh := jax.sharding.get_mesh()).size > 1:
+        batch = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, partition(
+            mesh, "rollout", x.shape, ("batch", *(None,) * (x.ndim - 1))))), batch)
+    found = jax.jit(lambda state, batch: up.gradients(state, None, batch, settings))(state, batch)
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(found))}
+
+
 def shard_shapes(*arrays):
     return [list(x.sharding.shard_shape(x.shape)) for x in arrays]
 
@@ -104,6 +121,9 @@ def worker(folder, cases):
                 exact = {name: dequantize(w) if isinstance(w, Quantized) else w for name, w in layer.items()}
                 np.testing.assert_allclose(jax.jit(layers.mlp)(layer, hidden), layers.mlp(exact, hidden), atol=1e-2)
             sampled = run(sharded, "mtp", rule="rejection") if kv_heads == 8 else out
+            if kv_heads == 8:  # of the meshes, some split four prompts as they split rows, and some do not
+                np.savez(Path(folder) / f"learned-{'x'.join(map(str, sizes))}.npz",
+                         **learned(sharded, micro_batch=8, widths=(3,)))
         name = f"{kv_heads}-{'x'.join(map(str, sizes))}"
         np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs,
                  sampled_tokens=sampled.tokens, sampled_accepted=sampled.stats.accepted,
@@ -155,6 +175,12 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
                 assert (data["sampled_tokens"] == np.asarray(drawn.tokens)).mean() > 0.9
                 same = data["tokens"] == np.asarray(one.tokens)
                 np.testing.assert_allclose(np.where(same, data["logprobs"] - one.logprobs, 0), 0, atol=1e-5)
+    whole = learned(make(8), widths=(6,))
+    for sizes in [sizes for n, sizes in cases if n == 8]:
+        with np.load(tmp_path / f"learned-{'x'.join(map(str, sizes))}.npz") as data:
+            assert data.keys() == whole.keys()
+            for name, x in whole.items():
+                np.testing.assert_allclose(data[name], x, rtol=0, atol=1e-5 * (1e-3 + np.abs(x).max()), err_msg=name)
     # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor alone
     assert placed["8-2x2x2"] == [[1, 32, 32], [1, 32, 32], [64, 32]]
     assert placed["2-1x1x8"] == [[1, 8, 64], [1, 16, 64], [64, 8]]

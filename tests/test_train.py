@@ -83,6 +83,7 @@ def test_a_run_says_everything_that_is_asked_of_it(whole):
         assert len(record["acceptance_by_position"]) == 3
     assert every[0]["seconds/compile"] > 0 and every[0]["tokens_per_second"] is None  # no rate: it was compiled
     assert every[-1]["seconds/compile"] == 0 and every[-1]["tokens_per_second"] > 0
+    assert every[0]["compilations"] > 0 == every[-1]["compilations"]  # whatever lengths answers have
     assert (whole / "config.yaml").exists() and list((whole / "tensorboard").iterdir())
     assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [8, 10]
 

@@ -99,15 +99,15 @@ def accumulate(one: Callable[[MicroBatch], tuple[Any, Any]], batch: TrainBatch,
 def by_length(batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
     """(order int32 [blocks, n], of every block's rows, the longest first; int32 [n], how long the longest of the i-th
     rows of all blocks is). A row is as long as up to its last trained token: what comes after changes nothing."""
-    ends = jnp.max(jnp.where(batch.mask, 1 + jnp.arange(batch.mask.shape[1]), 0), axis=1)
+    ends = jnp.max(jnp.where(batch.mask, 1 + jnp.arange(batch.mask.shape[1], dtype=jnp.int32), 0), axis=1)
     ends = ends.reshape(blocks_of(batch), -1)
-    order = jnp.argsort(-ends, axis=1, stable=True)
+    order = jnp.argsort(-ends, axis=1, stable=True).astype(jnp.int32)
     return order, jnp.take_along_axis(ends, order, axis=1).max(axis=0)
 
 
 def take(batch: TrainBatch, order: jax.Array, done: jax.Array, rows: int, width: int) -> MicroBatch:
     """The next `rows` rows of every block after `done` of them, in `order`, trimmed to `width`."""
-    place = done + jnp.arange(rows)
+    place = done + jnp.arange(rows, dtype=jnp.int32)
     index = order[:, jnp.minimum(place, order.shape[1] - 1)]
     prompts = index // batch.group_size
 

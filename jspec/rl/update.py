@@ -13,6 +13,7 @@ verifier computed, before the policy's update or while rewards are computed.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,8 @@ from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, least_toke
 from jspec.rl.state import TrainState
 from jspec.sharding import block_rows, constrain, current_mesh
 from pallas_kernels.noise import key_words, seed_key
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +272,8 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
             return prompt_states(state.policy.replace(weights=weights), batch, settings, features)
 
     prompts, pull, prompt_trunk = jax.vjp(of_prompts, state.policy.weights, has_aux=True)
-    anchor = None if not settings.kl_weight else (reference, prompt_states(reference, batch, settings)[0])
+    with jax.named_scope("policy_loss"):
+        anchor = (reference, prompt_states(reference, batch, settings)[0]) if settings.kl_weight else None
 
     def one(micro: MicroBatch):
         with jax.named_scope("policy_loss"):
@@ -329,6 +333,14 @@ def draft_gradients(state: TrainState, batch: TrainBatch, settings: UpdateSettin
     return jax.tree.map(lambda x: x / count, sums)
 
 
+def described(batch: TrainBatch, settings: UpdateSettings) -> str:
+    """How a batch's update goes about it, in words."""
+    blocks, cut = blocks_of(batch), shapes(batch, settings.micro_batch, settings.widths)
+    prompts, length = batch.prompts.shape
+    return (f"{prompts} prompts of {length} tokens, then by length "
+            + ", ".join(f"{blocks * rows} x {width}" for rows, width in cut) + " rows x tokens at a time")
+
+
 def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_state: Any, grads: Any,
                     sound: jax.Array) -> tuple[Any, Any]:
     """One optimizer step where `sound`, nothing at all where not. Returns (weights, opt_state)."""
@@ -346,6 +358,7 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch, setti
     `logprob_gap` and `logprob_gap_mean` (|verifier's - own log-probability|, nats), `grad_norm` (before the clip),
     `trained_tokens`, and `draft/...` the same of the draft; and int32 counts of skipped updates.
     """
+    log.info("compiling the update: %s", described(batch, settings))
     (grads, metrics), of_draft = gradients(state, reference, batch, settings)
     optimizer, draft_optimizer = optimizers(settings)
     with jax.named_scope("optimizer"):

@@ -18,6 +18,7 @@ CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_la
                      head_dim=8, initializer_range=0.2)
 SETTINGS = up.UpdateSettings(temperature=0.8, learning_rate=1e-3, draft_learning_rate=1e-3)
 WITH_KL = dataclasses.replace(SETTINGS, kl_weight=0.5)
+TRIMMED = dict(micro_batch=2, widths=(3,))
 P, G, L, T = 2, 4, 16, 6
 N = P * G
 
@@ -110,10 +111,10 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
     assert optax.tree.norm(of_draft) > 1e-3
 
 
-@pytest.mark.parametrize("drafter, micro_batch", [("mtp", 0), ("eagle3", 4)])
-def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, micro_batch):
+@pytest.mark.parametrize("drafter, options", [("mtp", {}), ("eagle3", dict(micro_batch=4, widths=(3,)))])
+def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, options):
     """The verifier's states are those of the update's forward, so the gradients are too, and the policy stays."""
-    settings = dataclasses.replace(SETTINGS, draft_features="rollout", micro_batch=micro_batch)
+    settings = dataclasses.replace(SETTINGS, draft_features="rollout", **options)
     state = make_state(drafter)
     prompts = jspec.PromptBatch.from_tokens([[3, 4, 5], [7, 8, 9, 10, 11]], group_size=G, seed=1)
     out = jspec.rollout(state.policy, state.draft, prompts,
@@ -129,7 +130,9 @@ def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, micro_batch):
     assert change(new.draft.weights, state.draft.weights) > 1e-3 and metrics["draft/loss"] > 0
 
 
-def test_the_gradient_is_that_of_the_objective_written_out():
+@pytest.mark.parametrize("options", [dict(TRIMMED, remat=True), pytest.param(dict(), marks=pytest.mark.slow)])
+def test_the_gradient_is_that_of_the_objective_written_out(options):
+    """Of all rows at full width, each with its own prompt, however the update cuts them."""
     state, batch = make_state(None), make_batch()
 
     def objective(weights):
@@ -139,18 +142,26 @@ def test_the_gradient_is_that_of_the_objective_written_out():
         return -jnp.sum(each * batch.mask) / batch.mask.sum()
 
     expected, grads = jax.jit(jax.value_and_grad(objective))(state.policy.weights)
-    (got, metrics), _ = gradients(state, None, batch, SETTINGS)
+    (got, metrics), _ = gradients(state, None, batch, dataclasses.replace(SETTINGS, **options))
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    close(got, grads)
+    close(got, grads, 1e-5)
 
 
-@pytest.mark.parametrize("micro_batch", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_neither_micro_batches_nor_remat_change_the_update(micro_batch):
+@pytest.mark.parametrize("options", [
+    dict(TRIMMED, remat=True), *(pytest.param(options, marks=pytest.mark.slow) for options in (
+        dict(TRIMMED, micro_batch=1, widths=(4, 2)), dict(TRIMMED, draft_loss="tv", widths=(1, 5)),
+        dict(TRIMMED, draft_loss="overlap", clip_low=0.05, clip_high=0.05)))])
+def test_neither_micro_batches_nor_widths_nor_remat_change_the_update(options):
     # rows have different numbers of tokens: a mean of means would show
     batch, reference = make_batch(), init_policy(CONFIG, jax.random.key(7))
-    split = dataclasses.replace(WITH_KL, micro_batch=micro_batch, remat=True)
-    a, b = (gradients(make_state(), reference, batch, settings) for settings in (WITH_KL, split))
-    close(a, b)
+    split = dataclasses.replace(WITH_KL, **options)
+    whole = dataclasses.replace(split, micro_batch=0, widths=(T,), remat=False)
+    a, b = (gradients(make_state(), reference, batch, settings) for settings in (whole, split))
+    close(a, b, 1e-5)
+    programs = gradients._cache_size()
+    other = batch.replace(mask=jnp.arange(T) < jnp.array([1, 1, 2, 6, 0, 1, 3, 1])[:, None])
+    close(*(gradients(make_state(), reference, other, settings) for settings in (whole, split)), 1e-5)
+    assert gradients._cache_size() == programs  # lengths are data
 
 
 def test_only_masked_tokens_count_the_last_one_included():

@@ -2,12 +2,16 @@
 
     python benchmarks/grpo_step.py --prompts 1 --group 8 --steps 3
     python benchmarks/grpo_step.py --prompts 4 --group 8 --steps 3 --draft mtp --k 3
+    python benchmarks/grpo_step.py --prompts 8 --group 4 --new-tokens 512 --mean 128 --steps 2
 
-Every row runs to --new-tokens. The reward is a function of the tokens, computed on the host. A first step compiles and
-is not counted. Prints a table and, with --json, writes the seconds of every phase of every step.
+With --mean it is the update alone, of answers whose lengths are exponential, cut at --new-tokens: as it trims them, and
+at full width, in turn. Else every row runs to --new-tokens. The reward is a function of the tokens, computed on the
+host. A first step compiles and is not counted. Prints a table and, with --json, writes the seconds of every phase of
+every step.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from functools import partial
@@ -28,7 +32,7 @@ from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.console import PlainConsole  # noqa: E402
 from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
 from jspec.rl.advantages import group_advantages  # noqa: E402
-from jspec.rl.update import UpdateSettings, init_state, make_batch, update  # noqa: E402
+from jspec.rl.update import TrainBatch, UpdateSettings, init_state, make_batch, update  # noqa: E402
 
 PHASES = ("reshard", "rollout", "reward", "update")
 
@@ -41,9 +45,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--mean", type=float, help="time the update alone, of answers of about this length on average")
     parser.add_argument("--draft", choices=["none", "ngram", "mtp"], default="none")
     parser.add_argument("--k", type=int, default=3)
-    parser.add_argument("--micro-batch", type=int, default=0, help="rows of one forward and backward; 0: all")
+    parser.add_argument("--micro-batch", type=int, default=0, help="rows of one forward and backward; 0: chosen")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--json", help="write the result there")
     args = parser.parse_args(arguments)
@@ -89,8 +94,55 @@ def step(args: argparse.Namespace, state: Any, roll: Any, learn: Any, number: in
                    "logprob_gap": float(metrics["logprob_gap"]), "grad_norm": float(metrics["grad_norm"])}
 
 
+def tailed(args: argparse.Namespace, vocab_size: int) -> TrainBatch:
+    """Random prompts and answers; lengths are the quantiles of an exponential distribution cut at --new-tokens."""
+    rng, rows, cap = np.random.default_rng(0), args.prompts * args.group, args.new_tokens
+    quantiles = -np.log(1 - (np.arange(rows) + 0.5) / rows)
+    scales = np.geomspace(1, 100 * cap, 2000)[:, None]
+    nearest = np.abs(np.minimum(scales * quantiles, cap).mean(1) - args.mean).argmin()
+    lengths = rng.permutation(np.clip(scales[nearest] * quantiles, 1, cap).round().astype(int))
+    return TrainBatch(
+        prompts=jnp.asarray(rng.integers(5, vocab_size - 5, (args.prompts, args.prompt_tokens)), jnp.int32),
+        prompt_lengths=jnp.full(args.prompts, args.prompt_tokens, jnp.int32),
+        tokens=jnp.asarray(rng.integers(5, vocab_size - 5, (rows, cap)), jnp.int32),
+        logprobs=jnp.full((rows, cap), -np.log(vocab_size), jnp.float32),
+        mask=jnp.arange(cap) < jnp.asarray(lengths)[:, None],
+        advantages=jnp.asarray(np.resize([1.0, -1.0], rows), jnp.float32))
+
+
+def update_alone(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the update of heavy-tailed answers, trimmed and not, and how far their gradients are apart."""
+    batch, made = tailed(args, SHAPES[args.shape].vocab_size), {}
+    settings = UpdateSettings(micro_batch=args.micro_batch, remat=args.remat)
+    state = init_state(jspec.init_policy(SHAPES[args.shape], jax.random.key(0)), None, settings, seed=0)
+    for name, widths in (("trimmed", ()), ("full width", (args.new_tokens,))):
+        one = dataclasses.replace(settings, widths=widths)
+        made[name] = jax.jit(partial(update, settings=one)).lower(state, None, batch).compile()
+    programs = {name: partial(compiled, state, None, batch) for name, compiled in made.items()}
+    seconds, norms = {name: [] for name in programs}, {}
+    for name, taken, (_, metrics) in measure.in_turn(programs, args.steps):
+        seconds[name].append(taken)
+        norms[name] = float(metrics["grad_norm"])
+    tokens = int(batch.mask.sum())
+    ratio = measure.median([full / own for own, full in zip(seconds["trimmed"], seconds["full width"], strict=True)])
+    table = Table("update", "seconds", "tok/s", "gradient's norm", title=f"{args.shape}, {args.prompts} x {args.group} "
+                  f"rows, {args.prompt_tokens} + {tokens / batch.tokens.shape[0]:.0f} of {args.new_tokens} tokens")
+    for name, taken in seconds.items():
+        table.add_row(name, f"{min(taken):.1f}", f"{tokens / min(taken):.1f}", f"{norms[name]:.6f}")
+    console = PlainConsole()
+    console.print(table)
+    console.print(f"Trimmed is {ratio:.2f}x as fast (median of {args.steps} pairs).")
+    rows = [{"update": name, "seconds": taken, "grad_norm": norms[name]} for name, taken in seconds.items()]
+    return measure.report(rows, model=args.shape, sequences=batch.tokens.shape[0], tokens=tokens,
+                          new_tokens=args.new_tokens, micro_batch=args.micro_batch, speedup=ratio)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
+    if args.mean:
+        result = update_alone(args)
+        measure.write_json(args.json, result)
+        return result
     policy = jspec.init_policy(SHAPES[args.shape], jax.random.key(0))
     draft = None if args.draft == "none" else getattr(jspec.drafts, args.draft)(policy, jax.random.key(1))
     roll, learn, settings = programs(args)

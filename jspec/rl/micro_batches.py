@@ -61,14 +61,19 @@ def least_tokens() -> int:
 def shapes(batch: TrainBatch, micro_batch: int, widths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """(rows of a block, width) of the micro-batches that a batch is cut into, the widest first.
 
-    micro_batch: rows of all blocks, more only where a device had fewer than `least_tokens`; 0: as many as that takes.
-    widths: what responses are trimmed to besides their full width; none named: `usual_widths`.
+    micro_batch: rows of all blocks; 0: as many as make `least_tokens`. Of narrower ones more, up to the same number of
+    tokens, where a device had fewer than `least_tokens`. widths: what responses are trimmed to besides their full
+    width; none named: `usual_widths`.
     """
     (n, full), shards, blocks = batch.tokens.shape, batch_shards("train"), blocks_of(batch)
+    asked = micro_batch // shards  # of a device
     names = sorted({full, *(width for width in widths if width < full)}, reverse=True) if widths else usual_widths(full)
 
     def rows(width: int) -> int:
-        return min(n, shards * max(1, micro_batch // shards, least_tokens() // width)) // blocks
+        fewest = min(least_tokens(), asked * full) if asked else least_tokens()
+        each = max(1, asked, fewest // width)
+        times = -(-n // (shards * each))  # that many take all rows: alike, so that the last is as full as the others
+        return -(-n // (shards * times)) * shards // blocks
 
     return tuple((rows(width), width) for width in names)
 

@@ -27,12 +27,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.drafts.base import DraftBatch
-from jspec.model import Policy, Trunk, prompt_forward, response_forward
+from jspec.model import Policy, Trunk, param_specs, prompt_forward, response_forward
 from jspec.rl.batch import TrainBatch, join, make_batch  # noqa: F401 - make_batch is imported from here
 from jspec.rl.losses import clipped_objective, k3, predicting_states, token_logprobs
 from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, least_tokens, shapes
 from jspec.rl.state import TrainState
-from jspec.sharding import block_rows, constrain, current_mesh
+from jspec.sharding import block_rows, constrain, constrain_tree, current_mesh
 from pallas_kernels.noise import key_words, seed_key
 
 log = logging.getLogger(__name__)
@@ -265,11 +265,14 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     """
     count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
     with_draft = trains_draft(state.draft, settings) and learned_from(state.draft, settings) is None
-    features = state.draft.module.features(state.draft.config) if with_draft else ()
+    features, config = state.draft.module.features(state.draft.config) if with_draft else (), state.policy.config
 
     def of_prompts(weights):
         with jax.named_scope("policy_loss"):
             return prompt_states(state.policy.replace(weights=weights), batch, settings, features)
+
+    def as_weights(grads):  # else XLA may well sum them up whole on every device
+        return constrain_tree(in_float32(grads), param_specs(config), config, state.policy.layout)
 
     prompts, pull, prompt_trunk = jax.vjp(of_prompts, state.policy.weights, has_aux=True)
     with jax.named_scope("policy_loss"):
@@ -280,7 +283,7 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
             of_policy = jax.value_and_grad(policy_loss, (0, 1), has_aux=True)
             (_, (metrics, trunk, logprobs)), grads = of_policy(state.policy.weights, prompts, state.policy, anchor,
                                                                micro, count, settings, features)
-        grads, gap = in_float32(grads), metrics.pop("logprob_gap")
+        grads, gap = (as_weights(grads[0]), in_float32(grads[1])), metrics.pop("logprob_gap")
         if not with_draft:
             return (grads, metrics, None, None), gap
         with jax.named_scope("draft_loss"):
@@ -294,7 +297,7 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     cut = shapes(batch, settings.micro_batch, settings.widths)
     ((grads, to_prompts), metrics, draft_grads, draft_metrics), gap = accumulate(one, batch, cut)
     (through_prompts,) = pull(jax.tree.map(lambda x, like: x.astype(like.dtype), to_prompts, prompts))
-    grads, metrics = jax.tree.map(jnp.add, grads, in_float32(through_prompts)), {**metrics, "logprob_gap": gap}
+    grads, metrics = jax.tree.map(jnp.add, grads, as_weights(through_prompts)), {**metrics, "logprob_gap": gap}
     if not with_draft:
         return (grads, metrics), None
     return (grads, metrics), jax.tree.map(lambda x: x / count, (draft_grads, draft_metrics))

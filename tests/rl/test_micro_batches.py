@@ -90,12 +90,11 @@ take = mb.take
 @pytest.mark.parametrize("planted", [unmasked, too_narrow, of_a_siblings_prompt])
 def test_planted_faults_are_caught(planted, monkeypatch):
     monkeypatch.setattr(mb, "batch_shards", lambda layout: 2)
-    monkeypatch.setattr(mb, "least_tokens", lambda: 1)
-    batch = make_batch(4, 3)
-    check(batch, mb.shapes(batch, 8, (7, 3)))
+    batch, cut = make_batch(4, 3), ((4, FULL), (4, 7), (5, 3))
+    check(batch, cut)
     monkeypatch.setattr(mb, "take", planted)
     with pytest.raises(AssertionError):
-        check(batch, mb.shapes(batch, 8, (7, 3)))
+        check(batch, cut)
 
 
 @pytest.mark.parametrize("longest, widths", [

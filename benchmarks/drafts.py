@@ -211,24 +211,25 @@ def part_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Dr
 
     sampling = jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=1.0)
     key, times = jax.random.key_data(batch.key), part_times(args)
-    slots, prepared, computed = {}, {}, {}
+    begun, prepared, computed = {}, {}, {}
     for name, draft in drafts.items():
         started = run(("prefill", name), parts.prefill, policy, draft, batch, sampling, k=max(args.k))
-        slots[name] = started if name == PLAIN else started.replace(cache=slots[PLAIN].cache)  # they are alike
+        begun[name] = started if name == PLAIN else started.replace(cache=begun[PLAIN].cache)  # they are alike
         prepared[name] = jax.jit(parts.prepare)(policy, draft)
     for variant in variants:
         draft = prepared[variant.draft]
         pass_key = ("verify", variant.k, features_of(draft))
         if pass_key not in computed:
-            computed[pass_key] = run(pass_key, parts.verification, policy, slots[PLAIN], k=variant.k,
+            computed[pass_key] = run(pass_key, parts.verification, policy, begun[PLAIN], k=variant.k,
                                      features=pass_key[2], times=times)
         trunk, scores = computed[pass_key]
-        mine = slots[variant.draft].replace(temperature=jnp.full(batch.lengths.shape, variant.temperature))
+        mine = begun[variant.draft]
+        at = jnp.full(batch.lengths.shape, variant.temperature)
+        mine = mine.replace(sequences=mine.sequences.replace(temperature=at))
         proposal = Proposal(jnp.zeros((len(batch.lengths), 0), jnp.int32))
         if draft is not None:
             proposal = run(("draft", variant), parts.drafting, policy, draft, mine, trunk, key, rule=variant.rule,
                            k=variant.k, times=times)
-        mine = mine.replace(cache=None, draft_state=None)
         run(("verdict", variant), parts.verdict, policy, mine, scores, proposal, key, rule=variant.rule)
     return programs
 

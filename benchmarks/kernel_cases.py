@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jspec.model.pool import block_size, blocks_of
 from pallas_kernels import noise as noise_lib
 from pallas_kernels.rejection_sampling import shapes as sampling_shapes
 from pallas_kernels.verify_attention import shapes as attention_shapes
@@ -33,10 +34,13 @@ def judging(shape: sampling_shapes.Shape, rule: str, key: jax.Array) -> dict[str
 
 
 def attending(shape: attention_shapes.Shape, lengths: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
-    """Arguments of `verify_attention`: q, k, v, both caches and the lengths."""
-    keys = jax.random.split(key, 5)
+    """Arguments of `verify_attention`: q, k, v, both pools, the table and the lengths. Blocks lie anywhere."""
+    *keys, order = jax.random.split(key, 6)
+    size = block_size(shape.size)
+    blocks = shape.batch * blocks_of(shape.size, size)
     new = shape.batch, shape.t, shape.kv_heads, shape.head_dim
-    cache = shape.batch, shape.kv_heads, shape.size, shape.head_dim
-    sizes = (new[0], new[1], shape.heads, new[3]), new, new, cache, cache
-    return (*(jax.random.normal(k, size, jnp.dtype(shape.dtype)) for k, size in zip(keys, sizes, strict=True)),
+    pool = blocks, shape.kv_heads, size, shape.head_dim
+    sizes = (new[0], new[1], shape.heads, new[3]), new, new, pool, pool
+    table = jax.random.permutation(order, blocks).astype(jnp.int32).reshape(shape.batch, -1)
+    return (*(jax.random.normal(k, size, jnp.dtype(shape.dtype)) for k, size in zip(keys, sizes, strict=True)), table,
             lengths.astype(jnp.int32))

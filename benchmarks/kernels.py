@@ -170,15 +170,19 @@ def check_attention(name: str, implementation: Implementation, shape: Any, case:
                       for i in (implementation, REFERENCE))
     lengths = jnp.asarray(np.random.default_rng(0).integers(0, shape.size - shape.t + 1, shape.batch), jnp.int32)
     # one empty row and one full one, neither of them the row that is compared with itself in other company
-    case = (*case[:5], lengths.at[shape.batch // 2].set(0).at[-1].set(shape.size - shape.t))
+    case = (*case[:6], lengths.at[shape.batch // 2].set(0).at[-1].set(shape.size - shape.t))
     got, want = run(*case), reference(*case)
     gap = float(jnp.abs(got[0].astype(jnp.float32) - want[0].astype(jnp.float32)).max())
     if not gap < TOLERANCE[shape.dtype]:
         raise wrong(name, f"the output is off by {gap}")
-    written = (jnp.arange(shape.size) < case[5][:, None] + shape.t)[:, None, :, None]
-    if not all(bool(jnp.all(jnp.where(written, a == b, True))) for a, b in zip(got[1:], want[1:], strict=True)):
-        raise wrong(name, "the cache does not hold what was written")
-    others = [x.at[1:].set(x[:1]) for x in case]
+    table, held = case[5], case[6][:, None] + shape.t
+    position = jnp.arange(table.shape[1] * case[3].shape[2]).reshape(table.shape[1], -1)
+    written = (position < held[..., None])[:, :, None, :, None]  # by row and block, of its heads and positions
+    if not all(bool(jnp.all(jnp.where(written, a[table] == b[table], True)))
+               for a, b in zip(got[1:], want[1:], strict=True)):
+        raise wrong(name, "the pool does not hold what was written")
+    # the same row and its blocks in other company: of equal queries, and of its own length
+    others = [*(x.at[1:].set(x[:1]) for x in case[:3]), *case[3:6], case[6].at[1:].set(case[6][0])]
     if not bool(jnp.all(run(*others)[0][0] == got[0][0])):
         raise wrong(name, "a row depends on the others")
 
@@ -208,12 +212,14 @@ def time_attention(shape: Any, implementation: Implementation, bandwidth: float,
     check_attention(name, implementation, shape, case)
 
     def again(a, result):
-        return (a[0] + _nothing(result[0]), *a[1:3], *result[1:], a[5])
+        return (a[0] + _nothing(result[0]), *a[1:3], *result[1:], *a[5:])
 
     programs = {label: repeated(partial(verify_attention, window=shape.window, implementation=i), case, again,
                                 args.repeat) for label, i in (("kernel", implementation), ("xla", REFERENCE))}
     if shape.window is None:
-        q, caches = case[0], [x.swapaxes(1, 2) for x in case[3:5]]
+        # a peer has every row's cache in one piece
+        q, table = case[0], case[5]
+        caches = [x[table].transpose(0, 1, 3, 2, 4).reshape(shape.batch, -1, *x.shape[1::2]) for x in case[3:5]]
         for peer in ("xla", "cudnn"):
             program = repeated(partial(sdpa, peer, shape), (q, *caches, lengths),
                                lambda a, out: (a[0] + _nothing(out), *a[1:]), args.repeat)

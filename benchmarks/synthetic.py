@@ -67,8 +67,8 @@ def prepare(policy, draft):
     return draft
 
 
-def start(policy, draft, prefill, cache_size):
-    return {}
+def start(policy, draft, prefill):
+    return {}, ()
 
 
 def propose(policy, draft, state, committed, sampler):

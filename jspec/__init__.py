@@ -8,7 +8,7 @@ import importlib
 _SURFACE = {
     "load": "jspec.hub", "load_tokenizer": "jspec.hub", "fetch": "jspec.hub", "export": "jspec.hub",
     "rollout": "jspec.speculate", "PromptBatch": "jspec.speculate", "Rollout": "jspec.speculate",
-    "Sampling": "jspec.speculate", "Speculation": "jspec.speculate",
+    "Batching": "jspec.speculate", "Sampling": "jspec.speculate", "Speculation": "jspec.speculate",
     "Policy": "jspec.model", "ModelConfig": "jspec.model", "RopeConfig": "jspec.model", "init_policy": "jspec.model",
     "reshard": "jspec.model",
     "Draft": "jspec.drafts", "load_draft": "jspec.heads",

@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 COUNTERS = ("updates", "skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
 FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile", "reward.workers",
-                  "speculation.kernels", "grpo.learning_rate", "grpo.clip", "grpo.max_skipped", "draft.learning_rate",
-                  "draft.clip")
+                  "rollout", "speculation.kernels", "grpo.learning_rate", "grpo.clip", "grpo.max_skipped",
+                  "draft.learning_rate", "draft.clip")
 """What a run may be resumed with another value of: what decides nothing that it computes, and what a run whose updates
 are not finite has to be rescued with."""
 

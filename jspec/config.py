@@ -88,6 +88,14 @@ class SpeculationSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class RolloutSection:
+    """How a step's answers share the device while they are generated; it changes nothing of what they are."""
+
+    slots: int | None = setting(None, "answers in flight at most, over all devices: one that ends makes room for the "
+                                "next; null: all of the step's", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingSection:
     """What the policy is sampled with."""
 
@@ -195,6 +203,7 @@ class Config:
     model: TrainedModelSection = TrainedModelSection()
     draft: DraftSection = DraftSection()
     speculation: SpeculationSection = SpeculationSection()
+    rollout: RolloutSection = RolloutSection()
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
     reward: RewardSection = RewardSection()

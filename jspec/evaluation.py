@@ -17,7 +17,7 @@ import jspec
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import open_output, screen
-from jspec.prepare import EVAL_KEY, make_sampling, make_speculation, purpose_key, purpose_seed
+from jspec.prepare import EVAL_KEY, make_batching, make_sampling, make_speculation, purpose_key, purpose_seed
 from jspec.progress import say, telling
 from jspec.rl.answers import reward_inputs
 from jspec.rl.prompts import PromptData
@@ -106,7 +106,7 @@ def score(source: Source, policy: Policy, data: PromptData, prompts: int, sample
     """Mean reward of `samples` answers to each of `prompts` prompts, with its standard error over prompts. `policy` is
     in the rollout layout."""
     config, key = source.config, purpose_key(source.config.seed, EVAL_KEY)
-    sampling, speculation = make_sampling(config), make_speculation(config)
+    sampling, speculation, batching = make_sampling(config), make_speculation(config), make_batching(config)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
     with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,
           telling("answering (the first batch compiles)", total=prompts) as advance):
@@ -115,7 +115,8 @@ def score(source: Source, policy: Policy, data: PromptData, prompts: int, sample
             made = jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
                                                  seed=jax.random.fold_in(key, step))
             start = time.perf_counter()
-            out = jax.device_get(jspec.rollout(policy, source.draft, made, sampling=sampling, speculation=speculation))
+            out = jax.device_get(jspec.rollout(policy, source.draft, made, sampling=sampling, speculation=speculation,
+                                               batching=batching))
             seconds += time.perf_counter() - start
             graded = pool.grade(reward_inputs(source.tokenizer, chosen, out))
             keep = min(batch, prompts - step * batch)  # the last batch is filled up with prompts that are not asked for

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jspec.arguments import one_of
 from jspec.errors import InputError
-from jspec.sharding import current_mesh, heads_replicated, partition
+from jspec.sharding import constrain, current_mesh, heads_replicated, partition
 from pallas_kernels.implementation import REFERENCE, Implementation
 from pallas_kernels.noise import CoupledNoise, Noise
 from pallas_kernels.rejection_sampling import Verdict, rejection_sampling
@@ -88,13 +88,23 @@ def _split(layout: str, x: jax.Array, *axes: str | None) -> PartitionSpec:
 
 
 def _one_device() -> bool:
+    """Whether nothing is left to be split: there is no mesh, or a `shard_map` around this has split it all."""
     mesh = current_mesh()
-    return mesh is None or mesh.size == 1
+    return mesh is None or all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items())
 
 
 def _axes(entry: Any) -> tuple[str, ...] | None:
     """The mesh axes of one entry of a PartitionSpec, which unwraps a tuple of one; None if there are none."""
     return (entry,) if isinstance(entry, str) else entry or None
+
+
+def whole_vocabulary(layout: str, x: jax.Array) -> jax.Array:
+    """x [N, ..., V] with every row's vocabulary on its own shard of the batch.
+
+    What sorts, accumulates or cuts it into blocks is not left to XLA's partitioner: its blocks would cross the shards'
+    edges, and what is passed over them is a collective of all devices, where others may be at another cycle by then.
+    """
+    return constrain(x, layout, "batch", *(None,) * (x.ndim - 1))
 
 
 def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None) -> jax.Array:
@@ -108,25 +118,26 @@ def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int, draft_vocab: 
                          out_specs=rows, check_vma=False)(log_q, noise)
 
 
-def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array,
-           lengths: jax.Array, window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`.
+def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
+           table: jax.Array, lengths: jax.Array, window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`: rows are a shard's own, heads are
+    split.
 
-    Where KV heads are replicated, every shard computes all heads: the copies of the cache must stay equal.
+    Where KV heads are replicated, every shard computes all heads: the copies of the pool must stay equal.
     """
-    args = (q, k, v, cache_k, cache_v, lengths)
+    args = (q, k, v, pool_k, pool_v, table, lengths)
 
     def kernel():
         run = partial(verify_attention, window=window, implementation=policy.kernels)
         if _one_device():
             return run(*args)
         whole = heads_replicated(policy.config)
-        queries = _split(policy.layout, q, "batch", None, None if whole else "q_heads")
-        new = _split(policy.layout, k, "batch", None, None if whole else "kv_heads")
-        cache = _split(policy.layout, cache_k, "batch", None if whole else "kv_heads")
-        rows = _split(policy.layout, lengths, "batch")
-        return jax.shard_map(run, in_specs=(queries, new, new, cache, cache, rows), out_specs=(queries, cache, cache),
-                             check_vma=False)(*args)
+        queries = _split(policy.layout, q, None, None, None if whole else "q_heads")
+        new = _split(policy.layout, k, None, None, None if whole else "kv_heads")
+        pool = _split(policy.layout, pool_k, None, None if whole else "kv_heads")
+        rows = PartitionSpec()
+        return jax.shard_map(run, in_specs=(queries, new, new, pool, pool, rows, rows),
+                             out_specs=(queries, pool, pool), check_vma=False)(*args)
 
     return _or_reference(policy.kernels, kernel, lambda: verify_attention(*args, window=window))
 
@@ -141,8 +152,16 @@ def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
         return rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p, draft_vocab=draft_vocab,
                                   top_k=top_k, ban=ban, banned_tokens=banned_tokens, **where)
 
+    def reference():
+        if isinstance(noise, CoupledNoise) and not top_k and top_p is None:  # only reduces over the vocabulary
+            return run(*args)
+        scores, q = (x if x is None else whole_vocabulary(policy.layout, x) for x in (logits, draft_log_q))
+        return run(scores, draft_tokens, q, *args[3:])
+
     def kernel():
-        if _one_device() or top_k or top_p is not None:  # truncation sorts: the reference's, which XLA partitions
+        if top_k or top_p is not None:  # truncation sorts: the reference's
+            return reference()
+        if _one_device():
             return run(*args, implementation=policy.kernels)
         by_row = partial(_split, policy.layout)
         scores = by_row(logits, "batch", None, "vocab")
@@ -155,4 +174,4 @@ def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
                               out_specs=Verdict(*(PartitionSpec(scores[0]),) * 4), check_vma=False)
         return split(*args)
 
-    return _or_reference(policy.kernels, kernel, lambda: run(*args))
+    return _or_reference(policy.kernels, kernel, reference)

@@ -22,8 +22,8 @@ from jspec.heads import load_draft
 from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
 from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_policy
 from jspec.rl.rewards import check_reward
-from jspec.sharding import check_mesh, check_rows
-from jspec.speculate import Sampling, Speculation
+from jspec.sharding import batch_shards, check_mesh, check_rows
+from jspec.speculate import Batching, Sampling, Speculation
 from pallas_kernels.noise import seed_key
 
 POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY = range(2**32 - 1, 2**32 - 8, -1)
@@ -49,6 +49,10 @@ def check(config: Config, mesh: Mesh) -> None:
     check_rows(rows, mesh, layout)
     if config.grpo.micro_batch:
         check_rows(config.grpo.micro_batch, mesh, layout)
+    shards = batch_shards("rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout", mesh)
+    if (config.rollout.slots or 0) % shards:
+        raise InputError(f"rollout.slots = {config.rollout.slots} are not divided by the mesh's {shards} batch shards; "
+                         "change rollout.slots or the mesh")
     model = model_config(config)
     check_mesh(model, mesh)
     check_draft(config, model)
@@ -194,6 +198,11 @@ def check_fresh_draft(shape: Policy, name: str, options: Mapping[str, Any], labe
 def make_sampling(config: Config) -> Sampling:
     """`Sampling` as the configuration has it."""
     return Sampling(**dataclasses.asdict(config.sampling))
+
+
+def make_batching(config: Config) -> Batching:
+    """`Batching` as the configuration has it."""
+    return Batching(**dataclasses.asdict(config.rollout))
 
 
 def make_speculation(config: Config) -> Speculation:

@@ -24,6 +24,7 @@ from jspec.model import to_rollout
 from jspec.output import open_directory, screen
 from jspec.prepare import (
     check,
+    make_batching,
     make_draft,
     make_policy,
     make_reference,
@@ -115,7 +116,8 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
 
     programs: dict[str, Any] = {}
     resharded = compiled("reshard", jax.jit(partial(to_rollout, layout=layout)), policy)(policy)
-    rollout = jax.jit(partial(jspec.rollout, sampling=make_sampling(config), speculation=speculation))
+    rollout = jax.jit(partial(jspec.rollout, sampling=make_sampling(config), speculation=speculation,
+                              batching=make_batching(config)))
     rollout = compiled("rollout", rollout, resharded, draft, prompts)
     with telling("decoding"):
         out = jax.block_until_ready(rollout(resharded, draft, prompts))

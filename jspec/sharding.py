@@ -60,12 +60,13 @@ def _degree(mesh: Any, axes: tuple[str, ...]) -> int:
 
 
 def partition(mesh: Any, layout: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Partition spec of an array with logical `axes`; mesh axes that do not divide a dimension are left out."""
-    entries = []
+    """Partition spec of an array with logical `axes`; mesh axes that do not divide a dimension are left out, and those
+    that a `shard_map` around this has split already."""
+    manual, entries = getattr(mesh, "manual_axes", ()), []
     for size, name in zip(shape, axes, strict=True):
         used: tuple[str, ...] = ()
         for axis in RULES[layout].get(name, ()) if name else ():
-            if axis in mesh.shape and size % _degree(mesh, (*used, axis)) == 0:
+            if axis in mesh.shape and axis not in manual and size % _degree(mesh, (*used, axis)) == 0:
                 used = (*used, axis)
         entries.append(used or None)
     return PartitionSpec(*entries)
@@ -133,6 +134,11 @@ def constrain_tree(tree: Any, specs: Any, config: Any, layout: str) -> Any:
     if mesh is None or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, spec_sharding(specs, config, mesh, layout))
+
+
+def batch_axes(layout: str) -> tuple[str, ...]:
+    """The current mesh's axes that split a batch's rows."""
+    return tuple(axis for axis in RULES[layout]["batch"] if axis in current_mesh().shape)
 
 
 def batch_shards(layout: str, mesh: Any = None) -> int:

@@ -36,6 +36,7 @@ from jspec.output_dir import claimed
 from jspec.prepare import (
     check,
     ends,
+    make_batching,
     make_draft,
     make_policy,
     make_reference,
@@ -156,7 +157,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             if step == first:
                 run.metrics.say("compiling the rollout")
             with clock("rollout"):
-                out = rollout(weights, state.draft, batch, sampling=sampling, speculation=speculation)
+                out = rollout(weights, state.draft, batch, sampling=sampling, speculation=speculation,
+                              batching=make_batching(config))
                 on_host = fetch(out.replace(trunk=None))
             del weights  # the rollout's copy of the policy is gone before the update needs the memory
             state, of_draft = learn_draft(state, batch, out)  # only begun here: the host goes on to the rewards
@@ -359,7 +361,8 @@ def describe(out: Rollout, rewards: np.ndarray, clock: Clock) -> dict[str, Any]:
               "finished": float(out.finished.mean()), "tokens": tokens,
               # of a rollout that was compiled first it would be no rate
               "tokens_per_second": None if clock.compiling["rollout"] else round(tokens / clock.seconds["rollout"], 2),
-              "acceptance_length": tokens / int(stats.cycles.sum())}
+              "acceptance_length": tokens / int(stats.cycles.sum()), "occupancy": float(stats.occupancy),
+              "kv_blocks": int(stats.blocks.max())}
     if stats.drafted.sum():
         record["drafted"] = int(stats.drafted.sum())
         record["acceptance"] = float(stats.accepted.sum() / stats.drafted.sum())

@@ -6,18 +6,18 @@ A module `jspec/drafts/NAME.py` defines, and nothing else in the project changes
     features(config) -> tuple[int, ...]          trunk depths it asks for (see `model.Trunk`); hidden always comes
     specs(config) -> tree of ParamSpec           its weights, or {} (for placing and for checkpoints)
     prepare(policy, draft) -> Draft              once per rollout: cast, fuse
-    start(policy, draft, prefill, cache_size) -> state      rows are prompts; the rollout copies them to sequences
-    propose(policy, draft, state, committed, sampler) -> (Proposal, state)
-    observe(policy, draft, state, observation) -> state     fold in what the verifier just computed
+    start(policy, draft, prefill) -> (rows, key_values)     of the prompts; the rollout copies rows to sequences, and
+        writes keys and values, one pair a layer that keeps them, to the draft's own pool of blocks
+    propose(policy, draft, state, committed, sampler) -> (Proposal, DraftState)
+    observe(policy, draft, state, observation) -> DraftState    fold in what the verifier just computed
     loss(policy, draft, batch, kind) -> (sum, count, metrics); None: not trained
     remember(draft, batch, rollout) -> Draft     optional: fold a rollout that is over (its `PromptBatch` and `Rollout`)
         into the draft's persistent state; jittable, every array keeps its shape. The training loop calls it each step
     Config: the static config's dataclass, for readers of files
 
-State is a pytree whose leaves lead with rows, and depends on the draft and on committed tokens only (what `propose`
-leaves in it beyond them, `observe` overwrites). Siblings' committed tokens count too: they were made without the noise
-that judges this row's drafts. What is remembered of a rollout was made with its noise: it must not be drafted from in
-a rollout with the same key.
+A `DraftState` depends on the draft and on committed tokens only (what `propose` leaves in it beyond them, `observe`
+overwrites). Siblings' committed tokens count too: they were made without the noise that judges this row's drafts. What
+is remembered of a rollout was made with its noise: it must not be drafted from in a rollout with the same key.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from flax import struct
 from jspec.arguments import show
 from jspec.config import DRAFTERS
 from jspec.errors import InputError
-from jspec.kernels import draw
-from jspec.model import Cache, ModelConfig, Policy, RopeConfig, Trunk
+from jspec.kernels import draw, whole_vocabulary
+from jspec.model import Cache, KeyValues, ModelConfig, Policy, RopeConfig, Trunk
+from jspec.model.pool import cache_of
 from pallas_kernels.noise import Noise
 from pallas_kernels.rejection_sampling import process_logits
 
@@ -139,17 +140,42 @@ class Prefill:
 
 
 @struct.dataclass
-class Committed:
-    """Every row's tokens so far, prompt included: tokens int32 [N, S], garbage from lengths int32 [N] on.
+class DraftState:
+    """A drafter's state of B rows.
 
-    group_size: static. Each group_size adjacent rows, from row 0 on, continue one prompt; 1: nothing is said of that.
-    cache: the policy's, S positions a row. The last committed token is pending: its keys and values, at lengths - 1,
-    are not there yet.
+    Attributes:
+      rows: a pytree whose leaves lead with rows.
+      cache: its own keys and values, in the blocks that the policy's cache has for the same rows; None: it keeps none.
+    """
+
+    rows: Any
+    cache: Cache | None = None
+
+    @classmethod
+    def of_prompts(cls, rows: Any, key_values: KeyValues, positions: int) -> DraftState:
+        """What `start` returned, as the state of rows that are the prompts, each with room for `positions`."""
+        return cls(rows, cache_of(key_values, positions) if key_values else None)
+
+
+@struct.dataclass
+class Committed:
+    """Every row's tokens so far, prompt included: tokens int32 [B, S], garbage from lengths int32 [B] on.
+
+    Attributes:
+      cache: the policy's. The last committed token is pending: its keys and values, at lengths - 1, are not there yet.
+      all_tokens, all_lengths: int32 [N, S] and [N], the same of all sequences of the batch that are on this device,
+        those that are not in a slot too; None: the rows are all there is.
+      sequences: int32 [B], which of them each row is; None: row i is sequence i.
+      group_size: static. Each group_size adjacent sequences, from the first one on, continue one prompt; 1: nothing is
+        said of that.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     cache: Cache | None = None
+    all_tokens: jax.Array | None = None
+    all_lengths: jax.Array | None = None
+    sequences: jax.Array | None = None
     group_size: int = struct.field(pytree_node=False, default=1)
 
 
@@ -241,5 +267,7 @@ class Sampler:
 
         vocab: int32 [Vd], the ids of a reduced vocabulary; None: they are 0..Vd-1.
         """
+        if self.top_k or self.top_p is not None:
+            logits = whole_vocabulary(self.layout, logits)
         log_q = process_logits(logits, self.temperature, self.top_p, top_k=self.top_k)
         return draw(self.layout, log_q, self.noise, offset, vocab), log_q

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.arguments import flag, settle, whole, whole_numbers
-from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Sampler
+from jspec.drafts.base import Committed, Draft, DraftBatch, DraftState, Observation, Prefill, Sampler
 from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, state_loss
 from jspec.drafts.parts.unroll import shift
 from jspec.drafts.parts.vocabulary import check_vocab, table_logits
 from jspec.errors import InputError
 from jspec.model import (
+    KeyValues,
     ModelConfig,
     ParamSpec,
     Policy,
@@ -216,23 +217,23 @@ def _normed(config: Eagle3Config, w: dict, states: jax.Array) -> jax.Array:
     return states if config.norm_output else rms_norm(states, w["norm"], config.block.rms_norm_eps)
 
 
-def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> recursion.State:
-    """The block's cache over the prompts and its state at each prompt's last token; after a prompt of one token the
-    state is zeros, and the first draft's distribution is flat."""
+def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Rows, KeyValues]:
+    """The block's state at each prompt's last token, and its keys and values over the prompts; after a prompt of one
+    token the state is zeros, and the first draft's distribution is flat."""
     config, w = draft.config, draft.weights
     return recursion.start(_inside(policy, config), [_run(policy, config, w)], _fused(config, w, prefill.trunk),
-                           recursion.next_tokens(prefill.tokens), prefill.lengths - 1, cache_size,
+                           recursion.next_tokens(prefill.tokens), prefill.lengths - 1,
                            config.window or None)
 
 
-def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
     return recursion.propose(_inside(policy, config), [_run(policy, config, w)], state, committed.lengths - 1, sampler,
                              partial(logits, policy, config, w, vocab), vocab, config.window or None)
 
 
-def observe(policy: Policy, draft: Draft, state: recursion.State, observation: Observation) -> recursion.State:
+def observe(policy: Policy, draft: Draft, state: DraftState, observation: Observation) -> DraftState:
     """Rewrite the cache of the committed positions from the verifier's states; keep the state at the last one."""
     config, w = draft.config, draft.weights
     return recursion.observe(_inside(policy, config), [_run(policy, config, w)], state, observation.lengths - 1,

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.arguments import flag, settle, whole
-from jspec.drafts.base import Committed, Draft, DraftBatch, Observation, Prefill, Sampler
+from jspec.drafts.base import Committed, Draft, DraftBatch, DraftState, Observation, Prefill, Sampler
 from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, state_loss, unit
 from jspec.drafts.parts.unroll import shift
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.errors import InputError
 from jspec.model import (
+    KeyValues,
     ModelConfig,
     ParamSpec,
     Policy,
@@ -163,14 +164,14 @@ def _runs(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[re
     return [partial(run, w) for w in weights]
 
 
-def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> recursion.State:
-    """Of every block, its cache over the prompts and its state at each prompt's last token."""
+def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Rows, KeyValues]:
+    """Of every block, its state at each prompt's last token, and its keys and values over the prompts."""
     hidden, tokens = _inputs(draft.config, prefill.trunk, prefill.tokens)
     return recursion.start(policy, _runs(policy, draft.config, draft.weights["blocks"]), hidden, tokens,
-                           prefill.lengths - draft.config.first, cache_size)
+                           prefill.lengths - draft.config.first)
 
 
-def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     vocab = draft.state.get("vocab")
     head = partial(table_logits, policy, draft.weights["table"], vocab)
@@ -178,7 +179,7 @@ def propose(policy: Policy, draft: Draft, state: recursion.State, committed: Com
                              committed.lengths - draft.config.first, sampler, head, vocab)
 
 
-def observe(policy: Policy, draft: Draft, state: recursion.State, observation: Observation) -> recursion.State:
+def observe(policy: Policy, draft: Draft, state: DraftState, observation: Observation) -> DraftState:
     """Rewrite the caches of the committed positions from the verifier's states; keep the states at the last one."""
     return recursion.observe(policy, _runs(policy, draft.config, draft.weights["blocks"]), state,
                              observation.lengths - draft.config.first, _trunk_states(draft.config, observation.trunk),

@@ -10,9 +10,9 @@ import dataclasses
 import jax
 
 from jspec.arguments import settle, whole
-from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, DraftState, Proposal, Sampler
 from jspec.drafts.parts.lookup import look_up
-from jspec.drafts.parts.weightless import features, observe, prepare, specs  # noqa: F401, the module's own
+from jspec.drafts.parts.weightless import features, observe, prepare, specs, start  # noqa: F401, the module's own
 from jspec.model import ModelConfig, Policy
 
 loss = None
@@ -39,11 +39,7 @@ def init(policy: Policy, key: jax.Array | None = None, *, max_ngram: int = 3) ->
     return Draft(weights={}, state={}, config=NgramConfig(policy.config, max_ngram))
 
 
-def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
-    return {}
-
-
-def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
     """The tokens after the longest, then latest, earlier occurrence of the suffix; past the end they repeat with its
     period. Deterministic: judged as q = 1. A row without a match drafts its last token again."""
     _, tokens = look_up(committed.tokens, committed.lengths, draft.config.max_ngram, sampler.k)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.arguments import settle, whole, wrong
-from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, DraftState, Proposal, Sampler
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
-from jspec.drafts.parts.weightless import features, observe, specs  # noqa: F401, the module's own
+from jspec.drafts.parts.weightless import features, observe, specs, start  # noqa: F401, the module's own
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, verify
 from jspec.model.quantized import BITS, quantize
@@ -74,16 +74,12 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     return draft.replace(weights={"layers": layers, "table": table})
 
 
-def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
-    return {}
-
-
-def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
     """K sampled tokens with the distributions they were drawn from, each by one pass over the quantised weights.
 
     Raises InputError if k is more than a row of the cache has room for.
     """
-    size = committed.cache.k[0].shape[2]
+    size = committed.cache.capacity
     if sampler.k >= size:
         raise InputError(f"self draft: k = {sampler.k} drafts and the token before them do not fit the policy's cache "
                          f"of {size} positions; lower k")

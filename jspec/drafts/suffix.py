@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 
 from jspec.arguments import INT32, settle, whole
-from jspec.drafts.base import Committed, Draft, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, DraftState, Prefill, Proposal, Sampler
 from jspec.drafts.parts.lookup import NOTHING, last_tokens, look_up, look_up_elsewhere, vote
 from jspec.drafts.parts.weightless import features, observe, prepare, specs  # noqa: F401, the module's own
 from jspec.errors import InputError
-from jspec.model import ModelConfig, ParamSpec, Policy, place_on_mesh
+from jspec.model import KeyValues, ModelConfig, ParamSpec, Policy, place_on_mesh
 from jspec.sharding import constrain
 from pallas_kernels.noise import key_words
 
@@ -122,7 +122,7 @@ def _known(memory: dict, prompt: jax.Array) -> jax.Array:
     return (memory["written"] > 0) & jnp.all(memory["prompts"] == prompt[..., None, :], axis=-1)
 
 
-def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> dict:
+def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[dict, KeyValues]:
     """Prompts' lengths [P], and where there is a history what it holds of each, made with other keys: [P, H, W]."""
     state, memory = {"prompt_lengths": prefill.lengths}, draft.state
     if memory:
@@ -130,19 +130,27 @@ def start(policy: Policy, draft: Draft, prefill: Prefill, cache_size: int) -> di
         at = jnp.argmax(known, axis=1)
         other = jnp.any(memory["keys"][at] != prefill.key, axis=-1)
         state["history"] = jnp.where((known.any(1)[:, None] & other)[..., None], memory["tokens"][at], NOTHING)
-    return state
+    return state, ()
 
 
 def _siblings(committed: Committed, count: int) -> jax.Array:
-    """The next `count` rows of each row's group, round and round, int32 [N, count, S], NOTHING from their ends on."""
-    rows, width = committed.tokens.shape
-    tokens = jnp.where(jnp.arange(width) < committed.lengths[:, None], committed.tokens, NOTHING)
-    groups = tokens.reshape(-1, committed.group_size, width)
-    others = [jnp.roll(groups, -ahead, axis=1) for ahead in range(1, count + 1)]
-    return jnp.stack(others, axis=2).reshape(rows, count, width)
+    """The next `count` sequences of each row's group, round and round, int32 [B, count, S], NOTHING from their ends on.
+
+    They may have ended, or not be in a slot yet: then their prompt is all there is of them.
+    """
+    tokens, lengths, sequences = committed.all_tokens, committed.all_lengths, committed.sequences
+    if tokens is None:
+        tokens, lengths = committed.tokens, committed.lengths
+    if sequences is None:
+        sequences = jnp.arange(committed.tokens.shape[0])
+    first = sequences // committed.group_size * committed.group_size
+    ahead = sequences[:, None] + 1 + jnp.arange(count) - first[:, None]
+    others = first[:, None] + ahead % committed.group_size
+    known = jnp.arange(tokens.shape[1]) < jnp.take(lengths, others, mode="clip")[..., None]
+    return jnp.where(known, jnp.take(tokens, others, axis=0, mode="clip"), NOTHING)
 
 
-def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
     """What most of the longest matches go on with; of equals the row itself, then siblings, then history, the newest
     first. Each row of the pool has one vote, its latest longest match. Deterministic: judged as q = 1.
 
@@ -155,9 +163,9 @@ def propose(policy: Policy, draft: Draft, state: dict, committed: Committed, sam
     pools = [(matched[:, None], going_on[:, None])]
     count = min(config.siblings, committed.group_size - 1)
     if count:
-        pools.append(look_up_elsewhere(_siblings(committed, count), suffix, state["prompt_lengths"], k))
-    if "history" in state:
-        pools.append(look_up_elsewhere(state["history"], suffix, config.max_match, k))
+        pools.append(look_up_elsewhere(_siblings(committed, count), suffix, state.rows["prompt_lengths"], k))
+    if "history" in state.rows:
+        pools.append(look_up_elsewhere(state.rows["history"], suffix, config.max_match, k))
     matched, going_on = (jnp.concatenate(x, axis=1) for x in zip(*pools, strict=True))
     return Proposal(vote(matched, going_on, suffix[:, 0])), state
 

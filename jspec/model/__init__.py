@@ -1,6 +1,5 @@
 """One decoder-only transformer for Llama, Qwen2 and Qwen3."""
 
-from jspec.model.attention import Cache
 from jspec.model.config import ModelConfig, RopeConfig
 from jspec.model.forward import (
     Trunk,
@@ -27,8 +26,9 @@ from jspec.model.params import (
     reshard,
     to_rollout,
 )
+from jspec.model.pool import Cache, KeyValues
 
-__all__ = ["Cache", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "abstract_policy", "check_policy",
-           "check_weights", "embed", "init_policy", "init_weights", "layer_specs", "logits", "param_specs",
-           "place_on_mesh", "policy_sharding", "prefill", "prompt_forward", "reshard", "response_forward", "to_rollout",
-           "train_forward", "verify"]
+__all__ = ["Cache", "KeyValues", "ModelConfig", "ParamSpec", "Policy", "RopeConfig", "Trunk", "abstract_policy",
+           "check_policy", "check_weights", "embed", "init_policy", "init_weights", "layer_specs", "logits",
+           "param_specs", "place_on_mesh", "policy_sharding", "prefill", "prompt_forward", "reshard",
+           "response_forward", "to_rollout", "train_forward", "verify"]

@@ -1,4 +1,4 @@
-"""Causal attention over sequences, and the per-layer KV cache. Verification is a kernel: `pallas_kernels`."""
+"""Causal attention over whole sequences. Verification against a cache is a kernel: `pallas_kernels`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 QUERY_BLOCK = 512
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of committed tokens, one array a layer, [B, kv_heads, S, head_dim] in the compute dtype.
-
-    Positions at and beyond a row's length hold garbage that the next write at that position replaces.
-    """
-
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
 
 
 def _in_query_blocks(q: jax.Array, k: jax.Array, v: jax.Array, visible: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -74,8 +62,3 @@ def continued_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.
                                 jnp.broadcast_to(own[None], (*shape, q.shape[1]))], axis=-1)
 
     return _in_query_blocks(q, k, v, visible)
-
-
-def to_cache(x: jax.Array, cache_size: int) -> jax.Array:
-    """Keys or values [B, L, kv_heads, head_dim] laid out as a cache [B, kv_heads, cache_size, head_dim]."""
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, cache_size - x.shape[1]), (0, 0)))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.kernels import attend as attend_cached
-from jspec.model.attention import Cache, causal_attention, continued_attention, to_cache
+from jspec.model.attention import causal_attention, continued_attention
 from jspec.model.config import ModelConfig
 from jspec.model.layers import decoder_layer, linear, rms_norm, rope_table
 from jspec.model.params import Policy
+from jspec.model.pool import Cache
 from jspec.sharding import block_rows, constrain
 
 
@@ -129,33 +130,30 @@ def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys
 
 
 def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features: tuple[int, ...], attend) -> tuple:
-    """Run the layers one by one; `attend(i)` gives layer i's attention. Returns (Trunk, Cache)."""
+    """Run the layers one by one; `attend(i)` gives layer i's attention. Returns (Trunk, a pair of keys and values, or
+    of their pools, a layer)."""
     config = policy.config
     rope = rope_table(config, positions)
     x = _embedded(policy, tokens)
-    residual, caches = [x], []
+    residual, kept = [x], []
     for i, w in enumerate(policy.weights["layers"]):
-        x, cache = decoder_layer(config, w, x, rope, attend(i))
+        x, pair = decoder_layer(config, w, x, rope, attend(i))
         x = constrain(x, policy.layout, "batch", None, None)
         residual.append(x)
-        caches.append(cache)
-    trunk = _final(policy, x, [residual[i] for i in features])
-    return trunk, Cache(tuple(k for k, _ in caches), tuple(v for _, v in caches))
+        kept.append(pair)
+    return _final(policy, x, [residual[i] for i in features]), tuple(kept)
 
 
-def prefill(policy: Policy, tokens: jax.Array, cache_size: int, *, features: tuple[int, ...] = ()):
+def prefill(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...] = ()):
     """Whole prompts, tokens int32 [P, L], right-padded. Rollout layout only.
 
-    Returns (Trunk over [P, L], Cache of `cache_size` >= L positions a row).
+    Returns (Trunk over [P, L], keys and values of every layer, each [P, L, kv_heads, head_dim]).
     """
-    def attend(_):
-        def causal(q, k, v):
-            caches = tuple(constrain(to_cache(x, cache_size), policy.layout, "batch", "kv_heads", None, None)
-                           for x in (k, v))
-            return causal_attention(q, k, v), caches
-        return causal
+    def causal(q, k, v):
+        k, v = (constrain(x, policy.layout, "batch", None, "kv_heads", None) for x in (k, v))
+        return causal_attention(q, k, v), (k, v)
 
-    return _unrolled(policy, tokens, jnp.arange(tokens.shape[1])[None], features, attend)
+    return _unrolled(policy, tokens, jnp.arange(tokens.shape[1])[None], features, lambda _: causal)
 
 
 def verify(policy: Policy, tokens: jax.Array, cache: Cache, lengths: jax.Array, *, features: tuple[int, ...] = ()):
@@ -165,9 +163,10 @@ def verify(policy: Policy, tokens: jax.Array, cache: Cache, lengths: jax.Array, 
     """
     def attend(i):
         def ragged(q, k, v):
-            out, new_k, new_v = attend_cached(policy, q, k, v, cache.k[i], cache.v[i], lengths)
-            return out, (new_k, new_v)
+            out, *pools = attend_cached(policy, q, k, v, cache.k[i], cache.v[i], cache.table, lengths)
+            return out, pools
         return ragged
 
     positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-    return _unrolled(policy, tokens, positions, features, attend)
+    trunk, pools = _unrolled(policy, tokens, positions, features, attend)
+    return trunk, cache.replace(k=tuple(k for k, _ in pools), v=tuple(v for _, v in pools))

@@ -14,15 +14,16 @@ from jspec.drafts.base import Draft
 from jspec.errors import InputError
 from jspec.kernels import choose
 from jspec.model import ModelConfig, Policy, check_policy, check_weights
-from jspec.sharding import check_rows
-from jspec.speculate.types import PromptBatch, Sampling, Speculation
+from jspec.sharding import batch_shards, check_rows
+from jspec.speculate.types import Batching, PromptBatch, Sampling, Speculation
 
 MOST_DRAFTS = 64
 _DRAFT = "a draft, such as jspec.drafts.ngram(params), or None"
 _BATCH = "a batch, jspec.PromptBatch.from_tokens(prompts, group_size=..., seed=...)"
 
 
-def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, spec: Speculation) -> None:
+def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, spec: Speculation,
+          batching: Batching) -> None:
     """Raise InputError for what cannot work. Values that are traced, or lie partly on other hosts, are not judged
     (`answerable` is for those), their shapes and dtypes are."""
     check_policy("params", policy)
@@ -32,22 +33,32 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
     instance(PromptBatch, _BATCH)("batch", batch)
     instance(Sampling, "jspec.Sampling(...) or None")("sampling", sampling)
     instance(Speculation, "jspec.Speculation(...) or None")("speculation", spec)
+    instance(Batching, "jspec.Batching(...) or None")("batching", batching)
     _check_batch(batch)
     rows, config = batch.tokens.shape[0] * batch.group_size, policy.config
     _check_leaf("temperature", sampling.temperature, rows, high=np.inf)
     if sampling.top_p is not None:
         _check_leaf("top_p", sampling.top_p, rows, high=1)
+    if sampling.limit is not None:
+        _check_leaf("limit", sampling.limit, rows, low=1, high=sampling.max_new_tokens)
+        if not jnp.issubdtype(jnp.result_type(sampling.limit), jnp.integer):
+            raise wrong("sampling limit", sampling.limit, "whole numbers", traceable=True)
     choose(spec.kernels)
     _check_tokens(config, batch, sampling)
     positions = config.max_position_embeddings
-    if spec.k >= positions:
-        raise InputError(f"speculation k = {spec.k} must be below the model's {positions} positions")
-    if spec.k > MOST_DRAFTS:
-        raise InputError(f"speculation k = {spec.k} must be at most {MOST_DRAFTS}: the passes that draft are unrolled")
+    if spec.most >= positions:
+        raise InputError(f"speculation k = {spec.most} must be below the model's {positions} positions")
+    if spec.most > MOST_DRAFTS:
+        raise InputError(f"speculation k = {spec.most} must be at most {MOST_DRAFTS}: the passes that draft are "
+                         "unrolled")
     for depth in spec.states or ():
         if depth > config.num_layers:
             raise InputError(f"speculation states holds depth {depth}; the model has {config.num_layers} layers")
-    check_rows(rows, layout=policy.layout if not policy.stacked else "rollout")
+    layout = policy.layout if not policy.stacked else "rollout"
+    check_rows(rows, layout=layout)
+    if (batching.slots or 0) % batch_shards(layout):
+        raise InputError(f"batching slots = {batching.slots} are not divided by the mesh's {batch_shards(layout)} "
+                         "batch shards; change slots or the mesh")
 
 
 def answerable(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> jax.Array:
@@ -66,6 +77,9 @@ def answerable(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> j
     if sampling.top_p is not None:
         top_p = jnp.asarray(sampling.top_p, jnp.float32)
         settings &= (top_p >= 0) & (top_p <= 1)
+    if sampling.limit is not None:
+        limit = jnp.asarray(sampling.limit)
+        settings &= (limit >= 1) & (limit <= sampling.max_new_tokens)
     return jnp.repeat(prompts, batch.group_size) & settings
 
 
@@ -73,8 +87,10 @@ def in_32_bits(batch: PromptBatch, sampling: Sampling) -> tuple[PromptBatch, Sam
     """The leaves as the program has them, int32 and float32; NumPy's and Python's are wider, and JAX's with x64."""
     ids = {name: getattr(batch, name) for name in ("tokens", "lengths", "sequence_ids")}
     batch = batch.replace(**{name: jnp.asarray(x, jnp.int32) for name, x in ids.items() if x.dtype != jnp.int32})
-    leaves = {name: getattr(sampling, name) for name in ("temperature", "top_p")}
-    return batch, sampling.replace(**{name: np.float32(x) for name, x in leaves.items() if isinstance(x, numbers.Real)})
+    leaves = {"temperature": np.float32, "top_p": np.float32, "limit": np.int32}
+    leaves = {name: (getattr(sampling, name), dtype) for name, dtype in leaves.items()}
+    return batch, sampling.replace(**{name: dtype(x) for name, (x, dtype) in leaves.items()
+                                      if isinstance(x, numbers.Real)})
 
 
 def _concrete(x: Any) -> np.ndarray | None:
@@ -84,8 +100,8 @@ def _concrete(x: Any) -> np.ndarray | None:
     return None if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)) else np.asarray(x)
 
 
-def _check_leaf(name: str, value: Any, rows: int, high: float) -> None:
-    """A number in [0, high] or one for each row."""
+def _check_leaf(name: str, value: Any, rows: int, high: float, low: float = 0) -> None:
+    """A number in [low, high] or one for each row."""
     expected = f"a number, or one for each of the {rows} sequences"
     try:
         shape, dtype = jnp.shape(value), jnp.result_type(value) if hasattr(value, "dtype") else np.asarray(value).dtype
@@ -99,14 +115,10 @@ def _check_leaf(name: str, value: Any, rows: int, high: float) -> None:
     known = _concrete(value)
     with np.errstate(over="ignore"):
         known = None if known is None else known.astype(np.float32)
-    if known is not None and not np.all((known >= 0) & (known <= high) & np.isfinite(known)):
+    bad = None if known is None else ~((known >= low) & (known <= high) & np.isfinite(known))
+    if bad is not None and bad.any():
         most = "" if high == np.inf else f" and at most {high}"
-        raise InputError(f"sampling {name} must be finite and at least 0{most}; got {_first_bad(known, high)}")
-
-
-def _first_bad(values: np.ndarray, high: float) -> Any:
-    bad = ~((values >= 0) & (values <= high) & np.isfinite(values))
-    return values.ravel()[bad.ravel()][0]
+        raise InputError(f"sampling {name} must be finite and at least {low}{most}; got {known[bad].ravel()[0]}")
 
 
 def _check_batch(batch: PromptBatch) -> None:

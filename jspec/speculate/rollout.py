@@ -1,123 +1,243 @@
-"""`jspec.rollout`: prefill each prompt once, then one `while_loop` of speculative cycles until every row is done."""
+"""`jspec.rollout`: prefill each prompt once, then a chain of loops of speculative cycles until all is done."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import PartitionSpec
 
-from jspec.drafts.base import Draft, Prefill
+from jspec.drafts.base import Draft, DraftState, Prefill
 from jspec.kernels import choose, picked
-from jspec.model import Policy, prefill, to_rollout
-from jspec.sharding import constrain
+from jspec.model import KeyValues, Policy, Trunk, prefill, to_rollout
+from jspec.model.pool import all_free, block_size, blocks_of, write_prompts
+from jspec.sharding import batch_axes, batch_shards, constrain, current_mesh
 from jspec.speculate.arguments import answerable, check, in_32_bits
-from jspec.speculate.cycle import RULES, Slots, cycle, split_features
-from jspec.speculate.types import PromptBatch, Rollout, RolloutStats, Sampling, Speculation
+from jspec.speculate.cycle import split_features
+from jspec.speculate.loops import decode, loops
+from jspec.speculate.state import Counts, Prompts, Sequences, State, admit
+from jspec.speculate.types import Batching, PromptBatch, Rollout, RolloutStats, Sampling, Speculation
 from pallas_kernels.noise import key_words
-
-# cache sizes are whole tiles of a TPU's memory, and beyond one block of attention whole blocks
-_TILE, _BLOCK = 16, 128
 
 log = logging.getLogger(__name__)
 
 
-def _cache_size(prompt: int, max_new_tokens: int, k: int) -> int:
-    """Positions that a row may touch: the last cycle writes up to k tokens beyond the cap."""
-    size = prompt + max_new_tokens + k + 1
-    unit = _TILE if size <= _BLOCK else _BLOCK
-    return -(-size // unit) * unit
+@struct.dataclass
+class Prefilled:
+    """What was computed of P prompts; every leaf leads with them.
+
+    Attributes:
+      tokens, lengths: as in the batch. key_values: the policy's. draft_rows, draft_key_values: what `start` of the
+        drafter returned, None and () without one.
+      trunk: the states to be returned, over [P, L], or None.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    key_values: KeyValues
+    draft_rows: Any
+    draft_key_values: KeyValues
+    trunk: Trunk | None
+
+
+@struct.dataclass
+class Asked:
+    """What is asked of N sequences, see `Sequences`; done: those that have no answer."""
+
+    ids: jax.Array
+    prompts: jax.Array
+    done: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array | None
+    limit: jax.Array
+
+
+def _prefill(policy: Policy, draft: Draft | None, batch: PromptBatch, states: tuple[int, ...] | None) -> Prefilled:
+    features = () if draft is None else draft.module.features(draft.config)
+    length = batch.tokens.shape[1]
+    tokens = jnp.clip(batch.tokens, 0, policy.config.vocab_size - 1)  # of rows that have no answer
+    lengths = jnp.clip(batch.lengths, 1, length)
+    computed, key_values = prefill(policy, tokens, features=(*features, *(states or ())))
+    trunk, kept = split_features(computed, len(features))
+    rows, of_draft = None, ()
+    if draft is not None:
+        rows, of_draft = draft.module.start(policy, draft, Prefill(trunk, tokens, lengths, key_words(batch.key)))
+    return Prefilled(tokens, lengths, key_values, rows, of_draft, None if states is None else kept)
+
+
+def _asked(policy: Policy, batch: PromptBatch, sampling: Sampling, shards: int) -> Asked:
+    """Of all sequences; `prompts` counts from the first prompt of a sequence's own shard."""
+    rows = batch.tokens.shape[0] * batch.group_size
+    sequence = np.arange(rows)
+    first = sequence // (rows // shards) * (rows // shards)
+    limit = sampling.max_new_tokens if sampling.limit is None else sampling.limit
+
+    def by_row(x, dtype):
+        return constrain(jnp.broadcast_to(jnp.asarray(x, dtype), (rows,)), policy.layout, "batch")
+
+    return Asked(by_row(batch.sequence_ids, jnp.int32),
+                 by_row(sequence // batch.group_size - first // batch.group_size, jnp.int32),
+                 by_row(~answerable(policy.config, batch, sampling), bool), by_row(sampling.temperature, jnp.float32),
+                 None if sampling.top_p is None else by_row(sampling.top_p, jnp.float32), by_row(limit, jnp.int32))
+
+
+def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots: int, k: int, chain: int,
+          group_size: int) -> State:
+    """The state before the first sequence has a slot.
+
+    Args:
+      cap: the most that a sequence generates. k: the most that a cycle drafts. chain: how many loops there will be.
+      group_size: how many adjacent sequences continue one prompt, 1 where that is not known.
+    """
+    prompts, length = prefilled.tokens.shape
+    rows = asked.ids.shape[0]
+    positions = length + cap + k  # the last cycle writes up to k tokens beyond the cap
+    size = block_size(positions)
+    columns = blocks_of(positions, size)
+    blocks = prompts * blocks_of(length, size) + slots * min(columns, blocks_of(size + cap + k, size))
+    needed = blocks_of(prefilled.lengths, size)
+    end = jnp.cumsum(needed, dtype=jnp.int32)
+    column = jnp.arange(blocks_of(length, size), dtype=jnp.int32)
+    table = jnp.where(column < needed[:, None], (end - needed)[:, None] + column, blocks)
+    empty = jnp.full((slots, columns), blocks, jnp.int32)
+
+    def pool(key_values):
+        cache = write_prompts(key_values, table, blocks, size).replace(table=empty)
+        return jax.tree.map(lambda x: constrain(x, policy.layout, None, "kv_heads", None, None) if x.ndim == 4 else x,
+                            cache)
+
+    draft = None
+    if prefilled.draft_rows is not None:
+        of_slots = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), prefilled.draft_rows)
+        of_draft = prefilled.draft_key_values
+        draft = DraftState(of_slots, pool(of_draft) if of_draft else None)
+
+    def share(x):
+        x = jnp.take(x, asked.prompts, axis=0)
+        return jnp.pad(x, ((0, 0), (0, positions - length), *((0, 0),) * (x.ndim - 2)))
+
+    lengths = prefilled.lengths[asked.prompts]
+    values = jnp.zeros((rows, cap + k + 1), jnp.float32)
+    sequences = Sequences(
+        asked.ids, asked.prompts, lengths, lengths, share(prefilled.tokens), values, values, asked.done,
+        jnp.zeros(rows, bool), asked.temperature, asked.top_p, asked.limit, jax.tree.map(share, prefilled.trunk),
+        jnp.zeros(rows, jnp.int32), group_size=group_size)
+    unfinished = jnp.zeros(prompts, jnp.int32).at[asked.prompts].add(~asked.done)
+    return State(
+        Prompts(prefilled.lengths, table, unfinished, prefilled.draft_rows), sequences,
+        jnp.full(slots, rows, jnp.int32), pool(prefilled.key_values), draft, all_free(end[-1], blocks, columns),
+        jnp.argsort(asked.done, stable=True).astype(jnp.int32), jnp.int32(0), (~asked.done).sum(dtype=jnp.int32),
+        Counts(*(jnp.zeros(n, jnp.int32) for n in (k, k, chain, chain))))
 
 
 def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, k: int,
-          states: tuple[int, ...] | None = None) -> Slots:
-    """Prefill every prompt once, and give each of its group's rows a copy of the keys and values. Rows that have no
-    answer are done from the start."""
-    prompts, length = batch.tokens.shape
-    rows = prompts * batch.group_size
-    live = answerable(policy.config, batch, sampling)
-    batch = batch.replace(tokens=jnp.clip(batch.tokens, 0, policy.config.vocab_size - 1),  # of the others' rows
-                          lengths=jnp.clip(batch.lengths, 1, length))
-    size = _cache_size(length, sampling.max_new_tokens, k)
-    features = () if draft is None else draft.module.features(draft.config)
-    with jax.named_scope("prefill"):
-        computed, cache = prefill(policy, batch.tokens, size, features=(*features, *(states or ())))
-        trunk, kept = split_features(computed, len(features))
-        kept = None if states is None else jax.tree.map(
-            lambda x: jnp.pad(x, ((0, 0), (0, size - length), (0, 0))), kept)
-        state = None
-        if draft is not None:
-            prompts_seen = Prefill(trunk, batch.tokens, batch.lengths, key_words(batch.key))
-            state = draft.module.start(policy, draft, prompts_seen, size)
-
-        def share(x):
-            names = ("batch", "kv_heads") if x.ndim == 4 else ("batch",)
-            x = jnp.repeat(x, batch.group_size, axis=0)
-            return constrain(x, policy.layout, *names, *(None,) * (x.ndim - len(names)))
-
-        cache, state, kept, lengths, tokens = jax.tree.map(share, (cache, state, kept, batch.lengths, batch.tokens))
-    by_row = partial(jnp.broadcast_to, shape=(rows,))
-    done, stopped = (constrain(flags, policy.layout, "batch") for flags in (~live, jnp.zeros(rows, bool)))
-    values = jnp.zeros((rows, sampling.max_new_tokens + k + 1), jnp.float32)
-    return Slots(
-        sequence_ids=batch.sequence_ids, prompt_lengths=lengths, lengths=lengths,
-        tokens=jnp.pad(tokens, ((0, 0), (0, size - length))),
-        logprobs=values, entropy=values, done=done, stopped=stopped,
-        temperature=by_row(jnp.asarray(sampling.temperature, jnp.float32)),
-        top_p=None if sampling.top_p is None else by_row(jnp.asarray(sampling.top_p, jnp.float32)),
-        cache=cache, draft_state=state, trunk=kept,
-        cycles=jnp.zeros(rows, jnp.int32), drafted=jnp.zeros(k, jnp.int32), accepted=jnp.zeros(k, jnp.int32),
-        group_size=batch.group_size)
+          states: tuple[int, ...] | None = None) -> State:
+    """The state before the first cycle, on one device: the prompts prefilled, each sequence in a slot of its own."""
+    rows = batch.tokens.shape[0] * batch.group_size
+    state = begin(policy, _prefill(policy, draft, batch, states), _asked(policy, batch, sampling, 1),
+                  cap=sampling.max_new_tokens, slots=rows, k=k, chain=1, group_size=batch.group_size)
+    return admit(state, k)
 
 
-def _gather(slots: Slots, max_new_tokens: int, pad_token: int) -> Rollout:
-    """The generated part of every row, with nothing but zeros and padding outside the mask."""
-    lengths = slots.lengths - slots.prompt_lengths
+def _by_shard(prefilled: Prefilled, policy: Policy, group_size: int, rows: int, shards: int) -> Prefilled:
+    """The prompts that the sequences of each shard continue, one shard's after the other's. A prompt whose group lies
+    on several is there several times."""
+    mine = rows // shards
+    first, last = np.arange(shards) * mine // group_size, ((np.arange(shards) + 1) * mine - 1) // group_size
+    each = np.max(last - first) + 1
+    index = np.minimum(first[:, None] + np.arange(each), last[:, None]).ravel()
+    if np.array_equal(index, np.arange(rows // group_size)):
+        return prefilled
+    return jax.tree.map(lambda x: constrain(x[index], policy.layout, "batch", *(None,) * (x.ndim - 1)), prefilled)
+
+
+def _adjacent(rows: int, group_size: int) -> int:
+    """How many adjacent ones of a shard's sequences continue one prompt; 1 where groups lie across its edges."""
+    if rows % group_size == 0:
+        return group_size
+    return rows if group_size % rows == 0 else 1
+
+
+def _on_shards(policy: Policy, run: Callable[..., Any], *args: Any) -> Any:
+    """run(policy, draft, prefilled, asked, key) on every shard of the batch axes by itself: inside there are no
+    collectives across them, so none waits for the longest row of another before the end.
+
+    Axes of one device belong to none of it, and are taken along: then kernels have nothing left to split.
+    """
+    mesh = current_mesh()
+    if mesh is None or batch_shards(policy.layout) == 1:
+        return run(policy, *args)
+    over = batch_axes(policy.layout)
+    alone = {name for name, size in mesh.shape.items() if size == 1}
+    rows, whole = PartitionSpec(over), PartitionSpec()
+    return jax.shard_map(run, in_specs=(whole, whole, rows, rows, whole), out_specs=rows,
+                         axis_names={*over, *alone}, check_vma=False)(policy, *args)
+
+
+def _collect(sequences: Sequences, max_new_tokens: int, pad_token: int, stats: RolloutStats) -> Rollout:
+    """The generated part of every sequence, with nothing but zeros and padding outside the mask."""
+    lengths = sequences.lengths - sequences.prompt_lengths
     mask = jnp.arange(max_new_tokens) < lengths[:, None]
-    columns = jnp.minimum(slots.prompt_lengths[:, None] + jnp.arange(max_new_tokens), slots.tokens.shape[1] - 1)
-    tokens = jnp.where(mask, jnp.take_along_axis(slots.tokens, columns, axis=1), pad_token)
-    logprobs, entropy = (jnp.where(mask, x[:, :max_new_tokens], 0.0) for x in (slots.logprobs, slots.entropy))
-    known = jnp.arange(slots.tokens.shape[1]) < slots.lengths[:, None] - 1
-    trunk = jax.tree.map(lambda x: jnp.where(known[..., None], x, 0), slots.trunk)
-    return Rollout(tokens, mask, logprobs, mask, entropy, lengths, slots.stopped,
-                   RolloutStats(slots.cycles, slots.drafted, slots.accepted), trunk)
+    width = sequences.tokens.shape[1]
+    columns = jnp.minimum(sequences.prompt_lengths[:, None] + jnp.arange(max_new_tokens), width - 1)
+    tokens = jnp.where(mask, jnp.take_along_axis(sequences.tokens, columns, axis=1), pad_token)
+    logprobs, entropy = (jnp.where(mask, x[:, :max_new_tokens], 0.0) for x in (sequences.logprobs, sequences.entropy))
+    known = jnp.arange(width) < sequences.lengths[:, None] - 1
+    trunk = jax.tree.map(lambda x: jnp.where(known[..., None], x, 0), sequences.trunk)
+    return Rollout(tokens, mask, logprobs, mask, entropy, lengths, sequences.stopped, stats, trunk)
 
 
-@partial(jax.jit, static_argnames="speculation")
-def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation) -> Rollout:
+@partial(jax.jit, static_argnames=("speculation", "batching"))
+def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation,
+             batching: Batching) -> Rollout:
     log.debug("compiling a rollout with %s", picked(speculation.kernels))
     with jax.named_scope("prepare"):
         policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
         if draft is not None:
             draft = draft.module.prepare(policy, draft)
-    k = 0 if draft is None else speculation.k
-    if k == 0:
-        draft = None
+    if draft is None or speculation.most == 0:
+        draft, speculation = None, speculation.without_drafts()
+    rows, shards = batch.tokens.shape[0] * batch.group_size, batch_shards(policy.layout)
+    slots = min(batching.slots or rows, rows) // shards
+    chain = loops(slots, speculation.k, sampling.max_new_tokens)
     stops = policy.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
-    key = key_words(batch.key)
-    make_noise = RULES[speculation.rule]
+    with jax.named_scope("prefill"):
+        prefilled = _prefill(policy, draft, batch, speculation.states)
+        prefilled = _by_shard(prefilled, policy, batch.group_size, rows, shards)
+        asked = _asked(policy, batch, sampling, shards)
+    static = sampling.replace(temperature=1.0, top_p=None, limit=None)  # the leaves are the sequences' own
 
-    def body(slots: Slots) -> Slots:
-        with jax.named_scope("noise"):
-            noise = make_noise(key, slots.sequence_ids, slots.lengths, k)
-        return cycle(policy, draft, slots, noise, sampling=sampling, stop_tokens=stops, k=k, states=speculation.states)
+    def run(policy, draft, prefilled, asked, key):
+        state = begin(policy, prefilled, asked, cap=static.max_new_tokens, slots=slots, k=speculation.most,
+                      chain=len(chain), group_size=_adjacent(rows // shards, batch.group_size))
+        state = decode(policy, draft, state, key, chain, sampling=static, stop_tokens=stops, rule=speculation.rule,
+                       states=speculation.states)
+        used = (state.cache.blocks - state.free.fewest)[None]
+        return state.sequences, jax.tree.map(lambda x: x[None], state.counts), used
 
-    slots = start(policy, draft, batch, sampling, k, speculation.states)
     with jax.named_scope("decode"):
-        slots = jax.lax.while_loop(lambda s: ~jnp.all(s.done), body, slots)
+        sequences, counts, used = _on_shards(policy, run, draft, prefilled, asked, key_words(batch.key))
     with jax.named_scope("collect"):
-        return _gather(slots, sampling.max_new_tokens, policy.config.pad_token)
+        stats = RolloutStats(sequences.cycles, counts.drafted.sum(0, dtype=jnp.int32),
+                             counts.accepted.sum(0, dtype=jnp.int32), counts.loop_cycles, counts.loop_live, used,
+                             slots=tuple(rows for rows, _ in chain))
+        return _collect(sequences, sampling.max_new_tokens, policy.config.pad_token, stats)
 
 
 def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *, sampling: Sampling | None = None,
-            speculation: Speculation | None = None) -> Rollout:
+            speculation: Speculation | None = None, batching: Batching | None = None) -> Rollout:
     """Continue every prompt, with exactly the policy's distribution and as few passes over its weights as drafts allow.
 
     Pure, and jitted already: it compiles anew for another shape of the batch, another layout of the weights, and other
-    static settings (all of `speculation`; `max_new_tokens`, `min_new_tokens`, `top_k`, `stop_tokens`, `group_size`).
-    Inside a caller's own `jax.jit` the policy, the draft and the batch are arguments, `temperature` and `top_p` may be,
-    and those settings must be Python values; the mesh is found by `jax.set_mesh`.
+    static settings (all of `speculation` and `batching`; `max_new_tokens`, `min_new_tokens`, `top_k`, `stop_tokens`,
+    `group_size`). Inside a caller's own `jax.jit` the policy, the draft and the batch are arguments, `temperature`,
+    `top_p` and `limit` may be, and those settings must be Python values; the mesh is found by `jax.set_mesh`.
 
     Args:
       params: the policy, in the training or a rollout layout.
@@ -125,15 +245,19 @@ def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *, s
       batch: prompts, sequence ids and the key.
       sampling: defaults to `Sampling()`.
       speculation: defaults to `Speculation()`.
+      batching: how sequences share the device, defaults to `Batching()`. It changes no token under `coupled`, and no
+        distribution under any rule.
 
     Returns:
       `Rollout` with N = prompts x group_size rows. What is refused below cannot be seen where it is traced: a row whose
-      prompt length, tokens, temperature or top_p turn out to be none then comes back empty, with nothing in its mask.
+      prompt length, tokens, temperature, top_p or limit turn out to be none then comes back empty, with nothing in its
+      mask.
 
-    Raises InputError for a bad argument, a prompt that does not fit the model's positions, a batch that the mesh does
-    not divide, and a draft made for another policy.
+    Raises InputError for a bad argument, a prompt that does not fit the model's positions, a batch or slots that the
+    mesh does not divide, and a draft made for another policy.
     """
     sampling = Sampling() if sampling is None else sampling
     speculation = Speculation() if speculation is None else speculation
-    check(params, draft_params, batch, sampling, speculation)
-    return _rollout(params, draft_params, *in_32_bits(batch, sampling), speculation)
+    batching = Batching() if batching is None else batching
+    check(params, draft_params, batch, sampling, speculation, batching)
+    return _rollout(params, draft_params, *in_32_bits(batch, sampling), speculation, batching)

@@ -25,6 +25,21 @@ BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3
 
 _GROUP = whole(1, 2**20)
 
+Schedule = tuple[tuple[int, int], ...]
+"""(rows, k): up to that many live rows draft k."""
+
+
+def _drafted(label: str, value: Any) -> int | Schedule:
+    """A number of drafts, or a schedule: sorted by rows."""
+    if not isinstance(value, list | tuple):
+        return whole(hint="; 0 turns speculation off")(label, value)
+    if not value or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
+        raise wrong(label, value, "a number or a schedule of (rows, k) pairs, such as ((4, 7), (16, 3))")
+    pairs = sorted((whole(1)(f"{label}: rows", rows), whole()(f"{label}: k", k)) for rows, k in value)
+    if len({rows for rows, _ in pairs}) < len(pairs):
+        raise InputError(f"{label}: a schedule gives one k for each number of rows; {pairs} has two")
+    return tuple(pairs)
+
 
 @struct.dataclass
 class PromptBatch:
@@ -125,7 +140,7 @@ def _token_row(i: int, prompt: Any) -> np.ndarray:
 
 @struct.dataclass
 class Sampling:
-    """How tokens are drawn. temperature and top_p are leaves, the rest is static.
+    """How tokens are drawn. temperature, top_p and limit are leaves, the rest is static.
 
     Attributes:
       max_new_tokens: the cap on generated tokens, the end token included.
@@ -134,6 +149,7 @@ class Sampling:
       top_k: 0 is off.
       top_p: scalar or [N], or None for off; a plain 1.0 is off too.
       stop_tokens: ids in any collection; None means the checkpoint's end tokens; () means none.
+      limit: scalar or [N], each sequence's own cap, from 1 to max_new_tokens; None: max_new_tokens.
 
     Raises InputError for a static field that is of another type or out of range. Leaves are judged by the rollout.
     """
@@ -144,6 +160,7 @@ class Sampling:
     min_new_tokens: int = struct.field(pytree_node=False, default=0)
     top_k: int = struct.field(pytree_node=False, default=0)
     stop_tokens: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+    limit: Any = None
 
     def __post_init__(self):
         settle(self, "sampling ", max_new_tokens=whole(1), min_new_tokens=whole(), top_k=whole(hint="; 0 turns it off"),
@@ -161,7 +178,8 @@ class Speculation:
     """How drafts are made and judged; all static.
 
     Attributes:
-      k: drafted tokens a cycle, 0 for none.
+      k: drafted tokens a cycle, 0 for none; or a schedule of them by live rows (of one shard of the batch axes):
+        ((4, 7), (16, 3)): up to 4 rows draft 7, up to 16 draft 3, more draft none.
       rule: "rejection", "block" or "coupled". All are lossless; block judges the drafts of a cycle together, and on
         average accepts as many as rejection or more; coupled also reproduces, token for token, what autoregressive
         decoding with the same key gives.
@@ -170,17 +188,42 @@ class Speculation:
       states: trunk depths (see `model.Trunk`) that the rollout returns as the verifier computed them, besides the final
         hidden states, so that a draft can be trained without another forward; None: it returns no states.
 
-    Raises InputError for a field of another type, an unknown rule, and a k below 0.
+    Raises InputError for a field of another type, an unknown rule, a k below 0, and a schedule that is none.
     """
 
-    k: int = struct.field(pytree_node=False, default=3)
+    k: int | Schedule = struct.field(pytree_node=False, default=3)
     rule: str = struct.field(pytree_node=False, default="rejection")
     kernels: Any = struct.field(pytree_node=False, default="auto")
     states: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
     def __post_init__(self):
-        settle(self, "speculation ", k=whole(hint="; 0 turns speculation off"), rule=one_of(RULES),
-               states=optional(whole_numbers))
+        settle(self, "speculation ", k=_drafted, rule=one_of(RULES), states=optional(whole_numbers))
+
+    @property
+    def most(self) -> int:
+        """The most that a cycle drafts."""
+        return self.k if isinstance(self.k, int) else max(k for _, k in self.k)
+
+    def without_drafts(self) -> Speculation:
+        """The same with nothing drafted; the loops that a schedule names stay."""
+        return self.replace(k=0 if isinstance(self.k, int) else tuple((rows, 0) for rows, _ in self.k))
+
+
+@struct.dataclass
+class Batching:
+    """How sequences share the device; all static.
+
+    Attributes:
+      slots: sequences in flight at most, over all shards of the batch axes; one that ends makes room for the next.
+        None: all of them.
+
+    Raises InputError for slots that are no whole number of at least 1.
+    """
+
+    slots: int | None = struct.field(pytree_node=False, default=None)
+
+    def __post_init__(self):
+        settle(self, "batching ", slots=optional(whole(1)))
 
 
 @struct.dataclass
@@ -192,11 +235,24 @@ class RolloutStats:
       drafted: int32 [K], by draft position: drafts that could have been emitted. What lies after a drafted end token or
         beyond the cap could not, whatever the verdict, and is not counted.
       accepted: int32 [K], those of them that were emitted. accepted / drafted is an unbiased measure of the draft.
+      loop_cycles: int32 [D, loops], of each loop of the chain on each of D shards of the batch axes, which do not wait
+        for each other. loop_live: int32 [D, loops], the live rows of all those cycles.
+      blocks: int32 [D], the most KV blocks that were in use at one time.
+      slots: static, the rows that each loop is compiled for.
     """
 
     cycles: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    loop_cycles: jax.Array | None = None
+    loop_live: jax.Array | None = None
+    blocks: jax.Array | None = None
+    slots: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+    @property
+    def occupancy(self) -> jax.Array:
+        """Live rows over computed rows, float32 scalar: 1 where no cycle computes a row that is over."""
+        return self.loop_live.sum() / jnp.maximum((self.loop_cycles * jnp.array(self.slots)).sum(), 1)
 
 
 @struct.dataclass

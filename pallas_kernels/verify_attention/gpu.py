@@ -1,12 +1,13 @@
-"""Attention of a few new positions against a ragged cache on a GPU: Mosaic GPU, Hopper.
+"""Attention of a few new positions against blocks of a pool on a GPU: Mosaic GPU, Hopper.
 
-A program takes SPLIT cached positions of one KV head of one row; programs beyond the row's length end at once. TMA
-brings blocks of keys and values by turns to a ring in shared memory: 64 KB of it in each of the two programs that a
-multiprocessor holds, where about 40 KB on their way saturate an H200. The new positions are one more block of the row's
-last program, which also writes them into the cache once all that it reads has arrived.
+A program takes SPLIT cached positions of one KV head of one row; programs beyond the row's length, and those of dead
+rows, end at once. It goes in steps of STEP positions: TMA brings their keys and values by turns from the row's blocks
+to a ring in shared memory, 64 KB of it in each of the two programs that a multiprocessor holds, where about 40 KB on
+their way saturate an H200. The new positions are one more step of the row's last program, which also writes them into
+the row's blocks once all that it reads has arrived.
 
 More than ROWS query rows are two warpgroups that read the same ring; their registers leave room for one such program,
-whose ring is 128 KB. Still more are taken in turns, each of which reads the positions again. A float32 block goes
+whose ring is 128 KB. Still more are taken in turns, each of which reads the positions again. What is float32 goes
 through registers to three bfloat16 tiles, which hold its 24 bits; of the nine products of parts, the three below 2^-24
 are left out.
 
@@ -29,11 +30,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.verify_attention.packing import pack, unpack
 
-BLOCK = 64  # positions
+STEP = 64  # positions
 SPLIT = 512
 ROWS = 64  # of a matrix instruction
 COLUMNS = 64  # of a line of shared memory as matrix instructions want it, bfloat16
 NEW = 16  # new positions are padded to what a matrix instruction contracts at once
+SMALLEST = 16  # block in positions, and what larger ones are multiples of
 LOG2E = math.log2(math.e)
 
 
@@ -45,6 +47,8 @@ class _Plan:
     new: int
     window: int | None
     kv_heads: int
+    blocks: int  # of the pool
+    size: int  # positions of a block
     splits: int
     warpgroups: int
     tiles: int  # of ROWS query rows, one to a warpgroup
@@ -60,8 +64,13 @@ class _Plan:
 
     @property
     def slots(self) -> int:
-        """Blocks of keys or of values in the ring."""
+        """Steps of keys or of values in the ring."""
         return 4 * self.warpgroups if self.parts == 1 else 3
+
+    @property
+    def run(self) -> int:
+        """Positions of a step that lie in one block, whatever the step."""
+        return math.gcd(self.size, STEP)
 
     @property
     def chunks(self) -> list[Any]:
@@ -80,22 +89,24 @@ class _Plan:
 
 
 @partial(jax.jit, static_argnames=("window", "interpret"))  # references to GPU memory want a jit around them
-def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array,
-                     lengths: jax.Array, *, window: int | None = None, interpret: Any = False):
+def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
+                     table: jax.Array, lengths: jax.Array, *, window: int | None = None, interpret: Any = False):
     """See `api.verify_attention`. interpret: False, or an InterpretGPUParams.
 
-    Raises NotImplementedError for queries and a cache that are not both float32 or both bfloat16, head sizes other than
-    64 and 128, and more than NEW new positions.
+    Raises NotImplementedError for queries and a pool that are not both float32 or both bfloat16, head sizes other than
+    64 and 128, more than NEW new positions, and blocks whose size is no multiple of SMALLEST.
     """
     b, new, _, d = q.shape
-    kv_heads, size = cache_k.shape[1:3]
+    blocks, kv_heads, size = pool_k.shape[:3]
     if d not in (64, 128):
         raise NotImplementedError(f"heads must be of size 64 or 128, not {d}")
     if new > NEW:
         raise NotImplementedError(f"{new} new positions a row are more than {NEW}")
-    if q.dtype not in (jnp.float32, jnp.bfloat16) or cache_k.dtype != q.dtype:
-        raise NotImplementedError("queries and cache that are not both float32 must be bfloat16, not "
-                                  f"{q.dtype} and {cache_k.dtype}")
+    if q.dtype not in (jnp.float32, jnp.bfloat16) or pool_k.dtype != q.dtype:
+        raise NotImplementedError("queries and pool that are not both float32 must be bfloat16, not "
+                                  f"{q.dtype} and {pool_k.dtype}")
+    if size % SMALLEST:
+        raise NotImplementedError(f"blocks of {size} positions are not a multiple of {SMALLEST}")
     group = q.shape[2] // kv_heads
     packed = pack(q, kv_heads)
     several = new * group > ROWS
@@ -103,9 +114,10 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
     warpgroups = 2 if several and q.dtype == jnp.bfloat16 else 1
     packed = _pad(packed, warpgroups * ROWS if several else 8)
     tiles = pl.cdiv(packed.shape[2], ROWS)
-    plan = _Plan(group, new, window, kv_heads, pl.cdiv(size, SPLIT), warpgroups, tiles, packed.shape[2] // tiles, d,
+    splits = pl.cdiv(table.shape[1] * size, SPLIT)
+    plan = _Plan(group, new, window, kv_heads, blocks, size, splits, warpgroups, tiles, packed.shape[2] // tiles, d,
                  q.dtype, bool(interpret))
-    caches = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in (cache_k, cache_v)]
+    pools = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in (pool_k, pool_v)]
     shape = b, kv_heads, plan.splits, packed.shape[2]
     sums, stats = pl.kernel(
         partial(_scoped, plan=plan),
@@ -116,9 +128,9 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         name="verify_attention",
-    )(jnp.stack(list(_parts(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW), lengths, *caches)
-    out = _combine(sums, stats, lengths, plan)[:, :, :new * group].astype(q.dtype)
-    return unpack(out, new), *map(jax.freeze, caches)
+    )(jnp.stack(list(_parts(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW), table, lengths, *pools)
+    out = _combine(sums, stats, table[:, 0], lengths, plan)[:, :, :new * group].astype(q.dtype)
+    return unpack(out, new), *map(jax.freeze, pools)
 
 
 def _pad(x, multiple):
@@ -137,19 +149,20 @@ def _parts(x):
         x -= high
 
 
-def _live(split, length, window):
-    """Whether a split of a row has anything to do, and whether it is the row's last."""
+def _live(split, first, length, plan):
+    """Whether a split of a row, whose blocks begin with `first`, has anything to do, and whether it is the row's last.
+    """
     last = split == lax.div(jnp.maximum(length - 1, 0), SPLIT)
     live = last | (split * SPLIT < length)
-    if window is not None:
-        live &= last | ((split + 1) * SPLIT > length - window + 1)
-    return live, last
+    if plan.window is not None:
+        live &= last | ((split + 1) * SPLIT > length - plan.window + 1)
+    return live & (first < plan.blocks), last
 
 
-def _combine(sums, stats, lengths, plan):
+def _combine(sums, stats, first, lengths, plan):
     """Sums of the splits [B, H_kv, splits, rows, D] to the output, one after the other: XLA chooses no order."""
     top, total = (stats[..., i, :plan.rows].reshape(*sums.shape[:4]) for i in (0, 1))
-    live = _live(jnp.arange(plan.splits), lengths[:, None], plan.window)[0][:, None, :, None]
+    live = _live(jnp.arange(plan.splits), first[:, None], lengths[:, None], plan)[0][:, None, :, None]
     top = jnp.where(live, top, -jnp.inf)  # of a split that did not run this is memory as it was
     scale = jnp.where(live, jnp.exp2(top - top.max(2, keepdims=True)), 0.0)
     out = norm = 0.0
@@ -157,7 +170,7 @@ def _combine(sums, stats, lengths, plan):
         weight = scale[:, :, split, :, None]
         out += jnp.where(live[:, :, split, :, None], sums[:, :, split], 0.0) * weight
         norm += jnp.where(live[:, :, split], total[:, :, split], 0.0)[..., None] * weight
-    return out / norm
+    return jnp.where((first < plan.blocks)[:, None, None, None], out / norm, 0.0)
 
 
 def _scoped(*refs, plan):
@@ -168,50 +181,60 @@ def _scoped(*refs, plan):
                                                     plgpu.SwizzleTransform(128)))
 
     pl.run_scoped(partial(_body, *refs, plan=plan), lines(jnp.bfloat16, n * plan.parts, ROWS, d),
-                  lines(plan.dtype, plan.slots, BLOCK, d),
-                  lines(jnp.bfloat16, plan.parts, BLOCK, d) if plan.parts > 1 else None,
+                  lines(plan.dtype, plan.slots, STEP, d),
+                  lines(jnp.bfloat16, plan.parts, STEP, d) if plan.parts > 1 else None,
                   plgpu.SMEM((2, plan.new, d), plan.dtype), plgpu.SMEM((n, ROWS, COLUMNS), jnp.float32),
                   plgpu.SMEM((n, 2, ROWS), jnp.float32), plgpu.Barrier(num_barriers=n * plan.parts),
-                  plgpu.Barrier(num_barriers=plan.slots), plgpu.Barrier(num_barriers=plan.slots, num_arrivals=n),
+                  plgpu.Barrier(num_barriers=plan.slots, num_arrivals=STEP // plan.run),
+                  plgpu.Barrier(num_barriers=plan.slots, num_arrivals=n),
                   plgpu.Barrier(num_arrivals=n), plgpu.Barrier(num_barriers=2), collective_axes="warpgroup")
 
 
-def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tiles, ring, tiles, rows, staged, numbers,
+def _body(q, new_k, new_v, table, lengths, pool_k, pool_v, sums, stats, q_tiles, ring, tiles, rows, staged, numbers,
           q_arrived, arrived, used, meet, rows_arrived, *, plan):
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     split, rest = lax.rem(program, plan.splits), lax.div(program, plan.splits)
     head, row = lax.rem(rest, plan.kv_heads), lax.div(rest, plan.kv_heads)
     length = lengths[row]
-    live, last = _live(split, length, plan.window)
+    live, last = _live(split, table[row, 0], length, plan)
+
+    def place(pool, position, count):
+        """Where `count` positions of the row lie, all in one block."""
+        return pool.at[table[row, lax.div(position, plan.size)], head, pl.ds(lax.rem(position, plan.size), count)]
 
     @pl.when(live)
     def _():
-        begin = split * SPLIT
+        begin, stop = split * SPLIT, jnp.minimum((split + 1) * SPLIT, length)
         if plan.window is not None:
-            begin = jnp.maximum(begin, lax.div(jnp.maximum(length - plan.window + 1, 0), BLOCK) * BLOCK)
-        cached = lax.div(jnp.maximum(jnp.minimum((split + 1) * SPLIT, length) - begin, 0) + BLOCK - 1, BLOCK)
-        blocks = cached + last.astype(jnp.int32)
+            begin = jnp.maximum(begin, lax.div(jnp.maximum(length - plan.window + 1, 0), plan.run) * plan.run)
+        cached = lax.div(jnp.maximum(stop - begin, 0) + STEP - 1, STEP)
+        steps = cached + last.astype(jnp.int32)
 
         def slot(i, item):
             return lax.rem(2 * i + item, plan.slots)
 
         def fetch(i, item):
-            """What comes `item` (static) after block i's keys: its values, then the next block's keys."""
-            block, to = i + item // 2, slot(i, item)
-            new, cache = ((new_k, cache_k), (new_v, cache_v))[item % 2]
+            """What comes `item` (static) after step i's keys: its values, then the next step's keys."""
+            step, to = i + item // 2, slot(i, item)
+            new, pool = ((new_k, pool_k), (new_v, pool_v))[item % 2]
 
-            @pl.when(block < cached)
+            @pl.when(step < cached)
             def _():
-                plgpu.copy_gmem_to_smem(cache.at[row, head, pl.ds(begin + block * BLOCK, BLOCK)], ring.at[to],
-                                        arrived.at[to])
+                for at in range(0, STEP, plan.run):
+                    # not beyond the last run, where the row may have no block: what is masked may be any
+                    position = jnp.minimum(begin + step * STEP + at, lax.div(stop - 1, plan.run) * plan.run)
+                    plgpu.copy_gmem_to_smem(place(pool, position, plan.run), ring.at[to, pl.ds(at, plan.run)],
+                                            arrived.at[to])
 
-            @pl.when((block == cached) & last)
+            @pl.when((step == cached) & last)
             def _():
                 plgpu.copy_gmem_to_smem(new.at[row, head], ring.at[to, pl.ds(0, NEW)], arrived.at[to])
+                for _ in range(STEP // plan.run - 1):
+                    plgpu.barrier_arrive(arrived.at[to])
 
         def refill(i, item):
-            """Block i's keys (0) or values (1) have been used by this warpgroup."""
-            @pl.when(i + (item + plan.slots) // 2 < blocks)
+            """Step i's keys (0) or values (1) have been used by this warpgroup."""
+            @pl.when(i + (item + plan.slots) // 2 < steps)
             def _():
                 if plan.warpgroups > 1:
                     plgpu.barrier_arrive(used.at[slot(i, item)])
@@ -241,7 +264,7 @@ def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tiles, ring
 
             def step(i, carry):
                 old = i < cached
-                start, end = jnp.where(old, begin + i * BLOCK, length), jnp.where(old, length, length + plan.new)
+                start, end = jnp.where(old, begin + i * STEP, length), jnp.where(old, stop, length + plan.new)
                 top, total, out = carry
                 plgpu.barrier_wait(arrived.at[slot(i, 0)])
                 keys = _cut(ring.at[slot(i, 0)], tiles, end - start, plan)
@@ -252,7 +275,7 @@ def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tiles, ring
                 # of what is masked keys may be anything, but 0 times NaN is not 0: values may not
                 if plan.parts == 1:
                     clear = partial(_clear, ring.at[slot(i, 1)], end - start, warpgroup, meet, plan)
-                    pl.when(end - start < BLOCK)(clear)
+                    pl.when(end - start < STEP)(clear)
                 values = _cut(ring.at[slot(i, 1)], tiles, end - start, plan)
                 out = tuple(x * lax.broadcast_in_dim(scale, x.shape, (0,)) +
                             _product(weights, [part.at[:, chunk] for part in values], plan)
@@ -260,7 +283,7 @@ def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tiles, ring
                 refill(i, 1)
                 return top, total, out
 
-            top, total, out = lax.fori_loop(0, blocks, step, (
+            top, total, out = lax.fori_loop(0, steps, step, (
                 plan.full((ROWS,), -1e30), plan.full((ROWS,), 0.0),
                 tuple(plan.full((ROWS, COLUMNS), 0.0) for _ in plan.chunks)))
             numbers[warpgroup, 0], numbers[warpgroup, 1] = top, total
@@ -287,9 +310,14 @@ def _body(q, new_k, new_v, lengths, cache_k, cache_v, sums, stats, q_tiles, ring
         # all that this program reads has arrived, and no earlier split reads beyond its row's length
         @pl.when(writes)
         def _():
-            for i, cache in enumerate((cache_k, cache_v)):
+            for i in range(2):
                 plgpu.barrier_wait(rows_arrived.at[i])
-                plgpu.copy_smem_to_gmem(rows.at[i], cache.at[row, head, pl.ds(length, plan.new)])
+
+            def write(t, _):
+                for i, pool in enumerate((pool_k, pool_v)):
+                    plgpu.copy_smem_to_gmem(rows.at[i, pl.ds(t, 1)], place(pool, length + t, 1))
+
+            lax.fori_loop(0, plan.new, write, None)
             plgpu.wait_smem_to_gmem(0)
 
 
@@ -299,14 +327,14 @@ def _wait_for_all(barrier, plan):
         plgpu.barrier_wait(barrier)
 
 
-def _cut(block, tiles, count, plan):
-    """What matrix instructions take of a block [BLOCK, D]: float32 is cut into tiles [3, BLOCK, D], of which the rows
-    from `count` on are zeros.
+def _cut(held, tiles, count, plan):
+    """What matrix instructions take of a step's keys or values [STEP, D]: float32 is cut into tiles [3, STEP, D], of
+    which the rows from `count` on are zeros.
     """
     if plan.parts == 1:
-        return [block]
+        return [held]
     for chunk in plan.chunks:
-        x = plan.cast(block[:, chunk], plgpu.Layout.WGMMA)
+        x = plan.cast(held[:, chunk], plgpu.Layout.WGMMA)
         for i, high in enumerate(_parts(jnp.where(plan.iota(x.shape, 0) < count, x, 0.0))):
             tiles[i, :, chunk] = high
     plgpu.commit_smem()
@@ -331,7 +359,7 @@ def _product(a, b, plan, *, transposed=False):
 
 
 def _softmax(scores, top, total, tile, start, length, end, plan):
-    """One block of online softmax (https://arxiv.org/abs/1805.02867), in powers of two."""
+    """One step of online softmax (https://arxiv.org/abs/1805.02867), in powers of two."""
     position = start + plan.iota(scores.shape, 1)
     last = length + lax.div(plan.iota(scores.shape, 0) + tile * plan.rows, plan.group)
     visible = (position < end) & (position <= last)
@@ -345,7 +373,7 @@ def _softmax(scores, top, total, tile, start, length, end, plan):
 
 
 def _clear(values, count, warpgroup, meet, plan):
-    """Zero the rows of bfloat16 values [BLOCK, D] from `count` on, before any warpgroup reads them."""
+    """Zero the rows of bfloat16 values [STEP, D] from `count` on, before any warpgroup reads them."""
     @pl.when(warpgroup == 0)
     def _():
         for chunk in plan.chunks:

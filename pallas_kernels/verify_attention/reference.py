@@ -7,14 +7,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.verify_attention.packing import pack, unpack
 
-KV_BLOCK = 128
 
-
-def _write(cache: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Write new [B, T, H_kv, D] into cache [B, H_kv, S, D] at each row's length."""
-    def one(row_cache, row, length):
-        return jax.lax.dynamic_update_slice_in_dim(row_cache, row, length, axis=1)
-    return jax.vmap(one)(cache, new.swapaxes(1, 2).astype(cache.dtype), lengths)
+def _write(pool: jax.Array, new: jax.Array, block: jax.Array, offset: jax.Array) -> jax.Array:
+    """Write new [B, T, H_kv, D] into pool [blocks, H_kv, size, D] at block and offset, int32 [B, T]; no block: nowhere.
+    A scatter and no `where`, which would copy the pool."""
+    return pool.at[block, :, offset].set(new.astype(pool.dtype), mode="drop")
 
 
 def _online_step(carry, q, k, v, visible):
@@ -31,31 +28,34 @@ def _online_step(carry, q, k, v, visible):
     return new_top, total * scale + weights.sum(-1, keepdims=True), out * scale + values
 
 
-def verify_attention(q, k, v, cache_k, cache_v, lengths, *, window=None):
+def verify_attention(q, k, v, pool_k, pool_v, table, lengths, *, window=None):
     """See `api.verify_attention`. Blocks beyond the longest live row are not read."""
     t, h = q.shape[1:3]
-    kv_heads, size = cache_k.shape[1], cache_k.shape[2]
-    cache_k, cache_v = _write(cache_k, k, lengths), _write(cache_v, v, lengths)
+    blocks, kv_heads, size = pool_k.shape[:3]
+    live = table[:, 0] < blocks
+    new = lengths[:, None] + jnp.arange(t)
+    block = jnp.where(live[:, None], jnp.take_along_axis(table, new // size, axis=1, mode="clip"), blocks)
+    pool_k, pool_v = (_write(pool, x, block, new % size) for pool, x in ((pool_k, k), (pool_v, v)))
     packed = pack(q, kv_heads)
-    last = jnp.repeat(lengths[:, None] + jnp.arange(t)[None], h // kv_heads, axis=1)[:, None, :, None]
-    block = min(KV_BLOCK, size)
+    last = jnp.repeat(new, h // kv_heads, axis=1)[:, None, :, None]
+    table = jnp.minimum(table, blocks - 1)
 
     def step(i, carry):
-        # the last block of a cache that no block divides starts early; what was already seen is masked out
-        start = jnp.minimum(i * block, size - block)
-        position = start + jnp.arange(block)
-        k_block = jax.lax.dynamic_slice_in_dim(cache_k, start, block, axis=2)
-        v_block = jax.lax.dynamic_slice_in_dim(cache_v, start, block, axis=2)
-        visible = (position >= i * block) & (position <= last)
+        at = jax.lax.dynamic_index_in_dim(table, i, axis=1, keepdims=False)
+        keys, values = (pool.at[at].get(mode="promise_in_bounds") for pool in (pool_k, pool_v))
+        position = i * size + jnp.arange(size)
+        visible = position <= last
         if window is not None:
             visible &= position > last - window
-        return _online_step(carry, packed, k_block, v_block, visible)
+        return _online_step(carry, packed, keys, values, visible)
 
     # -1e30 and not -inf: a row whose first block is all masked must not compute inf - inf
     carry = (jnp.full((*packed.shape[:3], 1), -1e30, jnp.float32), jnp.zeros((*packed.shape[:3], 1), jnp.float32),
              jnp.zeros(packed.shape, jnp.float32))
-    if size == block:
+    if table.shape[1] == 1:
         carry = step(0, carry)
     else:
-        carry = jax.lax.fori_loop(0, (jnp.max(lengths) + t + block - 1) // block, step, carry)
-    return unpack((carry[2] / carry[1]).astype(q.dtype), t), cache_k, cache_v
+        longest = jnp.max(jnp.where(live, lengths, 0)) + t
+        carry = jax.lax.fori_loop(0, (longest + size - 1) // size, step, carry)
+    out = jnp.where(live[:, None, None, None], carry[2] / carry[1], 0).astype(q.dtype)
+    return unpack(out, t), pool_k, pool_v

@@ -141,28 +141,27 @@ def test_parts_do_what_a_cycle_does():
     k, policy = 2, jspec.init_policy(SHAPES["tiny"], jax.random.key(0))
     draft, policy = jspec.drafts.mtp(policy, jax.random.key(1)), jspec.reshard(policy)
     batch = jspec.PromptBatch.from_tokens([[7, 8, 9, 7, 8], [5, 6, 7]], group_size=1, seed=3)
-    slots = parts.prefill(policy, draft, batch, jspec.Sampling(max_new_tokens=4), k=k)
-    key = jax.random.key_data(batch.key)
+    state = parts.prefill(policy, draft, batch, jspec.Sampling(max_new_tokens=4), k=k)
+    key, of = jax.random.key_data(batch.key), state.sequences
 
-    cache = slots.cache
+    cache = state.cache
     for i in range(2):
-        trunk, cache = verify(policy, slots.tokens[:, :k + 1] + i, cache, slots.lengths - 1 + i)
-    got, scores = parts.verification(policy, slots, k=k, features=(), times=2)
+        trunk, cache = verify(policy, of.tokens[:, :k + 1] + i, cache, of.lengths - 1 + i)
+    got, scores = parts.verification(policy, state, k=k, features=(), times=2)
     np.testing.assert_allclose(scores, logits(policy, trunk.hidden), atol=1e-5)
 
     prepared = parts.prepare(policy, draft)
-    sampler = Sampler(RULES["coupled"](key, slots.sequence_ids, slots.lengths, k), slots.temperature, None, 0, k)
-    expected, _ = draft.module.propose(policy, prepared, slots.draft_state, Committed(slots.tokens, slots.lengths),
-                                       sampler)
-    once = parts.drafting(policy, prepared, slots, got, key, rule="coupled", k=k, times=1)
+    sampler = Sampler(RULES["coupled"](key, of.ids, of.lengths, k), of.temperature, None, 0, k)
+    expected, _ = draft.module.propose(policy, prepared, state.draft, Committed(of.tokens, of.lengths), sampler)
+    once = parts.drafting(policy, prepared, state, got, key, rule="coupled", k=k, times=1)
     np.testing.assert_array_equal(once.tokens, expected.tokens)
     np.testing.assert_allclose(once.log_q, expected.log_q, atol=1e-5)
     # what the drafter is shown of the verification decides what it drafts next
-    twice = [parts.drafting(policy, prepared, slots, Trunk(scale * got.hidden), key, rule="coupled", k=k, times=2)
+    twice = [parts.drafting(policy, prepared, state, Trunk(scale * got.hidden), key, rule="coupled", k=k, times=2)
              for scale in (1, -1)]
     assert not np.allclose(twice[0].log_q, twice[1].log_q, atol=1e-3)
 
-    judged = parts.verdict(policy, slots, scores, once, key, rule="coupled")
+    judged = parts.verdict(policy, state, scores, once, key, rule="coupled")
     assert judged.tokens.shape == (2, k + 1) and np.all(np.asarray(judged.accepted) <= k)
 
 

@@ -9,11 +9,13 @@ import jspec
 from jspec.drafts import base
 from jspec.drafts.parts import losses
 from jspec.model import logits, prefill, train_forward
+from jspec.model.pool import rows_of
 from jspec.rl.losses import token_logprobs
 from jspec.speculate import Sampling
 from jspec.speculate.cycle import RULES, cycle
+from jspec.speculate.rollout import start
+from jspec.speculate.state import rows_in_slots
 from pallas_kernels.noise import rejection_noise
-from tests.speculate.enumeration import rollout_module
 
 PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6], [4, 4, 4]]
 K = 3
@@ -59,32 +61,35 @@ def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0)
     prepared = draft.module.prepare(ready, draft)
 
     @jax.jit
-    def advance(slots):
-        noise = RULES["rejection"](jax.random.key_data(batch.key), slots.sequence_ids, slots.lengths, K)
-        return cycle(ready, prepared, slots, noise, sampling=sampling, stop_tokens=(), k=K)
+    def advance(state):
+        at = rows_in_slots(state)
+        noise = RULES["rejection"](jax.random.key_data(batch.key), at.ids, at.lengths, K)
+        return cycle(ready, prepared, state, noise, sampling=sampling, stop_tokens=(), k=K)[0]
 
-    slots = jax.jit(lambda: rollout_module.start(ready, prepared, batch, sampling, K))()
+    state = jax.jit(lambda: start(ready, prepared, batch, sampling, K))()
     for _ in range(4):
-        slots = advance(slots)
-    lengths = np.asarray(slots.lengths)
+        state = advance(state)
+    of, table = state.sequences, state.cache.table
+    lengths = np.asarray(of.lengths)
     assert len(set(lengths.tolist())) > 2  # rows have advanced by different steps
     # one token is pending: states reach to the last committed token, the policy's cache to the one before
-    tokens = jnp.where(jnp.arange(slots.tokens.shape[1]) < slots.lengths[:, None], slots.tokens, 0)
+    tokens = jnp.where(jnp.arange(of.tokens.shape[1]) < of.lengths[:, None], of.tokens, 0)
 
     @jax.jit
     def scratch(tokens, lengths):
-        trunk, cache = prefill(ready, tokens, tokens.shape[1], features=draft.module.features(draft.config))
-        return draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths), tokens.shape[1]), cache
+        trunk, key_values = prefill(ready, tokens, features=draft.module.features(draft.config))
+        return draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths)), key_values
 
-    want, cache = scratch(tokens, slots.lengths)
-    for got, expected in zip(slots.draft_state, want, strict=True):
-        np.testing.assert_allclose(got["hidden"], expected["hidden"], atol=2e-5)
-        for i, n in enumerate(lengths - without_entry):
-            for name in ("k", "v"):
-                np.testing.assert_allclose(got[name][i, :, :n], expected[name][i, :, :n], atol=2e-5)
-    for i, n in enumerate(lengths):
-        for layer in range(policy.config.num_layers):
-            np.testing.assert_allclose(slots.cache.k[layer][i, :, :n - 1], cache.k[layer][i, :, :n - 1], atol=2e-5)
+    (rows, of_draft), of_policy = scratch(tokens, of.lengths)
+    for got, expected in zip(state.draft.rows, rows, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+    for cache, key_values, held in ((state.draft.cache, of_draft, lengths - without_entry),
+                                    (state.cache, of_policy, lengths - 1)):
+        for pools, pair in zip(zip(cache.k, cache.v, strict=True), key_values, strict=True):
+            for pool, expected in zip(pools, pair, strict=True):
+                got = rows_of(pool, table).swapaxes(1, 2)
+                for i, n in enumerate(held):
+                    np.testing.assert_allclose(got[i, :n], expected[i, :n], atol=2e-5)
 
 
 def check_the_loss_unrolls_what_propose_computes(policy, draft, first=2):
@@ -105,8 +110,9 @@ def check_the_loss_unrolls_what_propose_computes(policy, draft, first=2):
 
     @jax.jit
     def infer(ready, prepared):
-        trunk, _ = prefill(ready, tokens, 16, features=draft.module.features(draft.config))
-        state = draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths), 16)
+        trunk, _ = prefill(ready, tokens, features=draft.module.features(draft.config))
+        state = draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths))
+        state = base.DraftState.of_prompts(*state, 16)
         noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, K)
         sampler = Forced(noise, jnp.ones(len(starts)), None, 0, K)
         return draft.module.propose(ready, prepared, state, base.Committed(tokens, lengths), sampler)[0].log_q

@@ -37,7 +37,8 @@ def test_equals_a_plain_search(max_ngram):
     padded = jnp.array([r + rng.integers(0, 4, 16 - len(r)).tolist() for r in rows], jnp.int32)
     draft = jspec.drafts.ngram(POLICY, max_ngram=max_ngram)
     sampler = base.Sampler(None, jnp.ones(200), None, 0, 4)
-    propose = jax.jit(lambda t, n: draft.module.propose(POLICY, draft, {}, base.Committed(t, n), sampler)[0])
+    empty = base.DraftState({})
+    propose = jax.jit(lambda t, n: draft.module.propose(POLICY, draft, empty, base.Committed(t, n), sampler)[0])
     proposal = propose(padded, jnp.asarray(lengths))
     got, log_q = proposal.tokens, proposal.log_q
     assert log_q is None  # deterministic: judged as q = 1
@@ -47,7 +48,7 @@ def test_equals_a_plain_search(max_ngram):
 def test_a_repeating_sequence_is_drafted_whole():
     draft = jspec.drafts.ngram(POLICY)
     tokens = jnp.array([[1, 2, 3, 1, 2, 3, 1, 0, 0, 0]])
-    got, _ = draft.module.propose(POLICY, draft, {}, base.Committed(tokens, jnp.array([7])),
+    got, _ = draft.module.propose(POLICY, draft, base.DraftState({}), base.Committed(tokens, jnp.array([7])),
                                   base.Sampler(None, jnp.ones(1), None, 0, 7))
     assert got.tokens.tolist() == [[2, 3, 1, 2, 3, 1, 2]]
 

@@ -12,11 +12,14 @@ import jspec
 from jspec.drafts import base
 from jspec.model import Cache, prefill, verify
 from jspec.model.layers import linear
+from jspec.model.pool import cache_of, rows_of
 from jspec.model.quantized import Quantized, dequantize, quantize
 from jspec.speculate import Sampling
-from jspec.speculate.cycle import RULES, cycle
+from jspec.speculate.cycle import RULES, committed, cycle
+from jspec.speculate.rollout import start
+from jspec.speculate.state import rows_in_slots
 from tests.speculate import tiny
-from tests.speculate.enumeration import enumerate_sequences, rollout_module
+from tests.speculate.enumeration import enumerate_sequences
 from tests.speculate.ties import assert_same, generated
 
 pytestmark = pytest.mark.optimized
@@ -29,6 +32,11 @@ SAMPLING = Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0]
 @pytest.fixture(scope="module")
 def policy():
     return tiny.policy(11, layers=2, heads=4, kv_heads=2, hidden=32, scale=0.25)
+
+
+def pools(cache):
+    """Keys of every layer, then values, by row."""
+    return [rows_of(pool, cache.table) for pool in (*cache.k, *cache.v)]
 
 
 def make_batch():
@@ -103,32 +111,34 @@ def test_the_cache_is_the_policys_and_nothing_of_the_draft_stays(policy):
     drafted = []
 
     @jax.jit
-    def advance(slots):
-        noise = RULES["rejection"](jax.random.key_data(batch.key), slots.sequence_ids, slots.lengths, 3)
-        sampler = base.Sampler(noise, slots.temperature, None, 0, 3)
-        committed = base.Committed(slots.tokens, slots.lengths, slots.cache)
-        proposal, state = MODULE.propose(ready, prepared, slots.draft_state, committed, sampler)
-        assert state == {}
-        new = cycle(ready, prepared, slots, noise, sampling=sampling, stop_tokens=(), k=3)
-        return new, proposal.cache, slots.cache
+    def advance(state):
+        at = rows_in_slots(state)
+        noise = RULES["rejection"](jax.random.key_data(batch.key), at.ids, at.lengths, 3)
+        sampler = base.Sampler(noise, at.temperature, None, 0, 3)
+        proposal, after = MODULE.propose(ready, prepared, state.draft, committed(state, at), sampler)
+        assert after == base.DraftState({})
+        new, *_ = cycle(ready, prepared, state, noise, sampling=sampling, stop_tokens=(), k=3)
+        return new, proposal.cache, state.cache
 
-    slots = jax.jit(lambda: rollout_module.start(ready, prepared, batch, sampling, 3))()
+    state = jax.jit(lambda: start(ready, prepared, batch, sampling, 3))()
     for _ in range(4):
-        before = slots.lengths
-        slots, scratch, cache = advance(slots)
+        before = np.asarray(state.sequences.lengths)
+        state, scratch, cache = advance(state)
         drafted.append(float(jnp.abs(scratch.k[1] - cache.k[1]).max()))
-        at = jnp.arange(cache.k[1].shape[2])
+        at = np.arange(cache.capacity)
         held = ((at < before[:, None] - 1) | (at > before[:, None] + 1))[:, None, :, None]
-        for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(scratch), strict=True):
-            np.testing.assert_array_equal(jnp.where(held, old, 0), jnp.where(held, new, 0))
+        for old, new in zip(pools(cache), pools(scratch), strict=True):
+            np.testing.assert_array_equal(np.where(held, old, 0), np.where(held, new, 0))
     assert min(drafted) > 0.1  # it did write
-    lengths = np.asarray(slots.lengths)
+    of = state.sequences
+    lengths = np.asarray(of.lengths)
     assert len(set(lengths.tolist())) > 2
-    tokens = jnp.where(jnp.arange(slots.tokens.shape[1]) < slots.lengths[:, None], slots.tokens, 0)
-    want = jax.jit(lambda t: prefill(ready, t, t.shape[1])[1])(tokens)
-    for got, expected in zip(jax.tree.leaves(slots.cache), jax.tree.leaves(want), strict=True):
+    tokens = jnp.where(jnp.arange(of.tokens.shape[1]) < of.lengths[:, None], of.tokens, 0)
+    want = jax.jit(lambda t: prefill(ready, t)[1])(tokens)
+    want = [pair[i] for i in (0, 1) for pair in want]
+    for got, expected in zip(pools(state.cache), want, strict=True):
         for i, n in enumerate(lengths):
-            np.testing.assert_allclose(got[i, :, :n - 1], expected[i, :, :n - 1], atol=2e-5)
+            np.testing.assert_allclose(got[i].swapaxes(0, 1)[:n - 1], expected[i, :n - 1], atol=2e-5)
 
 
 def test_the_draft_attends_to_the_cache_of_the_policy(policy):
@@ -139,14 +149,15 @@ def test_the_draft_attends_to_the_cache_of_the_policy(policy):
 
     @jax.jit
     def both(tokens, lengths):
-        cache = prefill(ready, tokens, 16)[1]
+        cache = cache_of(prefill(ready, tokens)[1], 16)
         noise = RULES["rejection"](jnp.zeros(2, jnp.uint32), lengths, lengths, 2)
         sampler = base.Sampler(noise, jnp.ones(1), None, 0, 2)
-        proposal, _ = MODULE.propose(ready, prepared, {}, base.Committed(tokens, lengths, cache), sampler)
+        proposal, _ = MODULE.propose(ready, prepared, base.DraftState({}), base.Committed(tokens, lengths, cache),
+                                     sampler)
         rounded = ready.replace(weights={**ready.weights, "layers": prepared.weights["layers"]})
         block = jnp.concatenate([tokens[:, 4:5], proposal.tokens[:, :1]], axis=1)
         out = []
-        for exact in (cache, prefill(rounded, tokens, 16)[1]):
+        for exact in (cache, cache_of(prefill(rounded, tokens)[1], 16)):
             trunk, _ = verify(rounded, block, exact, lengths - 1)
             out.append(jax.nn.log_softmax(linear(trunk.hidden, prepared.weights["table"])))
         return proposal.log_q, *out
@@ -221,6 +232,8 @@ def test_bad_options(policy, options, words):
 
 def test_more_drafts_than_the_cache_holds(policy):
     draft, empty = jspec.drafts.self(policy), (jnp.zeros((1, 2, 4, 8)),) * 2
-    committed = base.Committed(jnp.zeros((1, 4), jnp.int32), jnp.array([1]), Cache(empty, empty))
-    text = message(lambda: MODULE.propose(policy, draft, {}, committed, base.Sampler(None, jnp.ones(1), None, 0, 4)))
+    committed = base.Committed(jnp.zeros((1, 4), jnp.int32), jnp.array([1]),
+                               Cache(empty, empty, jnp.zeros((1, 1), jnp.int32)))
+    sampler = base.Sampler(None, jnp.ones(1), None, 0, 4)
+    text = message(lambda: MODULE.propose(policy, draft, base.DraftState({}), committed, sampler))
     assert all(w in text for w in ("self draft", "k = 4", "4 positions")), text

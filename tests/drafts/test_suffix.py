@@ -56,11 +56,12 @@ def drafted(draft, rows, prompt_lengths, history=None, k=4, group_size=1):
     width = max(map(len, rows)) + 2
     rng = np.random.default_rng(0)
     padded = jnp.array([r + rng.integers(0, 4, width - len(r)).tolist() for r in rows], jnp.int32)
-    state = {"prompt_lengths": jnp.asarray(prompt_lengths)} | ({} if history is None else {"history": history})
+    rows_state = {"prompt_lengths": jnp.asarray(prompt_lengths)} | ({} if history is None else {"history": history})
+    state = base.DraftState(rows_state)
     committed = base.Committed(padded, jnp.array([len(r) for r in rows]), group_size=group_size)
     sampler = base.Sampler(None, jnp.ones(len(rows)), None, 0, k)
     proposal, after = jax.jit(lambda *args: draft.module.propose(POLICY, draft, *args))(state, committed, sampler)
-    assert proposal.log_q is None and after.keys() == state.keys()  # deterministic: judged as q = 1
+    assert proposal.log_q is None and after.rows.keys() == rows_state.keys()  # deterministic: judged as q = 1
     return proposal.tokens.tolist()
 
 
@@ -103,7 +104,8 @@ def recalled(draft, prompt, seed=9, length=16):
     """The outputs that `start` finds for a prompt in a rollout with another key, newest first."""
     tokens = jnp.array([prompt + [3] * (length - len(prompt))], jnp.int32)
     prefill = base.Prefill(None, tokens, jnp.array([len(prompt)]), jax.random.key_data(jax.random.key(seed)))
-    state = draft.module.start(POLICY, draft, prefill, 64)
+    state, key_values = draft.module.start(POLICY, draft, prefill)
+    assert key_values == ()
     assert state["prompt_lengths"].tolist() == [len(prompt)]
     rows = [[t for t in row if t != NOTHING] for row in state["history"][0].tolist()]
     tail = prompt[-draft.config.max_match:]
@@ -232,11 +234,11 @@ def twice(policy):
 
 
 def worker():
-    """On eight devices, whose rows cut the groups: prints what came out."""
+    """On eight devices, whose rows cut the groups (a device sees the siblings it has): prints what came out."""
     with jax.set_mesh(make_mesh(8, 1, 1)):
         policy = tiny.policy(11, layers=2, heads=4, kv_heads=2, hidden=32, scale=0.25)
         out, *_ = twice(policy)
-        print(json.dumps([generated(out), np.asarray(out.stats.cycles).tolist()]))
+        print(json.dumps([generated(out), np.asarray(out.stats.loop_cycles).ravel().tolist()]))
 
 
 def test_eight_devices_give_the_tokens_of_one(policy):
@@ -245,5 +247,4 @@ def test_eight_devices_give_the_tokens_of_one(policy):
     rows = [row + [0] * (16 - len(row)) for row in tokens]
     sharded = one.replace(tokens=np.array(rows), lengths=np.array(list(map(len, tokens))))
     assert_same(policy, batch, sampling, one, sharded)
-    same = [x == y for x, y in zip(tokens, generated(one), strict=True)]
-    assert np.array(cycles)[same].sum() == np.asarray(one.stats.cycles)[same].sum()
+    assert len(set(cycles)) > 2  # no device waits for the longest row of another

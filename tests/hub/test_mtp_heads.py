@@ -58,9 +58,10 @@ def drafted_logits(policy, draft, tokens):
     @jax.jit
     def run(policy, draft):
         ready, module = jspec.reshard(policy), draft.module
-        draft, size = module.prepare(ready, draft), 2 * len(tokens)
-        trunk, _ = prefill(ready, rows, size, features=module.features(draft.config))
-        state = module.start(ready, draft, base.Prefill(trunk, rows, lengths), size)
+        draft = module.prepare(ready, draft)
+        trunk, _ = prefill(ready, rows, features=module.features(draft.config))
+        state = module.start(ready, draft, base.Prefill(trunk, rows, lengths))
+        state = base.DraftState.of_prompts(*state, 2 * len(tokens))
         noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, 2)
         sampler = Forced(noise, jnp.ones(len(lengths)), None, 0, 2)
         return module.propose(ready, draft, state, base.Committed(rows, lengths), sampler)[0].log_q

@@ -19,6 +19,7 @@ from jspec.model import (
     train_forward,
     verify,
 )
+from jspec.model.pool import cache_of
 from tests.speculate import tiny
 
 KINDS = {
@@ -48,7 +49,8 @@ def test_train_prefill_and_verify_agree(kind):
     def ways(policy, tokens, lengths):
         ready = jspec.reshard(policy)
         whole = train_forward(policy, tokens, features=(0, 2, 3))
-        first, cache = prefill(ready, tokens[:, :6], 16, features=(0, 2, 3))
+        first, key_values = prefill(ready, tokens[:, :6], features=(0, 2, 3))
+        cache = cache_of(key_values, 16)
         # the prompt is right-padded: what lies beyond each length is garbage that the next write replaces
         a, cache = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + jnp.arange(4), 1), cache, lengths)
         b, _ = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + 2 + jnp.arange(4), 1), cache, lengths + 2,

@@ -8,9 +8,8 @@ What an acceptance uniform decides may show only if later ones accept, or only i
 for in both cases, so no order of judging is presupposed either.
 """
 
-import importlib
+import dataclasses
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,9 @@ import numpy as np
 
 import jspec
 from jspec.speculate import Sampling
+from jspec.speculate.cycle import cycle as run_cycle
+from jspec.speculate.rollout import start
 from pallas_kernels.noise import BlockNoise, RejectionNoise
-
-cycle_module = importlib.import_module("jspec.speculate.cycle")
-rollout_module = importlib.import_module("jspec.speculate.rollout")
 
 KINDS = {"rejection": RejectionNoise, "block": BlockNoise}
 LEVELS = 2**24
@@ -31,7 +29,8 @@ STATES = 512  # rows of the pool of states
 
 
 class Cycle:
-    """The jitted cycle on rows gathered from a pool of states, with its drafts and verdicts made visible."""
+    """The jitted cycle on sequences gathered from a pool of states, in slots that are in another order and partly
+    free, as after rows were retired, refilled and moved."""
 
     def __init__(self, policy, draft, prompt, sampling, k, rule):
         self.policy, self.kind = jspec.reshard(policy), KINDS[rule]
@@ -40,43 +39,35 @@ class Cycle:
             self.draft = draft.module.prepare(self.policy, draft)
         batch = jspec.PromptBatch.from_tokens([prompt], group_size=1, seed=0, buckets=(len(prompt),))
         self.prompt_length = len(prompt)
-        first = jax.jit(partial(rollout_module.start, k=k))(self.policy, self.draft, batch, sampling)
-        self.first = _pool([(first, 1)])
+        first = jax.jit(partial(start, k=k))(self.policy, self.draft, batch, sampling)
+        self.first = _pool([(_by_sequence(first), 1)])
         self._step = jax.jit(self._trace)
 
     def _trace(self, policy, draft, pool, rows, noise):
-        slots = _map_rows(lambda x: x[rows], pool)
-        seen = {}
-
-        def propose(*args):
-            seen["drafted"] = _PROPOSE(*args)
-            return seen["drafted"]
-
-        def judge(*args, **kwargs):
-            seen["verdict"] = _JUDGE(*args, **kwargs)
-            return seen["verdict"]
-
-        with mock.patch.object(cycle_module, "_propose", propose), \
-                mock.patch.object(cycle_module, "judge", judge):
-            new = cycle_module.cycle(policy, draft, slots, noise, sampling=self.sampling,
-                                     stop_tokens=self.sampling.stop_tokens, k=self.k)
-        return new, seen["drafted"][0].tokens, seen["verdict"]
+        state = _in_slots(_map_rows(lambda x: x[rows], pool))
+        at = jnp.minimum(state.slots, len(rows) - 1)
+        noise = jax.tree.map(lambda x: x[at], noise)
+        new, proposal, verdict = run_cycle(policy, draft, state, noise, sampling=self.sampling,
+                                           stop_tokens=self.sampling.stop_tokens, k=self.k)
+        slot_of = jnp.zeros(len(rows), jnp.int32).at[state.slots].set(jnp.arange(len(state.slots)), mode="drop")
+        return _by_sequence(new), *jax.tree.map(lambda x: x[slot_of], (proposal.tokens, verdict))
 
     def run(self, pool, rows, noise):
-        """(new Slots, outcome codes int64) of rows [R] of the pool, in calls of fixed size."""
-        slots, codes = [], []
+        """([(new State, rows)], outcome codes int64) of rows [R] of the pool, in calls of fixed size."""
+        states, codes = [], []
         for at in range(0, len(rows), ROWS):
             some, part = rows[at:at + ROWS], noise[at:at + ROWS]
             pad = ROWS - len(some)
             new, drafted, verdict = self._step(self.policy, self.draft, pool, np.pad(some, (0, pad)),
                                                self._noise(np.pad(part, ((0, pad), (0, 0)))))
-            slots.append((new, len(some)))
+            states.append((new, len(some)))
             codes.append(self._code(drafted, verdict)[:len(some)])
-        return slots, np.concatenate(codes)
+        return states, np.concatenate(codes)
 
-    def finals(self, slots):
+    def finals(self, state):
         """(generated tokens, stopped, done) of every row."""
-        tokens, lengths, stopped, done = map(np.asarray, (slots.tokens, slots.lengths, slots.stopped, slots.done))
+        of = state.sequences
+        tokens, lengths, stopped, done = map(np.asarray, (of.tokens, of.lengths, of.stopped, of.done))
         return [(tuple(map(int, t[self.prompt_length:n])), bool(s), bool(d))
                 for t, n, s, d in zip(tokens, lengths, stopped, done, strict=True)]
 
@@ -96,17 +87,63 @@ class Cycle:
         return code
 
 
-_PROPOSE, _JUDGE = cycle_module._propose, cycle_module.judge
+def _by_sequence(state):
+    """The state with sequence i in slot i, and in block i all that is cached of it: then leaves lead with sequences."""
+    n = len(state.sequences.ids)
+    slot_of = jnp.zeros(n, jnp.int32).at[state.slots].set(jnp.arange(len(state.slots)), mode="drop")
+    table = state.cache.table[slot_of]
+    assert table.shape[1] == 1
+
+    def cache(of):
+        pools = jax.tree.map(lambda x: x[table[:, 0]], (of.k, of.v))
+        return of.replace(k=pools[0], v=pools[1], table=jnp.arange(n, dtype=jnp.int32)[:, None])
+
+    draft = state.draft
+    if draft is not None:
+        rows = jax.tree.map(lambda x: x[slot_of], draft.rows)
+        draft = draft.replace(rows=rows, cache=None if draft.cache is None else cache(draft.cache))
+    return state.replace(slots=jnp.arange(n, dtype=jnp.int32), cache=cache(state.cache), draft=draft)
 
 
-def _map_rows(fn, slots, *more):
-    """fn over the leaves that lead with rows; the counters by draft position do not."""
-    rows = [s.replace(drafted=None, accepted=None) for s in (slots, *more)]
-    return jax.tree.map(fn, *rows).replace(drafted=slots.drafted, accepted=slots.accepted)
+def _in_slots(state):
+    """A state of `_by_sequence` with its sequences in reverse order in slots of which every fifth is free, and their
+    blocks in yet another."""
+    n = len(state.sequences.ids)
+    slots = np.insert(np.arange(n)[::-1], np.arange(0, n, 4), n).astype(np.int32)
+    live, at = slots < n, np.minimum(slots, n - 1)
+    blocks = np.roll(np.arange(n), 7)  # of each sequence
+    table = jnp.asarray(np.where(live, blocks[at], n)[:, None].astype(np.int32))
+
+    def cache(of):
+        pools = jax.tree.map(lambda x: x[np.argsort(blocks)], (of.k, of.v))
+        return of.replace(k=pools[0], v=pools[1], table=table)
+
+    draft = state.draft
+    if draft is not None:
+        rows = jax.tree.map(lambda x: x[at], draft.rows)
+        draft = draft.replace(rows=rows, cache=None if draft.cache is None else cache(draft.cache))
+    return state.replace(slots=jnp.asarray(slots), cache=cache(state.cache), draft=draft)
+
+
+def _map_rows(fn, state, *more):
+    """fn over the leaves that lead with rows; what does not is the first state's."""
+    parts = [dataclasses.replace(s, prompts=None, free=None, waiting=None, admitted=None, wanted=None, counts=None)
+             for s in (state, *more)]
+    new = jax.tree.map(fn, *parts)
+    n = len(new.sequences.ids)
+    new = new.replace(slots=np.arange(n, dtype=np.int32), cache=_renumbered(new.cache, n))
+    if new.draft is not None and new.draft.cache is not None:
+        new = new.replace(draft=new.draft.replace(cache=_renumbered(new.draft.cache, n)))
+    return new.replace(prompts=state.prompts, free=state.free, waiting=state.waiting, admitted=state.admitted,
+                       wanted=state.wanted, counts=state.counts)
+
+
+def _renumbered(cache, n):
+    return cache.replace(table=np.arange(n, dtype=np.int32)[:, None])
 
 
 def _pool(parts):
-    """One pool of the leading n rows of each (slots, n), of at least STATES rows: each size is a compilation."""
+    """One pool of the leading n rows of each (state, n), of at least STATES rows: each size is a compilation."""
     count = sum(n for _, n in parts)
     size = max(STATES, count)
 
@@ -114,7 +151,7 @@ def _pool(parts):
         x = np.concatenate([np.asarray(leaf)[:n] for leaf, (_, n) in zip(leaves, parts, strict=True)])
         return np.pad(x, ((0, size - count), *((0, 0),) * (x.ndim - 1)))
 
-    return _map_rows(join, *(slots for slots, _ in parts))
+    return _map_rows(join, *(state for state, _ in parts))
 
 
 def _cells(evaluate, first, last):
@@ -202,11 +239,11 @@ def enumerate_sequences(policy, draft, prompt, *, k, rule="rejection", keep_nois
     pool, masses, out, cycles = cycle.first, np.ones(1), {}, 0
     known = _unknown(1, k)
     while len(masses):
-        before = np.asarray(pool.lengths)
+        before = np.asarray(pool.sequences.lengths)
         origin, first, last, weight = _one_cycle(cycle, pool, *known)
         weight = weight * masses[origin]
-        slots, _ = cycle.run(pool, origin, _middle(first, last))
-        pool = _pool(slots)
+        states, _ = cycle.run(pool, origin, _middle(first, last))
+        pool = _pool(states)
         members = {}
         for i, final in enumerate(cycle.finals(pool)[:len(origin)]):
             members.setdefault((*final, i if keep_noise else None), []).append(i)
@@ -220,7 +257,8 @@ def enumerate_sequences(policy, draft, prompt, *, k, rule="rejection", keep_nois
             keep = np.array([rows[0] for rows in going])
             known = _unknown(len(keep), k)
             if keep_noise:
-                known = _carry(first[keep], last[keep], np.asarray(pool.lengths)[keep] - before[origin[keep]], k)
+                count = np.asarray(pool.sequences.lengths)[keep] - before[origin[keep]]
+                known = _carry(first[keep], last[keep], count, k)
             pool = _pool([(_map_rows(lambda x, keep=keep: x[keep], pool), len(keep))])
         cycles += 1
     return out, cycles
@@ -230,5 +268,5 @@ def tokens_a_cycle(policy, draft, prompt, *, k, rule):
     """How many tokens the first cycle emits, in expectation, where nothing stops it."""
     cycle = Cycle(policy, draft, prompt, Sampling(max_new_tokens=k + 1, stop_tokens=()), k, rule)
     origin, first, last, weight = _one_cycle(cycle, cycle.first, *_unknown(1, k))
-    lengths = np.asarray(_pool(cycle.run(cycle.first, origin, _middle(first, last))[0]).lengths)[:len(origin)]
+    lengths = np.asarray(_pool(cycle.run(cycle.first, origin, _middle(first, last))[0]).sequences.lengths)[:len(origin)]
     return float((weight * (lengths - len(prompt))).sum())

@@ -67,7 +67,7 @@ def install_table_module():
     module.features = lambda config: ()
     module.specs = lambda config: {}
     module.prepare = lambda policy, draft: draft
-    module.start = lambda policy, draft, prefill, cache_size: {}
+    module.start = lambda policy, draft, prefill: ({}, ())
     module.propose = _propose
     module.observe = lambda policy, draft, state, observation: state
     module.loss = None

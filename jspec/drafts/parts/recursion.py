@@ -18,16 +18,17 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jspec.drafts.base import Observation, Proposal, Sampler
+from jspec.drafts.base import DraftState, Observation, Proposal, Sampler
 from jspec.drafts.parts.unroll import shift, unrolled_attention
 from jspec.kernels import attend as attend_cached
-from jspec.model import Policy
-from jspec.model.attention import causal_attention, to_cache
+from jspec.model import Cache, KeyValues, Policy
+from jspec.model.attention import causal_attention
 from jspec.model.layers import rope_table
 from jspec.sharding import constrain
 
 Run = Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]
-State = tuple[dict[str, jax.Array], ...]
+Rows = tuple[jax.Array, ...]
+"""Of every block the state [B, 1, D] at a row's last entry."""
 
 
 def next_tokens(tokens: jax.Array) -> jax.Array:
@@ -36,40 +37,43 @@ def next_tokens(tokens: jax.Array) -> jax.Array:
 
 
 def start(policy: Policy, runs: Sequence[Run], hidden: jax.Array, tokens: jax.Array, entries: jax.Array,
-          cache_size: int, window: int | None = None) -> State:
-    """Of every block, its cache over hidden [P, L, D] and tokens [P, L], and its state [P, 1, D] at the last of
-    entries int32 [P]: zeros where there are none."""
+          window: int | None = None) -> tuple[Rows, KeyValues]:
+    """Of every block, its state [P, 1, D] at the last of entries int32 [P], zeros where there are none, and its keys
+    and values over hidden [P, L, D] and tokens [P, L]."""
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v):
-        return causal_attention(q, k, v, window), (to_cache(k, cache_size), to_cache(v, cache_size))
+        return causal_attention(q, k, v, window), (k, v)
 
-    out = []
+    rows, kept = [], []
     for run in runs:
-        states, (k, v) = run(hidden, tokens, rope, attend)
+        states, pair = run(hidden, tokens, rope, attend)
         at = jnp.maximum(entries - 1, 0)[:, None, None]
-        last = jnp.where(entries[:, None, None] > 0, jnp.take_along_axis(states, at, axis=1), 0)
-        out.append({"k": k, "v": v, "hidden": last})
+        rows.append(jnp.where(entries[:, None, None] > 0, jnp.take_along_axis(states, at, axis=1), 0))
+        kept.append(pair)
         hidden = shift(states)
-    return tuple(out)
+    return tuple(rows), tuple(kept)
 
 
-def _extend(policy: Policy, run: Run, state: dict, hidden: jax.Array, tokens: jax.Array, entries: jax.Array,
-            window: int | None = None):
-    """Run tokens [N, T] as entries entries .. entries + T - 1 of a block, writing its cache."""
+def _extend(policy: Policy, run: Run, block: int, cache: Cache, hidden: jax.Array, tokens: jax.Array,
+            entries: jax.Array, window: int | None = None) -> tuple[jax.Array, Cache]:
+    """Run tokens [N, T] as entries entries .. entries + T - 1 of a block, writing its keys and values."""
     rope = rope_table(policy.config, entries[:, None] + jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v):
-        out, new_k, new_v = attend_cached(policy, q, k, v, state["k"], state["v"], entries, window)
-        return out, (new_k, new_v)
+        out, *pools = attend_cached(policy, q, k, v, cache.k[block], cache.v[block], cache.table, entries, window)
+        return out, pools
+
+    def at_block(pools, pool):
+        return (*pools[:block], pool, *pools[block + 1:])
 
     states, (k, v) = run(hidden, tokens, rope, attend)
-    return states, {**state, "k": k, "v": v}
+    return states, cache.replace(k=at_block(cache.k, k), v=at_block(cache.v, v))
 
 
-def propose(policy: Policy, runs: Sequence[Run], state: State, entries: jax.Array, sampler: Sampler,
+def propose(policy: Policy, runs: Sequence[Run], state: DraftState, entries: jax.Array, sampler: Sampler,
             head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None,
-            window: int | None = None) -> tuple[Proposal, State]:
+            window: int | None = None) -> tuple[Proposal, DraftState]:
     """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's states and tokens.
 
     A block of its own has to catch up first: at depth j it has not yet seen the j - 1 tokens drafted before.
@@ -77,33 +81,34 @@ def propose(policy: Policy, runs: Sequence[Run], state: State, entries: jax.Arra
     Args:
       entries: int32 [N], of every cache. head: states [N, D] to logits float32 [N, Vd]. vocab: int32 [Vd] or None.
     """
-    state, last, tokens, log_qs = list(state), len(runs) - 1, [], []
-    states = state[0]["hidden"]  # of the current depth's block, from the last entry on
+    cache, last, tokens, log_qs = state.cache, len(runs) - 1, [], []
+    states = state.rows[0]  # of the current depth's block, from the last entry on
     for j in range(sampler.k):
         if 0 < j <= last:
-            new, state[j] = _extend(policy, runs[j], state[j], states, jnp.stack(tokens, axis=1), entries)
-            states = jnp.concatenate([state[j]["hidden"], new], axis=1)
+            new, cache = _extend(policy, runs[j], j, cache, states, jnp.stack(tokens, axis=1), entries)
+            states = jnp.concatenate([state.rows[j], new], axis=1)
         elif j:
-            states, state[last] = _extend(policy, runs[last], state[last], states[:, -1:], tokens[-1][:, None],
-                                          entries + j - 1, None if window is None else window + j)
+            states, cache = _extend(policy, runs[last], last, cache, states[:, -1:], tokens[-1][:, None],
+                                    entries + j - 1, None if window is None else window + j)
         token, log_q = sampler.draw(head(states[:, -1]), j, vocab)
         tokens.append(token)
         log_qs.append(log_q)
-    return Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab), tuple(state)
+    proposal = Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab)
+    return proposal, state.replace(cache=cache)
 
 
-def observe(policy: Policy, runs: Sequence[Run], state: State, entries: jax.Array, hidden: jax.Array,
-            observation: Observation, window: int | None = None) -> State:
+def observe(policy: Policy, runs: Sequence[Run], state: DraftState, entries: jax.Array, hidden: jax.Array,
+            observation: Observation, window: int | None = None) -> DraftState:
     """Rewrite the caches of the committed positions from the verifier's hidden [N, K + 1, D]; keep the last states."""
     at = jnp.maximum(observation.count - 1, 0)[:, None, None]
     live = (observation.count > 0)[:, None, None]
-    out = []
-    for run, before in zip(runs, state, strict=True):
-        states, new = _extend(policy, run, before, hidden, observation.tokens, entries, window)
-        last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before["hidden"])
-        out.append({**new, "hidden": constrain(last, policy.layout, "batch", None, None)})
-        hidden = jnp.concatenate([before["hidden"], states[:, :-1]], axis=1)
-    return tuple(out)
+    cache, rows = state.cache, []
+    for block, (run, before) in enumerate(zip(runs, state.rows, strict=True)):
+        states, cache = _extend(policy, run, block, cache, hidden, observation.tokens, entries, window)
+        last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before)
+        rows.append(constrain(last, policy.layout, "batch", None, None))
+        hidden = jnp.concatenate([before, states[:, :-1]], axis=1)
+    return DraftState(tuple(rows), cache)
 
 
 def unroll(policy: Policy, runs: Sequence[Run], hidden: jax.Array, tokens: jax.Array, depths: int,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jspec.drafts.base import Draft, Observation
-from jspec.model import Policy
+from jspec.drafts.base import Draft, DraftState, Observation, Prefill
+from jspec.model import KeyValues, Policy
 
 
 def features(config: Any) -> tuple[int, ...]:
@@ -20,5 +20,9 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     return draft
 
 
-def observe(policy: Policy, draft: Draft, state: dict, observation: Observation) -> dict:
+def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[dict, KeyValues]:
+    return {}, ()
+
+
+def observe(policy: Policy, draft: Draft, state: DraftState, observation: Observation) -> DraftState:
     return state

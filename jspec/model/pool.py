@@ -1,0 +1,129 @@
+"""Keys and values in blocks of a pool: what is allocated, shared, copied and freed is a block, never a row's cache.
+
+A row's line of a block table says where its positions lie. Rows shrink, move, refill and share by their lines alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+BLOCK = 128
+"""Positions of a block: a line of a TPU's vector memory, and few enough that a row wastes little of its last one."""
+_TILE = 16  # positions of a tile of a TPU's memory: where one block is enough for a row it is a few of them
+
+KeyValues = Sequence[tuple[jax.Array, jax.Array]]
+"""Keys and values of whole prompts, one pair a layer, [P, L, kv_heads, head_dim]."""
+
+
+def block_size(positions: int) -> int:
+    """How many positions a block has where no row has more than `positions`."""
+    return min(BLOCK, -(-positions // _TILE) * _TILE)
+
+
+def blocks_of(positions, size: int):
+    """How many blocks of `size` that many positions take."""
+    return -(-positions // size)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of B rows.
+
+    Attributes:
+      k, v: one array a layer, [blocks, kv_heads, size, head_dim] in the compute dtype. What lies beyond a row's length
+        in its blocks is garbage that the next write at that position replaces.
+      table: int32 [B, M], see `pallas_kernels.verify_attention`: a row's blocks in order; `blocks` where it has none.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    table: jax.Array
+
+    @property
+    def blocks(self) -> int:
+        return self.k[0].shape[0]
+
+    @property
+    def size(self) -> int:
+        """Positions of a block."""
+        return self.k[0].shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row's line has room for."""
+        return self.table.shape[1] * self.size
+
+
+def write_prompts(prompts: KeyValues, table: jax.Array, blocks: int, size: int) -> Cache:
+    """A pool of that many blocks of `size`, zeros but for the prompts: prompt p's positions lie in the blocks of its
+    line of the table, int32 [P, M]; those of entries that are no block are left out."""
+    def write(x: jax.Array) -> jax.Array:
+        p, length, heads, d = x.shape
+        x = jnp.pad(x, ((0, 0), (0, table.shape[1] * size - length), (0, 0), (0, 0)))
+        x = x.reshape(p, table.shape[1], size, heads, d).swapaxes(2, 3)
+        return jnp.zeros((blocks, heads, size, d), x.dtype).at[table].set(x, mode="drop")
+
+    return Cache(tuple(write(k) for k, _ in prompts), tuple(write(v) for _, v in prompts), table)
+
+
+def cache_of(prompts: KeyValues, positions: int) -> Cache:
+    """The cache of rows that are whole prompts, each with blocks of its own for `positions`."""
+    size = block_size(positions)
+    rows, columns = prompts[0][0].shape[0], blocks_of(positions, size)
+    return write_prompts(prompts, jnp.arange(rows * columns, dtype=jnp.int32).reshape(rows, columns), rows * columns,
+                         size)
+
+
+def rows_of(pool: jax.Array, table: jax.Array) -> np.ndarray:
+    """What a pool [blocks, kv_heads, size, head_dim] holds of the rows of a table, [B, kv_heads, M * size, head_dim];
+    for looking at."""
+    held = np.asarray(pool)[np.minimum(np.asarray(table), len(pool) - 1)].swapaxes(1, 2)
+    return held.reshape(*held.shape[:2], -1, held.shape[-1])
+
+
+def copy_block(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
+    """The cache with block `source` copied to block `target`, in every layer; int32 scalars."""
+    def copy(pool: jax.Array) -> jax.Array:
+        block = jax.lax.dynamic_slice_in_dim(pool, source, 1)
+        return jax.lax.dynamic_update_slice_in_dim(pool, block, target, axis=0)
+
+    return cache.replace(k=tuple(map(copy, cache.k)), v=tuple(map(copy, cache.v)))
+
+
+@struct.dataclass
+class FreeBlocks:
+    """A stack of the blocks that no row has.
+
+    Attributes:
+      ids: int32 [blocks + M]; the first `count` are free, the rest is garbage (room for a whole line to be pushed).
+      count: int32 scalar. fewest: int32 scalar, the smallest count so far.
+    """
+
+    ids: jax.Array
+    count: jax.Array
+    fewest: jax.Array
+
+
+def all_free(first: jax.Array, blocks: int, columns: int) -> FreeBlocks:
+    """Blocks first .. blocks - 1, of which the lowest is taken first; lines have at most `columns` entries."""
+    count = jnp.asarray(blocks - first, jnp.int32)
+    return FreeBlocks(blocks - 1 - jnp.arange(blocks + columns, dtype=jnp.int32), count, count)
+
+
+def take(free: FreeBlocks, wanted: jax.Array) -> tuple[jax.Array, FreeBlocks]:
+    """A block for each true of wanted, bool [...]: int32 [...], garbage where it is false. There must be as many."""
+    order = jnp.cumsum(wanted.ravel()).reshape(wanted.shape)
+    ids = free.ids[jnp.maximum(free.count - order, 0)]
+    count = free.count - wanted.sum(dtype=jnp.int32)
+    return ids, free.replace(count=count, fewest=jnp.minimum(free.fewest, count))
+
+
+def give_back(free: FreeBlocks, line: jax.Array, first: jax.Array, count: jax.Array) -> FreeBlocks:
+    """Push entries first .. first + count - 1 of a line of a table, int32 [M]."""
+    ids = jax.lax.dynamic_update_slice_in_dim(free.ids, jnp.roll(line, -first), free.count, axis=0)
+    return free.replace(ids=ids, count=free.count + count)

@@ -1,0 +1,78 @@
+"""The chain of decode loops: each is compiled for a number of rows and drafts its own k; the next is entered when the
+live rows fit. A cycle so costs what its live rows cost, in steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jspec.drafts.base import Draft
+from jspec.model import Policy
+from jspec.speculate.cycle import RULES, cycle
+from jspec.speculate.state import State, admit, compact, grow, retire, rows_in_slots
+from jspec.speculate.types import Sampling, Schedule
+
+FEWEST = 4
+"""Rows of the last loop: with fewer a cycle costs the same, the weights' bytes."""
+SHRINK, MOST = 2, 4
+"""By what the rows of a loop shrink at least, and how many loops there are at most: each one is compiled, and the first
+few save most of what dead rows cost."""
+LONG = 128
+"""Generated tokens from which on more than one loop is worth compiling."""
+
+
+def loops(slots: int, k: int | Schedule, cap: int) -> tuple[tuple[int, int], ...]:
+    """(rows, k) of every loop, of ever fewer rows. A schedule's own bounds are the loops; for one k they are chosen.
+
+    cap: the most that a sequence generates.
+    """
+    if not isinstance(k, int):
+        bounds = dict(k)
+        sizes = sorted({slots, *(rows for rows in bounds if rows < slots)}, reverse=True)
+        return tuple((rows, next((bounds[b] for b in sorted(bounds) if b >= rows), 0)) for rows in sizes)
+    worth_it = cap >= LONG and slots > 2 * FEWEST
+    steps = min(MOST - 1, round(math.log(slots / FEWEST, SHRINK))) if worth_it else 0
+    ratio = (slots / FEWEST) ** (1 / max(steps, 1))
+    return tuple((math.ceil(slots / ratio**i - 1e-9), k) for i in range(steps + 1))
+
+
+def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, chain: tuple[tuple[int, int], ...], *,
+           sampling: Sampling, stop_tokens: tuple[int, ...], rule: str, states: tuple[int, ...] | None) -> State:
+    """Run the loops until every sequence is done.
+
+    Args:
+      draft: prepared. state: with the slots of the chain's first loop. key: raw, of the batch.
+    """
+    most = max(k for _, k in chain)
+    refill = len(state.waiting) > len(state.slots)
+    state = admit(state, most)
+    for i, (rows, k) in enumerate(chain):
+        fit = chain[i + 1][0] if i + 1 < len(chain) else 0
+        if i:
+            state = compact(state, rows)
+
+        def body(state: State, i: int = i, k: int = k) -> State:
+            state = grow(state, most)
+            with jax.named_scope("noise"):
+                at = rows_in_slots(state)
+                noise = RULES[rule](key, at.ids, at.lengths, k)
+            live = state.live.sum(dtype=jnp.int32)
+            state, *_ = cycle(policy, draft, state, noise, sampling=sampling, stop_tokens=stop_tokens, k=k,
+                              states=states)
+            counts = state.counts
+            counts = counts.replace(loop_cycles=counts.loop_cycles.at[i].add(1),
+                                    loop_live=counts.loop_live.at[i].add(live))
+            state = retire(state.replace(counts=counts))
+            # the first loop goes on until no sequence waits
+            return admit(state, most) if refill and i == 0 else state
+
+        def goes_on(state: State, fit: int = fit) -> Any:
+            return state.more | (state.live.sum() > fit)
+
+        with jax.named_scope(f"loop_{rows}"):
+            state = jax.lax.while_loop(goes_on, body, state)
+    return state

@@ -1,0 +1,220 @@
+"""The decode loop's state in three parts, prompts, slots and sequences, and how a sequence moves through them.
+
+A sequence waits until a slot is free; `admit` gives it the slot, its prompt's full blocks and a copy of the last,
+partial one; `grow` gives it blocks as it gets longer; `retire` takes slot and blocks back; `compact` moves the rows
+that are left together. All that a rollout returns is written to the sequences, so no move can be seen in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jspec.drafts.base import DraftState
+from jspec.model import Cache, Trunk
+from jspec.model.pool import FreeBlocks, blocks_of, copy_block, give_back, take
+
+
+@struct.dataclass
+class Prompts:
+    """P prompts, computed once.
+
+    Attributes:
+      lengths: int32 [P]. table: int32 [P, C], the blocks that hold them.
+      unfinished: int32 [P], sequences that may still read those blocks.
+      draft: the drafter's state at each prompt's end, leaves leading with P; None without a draft.
+    """
+
+    lengths: jax.Array
+    table: jax.Array
+    unfinished: jax.Array
+    draft: Any
+
+
+@struct.dataclass
+class Sequences:
+    """N sequences, in a slot or not.
+
+    Attributes:
+      ids: int32 [N], of their noise. prompts: int32 [N], which prompt each continues.
+      prompt_lengths, lengths: int32 [N]; lengths counts committed tokens, the prompt included.
+      tokens: int32 [N, S], prompt and output; garbage from `lengths` on.
+      logprobs, entropy: float32 [N, T + K], by generated token; garbage beyond what is committed.
+      done: bool [N], stopped or at its limit. stopped: bool [N], an end token was emitted.
+      temperature: float32 [N]. top_p: float32 [N] or None. limit: int32 [N], of generated tokens.
+      trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1 on.
+      cycles: int32 [N], see `RolloutStats`.
+      group_size: static; each group_size adjacent sequences, from the first one on, continue one prompt.
+    """
+
+    ids: jax.Array
+    prompts: jax.Array
+    prompt_lengths: jax.Array
+    lengths: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array
+    entropy: jax.Array
+    done: jax.Array
+    stopped: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array | None
+    limit: jax.Array
+    trunk: Trunk | None
+    cycles: jax.Array
+    group_size: int = struct.field(pytree_node=False, default=1)
+
+
+@struct.dataclass
+class Counts:
+    """What happened, see `RolloutStats`: drafted, accepted int32 [K]; loop_cycles, loop_live int32 [loops]."""
+
+    drafted: jax.Array
+    accepted: jax.Array
+    loop_cycles: jax.Array
+    loop_live: jax.Array
+
+
+@struct.dataclass
+class State:
+    """B slots and all that stands around them. The last committed token of a row is pending: its keys and values are
+    not in the cache yet.
+
+    Attributes:
+      slots: int32 [B], the sequence of each; N where the slot is free.
+      cache: the policy's, with the slots' lines of the block table. draft: the drafter's, of the slots; None: no draft.
+      free: the blocks that are nobody's.
+      waiting: int32 [N], the sequences in the order in which they get a slot; the first `admitted`, int32 scalar, have
+        got theirs. wanted: int32 scalar, how many will ever want one.
+    """
+
+    prompts: Prompts
+    sequences: Sequences
+    slots: jax.Array
+    cache: Cache
+    draft: DraftState | None
+    free: FreeBlocks
+    waiting: jax.Array
+    admitted: jax.Array
+    wanted: jax.Array
+    counts: Counts
+
+    @property
+    def live(self) -> jax.Array:
+        """bool [B], which slots hold a sequence."""
+        return self.slots < self.sequences.ids.shape[0]
+
+    @property
+    def more(self) -> jax.Array:
+        """Whether a sequence still waits for a slot, bool scalar."""
+        return self.admitted < self.wanted
+
+
+@struct.dataclass
+class Rows:
+    """What a cycle has to know of the sequence in each of the B slots, of `Sequences`; garbage where none is live."""
+
+    live: jax.Array
+    ids: jax.Array
+    prompt_lengths: jax.Array
+    lengths: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array | None
+    limit: jax.Array
+
+
+def rows_in_slots(state: State) -> Rows:
+    of = state.sequences
+    fields = (of.ids, of.prompt_lengths, of.lengths, of.temperature, of.top_p, of.limit)
+    return Rows(state.live, *jax.tree.map(lambda x: jnp.take(x, state.slots, axis=0, mode="clip"), fields))
+
+
+def _with_table(state: State, table: jax.Array) -> State:
+    draft = state.draft
+    if draft is not None and draft.cache is not None:
+        draft = draft.replace(cache=draft.cache.replace(table=table))
+    return state.replace(cache=state.cache.replace(table=table), draft=draft)
+
+
+def _for_each(slots: jax.Array, most: jax.Array | int, step: Callable[[State, jax.Array], State],
+              state: State) -> State:
+    """step(state, slot) for each slot that is true in bool [B], in order, `most` of them at most. What it costs follows
+    how many there are: mostly none."""
+    order = jnp.argsort(~slots, stable=True)
+    count = jnp.minimum(slots.sum(dtype=jnp.int32), most)
+    return jax.lax.fori_loop(0, count, lambda i, state: step(state, order[i]), state)
+
+
+def admit(state: State, k: int) -> State:
+    """Give every free slot the sequence that waits for longest. k: the most that a cycle drafts."""
+    def step(state: State, slot: jax.Array) -> State:
+        cache, prompts = state.cache, state.prompts
+        size, columns = cache.size, cache.table.shape[1]
+        sequence = state.waiting[state.admitted]
+        prompt = state.sequences.prompts[sequence]
+        length, theirs = prompts.lengths[prompt], prompts.table[prompt]
+        # the pending token is written again: what holds it must be the row's own, even where the prompt fills it
+        shared = (length - 1) // size
+        own = jnp.arange(2) < blocks_of(length + k + 1, size) - shared
+        ids, free = take(state.free, own)
+        line = jnp.pad(theirs, (0, columns - len(theirs)))
+        line = jnp.where(jnp.arange(columns) < shared, line, cache.blocks)
+        line = line.at[shared + jnp.arange(2)].set(jnp.where(own, ids, cache.blocks), mode="drop")
+        state = _with_table(state, cache.table.at[slot].set(line))
+        draft, source = state.draft, theirs[shared]
+        if draft is not None:
+            rows = jax.tree.map(lambda all, of: all.at[slot].set(of[prompt]), draft.rows, prompts.draft)
+            cache = None if draft.cache is None else copy_block(draft.cache, source, ids[0])
+            draft = DraftState(rows, cache)
+        return state.replace(cache=copy_block(state.cache, source, ids[0]), draft=draft, free=free,
+                             slots=state.slots.at[slot].set(sequence), admitted=state.admitted + 1)
+
+    with jax.named_scope("admit"):
+        return _for_each(~state.live, state.wanted - state.admitted, step, state)
+
+
+def grow(state: State, k: int) -> State:
+    """Give every live row the blocks that a cycle of up to k drafts may write to: at most two, as it is one cycle
+    longer than when it was last asked."""
+    table, blocks = state.cache.table, state.cache.blocks
+    lengths = jnp.take(state.sequences.lengths, state.slots, mode="clip")
+    held = (table < blocks).sum(1, dtype=jnp.int32)
+    missing = jnp.where(state.live, blocks_of(lengths + k + 1, state.cache.size) - held, 0)
+    wanted = jnp.arange(2) < missing[:, None]
+    ids, free = take(state.free, wanted)
+    columns = jnp.where(wanted, held[:, None] + jnp.arange(2), table.shape[1])
+    table = table.at[jnp.arange(len(held))[:, None], columns].set(ids, mode="drop")
+    return _with_table(state, table).replace(free=free)
+
+
+def retire(state: State) -> State:
+    """Free the slots whose sequence is done, and their blocks; a prompt's with the last of its sequences."""
+    def step(state: State, slot: jax.Array) -> State:
+        blocks, table, prompts = state.cache.blocks, state.cache.table, state.prompts
+        prompt, line = state.sequences.prompts[state.slots[slot]], table[slot]
+        shared = (prompts.lengths[prompt] - 1) // state.cache.size
+        free = give_back(state.free, line, shared, (line < blocks).sum(dtype=jnp.int32) - shared)
+        unfinished = prompts.unfinished.at[prompt].add(-1)
+        theirs = prompts.table[prompt]
+        held = jnp.where(unfinished[prompt] == 0, (theirs < blocks).sum(dtype=jnp.int32), 0)
+        state = _with_table(state, table.at[slot].set(blocks))
+        return state.replace(free=give_back(free, theirs, jnp.int32(0), held),
+                             slots=state.slots.at[slot].set(len(state.waiting)),
+                             prompts=prompts.replace(unfinished=unfinished))
+
+    with jax.named_scope("retire"):
+        over = state.live & jnp.take(state.sequences.done, state.slots, mode="clip")
+        return _for_each(over, len(over), step, state)
+
+
+def compact(state: State, rows: int) -> State:
+    """The state with that many slots: the live rows, of which there must not be more, in the order they are in."""
+    order = jnp.argsort(~state.live, stable=True)[:rows]
+    draft = state.draft
+    if draft is not None:
+        draft = draft.replace(rows=jax.tree.map(lambda x: x[order], draft.rows))
+    state = _with_table(state.replace(draft=draft), state.cache.table[order])
+    return state.replace(slots=state.slots[order])

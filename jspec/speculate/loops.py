@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from jspec.drafts.base import Draft
+from jspec.kernels import platform
 from jspec.model import Policy
 from jspec.speculate.cycle import RULES, cycle
 from jspec.speculate.state import State, admit, compact, grow, retire, rows_in_slots
 from jspec.speculate.types import Sampling, Schedule
 
-FEWEST = 4
-"""Rows of the last loop: with fewer a cycle costs the same, the weights' bytes."""
+FEWEST, FEWEST_ON_CHIPS = 4, 16
+"""Rows of the last loop, on a CPU and on accelerators: with fewer a cycle costs the same, the weights' bytes."""
 SHRINK, MOST = 2, 4
 """By what the rows of a loop shrink at least, and how many loops there are at most: each one is compiled, and the first
 few save most of what dead rows cost."""
@@ -34,9 +35,10 @@ def loops(slots: int, k: int | Schedule, cap: int) -> tuple[tuple[int, int], ...
         bounds = dict(k)
         sizes = sorted({slots, *(rows for rows in bounds if rows < slots)}, reverse=True)
         return tuple((rows, next((bounds[b] for b in sorted(bounds) if b >= rows), 0)) for rows in sizes)
-    worth_it = cap >= LONG and slots > 2 * FEWEST
-    steps = min(MOST - 1, round(math.log(slots / FEWEST, SHRINK))) if worth_it else 0
-    ratio = (slots / FEWEST) ** (1 / max(steps, 1))
+    fewest = FEWEST if platform() == "cpu" else FEWEST_ON_CHIPS
+    worth_it = cap >= LONG and slots > 2 * fewest
+    steps = min(MOST - 1, round(math.log(slots / fewest, SHRINK))) if worth_it else 0
+    ratio = (slots / fewest) ** (1 / max(steps, 1))
     return tuple((math.ceil(slots / ratio**i - 1e-9), k) for i in range(steps + 1))
 
 

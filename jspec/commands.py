@@ -64,7 +64,7 @@ def rollout(arguments) -> int:
     tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
     batch = jspec.PromptBatch.from_tokens([tokens], group_size=arguments.samples, seed=arguments.seed)
     sampling, speculation = make_sampling(source.config), make_speculation(source.config)
-    check(source.shape, None, batch, sampling, speculation)
+    check(source.shape, None, batch, sampling, speculation, jspec.Batching())
     with telling(f"loading {arguments.model}"):
         policy = source.load()
         draft = make_draft and make_draft(policy)

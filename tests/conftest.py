@@ -32,6 +32,18 @@ def compiled_quickly(request):
     full = request.config.getoption("markexpr") != "not slow" or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not full)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not full))  # of the processes that tests start
+    yield
+    if resident_bytes() > 2e9:  # of what a module compiled nothing goes by itself
+        jax.clear_caches()
+
+
+def resident_bytes():
+    """The memory that this process has, where Linux tells; else 0."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,7 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> No
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*(text(row) for text in columns.values()))
-    screen(width=max(120, screen().width)).print(table)
+    screen(width=max(150, screen().width)).print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

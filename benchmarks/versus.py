@@ -160,7 +160,7 @@ def tail_grpo(args: argparse.Namespace) -> Iterator[Figure]:
 
 
 def tail_tunix(args: argparse.Namespace) -> Iterator[Figure]:
-    # four rows at a time: the update of all 32 at the cap does not fit 24 GB
+    # four rows at a time: by count, the update of all 32 at the cap takes over 30 GB
     options = ["--model", str(args.peers / "smollm2"), "--prompts-file", str(HELDOUT), "--prompts", "8", "--group", "4",
                "--prompt-tokens", "128", "--new-tokens", "512", "--micro-batch", "1", "--steps", "2"]
     for row in peer(args, "tunix", "tunix_grpo.py", *options, "--seed", str(args.round)):

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.console import PlainConsole  # noqa: E402
 from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
 from jspec.rl.advantages import group_advantages  # noqa: E402
+from jspec.rl.state import TrainState  # noqa: E402
 from jspec.rl.update import TrainBatch, UpdateSettings, init_state, make_batch, update  # noqa: E402
 
 PHASES = ("reshard", "rollout", "reward", "update")
@@ -56,27 +58,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def programs(args: argparse.Namespace):
-    """(rollout, update), jitted: the update takes the state's buffers over, as the training loop's does."""
-    settings = UpdateSettings(micro_batch=args.micro_batch, remat=args.remat)
-    sampling = jspec.Sampling(max_new_tokens=args.new_tokens, stop_tokens=())
-    roll = partial(jspec.rollout, sampling=sampling, speculation=jspec.Speculation(k=args.k))
+def programs(settings: UpdateSettings, group_size: int, **options: Any) -> tuple[Callable, Callable]:
+    """(rollout, update), jitted: the update takes the state's buffers over, as the training loop's does.
+
+    options: what `jspec.rollout` takes by name.
+    """
+    roll = partial(jspec.rollout, **options)
 
     @partial(jax.jit, donate_argnums=0)
     def learn(state, prompts, rollout, rewards):
-        batch = make_batch(prompts, rollout, group_advantages(rewards, args.group))
+        batch = make_batch(prompts, rollout, group_advantages(rewards, group_size))
         return update(state, None, batch, settings)
 
-    return roll, learn, settings
+    return roll, learn
 
 
-def step(args: argparse.Namespace, state: Any, roll: Any, learn: Any, number: int) -> tuple[Any, dict[str, float]]:
-    """One GRPO step. Returns (state, seconds by phase and the metrics that say it was a real one)."""
-    rng = np.random.default_rng(number)
-    tokens = rng.integers(5, state.policy.config.vocab_size - 5, (args.prompts, args.prompt_tokens))
+def random_prompts(args: argparse.Namespace, vocab_size: int, number: int) -> jspec.PromptBatch:
+    """Prompts and noise of step `number`."""
+    tokens = np.random.default_rng(number).integers(5, vocab_size - 5, (args.prompts, args.prompt_tokens))
     key = jax.random.fold_in(purpose_key(0, BENCH_KEY), number)
-    prompts = jspec.PromptBatch.from_tokens(tokens.tolist(), group_size=args.group, seed=key,
-                                            buckets=(args.prompt_tokens,))
+    return jspec.PromptBatch.from_tokens(tokens.tolist(), group_size=args.group, seed=key,
+                                         buckets=(args.prompt_tokens,))
+
+
+def step(state: TrainState, roll: Callable, learn: Callable,
+         prompts: jspec.PromptBatch) -> tuple[TrainState, dict[str, float], jspec.Rollout]:
+    """One GRPO step. Returns (state, seconds by phase and the metrics that say it was a real one, its rollout)."""
     marks = [time.perf_counter()]
     policy = jax.block_until_ready(jspec.reshard(state.policy))
     marks.append(time.perf_counter())
@@ -91,7 +98,7 @@ def step(args: argparse.Namespace, state: Any, roll: Any, learn: Any, number: in
     generated = int(out.lengths.sum())
     return state, {**seconds, "step": marks[-1] - marks[0], "tokens": generated,
                    "tok_per_s": generated / seconds["rollout"], "acceptance_length": float(out.acceptance_length),
-                   "logprob_gap": float(metrics["logprob_gap"]), "grad_norm": float(metrics["grad_norm"])}
+                   "logprob_gap": float(metrics["logprob_gap"]), "grad_norm": float(metrics["grad_norm"])}, out
 
 
 def tailed(args: argparse.Namespace, vocab_size: int) -> TrainBatch:
@@ -145,11 +152,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return result
     policy = jspec.init_policy(SHAPES[args.shape], jax.random.key(0))
     draft = None if args.draft == "none" else getattr(jspec.drafts, args.draft)(policy, jax.random.key(1))
-    roll, learn, settings = programs(args)
+    settings = UpdateSettings(micro_batch=args.micro_batch, remat=args.remat)
+    roll, learn = programs(settings, args.group, speculation=jspec.Speculation(k=args.k),
+                           sampling=jspec.Sampling(max_new_tokens=args.new_tokens, stop_tokens=()))
     state, rows = init_state(policy, draft, settings, seed=0), []
     del policy, draft  # the state's buffers are donated
     for number in range(args.steps + 1):
-        state, row = step(args, state, roll, learn, number)
+        prompts = random_prompts(args, SHAPES[args.shape].vocab_size, number)
+        state, row, _ = step(state, roll, learn, prompts)
         if number:
             rows.append(row)
     table = Table(title=f"GRPO step, {args.shape}, {args.prompts} x {args.group} rows, {args.prompt_tokens} + "

@@ -3,12 +3,16 @@
     bash benchmarks/peers/install.sh PEERS                 # once; makes PEERS/tunix and PEERS/vllm
     python -m jspec export smollm2-135m-instruct PEERS/smollm2
     python benchmarks/versus.py PEERS --rounds 2 --json benchmarks/results/cpu.json
+    python benchmarks/versus.py PEERS --only tail tail_baseline tail_vllm --baseline CHECKOUT
     python benchmarks/versus.py --show benchmarks/results/cpu.json
 
-At SmolLM2-135M's shape, float32, 48 prompt and 64 new tokens. Each round runs every program once in a process of its
-own; a program warms up before it counts, and is timed on prompts that its caches have not seen. Every system has all
-cores that this process may use; `threads` in the data says how many of them each one computed on. Tables hold medians
-over rounds and ratios of those medians.
+At SmolLM2-135M's shape, float32. Of the heavy tail (tail.py), 32 answers to held-out prompts by the model itself, each
+as long as it makes it up to 512 tokens, useful tokens are counted, and `answers` in the data says how long they were;
+everything else has 48 prompt and 64 new tokens. `--baseline` times another checkout of jspec on the heavy tail as well.
+
+Each round runs every program once in a process of its own; a program warms up before it counts, and is timed on prompts
+that its caches have not seen. Every system has all cores that this process may use; `threads` in the data says how many
+of them each one computed on. Tables hold medians over rounds and ratios of those medians.
 """
 
 import argparse
@@ -18,9 +22,10 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,10 +36,17 @@ from benchmarks.options import open_results, program  # noqa: E402
 from jspec.console import PlainConsole  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+HELDOUT = HERE / "prompts" / "heldout.jsonl"
 # (what, peer, target: jspec over the peer, or for seconds the other way round)
-TARGETS = [("batch 1, tok/s", "vllm", 1.5), ("batch 8, tok/s", "vllm", 1.0), ("batch 32, tok/s", "vllm", 1.0),
+TARGETS = [("heavy tail, tok/s", "vllm", 1.5), ("heavy tail, no draft, tok/s", "vllm", 1.2),
+           ("heavy tail, tok/s", "baseline", 4.0), ("heavy tail, GRPO step, tok/s", "tunix", 3.0),
+           ("batch 1, tok/s", "vllm", 1.6), ("batch 8, tok/s", "vllm", 1.4), ("batch 32, tok/s", "vllm", 1.3),
            ("batch 8, tok/s", "tunix", 1.5), ("batch 32, tok/s", "tunix", 1.5),
            ("GRPO step, 8 rows, s", "tunix", 1 / 0.65), ("GRPO step, 32 rows, s", "tunix", 1 / 0.65)]
+TAIL = ["smollm2-135m-instruct", "--dtype", "float32"]
+TAIL_DRAFT = ["--drafts", "mtp", "--k", "3"]
+# tail.py of this checkout with the packages of another, the one that is the current folder
+ELSEWHERE = "import runpy, sys, benchmarks, jspec, pallas_kernels; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 REPEATED = "prompt that repeats itself, greedy, n-gram k = 3, batch 1, tok/s"
 
 
@@ -42,11 +54,21 @@ class Failed(Exception):
     """A program did not end well; the message has its last words."""
 
 
-def run(command: list[str], timeout_s: float) -> list[dict[str, Any]]:
-    """The JSON lines that a program prints. Raises Failed."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+class Figure(NamedTuple):
+    """What one program says of one system. answers: how long they were, where that is not given."""
+
+    system: str
+    what: str
+    value: float
+    threads: int
+    answers: Mapping[str, Any] | None = None
+
+
+def run(command: list[str], timeout_s: float, checkout: Path = HERE.parent) -> list[dict[str, Any]]:
+    """The JSON lines that a program prints, run in a checkout of jspec. Raises Failed."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=checkout)
     except subprocess.TimeoutExpired as error:
         raise Failed(f"took over {timeout_s:.0f} s") from error
     if done.returncode:
@@ -54,11 +76,12 @@ def run(command: list[str], timeout_s: float) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def ours(script: str, arguments: list[str], timeout_s: float) -> list[dict[str, Any]]:
-    """The rows that one of our own benchmarks writes. Raises Failed."""
+def ours(script: str, arguments: list[str], timeout_s: float, baseline: Path | None = None) -> list[dict[str, Any]]:
+    """The rows that one of our own benchmarks writes, of this checkout or of `baseline`. Raises Failed."""
+    start = [str(HERE / script)] if baseline is None else ["-c", ELSEWHERE, str(HERE / script)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        run([sys.executable, str(HERE / script), *arguments, "--json", str(out)], timeout_s)
+        run([sys.executable, *start, *arguments, "--json", str(out)], timeout_s, baseline or HERE.parent)
         return json.loads(out.read_text())["rows"]
 
 
@@ -67,58 +90,107 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def rollouts(peers: Path, timeout_s: float):
-    for row in ours("rollout.py", ["--batch", "1", "8", "32", "--rounds", "3"], timeout_s):
-        yield "jspec", f"batch {row['batch']}, tok/s", row["tok_per_s"], cores()
+def rollouts(args: argparse.Namespace) -> Iterator[Figure]:
+    for row in ours("rollout.py", ["--batch", "1", "8", "32", "--rounds", "3"], args.timeout):
+        yield Figure("jspec", f"batch {row['batch']}, tok/s", row["tok_per_s"], cores())
 
 
-def vllm(peers: Path, timeout_s: float):
-    python = str(peers / "vllm" / "bin" / "python")
-    command = [python, str(HERE / "peers" / "vllm_cpu_rollout.py"), str(peers / "smollm2"), "--batch", "1", "8", "32"]
-    for row in run(command, timeout_s):
-        yield "vllm", f"batch {row['batch']}, tok/s", row["tok_per_s"], row["threads"]
+def peer(args: argparse.Namespace, environment: str, script: str, *arguments: str) -> list[dict[str, Any]]:
+    """The lines that one of the peers' programs prints. Raises Failed."""
+    python = args.peers / environment / "bin" / "python"
+    return run([str(python), str(HERE / "peers" / script), *arguments], args.timeout)
+
+
+def vllm(args: argparse.Namespace) -> Iterator[Figure]:
+    for row in peer(args, "vllm", "vllm_cpu_rollout.py", str(args.peers / "smollm2"), "--batch", "1", "8", "32"):
+        yield Figure("vllm", f"batch {row['batch']}, tok/s", row["tok_per_s"], row["threads"])
 
 
 def steps(prompts: int) -> list[str]:
     return ["--prompts", str(prompts), "--group", "8", "--steps", "4"]
 
 
-def tunix(peers: Path, timeout_s: float, prompts: int):
-    python = str(peers / "tunix" / "bin" / "python")
-    for row in run([python, str(HERE / "peers" / "tunix_grpo.py"), *steps(prompts)], timeout_s):
-        yield "tunix", f"batch {8 * prompts}, tok/s", row["tok_per_s"], row["threads"]
-        yield "tunix", f"GRPO step, {8 * prompts} rows, s", row["step_s"], row["threads"]
+def tunix(args: argparse.Namespace, prompts: int) -> Iterator[Figure]:
+    for row in peer(args, "tunix", "tunix_grpo.py", *steps(prompts)):
+        yield Figure("tunix", f"batch {8 * prompts}, tok/s", row["tok_per_s"], row["threads"])
+        yield Figure("tunix", f"GRPO step, {8 * prompts} rows, s", row["step_s"], row["threads"])
 
 
-def grpo(peers: Path, timeout_s: float, prompts: int):
-    for row in ours("grpo_step.py", steps(prompts), timeout_s):
-        yield "jspec", f"GRPO step, {8 * prompts} rows, s", row["step"], cores()
+def grpo(args: argparse.Namespace, prompts: int) -> Iterator[Figure]:
+    for row in ours("grpo_step.py", steps(prompts), args.timeout):
+        yield Figure("jspec", f"GRPO step, {8 * prompts} rows, s", row["step"], cores())
 
 
-def repeat(peers: Path, timeout_s: float):
+def repeat(args: argparse.Namespace) -> Iterator[Figure]:
     options = ["--weights", "smollm2-135m-instruct", "--prompt", "repeat", "--prompt-tokens", "160", "--batch", "1",
                "--drafts", "ngram", "--k", "3", "--temperature", "0", "--rounds", "3"]
     systems = {"none": "jspec, autoregressive", "ngram": "jspec"}
-    for row in ours("rollout.py", options, timeout_s):
+    for row in ours("rollout.py", options, args.timeout):
         if row["draft"] in systems:
-            yield systems[row["draft"]], REPEATED, row["tok_per_s"], cores()
+            yield Figure(systems[row["draft"]], REPEATED, row["tok_per_s"], cores())
 
 
-PROGRAMS = {"rollouts": rollouts, "vllm": vllm, "tunix8": partial(tunix, prompts=1), "grpo8": partial(grpo, prompts=1),
-            "tunix32": partial(tunix, prompts=4), "grpo32": partial(grpo, prompts=4), "repeat": repeat}
+def answers(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row of the heavy tail says of its answers and of the loops that made them."""
+    return {name: row[name] for name in ("tokens", "mean", "median", "largest", "occupancy", "step_s", "seconds")
+            if row.get(name) is not None}
 
 
-def rows_of(found: dict[tuple[str, str], list[float]], threads: dict[str, int]) -> list[dict[str, Any]]:
+def tail(args: argparse.Namespace) -> Iterator[Figure]:
+    for row in ours("tail.py", [*TAIL, *TAIL_DRAFT, "--seed", str(args.round)], args.timeout):
+        what = "heavy tail, no draft, tok/s" if row["draft"] == "none" else "heavy tail, tok/s"
+        yield Figure("jspec", what, row["tok_per_s"], cores(), answers(row))
+
+
+def tail_baseline(args: argparse.Namespace) -> Iterator[Figure]:
+    """Of the other checkout what was fastest there: no draft."""
+    for row in ours("tail.py", [*TAIL, "--seed", str(args.round)], args.timeout, args.baseline):
+        yield Figure("baseline", "heavy tail, tok/s", row["tok_per_s"], cores(), answers(row))
+
+
+def tail_vllm(args: argparse.Namespace) -> Iterator[Figure]:
+    for row in peer(args, "vllm", "vllm_tail.py", str(args.peers / "smollm2"), str(HELDOUT), "--seed", str(args.round)):
+        for what in ("heavy tail, tok/s", "heavy tail, no draft, tok/s"):
+            yield Figure("vllm", what, row["tok_per_s"], row["threads"], answers(row))
+
+
+def tail_grpo(args: argparse.Namespace) -> Iterator[Figure]:
+    for row in ours("tail.py", [*TAIL, "--grpo", "--seed", str(args.round)], args.timeout):
+        yield Figure("jspec", "heavy tail, GRPO step, tok/s", row["tok_per_s"], cores(), answers(row))
+
+
+def tail_tunix(args: argparse.Namespace) -> Iterator[Figure]:
+    # four rows at a time: by count, the update of all 32 at the cap takes over 30 GB
+    options = ["--model", str(args.peers / "smollm2"), "--prompts-file", str(HELDOUT), "--prompts", "8", "--group", "4",
+               "--prompt-tokens", "128", "--new-tokens", "512", "--micro-batch", "1", "--steps", "2"]
+    for row in peer(args, "tunix", "tunix_grpo.py", *options, "--seed", str(args.round)):
+        yield Figure("tunix", "heavy tail, GRPO step, tok/s", row["tokens"] / row["step_s"], row["threads"],
+                     answers(row))
+
+
+PROGRAMS = {"tail": tail, "tail_baseline": tail_baseline, "tail_vllm": tail_vllm, "tail_grpo": tail_grpo,
+            "tail_tunix": tail_tunix, "rollouts": rollouts, "vllm": vllm, "tunix8": partial(tunix, prompts=1),
+            "grpo8": partial(grpo, prompts=1), "tunix32": partial(tunix, prompts=4),
+            "grpo32": partial(grpo, prompts=4), "repeat": repeat}
+
+
+def rows_of(figures: list[Figure]) -> list[dict[str, Any]]:
     """Each comparison that was measured: medians, their ratio (above 1: jspec is faster) and its target."""
-    rows = []
+    rows, found = [], defaultdict(list)
+    for figure in figures:
+        found[figure.system, figure.what].append(figure)
     for what, peer, target in [*TARGETS, (REPEATED, "jspec, autoregressive", 1.5)]:
-        if not found["jspec", what] or not found[peer, what]:
+        own, other = found["jspec", what], found[peer, what]
+        if not own or not other:
             continue
-        mine, theirs = (measure.median(found[system, what]) for system in ("jspec", peer))
+        mine, theirs = (measure.median([figure.value for figure in each]) for each in (own, other))
         ratio = theirs / mine if what.endswith(", s") else mine / theirs
         rows.append({"what": what, "peer": peer, "jspec": mine, "theirs": theirs, "ratio": ratio, "target": target,
-                     "jspec_all": found["jspec", what], "theirs_all": found[peer, what],
-                     "jspec_threads": threads["jspec"], "their_threads": threads[peer]})
+                     "jspec_all": [figure.value for figure in own], "theirs_all": [figure.value for figure in other],
+                     "jspec_threads": own[-1].threads, "their_threads": other[-1].threads})
+        if own[0].answers:
+            rows[-1] |= {"jspec_answers": [figure.answers for figure in own],
+                         "their_answers": [figure.answers for figure in other]}
     return rows
 
 
@@ -137,8 +209,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peers", nargs="?", type=Path, help="where install.sh put the peers, and smollm2 beside them")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one program")
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, help="default: all, tail_baseline with --baseline")
+    parser.add_argument("--baseline", type=Path, metavar="CHECKOUT", help="of jspec: what tail_baseline times")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one program")
     parser.add_argument("--json", help="write the result there")
     parser.add_argument("--show", help="print the table of a result that was written before, and run nothing")
     args = parser.parse_args(arguments)
@@ -148,19 +221,21 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not args.peers:
         parser.error("where are the peers? see --help")
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    threads: dict[str, int] = {}
+    args.only = args.only or [name for name in PROGRAMS if args.baseline or name != "tail_baseline"]
+    if "tail_baseline" in args.only and not (args.baseline and (args.baseline / "jspec").is_dir()):
+        parser.error("tail_baseline needs --baseline, a checkout of jspec")
+    args.peers, args.baseline = args.peers.resolve(), args.baseline and args.baseline.resolve()
+    figures: list[Figure] = []
     console = PlainConsole(stderr=True)
     for number in range(1, args.rounds + 1):
+        args.round = number
         for name in args.only:
             console.print(f"round {number}: {name} (load {os.getloadavg()[0]:.1f})")
             try:
-                for system, what, value, used in PROGRAMS[name](args.peers, args.timeout):
-                    found[system, what].append(value)
-                    threads[system] = used
+                figures += PROGRAMS[name](args)
             except Failed as error:
                 console.print(f"{name} failed: {error}", markup=False)
-        result = measure.report(rows_of(found, threads), rounds=number)
+        result = measure.report(rows_of(figures), rounds=number)
         measure.write_json(args.json, result)
     show(result)
 

@@ -99,8 +99,8 @@ def parser() -> Parser:
     export.add_argument("source", metavar="SOURCE", help=MODEL)
     export.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty")
 
-    command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts MODEL` compares drafters",
-            add_help=False)
+    command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts MODEL` compares "
+            "drafters, `bench tail MODEL` times answers of natural lengths", add_help=False)
 
     draft = command("draft", None, "train a draft by itself, or write it as others read it")
     drafts = draft.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -252,13 +252,13 @@ def _export_draft(arguments) -> int:
 def _bench(arguments) -> int:
     import importlib
 
-    drafts = arguments.rest[:1] == ["drafts"]
-    name, rest = ("drafts", arguments.rest[1:]) if drafts else ("rollout", arguments.rest)
+    named = arguments.rest[:1] in (["drafts"], ["tail"])
+    name, rest = (arguments.rest[0], arguments.rest[1:]) if named else ("rollout", arguments.rest)
     checkout = Path(__file__).resolve().parent.parent
     script = checkout / "benchmarks" / f"{name}.py"
     if not script.is_file():
         raise InputError(f"there is no {script}: `jspec bench` needs a source checkout of jspec, not a wheel")
-    sys.argv = ["jspec bench drafts" if drafts else "jspec bench", *rest]  # for usage lines and the results' command
+    sys.argv = [f"jspec bench {name}" if named else "jspec bench", *rest]  # for usage lines and the results' command
     sys.path.insert(0, str(checkout))
     importlib.import_module(f"benchmarks.{name}").main(rest)
     return 0

@@ -236,6 +236,8 @@ def weightless(monkeypatch):
     (["draft", "export", "{model}", "nowhere", "{here}"], "exists and is not an empty directory"),
     (["bench", "drafts", "{model}", "--drafts", "self:bits=3", "--prompts", "{here}/sums.jsonl"],
      "--drafts self: self draft: bits = 3"),
+    (["bench", "tail", "{model}", "--count", "97"], "--count 97 is more than the 96 prompts of "),
+    (["bench", "tail", "{model}", "--micro-batch", "4"], "--micro-batch is of the update, which --grpo times; add it"),
     (["bench", "--weights", "{model}", "--prompt-tokens", "2048"], "do not fit the model's 2048 positions"),
     (["bench", "--drafts", "ngrm"], "unknown drafter 'ngrm'; did you mean 'ngram'?"),
     (["bench", "--shape", "tiny", "--drafts", "ngram:max_ngram=0"], "max_ngram"),

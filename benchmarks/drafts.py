@@ -367,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     makers = {name: choose_draft(name, source.shape, args.model, paths)
               for name in dict.fromkeys((PLAIN, *args.drafts))}
     with telling(f"loading {args.model}"):
-        policy = source.load()
+        policy = source.load_finite()
         drafts = {name: make(policy) for name, make in makers.items()}
         policy = jspec.reshard(policy).replace(kernels=choose(args.kernels))
     facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels), "seed": args.seed,

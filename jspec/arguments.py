@@ -38,6 +38,8 @@ def show(value: Any) -> str:
     """In at most a few words, on one line, what a value is."""
     if isinstance(value, jax.core.Tracer):
         return f"a traced {value.dtype} of shape {value.shape}"
+    if isinstance(value, np.ma.MaskedArray):
+        return f"a masked array of {value.dtype}, shape {value.shape}"
     if isinstance(value, jax.Array | np.ndarray):
         return f"an array of {value.dtype}, shape {value.shape}"
     if isinstance(value, np.generic):
@@ -151,6 +153,18 @@ def whole_numbers(label: str, value: Any) -> tuple[int, ...]:
     check = whole()
     ids = tuple(check(f"an entry of {label}", entry) for entry in entries)
     return tuple(sorted(ids)) if isinstance(value, set | frozenset) else ids
+
+
+def unmasked(label: str, value: Any) -> Any:
+    """Anything but a masked array of NumPy's: JAX has none, and what is masked would count as if it were not."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise wrong(label, value, "an array without a mask, such as its .compressed() or .filled(...)")
+    return value
+
+
+def is_whole(dtype: Any) -> bool:
+    """Whether a dtype is of whole numbers. Spans of time count as such to NumPy, and are none."""
+    return jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(dtype, np.timedelta64)
 
 
 def random_key(label: str, value: Any) -> jax.Array:

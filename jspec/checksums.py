@@ -36,6 +36,8 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str:
     """
     try:
         sums = read_json(folder / NAME)
+        if not sums:
+            return f"{NAME} names no file"
         for name, written in sums.items():
             if items is None or name.split("/")[0] in items:
                 if _sum(folder / name) != written:

@@ -14,6 +14,7 @@ from typing import Any
 
 from jspec.config import DRAFTERS, RULES, SEED_HIGH
 from jspec.errors import InputError
+from jspec.settings import shortened
 
 EPILOG = """\
 a first look:
@@ -292,7 +293,7 @@ def _terminate(number, _frame):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on stderr), 128 + n after
-    signal n; `train` has one more (see `jspec.train`)."""
+    signal n, 1 where memory or room on a disk ran out; `train` has one more (see `jspec.train`)."""
     signal.signal(signal.SIGTERM, _terminate)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises
 
@@ -318,6 +319,9 @@ def guarded(run: Callable[[], int]) -> int:
 
         drop_stdout()
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            print(f"jspec: error: {shortened(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         from jspec.console import drop_stdout
@@ -338,6 +342,14 @@ def _explained(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("jspec: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
+            raise
+        said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ") if str(error) else "no more is said"
+        print(f"jspec: error: out of memory ({one_line(said[:200])}); take a smaller model, more devices, or fewer and "
+              "shorter answers at a time (data.prompts_per_step, data.group_size, sampling.max_new_tokens, "
+              "grpo.micro_batch; --batch)", file=sys.stderr)
+        return 1
 
 
 def one_line(text: str) -> str:

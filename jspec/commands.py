@@ -66,7 +66,7 @@ def rollout(arguments) -> int:
     sampling, speculation = make_sampling(source.config), make_speculation(source.config)
     check(source.shape, None, batch, sampling, speculation, jspec.Batching())
     with telling(f"loading {arguments.model}"):
-        policy = source.load()
+        policy = source.load_finite()
         draft = make_draft and make_draft(policy)
         policy = jspec.reshard(policy)
     plain = time_rollout(policy, None, batch, sampling, speculation)

@@ -46,7 +46,7 @@ def evaluate(arguments) -> int:
     data = prompts_of(source)
     count = check_count(source, data, arguments.prompts)
     with telling(f"loading {arguments.source}"):
-        policy = jspec.reshard(source.load())
+        policy = jspec.reshard(source.load_finite())
     console = screen(stderr=arguments.json == "-")
     result = {"source": arguments.source, "overrides": arguments.overrides,
               **score(source, policy, data, count, arguments.samples, min(arguments.batch, count), console)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -83,9 +83,7 @@ def model_config(config: Config) -> ModelConfig:
         return hub.read_config(config.model.name)
     fields = dict(config.model.architecture)
     known = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "tokenless"}  # the tokenizer says which
-    for name in fields.keys() - known.keys():
-        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-        raise InputError(f"unknown key 'model.architecture.{name}'; did you mean '{near}'?")
+    _check_names("model.architecture", fields, known)
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if missing:
         raise InputError(f"model.architecture needs {', '.join(missing)} too")
@@ -93,10 +91,18 @@ def model_config(config: Config) -> ModelConfig:
     for name, value, kind, what in (("rope", rope, dict, "mapping"), ("stop_tokens", stops, list | tuple, "list")):
         if not isinstance(value, kind):
             raise InputError(f"model.architecture.{name} must be a {what}, not {value!r}")
+    _check_names("model.architecture.rope", rope, [f.name for f in dataclasses.fields(RopeConfig)])
     try:
         return ModelConfig(**fields | {"rope": RopeConfig(**rope), "stop_tokens": tuple(stops)})
     except (TypeError, ValueError) as error:
         raise InputError(f"model.architecture: {error}") from None
+
+
+def _check_names(label: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            raise InputError(f"unknown key '{label}.{name}'; did you mean '{near}'?")
 
 
 def make_tokenizer(config: Config) -> Any:

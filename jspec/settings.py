@@ -250,7 +250,7 @@ def _at_home(value: Any, label: str) -> Any:
     for the home of a user who is not there."""
     if isinstance(value, tuple):
         return tuple(_at_home(entry, label) for entry in value)
-    if not isinstance(value, str) or "/" not in value:
+    if not isinstance(value, str) or ("/" not in value and value != "~"):  # ~name is a name
         return value
     expanded = os.path.expanduser(value)
     if expanded.startswith("~"):

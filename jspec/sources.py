@@ -14,6 +14,7 @@ import jspec
 from jspec.checkpoint import load_draft, load_policy, policy_shape, run_config
 from jspec.config import Config, load_config
 from jspec.drafts import Draft
+from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import shipped
 from jspec.model import Policy
@@ -43,7 +44,7 @@ class Source:
       shape: the policy with `jax.ShapeDtypeStruct`s for weights.
       draft: the trained draft of a run that has one, and whose overrides do not say draft.name=none. Whether it is
         finite is asked where it is used: an export needs none.
-      load: reads the policy.
+      load: reads the policy. `load_finite` is for what samples from it.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Source:
     shape: Policy
     draft: Draft | None
     load: Callable[[], Policy]
+
+    def load_finite(self) -> Policy:
+        """The policy. Raises InputError where it holds NaN or infinity: what it says would be tokens of id 0."""
+        policy = self.load()
+        check_finite(self.name, policy.weights, "take a checkpoint from before, or another model")
+        return policy
 
 
 def open_source(name: str, overrides: Sequence[Override], dtype: str | None = None) -> Source:

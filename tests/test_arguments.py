@@ -14,6 +14,7 @@ import pytest
 import jspec
 from jspec import arguments
 from jspec.drafts.base import drafter
+from jspec.speculate.arguments import check, in_32_bits
 from tests.speculate import tiny
 
 POLICY = tiny.policy(11, hidden=32)
@@ -86,6 +87,15 @@ WRONG = {
     "ids None": (lambda: batch_of([[None]]), "prompt 0 holds what is no token id"),
     "ids ragged": (lambda: batch_of([[[1], [2, 3]]]), "prompt 0 is a list, and must be a list of token ids"),
     "ids odd": (lambda: batch_of([Odd()]), "prompt 0 is a Odd, and must be"),
+    "prompts masked": (lambda: batch_of(np.ma.array([[1, 2]], mask=[[0, 1]])), "prompts is a masked array of int64, "
+                       "shape (1, 2), and must be an array without a mask, such as its .compressed()"),
+    "a prompt masked": (lambda: batch_of([[1], np.ma.array([1, 2])]), "prompt 1 is a masked array"),
+    "ids masked": (lambda: batch_of(sequence_ids=np.ma.array([1, 2, 3, 4], mask=[0, 1, 0, 0])), "a masked array"),
+    "tokens masked": (lambda: rollout(batch=BATCH.replace(tokens=np.ma.ones((2, 8), int))), "batch.tokens is a masked"),
+    "temperature masked": (lambda: rollout(temperature=np.ma.ones(4)), "sampling temperature is a masked array"),
+    "ids of time": (lambda: batch_of([np.ones(2, "timedelta64[s]")]), "prompt 0 must be a list of token ids"),
+    "lengths of time": (lambda: rollout(batch=BATCH.replace(lengths=np.ones(2, "timedelta64[s]"))), "batch.lengths is"),
+    "a flag of NumPy": (lambda: batch_of([[2, np.True_]]), "prompt 0 holds what is no token id"),
     "group text": (lambda: batch_of(group_size="2"), "group_size = '2' must be a whole number of at least 1"),
     "group bool": (lambda: batch_of(group_size=True), "group_size = True must be a whole number"),
     "group traced": (lambda: jax.jit(lambda n: batch_of(group_size=n))(2),
@@ -129,6 +139,10 @@ WRONG = {
     "states": (lambda: rollout(speculation=jspec.Speculation(states=(2,))), "holds depth 2; the model has 1"),
     # policies
     "policy empty": (lambda: rollout(policy=POLICY.replace(weights=None)), "weight embed of params is missing; its"),
+    "policy of text": (lambda: rollout(policy=weights(embed=np.full((11, 32), "a"))), "weight embed of params is an "
+                       "array of <U1, shape (11, 32), and must be of floating-point numbers"),
+    "policy of ids": (lambda: rollout(policy=weights(embed=jnp.ones((11, 32), int))), "must be of floating-point"),
+    "policy masked": (lambda: rollout(policy=weights(embed=np.ma.ones((11, 32)))), "embed of params is a masked array"),
     "policy config": (lambda: rollout(policy=POLICY.replace(config=None)), "the config of params is a NoneType: give"),
     "policy kernels": (lambda: rollout(policy=POLICY.replace(kernels="auto")), "kernels of params is a str: give what"),
     "policy shape": (lambda: rollout(policy=weights(embed=jnp.ones((3, 32)))), "weight embed of params has shape [3, "
@@ -292,6 +306,19 @@ def answers(batch, temperature):
     """What is generated where all of it is traced."""
     return jspec.rollout(POLICY, NGRAM, batch, sampling=jspec.Sampling(max_new_tokens=4, temperature=temperature,
                                                                        stop_tokens=()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_temperatures_may_be_a_list():
+    sampling = jspec.Sampling(max_new_tokens=4, temperature=[1, 0.5, 0, 1], top_p=(0.5, 1, 1, 1))
+    check(POLICY, None, BATCH, sampling, jspec.Speculation())
+    made = in_32_bits(BATCH, sampling)[1]
+    assert (made.temperature.dtype, made.temperature.tolist(), made.top_p.shape) == (np.float32, [1, 0.5, 0, 1], (4,))
+
+
+def test_python_names_a_drafter_that_it_refuses_to_call():
+    with pytest.raises(TypeError, match=r"^mtp\(\) takes"):
+        jspec.drafts.mtp(POLICY, 0, 2)
 
 
 def test_a_row_without_an_answer_comes_back_empty_where_values_are_traced():

@@ -255,6 +255,11 @@ def test_readers_say_what_they_cannot_use(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
+def test_checksums_of_nothing_vouch_for_nothing(tmp_path):
+    (tmp_path / checkpoint.checksums.NAME).write_text("{}")
+    assert checkpoint.checksums.damage(tmp_path) == "jspec_checksums.json names no file"
+
+
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(tmp_path):
     state, _ = make_run(tmp_path)
     edit_meta(tmp_path / "checkpoints" / "3", lambda meta: meta)

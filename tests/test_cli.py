@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -100,6 +101,21 @@ def test_interrupted(capsys, monkeypatch, config):
 
     monkeypatch.setattr("jspec.config.load_config", interrupt)
     assert run(capsys, "train", config) == (130, "", "jspec: interrupted\n")
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore"), 1,
+     "jspec: error: out of memory (Out of memory allocating 8 bytes.); take a smaller model, more devices, or fewer"),
+    (MemoryError(), 1, "jspec: error: out of memory (no more is said); take"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, f"jspec: error: {'x' * 97}...: File name too"),
+])
+def test_what_the_machine_has_no_room_for_is_one_line(capsys, monkeypatch, config, error, code, line):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("jspec.config.load_config", fail)
+    got, _, err = run(capsys, "train", config)
+    assert got == code and err.startswith(line) and err.count("\n") == 1
 
 
 def test_no_traceback_from_the_program_itself():

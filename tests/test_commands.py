@@ -207,6 +207,16 @@ def test_a_runs_draft_that_is_not_finite_is_refused_where_it_drafts(model, task)
     assert choose_draft(bad, "none") is None
 
 
+def test_a_policy_that_is_not_finite_is_refused_where_it_samples(model, task):
+    policy = jspec.load(model)
+    embed = policy.weights["embed"]
+    bad = dataclasses.replace(open_source(model, task), name="MODEL", load=lambda: policy.replace(
+        weights=policy.weights | {"embed": embed.at[0, 0].set(np.nan)}))
+    with pytest.raises(InputError, match="MODEL is not finite: its weight embed holds NaN or infinity; take"):
+        bad.load_finite()
+    assert dataclasses.replace(bad, load=lambda: policy).load_finite() is policy
+
+
 @pytest.fixture
 def weightless(monkeypatch):
     """Reading weights is an error from now on: what is refused has to be refused before."""

@@ -222,5 +222,6 @@ def test_the_home_is_where_a_path_says_so(monkeypatch):
     assert config.data.system_prompt == "~/as it is"
     draft = load_config(None, ["samples.sources=[self, ~/p.jsonl]"], DraftTrainingConfig)
     assert draft.samples.sources == ("self", "/home/somebody/p.jsonl")
+    assert load_config(None, ["output_dir='~'"]).output_dir == "/home/somebody"
     with pytest.raises(InputError, match="'output_dir': ~nobody_at_all/x names the home of a user who is not there"):
         load_config(None, ["output_dir=~nobody_at_all/x"])

@@ -50,6 +50,7 @@ def test_drafts_that_cannot_be_are_refused_without_weights(override, message):
 
 @pytest.mark.parametrize(("wrong", "name"), [
     ({"hidden_size": "x"}, "hidden_size"), ({"rope": "text"}, "rope"), ({"rope": {"theta": -1}}, "theta"),
+    ({"rope": {"thet": 1}}, "unknown key 'model.architecture.rope.thet'; did you mean 'theta'"),
     ({"num_layers": 10**30}, "num_layers"), ({"stop_tokens": 5}, "stop_tokens"), ({"hidden": 1}, "hidden"),
     ({"stop_tokens": ["a"]}, "stop_tokens"), ({"num_heads": True}, "num_heads"), ({"family": []}, "family"),
 ])

@@ -18,6 +18,7 @@ from jspec.draft_training.prompts import gather
 from jspec.draft_training.report import report
 from jspec.draft_training.samples import sample
 from jspec.draft_training.stages import fit
+from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.output_dir import claimed, written
@@ -43,6 +44,7 @@ def train_draft(config: DraftTrainingConfig) -> int:
         check_draft(config, model_config(config))
         with telling(f"loading {config.model.name}"):
             policy = make_policy(config, tokenizer)
+            check_finite(config.model.name, policy.weights, "take another model")
         prompts = gather(config, policy, tokenizer, directory)
         with telling("sampling answers (the first of each length compiles)"):
             sample(config, policy, prompts.training, directory / "samples")

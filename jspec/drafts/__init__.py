@@ -35,6 +35,7 @@ def _public(name: str, module: ModuleType) -> Callable[..., Draft]:
                                  f"{', '.join(known) or 'none'}")
         return init(policy, None if key is None else random_key(f"{name} draft: key", key), **given)
 
+    make.__name__ = make.__qualname__ = name  # which is what Python says of a call that it refuses
     if hasattr(module, "remember"):
         make.remember = module.remember
     return make

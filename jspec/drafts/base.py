@@ -88,6 +88,15 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array(flags, bool))
 
 
+def check_finite(label: str, weights: Any, remedy: str) -> None:
+    """Raise InputError, naming the first one, if a weight is NaN or infinite."""
+    if all_finite(weights):
+        return
+    bad = next(path for path, x in jax.tree_util.tree_leaves_with_path(weights) if not all_finite(x))
+    raise InputError(f"{label} is not finite: its weight {jax.tree_util.keystr(bad, simple=True, separator='.')} holds "
+                     f"NaN or infinity; {remedy}")
+
+
 @struct.dataclass
 class Draft:
     """A drafter's weights, its persistent state (checkpointed), and a static config that names its module.
@@ -118,12 +127,8 @@ class Draft:
     def check_finite(self, source: Any) -> None:
         """Raise InputError if a weight is NaN or infinite: every draft would be refused, and a rollout slower than
         without. source: what the draft was read from, for the message."""
-        if all_finite(self.weights):
-            return
-        bad = next(path for path, x in jax.tree_util.tree_leaves_with_path(self.weights) if not all_finite(x))
-        raise InputError(f"the {self.config.name} draft of {source} is not finite: its weight "
-                         f"{jax.tree_util.keystr(bad, simple=True, separator='.')} holds NaN or infinity; take a "
-                         "checkpoint from before, go without a draft, or train it again with a lower learning rate")
+        check_finite(f"the {self.config.name} draft of {source}", self.weights, "take a checkpoint from before, go "
+                     "without a draft, or train it again with a lower learning rate")
 
 
 @struct.dataclass

@@ -52,11 +52,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve(name: str) -> PackagedModel | Path | str:
     """What `name` stands for: a packaged model, a local directory or .gguf file, or a hub id.
 
-    Short names come first, then what is on disk. Raises InputError, naming the nearest short name, for the rest.
+    Short names come first, then what is on disk. Raises InputError, naming the nearest short name, for the rest, and
+    for a training run's folder or one within it, naming the run.
     """
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     path = arguments.path("model", name)
+    run = _run_around(path)
+    if run is not None:
+        raise InputError(f"{name} is no model, but the training run {run} or a part of it; `jspec export {run} DIR` "
+                         "writes its last checkpoint as a model, and eval and rollout take the run's own folder")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -65,9 +70,20 @@ def resolve(name: str) -> PackagedModel | Path | str:
     if _HUB_ID.fullmatch(name) and path.suffix != ".gguf" and not name.startswith("."):
         return name
     near = difflib.get_close_matches(name.lower(), SHORT_NAMES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; short names: {', '.join(SHORT_NAMES)}"
+    some = list(SHORT_NAMES)[::5]  # all of them are more than a line
+    hint = f"; did you mean {near[0]}?" if near else f"; short names: {', '.join(some)}, ..."
     raise InputError(f"model {name!r} is not there: no short name, no hub id (owner/name), no directory and no .gguf "
                      f"file{hint}")
+
+
+def _run_around(path: Path) -> Path | None:
+    """The output_dir of a training run that a folder is or lies in, None for a model's or tokenizer's own."""
+    def is_one(folder: Path) -> bool:
+        return (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file()
+
+    if not path.is_dir() or any((path / own).exists() for own in ("config.json", "tokenizer.json")):
+        return None
+    return next(filter(is_one, (path, *path.parents)), None)
 
 
 def hub_id(name: str) -> str | None:

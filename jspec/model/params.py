@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jspec.arguments import DTYPES, compute_dtype, instance, one_of, random_key
+from jspec.arguments import DTYPES, compute_dtype, instance, one_of, random_key, show, unmasked
 from jspec.errors import InputError
 from jspec.model.config import ModelConfig
 from jspec.model.layers import fuse
@@ -60,7 +60,7 @@ class Policy:
 
 def check_weights(label: str, weights: Any, specs: Any) -> None:
     """Raise InputError, naming it, for the first array that `specs` declares and `weights` lack or have in another
-    shape. What else is there is not judged."""
+    shape, masked, or not of floating-point numbers. What else is there is not judged."""
     flat, _ = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
     for path, spec in flat:
         found = weights
@@ -72,6 +72,8 @@ def check_weights(label: str, weights: Any, specs: Any) -> None:
         if shape != spec.shape:
             has = "is missing" if shape is None else f"has shape {list(shape)}"
             raise InputError(f"weight {name} of {label} {has}; its config says {list(spec.shape)}")
+        if not jnp.issubdtype(unmasked(f"weight {name} of {label}", found).dtype, jnp.floating):
+            raise InputError(f"weight {name} of {label} is {show(found)}, and must be of floating-point numbers")
 
 
 def check_static(label: str, policy: Any) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jspec.arguments import INT32, instance, random_key, wrong
+from jspec.arguments import INT32, instance, is_whole, random_key, unmasked, wrong
 from jspec.drafts.base import Draft
 from jspec.errors import InputError
 from jspec.kernels import choose
@@ -41,7 +41,7 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
         _check_leaf("top_p", sampling.top_p, rows, high=1)
     if sampling.limit is not None:
         _check_leaf("limit", sampling.limit, rows, low=1, high=sampling.max_new_tokens)
-        if not jnp.issubdtype(jnp.result_type(sampling.limit), jnp.integer):
+        if not is_whole(getattr(sampling.limit, "dtype", np.asarray(sampling.limit).dtype)):
             raise wrong("sampling limit", sampling.limit, "whole numbers", traceable=True)
     choose(spec.kernels)
     _check_tokens(config, batch, sampling)
@@ -87,10 +87,10 @@ def in_32_bits(batch: PromptBatch, sampling: Sampling) -> tuple[PromptBatch, Sam
     """The leaves as the program has them, int32 and float32; NumPy's and Python's are wider, and JAX's with x64."""
     ids = {name: getattr(batch, name) for name in ("tokens", "lengths", "sequence_ids")}
     batch = batch.replace(**{name: jnp.asarray(x, jnp.int32) for name, x in ids.items() if x.dtype != jnp.int32})
-    leaves = {"temperature": np.float32, "top_p": np.float32, "limit": np.int32}
-    leaves = {name: (getattr(sampling, name), dtype) for name, dtype in leaves.items()}
-    return batch, sampling.replace(**{name: dtype(x) for name, (x, dtype) in leaves.items()
-                                      if isinstance(x, numbers.Real)})
+    dtypes = {"temperature": np.float32, "top_p": np.float32, "limit": np.int32}
+    leaves = {name: (getattr(sampling, name), dtype) for name, dtype in dtypes.items()}
+    return batch, sampling.replace(**{name: np.asarray(x, dtype) for name, (x, dtype) in leaves.items()
+                                      if isinstance(x, numbers.Real | list | tuple)})
 
 
 def _concrete(x: Any) -> np.ndarray | None:
@@ -103,11 +103,13 @@ def _concrete(x: Any) -> np.ndarray | None:
 def _check_leaf(name: str, value: Any, rows: int, high: float, low: float = 0) -> None:
     """A number in [low, high] or one for each row."""
     expected = f"a number, or one for each of the {rows} sequences"
+    unmasked(f"sampling {name}", value)
     try:
-        shape, dtype = jnp.shape(value), jnp.result_type(value) if hasattr(value, "dtype") else np.asarray(value).dtype
+        array = value if hasattr(value, "dtype") else np.asarray(value)
+        shape, dtype = array.shape, array.dtype
     except Exception:  # JAX and NumPy raise several kinds for what is no array
         raise wrong(f"sampling {name}", value, expected, traceable=True) from None
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+    if not (jnp.issubdtype(dtype, jnp.floating) or is_whole(dtype)):
         raise wrong(f"sampling {name}", value, expected, traceable=True)
     if shape not in ((), (rows,)):
         raise InputError(f"sampling {name} has shape {shape}; give a scalar or one value for each of the {rows} "
@@ -128,9 +130,9 @@ def _check_batch(batch: PromptBatch) -> None:
         raise wrong("batch.tokens", batch.tokens, "int32 [prompts, length], at least one of each", traceable=True)
     wanted = {"tokens": shape, "lengths": shape[:1], "sequence_ids": (shape[0] * batch.group_size,)}
     for name, shape in wanted.items():
-        value = getattr(batch, name)
+        value = unmasked(f"batch.{name}", getattr(batch, name))
         dtype = getattr(value, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or value.shape != shape:
+        if dtype is None or not is_whole(dtype) or value.shape != shape:
             raise wrong(f"batch.{name}", value, f"int32 {list(shape)}: whole numbers", traceable=True)
     lengths, ids = _concrete(batch.lengths), _concrete(batch.sequence_ids)
     longest = wanted["tokens"][1]

@@ -251,7 +251,8 @@ def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *, s
     Returns:
       `Rollout` with N = prompts x group_size rows. What is refused below cannot be seen where it is traced: a row whose
       prompt length, tokens, temperature, top_p or limit turn out to be none then comes back empty, with nothing in its
-      mask.
+      mask. Weights are not judged, which would read them all once more: where they hold NaN the log-probabilities are
+      NaN and the tokens mean nothing, and an update from them is skipped for its loss (`jspec.rl.update`).
 
     Raises InputError for a bad argument, a prompt that does not fit the model's positions, a batch or slots that the
     mesh does not divide, and a draft made for another policy.

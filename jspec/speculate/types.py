@@ -11,7 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jspec.arguments import INT32, one_of, optional, random_key, settle, show, whole, whole_numbers, wrong
+from jspec.arguments import (
+    INT32,
+    is_whole,
+    one_of,
+    optional,
+    random_key,
+    settle,
+    show,
+    unmasked,
+    whole,
+    whole_numbers,
+    wrong,
+)
 from jspec.errors import InputError
 from jspec.model import Trunk
 from pallas_kernels import noise
@@ -76,8 +88,9 @@ class PromptBatch:
           sequence_ids: N distinct whole numbers below 2**31; 0..N-1 by default.
           buckets: ascending lengths to pad to.
 
-        Raises InputError for an empty batch, an empty prompt, text, ids that are no whole numbers or do not fit int32,
-        a prompt longer than the largest bucket, and an argument of another kind.
+        Raises InputError for an empty batch, an empty prompt, text, masked arrays, ids that are no whole numbers or do
+        not fit int32, a prompt longer than the largest bucket, and an argument of another kind. Ids that the policy
+        does not have, those below 0 among them, are refused by the rollout, which knows its vocabulary.
         """
         rows, group_size = _token_rows(prompts), _GROUP("group_size", group_size)
         buckets, pad_token = whole_numbers("buckets", buckets), whole()("pad_token", pad_token)
@@ -106,6 +119,7 @@ def _token_rows(prompts: Any) -> list[np.ndarray]:
         raise InputError(f"prompts is a {type(prompts).__name__}, and must be {expected}; give its [\"input_ids\"]")
     if isinstance(prompts, str | bytes | Mapping | Set):
         raise wrong("prompts", prompts, expected)
+    unmasked("prompts", prompts)
     try:
         prompts = list(np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts)
     except Exception:  # no collection, one that is traced, or what an object's own methods raise
@@ -122,15 +136,16 @@ def _token_row(i: int, prompt: Any) -> np.ndarray:
     if isinstance(prompt, numbers.Number | np.generic):
         raise InputError(f"prompt {i} is the number {show(prompt)}, and must be a list of token ids; a single prompt "
                          "is a batch too: [[1, 2, 3]]")
+    unmasked(f"prompt {i}", prompt)
     try:
         row = np.asarray(prompt)
         empty = len(prompt) == 0
-        has_flag = isinstance(prompt, list | tuple) and any(isinstance(token, bool) for token in prompt)
+        has_flag = isinstance(prompt, list | tuple) and any(isinstance(token, bool | np.bool_) for token in prompt)
     except Exception:  # lists of different lengths, traced values, or what an object's own methods raise
         raise wrong(f"prompt {i}", prompt, "a list of token ids") from None
     if empty:
         raise InputError(f"prompt {i} is empty; a prompt needs at least one token")
-    if row.ndim != 1 or not (np.issubdtype(row.dtype, np.integer) or row.dtype == object):
+    if row.ndim != 1 or not (is_whole(row.dtype) or row.dtype == object):
         raise InputError(f"prompt {i} must be a list of token ids, whole numbers, and not {row.dtype} of shape "
                          f"{row.shape}")
     if row.dtype == object or has_flag or row.max() > INT32 or row.min() < -INT32:

@@ -57,6 +57,7 @@ def run(model, prompts, tmp_path_factory):
     return json.loads((folder / "records.json").read_text()), out, err, folder / "plots" / "drafts.png"
 
 
+@pytest.mark.slow
 def test_a_record_for_every_variant(run):
     records, out, err, plot = run
     assert [(r["draft"], r["k"], r["temperature"]) for r in records] == [
@@ -70,6 +71,7 @@ def test_a_record_for_every_variant(run):
     assert err.count("untrained") == 1 and "--draft-path mtp=DIR" in err  # an n-gram draft has nothing to train
 
 
+@pytest.mark.slow
 def test_figures_hang_together(run):
     records = run[0]
     plain = {r["temperature"]: r for r in records if r["draft"] == "none"}

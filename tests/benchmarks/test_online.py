@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks import online
 from jspec.cli import guarded
 
@@ -12,6 +14,7 @@ SMALL = [str(ROOT / "configs/tiny.yaml"), f"data.source={ROOT}/configs/data/coun
          "draft.options.depths=1", "draft.every_n_steps=1", "data.prompts_per_step=2", "data.group_size=4"]
 
 
+@pytest.mark.slow
 def test_both_drafts_are_measured_on_the_same_policies(tmp_path):
     out, picture = tmp_path / "online.json", tmp_path / "online.png"
     assert online.main([*SMALL, "steps=3", "--every", "2", "--batches", "1", "--json", str(out), "--plot",

@@ -50,7 +50,20 @@ def test_paths_are_taken_as_they_are(tmp_path, monkeypatch):
 def test_a_model_that_is_not_there(name, text):
     with pytest.raises(InputError) as e:
         hub.load(name)
-    assert text in str(e.value) and "\n" not in str(e.value)
+    assert text in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_a_run_and_what_lies_in_it_are_no_models(tmp_path):
+    (tmp_path / "checkpoints" / "3" / "policy").mkdir(parents=True)
+    (tmp_path / "config.yaml").touch()
+    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3" / "policy"):
+        with pytest.raises(InputError, match=f"no model, but the training run {tmp_path} or a part of it"):
+            names.resolve(str(folder))
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").touch()
+    (tmp_path / "a.gguf").touch()
+    assert names.resolve(str(tmp_path / "exported")) == tmp_path / "exported"
+    assert names.resolve(str(tmp_path / "a.gguf")) == tmp_path / "a.gguf"
 
 
 def test_the_cache_directory(monkeypatch, tmp_path):

@@ -311,7 +311,7 @@ def answers(batch, temperature):
 @pytest.mark.filterwarnings("error")
 def test_temperatures_may_be_a_list():
     sampling = jspec.Sampling(max_new_tokens=4, temperature=[1, 0.5, 0, 1], top_p=(0.5, 1, 1, 1))
-    check(POLICY, None, BATCH, sampling, jspec.Speculation())
+    check(POLICY, None, BATCH, sampling, jspec.Speculation(), jspec.Batching())
     made = in_32_bits(BATCH, sampling)[1]
     assert (made.temperature.dtype, made.temperature.tolist(), made.top_p.shape) == (np.float32, [1, 0.5, 0, 1], (4,))
 

@@ -41,7 +41,7 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
         _check_leaf("top_p", sampling.top_p, rows, high=1)
     if sampling.limit is not None:
         _check_leaf("limit", sampling.limit, rows, low=1, high=sampling.max_new_tokens)
-        if not is_whole(getattr(sampling.limit, "dtype", np.asarray(sampling.limit).dtype)):
+        if not is_whole((sampling.limit if hasattr(sampling.limit, "dtype") else np.asarray(sampling.limit)).dtype):
             raise wrong("sampling limit", sampling.limit, "whole numbers", traceable=True)
     choose(spec.kernels)
     _check_tokens(config, batch, sampling)

@@ -100,11 +100,12 @@ def test_a_kernel_that_refuses(caplog):
     """Asked for by name it is an error; where the platform chose it, the reference runs and the log says so."""
     x = jnp.zeros((1, 1, 1, 8), jnp.float16)
     cache, lengths = jnp.zeros((1, 1, 16, 8), jnp.float16), jnp.zeros(1, jnp.int32)
+    table = jnp.zeros((1, 1), jnp.int32)
     policy = tiny.policy(11)
     with pytest.raises(InputError, match="not float16 and float16; set speculation.kernels=auto"):
-        kernels.attend(policy.replace(kernels=Implementation("tpu")), x, x, x, cache, cache, lengths)
+        kernels.attend(policy.replace(kernels=Implementation("tpu")), x, x, x, cache, cache, table, lengths)
     with caplog.at_level(logging.WARNING, "jspec"):
         out, *_ = kernels.attend(policy.replace(kernels=Implementation("tpu", fall_back=True)), x, x, x, cache, cache,
-                                 lengths)
+                                 table, lengths)
     assert out.shape == x.shape
     assert "the reference takes the place of a tpu kernel" in caplog.text and "float16" in caplog.text

@@ -29,7 +29,7 @@ from tests.speculate.ties import assert_same
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 ALL = [(kv_heads, sizes) for kv_heads in (8, 2) for sizes in MESHES]
-FEW = [(8, (2, 2, 2)), (2, (1, 1, 8))]
+FEW = [(8, (2, 2, 2))]
 SAMPLING = jspec.Sampling(max_new_tokens=8, stop_tokens=(3,))
 
 
@@ -158,7 +158,7 @@ def eight(code):
 @pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
     placed = eight(f"from tests.test_sharding import worker; worker({str(tmp_path)!r}, {cases!r})")
-    for kv_heads in (8, 2):
+    for kv_heads in sorted({n for n, _ in cases}):
         policy = make(kv_heads)
         one, plain, own = run(policy, "mtp"), run(policy, None), run(policy, "self")
         drawn = run(policy, "mtp", rule="rejection") if kv_heads == 8 else one
@@ -183,7 +183,8 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
                 np.testing.assert_allclose(data[name], x, rtol=0, atol=1e-5 * (1e-3 + np.abs(x).max()), err_msg=name)
     # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor alone
     assert placed["8-2x2x2"] == [[1, 32, 32], [1, 32, 32], [64, 32]]
-    assert placed["2-1x1x8"] == [[1, 8, 64], [1, 16, 64], [64, 8]]
+    if (2, (1, 1, 8)) in cases:  # KV heads on several shards each
+        assert placed["2-1x1x8"] == [[1, 8, 64], [1, 16, 64], [64, 8]]
     assert placed["gathers"] == 0  # of weights, in a layer
     assert "4 sequences" in placed["refused"] and "8 batch shards" in placed["refused"]
 

@@ -84,7 +84,7 @@ def check_summary(chip, seed, rows, chunks, dtype, rule, offset, banned, lone):
 FINISHED = dict(seed=1, rows=5, dtype="float32", banned=False, lone=True)  # a finished row's logits may be anything
 
 
-@few(25)
+@few(12)
 @given(cases)
 @example(dict(FINISHED, chunks=1.6, rule="rejection", offset=592))
 def test_summary_tpu(case):

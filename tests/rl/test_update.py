@@ -111,7 +111,8 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
     assert optax.tree.norm(of_draft) > 1e-3
 
 
-@pytest.mark.parametrize("drafter, options", [("mtp", {}), ("eagle3", dict(micro_batch=4, widths=(3,)))])
+@pytest.mark.parametrize("drafter, options", [
+    ("mtp", {}), pytest.param("eagle3", dict(micro_batch=4, widths=(3,)), marks=pytest.mark.slow)])
 def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, options):
     """The verifier's states are those of the update's forward, so the gradients are too, and the policy stays."""
     settings = dataclasses.replace(SETTINGS, draft_features="rollout", **options)

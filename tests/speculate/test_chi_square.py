@@ -67,7 +67,11 @@ LONG = [*CASES, *((draft, rule, 3, {"min_new_tokens": 1}) for draft in drafters.
         ("mtp", "coupled", 2, {"top_k": 3, "top_p": 0.9})]
 
 
-@pytest.mark.parametrize("draft, rule, k, sampling", CASES)
+QUICK = ("mtp", "ngram", "suffix", "self-reduced", "sharp")
+
+
+@pytest.mark.parametrize("draft, rule, k, sampling", [
+    pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow) for case in CASES])
 def test_rollout(draft, rule, k, sampling):
     check(draft, rule, k=k, samples=FEW, max_new_tokens=3, **sampling)
 

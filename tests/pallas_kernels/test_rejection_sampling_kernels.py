@@ -91,7 +91,7 @@ def test_summary_tpu(case):
     check_summary("tpu", **case)
 
 
-@few(4)
+@few(3)
 @given(cases)
 @example(dict(FINISHED, chunks=1, rule="coupled", offset=None))
 def test_summary_gpu(case):

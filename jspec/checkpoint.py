@@ -325,6 +325,12 @@ def _placed(specs: Any, config: ModelConfig) -> Any:
                         is_leaf=is_spec)
 
 
+def data_position(run_dir: str | Path) -> dict:
+    """Where a run's latest checkpoint stands in its data, as `PromptData.restore` takes it. Raises as `load_policy`
+    does."""
+    return _meta(run_dir)["data"]
+
+
 def policy_shape(run_dir: str | Path, dtype: str | None = None) -> Policy:
     """The policy of a run's latest checkpoint with `jax.ShapeDtypeStruct`s for weights. Arguments and errors are those
     of `load_policy`."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jspec
+from jspec.checkpoint import data_position
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import open_output, screen
@@ -43,6 +45,7 @@ def evaluate(arguments) -> int:
     check_reward(source.config.reward.function, source.config.data.source)
     if source.draft is not None:
         source.draft.check_finite(source.name)
+    check_kept(source)
     data = prompts_of(source)
     count = check_count(source, data, arguments.prompts)
     with telling(f"loading {arguments.source}"):
@@ -75,6 +78,22 @@ def check_code(source: Source, overrides: list[str], allowed: bool) -> None:
     say(f"grading with {function}")
 
 
+def check_kept(source: Source) -> None:
+    """Raise InputError if the data of a run that kept prompts are no longer those that it was trained on: others would
+    be held out now, and what it was trained on among them."""
+    own = source.own
+    if own is None or not own.data.held_out or not source.config.data.held_out or (
+            source.config.data.source != own.data.source):
+        return
+    training = PromptData(own.data, source.tokenizer, seed=own.seed)
+    try:
+        training.restore(data_position(Path(source.name).expanduser()))
+    except InputError:
+        raise InputError(f"{own.data.source} is no longer what {source.name} was trained on, so the prompts that it "
+                         "kept are not known any more; put it back as it was, or evaluate on a file of prompts that "
+                         "training never saw (data.source=..., data.held_out=0)") from None
+
+
 def prompts_of(source: Source) -> PromptData:
     """The prompts to answer, one a step: those that the run kept from training, else its own, in an order of their own
     (of procedural tasks: other questions), which is said of a run."""
@@ -82,9 +101,11 @@ def prompts_of(source: Source) -> PromptData:
     section = dataclasses.replace(config.data, prompts_per_step=1)
     held_out = bool(section.held_out)
     if own is not None and section.source == own.data.source:
-        if held_out and (section.held_out, config.seed) != (own.data.held_out, own.seed):
-            raise InputError(f"{source.name} kept data.held_out={own.data.held_out} prompts by seed={own.seed} from "
-                             "its training, and others were trained on; leave both as they are")
+        chosen = [(c.data.held_out, c.seed, c.data.options) for c in (config, own)]
+        if held_out and chosen[0] != chosen[1]:
+            options = f", of data.options={own.data.options}," if own.data.options else ""
+            raise InputError(f"{source.name} kept data.held_out={own.data.held_out} prompts by seed={own.seed}"
+                             f"{options} from its training, and others were trained on; leave that as it is")
         if not held_out:
             say(f"{source.name} kept no prompts from training (data.held_out=0): these are its training's")
     seed = config.seed if held_out else purpose_seed(config.seed, EVAL_KEY)

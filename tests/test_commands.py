@@ -16,7 +16,7 @@ from jspec.cli import main
 from jspec.commands import Timed, compare, speed_table
 from jspec.config import load_config
 from jspec.errors import InputError
-from jspec.evaluation import check_code, check_count, prompts_of
+from jspec.evaluation import check_code, check_count, check_kept, prompts_of
 from jspec.heads import files
 from jspec.hub import load_tokenizer
 from jspec.rl.prompts import PromptData
@@ -195,6 +195,22 @@ def test_evaluation_takes_what_was_held_out_and_a_runs_code_needs_permission(cap
     check_code(source, ["reward.function=mine.py:f"], False)
     check_code(dataclasses.replace(source, own=None), [], False)
     assert capsys.readouterr().err.count("grading with") == 3
+
+
+def test_prompts_are_held_out_of_the_data_that_a_run_was_trained_on(monkeypatch, tmp_path, model, task):
+    config = load_config(None, [*task, ("model.name", model), "data.held_out=2"])
+    source = dataclasses.replace(open_source(model, [*task, "data.held_out=2"]), own=config, name="RUN")
+    data = PromptData(config.data, source.tokenizer, seed=config.seed)
+    next(data)
+    monkeypatch.setattr("jspec.evaluation.data_position", lambda run: data.state())
+    check_kept(source)
+    with (tmp_path / "sums.jsonl").open("a") as file:  # which others would now be held out of
+        file.write('{"prompt": "6+1=", "answer": "7"}\n')
+    with pytest.raises(InputError, match="sums.jsonl is no longer what RUN was trained on"):
+        check_kept(source)
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, options={"size": 9}))
+    with pytest.raises(InputError, match="kept data.held_out=2 prompts by seed=0, of data.options={'size': 9}, from"):
+        prompts_of(dataclasses.replace(source, own=own))
 
 
 def test_a_runs_draft_that_is_not_finite_is_refused_where_it_drafts(model, task):

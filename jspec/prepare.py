@@ -71,7 +71,8 @@ def check_unbiased(config: Config) -> None:
     sampling = config.sampling
     cuts = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1, "min_new_tokens": sampling.min_new_tokens > 0,
             "temperature": sampling.temperature == 0}
-    named = [f"sampling.{name}={getattr(sampling, name):g}" for name, holds in cuts.items() if holds]
+    named = [f"sampling.{name}={str(getattr(sampling, name)).removesuffix('.0')}"
+             for name, holds in cuts.items() if holds]
     if named and not config.grpo.biased_sampling:
         raise InputError(f"{', '.join(named)}: answers would be drawn from another distribution than the one whose "
                          "gradient the update takes, which biases it; leave that out, or say grpo.biased_sampling=true")

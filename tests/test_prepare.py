@@ -25,7 +25,7 @@ def test_no_two_purposes_share_noise_and_none_is_a_step_s(seed):
     assert len(seeds) == len(numbers) and all(0 <= value < 2**32 and value != seed for value in seeds)
 
 
-@pytest.mark.parametrize("cut", ["top_k=2", "top_p=0.6", "min_new_tokens=2", "temperature=0"])
+@pytest.mark.parametrize("cut", ["top_k=2", "top_p=0.99999999", "top_p=0.6", "min_new_tokens=2", "temperature=0"])
 def test_training_on_answers_of_another_distribution_has_to_be_asked_for(cut):
     with pytest.raises(InputError, match=f"sampling.{cut}: .* biases it; .* grpo.biased_sampling=true"):
         prepare.check_unbiased(load_config(None, [f"sampling.{cut}"]))

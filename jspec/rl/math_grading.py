@@ -27,18 +27,19 @@ def math_verify(prompt: str, response: str, answer: str, finished: bool = True, 
     An expression is not an answer: where `answer` is a plain number, only a plain number is right, so neither "17 + 25"
     nor "84/2" is 42. Numbers are compared exactly, by these rules and not by math-verify's:
 
-    - 1,234 is 1234 ("1, 234" is two numbers), 1e3, 10^{3} and 1.0 \\times 10^{3} are 1000, 0.50, 1/2, \\frac{1}{2} and
-      2/4 are 0.5, 1 1/2 and 1\\frac{1}{2} are 1.5; 0.333333 is not 1/3. A comma is never a decimal point.
+    - 1,234 is 1234 ("1, 234" is two numbers), 1e3, 10^{3} and 1.0 \\times 10^{3} are 1000, 0.50, 1/2, 1 / 2, ½,
+      \\frac{1}{2} and 2/4 are 0.5, 1 1/2 and 1\\frac{1}{2} are 1.5; 0.333333 is not 1/3. A comma is never a decimal
+      point. A division is an expression where the prompt has it (10/4, 3 / 4), or a ÷.
     - A percent is a hundredth: 50% is 0.5, not 50.
-    - A unit after the number or a currency before it may be left out, not exchanged: where `answer` is 5 cm, 5 and 5 cm
+    - A unit after the number or a currency beside it may be left out, not exchanged: where `answer` is 5 cm, 5 and 5 cm
       are right, 5 m and 5 apples are not; where it is 5, any unit is.
     - 12:30, 3:4 and 213_4 equal only themselves: 3:4 is neither 3/4 nor 6:8.
 
     Of several answers the number must be right and each of them. A tuple (2, 3) and an interval [2, 3) have their
-    order and their brackets; a set \\{1, 2\\} and a list "1, 2" or "1 and 2" are the same, in any order; neither is the
-    tuple. x = 3 is right for 3, and 3 for x = 3; y = 3 for x = 3 is not. Words (\\text{Tuesday}, blue, the letter of a
-    choice as A or (A)) are compared as words, in capitals or not; without box or tag they count where they are the
-    response's last line, or its end behind "answer is" or "answer:".
+    order and their brackets; a set \\{1, 2\\} or {1, 2} and a list "1, 2" or "1 and 2" are the same, in any order;
+    neither is the tuple. x = 3 is right for 3, and 3 for x = 3; y = 3 for x = 3 is not. Words (\\text{Tuesday}, blue,
+    the letter of a choice as A or (A)) are compared as words, in capitals or not; without box or tag they count where
+    they are the response's last line, or its end behind "answer is" or "answer:" (or option, or choice).
 
     All else is a formula, which math-verify compares (a decimal with six places of it): 1 + x is x + 1, and 1.5\\pi is
     \\frac{3}{2}\\pi. One copied from the prompt, in another form than `answer`, is the question and not the answer.
@@ -203,6 +204,9 @@ def check_formula(text: str) -> None:
     """Raises ValueError where math-verify reads `text` as nothing, or as something else."""
     if re.fullmatch(SUM, text):
         raise ValueError("it is to be worked out")
+    bare = re.sub(r"\\text ?\{[^{}]*\}", "", text)
+    if re.search(BESIDE, bare):
+        raise ValueError("what stands side by side in it would be multiplied")
     parsed = parse_formula(text)
     letters = set(re.findall(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", text).lower()))
     lost = letters - set(str(parsed).lower())
@@ -210,6 +214,8 @@ def check_formula(text: str) -> None:
         raise ValueError(f"it would be taken for {parsed}")
 
 
+BESIDE = r"(?<![\w.^\\])(?:\d[\d.,]* +\d|[A-Za-z]{2,} +[A-Za-z]{2})"
+"""Numbers or words that computer algebra takes for a product: 1 000 000 is 0 to it, and words are letters."""
 SUM = r"[-+]?[\d., ]*\d(?: ?[-+] ?\d[\d.,]*)+"
 
 

@@ -37,7 +37,8 @@ class Words(Answer):
 
 @dataclasses.dataclass(frozen=True)
 class Number(Answer):
-    """A plain number. `unit` is "" where there is none; `reduced` is false for a fraction such as 2/4."""
+    """A plain number. `unit` is "" where there is none; `reduced` is false for a fraction such as 2/4 or 3 / 4, which
+    may be a division that the prompt asks for."""
 
     value: Fraction
     unit: str = ""
@@ -109,6 +110,9 @@ NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text ?\{[^{}]*\}|[A-Za-z][a-z]+)(?: ?
 
 def read_structure(text: str) -> Answer | None:
     """A list, a chain of equations, a union, what one pair of brackets encloses, or else a formula."""
+    inside = unwrapped(text)
+    if inside:
+        return inside
     member = MEMBER.match(text)
     if member:
         return read_clean(text[member.end():])
@@ -133,6 +137,19 @@ def read_structure(text: str) -> Answer | None:
         if (opening, closing) == ("(", ")"):
             return read_clean(inside)
     return Formula(text)
+
+
+def unwrapped(text: str) -> Answer | None:
+    """What stands in braces or in a font that enclose all of `text`; None for words and what is not enclosed.
+
+    LaTeX does not show the braces; as text {1, 2} is a set, and no set but a list is read: they are the same.
+    """
+    within = enclosed(text.removeprefix(r"\text").lstrip())
+    if not within or within[::2] != ("{", "}"):
+        return None
+    inside = read_clean(within[1])
+    words = isinstance(inside, Formula) and re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}", inside.text)
+    return None if words and text.startswith(r"\text") else inside
 
 
 def group(text: str, opening: str, items: list[str], closing: str) -> Group | None:
@@ -181,9 +198,9 @@ WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 POWER = r"10 ?\^ ?(?:\{ ?(?P<power>[-+]?\d+) ?\}|(?P<digits>[-+]?\d+))"
 FORMS = [re.compile(form) for form in (
     rf"(?:(?P<whole>{WHOLE}) ?)?\\frac ?\{{ ?(?P<top>-?\d+) ?\}} ?\{{ ?(?P<bottom>\d+) ?\}}",
-    rf"(?:(?P<whole>{WHOLE}) )?(?P<top>\d+)/(?P<bottom>\d+)",
+    rf"(?:(?P<whole>{WHOLE}) )?(?P<top>\d+) ?/ ?(?P<bottom>\d+)",
     POWER,
-    rf"(?P<decimal>{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE](?P<e>[-+]?\d+)(?!\w)| ?(?:\\times|\\cdot|\*) ?{POWER})?",
+    rf"(?P<decimal>{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE](?P<e>[-+]?\d+)(?!\w)|(?: ?(?:\\times|\\cdot|\*) ?| x |x){POWER})?",
 )]
 
 
@@ -200,7 +217,8 @@ def read_number(text: str) -> Number | None:
         return None
     scale, unit = tail
     negative = "-" in (start["sign"], start["inner"])
-    reduced = "top" not in found or size.denominator == int(found["bottom"])
+    divided = " /" in form[0] or "/ " in form[0]
+    reduced = "top" not in found or (size.denominator == int(found["bottom"]) and not divided)
     return Number(text, (-size if negative else size) * scale, unit or MONEY.get(start["money"], ""), reduced)
 
 
@@ -231,6 +249,8 @@ def scale_and_unit(rest: str) -> tuple[Fraction, str] | None:
     words = rest.strip()
     if PERCENT.fullmatch(words):
         return Fraction(1, 100), ""
+    if words in MONEY:
+        return Fraction(1), MONEY[words]
     degree = DEGREE.fullmatch(words)
     if degree:
         return Fraction(1), "degree" + (degree[1] or "").lower()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from jspec.rl.math_reading import Answer, Equation, Number, read
-from jspec.rl.math_spelling import CHARACTERS, CLOSING, OPENING, clean
+from jspec.rl.math_spelling import CLOSING, OPENING, clean, plain_characters
 
 TAIL = 1000
 """Characters at the end of a response among which its last stated value is looked for."""
@@ -48,14 +48,16 @@ TOKEN = re.compile(r"""
 LAYOUT = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in [
     (r"\\\[.*?\\\]|\$\$.*?\$\$|\\begin\{.*?\\end\{", lambda match: match[0].replace("\n", " ")),
     (r"(?m)^[ \t]*[-*+•][ \t]+", ""),  # of a list
-    (r"(?<![\w)}])\*\*|\*\*(?![\w({\\])", ""),  # bold; 2**3 stays
+    (r"(?<![\w)}])\*\*|\*\*(?![\w({\\]|-\d)", ""),  # bold; 2**3 stays
+    (r"(?i)(?<!\w)(?:(?:a )?negative|minus) +(?=[\d.])", "-"),
 ]]
 STOPS = set(".:;")
-"""What ends a stretch where a blank or a line's end follows."""
+"""What ends a stretch where a blank or a line's end follows, unless it stands in a bracket."""
 OPERATORS = set("+-*/^=<>")
 NAMES = {"pi", "sqrt", "infinity"} | {"sin", "cos", "tan", "log", "ln", "exp"}
 CONNECTORS = {"and", "or"}
 ARTICLES = {"a", "A", "I"}
+NUMBERED = re.compile(r"[^\W\d_]\d*")
 
 
 def last_value(response: str) -> Answer | None:
@@ -72,7 +74,7 @@ def last_value(response: str) -> Answer | None:
     whole = read(tail) if len(response) <= TAIL else None
     if isinstance(whole, Number):  # its unit may have signs that end a stretch within words, as km/h has
         return whole
-    stretches = list(mathematics(tail.translate(CHARACTERS)))
+    stretches = list(mathematics(plain_characters(tail)))
     if not stretches:
         return read(tail)
     stretch, following = stretches[-1]
@@ -101,7 +103,7 @@ def mathematics(text: str) -> Iterator[tuple[str, str]]:
         elif kind == "word" and is_symbol(token, tokens, place):
             kind = "math"
         step = (token in OPENING) - (token in CLOSING)
-        stops = depth + step < 0 or (token in STOPS and tokens[place + 1][0] in ("gap", "other"))
+        stops = depth + step < 0 or (depth == 0 and token in STOPS and tokens[place + 1][0] in ("gap", "other"))
         if kind == "gap" or (kind == "math" and not stops):
             stretch, depth = stretch + token, depth + step
             continue
@@ -111,14 +113,16 @@ def mathematics(text: str) -> Iterator[tuple[str, str]]:
 
 
 def is_symbol(word: str, tokens: list[tuple[str, str]], place: int) -> bool:
-    """A word that is mathematics: a function's name, a letter, what a formula consists of ($xy$), or what is written
-    right behind a number (2k, 5cm)."""
-    if word in NAMES or (place and tokens[place - 1][1][-1].isdigit()):
+    """A word that is mathematics: a function's name, a letter, with an index too, what a formula consists of ($xy$), or
+    what is written right behind a number (2k, 5cm)."""
+    if word.partition("_")[0] in NAMES or (place and tokens[place - 1][1][-1].isdigit()):
         return True
     beside = [token for _, token in tokens[max(0, place - 2):place] + tokens[place + 1:place + 3]]
     if place and tokens[place - 1][1] == "$" == tokens[place + 1][1]:
         return True
-    return len(word) == 1 and (word not in ARTICLES or any(token in OPERATORS for token in beside))
+    if len(word.partition("_")[0]) == 1 and word not in ARTICLES:
+        return True
+    return bool(NUMBERED.fullmatch(word)) and any(token in OPERATORS for token in beside)
 
 
 LEADING = re.compile(r"^(?:[ \t,;:*'_]|\.(?!\d)|(?<=\.)\.)*")  # the point of .5 is its own
@@ -133,7 +137,7 @@ def trimmed(stretch: str, following: str) -> Iterator[tuple[str, str]]:
         yield stretch, following
 
 
-ANCHOR = re.compile(r"(?:answer(?: is)?|=)\s*:?\s*([^.:=\n]+)$", re.IGNORECASE)
+ANCHOR = re.compile(r"(?:(?:answer|option|choice)(?: is)?|=)\s*:?\s*([^.:=\n]+)$", re.IGNORECASE)
 
 
 def last_words(response: str) -> Answer | None:

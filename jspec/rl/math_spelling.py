@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "‐": "-", "‑": "-", "⁄": "/", "∕": "/", "＝": "=", "≈": r"\approx ", "×": r"\times ",
-    "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "°": r"^{\circ}",
+    "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "°": r"^{\circ}",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-    "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "²": "^{2}", "³": "^{3}", "％": "%", "\u00a0": " ",
-    "\u2009": " ", "\u202f": " ", "\u200b": "",
+    "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4",
+    "¾": " 3/4", "％": "%", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
 })
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
+EXPONENT = re.compile(f"[{RAISED}]+")
+LOWERED = str.maketrans(RAISED, "0123456789+-")
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\\[|\\\]|\\\(|\\\)|\$\$", " "),
     (r"\\\$", "$ "),  # money, now that a $ around a formula is told from it by the blank
@@ -28,10 +31,13 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\(?:le|ge)slant(?![A-Za-z])", lambda match: match[0][:3] + " "),
     (r"(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
     (r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
+    (r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp)(?= ?[_({\\\d]| [a-z](?![A-Za-z]))", r"\\\1 "),
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt ?(\d+|[a-z](?![A-Za-z]))", r"\\sqrt{\1}"),
     (r"\\(langle|rangle)(?![A-Za-z])", lambda match: "⟨" if match[1] == "langle" else "⟩"),
     (r"\s+", " "),
+    (r"\^ ?(-\d+)", r"^{\1}"),
+    (r"(?<=[\w)}]) ?\*\* ?(?:\((-?\w+)\)|(-?\w+))", lambda match: f"^{{{match[1] or match[2]}}}"),
 ]]
 QUOTED = re.compile(r"(\*{1,3}|_{2}|`{1,3}|[\"“”'‘])(.+?)(\*{1,3}|_{2}|`{1,3}|[\"“”'’])", re.DOTALL)
 BRACKETS = re.compile(r"\\[{}]|\\(begin|end)(?![A-Za-z])|\\.|[()\[\]{}⟨⟩]")
@@ -53,12 +59,17 @@ def clean(text: str) -> str:
 
 def spell(text: str) -> str:
     """`text` in one spelling, nothing stripped from its ends."""
-    text = text.translate(CHARACTERS)
+    text = plain_characters(text)
     if text.replace(r"\$", "").count("$") % 2 == 0:  # pairs of them are math mode, a lone one is money
         text = re.sub(r"(?<!\\)\$", " ", text)
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     return text
+
+
+def plain_characters(text: str) -> str:
+    """`text` without the characters that LaTeX has commands for."""
+    return EXPONENT.sub(lambda raised: f"^{{{raised[0].translate(LOWERED)}}}", text).translate(CHARACTERS)
 
 
 def squeeze(text: str) -> str:
@@ -95,7 +106,7 @@ def enclosed(text: str) -> tuple[str, str, str] | None:
         if match.start() == 0:
             opening = match
         elif depth == 0:
-            if match.end() == len(text) and text.startswith(("(", "[", r"\{", "⟨")):
+            if match.end() == len(text) and text.startswith(("(", "[", "{", r"\{", "⟨")):
                 return opening[0], text[opening.end():match.start()], match[0]
             return None
     return None

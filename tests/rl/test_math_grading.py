@@ -60,6 +60,19 @@ RULES = {  # kind: (response, answer, is it right?)
         ("The answer is Tuesday.", r"\text{Tuesday}", 1), ("It is not Tuesday", "Tuesday", 0), ("seat", "east", 0),
         ("The answer is (B).", "B", 1), (r"\boxed{\text{(B)}}", "(B)", 1), ("no", "No", 1), ("forty-two", "42", 0),
     ],
+    "spellings": [
+        ("3 / 4", "3/4", 1), ("It is 3 / 4 cup.", "3/4", 1), ("84 / 2", "42", 0), ("3 ÷ 4", "0.75", 0),
+        ("3 / 4", "3", 0),
+        ("2 ½", "5/2", 1), ("The answer is 2 ½.", "2", 0), ("{3, 2, 1}", r"\{1,2,3\}", 1), ("{1, 2}", "(1, 2)", 0),
+        ("S = {1, 2, 4}", r"\{1,2,3\}", 0), (r"\text{42}", "42", 1), (r"\boxed{\mathbf{\frac{3}{4}}}", "3/4", 1),
+        (r"\boxed{{42}}", "42", 1), (r"\text{17 + 25}", "42", 0), (r"\text{42, 43}", "42", 0), ("5 €", "5", 1),
+        ("5 €", r"\$5", 0), ("The answer is minus 42.", "42", 0), ("negative 42", "-42", 1), ("x⁴", "x^4", 1),
+        ("10⁻³", "0.001", 1), ("10¹²", "10", 0), ("6.02 x 10^23", "6.02e23", 1), ("x_1 = 1, x_2 = 2", "2", 0),
+        ("x_{1} = 1, x_{2} = 2", "2", 0), ("log_2(3)", r"\log_{2} 3", 1), ("x**12 + 1", "1 + x^{12}", 1),
+        ("2**10", "1024", 0), ("10**-3", "0.001", 1), ("x^-2", "x^{-2}", 1),
+        ("x1 = 1 and x2 = 2", "1, 2", 1), ("The point is (2; 3).", "3", 0), ("ln(2)", r"\ln 2", 1),
+        ("The correct option is (C).", "C", 1),
+    ],
     "formulas": [
         ("2", "2t", 0), ("2h", "2h", 1), ("3√13", r"3\sqrt{13}", 1), ("9i + 6", "6+9i", 1), ("6.283185", r"2\pi", 1),
         ("6.28", r"2\pi", 0), ("sqrt(2)", r"\sqrt{2}", 1), ("infinity", r"\infty", 1), ("x² + 1", "x^2+1", 1),
@@ -101,6 +114,7 @@ def test_what_is_copied_from_the_prompt_is_no_answer():
     assert math_verify("Expand $(x + 1)^2$.", "(x+1)^2", "x^2+2x+1") == 0
     assert math_verify("Expand $(x + 1)^2$.", "1 + 2x + x^2", "x^2+2x+1") == 1
     assert math_verify("What is 10/4 as a decimal?", "10/4", "2.5") == 0
+    assert math_verify("What is 3 / 4?", "3 / 4", "0.75") == 0
     assert math_verify("Which is it, 1/2 or 1/3?", "1/2", "0.5") == 1
 
 
@@ -117,7 +131,8 @@ def test_of_a_cut_response_only_what_is_whole_counts(response, reward):
     ("", "empty"), ("   ", "empty"), ("?", "no formula"), (r"\frac{1}{", "no formula"), ("17 + 25", "to be worked out"),
     ("2024-05-01", "to be worked out"), (r"\sum_{k=1}^{9} k", r"\\sum is not known"), ("9^{9^{9}}", "too large"),
     ("(9!)!", "too large"), ("x" * 2000, "too long"), ("(" * 50 + "1" + ")" * 50, "too long"),
-    ("1, \\frac{", "no formula"),
+    ("1, \\frac{", "no formula"), ("1 000 000", "multiplied"), ("4\n2", "multiplied"),
+    ("The answer is 42", "multiplied"),
 ])
 def test_answers_that_are_refused(answer, why):
     with pytest.raises(ValueError, match=f"(?s)cannot read the answer .*{why}"):

@@ -26,6 +26,7 @@ from jspec.rl.prompts import PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_reward
 from jspec.settings import Override
 from jspec.sources import Source, open_source
+from jspec.speculate.arguments import check_stops
 
 PROMPTS = 64
 """How many prompts, if nothing is said and the data has as many."""
@@ -45,6 +46,7 @@ def evaluate(arguments) -> int:
     check_reward(source.config.reward.function, source.config.data.source)
     if source.draft is not None:
         source.draft.check_finite(source.name)
+    check_stops(source.shape.config, make_sampling(source.config))
     check_kept(source)
     data = prompts_of(source)
     count = check_count(source, data, arguments.prompts)

@@ -24,6 +24,7 @@ from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_p
 from jspec.rl.rewards import check_reward
 from jspec.sharding import batch_shards, check_mesh, check_rows
 from jspec.speculate import Batching, Sampling, Speculation
+from jspec.speculate.arguments import check_stops
 from pallas_kernels.noise import seed_key
 
 POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY = range(2**32 - 1, 2**32 - 8, -1)
@@ -55,6 +56,7 @@ def check(config: Config, mesh: Mesh) -> None:
                          "change rollout.slots or the mesh")
     model = model_config(config)
     check_mesh(model, mesh)
+    check_stops(model, make_sampling(config))
     check_draft(config, model)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > model.max_position_embeddings:

@@ -8,6 +8,7 @@ from benchmarks.shapes import SHAPES
 from jspec import prepare
 from jspec.config import load_config
 from jspec.errors import InputError
+from jspec.sharding import make_mesh
 from pallas_kernels.noise import seed_key
 
 PURPOSES = [name for name in vars(prepare) if name.endswith("_KEY")]
@@ -34,6 +35,11 @@ def test_training_on_answers_of_another_distribution_has_to_be_asked_for(cut):
 
 def test_a_temperature_is_no_bias_for_the_update_divides_by_it_too():
     prepare.check_unbiased(load_config(None, ["sampling.temperature=0.5", "sampling.top_p=1"]))
+
+
+def test_stop_tokens_that_the_model_has_not_are_refused_without_weights():
+    with pytest.raises(InputError, match="stop token 12 is outside the model's vocabulary of 12"):
+        prepare.check(load_config("configs/tiny.yaml", ["sampling.stop_tokens=[1, 12]"]), make_mesh())
 
 
 @pytest.mark.parametrize(("override", "message"), [

@@ -22,9 +22,10 @@ from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.output_dir import claimed, written
-from jspec.prepare import check_draft, make_policy, model_config
+from jspec.prepare import check_draft, make_policy, make_sampling, model_config
 from jspec.progress import telling
 from jspec.settings import refuse_changes, to_yaml
+from jspec.speculate.arguments import check_stops
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ def train_draft(config: DraftTrainingConfig) -> int:
     with claimed(directory, names=WRITTEN, folders=()):
         begin(config, directory)
         tokenizer = hub.load_tokenizer(config.model.tokenizer or config.model.name)
-        check_draft(config, model_config(config))
+        model = model_config(config)
+        check_stops(model, make_sampling(config))
+        check_draft(config, model)
         with telling(f"loading {config.model.name}"):
             policy = make_policy(config, tokenizer)
             check_finite(config.model.name, policy.weights, "take another model")

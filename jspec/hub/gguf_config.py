@@ -37,6 +37,11 @@ def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     if whole(own, "expert_count", 0, _WHERE, least=0):
         raise InputError("a GGUF with a mixture of experts is not supported")
 
+    window = whole(own, "attention.sliding_window", 0, _WHERE, least=0)
+    if 0 < window < whole(own, "context_length", where=_WHERE):
+        raise InputError(f"sliding-window attention (window {window}) of a GGUF is not supported; supported: full "
+                         "attention")
+
     def size(key: str, default: int | None = None) -> int:
         return whole(own, key, default, _WHERE)
 

@@ -159,6 +159,11 @@ def _check_tokens(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -
     if tokens is not None and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
         raise InputError(f"prompt token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is outside the "
                          f"model's vocabulary of {config.vocab_size}; was it made with another tokenizer?")
+    check_stops(config, sampling)
+
+
+def check_stops(config: ModelConfig, sampling: Sampling) -> None:
+    """Raise InputError for stop tokens that the model has not, or that leave nothing to sample."""
     for token in sampling.stop_tokens or ():
         if token >= config.vocab_size:
             raise InputError(f"stop token {token} is outside the model's vocabulary of {config.vocab_size}")

@@ -91,6 +91,7 @@ def test_a_scaling_that_is_not_followed_is_refused(scaling, text):
     ({"llama.context_length": "long"}, "has 'long' as context_length"),
     ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "has nan as attention.layer_norm_rms_epsilon"),
     ({"llama.rope.dimension_count": 4}, "rotates 4 of 8 dimensions"),
+    ({"llama.attention.sliding_window": 8}, "sliding-window attention .window 8. of a GGUF is not supported"),
     ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id must be an integer"),
     ({"tokenizer.ggml.padding_token_id": "x"}, "has 'x' as tokenizer.ggml.padding_token_id"),
     ({"general.architecture": 7}, "GGUF architecture 7 is not supported"),

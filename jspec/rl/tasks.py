@@ -53,6 +53,9 @@ class ReasoningGym(Sequence):
         if further and isinstance(self.options["size"], int):
             self.options["size"] += further
         check_repeatable(task, self.options)
+        for name in ("seed", "size"):  # what a task says of another type names neither
+            if not isinstance(value := self.options.get(name, 0), int) or isinstance(value, bool):
+                raise InputError(f"data.options.{name}={value!r} of {task!r} must be a whole number")
         if importlib.util.find_spec("reasoning_gym") is None:
             import_gym()
         self.lock = threading.Lock()

@@ -139,6 +139,9 @@ def test_mistakes_are_told_by_the_process(gym):
         ReasoningGym("chainsum", {"seed": 0})
     with pytest.raises(InputError, match="data.options.size=0 leaves 'say' without questions"):
         ReasoningGym("say", {"seed": 0, "size": 0})
+    for options in ({"size": 2.5}, {"size": None}, {"seed": "x"}, {"seed": True}):
+        with pytest.raises(InputError, match=f"data.options.{next(iter(options))}=.* of 'say' must be a whole number"):
+            ReasoningGym("say", {"seed": 0} | options)
 
 
 @pytest.mark.parametrize(

@@ -28,21 +28,24 @@ def math_verify(prompt: str, response: str, answer: str, finished: bool = True, 
     nor "84/2" is 42. Numbers are compared exactly, by these rules and not by math-verify's:
 
     - 1,234 is 1234 ("1, 234" is two numbers), 1e3, 10^{3} and 1.0 \\times 10^{3} are 1000, 0.50, 1/2, 1 / 2, ½,
-      \\frac{1}{2} and 2/4 are 0.5, 1 1/2 and 1\\frac{1}{2} are 1.5; 0.333333 is not 1/3. A comma is never a decimal
-      point. A division is an expression where the prompt has it (10/4, 3 / 4), or a ÷.
+      \\frac{1}{2} and 2/4 are 0.5, 1 1/2, 1\\frac{1}{2} and "1 and a half" are 1.5, 0.\\overline{3} is 1/3 and
+      0.333333 is not. A comma is never a decimal point. A division is an expression where the prompt has it (10/4,
+      3 / 4), or a ÷.
     - A percent is a hundredth: 50% is 0.5, not 50.
     - A unit after the number or a currency beside it may be left out, not exchanged: where `answer` is 5 cm, 5 and 5 cm
       are right, 5 m and 5 apples are not; where it is 5, any unit is.
     - 12:30, 3:4 and 213_4 equal only themselves: 3:4 is neither 3/4 nor 6:8.
 
-    Of several answers the number must be right and each of them. A tuple (2, 3) and an interval [2, 3) have their
-    order and their brackets; a set \\{1, 2\\} or {1, 2} and a list "1, 2" or "1 and 2" are the same, in any order;
-    neither is the tuple. x = 3 is right for 3, and 3 for x = 3; y = 3 for x = 3 is not. Words (\\text{Tuesday}, blue,
-    the letter of a choice as A or (A)) are compared as words, in capitals or not; without box or tag they count where
-    they are the response's last line, or its end behind "answer is" or "answer:" (or option, or choice).
+    Of several answers the number must be right and each of them. A tuple (2, 3) and an interval [2, 3) have their order
+    and their brackets; a set \\{1, 2\\} or {1, 2} and a list "1, 2" or "1 and 2" are the same, in any order (but where
+    `answer` is x = 2, y = 3 it is not 3, 2); neither is the tuple. x = 3 is right for 3, and 3 for x = 3; y = 3 for x =
+    3 is not. Words (\\text{Tuesday}, blue, the letter of a choice as A or (A)) are compared as words, in capitals or
+    not; without box or tag they count where they are the response's last line, or its end behind "answer is" or
+    "answer:" (or option, or choice).
 
     All else is a formula, which math-verify compares (a decimal with six places of it): 1 + x is x + 1, and 1.5\\pi is
-    \\frac{3}{2}\\pi. One copied from the prompt, in another form than `answer`, is the question and not the answer.
+    \\frac{3}{2}\\pi. R and r are two letters, and within a sine degrees count. One copied from the prompt, in another
+    form than `answer`, is the question and not the answer.
 
     Args:
         prompt: the prompt's text.
@@ -130,7 +133,7 @@ def same(gold: Answer, said: Answer) -> bool:
     if isinstance(gold, Numeral):
         return isinstance(said, Numeral) and gold.parts == said.parts and same_unit(gold.unit, said.unit)
     if isinstance(gold, Words):
-        return isinstance(said, Words) and gold.text == said.text
+        return gold.text == said.text.casefold()
     if isinstance(gold, Group) and isinstance(said, Group):
         return same_groups(gold, said)
     inequality = any(isinstance(side, Formula) and INEQUALITY.search(side.text) for side in (gold, said))
@@ -138,7 +141,11 @@ def same(gold: Answer, said: Answer) -> bool:
 
 
 def alike(gold: Answer, said: Answer) -> bool:
-    return type(gold) is type(said) and squeeze(gold.text) == squeeze(said.text)
+    return type(gold) is type(said) and re.sub(BLANK, "", gold.text) == re.sub(BLANK, "", said.text)
+
+
+BLANK = r" (?!(?<=[\d.,] )\d)"
+"""One that says nothing: 3 1/2 is not 31/2, nor 1, 234 the number 1,234."""
 
 
 INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne)(?![A-Za-z])")
@@ -152,7 +159,9 @@ def same_groups(gold: Group, said: Group) -> bool:
     brackets = [("", "") if group.opening == r"\{" else (group.opening, group.closing) for group in (gold, said)]
     if brackets[0] != brackets[1] or len(gold.items) != len(said.items):
         return False
-    if gold.opening not in ("", r"\{", "∪"):
+    names = {item.left for item in gold.items if isinstance(item, Equation) and item.named}
+    nameless = len(names) > 1 and not all(isinstance(item, Equation) for item in said.items)
+    if nameless or gold.opening not in ("", r"\{", "∪"):  # of x = 2, y = 3 the order says which is x
         return all(map(same, gold.items, said.items))
     left = list(said.items)
     for item in gold.items:
@@ -175,7 +184,7 @@ def equal_formulas(gold: str, said: str) -> bool:
 COMMANDS = set((
     "frac sqrt pi infty cdot times div pm mp circ text in cup cap setminus emptyset varnothing mathbb overline bar "
     "le ge ne lt gt approx sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp binom lfloor rfloor "
-    "lceil rceil begin end vert lvert rvert mid prime alpha beta gamma delta epsilon varepsilon zeta eta theta iota "
+    "lceil rceil begin end vert lvert rvert mid alpha beta gamma delta epsilon varepsilon zeta eta theta iota "
     "kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
 ).split())
 """Of LaTeX, which a formula may hold: those of algebra. Others, such as sums, could calculate without end."""
@@ -189,15 +198,26 @@ MAX_EXPANDED = 20
 
 @functools.cache
 def library():
-    """math-verify and how it is asked: told nothing but the formula, it takes the whole of it or nothing, and strips no
-    units, as which it takes letters too (2h for 2)."""
-    import math_verify
-    from latex2sympy2_extended import NormalizationConfig
+    """math-verify's `verify`, and its parser as it is asked here: it takes the whole of a formula or nothing, strips no
+    units, as which it takes letters too (2h for 2), and does not take R for r."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    from math_verify import verify
+    from math_verify.grader import should_treat_as_complex
 
     # Its own time-outs are alarm signals, off here: the pool has one. It warns of that at every call.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
-    return math_verify, [math_verify.LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)]
+
+    def parse(text: str):
+        return latex2sympy(text, is_real=not should_treat_as_complex(text), convert_degrees=bool(SINE.search(text)),
+                           normalization_config=spelling, conversion_config=ConversionConfig(lowercase_symbols=False))
+
+    return verify, parse
+
+
+SINE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+"""Of 30^\\circ within one the degrees count; else they are a unit, which may be left out."""
 
 
 def check_formula(text: str) -> None:
@@ -208,13 +228,14 @@ def check_formula(text: str) -> None:
     if re.search(BESIDE, bare):
         raise ValueError("what stands side by side in it would be multiplied")
     parsed = parse_formula(text)
-    letters = set(re.findall(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", text).lower()))
+    bare = re.sub(r"\\mathbb ?\{.\}|\\[A-Za-z]+", " ", text).lower()
+    letters = set(re.findall(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", bare))
     lost = letters - set(str(parsed).lower())
     if lost or not verified(parsed, parsed):
         raise ValueError(f"it would be taken for {parsed}")
 
 
-BESIDE = r"(?<![\w.^\\])(?:\d[\d.,]* +\d|[A-Za-z]{2,} +[A-Za-z]{2})"
+BESIDE = r"(?<![\w.^\\])(?:\d[\d.,]* +\d|[A-Za-z]{2,} +[A-Za-z]{2}|[A-Za-z]{3,} +\d)"
 """Numbers or words that computer algebra takes for a product: 1 000 000 is 0 to it, and words are letters."""
 SUM = r"[-+]?[\d., ]*\d(?: ?[-+] ?\d[\d.,]*)+"
 
@@ -227,16 +248,18 @@ def parse_formula(text: str):
         raise ValueError(f"\\{min(unknown)} is not known here")
     if len(text) > MAX_FORMULA or text.count("^") > MAX_POWERS:
         raise ValueError("it is too long for a formula")
-    if "$" in text or re.search(r"\\binom(?! ?\{ ?\w{1,3} ?\} ?\{ ?\w{1,3} ?\})", text):
+    if "$" in text or ":" in text or re.search(r"\\binom(?! ?\{ ?\w{1,3} ?\} ?\{ ?\w{1,3} ?\})", text):
         raise ValueError("it is no formula")
-    math_verify, config = library()
-    parsed = math_verify.parse(f"${text}$", config, fallback_mode="no_fallback", extraction_mode="first_match",
-                               parsing_timeout=None)
-    if not parsed:
-        raise ValueError("it is no formula")
-    if not digits(parsed[0]) <= MAX_DIGITS:
+    if "'" in text:
+        raise ValueError("what is primed would lose its prime")
+    _, parse = library()
+    try:
+        parsed = parse(text)
+    except Exception:  # the parser has no class of its own for what it cannot read
+        raise ValueError("it is no formula") from None
+    if not digits(parsed) <= MAX_DIGITS:
         raise ValueError("its value is too large to compare")
-    return parsed[0]
+    return parsed
 
 
 def digits(expression) -> float:
@@ -259,5 +282,7 @@ def digits(expression) -> float:
 
 
 def verified(gold, said) -> bool:
-    math_verify, _ = library()
-    return math_verify.verify(gold, said, timeout_seconds=None, allow_set_relation_comp=True)
+    verify, _ = library()
+    if getattr(gold, "is_Symbol", False) and getattr(said, "is_Symbol", False):
+        return gold.name == said.name  # it would take \\Delta for \\delta
+    return verify(gold, said, timeout_seconds=None, allow_set_relation_comp=True)

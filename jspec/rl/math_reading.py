@@ -64,7 +64,8 @@ class Equation(Answer):
 
 @dataclasses.dataclass(frozen=True)
 class Group(Answer):
-    """Several answers within brackets: a tuple, an interval, a set; "" for the brackets of a list, "∪" of a union."""
+    """Several answers within brackets: a tuple, an interval, a set; "" for the brackets of a list, "∪" of a union, ":"
+    of a ratio."""
 
     opening: str
     items: tuple[Answer, ...]
@@ -109,7 +110,8 @@ NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text ?\{[^{}]*\}|[A-Za-z][a-z]+)(?: ?
 
 
 def read_structure(text: str) -> Answer | None:
-    """A list, a chain of equations, a union, what one pair of brackets encloses, or else a formula."""
+    """A list, a chain of equations, a union, a ratio of letters, what one pair of brackets encloses, or else a
+    formula."""
     inside = unwrapped(text)
     if inside:
         return inside
@@ -124,6 +126,9 @@ def read_structure(text: str) -> Answer | None:
     if len(sides) > 1 and not re.search(r"[<>!]$", sides[0]):
         right, left = read_clean(sides[-1]), sides[0].strip()
         return right and Equation(text, squeeze(left), right, not left or bool(NAME.fullmatch(left)))
+    terms = list(split(text, ":"))
+    if len(terms) > 1:
+        return group(text, ":", terms, ":")
     if r"\pm" in text:
         signs = (("+", "-"), ("-", "+"))
         items = [text.replace(r"\pm", upper).replace(r"\mp", lower).removeprefix("+") for upper, lower in signs]
@@ -140,16 +145,24 @@ def read_structure(text: str) -> Answer | None:
 
 
 def unwrapped(text: str) -> Answer | None:
-    """What stands in braces or in a font that enclose all of `text`; None for words and what is not enclosed.
+    """What stands in braces or in a font that enclose all of `text`; None for what is not enclosed.
 
-    LaTeX does not show the braces; as text {1, 2} is a set, and no set but a list is read: they are the same.
+    LaTeX does not show the braces; as text {1, 2} is a set, and no set but a list is read: they are the same. As text
+    H2O and 2020-01-02 are no formulas, but words.
     """
     within = enclosed(text.removeprefix(r"\text").lstrip())
     if not within or within[::2] != ("{", "}"):
         return None
     inside = read_clean(within[1])
-    words = isinstance(inside, Formula) and re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}", inside.text)
-    return None if words and text.startswith(r"\text") else inside
+    read_as = inside.opening if isinstance(inside, Group) else type(inside)
+    if read_as not in (Formula, ":") or not text.startswith(r"\text"):
+        return inside
+    words = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}", inside.text) or not re.search(ALGEBRA, inside.text)
+    return Words(inside.text.casefold().strip(" .")) if words else inside
+
+
+ALGEBRA = r"\\|[A-Za-z].*[-+*/^=<>(]|[-+*/^=<>(].*[A-Za-z]"
+"""Letters that an operator joins."""
 
 
 def group(text: str, opening: str, items: list[str], closing: str) -> Group | None:
@@ -197,15 +210,16 @@ SIGN = re.compile(rf"(?P<sign>-|\+(?! ))? ?(?:(?P<money>[{''.join(MONEY)}]) ?(?P
 WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 POWER = r"10 ?\^ ?(?:\{ ?(?P<power>[-+]?\d+) ?\}|(?P<digits>[-+]?\d+))"
 FORMS = [re.compile(form) for form in (
-    rf"(?:(?P<whole>{WHOLE}) ?)?\\frac ?\{{ ?(?P<top>-?\d+) ?\}} ?\{{ ?(?P<bottom>\d+) ?\}}",
+    rf"(?:(?P<whole>{WHOLE}) ?)?\\frac ?\{{ ?(?P<top>-?\d+) ?\}} ?\{{ ?(?P<bottom>-?\d+) ?\}}",
     rf"(?:(?P<whole>{WHOLE}) )?(?P<top>\d+) ?/ ?(?P<bottom>\d+)",
     POWER,
+    r"(?P<decimal>\d*\.\d*) ?\\(?:overline|bar) ?\{ ?(?P<period>\d+) ?\}",
     rf"(?P<decimal>{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE](?P<e>[-+]?\d+)(?!\w)|(?: ?(?:\\times|\\cdot|\*) ?| x |x){POWER})?",
 )]
 
 
 def read_number(text: str) -> Number | None:
-    """A plain number, exactly: 1,234 or 1e-7 or 2.5 \\times 10^{3} or 3/4 or 1 \\frac{1}{2} or 50% or $5 or 5 cm."""
+    """A plain number, exactly: 1,234, 1e-7, 2.5 \\times 10^{3}, 3/4, 1 \\frac{1}{2}, 0.\\overline{3}, 50%, $5, 5 cm."""
     start = SIGN.match(text)
     form = next(filter(None, (form.match(text, start.end()) for form in FORMS)), None)
     if not form or (start["sign"] and start["inner"]):
@@ -231,13 +245,17 @@ def fraction(found: dict[str, str | None]) -> Fraction | None:
 
 
 def decimal(found: dict[str, str | None]) -> Fraction | None:
-    exponent = int(found["power"] or found["digits"] or found.get("e") or 0)
+    exponent = int(found.get("power") or found.get("digits") or found.get("e") or 0)
     if abs(exponent) > MAX_EXPONENT:
         return None
-    return Fraction(found.get("decimal", "1").replace(",", "")) * Fraction(10) ** exponent
+    shown, period = found.get("decimal", "1").replace(",", ""), found.get("period")
+    places = len(shown.partition(".")[2])
+    repeating = Fraction(int(period), 10**places * (10 ** len(period) - 1)) if period else 0
+    return (Fraction(f"0{shown}0" if period else shown) + repeating) * Fraction(10) ** exponent
 
 
-SCALES = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"": 1, "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+          "trillion": 10**12}
 PERCENT = re.compile(r"\\?%|percent|pct|per cent|\\text ?\{ ?(?:percent|\\?%) ?\}")
 DEGREE = re.compile(r"(?:\^ ?\{? ?\\circ ?\}?|\\degree|degrees?)(?: ?(?:\\text ?\{ ?)?([CF])\}?)?")
 UNIT = re.compile(r"(?P<word>[^\W\d_][^\W\d_.]*)(?:[ ./-]+[^\W\d_]+)*\.?(?: ?\^ ?\{?[23]\}?|[23])?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from jspec.rl.math_reading import Answer, Equation, Number, read
+from jspec.rl.math_reading import Answer, Equation, Number, Numeral, read
 from jspec.rl.math_spelling import CLOSING, OPENING, clean, plain_characters
 
 TAIL = 1000
@@ -50,10 +50,12 @@ LAYOUT = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement
     (r"(?m)^[ \t]*[-*+•][ \t]+", ""),  # of a list
     (r"(?<![\w)}])\*\*|\*\*(?![\w({\\]|-\d)", ""),  # bold; 2**3 stays
     (r"(?i)(?<!\w)(?:(?:a )?negative|minus) +(?=[\d.])", "-"),
+    (r"[-=]+>", "→"),
 ]]
 STOPS = set(".:;")
 """What ends a stretch where a blank or a line's end follows, unless it stands in a bracket."""
 OPERATORS = set("+-*/^=<>")
+JOINING = {"+", "*", "**", "^"}
 NAMES = {"pi", "sqrt", "infinity"} | {"sin", "cos", "tan", "log", "ln", "exp"}
 CONNECTORS = {"and", "or"}
 ARTICLES = {"a", "A", "I"}
@@ -72,7 +74,7 @@ def last_value(response: str) -> Answer | None:
     for pattern, replacement in LAYOUT:
         tail = pattern.sub(replacement, tail)
     whole = read(tail) if len(response) <= TAIL else None
-    if isinstance(whole, Number):  # its unit may have signs that end a stretch within words, as km/h has
+    if isinstance(whole, Number | Numeral):  # signs that end a stretch within words may be its own
         return whole
     stretches = list(mathematics(plain_characters(tail)))
     if not stretches:
@@ -100,7 +102,7 @@ def mathematics(text: str) -> Iterator[tuple[str, str]]:
     for place, (kind, token) in enumerate(tokens):
         if kind == "word" and token.casefold() in CONNECTORS:
             kind, token = "math", ","
-        elif kind == "word" and is_symbol(token, tokens, place):
+        elif kind == "word" and (is_symbol(token, tokens, place) or within_command(stretch)):
             kind = "math"
         step = (token in OPENING) - (token in CLOSING)
         stops = depth + step < 0 or (depth == 0 and token in STOPS and tokens[place + 1][0] in ("gap", "other"))
@@ -108,8 +110,14 @@ def mathematics(text: str) -> Iterator[tuple[str, str]]:
             stretch, depth = stretch + token, depth + step
             continue
         stretch = stretch.strip("([ ") if depth else stretch
-        yield from trimmed(stretch, token if kind == "word" and stretch.endswith((" ", "\t")) else "")
+        yield from trimmed(stretch, unit(tokens, place) if kind == "word" and stretch.endswith((" ", "\t")) else "")
         stretch, depth = "", 0
+
+
+def unit(tokens: list[tuple[str, str]], place: int) -> str:
+    """The word at `place`, and what it is divided by: km/h."""
+    (_, sign), (kind, below) = (tokens[place + 1:place + 3] + 2 * [("", "")])[:2]
+    return tokens[place][1] + (f"/{below}" if sign == "/" and kind == "word" else "")
 
 
 def is_symbol(word: str, tokens: list[tuple[str, str]], place: int) -> bool:
@@ -118,11 +126,27 @@ def is_symbol(word: str, tokens: list[tuple[str, str]], place: int) -> bool:
     if word.partition("_")[0] in NAMES or (place and tokens[place - 1][1][-1].isdigit()):
         return True
     beside = [token for _, token in tokens[max(0, place - 2):place] + tokens[place + 1:place + 3]]
-    if place and tokens[place - 1][1] == "$" == tokens[place + 1][1]:
+    if place and tokens[place - 1][1] == "$":
+        return True
+    if joined(tokens[place + 1:place + 5]) or joined(tokens[max(0, place - 4):place][::-1]):
         return True
     if len(word.partition("_")[0]) == 1 and word not in ARTICLES:
         return True
     return bool(NUMBERED.fullmatch(word)) and any(token in OPERATORS for token in beside)
+
+
+def within_command(stretch: str) -> bool:
+    """Does it end within the braces of a command, as \\frac{ does?"""
+    return "\\" in stretch and stretch.count("{") > stretch.count("}")
+
+
+def joined(beside: list[tuple[str, str]]) -> bool:
+    """Is what stands beside a word, from it on, a sign and another operand, as in tax*42, tax * 42, ab+1 and ba^2?"""
+    kinds = [kind for kind, _ in beside]
+    sign, operand = ([token for kind, token in beside if kind != "gap"] + ["", ""])[:2]
+    if not operand[-1:].isalnum():
+        return False
+    return sign in JOINING and "gap" not in kinds[:2] or (sign == "*" and kinds[::2] == ["gap", "gap"])
 
 
 LEADING = re.compile(r"^(?:[ \t,;:*'_]|\.(?!\d)|(?<=\.)\.)*")  # the point of .5 is its own
@@ -133,8 +157,11 @@ def trimmed(stretch: str, following: str) -> Iterator[tuple[str, str]]:
     stretch = LEADING.sub("", stretch, count=1).rstrip(" \t.,;:*'_")
     if stretch.startswith("- ") or stretch.endswith(" -"):
         stretch = stretch.strip("- ")  # dashes between words: a minus stands at its number
-    if re.search(r"\d|\\[A-Za-z]|[-+*/^=]|^[A-Za-z]$|^-?(pi|infinity)$|\$[A-Za-z]+\$", stretch):
+    if not re.match(r"/ ?[A-Za-z]", stretch) and re.search(VALUE, stretch):
         yield stretch, following
+
+
+VALUE = re.compile(r"\d|\\[A-Za-z]|[A-Za-z].*[-+*/^=]|[-+*/^=].*[A-Za-z]|^[A-Za-z]$|^-?(pi|infinity)$|\$[A-Za-z]+\$")
 
 
 ANCHOR = re.compile(r"(?:(?:answer|option|choice)(?: is)?|=)\s*:?\s*([^.:=\n]+)$", re.IGNORECASE)

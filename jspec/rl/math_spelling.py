@@ -12,6 +12,7 @@ CHARACTERS = str.maketrans({
     "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4",
     "¾": " 3/4", "％": "%", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
 })
+PARTS = {"a": 1, "one": 1, "two": 2, "three": 3, "half": 2, "third": 3, "quarter": 4}
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
 EXPONENT = re.compile(f"[{RAISED}]+")
 LOWERED = str.maketrans(RAISED, "0123456789+-")
@@ -36,6 +37,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\sqrt ?(\d+|[a-z](?![A-Za-z]))", r"\\sqrt{\1}"),
     (r"\\(langle|rangle)(?![A-Za-z])", lambda match: "⟨" if match[1] == "langle" else "⟩"),
     (r"\s+", " "),
+    (r"(?<=\d) and (a|one|two|three) (half|third|quarter)s?(?![A-Za-z])",
+     lambda match: f" {PARTS[match[1]]}/{PARTS[match[2]]}"),
     (r"\^ ?(-\d+)", r"^{\1}"),
     (r"(?<=[\w)}]) ?\*\* ?(?:\((-?\w+)\)|(-?\w+))", lambda match: f"^{{{match[1] or match[2]}}}"),
 ]]

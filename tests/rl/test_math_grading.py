@@ -15,12 +15,16 @@ RULES = {  # kind: (response, answer, is it right?)
         ('"42"', "42", 1), ("The answer is 42.", "42", 1), ("<answer>42</answer>", "42", 1), ("(42)", "42", 1),
         ("So 17+25=42! Great.", "42", 1), ("**Answer:** 42", "42", 1), ("1. 42", "42", 1), ("- 42", "42", 1),
         ("42 or 43", "42", 0), ("42 or 43", "43", 0), ("It is 42 apples, or rather 43.", "42", 0), ("", "42", 0),
-        ("4 and then 2", "42", 0), ("H2O", "2", 0),
+        ("4 and then 2", "42", 0), ("H2O", "2", 0), ("answer => 42", "42", 1), ("It is 42. Bye! :-)", "42", 1),
+        ("That is 42 for him/her.", "42", 1),
     ],
     "expressions": [
         ("17 + 25", "42", 0), ("17 + 25 is", "42", 0), ("84/2", "42", 0), ("2^{10}", "1024", 0),
         ("x = 17 + 25", "42", 0),
         (r"\boxed{17 + 25}", "42", 0), (r"\sqrt{4}", "2", 0), ("seventeen + 25", "25", 0), ("42 = 17 + 25", "42", 0),
+        ("seventeen+25", "25", 0), ("tax*42", "42", 0), ("tax * 42", "42", 0), ("42*tax", "42", 0), ("$ab+1$", "1", 0),
+        ("$ab+1$", "1 + ab", 1), ("The answer is $ba^2$.", "a^2b", 1), ("$ab/2$", r"\frac{ab}{2}", 1),
+        (r"It is \frac{ab}{2}", "2", 0), (r"It is \frac{ab}{2}", r"\frac{ab}{2}", 1),
     ],
     "boxes": [
         (r"\boxed{41} no wait \boxed{42}", "42", 1), (r"\boxed{41} no wait \boxed{42}", "41", 0),
@@ -38,6 +42,10 @@ RULES = {  # kind: (response, answer, is it right?)
         ("5", "-5", 0),
         ("1000000000000000000001", "1000000000000000000000", 0), ("142", "42", 0), ("2/4", "1/2", 1),
         ("1 1/2", "1.5", 1),
+        ("31/2", "3 1/2", 0), ("3 1/2", "31/2", 0), ("2 and a half", "2", 0), ("2 and three quarters", "2.75", 1),
+        ("2 and a half hours", "2.5", 1),
+        ("3 dozen eggs", "3", 0), ("3 dozen", "36", 1), (r"0.\overline{3}", "1/3", 1), ("0", r"0.\overline{3}", 0),
+        (r"\frac{1}{6}", r"0.1\overline{6}", 1), ("0.6", r"0.1\overline{6}", 0), (r"\frac{1}{-2}", "-0.5", 1),
         (r"1\frac{1}{2}", "1.5", 1), (r"\frac{-1}{2}", "-0.5", 1), ("42 million", "42", 0),
         ("42 million", "42000000", 1),
     ],
@@ -47,18 +55,25 @@ RULES = {  # kind: (response, answer, is it right?)
         (r"5 \text{ cm}", "5 cm", 1),
         ("$5", "5", 1), (r"\$5", "5", 1), ("5 dollars", "$5", 1), ("5 euros", "$5", 0), ("45°", r"45^\circ", 1),
         ("45 degrees", "45", 1), ("2 x", "2", 0), ("3k", "3", 0), ("It costs $5 and not $6.", "6", 1),
+        ("The speed is 90 km/h.", "90 km/h", 1), ("The speed is 90 km/h.", "90 m/h", 0),
     ],
-    "times": [("12:30", "12", 0), ("12:30", "30", 0), ("12:30", "12:30", 1), ("3/4", "3:4", 0)],
+    "times": [("12:30", "12", 0), ("12:30", "30", 0), ("12:30", "12:30", 1), ("3/4", "3:4", 0),
+              ("3 : 4", "3:4", 1), (r"\boxed{a/b}", "a:b", 0), (r"\boxed{a : b}", "a:b", 1)],
     "several": [
         ("(7, 3)", "(2, 3)", 0), (r"\{3, 2\}", "(3, 2)", 0), ("(3, 2)", r"\{2, 3\}", 0), ("2 and 1", "1, 2", 1),
         ("x = 2 or x = 3", "2, 3", 1), (r"x \in \{1, 2\}", "1, 2", 1), (r"x = 1 \pm \sqrt2", r"1 \pm \sqrt{2}", 1),
         (r"(2, \infty) \cup (-\infty, 1)", r"(-\infty, 1) \cup (2, \infty)", 1), ("The answer is [2, 3).", "[2,3)", 1),
+        ("3, 2", "x = 2, y = 3", 0), ("2, 3", "x = 2, y = 3", 1), ("y = 3, x = 2", "x = 2, y = 3", 1),
+        ("1,234", "1, 234", 0), (r"\boxed{\{x : x > 1\}}", r"\{x : x > 0\}", 0),
     ],
     "equations": [("3", "x = 3", 1), ("y = 3", "x = 3", 0), ("2y = 4x + 2", "y = 2x + 1", 1),
         (r"3 \le x", r"x \geq 3", 1)],
     "words": [
         ("The answer is Tuesday.", r"\text{Tuesday}", 1), ("It is not Tuesday", "Tuesday", 0), ("seat", "east", 0),
         ("The answer is (B).", "B", 1), (r"\boxed{\text{(B)}}", "(B)", 1), ("no", "No", 1), ("forty-two", "42", 0),
+        ("The answer is May 5.", r"\text{May 5}", 1), (r"\boxed{Yam 5}", r"\text{May 5}", 0), ("H2O", r"\text{H2O}", 1),
+        ("OH2", r"\text{H2O}", 0), ("2020-01-02", r"\text{2020-01-02}", 1), ("2017", r"\text{2020-01-02}", 0),
+        ("10:05 a.m.", r"\text{10:05 a.m.}", 1), ("10:05", r"\text{10:05 a.m.}", 0),
     ],
     "spellings": [
         ("3 / 4", "3/4", 1), ("It is 3 / 4 cup.", "3/4", 1), ("84 / 2", "42", 0), ("3 ÷ 4", "0.75", 0),
@@ -76,6 +91,9 @@ RULES = {  # kind: (response, answer, is it right?)
     "formulas": [
         ("2", "2t", 0), ("2h", "2h", 1), ("3√13", r"3\sqrt{13}", 1), ("9i + 6", "6+9i", 1), ("6.283185", r"2\pi", 1),
         ("6.28", r"2\pi", 0), ("sqrt(2)", r"\sqrt{2}", 1), ("infinity", r"\infty", 1), ("x² + 1", "x^2+1", 1),
+        ("0", "R - r", 0), ("2r", "R + r", 0), ("r + R", "R + r", 1), (r"\delta", r"\Delta", 0), ("r_1", "R_1", 0),
+        (r"\sin 30", r"\sin 30^\circ", 0), (r"\boxed{1/2}", r"\sin 30^\circ", 1), ("90 - x", r"90^\circ - x", 1),
+        (r"\boxed{f'(x)}", "f(x)", 0), (r"\boxed{\mathbb{N}}", r"\mathbb{Z}", 0), (r"\mathbb{Z}", r"\mathbb{Z}", 1),
     ],
 }
 
@@ -132,7 +150,7 @@ def test_of_a_cut_response_only_what_is_whole_counts(response, reward):
     ("2024-05-01", "to be worked out"), (r"\sum_{k=1}^{9} k", r"\\sum is not known"), ("9^{9^{9}}", "too large"),
     ("(9!)!", "too large"), ("x" * 2000, "too long"), ("(" * 50 + "1" + ")" * 50, "too long"),
     ("1, \\frac{", "no formula"), ("1 000 000", "multiplied"), ("4\n2", "multiplied"),
-    ("The answer is 42", "multiplied"),
+    ("The answer is 42", "multiplied"), ("May 5", "multiplied"), ("f'(x)", "prime"), ("y'' + y = 0", "prime"),
 ])
 def test_answers_that_are_refused(answer, why):
     with pytest.raises(ValueError, match=f"(?s)cannot read the answer .*{why}"):

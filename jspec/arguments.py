@@ -202,7 +202,8 @@ def path(label: str, value: Any) -> Path:
         found = Path(text).expanduser()
         found.exists()
     except (OSError, RuntimeError) as error:  # too long, not ours to look into, or the home of nobody
-        raise InputError(f"{label} {show(text)} cannot be looked at: {getattr(error, 'strerror', error)}") from None
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise InputError(f"{label} {show(text)} cannot be looked at: {reason}") from None
     return found
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import jspec
+from jspec.arguments import path
 from jspec.drafts import Draft
 from jspec.heads import publish
 from jspec.hub.architectures import config_to_hf
@@ -141,7 +141,7 @@ def export(arguments) -> int:
 
 def export_draft(arguments) -> int:
     """`jspec draft export`: a draft in the layout that others publish."""
-    if not (Path(arguments.directory).expanduser() / "config.json").exists():  # no model's, which a head may join
+    if not (path("directory", arguments.directory) / "config.json").exists():  # no model's, which a head may join
         new_directory(arguments.directory)
     source = open_source(arguments.model, [])
     with telling(f"loading {arguments.draft}"):

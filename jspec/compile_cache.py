@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from jspec.errors import InputError
 from jspec.hub.names import cache_directory
 
 LIMIT_BYTES = 4 * 2**30
@@ -35,7 +36,11 @@ def keep_compiled() -> None:
     several = jax.distributed.is_initialized() and jax.process_count() > 1  # not to wake a device for a mistake's sake
     if several and jax.default_backend() == "gpu":
         return
-    root = cache_directory() / "compiled"
+    try:
+        root = cache_directory() / "compiled"
+    except InputError as error:
+        print(f"jspec: warning: {error}: compiled programs are not kept", file=sys.stderr)
+        return
     folder = root / kind_of_machine()
     try:
         _make_ours(folder)

@@ -18,9 +18,9 @@ class Output:
     """A file to write a result to, whole or not at all. That it can be written is known since it was opened."""
 
     def __init__(self, path: str | Path, option: str):
-        self.option, self.path = option, Path(path).expanduser()
+        self.option, self.path = option, Path(path)
         with self._explained():
-            self.path = self.path.resolve()  # a link stays one
+            self.path = self.path.expanduser().resolve()  # a link stays one
             if self.path.is_dir():
                 raise InputError(f"{option} {path} is a directory; name a file in it")
             self.special = self.path.exists() and not self.path.is_file()  # /dev/stdout, a pipe: written as it is
@@ -63,7 +63,7 @@ class Output:
         except (OSError, ValueError, RuntimeError) as error:  # no such user, a NUL in a name, a loop of links
             if isinstance(error, InputError):
                 raise
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             if isinstance(error, FileExistsError | NotADirectoryError):
                 reason = "what should be its folder is a file"
             raise InputError(f"{self.option} {self.path} cannot be written: {reason}; name another file") from None
@@ -77,9 +77,8 @@ def open_output(path: str | None, option: str) -> Output | None:
 
 def open_directory(path: str | Path, option: str) -> Path:
     """A folder to write into, made where it is missing. Raises InputError if nothing can be written there."""
-    directory = Path(path).expanduser()
-    Output(directory / "result", option)
-    return directory
+    Output(Path(path) / "result", option)
+    return Path(path).expanduser()
 
 
 def _umask() -> int:

@@ -48,7 +48,7 @@ def read(kind: type, path: str | Path | None, overrides: Sequence[Override]) -> 
     Raises InputError for a missing or malformed file, an unknown key (with the nearest known one), a wrong type and a
     value out of range, each with the key and where it was set.
     """
-    layers = [] if path is None else [(str(path), _read_file(Path(path)))]
+    layers = [] if path is None else [(str(path), _read_file(Path(os.path.expanduser(path))))]
     layers += [_parse_override(override) for override in overrides]
     origin: dict[str, str] = {}
     values = _plain(dataclasses.asdict(kind()))

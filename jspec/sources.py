@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jspec
+from jspec import arguments
 from jspec.checkpoint import load_draft, load_policy, policy_shape, run_config
 from jspec.config import Config, load_config
 from jspec.drafts import Draft
@@ -67,7 +68,7 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
 
     Raises InputError for what cannot be found or read.
     """
-    path = Path(name).expanduser()
+    path = arguments.path("model", name)
     if (path / "checkpoints").is_dir():
         config = run_config(path, overrides)
         tokenizer, shape = make_tokenizer(config), policy_shape(path, dtype)
@@ -90,7 +91,7 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
 
 def check_path(name: str) -> None:
     """Raise InputError if `name` can only be meant as a path, and nothing is there."""
-    path = Path(name).expanduser()
+    path = arguments.path("model", name)
     looks_like_one = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or (
         len(path.parts) == 2 and path.parent.is_dir())
     if looks_like_one and not os.path.exists(path):

@@ -54,6 +54,14 @@ def test_a_folder_that_cannot_be_made_is_a_warning(unset, capsys):
         "kept; name another folder with JSPEC_CACHE\n")
 
 
+def test_a_home_of_nobody_is_a_warning(unset, monkeypatch, capsys):
+    monkeypatch.setenv("JSPEC_CACHE", "~nobody-/cache")
+    keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert capsys.readouterr().err == ("jspec: warning: JSPEC_CACHE '~nobody-/cache' cannot be looked at: Could not "
+                                       "determine home directory: compiled programs are not kept\n")
+
+
 def test_a_folder_that_others_may_write_to_is_a_warning(unset, capsys):
     (unset / kind_of_machine()).mkdir(parents=True)
     (unset / kind_of_machine()).chmod(0o777)

@@ -114,7 +114,7 @@ def write(draft: Draft, directory: str | Path) -> Path:
     Raises InputError if no published architecture has such a head, or the directory has other files in it, another
     policy or a head already.
     """
-    config, target = draft.config, Path(directory).expanduser().absolute()
+    config, target = draft.config, arguments.path("directory", directory).absolute()
     layout = _written_as(config)
     joins = (target / "config.json").exists()
     if joins:

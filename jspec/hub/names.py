@@ -96,8 +96,10 @@ def hub_id(name: str) -> str | None:
 
 
 def cache_directory() -> Path:
-    """Where packaged models are unpacked: $JSPEC_CACHE, else $XDG_CACHE_HOME/jspec, else ~/.cache/jspec."""
+    """Where packaged models are unpacked: $JSPEC_CACHE, else $XDG_CACHE_HOME/jspec, else ~/.cache/jspec.
+
+    Raises InputError for what names no folder, such as the home of a user who has none.
+    """
     if os.environ.get("JSPEC_CACHE"):
-        return Path(os.environ["JSPEC_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jspec"
+        return arguments.path("JSPEC_CACHE", os.environ["JSPEC_CACHE"])
+    return arguments.path("the cache (JSPEC_CACHE)", os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jspec"

@@ -1,10 +1,11 @@
 """Attention of a few new positions against blocks of a pool on a GPU: Mosaic GPU, Hopper.
 
-A program takes SPLIT cached positions of one KV head of one row; programs beyond the row's length, and those of dead
-rows, end at once. It goes in steps of STEP positions: TMA brings their keys and values by turns from the row's blocks
-to a ring in shared memory, 64 KB of it in each of the two programs that a multiprocessor holds, where about 40 KB on
-their way saturate an H200. The new positions are one more step of the row's last program, which also writes them into
-the row's blocks once all that it reads has arrived.
+A split is SPLIT cached positions of one KV head of one row, or more where a row may be so long that it had over
+MOST_SPLITS. As many programs as the GPU holds at once go through the splits that the live rows' lengths cover
+(`schedule`): what a table has room for costs nothing. A split goes in steps of STEP positions: TMA brings their keys
+and values by turns from the row's blocks to a ring in shared memory, 64 KB of it in each of the two programs that a
+multiprocessor holds, where about 40 KB on their way saturate an H200. The new positions are one more step of the row's
+last split, whose program also writes them into the row's blocks once all that it reads has arrived.
 
 More than ROWS query rows are two warpgroups that read the same ring; their registers leave room for one such program,
 whose ring is 128 KB. Still more are taken in turns, each of which reads the positions again. What is float32 goes
@@ -29,9 +30,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.verify_attention.packing import pack, unpack
+from pallas_kernels.verify_attention.schedule import schedule
 
 STEP = 64  # positions
 SPLIT = 512
+MOST_SPLITS = 32  # XLA reads the sums of as many as there may be, live or not
+MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, some programs wait for the others
+FEW = 2  # programs where they are interpreted: each takes several splits
 ROWS = 64  # of a matrix instruction
 COLUMNS = 64  # of a line of shared memory as matrix instructions want it, bfloat16
 NEW = 16  # new positions are padded to what a matrix instruction contracts at once
@@ -49,7 +54,9 @@ class _Plan:
     kv_heads: int
     blocks: int  # of the pool
     size: int  # positions of a block
-    splits: int
+    split: int  # positions
+    splits: int  # that a row may have
+    programs: int
     warpgroups: int
     tiles: int  # of ROWS query rows, one to a warpgroup
     rows: int  # of a tile that exist, a multiple of 8
@@ -114,22 +121,27 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     warpgroups = 2 if several and q.dtype == jnp.bfloat16 else 1
     packed = _pad(packed, warpgroups * ROWS if several else 8)
     tiles = pl.cdiv(packed.shape[2], ROWS)
-    splits = pl.cdiv(table.shape[1] * size, SPLIT)
-    plan = _Plan(group, new, window, kv_heads, blocks, size, splits, warpgroups, tiles, packed.shape[2] // tiles, d,
-                 q.dtype, bool(interpret))
+    split = SPLIT * pl.cdiv(table.shape[1] * size, SPLIT * MOST_SPLITS)
+    splits = pl.cdiv(table.shape[1] * size, split)
+    at_once = FEW if interpret else MULTIPROCESSORS * (2 if warpgroups == 1 else 1)
+    plan = _Plan(group, new, window, kv_heads, blocks, size, split, splits, min(at_once, b * kv_heads * splits),
+                 warpgroups, tiles, packed.shape[2] // tiles, d, q.dtype, bool(interpret))
+    first, last = _splits(lengths, plan)
+    row_of, begin, count = schedule(first, last, table[:, 0] < blocks, b * splits)
     pools = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in (pool_k, pool_v)]
     shape = b, kv_heads, plan.splits, packed.shape[2]
     sums, stats = pl.kernel(
         partial(_scoped, plan=plan),
         out_type=[jax.ShapeDtypeStruct((*shape, d), jnp.float32),
                   jax.ShapeDtypeStruct((*shape[:3], tiles, 2, ROWS), jnp.float32)],
-        mesh=plgpu.Mesh(grid=(b * kv_heads * plan.splits,), grid_names=("program",),
+        mesh=plgpu.Mesh(grid=(plan.programs,), grid_names=("program",),
                         num_threads=warpgroups, thread_name="warpgroup"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         name="verify_attention",
-    )(jnp.stack(list(_parts(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW), table, lengths, *pools)
-    out = _combine(sums, stats, table[:, 0], lengths, plan)[:, :, :new * group].astype(q.dtype)
+    )(jnp.stack(list(_parts(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW),
+      row_of, begin, first, count, table, lengths, *pools)
+    out = _combine(sums, stats, first, last, table[:, 0] < blocks, plan)[:, :, :new * group].astype(q.dtype)
     return unpack(out, new), *map(jax.freeze, pools)
 
 
@@ -149,28 +161,27 @@ def _parts(x):
         x -= high
 
 
-def _live(split, first, length, plan):
-    """Whether a split of a row, whose blocks begin with `first`, has anything to do, and whether it is the row's last.
-    """
-    last = split == lax.div(jnp.maximum(length - 1, 0), SPLIT)
-    live = last | (split * SPLIT < length)
-    if plan.window is not None:
-        live &= last | ((split + 1) * SPLIT > length - plan.window + 1)
-    return live & (first < plan.blocks), last
+def _splits(lengths, plan):
+    """The first and the last split of every row."""
+    last = jnp.maximum(lengths - 1, 0) // plan.split
+    if plan.window is None:
+        return jnp.zeros_like(last), last
+    return jnp.minimum(jnp.maximum(lengths - plan.window + 1, 0) // plan.split, last), last
 
 
-def _combine(sums, stats, first, lengths, plan):
+def _combine(sums, stats, first, last, live, plan):
     """Sums of the splits [B, H_kv, splits, rows, D] to the output, one after the other: XLA chooses no order."""
     top, total = (stats[..., i, :plan.rows].reshape(*sums.shape[:4]) for i in (0, 1))
-    live = _live(jnp.arange(plan.splits), first[:, None], lengths[:, None], plan)[0][:, None, :, None]
-    top = jnp.where(live, top, -jnp.inf)  # of a split that did not run this is memory as it was
-    scale = jnp.where(live, jnp.exp2(top - top.max(2, keepdims=True)), 0.0)
+    splits = jnp.arange(plan.splits)
+    ran = (live[:, None] & (splits >= first[:, None]) & (splits <= last[:, None]))[:, None, :, None]
+    top = jnp.where(ran, top, -jnp.inf)  # of a split that did not run this is memory as it was
+    scale = jnp.where(ran, jnp.exp2(top - top.max(2, keepdims=True)), 0.0)
     out = norm = 0.0
     for split in range(plan.splits):
         weight = scale[:, :, split, :, None]
-        out += jnp.where(live[:, :, split, :, None], sums[:, :, split], 0.0) * weight
-        norm += jnp.where(live[:, :, split], total[:, :, split], 0.0)[..., None] * weight
-    return jnp.where((first < plan.blocks)[:, None, None, None], out / norm, 0.0)
+        out += jnp.where(ran[:, :, split, :, None], sums[:, :, split], 0.0) * weight
+        norm += jnp.where(ran[:, :, split], total[:, :, split], 0.0)[..., None] * weight
+    return jnp.where(live[:, None, None, None], out / norm, 0.0)
 
 
 def _scoped(*refs, plan):
@@ -190,135 +201,145 @@ def _scoped(*refs, plan):
                   plgpu.Barrier(num_arrivals=n), plgpu.Barrier(num_barriers=2), collective_axes="warpgroup")
 
 
-def _body(q, new_k, new_v, table, lengths, pool_k, pool_v, sums, stats, q_tiles, ring, tiles, rows, staged, numbers,
-          q_arrived, arrived, used, meet, rows_arrived, *, plan):
-    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    split, rest = lax.rem(program, plan.splits), lax.div(program, plan.splits)
-    head, row = lax.rem(rest, plan.kv_heads), lax.div(rest, plan.kv_heads)
-    length = lengths[row]
-    live, last = _live(split, table[row, 0], length, plan)
+def _body(q, new_k, new_v, row_of, begin_of, first_of, count, table, lengths, pool_k, pool_v, sums, stats, *scratch,
+          plan):
+    program = lax.axis_index("program")
+
+    def take(n, _):
+        """The n-th of this program's splits: heads lie beside each other, then splits, then rows."""
+        number = n * plan.programs + program
+        head, at = lax.rem(number, plan.kv_heads), lax.div(number, plan.kv_heads)
+        row = row_of[at]
+        _split(q, new_k, new_v, table, lengths[row], pool_k, pool_v, sums, stats, *scratch, row=row, head=head,
+               split=first_of[row] + at - begin_of[row], plan=plan)
+
+    lax.fori_loop(0, lax.div(count[0] * plan.kv_heads - program + plan.programs - 1, plan.programs), take, None)
+
+
+def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles, ring, tiles, rows, staged, numbers,
+           q_arrived, arrived, used, meet, rows_arrived, *, row, head, split, plan):
+    """One split of one head of a row."""
+    warpgroup = lax.axis_index("warpgroup")
+    last = split == lax.div(jnp.maximum(length - 1, 0), plan.split)
 
     def place(pool, position, count):
         """Where `count` positions of the row lie, all in one block."""
         return pool.at[table[row, lax.div(position, plan.size)], head, pl.ds(lax.rem(position, plan.size), count)]
 
-    @pl.when(live)
-    def _():
-        begin, stop = split * SPLIT, jnp.minimum((split + 1) * SPLIT, length)
-        if plan.window is not None:
-            begin = jnp.maximum(begin, lax.div(jnp.maximum(length - plan.window + 1, 0), plan.run) * plan.run)
-        cached = lax.div(jnp.maximum(stop - begin, 0) + STEP - 1, STEP)
-        steps = cached + last.astype(jnp.int32)
+    begin, stop = split * plan.split, jnp.minimum((split + 1) * plan.split, length)
+    if plan.window is not None:
+        begin = jnp.maximum(begin, lax.div(jnp.maximum(length - plan.window + 1, 0), plan.run) * plan.run)
+    cached = lax.div(jnp.maximum(stop - begin, 0) + STEP - 1, STEP)
+    steps = cached + last.astype(jnp.int32)
 
-        def slot(i, item):
-            return lax.rem(2 * i + item, plan.slots)
+    def slot(i, item):
+        return lax.rem(2 * i + item, plan.slots)
 
-        def fetch(i, item):
-            """What comes `item` (static) after step i's keys: its values, then the next step's keys."""
-            step, to = i + item // 2, slot(i, item)
-            new, pool = ((new_k, pool_k), (new_v, pool_v))[item % 2]
+    def fetch(i, item):
+        """What comes `item` (static) after step i's keys: its values, then the next step's keys."""
+        step, to = i + item // 2, slot(i, item)
+        new, pool = ((new_k, pool_k), (new_v, pool_v))[item % 2]
 
-            @pl.when(step < cached)
-            def _():
-                for at in range(0, STEP, plan.run):
-                    # not beyond the last run, where the row may have no block: what is masked may be any
-                    position = jnp.minimum(begin + step * STEP + at, lax.div(stop - 1, plan.run) * plan.run)
-                    plgpu.copy_gmem_to_smem(place(pool, position, plan.run), ring.at[to, pl.ds(at, plan.run)],
-                                            arrived.at[to])
+        @pl.when(step < cached)
+        def _():
+            for at in range(0, STEP, plan.run):
+                # not beyond the last run, where the row may have no block: what is masked may be any
+                position = jnp.minimum(begin + step * STEP + at, lax.div(stop - 1, plan.run) * plan.run)
+                plgpu.copy_gmem_to_smem(place(pool, position, plan.run), ring.at[to, pl.ds(at, plan.run)],
+                                        arrived.at[to])
 
-            @pl.when((step == cached) & last)
-            def _():
-                plgpu.copy_gmem_to_smem(new.at[row, head], ring.at[to, pl.ds(0, NEW)], arrived.at[to])
-                for _ in range(STEP // plan.run - 1):
-                    plgpu.barrier_arrive(arrived.at[to])
+        @pl.when((step == cached) & last)
+        def _():
+            plgpu.copy_gmem_to_smem(new.at[row, head], ring.at[to, pl.ds(0, NEW)], arrived.at[to])
+            for _ in range(STEP // plan.run - 1):
+                plgpu.barrier_arrive(arrived.at[to])
 
-        def refill(i, item):
-            """Step i's keys (0) or values (1) have been used by this warpgroup."""
-            @pl.when(i + (item + plan.slots) // 2 < steps)
-            def _():
-                if plan.warpgroups > 1:
-                    plgpu.barrier_arrive(used.at[slot(i, item)])
-
-                @pl.when(warpgroup == 0)
-                def _():
-                    if plan.warpgroups > 1:
-                        plgpu.barrier_wait(used.at[slot(i, item)])
-                    fetch(i, item + plan.slots)
-
-        mine = [q_tiles.at[warpgroup * plan.parts + i] for i in range(plan.parts)]
-
-        def turn(n, _):
-            tile = n * plan.warpgroups + warpgroup
-            of_tile = pl.ds(tile * plan.rows, plan.rows)
-            for i, to in enumerate(mine):
-                plgpu.copy_gmem_to_smem(q.at[i, row, head, of_tile], to.at[pl.ds(0, plan.rows)],
-                                        q_arrived.at[warpgroup * plan.parts + i])
+    def refill(i, item):
+        """Step i's keys (0) or values (1) have been used by this warpgroup."""
+        @pl.when(i + (item + plan.slots) // 2 < steps)
+        def _():
+            if plan.warpgroups > 1:
+                plgpu.barrier_arrive(used.at[slot(i, item)])
 
             @pl.when(warpgroup == 0)
             def _():
-                for item in range(plan.slots):
-                    fetch(0, item)
+                if plan.warpgroups > 1:
+                    plgpu.barrier_wait(used.at[slot(i, item)])
+                fetch(i, item + plan.slots)
 
-            for i in range(plan.parts):
-                plgpu.barrier_wait(q_arrived.at[warpgroup * plan.parts + i])
+    mine = [q_tiles.at[warpgroup * plan.parts + i] for i in range(plan.parts)]
 
-            def step(i, carry):
-                old = i < cached
-                start, end = jnp.where(old, begin + i * STEP, length), jnp.where(old, stop, length + plan.new)
-                top, total, out = carry
-                plgpu.barrier_wait(arrived.at[slot(i, 0)])
-                keys = _cut(ring.at[slot(i, 0)], tiles, end - start, plan)
-                scores = _product(mine, keys, plan, transposed=True)
-                top, total, scale, weights = _softmax(scores, top, total, tile, start, length, end, plan)
-                refill(i, 0)
-                plgpu.barrier_wait(arrived.at[slot(i, 1)])
-                # of what is masked keys may be anything, but 0 times NaN is not 0: values may not
-                if plan.parts == 1:
-                    clear = partial(_clear, ring.at[slot(i, 1)], end - start, warpgroup, meet, plan)
-                    pl.when(end - start < STEP)(clear)
-                values = _cut(ring.at[slot(i, 1)], tiles, end - start, plan)
-                out = tuple(x * lax.broadcast_in_dim(scale, x.shape, (0,)) +
-                            _product(weights, [part.at[:, chunk] for part in values], plan)
-                            for x, chunk in zip(out, plan.chunks, strict=True))
-                refill(i, 1)
-                return top, total, out
+    def turn(n, _):
+        tile = n * plan.warpgroups + warpgroup
+        of_tile = pl.ds(tile * plan.rows, plan.rows)
+        for i, to in enumerate(mine):
+            plgpu.copy_gmem_to_smem(q.at[i, row, head, of_tile], to.at[pl.ds(0, plan.rows)],
+                                    q_arrived.at[warpgroup * plan.parts + i])
 
-            top, total, out = lax.fori_loop(0, steps, step, (
-                plan.full((ROWS,), -1e30), plan.full((ROWS,), 0.0),
-                tuple(plan.full((ROWS, COLUMNS), 0.0) for _ in plan.chunks)))
-            numbers[warpgroup, 0], numbers[warpgroup, 1] = top, total
+        @pl.when(warpgroup == 0)
+        def _():
+            for item in range(plan.slots):
+                fetch(0, item)
+
+        for i in range(plan.parts):
+            plgpu.barrier_wait(q_arrived.at[warpgroup * plan.parts + i])
+
+        def step(i, carry):
+            old = i < cached
+            start, end = jnp.where(old, begin + i * STEP, length), jnp.where(old, stop, length + plan.new)
+            top, total, out = carry
+            plgpu.barrier_wait(arrived.at[slot(i, 0)])
+            keys = _cut(ring.at[slot(i, 0)], tiles, end - start, plan)
+            scores = _product(mine, keys, plan, transposed=True)
+            top, total, scale, weights = _softmax(scores, top, total, tile, start, length, end, plan)
+            refill(i, 0)
+            plgpu.barrier_wait(arrived.at[slot(i, 1)])
+            # of what is masked keys may be anything, but 0 times NaN is not 0: values may not
+            if plan.parts == 1:
+                clear = partial(_clear, ring.at[slot(i, 1)], end - start, warpgroup, meet, plan)
+                pl.when(end - start < STEP)(clear)
+            values = _cut(ring.at[slot(i, 1)], tiles, end - start, plan)
+            out = tuple(x * lax.broadcast_in_dim(scale, x.shape, (0,)) +
+                        _product(weights, [part.at[:, chunk] for part in values], plan)
+                        for x, chunk in zip(out, plan.chunks, strict=True))
+            refill(i, 1)
+            return top, total, out
+
+        top, total, out = lax.fori_loop(0, steps, step, (
+            plan.full((ROWS,), -1e30), plan.full((ROWS,), 0.0),
+            tuple(plan.full((ROWS, COLUMNS), 0.0) for _ in plan.chunks)))
+        numbers[warpgroup, 0], numbers[warpgroup, 1] = top, total
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(numbers.at[warpgroup], stats.at[row, head, split, tile])
+        for x, chunk in zip(out, plan.chunks, strict=True):
+            staged[warpgroup] = x
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(numbers.at[warpgroup], stats.at[row, head, split, tile])
-            for x, chunk in zip(out, plan.chunks, strict=True):
-                staged[warpgroup] = x
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staged.at[warpgroup, pl.ds(0, plan.rows)],
-                                        sums.at[row, head, split, of_tile, chunk])
-                plgpu.wait_smem_to_gmem(0)
-            if plan.tiles > plan.warpgroups:
-                _wait_for_all(meet, plan)  # the next turn fills the ring from its beginning
-
-        writes = last & (warpgroup == 0)
-
-        @pl.when(writes)
-        def _():
-            for i, new in enumerate((new_k, new_v)):
-                plgpu.copy_gmem_to_smem(new.at[row, head, pl.ds(0, plan.new)], rows.at[i], rows_arrived.at[i])
-
-        lax.fori_loop(0, plan.tiles // plan.warpgroups, turn, None)
-
-        # all that this program reads has arrived, and no earlier split reads beyond its row's length
-        @pl.when(writes)
-        def _():
-            for i in range(2):
-                plgpu.barrier_wait(rows_arrived.at[i])
-
-            def write(t, _):
-                for i, pool in enumerate((pool_k, pool_v)):
-                    plgpu.copy_smem_to_gmem(rows.at[i, pl.ds(t, 1)], place(pool, length + t, 1))
-
-            lax.fori_loop(0, plan.new, write, None)
+            plgpu.copy_smem_to_gmem(staged.at[warpgroup, pl.ds(0, plan.rows)],
+                                    sums.at[row, head, split, of_tile, chunk])
             plgpu.wait_smem_to_gmem(0)
+        _wait_for_all(meet, plan)  # the next turn, or split, fills the ring from its beginning
+
+    writes = last & (warpgroup == 0)
+
+    @pl.when(writes)
+    def _():
+        for i, new in enumerate((new_k, new_v)):
+            plgpu.copy_gmem_to_smem(new.at[row, head, pl.ds(0, plan.new)], rows.at[i], rows_arrived.at[i])
+
+    lax.fori_loop(0, plan.tiles // plan.warpgroups, turn, None)
+
+    # all that this program reads has arrived, and no earlier split reads beyond its row's length
+    @pl.when(writes)
+    def _():
+        for i in range(2):
+            plgpu.barrier_wait(rows_arrived.at[i])
+
+        def write(t, _):
+            for i, pool in enumerate((pool_k, pool_v)):
+                plgpu.copy_smem_to_gmem(rows.at[i, pl.ds(t, 1)], place(pool, length + t, 1))
+
+        lax.fori_loop(0, plan.new, write, None)
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _wait_for_all(barrier, plan):

@@ -1,7 +1,7 @@
 """Attention of a few new positions against KV blocks in a pool on a TPU (Mosaic).
 
 One program takes one block of one row, all of this device's KV heads of it; the grid is as long as the live rows'
-blocks together (a schedule made from the lengths beforehand), so nothing beyond a length is fetched and the next block,
+blocks together (`schedule`), so nothing beyond a length is fetched and the next block,
 be it the next row's, is on its way while this one is reduced. A block that holds new positions is completed in VMEM,
 where it lies anyway, and only the few tiles that changed are written back: no block is read after it was written. (The
 pool is one operand, which is also the result: were it two, as for several blocks a program, XLA would copy it.)
@@ -18,21 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.verify_attention.packing import pack, unpack
+from pallas_kernels.verify_attention.schedule import schedule
 
 TILE = 16  # positions of a tile of bfloat16 in memory, two tiles of float32
 MAX_NEW = 16  # new positions a row: they lie in two tiles
-
-
-def _schedule(table: jax.Array, lengths: jax.Array, new: int, window: int | None, blocks: int, size: int):
-    """The row of every program, int32 [B * M]; of every row, int32 [B], its first program, its first and its last
-    block; and int32 [1], how many programs there are. A dead row has none."""
-    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window + 1, 0) // size
-    last = (lengths + new - 1) // size
-    programs = jnp.where(table[:, 0] < blocks, last - first + 1, 0)
-    rows = jnp.arange(len(lengths), dtype=jnp.int32)
-    row = jnp.repeat(rows, programs, total_repeat_length=table.size)
-    begin = jnp.cumsum(programs, dtype=jnp.int32) - programs
-    return row, begin, first, last, programs.sum(keepdims=True, dtype=jnp.int32)
 
 
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array, table: jax.Array,
@@ -52,7 +41,9 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
                                   f"{pool_k.dtype}")
     if size % TILE:
         raise NotImplementedError(f"blocks of {size} positions are not a multiple of {TILE}")
-    row, begin, first, last, programs = _schedule(table, lengths, new, window, blocks, size)
+    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window + 1, 0) // size
+    last = (lengths + new - 1) // size
+    row, begin, programs = schedule(first, last, table[:, 0] < blocks, table.size)
     packed = pack(q, kv_heads)
 
     def of_row(rows):

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.verify_attention import shapes, verify_attention
+from pallas_kernels.verify_attention import gpu, shapes, verify_attention
 from tests.pallas_kernels.interpreters import CHIPS, PLAIN, races_found
 from tests.pallas_kernels.test_verify_attention import case, dense, rows, with_rows
 
@@ -109,18 +109,25 @@ def on_gpu(heads):
     return cases([16, 48, 128, 640, 1024], heads, [64, 128], ["float32", "bfloat16"], blocks=(16, 64, 80, 128))
 
 
-# over the edge of a block and of a split; in blocks smaller than a step; 192 rows, in turns of two warpgroups
+# over the edge of a block and of a split; in blocks smaller than a step; 192 rows, in turns of two warpgroups, more of
+# them than programs
 @few(4)
 @given(on_gpu([(4, 2), (3, 1)]))
 @example(dict(seed=0, t=8, size=1024, block=128, siblings=True, fill=[0.499, 1.0, None, 0.0], heads=(4, 2), d=128,
               dtype="bfloat16", window=None))
 @example(dict(seed=0, t=8, size=640, block=16, siblings=True, fill=[0.499, 1.0], heads=(4, 2), d=64, dtype="float32",
               window=290))
-@example(dict(seed=0, t=8, size=256, block=128, siblings=False, fill=[0.499], heads=(24, 1), d=64, dtype="bfloat16",
-              window=None))
+@example(dict(seed=0, t=8, size=256, block=128, siblings=False, fill=[0.499, 0.1, None, 0.3], heads=(24, 1), d=64,
+              dtype="bfloat16", window=None))
 def test_gpu(case):
     check(GPU, **case)
     assert not races_found("gpu")
+
+
+def test_rows_that_may_be_long_have_longer_splits_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "MOST_SPLITS", 1)
+    check(GPU, seed=0, t=1, size=1008, block=16, siblings=False, fill=[0.9], heads=(2, 1), d=64, dtype="bfloat16",
+          window=None)
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jspec.config import DRAFTERS, RULES, SEED_HIGH
-from jspec.errors import InputError
-from jspec.settings import shortened
+from jspec.errors import InputError, shortened
 
 EPILOG = """\
 a first look:
@@ -307,6 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """The exit code of `run`; mistakes of the user's are one line on stderr and 2. That nobody reads what is printed
     any more (`jspec train --help | head`) is no mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names and messages of the user's may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     code = 0
     try:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jspec import yaml_text
-from jspec.errors import InputError
+from jspec.errors import InputError, shortened
 
 Override = str | tuple[str, Any]
 """'section.key=value', the value in YAML; or (section.key, value), the value taken as it is."""
@@ -327,9 +327,3 @@ def _show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return repr(value) if isinstance(value, str) else str(value)
-
-
-def shortened(text: str) -> str:
-    """A text as part of an error's line: what cannot be printed is escaped, and what is long is cut."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:101])
-    return shown if len(text) <= 100 else f"{shown[:97]}..."

@@ -57,6 +57,15 @@ def test_a_full_disk_under_stdout_is_one_line():
     assert "jspec: error: what is printed: No space left on device; make room" in done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_the_terminal_has_no_character_for_is_escaped(encoding):
+    program = ("import jspec.cli; from jspec.output import screen; "
+               "jspec.cli.guarded(lambda: screen().print('r\\u00e9 \\udcff', soft_wrap=True) or 0)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.stdout.decode(encoding) == {"ascii": "r\\xe9 \\udcff\n", "utf-8": "r\u00e9 \\udcff\n"}[encoding], done
+
+
 @pytest.mark.parametrize("program", [
     "from jspec.output import screen; c = screen(); [c.print('x' * 60) for _ in range(9000)]; open('done', 'w')",
     "import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: print('x' * 600_000) or 0))",

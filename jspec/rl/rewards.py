@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pebble
 
-from jspec.errors import InputError
+from jspec.errors import InputError, shortened
 from jspec.rl import tasks
 from jspec.rl.math_grading import check_gold, math_verify
 
@@ -162,7 +162,11 @@ def their_functions(module) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        said = str(error)
+    except Exception as failure:  # it is of the user's making
+        said = f"what it says cannot be read ({type(failure).__name__})"
+    return shortened(" ".join(f"{type(error).__name__}: {said}".split()), 200)
 
 
 cached_reward = functools.cache(load_reward)
@@ -190,11 +194,11 @@ def grade_one(function: str, item: RewardInput, timeout_s: float) -> Grade:
                                         finished=item.finished, length=item.length, **item.meta)
         if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST:
             return float(value), None, ""
+        return 0.0, "invalid", f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32"
     except BaseException as error:  # noqa: B036 - SystemExit included: nothing that a reward does may stop the run
         return 0.0, "raised", one_line(error)
     finally:
         faulthandler.cancel_dump_traceback_later()
-    return 0.0, "invalid", f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32"
 
 
 class RewardPool:

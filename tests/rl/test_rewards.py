@@ -21,8 +21,14 @@ from fractions import Fraction
 
 import numpy as np
 
+class Mute(Exception):
+    def __str__(self): raise OSError("no")
+
 def behave(prompt, response, answer, finished, length, **meta):
     if response == "raise": raise ValueError("two\\nlines")
+    if response == "loud": raise ValueError("\\ud800 \\x1b[31m" + 9999 * "x")
+    if response == "mute": raise Mute
+    if response == "hidden": return Mute()
     if response == "exit": raise SystemExit(2)
     if response == "die": os._exit(3)
     if response == "sleep": time.sleep(1000)
@@ -87,6 +93,13 @@ def test_what_raises_scores_zero(pool):
     np.testing.assert_array_equal(result.rewards, [3, 0, 0, 0, 2])
     assert result.failures == OK | {"raised": 3}
     assert result.messages == {"raised": "ValueError: two lines"}
+
+
+def test_what_it_says_is_a_line_that_every_terminal_shows(pool):
+    said = pool.grade(items("loud")).messages["raised"]
+    assert said.startswith("ValueError: \\ud800 \\x1b[31mxxx") and len(said) < 300 and said.isprintable()
+    assert pool.grade(items("mute")).messages == {"raised": "Mute: what it says cannot be read (OSError)"}
+    assert pool.grade(items("hidden")).messages == {"raised": "OSError: no"}
 
 
 def test_a_process_that_ends_scores_zero_and_is_replaced(pool):

@@ -42,4 +42,6 @@ def group_advantages(rewards: jax.Array, group_size: int, form: AdvantageForm = 
     centred = jnp.where(spread, groups - jnp.mean(groups, axis=1, keepdims=True), 0.0)
     if form == "dr_grpo":
         return jnp.ldexp(centred, exponent).reshape(-1)
-    return (centred / (jnp.std(groups, axis=1, keepdims=True) + jnp.ldexp(EPSILON, -exponent))).reshape(-1)
+    # beside large rewards EPSILON is flushed to 0, and of a group without spread 0 / 0 would be left
+    deviation = jnp.where(spread, jnp.std(groups, axis=1, keepdims=True) + jnp.ldexp(EPSILON, -exponent), 1.0)
+    return (centred / deviation).reshape(-1)

@@ -101,15 +101,18 @@ def all_failed(rewards: np.ndarray, failures: int, message: str = "") -> str:
 
 
 def never_varied(records: Sequence[Mapping[str, Any]]) -> str:
-    """What to say once a run's first SAME_STEPS steps have all given one and the same reward; "" at any other time.
+    """What to say if in a run's first SAME_STEPS steps no two answers to one prompt had different rewards; "" at any
+    other time.
 
     Args:
       records: of all steps until now, as metrics.jsonl has them.
     """
-    if len(records) != SAME_STEPS or any(record["reward_std"] or record["reward_failures"] for record in records):
+    # what an earlier jspec wrote does not say it
+    if len(records) != SAME_STEPS or any(record.get("reward_differs", 1) or record["reward_failures"]
+                                         for record in records):
         return ""
     rewards = {record["reward"] for record in records}
-    if len(rewards) > 1:
-        return ""
-    return (f"every answer of the first {SAME_STEPS} steps has the reward {rewards.pop():g}, and where rewards do not "
-            "differ nothing is learned: look at what reward.function gives, and at how hard data.source is")
+    same = (f"every answer of the first {SAME_STEPS} steps has the reward {rewards.pop():g}" if len(rewards) == 1 else
+            f"in the first {SAME_STEPS} steps all answers to a prompt have one reward")
+    return (f"{same}, and where rewards do not differ nothing is learned: look at what reward.function gives, and at "
+            "how hard data.source is")

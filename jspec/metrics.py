@@ -33,6 +33,7 @@ PHASES = ("data", "reshard", "rollout", "reward", "draft", "update", "checkpoint
 WINDOW = 20  # steps in the running mean that acceptance is compared with
 EXPECTED = 20  # accepted tokens that the mean promises for a step: with fewer, half of them is within chance
 TABLE_ROWS = 12
+WIDE = 1e7  # numbers from here on are shown by their first digits
 
 
 def untimed(record: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +265,7 @@ def acceptance_alarm(before: Sequence[dict[str, Any]], record: dict[str, Any]) -
 
 def _number(record: dict[str, Any], key: str, form: str) -> str:
     value = record.get(key)
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else format(value, form if abs(value) < WIDE else ".3g")
 
 
 def line(record: dict[str, Any], steps: int) -> str:

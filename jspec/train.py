@@ -172,8 +172,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
                 state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))
                 learned |= jax.tree.map(lambda x: x.tolist(), jax.device_get(of_draft)) | draft_health(config, state)
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
-        run.metrics.write({"step": step + 1, **describe(on_host, rewards, clock), **failures, **learned,
-                           "compilations": clock.compilations(), **clock.record()})
+        run.metrics.write({"step": step + 1, **describe(on_host, rewards, config.data.group_size, clock), **failures,
+                           **learned, "compilations": clock.compilations(), **clock.record()})
         rewardless = rewardless + 1 if no_rewards else 0
         found = troubles(config, state, learned, no_rewards, rewardless)
         for trouble in found:
@@ -353,12 +353,13 @@ def make_remember(draft: Draft | None) -> Callable:
     return jax.jit(draft.module.remember, donate_argnums=0, out_shardings=shardings)
 
 
-def describe(out: Rollout, rewards: np.ndarray, clock: Clock) -> dict[str, Any]:
-    """The rollout in numbers."""
+def describe(out: Rollout, rewards: np.ndarray, group_size: int, clock: Clock) -> dict[str, Any]:
+    """The rollout, and the rewards of its groups, in numbers."""
     stats, tokens = out.stats, int(out.lengths.sum())
     rewards = rewards.astype(np.float64)  # the squares of large ones are beyond float32
-    record = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()), "length": float(out.lengths.mean()),
-              "finished": float(out.finished.mean()), "tokens": tokens,
+    record = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()),
+              "reward_differs": float((np.ptp(rewards.reshape(-1, group_size), axis=1) > 0).mean()),
+              "length": float(out.lengths.mean()), "finished": float(out.finished.mean()), "tokens": tokens,
               # of a rollout that was compiled first it would be no rate
               "tokens_per_second": None if clock.compiling["rollout"] else round(tokens / clock.seconds["rollout"], 2),
               "acceptance_length": tokens / int(stats.cycles.sum()), "occupancy": float(stats.occupancy),

@@ -61,9 +61,11 @@ def test_rewards_that_all_fail():
 
 
 def test_rewards_that_never_vary_are_named_once():
-    same = [{"reward": 1.0, "reward_std": 0.0, "reward_failures": 0}] * (SAME_STEPS + 1)
+    same = [{"reward": 1.0, "reward_differs": 0.0, "reward_failures": 0}] * (SAME_STEPS + 1)
     told = [bool(never_varied(same[:steps])) for steps in range(SAME_STEPS + 2)]
     assert told == [steps == SAME_STEPS for steps in range(SAME_STEPS + 2)]
     assert "every answer of the first 5 steps has the reward 1, and" in never_varied(same[:SAME_STEPS])
-    for change in ({"reward": 0.0}, {"reward_std": 0.1}, {"reward_failures": 16}):  # what fails is said elsewhere
+    for change in ({"reward_differs": 0.1}, {"reward_failures": 16}):  # what fails is said elsewhere
         assert not never_varied([*same[:3], {**same[0], **change}, same[0]])
+    by_prompt = [*same[:3], {**same[0], "reward": 0.5}, same[0]]
+    assert "in the first 5 steps all answers to a prompt have one reward, and" in never_varied(by_prompt)

@@ -81,8 +81,11 @@ def _claim(directory: Path, names: Sequence[str], folders: Sequence[str], held: 
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output_dir={directory} is no folder; move it away, or choose another output_dir")
     taken = [name for name in names if (directory / name).exists()]
-    if taken and not is_run(directory):
-        raise InputError(f"output_dir={directory} holds {', '.join(taken)}, which no run of jspec has made; choose an "
+    others = taken if not is_run(directory) else []
+    if (directory / LOCK).exists() and not _is_lock(directory / LOCK):
+        others = [LOCK]
+    if others:
+        raise InputError(f"output_dir={directory} holds {', '.join(others)}, which no run of jspec has made; choose an "
                          f"empty folder, such as output_dir={directory / 'run'}")
     with written(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -119,8 +122,15 @@ def _lock(directory: Path, held: ExitStack) -> None:
 def is_run(directory: Path) -> bool:
     """Whether a run has been here. Runs of earlier versions left no lock file, but configurations and checkpoints that
     nothing else looks like."""
-    return ((directory / LOCK).is_file() or _dumped(directory / "config.yaml")
+    return (_is_lock(directory / LOCK) or _dumped(directory / "config.yaml")
             or any(is_checkpoint(path) for path in directory.glob("checkpoints/*")))
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a file is as `_lock` leaves it, or is about to write it, and no file of that name that is somebody's."""
+    with suppress(OSError, ValueError):
+        return path.is_file() and re.fullmatch(r"(process \d+ on .*\n)?", path.read_text(encoding="utf-8")) is not None
+    return False
 
 
 def _dumped(path: Path) -> bool:

@@ -36,7 +36,7 @@ def test_the_second_run_in_a_folder_is_refused_and_the_next_one_is_not(tmp_path)
 
 @pytest.mark.parametrize("name, text", [
     ("config.yaml", "# mine\nsteps: 3\n"), ("config.yaml", to_yaml(Config()) + "# and a note\n"),
-    ("metrics.jsonl", "{}\n"),
+    ("metrics.jsonl", "{}\n"), (LOCK, "pid 7\n"), (f"{LOCK}/x", ""),
     ("checkpoints/200/optimizer/state.pt", "weights"), ("checkpoints/200/_CHECKPOINT_METADATA", "{}"),
     ("tensorboard/events", "x"), ("broken_checkpoints/1", "x")])
 def test_what_is_not_a_runs_own_is_left_alone(tmp_path, name, text):

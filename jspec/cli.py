@@ -5,6 +5,7 @@ import errno
 import functools
 import logging
 import math
+import os
 import signal
 import sys
 import textwrap
@@ -306,16 +307,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """The exit code of `run`; mistakes of the user's are one line on stderr and 2. That nobody reads what is printed
     any more (`jspec train --help | head`) is no mistake."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names and messages of the user's may hold what a terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    _settle_output()
     code = 0
     try:
         try:
             code = _explained(run)
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # trouble with it is noticed here, not at the interpreter's end
+            sys.stdout.flush()  # trouble with it is noticed here, not at the interpreter's end
     except BrokenPipeError:
         from jspec.console import drop_stdout
 
@@ -333,6 +331,15 @@ def guarded(run: Callable[[], int]) -> int:
               "command again", file=sys.stderr)
         return code or 1
     return code
+
+
+def _settle_output() -> None:
+    """What is printed goes somewhere, if only into nothing, and whatever it holds can be printed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # names and messages are the user's
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _explained(run: Callable[[], int]) -> int:

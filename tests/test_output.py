@@ -57,6 +57,12 @@ def test_a_full_disk_under_stdout_is_one_line():
     assert "jspec: error: what is printed: No space left on device; make room" in done.stderr
 
 
+def test_an_output_that_is_closed_is_no_trouble():
+    program = "import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: print(sys.stdout.isatty(), sys.stderr) or 3))"
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", program])
+    assert done.returncode == 3
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_what_the_terminal_has_no_character_for_is_escaped(encoding):
     program = ("import jspec.cli; from jspec.output import screen; "

@@ -61,6 +61,19 @@ def test_a_run_of_an_earlier_version_is_known_by_what_it_left(tmp_path, name, te
         pass
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/2/mine", "trace/a"])
+def test_what_another_run_removes_is_no_place_for_a_run(tmp_path, name):
+    with claimed(tmp_path / "run"):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    before = listing(tmp_path)
+    for way in ("run", "link"):
+        assert f"lies in the {name.split('/')[0]} of the run {tmp_path / 'run'}," in refused(tmp_path / way / name)
+    assert listing(tmp_path) == before
+    with claimed(tmp_path / "run" / "eval"), claimed(tmp_path / "checkpoints" / "mine"):
+        pass
+
+
 def test_other_files_are_in_nobodys_way(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with claimed(tmp_path):

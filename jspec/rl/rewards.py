@@ -9,6 +9,7 @@ import faulthandler
 import functools
 import importlib.util
 import inspect
+import io
 import logging
 import multiprocessing
 import numbers
@@ -173,9 +174,24 @@ cached_reward = functools.cache(load_reward)
 nowhere = functools.cache(functools.partial(open, os.devnull, "w"))
 
 
+class Unheard(io.FileIO):
+    """Where a reward function prints to: that nobody reads it, or the disk is full, is no response's fault."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def start_process(function: str) -> None:
-    """Prepares a reward process: no accelerator for it, and the function imported before the first response."""
+    """Prepares a reward process: no accelerator for it, nothing that it prints can fail, and the function imported
+    before the first response."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is not None:
+            raw = Unheard(number, "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), errors="backslashreplace", line_buffering=True))
     try:
         reward = cached_reward(function)
         if reward is math_verify:

@@ -27,6 +27,7 @@ class Mute(Exception):
 def behave(prompt, response, answer, finished, length, **meta):
     if response == "raise": raise ValueError("two\\nlines")
     if response == "loud": raise ValueError("\\ud800 \\x1b[31m" + 9999 * "x")
+    if response == "print": print(prompt, flush=True); return 0.5
     if response == "mute": raise Mute
     if response == "hidden": return Mute()
     if response == "exit": raise SystemExit(2)
@@ -100,6 +101,29 @@ def test_what_it_says_is_a_line_that_every_terminal_shows(pool):
     assert said.startswith("ValueError: \\ud800 \\x1b[31mxxx") and len(said) < 300 and said.isprintable()
     assert pool.grade(items("mute")).messages == {"raised": "Mute: what it says cannot be read (OSError)"}
     assert pool.grade(items("hidden")).messages == {"raised": "OSError: no"}
+
+
+PRINTING = """
+import os
+from jspec.rl.rewards import RewardInput, RewardPool
+if __name__ == "__main__":
+    os.dup2(OUTPUT, 1)
+    with RewardPool(FUNCTION, workers=1) as pool:
+        result = pool.grade([RewardInput("caf\\u00e9 \\udcff", "print", "")])
+    assert result.rewards == [0.5], result
+"""
+
+
+def test_what_it_prints_cannot_fail(behave, tmp_path):
+    """Into a pipe that nobody reads, in letters that the terminal has not."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = tmp_path / "grade.py"
+    script.write_text(PRINTING.replace("OUTPUT", str(writing)).replace("FUNCTION", repr(behave)))
+    done = subprocess.run([sys.executable, script], pass_fds=[writing], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"})
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_process_that_ends_scores_zero_and_is_replaced(pool):

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -171,6 +172,7 @@ def _computing(handler: Callable[[argparse.Namespace], int]) -> Callable[[argpar
     """A command that compiles: what is compiled is kept for the next one."""
     @functools.wraps(handler)
     def computing(arguments: argparse.Namespace) -> int:
+        _import_jax()
         from jspec.compile_cache import keep_compiled
         from jspec.distributed import check_platform
 
@@ -181,6 +183,16 @@ def _computing(handler: Callable[[argparse.Namespace], int]) -> Callable[[argpar
     return computing
 
 
+def _import_jax() -> None:
+    """Raises InputError for a JAX_... variable that JAX does not understand."""
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        said = re.sub(r"jax_\w+", lambda name: name[0].upper(), str(error))
+        raise InputError(f"JAX cannot read its settings from the environment: {said}; mend or unset that variable"
+                         ) from error
+
+
 def _train(arguments) -> int:
     from jspec.config import load_config
     from jspec.settings import to_yaml
@@ -189,6 +201,7 @@ def _train(arguments) -> int:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return 0
+    _import_jax()
     from jspec import distributed
     from jspec.compile_cache import keep_compiled
     from jspec.train import train

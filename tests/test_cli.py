@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 
@@ -73,6 +74,13 @@ def test_the_whole_configuration_can_be_printed(capsys, config, tmp_path):
 ])
 def test_mistakes_are_one_line(capsys, arguments, message):
     assert run(capsys, *arguments) == (2, "", f"jspec: error: {message}\n")
+
+
+def test_a_variable_that_jax_does_not_understand_is_one_line():
+    done = subprocess.run([sys.executable, "-m", "jspec", "eval", "x"], capture_output=True, text=True,
+                          env=os.environ | {"JAX_NUM_CPU_DEVICES": "two"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert '"two" for JAX flag JAX_NUM_CPU_DEVICES; mend or unset that variable' in done.stderr
 
 
 def test_a_bad_override_is_one_line(capsys, config):

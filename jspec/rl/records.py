@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jspec.errors import InputError
+from jspec.errors import InputError, shortened
 from jspec.hub.json_io import parse_json
 from jspec.rl.tasks import PREFIX, ReasoningGym
 
@@ -203,7 +203,7 @@ def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
     record = parse_json(line, where)
     for key in keys:
         if key not in record:
-            raise InputError(f"{where}: no {key!r} (it has {', '.join(map(repr, record)) or 'no keys'})")
+            raise InputError(f"{where}: no {key!r} (it has {shortened(', '.join(map(repr, record))) or 'no keys'})")
     for key in OF_THE_RESPONSE & record.keys():
         raise InputError(f"{where}: the key {key!r} is taken: reward functions are told the response's own by it; "
                          "rename it")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jspec.config import DRAFTERS, RULES, SEED_HIGH
+from jspec.config import DRAFTERS, MOST_SAMPLES, RULES, SEED_HIGH
 from jspec.errors import InputError, shortened
 
 EPILOG = """\
@@ -150,7 +150,7 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--top-k", type=int, default=0, help="0: off (default)")
     made.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
     made.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
-    made.add_argument("--samples", type=number(int, 1), default=1, metavar="N",
+    made.add_argument("--samples", type=number(int, 1, MOST_SAMPLES), default=1, metavar="N",
                       help="answers decoded together; one is shown (default: 1)")
     made.add_argument("--seed", type=number(int, 0, SEED_HIGH), default=0, help="of the sampling noise (default: 0)")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on the CPU")

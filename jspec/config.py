@@ -17,7 +17,8 @@ from jspec.settings import Override, setting
 # Every file in drafts/ is a drafter; listed without importing them, for they import JAX.
 _DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
 DRAFTERS = tuple(sorted(m.name for m in _DRAFT_FILES if m.name != "base" and not m.ispkg))
-# of `speculate.cycle.RULES`, for the same reason
+# of `speculate.cycle.RULES` and `speculate.types.PromptBatch`, for the same reason
+MOST_SAMPLES = 2**20
 RULES = ("rejection", "block", "coupled")
 SEED_HIGH = 2**64 - 1
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,23 @@ from rich.table import Table
 
 import jspec
 from jspec.checkpoint import data_position
+from jspec.config import MOST_SAMPLES
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import open_output, screen
 from jspec.prepare import EVAL_KEY, make_batching, make_sampling, make_speculation, purpose_key, purpose_seed
 from jspec.progress import say, telling
 from jspec.rl.answers import reward_inputs
-from jspec.rl.prompts import PromptData
+from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_reward
 from jspec.settings import Override
 from jspec.sources import Source, open_source
-from jspec.speculate.arguments import check_stops
+from jspec.speculate.arguments import check
 
 PROMPTS = 64
 """How many prompts, if nothing is said and the data has as many."""
+UNUSED = {"steps", "output_dir", "log_level", "draft", "grpo", "mesh", "checkpoint", "profile"}
+"""Sections and keys of a config that an evaluation does not look at (but draft.name=none does go without a run's)."""
 
 
 def evaluate(arguments) -> int:
@@ -37,6 +41,8 @@ def evaluate(arguments) -> int:
     for name in ("prompts", "samples", "batch"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
+    if arguments.samples > MOST_SAMPLES:
+        raise InputError(f"--samples must be at most {MOST_SAMPLES}, not {arguments.samples}")
     overrides: list[Override] = list(arguments.overrides)
     if arguments.temperature is not None:
         overrides.append(("sampling.temperature", arguments.temperature))
@@ -46,15 +52,16 @@ def evaluate(arguments) -> int:
     check_reward(source.config.reward.function, source.config.data.source)
     if source.draft is not None:
         source.draft.check_finite(source.name)
-    check_stops(source.shape.config, make_sampling(source.config))
     check_kept(source)
+    say_unused(arguments.overrides)
     data = prompts_of(source)
     count = check_count(source, data, arguments.prompts)
+    batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count))
     with telling(f"loading {arguments.source}"):
         policy = jspec.reshard(source.load_finite())
     console = screen(stderr=arguments.json == "-")
     result = {"source": arguments.source, "overrides": arguments.overrides,
-              **score(source, policy, data, count, arguments.samples, min(arguments.batch, count), console)}
+              **score(source, policy, batches, count, console)}
     table = Table(show_edge=False, show_header=False)
     for key, value in result.items():
         if isinstance(value, int | float):
@@ -124,25 +131,45 @@ def check_count(source: Source, data: PromptData, wanted: int | None) -> int:
     return min(PROMPTS, available) if wanted is None else wanted
 
 
-def score(source: Source, policy: Policy, data: PromptData, prompts: int, samples: int, batch: int,
-          console: Console) -> dict[str, Any]:
-    """Mean reward of `samples` answers to each of `prompts` prompts, with its standard error over prompts. `policy` is
-    in the rollout layout."""
+def say_unused(overrides: Sequence[str]) -> None:
+    """Says which overrides change nothing: an evaluation neither trains nor makes a draft. (Those of a config's file
+    are its training's.)"""
+    keys = [text.partition("=")[0].strip() for text in overrides if text.replace(" ", "") != "draft.name=none"]
+    if unused := [key for key in keys if key.partition(".")[0] in UNUSED]:
+        say(f"{', '.join(unused)}: no part of an evaluation, and left aside")
+
+
+def batches_of(source: Source, data: PromptData, count: int, samples: int, batch: int
+               ) -> list[tuple[list[Prompt], jspec.PromptBatch]]:
+    """The prompts to answer, `batch` at a time; the last batch is filled up with prompts that are not asked for.
+
+    Raises InputError for what a rollout of them would refuse, so that it is said before any weights are read.
+    """
     config, key = source.config, purpose_key(source.config.seed, EVAL_KEY)
+    steps = [[prompt for _ in range(batch) for prompt in next(data)] for _ in range(math.ceil(count / batch))]
+    made = [jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
+                                          seed=jax.random.fold_in(key, step)) for step, chosen in enumerate(steps)]
+    for prompts in made:
+        check(source.shape, None, prompts, make_sampling(config), make_speculation(config), make_batching(config))
+    return list(zip(steps, made, strict=True))
+
+
+def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], jspec.PromptBatch]], prompts: int,
+          console: Console) -> dict[str, Any]:
+    """Mean reward of the answers to the first `prompts` prompts of `batches`, with its standard error over prompts.
+    `policy` is in the rollout layout."""
+    config, (batch, samples) = source.config, (len(batches[0][0]), batches[0][1].group_size)
     sampling, speculation, batching = make_sampling(config), make_speculation(config), make_batching(config)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
     with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,
           telling("answering (the first batch compiles)", total=prompts) as advance):
-        for step in range(math.ceil(prompts / batch)):
-            chosen = [prompt for _ in range(batch) for prompt in next(data)]
-            made = jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
-                                                 seed=jax.random.fold_in(key, step))
+        for step, (chosen, made) in enumerate(batches):
             start = time.perf_counter()
             out = jax.device_get(jspec.rollout(policy, source.draft, made, sampling=sampling, speculation=speculation,
                                                batching=batching))
             seconds += time.perf_counter() - start
             graded = pool.grade(reward_inputs(source.tokenizer, chosen, out))
-            keep = min(batch, prompts - step * batch)  # the last batch is filled up with prompts that are not asked for
+            keep = min(batch, prompts - step * batch)
             rewards.append(graded.rewards.reshape(batch, samples)[:keep])
             lengths.append(out.lengths.reshape(batch, samples)[:keep])
             finished.append(out.finished.reshape(batch, samples)[:keep])

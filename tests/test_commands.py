@@ -164,10 +164,12 @@ def spied(monkeypatch):
 
 def test_evaluation_has_noise_and_an_order_of_its_own(capsys, model, task, monkeypatch):
     calls = spied(monkeypatch)
-    assert main(["eval", model, *task, "--prompts", "6", "--samples", "2", "--batch", "2"]) == 0
+    aside = ["steps=3", "draft.path=/x"]
+    assert main(["eval", model, *task, *aside, "--prompts", "6", "--samples", "2", "--batch", "2"]) == 0
     ours = [np.asarray(jax.random.key_data(seed)).tolist() for _, seed in calls]
     training = [np.asarray(jax.random.key_data(jax.random.fold_in(seed_key(0), step))).tolist() for step in range(100)]
     assert len(ours) == 3 and not any(key in training for key in ours)
+    assert "jspec: steps, draft.path: no part of an evaluation, and left aside" in capsys.readouterr().err
     config = load_config(None, [*task, "data.prompts_per_step=2"])
     data = PromptData(config.data, load_tokenizer(model), seed=config.seed)
     assert [prompts for prompts, _ in calls] != [[tuple(prompt.tokens) for prompt in next(data)] for _ in range(3)]
@@ -251,7 +253,10 @@ def weightless(monkeypatch):
     (["rollout", "{model}", "--prompt", "1", "--seed", str(2**64)], "at most 18446744073709551615"),
     (["rollout", "{model}", "--prompt", "1", "--samples", "0"], "--samples: must be a whole number of at least 1"),
     (["rollout", "{here}/it's ${x}", "--prompt", "1"], "there is nothing at {here}/it's ${x} "),
+    (["rollout", "{model}", "--prompt", "1", "--samples", str(2**21)], "at least 1 and at most 1048576, not '2097152'"),
+    (["eval", "{model}", "--samples", str(2**21)], "--samples must be at most 1048576, not 2097152"),
     (["eval", "{model}", "--prompts", "7"], "--prompts 7 is more than"),
+    (["eval", "{model}", "sampling.stop_tokens=[5000]"], "stop token 5000 is outside the model's vocabulary"),
     (["eval", "{model}", "--json", "{here}"], "--json {here} is a directory; name a file in it"),
     (["eval", "{model}", "--json", "{model}/config.json/x.json"], "what should be its folder is a file"),
     (["export", "{model}", "{model}"], "exists and is not an empty directory"),

@@ -94,6 +94,9 @@ class RolloutSection:
 
     slots: int | None = setting(None, "answers in flight at most, over all devices: one that ends makes room for the "
                                 "next; null: all of the step's", low=1)
+    kv_tokens: int | None = setting(None, "positions of keys and values on the devices, prompts included: where they "
+                                    "do not suffice the answers begun last wait in host memory; null: what the slots "
+                                    "need at worst", low=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_p
 from jspec.rl.rewards import check_reward
 from jspec.sharding import batch_shards, check_mesh, check_rows
 from jspec.speculate import Batching, Sampling, Speculation
-from jspec.speculate.arguments import check_stops
+from jspec.speculate.arguments import check_batching, check_stops
 from pallas_kernels.noise import seed_key
 
 POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY = range(2**32 - 1, 2**32 - 8, -1)
@@ -51,9 +51,9 @@ def check(config: Config, mesh: Mesh) -> None:
     if config.grpo.micro_batch:
         check_rows(config.grpo.micro_batch, mesh, layout)
     shards = batch_shards("rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout", mesh)
-    if (config.rollout.slots or 0) % shards:
-        raise InputError(f"rollout.slots = {config.rollout.slots} are not divided by the mesh's {shards} batch shards; "
-                         "change rollout.slots or the mesh")
+    k = 0 if config.draft.name == "none" else make_speculation(config).most
+    check_batching("rollout.", make_batching(config), shards, rows, config.data.group_size,
+                   config.data.max_prompt_tokens, config.sampling.max_new_tokens, k)
     model = model_config(config)
     check_mesh(model, mesh)
     check_stops(model, make_sampling(config))

@@ -167,6 +167,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             with clock("draft"):
                 jax.block_until_ready(of_draft)
             out = out.replace(trunk=None)
+            if may_wait(config):
+                run.data.answered(on_host.lengths.reshape(len(prompts), -1).mean(1))
             with clock("update"):
                 state = state.replace(draft=remember(state.draft, batch, out))
                 state, learned = learn(state, reference, batch, out, place(run.mesh, rewards, "batch"))
@@ -248,12 +250,22 @@ def prompt_trouble(run: Run) -> int:
 
 def make_prompt_batch(run: Run, prompts: Sequence[Prompt], key: jax.Array) -> PromptBatch:
     """The step's prompts on the mesh. Every process has them all and makes the rows that its devices hold."""
-    longest = run.config.data.max_prompt_tokens
+    longest, expected = run.config.data.max_prompt_tokens, None
+    if may_wait(run.config):  # an answer of which nothing is known may become as long as any
+        expected = [run.config.sampling.max_new_tokens if prompt.expected_length is None else prompt.expected_length
+                    for prompt in prompts]
     batch = PromptBatch.from_tokens([prompt.tokens for prompt in prompts], group_size=run.config.data.group_size,
-                                    seed=key, buckets=(*(b for b in BUCKETS if b < longest), longest))
+                                    seed=key, buckets=(*(b for b in BUCKETS if b < longest), longest),
+                                    expected_lengths=expected)
     put = partial(place, run.mesh)
     return batch.replace(tokens=put(batch.tokens, "batch", None), lengths=put(batch.lengths, "batch"),
-                         sequence_ids=put(batch.sequence_ids, "batch"))
+                         sequence_ids=put(batch.sequence_ids, "batch"),
+                         expected_lengths=None if expected is None else put(batch.expected_lengths, "batch"))
+
+
+def may_wait(config: Config) -> bool:
+    """Whether answers of a step may have to wait for others to end: then those that will be long begin first."""
+    return config.rollout.slots is not None or config.rollout.kv_tokens is not None
 
 
 def place(mesh: Mesh, x: Any, *axes: str | None) -> jax.Array:
@@ -363,7 +375,7 @@ def describe(out: Rollout, rewards: np.ndarray, group_size: int, clock: Clock) -
               # of a rollout that was compiled first it would be no rate
               "tokens_per_second": None if clock.compiling["rollout"] else round(tokens / clock.seconds["rollout"], 2),
               "acceptance_length": tokens / int(stats.cycles.sum()), "occupancy": float(stats.occupancy),
-              "kv_blocks": int(stats.blocks.max())}
+              "kv_blocks": int(stats.blocks.max()), "pauses": int(stats.pauses.sum())}
     if stats.drafted.sum():
         record["drafted"] = int(stats.drafted.sum())
         record["acceptance"] = float(stats.accepted.sum() / stats.drafted.sum())

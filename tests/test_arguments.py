@@ -137,6 +137,16 @@ WRONG = {
              "did you mean coupled?"),
     "kernels": (lambda: rollout(speculation=jspec.Speculation(kernels=np.ones(2))), "speculation kernels is an array"),
     "states": (lambda: rollout(speculation=jspec.Speculation(states=(2,))), "holds depth 2; the model has 1"),
+    "slots 0": (lambda: jspec.Batching(slots=0), "batching slots = 0 must be at least 1"),
+    "kv_tokens": (lambda: jspec.Batching(kv_tokens=1.5), "batching kv_tokens = 1.5 must be a whole number"),
+    "kv_tokens few": (lambda: jspec.rollout(POLICY, None, BATCH, sampling=jspec.Sampling(max_new_tokens=4),
+                                            batching=jspec.Batching(kv_tokens=47)),
+                      "kv_tokens = 47 are 2 blocks of 16 positions, and the prompts take 2 and one sequence at its cap "
+                      "1: give at least 48"),
+    "expected many": (lambda: batch_of(expected_lengths=[1]), "one number for each of the 2 prompts; got 1"),
+    "expected text": (lambda: batch_of(expected_lengths="ab"), "expected_lengths"),
+    "expected shape": (lambda: jspec.rollout(POLICY, None, BATCH.replace(expected_lengths=jnp.zeros(3, jnp.int32))),
+                       "batch.expected_lengths"),
     # policies
     "policy empty": (lambda: rollout(policy=POLICY.replace(weights=None)), "weight embed of params is missing; its"),
     "policy of text": (lambda: rollout(policy=weights(embed=np.full((11, 32), "a"))), "weight embed of params is an "

@@ -42,6 +42,16 @@ def test_stop_tokens_that_the_model_has_not_are_refused_without_weights():
         prepare.check(load_config("configs/tiny.yaml", ["sampling.stop_tokens=[1, 12]"]), make_mesh())
 
 
+def test_a_pool_too_small_is_refused_without_weights():
+    config = load_config("configs/tiny.yaml", ["rollout.kv_tokens=16"])
+    with pytest.raises(InputError, match="rollout.kv_tokens = 16 are .* blocks of .* give at least ") as caught:
+        prepare.check(config, make_mesh())
+    least = int(str(caught.value).split()[-1])
+    prepare.check(load_config("configs/tiny.yaml", [f"rollout.kv_tokens={least}"]), make_mesh())
+    with pytest.raises(InputError, match="give at least"):
+        prepare.check(load_config("configs/tiny.yaml", [f"rollout.kv_tokens={least - 1}"]), make_mesh())
+
+
 @pytest.mark.parametrize(("override", "message"), [
     ("draft.options={first: 1}", "draft.options.first: mtp has no such option"),
     ("draft.options={name: x}", "draft.options.name: mtp has no such option"),

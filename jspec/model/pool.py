@@ -86,13 +86,22 @@ def rows_of(pool: jax.Array, table: jax.Array) -> np.ndarray:
     return held.reshape(*held.shape[:2], -1, held.shape[-1])
 
 
-def copy_block(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
-    """The cache with block `source` copied to block `target`, in every layer; int32 scalars."""
-    def copy(pool: jax.Array) -> jax.Array:
-        block = jax.lax.dynamic_slice_in_dim(pool, source, 1)
-        return jax.lax.dynamic_update_slice_in_dim(pool, block, target, axis=0)
+def copy_entry(array: jax.Array, target: jax.Array, of: jax.Array, source: jax.Array) -> jax.Array:
+    """The array with its entry `target` replaced by entry `source` of another, which may lie in another memory, or of
+    itself; int32 scalars. Nothing but the entry is moved."""
+    entry, space = jax.lax.dynamic_slice_in_dim(of, source, 1), jax.typeof(array).memory_space
+    if jax.typeof(of).memory_space != space:
+        entry = jax.device_put(entry, space)
+    return jax.lax.dynamic_update_slice_in_dim(array, entry, target, axis=0)
 
-    return cache.replace(k=tuple(map(copy, cache.k)), v=tuple(map(copy, cache.v)))
+
+def copy_block(cache: Cache, target: jax.Array, of: Cache, source: jax.Array) -> Cache:
+    """The cache with its block `target` replaced by block `source` of another or of itself, in every layer; int32
+    scalars."""
+    def copy(pools: tuple[jax.Array, ...], others: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(copy_entry(pool, target, other, source) for pool, other in zip(pools, others, strict=True))
+
+    return cache.replace(k=copy(cache.k, of.k), v=copy(cache.v, of.v))
 
 
 @struct.dataclass

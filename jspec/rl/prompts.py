@@ -30,12 +30,14 @@ class Prompt:
         tokens: what the policy reads: the text within system prompt and chat template.
         answer: what the response is graded against.
         meta: everything else the source says about it; handed to the reward function as keyword arguments.
+        expected_length: tokens of an answer to it, as `PromptData.answered` was told last; None: never.
     """
 
     text: str
     tokens: tuple[int, ...]
     answer: str
     meta: Mapping[str, Any]
+    expected_length: int | None = None
 
 
 class PromptData:
@@ -90,7 +92,8 @@ class PromptData:
         self.order = functools.lru_cache(maxsize=2)(functools.partial(
             shuffled if config.shuffle else unshuffled, len(self.records), seed))
         self.steps, self.iterator = 0, iter(self.pipeline())
-        self.coming = next(self.iterator)
+        self.coming, self.latest = next(self.iterator), []
+        self.expected: dict[int, int] = {}
         self.trouble: InputError | None = None
         self.check([*range(min(self.records.at_once, len(self.records))), *self.coming])
         self.look_on(range(self.records.at_once, len(self.records)))
@@ -114,9 +117,13 @@ class PromptData:
             InputError: one of them cannot be used.
         """
         prompts = [self.prompt(number) for number in self.coming]
-        self.steps, self.coming = self.steps + 1, next(self.iterator)
+        self.steps, self.latest, self.coming = self.steps + 1, self.coming, next(self.iterator)
         self.look(self.coming)  # a step ahead, so that a run can end between two steps
         return prompts
+
+    def answered(self, lengths: Sequence[float]) -> None:
+        """Remembers, until the prompts come again, how many tokens an answer to each prompt of the latest step had."""
+        self.expected |= {number: round(float(length)) for number, length in zip(self.latest, lengths, strict=True)}
 
     def prompt(self, number: int) -> Prompt:
         """The prompt of a record. Raises InputError, naming where it stands, for one that cannot be used."""
@@ -138,7 +145,7 @@ class PromptData:
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
-        return Prompt(text, tuple(tokens), record["answer"], meta)
+        return Prompt(text, tuple(tokens), record["answer"], meta, self.expected.get(number))
 
     def check(self, numbers: Sequence[int]) -> None:
         """Looks at the records of these numbers. Raises InputError, naming where it stands, for the first that cannot
@@ -178,7 +185,8 @@ class PromptData:
 
     def state(self) -> dict:
         """Where the stream stands, the same on every process: a dict that JSON can hold."""
-        return self.state_after(self.steps)
+        state = self.state_after(self.steps)
+        return state | {"expected": {str(n): length for n, length in self.expected.items()}} if self.expected else state
 
     def state_after(self, steps: int) -> dict:
         # what decides the order of the records; how many processes share them does not
@@ -199,8 +207,9 @@ class PromptData:
             InputError: it was taken from other prompts, another order or another number of prompts a step, or it is no
                 state at all.
         """
-        steps = state.get("steps") if isinstance(state, Mapping) else None
-        if not isinstance(steps, int) or not 0 <= steps < 2**40:
+        state = dict(state) if isinstance(state, Mapping) else {}
+        steps, expected = state.get("steps"), state.pop("expected", {})
+        if not isinstance(steps, int) or not 0 <= steps < 2**40 or not is_lengths(expected):
             raise InputError("the checkpoint's data position is none; move that checkpoint away, and the one before it "
                              "is taken")
         if state != self.state_after(steps):
@@ -210,8 +219,15 @@ class PromptData:
                 "reasoning_gym); undo the change or choose another output_dir"
             )
         self.iterator.set_state({"next_index": steps})
-        self.steps, self.coming = steps, next(self.iterator)
+        self.steps, self.latest, self.coming = steps, [], next(self.iterator)
+        self.expected = {int(number): length for number, length in expected.items()}
         self.look(self.coming)
+
+
+def is_lengths(expected: Any) -> bool:
+    """Whether these are lengths by the number of a record, as JSON has them."""
+    return isinstance(expected, Mapping) and all(
+        isinstance(number, str) and number.isdecimal() and type(length) is int for number, length in expected.items())
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from jspec.errors import InputError
 from jspec.kernels import choose
 from jspec.model import ModelConfig, Policy, check_policy, check_weights
 from jspec.sharding import batch_shards, check_rows
+from jspec.speculate.blocks import Blocks, prompts_of_shards
 from jspec.speculate.types import Batching, PromptBatch, Sampling, Speculation
 
 MOST_DRAFTS = 64
@@ -56,9 +57,20 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
             raise InputError(f"speculation states holds depth {depth}; the model has {config.num_layers} layers")
     layout = policy.layout if not policy.stacked else "rollout"
     check_rows(rows, layout=layout)
-    if (batching.slots or 0) % batch_shards(layout):
-        raise InputError(f"batching slots = {batching.slots} are not divided by the mesh's {batch_shards(layout)} "
-                         "batch shards; change slots or the mesh")
+    check_batching("batching ", batching, batch_shards(layout), rows, batch.group_size, batch.tokens.shape[1],
+                   sampling.max_new_tokens, 0 if draft is None else spec.most)
+
+
+def check_batching(label: str, batching: Batching, shards: int, rows: int, group_size: int, length: int, cap: int,
+                   k: int) -> None:
+    """Raise InputError, which begins with `label`, for slots or a pool that a batch cannot be generated with: `rows`
+    sequences on so many batch shards, prompts padded to `length`, answers of at most `cap` tokens drafted by up to k.
+    """
+    if (batching.slots or 0) % shards:
+        raise InputError(f"{label}slots = {batching.slots} are not divided by the mesh's {shards} batch shards; change "
+                         "slots or the mesh")
+    prompts = prompts_of_shards(rows, group_size, shards).shape[1]
+    Blocks.of(prompts, length, cap, k).check(f"{label}kv_tokens", batching.kv_tokens, shards)
 
 
 def answerable(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> jax.Array:
@@ -85,8 +97,9 @@ def answerable(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> j
 
 def in_32_bits(batch: PromptBatch, sampling: Sampling) -> tuple[PromptBatch, Sampling]:
     """The leaves as the program has them, int32 and float32; NumPy's and Python's are wider, and JAX's with x64."""
-    ids = {name: getattr(batch, name) for name in ("tokens", "lengths", "sequence_ids")}
-    batch = batch.replace(**{name: jnp.asarray(x, jnp.int32) for name, x in ids.items() if x.dtype != jnp.int32})
+    ids = {name: getattr(batch, name) for name in ("tokens", "lengths", "sequence_ids", "expected_lengths")}
+    batch = batch.replace(**{name: jnp.asarray(x, jnp.int32) for name, x in ids.items()
+                             if x is not None and x.dtype != jnp.int32})
     dtypes = {"temperature": np.float32, "top_p": np.float32, "limit": np.int32}
     leaves = {name: (getattr(sampling, name), dtype) for name, dtype in dtypes.items()}
     return batch, sampling.replace(**{name: np.asarray(x, dtype) for name, (x, dtype) in leaves.items()
@@ -129,6 +142,8 @@ def _check_batch(batch: PromptBatch) -> None:
     if shape is None or len(shape) != 2 or 0 in shape:
         raise wrong("batch.tokens", batch.tokens, "int32 [prompts, length], at least one of each", traceable=True)
     wanted = {"tokens": shape, "lengths": shape[:1], "sequence_ids": (shape[0] * batch.group_size,)}
+    if batch.expected_lengths is not None:
+        wanted["expected_lengths"] = shape[:1]
     for name, shape in wanted.items():
         value = unmasked(f"batch.{name}", getattr(batch, name))
         dtype = getattr(value, "dtype", None)

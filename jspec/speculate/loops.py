@@ -14,6 +14,7 @@ from jspec.drafts.base import Draft
 from jspec.kernels import platform
 from jspec.model import Policy
 from jspec.speculate.cycle import RULES, cycle
+from jspec.speculate.pausing import pause, resume
 from jspec.speculate.state import State, admit, compact, grow, retire, rows_in_slots
 from jspec.speculate.types import Sampling, Schedule
 
@@ -51,7 +52,7 @@ def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, ch
       draft: prepared. state: with the slots of the chain's first loop. key: raw, of the batch.
     """
     most = max(k for _, k in chain)
-    refill = len(state.waiting) > len(state.slots)
+    refill = len(state.waiting) > len(state.slots) or state.paused is not None
     state = admit(state, most)
     for i, (rows, k) in enumerate(chain):
         fit = chain[i + 1][0] if i + 1 < len(chain) else 0
@@ -59,7 +60,7 @@ def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, ch
             state = compact(state, rows)
 
         def body(state: State, i: int = i, k: int = k) -> State:
-            state = grow(state, most)
+            state = grow(pause(state, most), most)
             with jax.named_scope("noise"):
                 at = rows_in_slots(state)
                 noise = RULES[rule](key, at.ids, at.lengths, k)
@@ -69,12 +70,12 @@ def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, ch
             counts = state.counts
             counts = counts.replace(loop_cycles=counts.loop_cycles.at[i].add(1),
                                     loop_live=counts.loop_live.at[i].add(live))
-            state = retire(state.replace(counts=counts))
+            state = resume(retire(state.replace(counts=counts)), most)
             # the first loop goes on until no sequence waits
             return admit(state, most) if refill and i == 0 else state
 
         def goes_on(state: State, fit: int = fit) -> Any:
-            return state.more | (state.live.sum() > fit)
+            return state.more | (state.in_flight > fit)
 
         with jax.named_scope(f"loop_{rows}"):
             state = jax.lax.while_loop(goes_on, body, state)

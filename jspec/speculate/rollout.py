@@ -16,11 +16,13 @@ from jax.sharding import PartitionSpec
 from jspec.drafts.base import Draft, DraftState, Prefill
 from jspec.kernels import choose, picked
 from jspec.model import KeyValues, Policy, Trunk, prefill, to_rollout
-from jspec.model.pool import all_free, block_size, blocks_of, write_prompts
+from jspec.model.pool import all_free, blocks_of, write_prompts
 from jspec.sharding import batch_axes, batch_shards, constrain, current_mesh
 from jspec.speculate.arguments import answerable, check, in_32_bits
+from jspec.speculate.blocks import Blocks, prompts_of_shards
 from jspec.speculate.cycle import split_features
 from jspec.speculate.loops import decode, loops
+from jspec.speculate.pausing import none_paused
 from jspec.speculate.state import Counts, Prompts, Sequences, State, admit
 from jspec.speculate.types import Batching, PromptBatch, Rollout, RolloutStats, Sampling, Speculation
 from pallas_kernels.noise import key_words
@@ -48,7 +50,8 @@ class Prefilled:
 
 @struct.dataclass
 class Asked:
-    """What is asked of N sequences, see `Sequences`; done: those that have no answer."""
+    """What is asked of N sequences, see `Sequences`; done: those that have no answer. expected: int32 [N] or None, see
+    `PromptBatch.expected_lengths`."""
 
     ids: jax.Array
     prompts: jax.Array
@@ -56,6 +59,7 @@ class Asked:
     temperature: jax.Array
     top_p: jax.Array | None
     limit: jax.Array
+    expected: jax.Array | None
 
 
 def _prefill(policy: Policy, draft: Draft | None, batch: PromptBatch, states: tuple[int, ...] | None) -> Prefilled:
@@ -84,26 +88,27 @@ def _asked(policy: Policy, batch: PromptBatch, sampling: Sampling, shards: int) 
     return Asked(by_row(batch.sequence_ids, jnp.int32),
                  by_row(sequence // batch.group_size - first // batch.group_size, jnp.int32),
                  by_row(~answerable(policy.config, batch, sampling), bool), by_row(sampling.temperature, jnp.float32),
-                 None if sampling.top_p is None else by_row(sampling.top_p, jnp.float32), by_row(limit, jnp.int32))
+                 None if sampling.top_p is None else by_row(sampling.top_p, jnp.float32), by_row(limit, jnp.int32),
+                 None if batch.expected_lengths is None else by_row(
+                     jnp.repeat(batch.expected_lengths, batch.group_size), jnp.int32))
 
 
 def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots: int, k: int, chain: int,
-          group_size: int) -> State:
+          group_size: int, kv_tokens: int | None = None, shards: int = 1) -> State:
     """The state before the first sequence has a slot.
 
     Args:
       cap: the most that a sequence generates. k: the most that a cycle drafts. chain: how many loops there will be.
       group_size: how many adjacent sequences continue one prompt, 1 where that is not known.
+      kv_tokens: of the pools of all shards, see `Batching`. shards: how many there are of this state.
     """
     prompts, length = prefilled.tokens.shape
     rows = asked.ids.shape[0]
-    positions = length + cap + k  # the last cycle writes up to k tokens beyond the cap
-    size = block_size(positions)
-    columns = blocks_of(positions, size)
-    blocks = prompts * blocks_of(length, size) + slots * min(columns, blocks_of(size + cap + k, size))
+    counts = Blocks.of(prompts, length, cap, k)
+    size, columns, (blocks, away) = counts.size, counts.columns, counts.pool(slots, kv_tokens, shards)
     needed = blocks_of(prefilled.lengths, size)
     end = jnp.cumsum(needed, dtype=jnp.int32)
-    column = jnp.arange(blocks_of(length, size), dtype=jnp.int32)
+    column = jnp.arange(counts.prompt, dtype=jnp.int32)
     table = jnp.where(column < needed[:, None], (end - needed)[:, None] + column, blocks)
     empty = jnp.full((slots, columns), blocks, jnp.int32)
 
@@ -120,7 +125,7 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
 
     def share(x):
         x = jnp.take(x, asked.prompts, axis=0)
-        return jnp.pad(x, ((0, 0), (0, positions - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.pad(x, ((0, 0), (0, cap + k), *((0, 0),) * (x.ndim - 2)))
 
     lengths = prefilled.lengths[asked.prompts]
     values = jnp.zeros((rows, cap + k + 1), jnp.float32)
@@ -129,11 +134,14 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
         jnp.zeros(rows, bool), asked.temperature, asked.top_p, asked.limit, jax.tree.map(share, prefilled.trunk),
         jnp.zeros(rows, jnp.int32), group_size=group_size)
     unfinished = jnp.zeros(prompts, jnp.int32).at[asked.prompts].add(~asked.done)
+    cache = pool(prefilled.key_values)
+    last = asked.done if asked.expected is None else jnp.where(asked.done, 1, -jnp.maximum(asked.expected, 0))
+    waiting = jnp.argsort(last, stable=True).astype(jnp.int32)
     return State(
         Prompts(prefilled.lengths, table, unfinished, prefilled.draft_rows), sequences,
-        jnp.full(slots, rows, jnp.int32), pool(prefilled.key_values), draft, all_free(end[-1], blocks, columns),
-        jnp.argsort(asked.done, stable=True).astype(jnp.int32), jnp.int32(0), (~asked.done).sum(dtype=jnp.int32),
-        Counts(*(jnp.zeros(n, jnp.int32) for n in (k, k, chain, chain))))
+        jnp.full(slots, rows, jnp.int32), cache, draft, all_free(end[-1], blocks, columns), waiting, jnp.int32(0),
+        (~asked.done).sum(dtype=jnp.int32), Counts(*(jnp.zeros(n, jnp.int32) for n in (k, k, chain, chain))),
+        none_paused(cache, draft, waiting, away) if away else None)
 
 
 def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, k: int,
@@ -146,12 +154,8 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
 
 
 def _by_shard(prefilled: Prefilled, policy: Policy, group_size: int, rows: int, shards: int) -> Prefilled:
-    """The prompts that the sequences of each shard continue, one shard's after the other's. A prompt whose group lies
-    on several is there several times."""
-    mine = rows // shards
-    first, last = np.arange(shards) * mine // group_size, ((np.arange(shards) + 1) * mine - 1) // group_size
-    each = np.max(last - first) + 1
-    index = np.minimum(first[:, None] + np.arange(each), last[:, None]).ravel()
+    """The prompts that the sequences of each shard continue, one shard's after the other's."""
+    index = prompts_of_shards(rows, group_size, shards).ravel()
     if np.array_equal(index, np.arange(rows // group_size)):
         return prefilled
     return jax.tree.map(lambda x: constrain(x[index], policy.layout, "batch", *(None,) * (x.ndim - 1)), prefilled)
@@ -215,18 +219,20 @@ def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation:
 
     def run(policy, draft, prefilled, asked, key):
         state = begin(policy, prefilled, asked, cap=static.max_new_tokens, slots=slots, k=speculation.most,
-                      chain=len(chain), group_size=_adjacent(rows // shards, batch.group_size))
+                      chain=len(chain), group_size=_adjacent(rows // shards, batch.group_size),
+                      kv_tokens=batching.kv_tokens, shards=shards)
         state = decode(policy, draft, state, key, chain, sampling=static, stop_tokens=stops, rule=speculation.rule,
                        states=speculation.states)
-        used = (state.cache.blocks - state.free.fewest)[None]
-        return state.sequences, jax.tree.map(lambda x: x[None], state.counts), used
+        used = state.cache.blocks - state.free.fewest
+        pauses = jnp.int32(0) if state.paused is None else state.paused.pauses
+        return state.sequences, *jax.tree.map(lambda x: x[None], (state.counts, used, pauses))
 
     with jax.named_scope("decode"):
-        sequences, counts, used = _on_shards(policy, run, draft, prefilled, asked, key_words(batch.key))
+        sequences, counts, used, pauses = _on_shards(policy, run, draft, prefilled, asked, key_words(batch.key))
     with jax.named_scope("collect"):
         stats = RolloutStats(sequences.cycles, counts.drafted.sum(0, dtype=jnp.int32),
                              counts.accepted.sum(0, dtype=jnp.int32), counts.loop_cycles, counts.loop_live, used,
-                             slots=tuple(rows for rows, _ in chain))
+                             pauses, slots=tuple(rows for rows, _ in chain))
         return _collect(sequences, sampling.max_new_tokens, policy.config.pad_token, stats)
 
 

@@ -79,6 +79,27 @@ class Counts:
 
 
 @struct.dataclass
+class Paused:
+    """Rows that are paused, always the youngest in flight: a stack in host memory, the oldest of them on top.
+
+    Attributes:
+      cache: blocks of the policy's cache; each row's lie together, in their order. It has no table. draft: the
+        drafter's, its rows' leaves [B, ...]; None: no draft.
+      sequences: int32 [B], the first `count`, int32 scalar, are paused. blocks: int32 scalar, how many are filled.
+      turns: int32 [N], which place each sequence has among `State.waiting`: a row's age.
+      pauses: int32 scalar, how often a row was paused so far.
+    """
+
+    cache: Cache
+    draft: DraftState | None
+    sequences: jax.Array
+    count: jax.Array
+    blocks: jax.Array
+    turns: jax.Array
+    pauses: jax.Array
+
+
+@struct.dataclass
 class State:
     """B slots and all that stands around them. The last committed token of a row is pending: its keys and values are
     not in the cache yet.
@@ -89,6 +110,7 @@ class State:
       free: the blocks that are nobody's.
       waiting: int32 [N], the sequences in the order in which they get a slot; the first `admitted`, int32 scalar, have
         got theirs. wanted: int32 scalar, how many will ever want one.
+      paused: rows that had to leave their slot; None: there are blocks for all, and no row ever has to.
     """
 
     prompts: Prompts
@@ -101,11 +123,18 @@ class State:
     admitted: jax.Array
     wanted: jax.Array
     counts: Counts
+    paused: Paused | None = None
 
     @property
     def live(self) -> jax.Array:
         """bool [B], which slots hold a sequence."""
         return self.slots < self.sequences.ids.shape[0]
+
+    @property
+    def in_flight(self) -> jax.Array:
+        """How many sequences have a slot or are paused, int32 scalar."""
+        live = self.live.sum(dtype=jnp.int32)
+        return live if self.paused is None else live + self.paused.count
 
     @property
     def more(self) -> jax.Array:
@@ -132,11 +161,40 @@ def rows_in_slots(state: State) -> Rows:
     return Rows(state.live, *jax.tree.map(lambda x: jnp.take(x, state.slots, axis=0, mode="clip"), fields))
 
 
-def _with_table(state: State, table: jax.Array) -> State:
+def with_table(state: State, table: jax.Array) -> State:
+    """The state with another block table, int32 [B, M], of the policy's cache and the drafter's."""
     draft = state.draft
     if draft is not None and draft.cache is not None:
         draft = draft.replace(cache=draft.cache.replace(table=table))
     return state.replace(cache=state.cache.replace(table=table), draft=draft)
+
+
+def shared_blocks(state: State, sequences: jax.Array) -> jax.Array:
+    """How many blocks at the front of their line sequences int32 [...] share with the others of their prompt: those
+    that it fills, but for one with its last token, which is pending and will be written again."""
+    return (jnp.take(state.sequences.prompt_lengths, sequences, mode="clip") - 1) // state.cache.size
+
+
+def own_blocks(state: State) -> jax.Array:
+    """How many blocks beside the shared ones each row has, int32 [B]."""
+    held = (state.cache.table < state.cache.blocks).sum(1, dtype=jnp.int32)
+    return jnp.where(state.live, held - shared_blocks(state, state.slots), 0)
+
+
+def fitting(state: State, sequences: jax.Array, asking: jax.Array, k: int) -> jax.Array:
+    """How many of sequences int32 [B], one after the other, can have a slot, int32 scalar; asking: bool [B], true at
+    the front. For each of them, and each row that has one already, there must be blocks for a cycle of up to k drafts
+    and one block more, unless it will never need it: so no row soon has to leave its slot again."""
+    def foreseen(sequences: jax.Array) -> jax.Array:
+        of, size = state.sequences, state.cache.size
+        lengths, prompts, limit = (jnp.take(x, sequences, mode="clip")
+                                   for x in (of.lengths, of.prompt_lengths, of.limit))
+        needed = jnp.minimum(blocks_of(lengths + k + 1, size) + 1, blocks_of(prompts + limit + k, size))
+        return needed - shared_blocks(state, sequences)
+
+    kept = jnp.where(state.live, foreseen(state.slots) - own_blocks(state), 0).sum(dtype=jnp.int32)
+    fits = jnp.cumsum(foreseen(sequences), dtype=jnp.int32) <= state.free.count - kept
+    return jnp.minimum((fits & asking).sum(dtype=jnp.int32), (~state.live).sum(dtype=jnp.int32))
 
 
 def _for_each(slots: jax.Array, most: jax.Array | int, step: Callable[[State, jax.Array], State],
@@ -149,7 +207,8 @@ def _for_each(slots: jax.Array, most: jax.Array | int, step: Callable[[State, ja
 
 
 def admit(state: State, k: int) -> State:
-    """Give every free slot the sequence that waits for longest. k: the most that a cycle drafts."""
+    """Give every free slot the next sequence that waits, as far as there are blocks; none while rows are paused. k: the
+    most that a cycle drafts."""
     def step(state: State, slot: jax.Array) -> State:
         cache, prompts = state.cache, state.prompts
         size, columns = cache.size, cache.table.shape[1]
@@ -163,17 +222,22 @@ def admit(state: State, k: int) -> State:
         line = jnp.pad(theirs, (0, columns - len(theirs)))
         line = jnp.where(jnp.arange(columns) < shared, line, cache.blocks)
         line = line.at[shared + jnp.arange(2)].set(jnp.where(own, ids, cache.blocks), mode="drop")
-        state = _with_table(state, cache.table.at[slot].set(line))
+        state = with_table(state, cache.table.at[slot].set(line))
         draft, source = state.draft, theirs[shared]
         if draft is not None:
             rows = jax.tree.map(lambda all, of: all.at[slot].set(of[prompt]), draft.rows, prompts.draft)
-            cache = None if draft.cache is None else copy_block(draft.cache, source, ids[0])
+            cache = None if draft.cache is None else copy_block(draft.cache, ids[0], draft.cache, source)
             draft = DraftState(rows, cache)
-        return state.replace(cache=copy_block(state.cache, source, ids[0]), draft=draft, free=free,
+        return state.replace(cache=copy_block(state.cache, ids[0], state.cache, source), draft=draft, free=free,
                              slots=state.slots.at[slot].set(sequence), admitted=state.admitted + 1)
 
     with jax.named_scope("admit"):
-        return _for_each(~state.live, state.wanted - state.admitted, step, state)
+        waiting = state.wanted - state.admitted
+        if state.paused is not None:
+            next_ones = jnp.arange(len(state.slots), dtype=jnp.int32)
+            waiting = fitting(state, jnp.take(state.waiting, state.admitted + next_ones, mode="clip"),
+                              (next_ones < waiting) & (state.paused.count == 0), k)
+        return _for_each(~state.live, waiting, step, state)
 
 
 def grow(state: State, k: int) -> State:
@@ -187,7 +251,7 @@ def grow(state: State, k: int) -> State:
     ids, free = take(state.free, wanted)
     columns = jnp.where(wanted, held[:, None] + jnp.arange(2), table.shape[1])
     table = table.at[jnp.arange(len(held))[:, None], columns].set(ids, mode="drop")
-    return _with_table(state, table).replace(free=free)
+    return with_table(state, table).replace(free=free)
 
 
 def retire(state: State) -> State:
@@ -200,7 +264,7 @@ def retire(state: State) -> State:
         unfinished = prompts.unfinished.at[prompt].add(-1)
         theirs = prompts.table[prompt]
         held = jnp.where(unfinished[prompt] == 0, (theirs < blocks).sum(dtype=jnp.int32), 0)
-        state = _with_table(state, table.at[slot].set(blocks))
+        state = with_table(state, table.at[slot].set(blocks))
         return state.replace(free=give_back(free, theirs, jnp.int32(0), held),
                              slots=state.slots.at[slot].set(len(state.waiting)),
                              prompts=prompts.replace(unfinished=unfinished))
@@ -216,5 +280,5 @@ def compact(state: State, rows: int) -> State:
     draft = state.draft
     if draft is not None:
         draft = draft.replace(rows=jax.tree.map(lambda x: x[order], draft.rows))
-    state = _with_table(state.replace(draft=draft), state.cache.table[order])
+    state = with_table(state.replace(draft=draft), state.cache.table[order])
     return state.replace(slots=state.slots[order])

@@ -63,6 +63,9 @@ class PromptBatch:
       sequence_ids: int32 [N], global over all processes; together with `key` they name a sequence's noise.
       key: a typed key (`jax.random.key`). The same key gives the same noise: fold the step into it.
       group_size: static.
+      expected_lengths: int32 [P], how long the outputs of each prompt are thought to become, or None. Where sequences
+        wait for a slot (`Batching`) those of the longest get one first, else they get it in order: nothing else follows
+        from it.
     """
 
     tokens: jax.Array
@@ -70,6 +73,7 @@ class PromptBatch:
     sequence_ids: jax.Array
     key: jax.Array
     group_size: int = struct.field(pytree_node=False)
+    expected_lengths: jax.Array | None = None
 
     def __post_init__(self):
         settle(self, "", group_size=_GROUP)
@@ -77,7 +81,7 @@ class PromptBatch:
     @classmethod
     def from_tokens(cls, prompts: Sequence[Sequence[int]], *, group_size: int, seed: int | jax.Array,
                     sequence_ids: Sequence[int] | None = None, buckets: Sequence[int] = BUCKETS,
-                    pad_token: int = 0) -> PromptBatch:
+                    pad_token: int = 0, expected_lengths: Sequence[int] | None = None) -> PromptBatch:
         """Pad token lists to a bucket.
 
         Args:
@@ -87,6 +91,7 @@ class PromptBatch:
             the same noise.
           sequence_ids: N distinct whole numbers below 2**31; 0..N-1 by default.
           buckets: ascending lengths to pad to.
+          expected_lengths: one for each prompt, or None.
 
         Raises InputError for an empty batch, an empty prompt, text, masked arrays, ids that are no whole numbers or do
         not fit int32, a prompt longer than the largest bucket, and an argument of another kind. Ids that the policy
@@ -108,8 +113,13 @@ class PromptBatch:
         if len(ids) != len(rows) * group_size or len(set(ids)) != len(ids):
             raise InputError(f"sequence_ids must be {len(rows) * group_size} distinct integers (prompts x group_size); "
                              f"got {len(ids)}, {len(set(ids))} of them distinct")
+        expected = None if expected_lengths is None else whole_numbers("expected_lengths", expected_lengths)
+        if expected is not None and len(expected) != len(rows):
+            raise InputError(f"expected_lengths must be one number for each of the {len(rows)} prompts; got "
+                             f"{len(expected)}")
         return cls(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.asarray(ids, jnp.int32),
-                   random_key("seed", seed), group_size)
+                   random_key("seed", seed), group_size,
+                   None if expected is None else jnp.asarray(expected, jnp.int32))
 
 
 def _token_rows(prompts: Any) -> list[np.ndarray]:
@@ -231,14 +241,18 @@ class Batching:
     Attributes:
       slots: sequences in flight at most, over all shards of the batch axes; one that ends makes room for the next.
         None: all of them.
+      kv_tokens: positions of keys and values on the device, in blocks, over all shards of the batch axes and for the
+        prompts too. Where they do not suffice the youngest sequences wait in host memory; nothing is computed twice.
+        None: what the slots need at worst.
 
-    Raises InputError for slots that are no whole number of at least 1.
+    Raises InputError for what is no whole number of at least 1.
     """
 
     slots: int | None = struct.field(pytree_node=False, default=None)
+    kv_tokens: int | None = struct.field(pytree_node=False, default=None)
 
     def __post_init__(self):
-        settle(self, "batching ", slots=optional(whole(1)))
+        settle(self, "batching ", slots=optional(whole(1)), kv_tokens=optional(whole(1)))
 
 
 @struct.dataclass
@@ -252,7 +266,8 @@ class RolloutStats:
       accepted: int32 [K], those of them that were emitted. accepted / drafted is an unbiased measure of the draft.
       loop_cycles: int32 [D, loops], of each loop of the chain on each of D shards of the batch axes, which do not wait
         for each other. loop_live: int32 [D, loops], the live rows of all those cycles.
-      blocks: int32 [D], the most KV blocks that were in use at one time.
+      blocks: int32 [D], the most KV blocks that were in use at one time. pauses: int32 [D], how often a sequence had to
+        leave the device.
       slots: static, the rows that each loop is compiled for.
     """
 
@@ -262,6 +277,7 @@ class RolloutStats:
     loop_cycles: jax.Array | None = None
     loop_live: jax.Array | None = None
     blocks: jax.Array | None = None
+    pauses: jax.Array | None = None
     slots: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @property

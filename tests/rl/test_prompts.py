@@ -82,6 +82,23 @@ def test_restored_equals_uninterrupted(numbers, steps):
     assert texts(resumed, 6) == rest
 
 
+def test_a_prompt_that_comes_again_knows_how_long_its_answers_were(numbers):
+    def expected(data, steps):
+        return [[prompt.expected_length for prompt in step] for step in itertools.islice(data, steps)]
+
+    data = PromptData(section(numbers, shuffle=False), Characters(), seed=0)
+    assert expected(data, 1) == [[None] * 4]
+    data.answered([1.4, 20, 3, 4])
+    assert expected(data, 1) == [[None] * 4]
+    data.answered(np.array([5, 6, 7, 8], np.float32))
+    state = json.loads(json.dumps(data.state()))
+    rest = expected(data, 2)
+    assert rest == [[None, None, 1, 20], [3, 4, 5, 6]]
+    resumed = PromptData(section(numbers, shuffle=False), Characters(), seed=0)
+    resumed.restore(state)
+    assert expected(resumed, 2) == rest and resumed.state() == data.state()
+
+
 @pytest.mark.parametrize(
     "seed, changes, line",
     [
@@ -209,7 +226,8 @@ def test_a_line_that_no_step_has_had_may_be_mended(numbers):
         PromptData(section(numbers, shuffle=False), Characters(), seed=0).restore(state)
 
 
-@pytest.mark.parametrize("state", [None, [], {}, {"steps": -1}, {"steps": "1"}, {"steps": 10**30}])
+@pytest.mark.parametrize("state", [None, [], {}, {"steps": -1}, {"steps": "1"}, {"steps": 10**30},
+                                   {"steps": 0, "expected": {"a": 1}}, {"steps": 0, "expected": {"1": "x"}}])
 def test_a_position_that_is_none(numbers, state):
     with pytest.raises(InputError, match="data position is none; move that checkpoint away"):
         PromptData(section(numbers), Characters(), seed=0).restore(state)

@@ -35,9 +35,9 @@ def policy():
     return tiny.policy(11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.25)
 
 
-def run(policy, draft=None, k=0, slots=None, rule="coupled"):
+def run(policy, draft=None, k=0, slots=None, rule="coupled", kv_tokens=None):
     made = None if draft is None else drafters.make(draft, policy, seed=1, scale=0.05)
-    return jspec.rollout(policy, made, BATCH, sampling=SAMPLING, batching=jspec.Batching(slots=slots),
+    return jspec.rollout(policy, made, BATCH, sampling=SAMPLING, batching=jspec.Batching(slots, kv_tokens),
                          speculation=jspec.Speculation(k=k, rule=rule))
 
 
@@ -106,7 +106,7 @@ def _no_copy_of_the_last_block(patch):
         last = (new.prompts.lengths[prompt] - 1) // new.cache.size
         rows = jnp.arange(len(new.slots))
         table = new.cache.table.at[rows, last].set(new.prompts.table[prompt, last])
-        return state._with_table(new, jnp.where(new.live[:, None], table, new.cache.blocks))
+        return state.with_table(new, jnp.where(new.live[:, None], table, new.cache.blocks))
 
     patch.setattr(loops, "admit", admit)
 
@@ -114,7 +114,7 @@ def _no_copy_of_the_last_block(patch):
 def _table_not_moved(patch):
     """After rows are moved together each has the line of the row that was there."""
     def compact(now, rows):
-        return state._with_table(COMPACT(now, rows), now.cache.table[:rows])
+        return state.with_table(COMPACT(now, rows), now.cache.table[:rows])
 
     patch.setattr(loops, "compact", compact)
 
@@ -141,7 +141,7 @@ def _noise_of_the_slot(patch):
 def _written_after_it_was_given_away(patch):
     """A slot that is over keeps its line, and goes on writing to blocks that are others' by now."""
     def retire(now):
-        return state._with_table(RETIRE(now), now.cache.table)
+        return state.with_table(RETIRE(now), now.cache.table)
 
     patch.setattr(loops, "retire", retire)
 

@@ -82,8 +82,8 @@ def _claim(directory: Path, names: Sequence[str], folders: Sequence[str], held: 
         raise InputError(f"output_dir={directory} is no folder; move it away, or choose another output_dir")
     for folder in (place := directory.resolve(), *place.parents):
         if folder.name in RUN_NAMES and _is_lock(folder.parent / LOCK):
-            raise InputError(f"output_dir={directory} lies in the {folder.name} of the run {folder.parent}, which "
-                             "removes what is there in time; choose a folder outside it")
+            raise InputError(f"output_dir={directory} lies in {folder}, where the run of {folder.parent} writes and "
+                             "removes what it likes; choose a folder outside it")
     taken = [name for name in names if (directory / name).exists()]
     others = taken if not is_run(directory) else []
     if (directory / LOCK).exists() and not _is_lock(directory / LOCK):

@@ -68,7 +68,7 @@ def test_what_another_run_removes_is_no_place_for_a_run(tmp_path, name):
     (tmp_path / "link").symlink_to(tmp_path / "run")
     before = listing(tmp_path)
     for way in ("run", "link"):
-        assert f"lies in the {name.split('/')[0]} of the run {tmp_path / 'run'}," in refused(tmp_path / way / name)
+        assert f"lies in {tmp_path / 'run' / name.split('/')[0]}, where the run of" in refused(tmp_path / way / name)
     assert listing(tmp_path) == before
     with claimed(tmp_path / "run" / "eval"), claimed(tmp_path / "checkpoints" / "mine"):
         pass

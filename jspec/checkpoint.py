@@ -149,11 +149,12 @@ class Checkpoints:
         trace from its threads."""
         def check() -> None:
             needed = sum(x.nbytes for x in jax.tree.leaves(_items(state)))
-            free = shutil.disk_usage(self.directory).free
+            with checkpoints_written(self.directory):  # the folder may have been removed
+                free = shutil.disk_usage(self.directory).free
             if free < needed:
-                raise InputError(f"{self.directory}: a checkpoint takes up to {needed / 2**20:,.1f} MiB, and "
-                                 f"{free / 2**20:,.1f} MiB are free; make room, and the same command goes on from the "
-                                 "last one")
+                raise InputError(f"{self.directory}: a checkpoint takes up to {_mebibytes(needed)}, and "
+                                 f"{_mebibytes(free)} are free; make room, and the same command goes on from the last "
+                                 "one")
 
         on_main(check)
 
@@ -234,6 +235,10 @@ class Checkpoints:
         except InputError:
             if kind is None:  # else the one that is on its way says more
                 raise
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**20:.2g} MiB"
 
 
 def _check_meta(meta: Any, step: int | None = None) -> None:

@@ -313,6 +313,10 @@ def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monke
         with pytest.raises(InputError, match="a checkpoint takes up to .* MiB, and .* MiB are free; make room"):
             checkpoints.save(1, make_state(None), DATA)
         assert not list((tmp_path / "checkpoints").iterdir())
+        monkeypatch.undo()
+        (tmp_path / "checkpoints").rmdir()  # while the run goes on
+        with pytest.raises(InputError, match="cannot be written to .*No such file or directory"):
+            checkpoints.save(1, make_state(None), DATA)
 
 
 def test_a_file_where_checkpoints_should_be(tmp_path):

@@ -22,7 +22,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jspec.errors import InputError
+from jspec.errors import InputError, shortened
 from jspec.progress import say, telling
 
 WAIT_S = 300.0
@@ -54,7 +54,8 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
                 jax.distributed.initialize(local_device_ids=devices or _all_devices_of_the_node(environment),
                                            initialization_timeout=_LONGER_S)
     except (RuntimeError, ValueError, OSError, KeyError) as error:  # of a port in use, of the cluster's API, ...
-        how, remedy = ("given by hand", "give --coordinator another port") if by_hand else (scheduler, BY_HAND)
+        how, remedy = ("given by hand", "give --coordinator another port") if by_hand else (
+            _told_by(scheduler, environment), BY_HAND)
         raise InputError(f"the processes cannot meet ({how}): {_one_line(error)}; {remedy}") from error
 
 
@@ -199,6 +200,12 @@ def _several(scheduler: str, environment: Mapping[str, str]) -> bool:
         raise InputError(f"{rank}={environment[rank]} and {local}={environment[local]} must be below {size}="
                          f"{environment[size]}; {BY_HAND}")
     return True
+
+
+def _told_by(scheduler: str, environment: Mapping[str, str]) -> str:
+    """The scheduler, with what it says of where the processes are: JAX does not name what it cannot read of that."""
+    _, _, _, *where = SCHEDULERS.get(scheduler, (None, None, None))
+    return ", ".join([scheduler, *(f"{name}={shortened(environment[name])}" for name in where)])
 
 
 def _number(name: str, text: str) -> int:

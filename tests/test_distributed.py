@@ -105,6 +105,8 @@ def test_what_jax_cannot_join_is_one_line(monkeypatch):
         distributed.initialize(BY_HAND)
     assert str(caught.value) == ("the processes cannot meet (given by hand): UNKNOWN: Failed to start RPC server; give "
                                  "--coordinator another port")
+    with pytest.raises(InputError, match="cannot meet .SLURM, SLURM_JOB_ID=seven, SLURM_STEP_NODELIST=.*by hand"):
+        distributed.initialize(SLURM | {"SLURM_JOB_ID": "seven"})
 
 
 def test_processes_that_do_not_come_are_given_up():

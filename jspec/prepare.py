@@ -62,6 +62,9 @@ def check(config: Config, mesh: Mesh) -> None:
     if longest > model.max_position_embeddings:
         raise InputError(f"data.max_prompt_tokens + sampling.max_new_tokens = {longest} is more than the model's "
                          f"{model.max_position_embeddings} positions; lower one of them")
+    if config.speculation.k >= model.max_position_embeddings:
+        raise InputError(f"speculation.k = {config.speculation.k} must be below the model's "
+                         f"{model.max_position_embeddings} positions")
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):
         raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; choose another "
                          "output_dir, or checkpoint.resume=true to go on from them")

@@ -37,9 +37,13 @@ def test_a_temperature_is_no_bias_for_the_update_divides_by_it_too():
     prepare.check_unbiased(load_config(None, ["sampling.temperature=0.5", "sampling.top_p=1"]))
 
 
-def test_stop_tokens_that_the_model_has_not_are_refused_without_weights():
-    with pytest.raises(InputError, match="stop token 12 is outside the model's vocabulary of 12"):
-        prepare.check(load_config("configs/tiny.yaml", ["sampling.stop_tokens=[1, 12]"]), make_mesh())
+@pytest.mark.parametrize(("override", "message"), [
+    ("sampling.stop_tokens=[1, 12]", "stop token 12 is outside the model's vocabulary of 12"),
+    ("speculation.k=64", "speculation.k = 64 must be below the model's 64 positions"),
+])
+def test_what_the_model_has_not_is_refused_without_weights(override, message):
+    with pytest.raises(InputError, match=message):
+        prepare.check(load_config("configs/tiny.yaml", [override]), make_mesh())
 
 
 def test_a_pool_too_small_is_refused_without_weights():

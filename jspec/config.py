@@ -118,7 +118,8 @@ class DataSection:
 
     source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, or 'reasoning_gym:TASK'",
                           filled=True, path=True)
-    prompts_per_step: int = setting(4, "different prompts a step, over all processes", low=1)
+    prompts_per_step: int = setting(4, "prompts a step, over all processes; different ones, but where two epochs meet",
+                                    low=1)
     group_size: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES)
     max_prompt_tokens: int = setting(128, "a longer prompt is an error", low=1)
     system_prompt: str | None = setting(None, "first message of the chat; null: what the chat template does by itself")

@@ -157,7 +157,7 @@ def unwrapped(text: str) -> Answer | None:
     read_as = inside.opening if isinstance(inside, Group) else type(inside)
     if read_as not in (Formula, ":") or not text.startswith(r"\text"):
         return inside
-    words = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}", inside.text) or not re.search(ALGEBRA, inside.text)
+    words = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}|'", inside.text) or not re.search(ALGEBRA, inside.text)
     return Words(inside.text.casefold().strip(" .")) if words else inside
 
 

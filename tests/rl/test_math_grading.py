@@ -73,6 +73,7 @@ RULES = {  # kind: (response, answer, is it right?)
         ("The answer is (B).", "B", 1), (r"\boxed{\text{(B)}}", "(B)", 1), ("no", "No", 1), ("forty-two", "42", 0),
         ("The answer is May 5.", r"\text{May 5}", 1), (r"\boxed{Yam 5}", r"\text{May 5}", 0), ("H2O", r"\text{H2O}", 1),
         ("OH2", r"\text{H2O}", 0), ("2020-01-02", r"\text{2020-01-02}", 1), ("2017", r"\text{2020-01-02}", 0),
+        ("f'(x)", r"\text{f'(x)}", 1), ("f(x)", r"\text{f'(x)}", 0),
         ("10:05 a.m.", r"\text{10:05 a.m.}", 1), ("10:05", r"\text{10:05 a.m.}", 0),
     ],
     "spellings": [

@@ -86,6 +86,12 @@ def _rope(own: Mapping[str, Any], head_dim: int, factors: np.ndarray | None) -> 
     theta = _decimal(number(own, "rope.freq_base", 10000.0, _WHERE))
     kind = own.get("rope.scaling.type", "linear")  # llama.cpp's default, with a factor of 1
     factor = scaling("factor", number(own, "rope.scale_linear", 1.0, _WHERE))
+    if kind not in ("none", "linear", "yarn"):
+        raise InputError(f"rope scaling {short(kind)} of a GGUF is not supported; supported: none, linear, yarn, and "
+                         "Llama 3's rope_freqs")
+    acts = {"attn_factor": scaling("attn_factor", 1.0) != 1.0, "yarn_ext_factor": scaling("yarn_ext_factor", 0.0) > 0}
+    for key in (key for key in acts if acts[key] and kind != "yarn"):
+        raise InputError(f"the GGUF's rope.scaling.{key} is supported with yarn only; use the model's safetensors")
     if factors is not None:
         if kind == "yarn" or kind == "linear" and factor not in (0.0, 1.0):
             raise InputError(f"the GGUF scales its rope twice, by {ROPE_FACTORS} and as rope.scaling.type {kind} says; "
@@ -93,11 +99,6 @@ def _rope(own: Mapping[str, Any], head_dim: int, factors: np.ndarray | None) -> 
         return llama3_rope(theta, head_dim, factors, whole(own, "rope.scaling.original_context_length", 0, _WHERE, 0))
     if kind == "yarn":
         return _yarn(own, scaling, theta, factor)
-    if kind not in ("none", "linear"):
-        raise InputError(f"rope scaling {short(kind)} of a GGUF is not supported; supported: none, linear, yarn, and "
-                         "Llama 3's rope_freqs")
-    if scaling("attn_factor", 1.0) != 1.0:
-        raise InputError("the GGUF's rope.scaling.attn_factor is supported with yarn only; use the model's safetensors")
     if kind == "none" or factor in (0.0, 1.0):
         return RopeConfig(theta=theta)
     return RopeConfig(theta=theta, scaling="linear", factor=factor)

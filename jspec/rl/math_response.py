@@ -157,7 +157,7 @@ def trimmed(stretch: str, following: str) -> Iterator[tuple[str, str]]:
     stretch = LEADING.sub("", stretch, count=1).rstrip(" \t.,;:*'_")
     if stretch.startswith("- ") or stretch.endswith(" -"):
         stretch = stretch.strip("- ")  # dashes between words: a minus stands at its number
-    if not re.match(r"/ ?[A-Za-z]", stretch) and re.search(VALUE, stretch):
+    if not re.fullmatch(r"/ ?[A-Za-z]+(?: ?\^ ?\{?[23]\}?|[23])?", stretch) and re.search(VALUE, stretch):
         yield stretch, following
 
 

@@ -15,8 +15,10 @@ import multiprocessing
 import numbers
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED
 from concurrent.futures import TimeoutError as Expired
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +36,9 @@ log = logging.getLogger(__name__)
 LARGEST = float(np.finfo(np.float32).max)
 ORPHAN_S = 5.0
 """Seconds past its time-out that a hung reward process may outlive a training process that was killed."""
+
+READY_S = 300.0
+"""Seconds that the processes may take to import the function before the first of them begins to grade."""
 
 ATTEMPTS = 3
 """How often a response is handed to processes that die before they begin with it."""
@@ -230,8 +235,8 @@ class RewardPool:
     the function with `check_reward` beforehand.
     """
 
-    def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0):
-        self.function, self.workers, self.timeout_s = function, workers, timeout_s
+    def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0, ready_s: float = READY_S):
+        self.function, self.workers, self.timeout_s, self.ready_s = function, workers, timeout_s, ready_s
         self.logged: set[str] = set()
         self.pool = self.start()
 
@@ -273,6 +278,11 @@ class RewardPool:
         return tasks
 
     def collect(self, items: Sequence[RewardInput], tasks: Sequence[Task]) -> RewardResult:
+        if not self.ready(tasks):
+            self.close()
+            self.pool = self.start()
+            why = f"no process has begun: after {self.ready_s:g} s none had imported the function"
+            return self.count([(0.0, "timed_out", why)] * len(items))
         grades = [self.wait(*task) for task in tasks]
         for _ in range(ATTEMPTS - 1):
             left = [index for index, grade in enumerate(grades) if grade is None]
@@ -280,6 +290,18 @@ class RewardPool:
             for index, task in zip(left, again, strict=True):
                 grades[index] = self.wait(*task)
         return self.count([grade or (0.0, "died", "no process lived until it was its turn") for grade in grades])
+
+    def ready(self, tasks: Sequence[Task]) -> bool:
+        """Waits until a process has begun with one of the tasks, from when pebble's own time-outs count; false if none
+        has in time."""
+        deadline = time.monotonic() + self.ready_s
+        while tasks and not any(future is None or future.running() or future.done() for _, future in tasks):
+            if not tasks[0][0].active:
+                break
+            if time.monotonic() > deadline:
+                return False
+            wait_for([future for _, future in tasks], timeout=0.1, return_when=FIRST_COMPLETED)
+        return True
 
     def wait(self, pool: pebble.ProcessPool, future: pebble.ProcessFuture | None) -> Grade | None:
         """A grade, or None if no process began with it."""

@@ -200,6 +200,15 @@ def test_a_reward_that_breaks_after_the_check_still_stops_nothing(tmp_path):
     assert "there is no file" in result.messages["raised"]
 
 
+def test_an_import_that_hangs_in_the_processes_ends(tmp_path):
+    path = tmp_path / "late.py"
+    path.write_text("import multiprocessing, time\nif multiprocessing.parent_process(): time.sleep(1000)\n"
+                    "def late(**everything): return 1.0\n")
+    with RewardPool(f"{path}:late", workers=1, ready_s=0.1) as pool:
+        result = pool.grade(items("a", "ab"))
+    assert result.failures == OK | {"timed_out": 2} and "none had imported the function" in result.messages["timed_out"]
+
+
 def test_processes_of_a_killed_run_end(behave, tmp_path):
     script = f"""
 import multiprocessing, os, time

@@ -133,7 +133,7 @@ def is_run(directory: Path) -> bool:
 def _is_lock(path: Path) -> bool:
     """Whether a file is as `_lock` leaves it, or is about to write it, and no file of that name that is somebody's."""
     with suppress(OSError, ValueError):
-        return path.is_file() and re.fullmatch(r"(process \d+ on .*\n)?", path.read_text(encoding="utf-8")) is not None
+        return path.is_file() and re.fullmatch(r"(process \d+ on .*\n?)?", path.read_text(encoding="utf-8")) is not None
     return False
 
 

@@ -135,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not config.draft.train or config.draft.name not in LEARNERS:
             raise InputError(f"draft.name={config.draft.name} draft.train={str(config.draft.train).lower()}: nothing "
                              f"learns; give one of {', '.join(LEARNERS)}, and draft.train=true")
+        if config.speculation.k == "auto":  # the same for both drafts, whatever they are worth
+            config = dataclasses.replace(config, speculation=dataclasses.replace(config.speculation, k=3))
         jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")  # every stretch compiles the same
         records, name = [], Path(args.config).stem
         for record in run(config, args.every, args.batches):

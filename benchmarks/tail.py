@@ -6,7 +6,8 @@
 
 What is counted is useful tokens: those of the answers, end tokens included. Autoregressive decoding ("none") is always
 timed. Every round has noise of its own, the same for all variants, and takes them in turn; compiling is not counted.
-`mean`, `median` and `largest` are of the answers' lengths, and `occupancy` is live rows over computed rows.
+`mean`, `median` and `largest` are of the answers' lengths, and `occupancy` is live rows over computed rows. `--k auto`
+measures and chooses before anything is timed; the k of each loop stands beside it.
 
 With --grpo it is whole GRPO steps (grpo_step.py), one a round, of useful tokens over the seconds of the whole step; a
 step before them compiles.
@@ -60,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="the cap on an answer (default: 512)")
     listed("--temperature", cli.number(float, 0.0), [1.0], "0 is greedy")
     listed("--drafts", drafter(PLAIN), [PLAIN], "drafters, with options as NAME:KEY=VALUE")
-    listed("--k", count(1), [3], "tokens drafted a cycle")
+    listed("--k", drafted, [3], "tokens drafted a cycle; auto: what jspec.choose_k finds to be best, at first")
     listed("--rule", one_of("rule", tuple(RULES)), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
     parser.add_argument("--grpo", action="store_true", help="time whole GRPO steps")
     parser.add_argument("--micro-batch", type=count(0), metavar="ROWS",
@@ -71,6 +72,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     args = parser.parse_args(arguments)
+    if args.grpo and "auto" in args.k:
+        raise InputError("--k auto is chosen for rollouts; leave out --grpo, or give numbers")
     if args.micro_batch is not None and not args.grpo:
         raise InputError("--micro-batch is of the update, which --grpo times; add it")
     open_results(args)
@@ -91,6 +94,20 @@ def make_batch(args: argparse.Namespace, prompts: list[list[int]], number: int) 
     return jspec.PromptBatch.from_tokens(prompts, group_size=args.samples, seed=key)
 
 
+def drafted(text: str) -> int | str:
+    """A parser of a number of drafts, or auto."""
+    return text if text == "auto" else cli.number(int, 1)(text)
+
+
+def settled(args: argparse.Namespace, policy: Policy, draft: Draft | None, variant: bench_drafts.Variant,
+            batch: jspec.PromptBatch) -> bench_drafts.Variant:
+    """The variant with what is drafted in the place of auto."""
+    if variant.k != "auto":
+        return variant
+    settings = settings_of(args, dataclasses.replace(variant, k=0))
+    return dataclasses.replace(variant, k=jspec.choose_k(policy, draft, batch, **settings))
+
+
 def settings_of(args: argparse.Namespace, variant: bench_drafts.Variant) -> dict[str, Any]:
     """What `jspec.rollout` is called with by name."""
     return {"sampling": jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=variant.temperature),
@@ -102,7 +119,7 @@ def counted(out: jspec.Rollout) -> dict[str, Any]:
     lengths, occupancy = np.asarray(out.lengths), getattr(out.stats, "occupancy", None)
     return {"tokens": int(lengths.sum()), "mean": float(lengths.mean()), "median": float(np.median(lengths)),
             "largest": int(lengths.max()), "cut": int((~np.asarray(out.finished)).sum()),
-            "acceptance_length": float(out.acceptance_length),
+            "acceptance_length": float(out.acceptance_length), "loop_k": list(getattr(out.stats, "ks", ())),
             "occupancy": None if occupancy is None else float(occupancy)}
 
 
@@ -112,7 +129,8 @@ def time_rollouts(args: argparse.Namespace, policy: Policy, drafts: dict[str, Dr
     batch, compiled = make_batch(args, prompts, 0), {}
     with telling("compiling", total=len(variants)) as advance:
         for variant in variants:  # compiled without being run: one run of this workload may take minutes
-            roll = jax.jit(partial(jspec.rollout, **settings_of(args, variant)))
+            known = settled(args, policy, drafts[variant.draft], variant, batch)
+            roll = jax.jit(partial(jspec.rollout, **settings_of(args, known)))
             compiled[variant] = roll.lower(policy, drafts[variant.draft], batch).compile()
             advance()
     with telling("timing", total=args.rounds * len(variants)) as advance:
@@ -146,7 +164,9 @@ def time_steps(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
 
 def show(args: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> None:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "draft": lambda r: r["draft"], "k": lambda r: str(r["k"]), "T": lambda r: f"{r['temperature']:g}",
+        "draft": lambda r: r["draft"],
+        "k": lambda r: f"auto {r['loop_k']}" if r["k"] == "auto" else str(r["k"]),
+        "T": lambda r: f"{r['temperature']:g}",
         "rule": lambda r: r["rule"], "seconds": lambda r: f"{r['seconds']:.1f}",
         **({name: lambda r, name=name: f"{r[name]:.1f}" for name in grpo_step.PHASES} if args.grpo else {}),
         "tokens": lambda r: str(r["tokens"]), "tok/s": lambda r: f"{r['tok_per_s']:.1f}",

@@ -13,6 +13,7 @@ _SURFACE = {
     "reshard": "jspec.model",
     "Draft": "jspec.drafts", "load_draft": "jspec.heads",
     "TrainState": "jspec.rl.state",
+    "choose_k": "jspec.choosing",
     "make_mesh": "jspec.sharding",
     "InputError": "jspec.errors",
 }

@@ -20,6 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jspec import checksums
+from jspec.choosing import Plan
 from jspec.config import Config, load_config
 from jspec.distributed import any_process, on_main
 from jspec.drafts import Draft
@@ -134,11 +135,12 @@ class Checkpoints:
         self.wait()
         return self.manager.latest_step() or 0
 
-    def save(self, step: int, state: TrainState, data: dict) -> None:
+    def save(self, step: int, state: TrainState, data: dict, plan: Plan | None = None) -> None:
         """Save the state after `step` steps. `data` is the position in the data, as JSON can hold it."""
         policy = state.policy
         meta = {"step": step, "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data,
-                "draft": None if state.draft is None else _draft_meta(state.draft)}
+                "draft": None if state.draft is None else _draft_meta(state.draft),
+                "plan": plan and dataclasses.asdict(plan)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         self.check_room(state)
         with checkpoints_written(self.directory):
@@ -334,6 +336,14 @@ def data_position(run_dir: str | Path) -> dict:
     """Where a run's latest checkpoint stands in its data, as `PromptData.restore` takes it. Raises as `load_policy`
     does."""
     return _meta(run_dir)["data"]
+
+
+def run_plan(run_dir: str | Path) -> Plan:
+    """What a run with speculation.k=auto drafts, as of its latest checkpoint; without one, or in another run, nothing
+    is chosen. Raises InputError if it cannot be read."""
+    fields = _meta(run_dir).get("plan") if has_checkpoints(run_dir) else None
+    with _meaning(run_dir):
+        return Plan.from_json(fields) if fields else Plan()
 
 
 def policy_shape(run_dir: str | Path, dtype: str | None = None) -> Policy:

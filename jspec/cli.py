@@ -102,7 +102,8 @@ def parser() -> Parser:
     export.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty")
 
     command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts MODEL` compares "
-            "drafters, `bench tail MODEL` times answers of natural lengths", add_help=False)
+            "drafters, `bench tail MODEL` times answers of natural lengths, `bench cost MODEL` what a cycle costs",
+            add_help=False)
 
     draft = command("draft", None, "train a draft by itself, or write it as others read it")
     drafts = draft.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -266,7 +267,7 @@ def _export_draft(arguments) -> int:
 def _bench(arguments) -> int:
     import importlib
 
-    named = arguments.rest[:1] in (["drafts"], ["tail"])
+    named = arguments.rest[:1] in (["drafts"], ["tail"], ["cost"])
     name, rest = (arguments.rest[0], arguments.rest[1:]) if named else ("rollout", arguments.rest)
     checkout = Path(__file__).resolve().parent.parent
     script = checkout / "benchmarks" / f"{name}.py"

@@ -8,7 +8,7 @@ import dataclasses
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jspec import settings
 from jspec.errors import InputError
@@ -78,7 +78,11 @@ class DraftSection(DraftLearningSection):
 class SpeculationSection:
     """How drafts are judged."""
 
-    k: int = setting(3, "tokens drafted per cycle; draft.name=none turns speculation off", low=1, high=64)
+    k: int | tuple[tuple[int, ...], ...] | Literal["auto"] = setting(
+        "auto", "tokens drafted per cycle: a number; a schedule [[4, 7], [16, 3]] (up to 4 live rows draft 7, up to 16 "
+        "draft 3, more none); or auto: what promises the most tokens a second, by what cycles are measured to cost "
+        "here and by what earlier steps accepted, no drafts included. draft.name=none turns speculation off",
+        low=1, high=64)
     rule: str = setting("rejection", "rejection: exact in distribution, each draft judged by itself; block: exact in "
                         "distribution, the drafts judged together, which accepts no fewer on average; coupled: token "
                         "for token what autoregressive decoding with the same seed gives", choices=RULES)
@@ -316,10 +320,15 @@ def _check_together(config: Config | DraftTrainingConfig) -> None:
 
 
 def _check_grpo(config: Config) -> None:
-    data, grpo = config.data, config.grpo
+    data, grpo, k = config.data, config.grpo, config.speculation.k
     rows = data.prompts_per_step * data.group_size
     _demand(data.group_size > 1, f"data.group_size must be at least 2, not {data.group_size}: "
             "an answer's advantage is measured against the others of its group")
+    if isinstance(k, tuple):
+        pairs = [pair for pair in k if len(pair) == 2 and pair[0] >= 1 and 0 <= pair[1] <= 64]
+        _demand(0 < len(k) == len(pairs) == len({rows for rows, _ in pairs}),
+                f"speculation.k={[list(pair) for pair in k]} is no schedule: pairs of [rows, k], with k from 0 to 64 "
+                "and no number of rows twice, such as [[4, 7], [16, 3]]")
     _demand(not grpo.micro_batch or rows % grpo.micro_batch == 0,
             f"grpo.micro_batch ({grpo.micro_batch}) must divide the rows of a step, "
             f"data.prompts_per_step x data.group_size = {rows}")

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -96,6 +96,26 @@ def on_main(act: Callable[[], T]) -> T | None:
     if any_process(refusal is not None):
         raise refusal or InputError("refused; process 0 says why")
     return made
+
+
+def from_main(act: Callable[[], str]) -> str:
+    """The text that `act` gives on the main process, on all of them. All processes must call it."""
+    if jax.process_count() == 1:
+        return act()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    text = np.frombuffer(act().encode() if is_main() else b"", np.uint8)
+    size = int(broadcast_one_to_all(np.int32(len(text))))
+    return bytes(np.asarray(broadcast_one_to_all(np.resize(text, size)))).decode()
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as NumPy's, whole on every process. All processes must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return jax.tree.map(lambda x: process_allgather(x, tiled=True), tree)
 
 
 # --- waiting ---

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 TIMINGS = ("seconds/", "tokens_per_second", "compilations")
 """Prefixes of the fields that differ, as `time` does, between two runs of the same thing; all others are equal."""
 
-PHASES = ("data", "reshard", "rollout", "reward", "draft", "update", "checkpoint")
+PHASES = ("data", "reshard", "choose", "rollout", "reward", "draft", "update", "checkpoint")
 WINDOW = 20  # steps in the running mean that acceptance is compared with
 EXPECTED = 20  # accepted tokens that the mean promises for a step: with fewer, half of them is within chance
 TABLE_ROWS = 12
@@ -253,7 +253,12 @@ def acceptance_alarm(before: Sequence[dict[str, Any]], record: dict[str, Any]) -
 
     A draft of which next to nothing was ever accepted falls under half by chance, and is no news.
     """
-    earlier = [r["acceptance"] for r in before[-WINDOW:] if r.get("acceptance") is not None]
+    def positions(record: dict[str, Any]) -> int:
+        return len(record.get("acceptance_by_position", ()))
+
+    # where more is drafted a smaller share is accepted
+    earlier = [r["acceptance"] for r in before[-WINDOW:]
+               if r.get("acceptance") is not None and positions(r) == positions(record)]
     now = record.get("acceptance")
     if now is None or len(earlier) < 3 or now >= statistics.mean(earlier) / 2:
         return None

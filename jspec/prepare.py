@@ -25,6 +25,8 @@ from jspec.rl.rewards import check_reward
 from jspec.sharding import batch_shards, check_mesh, check_rows
 from jspec.speculate import Batching, Sampling, Speculation
 from jspec.speculate.arguments import check_batching, check_stops
+from jspec.speculate.schedule import MOST
+from jspec.speculate.types import Schedule
 from pallas_kernels.noise import seed_key
 
 POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY = range(2**32 - 1, 2**32 - 8, -1)
@@ -51,7 +53,7 @@ def check(config: Config, mesh: Mesh) -> None:
     if config.grpo.micro_batch:
         check_rows(config.grpo.micro_batch, mesh, layout)
     shards = batch_shards("rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout", mesh)
-    k = 0 if config.draft.name == "none" else make_speculation(config).most
+    k = 0 if config.draft.name == "none" else make_speculation(config, MOST).most
     check_batching("rollout.", make_batching(config), shards, rows, config.data.group_size,
                    config.data.max_prompt_tokens, config.sampling.max_new_tokens, k)
     model = model_config(config)
@@ -62,8 +64,8 @@ def check(config: Config, mesh: Mesh) -> None:
     if longest > model.max_position_embeddings:
         raise InputError(f"data.max_prompt_tokens + sampling.max_new_tokens = {longest} is more than the model's "
                          f"{model.max_position_embeddings} positions; lower one of them")
-    if config.speculation.k >= model.max_position_embeddings:
-        raise InputError(f"speculation.k = {config.speculation.k} must be below the model's "
+    if k >= model.max_position_embeddings:
+        raise InputError(f"speculation.k = {k} must be below the model's "
                          f"{model.max_position_embeddings} positions")
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):
         raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; choose another "
@@ -217,6 +219,7 @@ def make_batching(config: Config) -> Batching:
     return Batching(**dataclasses.asdict(config.rollout))
 
 
-def make_speculation(config: Config) -> Speculation:
-    """`Speculation` as the configuration has it."""
-    return Speculation(**dataclasses.asdict(config.speculation))
+def make_speculation(config: Config, chosen: int | Schedule = 0) -> Speculation:
+    """`Speculation` as the configuration has it. chosen: what is drafted where it says auto."""
+    fields = dataclasses.asdict(config.speculation)
+    return Speculation(**fields | {"k": chosen if fields["k"] == "auto" else fields["k"]})

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jspec
+from jspec.choosing import Chooser, Plan
 from jspec.config import Config
 from jspec.metrics import Clock
 from jspec.model import to_rollout
@@ -46,7 +47,7 @@ from jspec.profiling import (
     spans_by_phase,
     trace,
 )
-from jspec.progress import telling
+from jspec.progress import say, telling
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
 from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from, trains_draft
@@ -107,7 +108,8 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     state = init_state(policy, draft, settings, config.seed)
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
     states = learned_from(draft, settings)
-    speculation = make_speculation(config).replace(states=states)
+    speculation, sampling, batching = make_speculation(config).replace(states=states), make_sampling(config), (
+        make_batching(config))
 
     def compiled(name, program, *arguments):
         with telling(f"compiling {name}"):
@@ -116,8 +118,10 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
 
     programs: dict[str, Any] = {}
     resharded = compiled("reshard", jax.jit(partial(to_rollout, layout=layout)), policy)(policy)
-    rollout = jax.jit(partial(jspec.rollout, sampling=make_sampling(config), speculation=speculation,
-                              batching=make_batching(config)))
+    if config.speculation.k == "auto" and draft is not None:
+        chooser = Chooser(sampling, speculation, batching, config.steps, say)
+        speculation = speculation.replace(k=chooser.before(Plan(), 0, resharded, draft, prompts).k)
+    rollout = jax.jit(partial(jspec.rollout, sampling=sampling, speculation=speculation, batching=batching))
     rollout = compiled("rollout", rollout, resharded, draft, prompts)
     with telling("decoding"):
         out = jax.block_until_ready(rollout(resharded, draft, prompts))

@@ -281,16 +281,19 @@ def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:
 
 
 _MISFIT = object()
+_UNIONS = (types.UnionType, typing.Union)
 
 
 def _fit(value: Any, kind: Any) -> Any:
     """`value` as `kind`, or _MISFIT. Only lossless conversions: int to float, list to tuple."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in _UNIONS:
         fits = (_fit(value, option) for option in typing.get_args(kind))
         return next((fitted for fitted in fits if fitted is not _MISFIT), _MISFIT)
     if typing.get_origin(kind) is tuple:
         items = [_fit(item, typing.get_args(kind)[0]) for item in value] if isinstance(value, list) else [_MISFIT]
         return _MISFIT if any(item is _MISFIT for item in items) else tuple(items)
+    if typing.get_origin(kind) is typing.Literal:
+        return value if isinstance(value, str) and value in typing.get_args(kind) else _MISFIT
     if kind is types.NoneType:
         return None if value is None else _MISFIT
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -312,14 +315,17 @@ def _is_plain(value: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in _UNIONS:
         return " or ".join(_type_name(option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(typing.get_args(kind))
     return _TYPE_NAMES[kind]
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
                dict: "a mapping of names to texts, finite numbers, lists and mappings",
                tuple[int, ...]: "a list of whole numbers",
+               tuple[tuple[int, ...], ...]: "a list of lists of whole numbers",
                tuple[float, ...]: "a list of numbers", tuple[str, ...]: "a list of texts", types.NoneType: "null"}
 
 

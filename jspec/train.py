@@ -23,10 +23,11 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.logging import RichHandler
 
-from jspec.checkpoint import COUNTERS, Checkpoints, check_config
+from jspec.checkpoint import COUNTERS, Checkpoints, check_config, run_plan
+from jspec.choosing import Chooser, Plan
 from jspec.config import Config
 from jspec.console import PlainConsole
-from jspec.distributed import any_process, is_main
+from jspec.distributed import any_process, fetch, is_main
 from jspec.drafts import Draft
 from jspec.health import Trouble, all_failed, largest, never_varied, troubles
 from jspec.kernels import picked
@@ -137,8 +138,11 @@ class Ending:
 
 def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> Ending:
     """The steps from `done` on, with every checkpoint on disk in the end."""
-    config, sampling = run.config, make_sampling(run.config)
+    config, sampling, batching = run.config, make_sampling(run.config), make_batching(run.config)
     speculation = make_speculation(config).replace(states=learned_from(state.draft, UpdateSettings.of(config)))
+    auto = config.speculation.k == "auto" and state.draft is not None
+    plan = run_plan(config.output_dir) if auto else Plan()
+    chooser = Chooser(sampling, speculation, batching, config.steps, run.metrics.say)
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
     learn, learn_draft = make_learn(config, state), make_learn_draft(config, state)
     remember = make_remember(state.draft)
@@ -154,12 +158,18 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
                 batch = make_prompt_batch(run, prompts, jax.random.fold_in(state.key, step))
             with clock("reshard"):
                 weights = jax.block_until_ready(reshard(state.policy, layout=layout))
+            with clock("choose"):
+                if auto:
+                    plan = chooser.before(plan, step, weights, state.draft, batch)
+                    speculation = speculation.replace(k=plan.k)
             if step == first:
                 run.metrics.say("compiling the rollout")
             with clock("rollout"):
                 out = rollout(weights, state.draft, batch, sampling=sampling, speculation=speculation,
-                              batching=make_batching(config))
+                              batching=batching)
                 on_host = fetch(out.replace(trunk=None))
+                out = out.replace(stats=None)  # whose shapes are those of k: no other program depends on that
+            plan = plan.after(on_host) if auto else plan
             del weights  # the rollout's copy of the policy is gone before the update needs the memory
             state, of_draft = learn_draft(state, batch, out)  # only begun here: the host goes on to the rewards
             with clock("reward"):
@@ -184,7 +194,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             run.metrics.say(f"WARNING: {same}", "bold red")
         last = step + 1 == config.steps
         code = exit_code(run, found, last) or (0 if last else prompt_trouble(run))
-        saving = save(run, step + 1, state, found, code)
+        saving = save(run, step + 1, state, plan, found, code)
         done = step + 1
         if code:
             break
@@ -205,7 +215,7 @@ def exit_code(run: Run, found: Sequence[Trouble], last: bool) -> int:
     return 128 + (run.stop.number or signal.SIGTERM) if stopped else 0
 
 
-def save(run: Run, step: int, state: TrainState, found: Sequence[Trouble], code: int) -> float:
+def save(run: Run, step: int, state: TrainState, plan: Plan, found: Sequence[Trouble], code: int) -> float:
     """Save where it is time to. Returns the seconds for which the loop had to wait.
 
     Weights that ran away are finite at first: a checkpoint waits until the updates go through again. Where the run ends
@@ -224,7 +234,7 @@ def save(run: Run, step: int, state: TrainState, found: Sequence[Trouble], code:
         return 0.0
     clock = Clock()
     with clock("checkpoint"):
-        run.checkpoints.save(step, state, run.data.state())
+        run.checkpoints.save(step, state, run.data.state(), plan)
     return clock.seconds["checkpoint"]
 
 
@@ -273,13 +283,6 @@ def place(mesh: Mesh, x: Any, *axes: str | None) -> jax.Array:
     x = np.asarray(x)
     sharding = NamedSharding(mesh, partition(mesh, "rollout", x.shape, axes))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-
-def fetch(out: Rollout) -> Rollout:
-    """A rollout as NumPy arrays, whole on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(out)
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), out)
 
 
 def grade(run: Run, prompts: Sequence[Prompt], out: Rollout) -> tuple[np.ndarray, dict[str, int], str]:
@@ -375,7 +378,9 @@ def describe(out: Rollout, rewards: np.ndarray, group_size: int, clock: Clock) -
               # of a rollout that was compiled first it would be no rate
               "tokens_per_second": None if clock.compiling["rollout"] else round(tokens / clock.seconds["rollout"], 2),
               "acceptance_length": tokens / int(stats.cycles.sum()), "occupancy": float(stats.occupancy),
-              "kv_blocks": int(stats.blocks.max()), "pauses": int(stats.pauses.sum())}
+              "kv_blocks": int(stats.blocks.max()), "pauses": int(stats.pauses.sum()),
+              "loop_rows": list(stats.slots), "loop_k": list(stats.ks),
+              "loop_cycles": stats.loop_cycles.sum(0).tolist()}
     if stats.drafted.sum():
         record["drafted"] = int(stats.drafted.sum())
         record["acceptance"] = float(stats.accepted.sum() / stats.drafted.sum())

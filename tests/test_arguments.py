@@ -132,6 +132,7 @@ WRONG = {
     "top_p over 1": (lambda: rollout(top_p=1.5), "sampling top_p must be finite and at least 0 and at most 1; got"),
     "top_p bool": (lambda: rollout(top_p=True), "sampling top_p = True must be a number"),
     "k text": (lambda: jspec.Speculation(k="3"), "speculation k = '3' must be a whole number of at least 0; 0 turns"),
+    "k auto": (lambda: jspec.Speculation(k="auto"), "is for configurations; give what jspec.choose_k(params, "),
     "k unrolled": (lambda: rollout(weights_of_1024(), speculation=jspec.Speculation(k=100)), "must be at most 64:"),
     "rule": (lambda: jspec.Speculation(rule="coupld"), "rule 'coupld' is unknown; known: rejection, block, coupled; "
              "did you mean coupled?"),

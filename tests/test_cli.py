@@ -43,7 +43,7 @@ def test_train_help_lists_the_keys(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     out = capsys.readouterr().out
-    assert "speculation.k = 3" in out and "tokens drafted per cycle" in out
+    assert "speculation.k = 'auto'" in out and "tokens drafted per cycle" in out
 
 
 def test_help_does_not_wait_for_jax():

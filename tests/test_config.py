@@ -81,7 +81,8 @@ def test_the_rules_are_those_of_the_cycle():
 def test_every_field_has_a_meaning():
     rows = describe(Config)
     assert all(meaning for *_, meaning in rows)
-    assert ("speculation.k", "a whole number", "3") in [row[:3] for row in rows]
+    kinds = "a whole number or a list of lists of whole numbers or auto"
+    assert ("speculation.k", kinds, "'auto'") in [row[:3] for row in rows]
     assert ("grpo.advantage", "group | dr_grpo", "'group'") in [row[:3] for row in rows]
 
 
@@ -106,6 +107,12 @@ def test_every_field_has_a_meaning():
     ("draft.name=mpt", "override 'draft.name=mpt': 'draft.name' must be one of "
                        f"{', '.join(DRAFTERS)}, none, not 'mpt'"),
     ("speculation.k=0", "override 'speculation.k=0': 'speculation.k' must be at least 1, not 0"),
+    ("speculation.k=often", "override 'speculation.k=often': 'speculation.k' must be a whole number or a list of lists "
+                            "of whole numbers or auto, not 'often'"),
+    ("speculation.k=[[4,7],[4,3]]", "speculation.k=[[4, 7], [4, 3]] is no schedule: pairs of [rows, k], with k from 0 "
+                                    "to 64 and no number of rows twice, such as [[4, 7], [16, 3]]"),
+    ("speculation.k=[]", "speculation.k=[] is no schedule: pairs of [rows, k], with k from 0 to 64 and no number of "
+                         "rows twice, such as [[4, 7], [16, 3]]"),
     ("sampling.top_p=0", "override 'sampling.top_p=0': 'sampling.top_p' must be above 0, not 0"),
     ("sampling.top_p=1.5", "override 'sampling.top_p=1.5': 'sampling.top_p' must be at most 1, not 1.5"),
     ("grpo.clip_high=-1", "override 'grpo.clip_high=-1': 'grpo.clip_high' must be at least 0, not -1"),

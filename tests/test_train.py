@@ -16,14 +16,15 @@ import jax
 import numpy as np
 import pytest
 
-from jspec import prepare, train
-from jspec.checkpoint import load_draft
+from jspec import choosing, prepare, train
+from jspec.checkpoint import load_draft, run_plan
 from jspec.config import Config, load_config
 from jspec.errors import InputError
 from jspec.metrics import PHASES, Metrics, read_records, untimed
 from jspec.output_dir import claimed
 from jspec.rl.prompts import PromptData
 from jspec.rl.records import JsonLines
+from jspec.speculate.schedule import Costs
 from jspec.stopping import StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,6 +240,25 @@ def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(coupl
         assert slow.stats.cycles.sum() > fast.stats.cycles.sum()
     same_run(coupled[1], described)
     assert all("acceptance" not in record and record["acceptance_length"] == 1 for record in described)
+
+
+def test_a_run_drafts_what_pays_and_goes_on_with_it(coupled, tmp_path, monkeypatch, capsys):
+    """Under the coupled rule nothing else shows; what was measured is the run's from then on."""
+    costs = Costs((16,), 1, ((16, 0.01),), ((16, 1, 0.01), (16, 2, 0.01), (16, 3, 0.01), (16, 4, 0.1)), compiling=1e9)
+    monkeypatch.setattr(choosing, "kept", lambda subject: costs)
+    monkeypatch.setattr(choosing, "prompts_of", lambda subject: None)
+    monkeypatch.setattr(choosing, "accepted", lambda subject, prompts: (0.8, 0.6, 0.4))
+    auto = (*COUPLED, "speculation.k=auto", "checkpoint.every=1")
+    with monkeypatch.context() as patch:
+        first, _ = recorded(tiny(tmp_path, *auto, "steps=2"), patch)
+    assert "k = 3:" in capsys.readouterr().out
+    monkeypatch.setattr(choosing, "kept", lambda subject: pytest.fail("it is in the checkpoint"))
+    then, described = recorded(tiny(tmp_path, *auto), monkeypatch)
+    for one, other in zip([*first, *then], coupled[0], strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert one.stats.ks == (3,)
+    assert [record["loop_k"] for record in described] == [[3]] * 5
+    assert run_plan(tmp_path).k == ((16, 3),) and run_plan(tmp_path).costs == costs
 
 
 def jspec_train(module, *overrides, **environment):

@@ -62,7 +62,9 @@ class Asked:
     expected: jax.Array | None
 
 
-def _prefill(policy: Policy, draft: Draft | None, batch: PromptBatch, states: tuple[int, ...] | None) -> Prefilled:
+def prefill_prompts(policy: Policy, draft: Draft | None, batch: PromptBatch,
+                    states: tuple[int, ...] | None) -> Prefilled:
+    """The prompts, computed. draft: prepared, or None. states: see `Speculation`."""
     features = () if draft is None else draft.module.features(draft.config)
     length = batch.tokens.shape[1]
     tokens = jnp.clip(batch.tokens, 0, policy.config.vocab_size - 1)  # of rows that have no answer
@@ -148,7 +150,7 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
           states: tuple[int, ...] | None = None) -> State:
     """The state before the first cycle, on one device: the prompts prefilled, each sequence in a slot of its own."""
     rows = batch.tokens.shape[0] * batch.group_size
-    state = begin(policy, _prefill(policy, draft, batch, states), _asked(policy, batch, sampling, 1),
+    state = begin(policy, prefill_prompts(policy, draft, batch, states), _asked(policy, batch, sampling, 1),
                   cap=sampling.max_new_tokens, slots=rows, k=k, chain=1, group_size=batch.group_size)
     return admit(state, k)
 
@@ -197,22 +199,14 @@ def _collect(sequences: Sequences, max_new_tokens: int, pad_token: int, stats: R
     return Rollout(tokens, mask, logprobs, mask, entropy, lengths, sequences.stopped, stats, trunk)
 
 
-@partial(jax.jit, static_argnames=("speculation", "batching"))
-def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation,
-             batching: Batching) -> Rollout:
-    log.debug("compiling a rollout with %s", picked(speculation.kernels))
-    with jax.named_scope("prepare"):
-        policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
-        if draft is not None:
-            draft = draft.module.prepare(policy, draft)
-    if draft is None or speculation.most == 0:
-        draft, speculation = None, speculation.without_drafts()
+def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, batch: PromptBatch, sampling: Sampling,
+                     speculation: Speculation, batching: Batching) -> Rollout:
+    """All of a rollout after the prompts. policy, draft: as cycles use them; no draft: `speculation` drafts nothing."""
     rows, shards = batch.tokens.shape[0] * batch.group_size, batch_shards(policy.layout)
     slots = min(batching.slots or rows, rows) // shards
     chain = loops(slots, speculation.k, sampling.max_new_tokens)
     stops = policy.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
     with jax.named_scope("prefill"):
-        prefilled = _prefill(policy, draft, batch, speculation.states)
         prefilled = _by_shard(prefilled, policy, batch.group_size, rows, shards)
         asked = _asked(policy, batch, sampling, shards)
     static = sampling.replace(temperature=1.0, top_p=None, limit=None)  # the leaves are the sequences' own
@@ -232,8 +226,23 @@ def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation:
     with jax.named_scope("collect"):
         stats = RolloutStats(sequences.cycles, counts.drafted.sum(0, dtype=jnp.int32),
                              counts.accepted.sum(0, dtype=jnp.int32), counts.loop_cycles, counts.loop_live, used,
-                             pauses, slots=tuple(rows for rows, _ in chain))
+                             pauses, slots=tuple(rows for rows, _ in chain), ks=tuple(k for _, k in chain))
         return _collect(sequences, sampling.max_new_tokens, policy.config.pad_token, stats)
+
+
+@partial(jax.jit, static_argnames=("speculation", "batching"))
+def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation,
+             batching: Batching) -> Rollout:
+    log.debug("compiling a rollout with %s", picked(speculation.kernels))
+    with jax.named_scope("prepare"):
+        policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
+        if draft is not None:
+            draft = draft.module.prepare(policy, draft)
+    if draft is None or speculation.most == 0:
+        draft, speculation = None, speculation.without_drafts()
+    with jax.named_scope("prefill"):
+        prefilled = prefill_prompts(policy, draft, batch, speculation.states)
+    return continue_prompts(policy, draft, prefilled, batch, sampling, speculation, batching)
 
 
 def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *, sampling: Sampling | None = None,

@@ -43,6 +43,9 @@ Schedule = tuple[tuple[int, int], ...]
 
 def _drafted(label: str, value: Any) -> int | Schedule:
     """A number of drafts, or a schedule: sorted by rows."""
+    if isinstance(value, str) and value == "auto":
+        raise InputError(f"{label} = 'auto' is for configurations; give what jspec.choose_k(params, draft_params, "
+                         "batch) finds to be best here")
     if not isinstance(value, list | tuple):
         return whole(hint="; 0 turns speculation off")(label, value)
     if not value or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
@@ -268,7 +271,7 @@ class RolloutStats:
         for each other. loop_live: int32 [D, loops], the live rows of all those cycles.
       blocks: int32 [D], the most KV blocks that were in use at one time. pauses: int32 [D], how often a sequence had to
         leave the device.
-      slots: static, the rows that each loop is compiled for.
+      slots, ks: static, the rows that each loop is compiled for, and what it drafts.
     """
 
     cycles: jax.Array
@@ -279,6 +282,7 @@ class RolloutStats:
     blocks: jax.Array | None = None
     pauses: jax.Array | None = None
     slots: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    ks: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @property
     def occupancy(self) -> jax.Array:

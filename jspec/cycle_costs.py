@@ -72,7 +72,7 @@ class Subject:
         shards = batch_shards("rollout" if params.stacked else params.layout)
         sequences = prompts * batch.group_size
         chain = loops(min(batching.slots or sequences, sequences) // shards, 0, sampling.max_new_tokens)
-        cap = min(CAP, sampling.max_new_tokens)
+        cap = min(CAP, max(2, sampling.max_new_tokens))
         length = min(bucket + min(sampling.max_new_tokens // 2, CONTEXT),
                      params.config.max_position_embeddings - cap - PROBED)
         temperature = jnp.asarray(sampling.temperature, jnp.float32).max()

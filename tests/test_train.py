@@ -182,7 +182,7 @@ def test_a_second_signal_stops_at_once():
     assert stopped.value.code == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path, kills):
     steps = 12 * kills
     arguments = [*SMALL, f"steps={steps}", "checkpoint.every=3"]

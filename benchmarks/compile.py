@@ -1,21 +1,28 @@
-"""Compile every kernel at every real shape, and `jspec.rollout` at Qwen3-8B's with every draft, for chips that are not
-here.
+"""Compile every kernel at every real shape, and `jspec.rollout` at Qwen3-8B's, for chips that are not here.
 
     pip install -e '.[aot]' && python benchmarks/compile.py --json benchmarks/results/compile.json
 
 Runs on a CPU. The real compilers run: libtpu's for TPU v5e, v5p, v6e and tpu7x, and XLA's with Mosaic GPU and ptxas for
 sm_90. Recorded are, for a kernel, the vector memory or shared memory, registers and spills it takes, and for a rollout
-the memory a device needs. `refused` is a shape that an implementation does not take: the reference runs there. Exit
-code 1 if anything else does not compile. libtpu lets one process in at a time. Lines about nvdisasm, which the packages
-lack, mean nothing.
+the memory a device needs and what its decode loops do (compiled_text.py): a collective in them that crosses the shards
+of the batch, or a copy of a pool of keys and values, is a failure. `refused` is a shape that an implementation does not
+take: the reference runs there. Exit code 1 if anything else does not compile, or does so badly. libtpu lets one process
+in at a time. Lines about nvdisasm, which the packages lack, mean nothing.
+
+A rollout is of a heavy tail: 256 sequences in 64 slots a shard of the batch, and a schedule of k, so that its chain has
+two loops. Every chip compiles it with `mtp`, and one of them with each of the other drafters (`--drafts` compiles those
+it names for all of them).
 """
 
 import argparse
+import dataclasses
+import itertools
 import os
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +41,12 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # n
 from rich.table import Table  # noqa: E402
 
 import jspec  # noqa: E402
-from benchmarks import kernel_cases, measure  # noqa: E402
+from benchmarks import compiled_text, kernel_cases, measure  # noqa: E402
 from benchmarks.options import open_results, program  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from jspec.console import PlainConsole  # noqa: E402
 from jspec.model import init_policy, policy_sharding  # noqa: E402
+from jspec.model.pool import BLOCK  # noqa: E402
 from jspec.sharding import make_mesh  # noqa: E402
 from pallas_kernels.implementation import Implementation  # noqa: E402
 from pallas_kernels.rejection_sampling import rejection_sampling  # noqa: E402
@@ -46,12 +54,19 @@ from pallas_kernels.rejection_sampling import shapes as sampling_shapes  # noqa:
 from pallas_kernels.verify_attention import shapes as attention_shapes  # noqa: E402
 from pallas_kernels.verify_attention import verify_attention  # noqa: E402
 
-TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}  # 8 devices each
 GPU = "sm_90"
-ROLLOUTS = {"v5e:2x4": (2, 4), GPU: (1, 1)}  # fsdp, tensor
+MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1)}  # fsdp, tensor
 DRAFTS = {"mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {},
           "ngram": {}}
 """Options of the drafters that rollouts are compiled with; what follows a comma is no part of the drafter's name."""
+ROLLOUTS = [("v5e", "qwen3-8b", "mtp"), ("v5e", "llama-3.2-1b", "mtp"), (GPU, "qwen3-8b", "mtp"),
+            ("v5p", "qwen3-8b", "mtp"), ("v6e", "qwen3-8b", "mtp"), ("tpu7x", "qwen3-8b", "mtp"),
+            (GPU, "llama-3.2-1b", "mtp"), (GPU, "qwen3-8b", "eagle3"), ("v6e", "qwen3-8b", "suffix"),
+            ("tpu7x", "qwen3-8b", "ngram"), ("v5p", "qwen3-8b", "self"), ("v5e", "qwen3-8b", "self, 4 bits")]
+"""What is compiled if nothing is said: chip, shape (the second has heads of 64), draft."""
+PROMPTS, GROUP, SLOTS, CAP = 16, 16, 64, 1024  # slots of each shard of the batch
+SCHEDULE = ((16, 3), (SLOTS, 1))
 H200 = """
 platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 8 }
 gpu_device_info {
@@ -70,7 +85,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chip", nargs="+", choices=[*TPUS, GPU], default=[*TPUS, GPU])
     parser.add_argument("--what", nargs="+", choices=["kernels", "rollout"], default=["kernels", "rollout"])
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")
-    parser.add_argument("--drafts", nargs="+", choices=DRAFTS, default=list(DRAFTS), help="of the rollouts")
+    parser.add_argument("--drafts", nargs="+", choices=DRAFTS, help="of the rollouts, for every chip and shape")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the rollouts' policies, instead of all of them")
     parser.add_argument("--json", help="write the result there")
     args = parser.parse_args(arguments)
     open_results(args)
@@ -157,8 +173,8 @@ def resources(chip: str, program: Any) -> dict[str, Any]:
                     "smem_bytes": most(r"dynamic_shared_memory_size %c(\d+)_i32", passes)}
 
 
-def timed(chip: str, function: Any, args: Any) -> dict[str, Any]:
-    """One row: what the program takes, or why there is none."""
+def timed(chip: str, function: Any, args: Any, read: Callable[[str], dict[str, Any]] = lambda _: {}) -> dict[str, Any]:
+    """One row: what the program takes and what `read` finds in its text, or why there is none."""
     for old in Path(DUMP).iterdir():
         old.unlink()
     begin = time.perf_counter()
@@ -168,13 +184,14 @@ def timed(chip: str, function: Any, args: Any) -> dict[str, Any]:
         return {"refused": str(refusal)}
     except Exception as error:  # a compiler's: this is what the run is there to find
         return {"failed": str(error)[:500]}
-    return {"seconds": round(time.perf_counter() - begin, 2), **resources(chip, program)}
+    return {"seconds": round(time.perf_counter() - begin, 2), **resources(chip, program), **read(program.as_text())}
 
 
-def rollout(chip: str, name: str) -> dict[str, Any]:
-    """A row of `jspec.rollout` at Qwen3-8B's shape: 64 rows, one of DRAFTS, k = 3, kernels asked for by name."""
-    config = SHAPES["qwen3-8b"]
-    fsdp, tensor = ROLLOUTS[chip]
+def rollout(chip: str, shape: str, name: str, layers: int | None = None) -> dict[str, Any]:
+    """A row of `jspec.rollout` with one of DRAFTS, kernels asked for by name."""
+    config = SHAPES[shape]
+    config = dataclasses.replace(config, num_layers=layers or config.num_layers)
+    fsdp, tensor = MESHES[chip]
     mesh = make_mesh(1, fsdp, tensor, devices=devices(chip))
     with jax.set_mesh(mesh):
         policy = jax.eval_shape(lambda: init_policy(config, jax.random.key(0), "bfloat16"))
@@ -183,24 +200,42 @@ def rollout(chip: str, name: str) -> dict[str, Any]:
         policy = policy.replace(weights=weights)
         drafter = getattr(jspec.drafts, name.partition(",")[0])
         draft = jax.eval_shape(lambda p: drafter(p, jax.random.key(0), **DRAFTS[name]), policy)
-        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 128] * 8, group_size=8, seed=0,
+        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 128] * PROMPTS, group_size=GROUP, seed=0,
                                                                      buckets=(128,)))
         whole = NamedSharding(mesh, PartitionSpec())
-        run = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=512, stop_tokens=(1,)),
-                              speculation=jspec.Speculation(k=3, kernels="pallas")))
-        return timed(chip, run, (policy, on(whole, draft), on(whole, batch)))
+        run = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=CAP, stop_tokens=(1,)),
+                              speculation=jspec.Speculation(k=SCHEDULE, kernels="pallas"),
+                              batching=jspec.Batching(slots=SLOTS * fsdp)))
+        block = config.num_kv_heads // tensor, BLOCK, config.head_dim
+        shards = [device // tensor for device in range(fsdp * tensor)]
+        row = timed(chip, run, (policy, on(whole, draft), on(whole, batch)),
+                    partial(compiled_text.read, block=block, shards=shards))
+    return row if "failed" in row else judged(row)
 
 
-def rows(args: argparse.Namespace) -> Any:
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """A rollout's row, failed where its loops are not the schedule's or do what they must not."""
+    wrong = [f"{what} in a loop: {'; '.join(row[what])}" for what in ("crossing", "copied") if row[what]]
+    if row["loops"] != sorted(dict(SCHEDULE), reverse=True) or not row["pools"]:
+        wrong.append(f"its loops, of {row['loops']} rows, or its pools, {row['pools']}, are not those asked for")
+    return {**row, "failed": ". ".join(wrong)[:2000]} if wrong else row
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if "kernels" in args.what:
         for chip in args.chip:
             for kernel, shape, rule, function, values in kernels(chip, args.shape):
                 yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule, **timed(chip, function, values)}
     if "rollout" in args.what:
-        for chip in ROLLOUTS:
-            for draft in args.drafts if chip.split(":")[0] in args.chip else ():
-                yield {"chip": chip, "what": "jspec.rollout", "shape": "qwen3-8b-b64", "rule": None, "draft": draft,
-                       **rollout(chip, draft)}
+        wanted = ROLLOUTS
+        if args.drafts:
+            wanted = itertools.product(args.chip, dict.fromkeys(shape for _, shape, _ in ROLLOUTS), args.drafts)
+        for chip, shape, draft in wanted:
+            if chip in args.chip and args.shape in shape:
+                fsdp, tensor = MESHES[chip]
+                yield {"chip": chip, "what": "jspec.rollout", "shape": shape, "rule": None, "draft": draft,
+                       "mesh": {"fsdp": fsdp, "tensor": tensor}, "sequences": PROMPTS * GROUP, "slots": SLOTS * fsdp,
+                       "max_new_tokens": CAP, "k": SCHEDULE, **rollout(chip, shape, draft, args.layers)}
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -209,7 +244,7 @@ def show(found: list[dict[str, Any]]) -> None:
     for row in found:
         groups.setdefault((row["chip"], row["what"]), []).append(row)
     for (chip, what), group in groups.items():
-        good = [row for row in group if "seconds" in row]
+        good = [row for row in group if "seconds" in row and "failed" not in row]
         most = {name: max((row.get(name, 0) for row in good), default=0)
                 for name in ("vmem_bytes", "smem_bytes", "registers", "spill_bytes")}
         table.add_row(chip, what, str(len(good)), *(str(sum(name in row for row in group)) for name in
@@ -225,15 +260,15 @@ def main(arguments: list[str] | None = None) -> int:
     found = []
     for row in rows(args):
         found.append(row)
+        measure.write_json(args.json, measure.report(found))  # of an hour nothing is lost
         if "failed" in row:
             print(f"{row['chip']} {row['what']} {row['shape']} {row['rule'] or row.get('draft', '')}: "
                   f"{row['failed']}", file=sys.stderr)
     if not found:
         print(f"nothing to compile: no shape has {args.shape!r} in its name, or --what {' '.join(args.what)} has no "
-              f"program for {' '.join(args.chip)} (rollouts: {', '.join(ROLLOUTS)})", file=sys.stderr)
+              f"program for {' '.join(args.chip)}", file=sys.stderr)
         return 2
     show(found)
-    measure.write_json(args.json, measure.report(found))
     return int(any("failed" in row for row in found))
 
 

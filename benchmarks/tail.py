@@ -1,13 +1,15 @@
 """Time a heavy-tailed workload: real prompts, several answers to each, each as long as the model makes it, under a cap.
 
     jspec bench tail smollm2-135m-instruct
-    jspec bench tail smollm2-135m-instruct --drafts mtp --k 3 --json FILE
+    jspec bench tail smollm2-135m-instruct --drafts mtp --k 3 --slots 16 --json FILE
+    jspec bench tail smollm2-135m-instruct --drafts mtp --k 3 4:7/16:3
     jspec bench tail smollm2-135m-instruct --grpo
 
 What is counted is useful tokens: those of the answers, end tokens included. Autoregressive decoding ("none") is always
 timed. Every round has noise of its own, the same for all variants, and takes them in turn; compiling is not counted.
-`mean`, `median` and `largest` are of the answers' lengths, and `occupancy` is live rows over computed rows. `--k auto`
-measures and chooses before anything is timed; the k of each loop stands beside it.
+A k is a number or a schedule by live rows: 4:7/16:3 drafts 7 tokens with up to 4 rows, 3 with up to 16, and none with
+more. `--k auto` measures and chooses before anything is timed; the k of each loop stands beside it. `mean`, `median`
+and `largest` are of the answers' lengths, and `occupancy` is live rows over computed rows.
 
 With --grpo it is whole GRPO steps (grpo_step.py), one a round, of useful tokens over the seconds of the whole step; a
 step before them compiles.
@@ -48,6 +50,22 @@ from jspec.speculate.cycle import RULES  # noqa: E402
 HELDOUT = Path(__file__).resolve().parent / "prompts" / "heldout.jsonl"
 
 
+def drafted(text: str) -> Any:
+    """A k of `jspec.Speculation`: a whole number, a schedule written as 4:7/16:3, or auto."""
+    if ":" not in text:
+        return text if text == "auto" else cli.number(int, 1)(text)
+    try:
+        return jspec.Speculation(k=[tuple(map(int, pair.split(":"))) for pair in text.split("/")]).k
+    except ValueError as error:
+        detail = f"; {error}" if isinstance(error, InputError) else ""
+        raise argparse.ArgumentTypeError(f"must be ROWS:K pairs as in 4:7/16:3, not {text!r}{detail}") from None
+
+
+def shown(k: Any) -> str:
+    """The same as it is written."""
+    return str(k) if isinstance(k, int) else "/".join(f"{rows}:{drafts}" for rows, drafts in k)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Raises InputError for whatever can be known to be wrong before the model is loaded."""
     parser = cli.Parser(prog="jspec bench tail", description=__doc__)
@@ -61,8 +79,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="the cap on an answer (default: 512)")
     listed("--temperature", cli.number(float, 0.0), [1.0], "0 is greedy")
     listed("--drafts", drafter(PLAIN), [PLAIN], "drafters, with options as NAME:KEY=VALUE")
-    listed("--k", drafted, [3], "tokens drafted a cycle; auto: what jspec.choose_k finds to be best, at first")
+    listed("--k", drafted, [3], "tokens drafted a cycle; a schedule as ROWS:K/ROWS:K; auto: what jspec.choose_k "
+           "finds to be best, at first")
     listed("--rule", one_of("rule", tuple(RULES)), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
+    parser.add_argument("--slots", type=count(1), metavar="N", help="answers in flight at most (default: all)")
     parser.add_argument("--grpo", action="store_true", help="time whole GRPO steps")
     parser.add_argument("--micro-batch", type=count(0), metavar="ROWS",
                         help="with --grpo: rows of one forward and backward; 0: chosen (default: 0)")
@@ -94,11 +114,6 @@ def make_batch(args: argparse.Namespace, prompts: list[list[int]], number: int) 
     return jspec.PromptBatch.from_tokens(prompts, group_size=args.samples, seed=key)
 
 
-def drafted(text: str) -> int | str:
-    """A parser of a number of drafts, or auto."""
-    return text if text == "auto" else cli.number(int, 1)(text)
-
-
 def settled(args: argparse.Namespace, policy: Policy, draft: Draft | None, variant: bench_drafts.Variant,
             batch: jspec.PromptBatch) -> bench_drafts.Variant:
     """The variant with what is drafted in the place of auto."""
@@ -109,8 +124,9 @@ def settled(args: argparse.Namespace, policy: Policy, draft: Draft | None, varia
 
 
 def settings_of(args: argparse.Namespace, variant: bench_drafts.Variant) -> dict[str, Any]:
-    """What `jspec.rollout` is called with by name."""
-    return {"sampling": jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=variant.temperature),
+    """What `jspec.rollout` is called with by name. Checkouts that know no slots are timed by this file too."""
+    batching = {} if args.slots is None else {"batching": jspec.Batching(slots=args.slots)}
+    return {**batching, "sampling": jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=variant.temperature),
             "speculation": jspec.Speculation(k=variant.k, rule=variant.rule, kernels=args.kernels)}
 
 
@@ -165,7 +181,7 @@ def time_steps(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
 def show(args: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> None:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "draft": lambda r: r["draft"],
-        "k": lambda r: f"auto {r['loop_k']}" if r["k"] == "auto" else str(r["k"]),
+        "k": lambda r: f"auto {r['loop_k']}" if r["k"] == "auto" else shown(r["k"]),
         "T": lambda r: f"{r['temperature']:g}",
         "rule": lambda r: r["rule"], "seconds": lambda r: f"{r['seconds']:.1f}",
         **({name: lambda r, name=name: f"{r[name]:.1f}" for name in grpo_step.PHASES} if args.grpo else {}),
@@ -194,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             policy = jspec.reshard(policy).replace(kernels=choose(args.kernels))
     rows, timed = [], time_steps if args.grpo else time_rollouts
     facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels), "seed": args.seed,
-             "prompts": args.count, "samples": args.samples, "max_new_tokens": args.max_new_tokens, "grpo": args.grpo}
+             "prompts": args.count, "samples": args.samples, "max_new_tokens": args.max_new_tokens, "slots": args.slots,
+             "grpo": args.grpo}
     for row in timed(args, policy, drafts, variants, prompts):
         rows.append(row)
         result = measure.report(rows, **facts)

@@ -6,7 +6,8 @@ A draft that is trained at every n-th step has its n-th part in the figures: the
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from jspec.profiling import (
     Phase,
     in_order,
     length,
+    loop_name,
     meaning,
     memory_of,
     module_name,
@@ -179,26 +181,52 @@ def report(console: Console, config: Config, seconds: Mapping[str, float], phase
                   f"k = {config.speculation.k}. Rewards are not part of it.", highlight=False)
     if period > 1:
         console.print(f"Means over {period} steps: the draft learns at one.", highlight=False)
-    step, traced = sum(seconds.values()), sum(phases.values())
+    step = sum(seconds.values())
     table = Table("program", "seconds", "share", title="timed, without the profiler")
     for name, spent in seconds.items():
         table.add_row(name, f"{spent:.3f}", f"{spent / step:.1%}")
     table.add_row("whole step", f"{step:.3f}", "", style="bold")
     console.print(right_justified(table))
-    table = Table("phase", "seconds", "share", WORDS, title="by phase, from the trace")
-    for name in dict.fromkeys(phase.name for phase in sorted(phases, key=in_order)):
-        parts = {phase.part: spent for phase, spent in phases.items() if phase.name == name}
-        table.add_row(name, f"{sum(parts.values()):.3f}", f"{sum(parts.values()) / traced:.1%}", meaning(name))
-        for part in (part for part in PARTS if part in parts):
-            table.add_row(f"  {part}", f"{parts[part]:.3f}", f"{parts[part] / traced:.1%}", style="dim")
-    table.add_row("operations, all", f"{traced:.3f}", "", style="bold")
-    console.print(right_justified(table))
+    console.print(right_justified(phase_table(phases)))
+    if any(phase.loop for phase in phases):
+        console.print(right_justified(loop_table(phases)))
     if share := draft_share(phases):
         console.print(f"Training the draft takes {share:.1%} of the update.", highlight=False)
     table = Table("program", *next(iter(memory.values())), title="compiled memory, MiB a device")
     for name, sizes in memory.items():
         table.add_row(name, *(f"{size / 2**20:,.1f}" for size in sizes.values()))
     console.print(right_justified(table))
+
+
+def summed(phases: Mapping[Phase, float], key: Callable[[Phase], Any]) -> dict[Any, float]:
+    """The seconds of phases that `key` calls the same, as a step goes through them."""
+    seconds: dict[Any, float] = defaultdict(float)
+    for phase in sorted(phases, key=in_order):
+        seconds[key(phase)] += phases[phase]
+    return seconds
+
+
+def phase_table(phases: Mapping[Phase, float]) -> Table:
+    """Seconds by phase, and by part in it."""
+    traced = sum(phases.values())
+    table = Table("phase", "seconds", "share", WORDS, title="by phase, from the trace")
+    by_part = summed(phases, lambda phase: (phase.name, phase.part))
+    for name, spent in summed(phases, lambda phase: phase.name).items():
+        table.add_row(name, f"{spent:.3f}", f"{spent / traced:.1%}", meaning(name))
+        for part in (part for part in PARTS if (name, part) in by_part):
+            spent = by_part[name, part]
+            table.add_row(f"  {part}", f"{spent:.3f}", f"{spent / traced:.1%}", style="dim")
+    table.add_row("operations, all", f"{traced:.3f}", "", style="bold")
+    return table
+
+
+def loop_table(phases: Mapping[Phase, float]) -> Table:
+    """Seconds by loop of the chain, the one of the most rows first."""
+    traced, seconds = sum(phases.values()), summed(phases, lambda phase: phase.loop)
+    table = Table("loop", "seconds", "share", title="of it decoding, by loop of the chain")
+    for rows in sorted(filter(None, seconds), reverse=True):
+        table.add_row(loop_name(rows), f"{seconds[rows]:.3f}", f"{seconds[rows] / traced:.1%}")
+    return table
 
 
 def draft_share(phases: Mapping[Phase, float]) -> float:

@@ -7,6 +7,7 @@ which operation ran when; the two are joined by the operation's name. The same o
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from jspec.hlo import Instruction, instructions
 
 MEANING = {
     "reshard": "the weights, from the training layout to the rollout's",
@@ -26,7 +29,9 @@ MEANING = {
     "accept": "its logits, the verdict and the token after the accepted ones",
     "commit": "tokens and log-probabilities to where they are kept",
     "observe": "what the draft takes in of the verified tokens",
-    "decode": "the loop's test, and what the loop copies",
+    "retire": "slots and blocks taken back from answers that are done",
+    "admit": "slots, and what they share of their prompts, given to sequences that wait",
+    "decode": "blocks for rows that grow, rows moved together, the loop's test, and what the loop copies",
     "collect": "the answers out of the rows",
     "policy_loss": "the policy's loss on the answers",
     "draft_loss": "the draft's loss on the same answers",
@@ -38,13 +43,9 @@ PHASES = tuple(name for name in MEANING if name != "rest")  # the innermost firs
 PARTS = ("attention", "mlp", "head", "token_logprobs")
 OTHER = "other operations"
 BETWEEN_OPERATIONS_NS = 20_000.0  # what XLA needs to start the next one; a phase's track shows no hole there
+_LOOP = re.compile(r"loop_(\d+)")  # of the chain, by its rows
 # containers, whose time is that of what is in them, and what never runs
 _NO_WORK = {"while", "call", "conditional", "async-start", "async-done", "parameter", "tuple", "get-tuple-element"}
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\((.*)$")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"\b(?:calls|body|condition|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 
 
 @contextlib.contextmanager
@@ -58,10 +59,15 @@ def trace(directory: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A phase of a step; `part` is what inside it, such as attention, or empty."""
+    """A phase of a step.
+
+    Attributes:
+      part: what inside it, such as attention, or empty. loop: the rows of the decode loop that it is in, 0 outside.
+    """
 
     name: str
     part: str = ""
+    loop: int = 0
 
 
 def phase_of(op_name: str) -> Phase:
@@ -72,35 +78,9 @@ def phase_of(op_name: str) -> Phase:
         name = "decode, between phases"
     if name.endswith("_loss"):
         name += ", backward" if "transpose(" in op_name else ", forward"
-    return Phase(name, next((scope for scope in reversed(scopes) if scope in PARTS), ""))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """A line of a compiled program."""
-
-    opcode: str
-    scope: str
-    operands: tuple[str, ...]
-    called: tuple[str, ...]
-    computation: str
-
-
-def _instructions(hlo: str) -> dict[str, _Instruction]:
-    found, computation = {}, ""
-    for line in hlo.splitlines():
-        match = _INSTRUCTION.match(line)
-        if not match:
-            header = _COMPUTATION.match(line)
-            computation = header.group(1) if header else computation
-            continue
-        name, opcode, rest = match.groups()
-        scope = _OP_NAME.search(rest)
-        called = tuple(one or many.replace("%", "") for one, many in _CALLED.findall(rest))
-        called = tuple(part.strip() for names in called for part in names.split(","))
-        operands = tuple(_NAME.findall(rest.partition(")")[0]))
-        found[name] = _Instruction(opcode, scope.group(1) if scope else "", operands, called, computation)
-    return found
+    loop = next((match for match in map(_LOOP.fullmatch, scopes) if match), None)
+    return Phase(name, next((scope for scope in reversed(scopes) if scope in PARTS), ""),
+                 int(loop.group(1)) if loop else 0)
 
 
 def phases_of_program(hlo: str, default: str = OTHER) -> dict[str, Phase]:
@@ -109,7 +89,7 @@ def phases_of_program(hlo: str, default: str = OTHER) -> dict[str, Phase]:
     An operation that XLA made itself, without a scope, belongs with what is fused into it, else with the nearest of the
     operations that it reads and that read it, else with the loop that it is in, else to `default`.
     """
-    found = _instructions(hlo)
+    found = instructions(hlo)
     neighbours: dict[str, list[str]] = {name: list(one.operands) for name, one in found.items()}
     inside: dict[str, Phase] = {}
     caller: dict[str, str] = {}
@@ -121,7 +101,7 @@ def phases_of_program(hlo: str, default: str = OTHER) -> dict[str, Phase]:
         if "/" in one.scope and phase_of(one.scope).name != OTHER:
             inside.setdefault(one.computation, phase_of(one.scope))
 
-    def own_phase(one: _Instruction) -> Phase | None:
+    def own_phase(one: Instruction) -> Phase | None:
         if one.opcode == "parameter":  # its scope is that of whatever else is computed from the argument
             return None
         phase = phase_of(one.scope)
@@ -178,7 +158,8 @@ def newest(directory: Path, pattern: str) -> Path:
 
 
 def name_phases(directory: Path, spans: Mapping[Phase, Spans]) -> Path:
-    """Writes the phases into the newest Perfetto trace under `directory`, a track for each. Returns its path.
+    """Writes the phases and the decode loops into the newest Perfetto trace under `directory`, a track for each.
+    Returns its path.
 
     Operations have no scopes there, and those of a CPU in no other view either.
     """
@@ -187,15 +168,19 @@ def name_phases(directory: Path, spans: Mapping[Phase, Spans]) -> Path:
         recorded = json.load(file)
     events = recorded["traceEvents"]
     process = 1 + max((event.get("pid", 0) for event in events), default=0)
-    names = list(dict.fromkeys(phase.name for phase in sorted(spans, key=in_order)))
+    tracks: dict[str, list[Spans]] = {}
+    for phase in sorted(spans, key=in_order):
+        tracks.setdefault(phase.name, []).append(spans[phase])
+    for phase in sorted((phase for phase in spans if phase.loop), key=lambda phase: -phase.loop):
+        tracks.setdefault(loop_name(phase.loop), []).append(spans[phase])
     added = [{"ph": "M", "pid": process, "name": "process_name", "args": {"name": "phases"}},
              {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": -1}}]
-    for track, name in enumerate(names):
+    for track, (name, found) in enumerate(tracks.items()):
         added += [{"ph": "M", "pid": process, "tid": track, "name": "thread_name", "args": {"name": name}},
                   {"ph": "M", "pid": process, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}}]
-        stretches = _joined(span for phase, found in spans.items() if phase.name == name for span in found)
         added += [{"ph": "X", "pid": process, "tid": track, "name": name, "ts": start / 1e3,
-                   "dur": (end - start) / 1e3} for start, end in _joined(stretches, gap=BETWEEN_OPERATIONS_NS)]
+                   "dur": (end - start) / 1e3}
+                  for start, end in _joined(itertools.chain(*found), gap=BETWEEN_OPERATIONS_NS)]
     with gzip.open(path, "wt", encoding="utf-8") as file:
         json.dump({**recorded, "traceEvents": [*added, *events]}, file)
     return path
@@ -205,6 +190,11 @@ def meaning(name: str) -> str:
     """What a phase of that name is, for people; 'update, rest' and 'policy_loss, forward' are names too."""
     first, _, rest = name.partition(", ")
     return MEANING.get("rest" if rest == "rest" else first, "")
+
+
+def loop_name(rows: int) -> str:
+    """What the decode loop of that many rows is called."""
+    return f"loop of {rows} rows"
 
 
 def in_order(phase: Phase) -> tuple[int, bool, str]:

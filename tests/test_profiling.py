@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jspec.cli import main
+from jspec.profile_step import loop_table, phase_table
 from jspec.profiling import (
     PHASES,
     Phase,
@@ -33,6 +34,26 @@ from jspec.profiling import (
 ])
 def test_phase_of_scopes(op_name, name, part):
     assert phase_of(op_name) == Phase(name, part)
+
+
+@pytest.mark.parametrize(("op_name", "phase"), [
+    ("jit(rollout)/decode/loop_32/while/body/verify/mlp/dot", Phase("verify", "mlp", 32)),
+    ("jit(rollout)/decode/shard_map/loop_4/while/body/admit/while/body/add", Phase("admit", loop=4)),
+    ("jit(rollout)/decode/loop_4/while/cond/not", Phase("decode, between phases", loop=4)),
+    ("jit(rollout)/decode/gather", Phase("decode, between phases")),
+])
+def test_phase_in_a_loop_of_the_chain(op_name, phase):
+    assert phase_of(op_name) == phase
+
+
+def test_loops_have_a_table_of_their_own():
+    phases = {Phase("verify", "mlp", 32): 3.0, Phase("verify", "mlp", 4): 1.0, Phase("verify", "attention", 4): 0.5,
+              Phase("admit", loop=4): 0.25, Phase("prefill"): 0.25}
+    tables = phase_table(phases), loop_table(phases)
+    rows = [row for table in tables for row in zip(*(column.cells for column in table.columns[:3]), strict=True)]
+    assert rows == [("prefill", "0.250", "5.0%"), ("verify", "4.500", "90.0%"), ("  attention", "0.500", "10.0%"),
+                    ("  mlp", "4.000", "80.0%"), ("admit", "0.250", "5.0%"), ("operations, all", "5.000", ""),
+                    ("loop of 32 rows", "3.000", "60.0%"), ("loop of 4 rows", "1.750", "35.0%")]
 
 
 def step(x):
@@ -76,11 +97,12 @@ def test_spans_that_touch_are_one(tmp_path):
     recorded = {"traceEvents": [{"ph": "X", "pid": 7, "tid": 1, "ts": 0, "dur": 1, "name": "x"}]}
     (tmp_path / "perfetto_trace.json.gz").write_bytes(gzip.compress(json.dumps(recorded).encode()))
     spans = {Phase("accept"): [(3e6, 4e6)], Phase("verify"): [(1e6, 2e6), (2.01e6, 3e6), (5e6, 6e6)],
-             Phase("verify", "mlp"): [(6e6, 7e6)]}
+             Phase("verify", "mlp", 4): [(6e6, 7e6)]}
     drawn = [e for e in json.loads(gzip.decompress(name_phases(tmp_path, spans).read_bytes()))["traceEvents"]
              if e["ph"] == "X" and e["pid"] == 8]
     assert [(e["name"], e["tid"], e["ts"], e["dur"]) for e in drawn] == [
-        ("verify", 0, 1000, 2000), ("verify", 0, 5000, 2000), ("accept", 1, 3000, 1000)]
+        ("verify", 0, 1000, 2000), ("verify", 0, 5000, 2000), ("accept", 1, 3000, 1000),
+        ("loop of 4 rows", 2, 6000, 1000)]
 
 
 def test_every_phase_says_what_it_is():
@@ -170,9 +192,12 @@ def test_profile_of_a_step(tmp_path, capsys):
     record = json.loads((tmp_path / "profile.json").read_text())
     assert set(record["seconds"]) == set(record["memory_bytes"]) == {"reshard", "rollout", "update"}
     names = {phase["name"] for phase in record["phases"]}
-    assert names >= {"prefill", "propose", "verify", "accept", "commit", "observe", "policy_loss, forward",
+    assert names >= {"prefill", "admit", "propose", "verify", "accept", "commit", "observe", "retire",
+                     "policy_loss, forward",
                      "policy_loss, backward", "draft_loss, backward", "optimizer", "draft_optimizer"}
     assert all(name in out for name in names)
+    loops = {phase["loop"] for phase in record["phases"]}
+    assert len(loops) > 1 and all(f"loop of {rows} rows" in out for rows in loops if rows)
     operations = sum(phase["seconds"] for phase in record["phases"])
     assert 0 < operations < 3 * sum(record["seconds"].values())
     assert 0 < record["draft_share_of_update"] < 0.5 and "of the update" in out

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jspec
+from benchmarks import compiled_text
 from jspec.model import init_policy, layers, param_specs, policy_sharding
 from jspec.model.quantized import GROUP, Quantized, dequantize
 from jspec.rl import update as up
@@ -52,6 +54,32 @@ def run(policy, name, kernels="auto", rule="coupled"):
     draft = None if name is None else getattr(jspec.drafts, name)(policy, jax.random.key(1))
     return jspec.rollout(policy, draft, make_batch(), sampling=SAMPLING,
                          speculation=jspec.Speculation(k=2, rule=rule, kernels=kernels))
+
+
+def run_and_read(policy, mesh, kv_heads):
+    """`run` with the draft that learns, and what is in the loops of its compiled program."""
+    draft, tensor = jspec.drafts.mtp(policy, jax.random.key(1)), mesh.shape["tensor"]
+    rollout = jax.jit(partial(jspec.rollout, sampling=SAMPLING, speculation=jspec.Speculation(k=2, rule="coupled")))
+    compiled = rollout.lower(policy, draft, make_batch()).compile()
+    heads = kv_heads if kv_heads % tensor else kv_heads // tensor
+    shards = [device // tensor for device in range(mesh.size)]
+    return compiled(policy, draft, make_batch()), compiled_text.read(compiled.as_text(), (heads, 32, 8), shards)
+
+
+def loop_over(mesh, axis):
+    """The text of a decode loop that sums over an axis of the mesh."""
+    def decode(x):
+        with jax.named_scope("loop_4"):
+            return jax.lax.while_loop(lambda x: x[0] < 9, lambda x: x + jax.lax.psum(x, axis), x)
+
+    split = jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False))
+    return split.lower(jnp.ones(8)).compile().as_text()
+
+
+def crossing(mesh, axis):
+    """The collectives in that loop that cross the shards of a batch."""
+    shards = [device // mesh.shape["tensor"] for device in range(mesh.size)]
+    return compiled_text.read(loop_over(mesh, axis), (1, 1, 1), shards)["crossing"]
 
 
 def verdicts(mesh, axis, coupled, uniforms=RejectionNoise):
@@ -110,7 +138,8 @@ def worker(folder, cases):
         policy, mesh = make(kv_heads), make_mesh(*sizes)
         with jax.set_mesh(mesh):
             sharded = policy.replace(weights=jax.device_put(policy.weights, policy_sharding(policy.config, mesh)))
-            out, kernels = run(sharded, "mtp"), run(sharded, "mtp", "pallas")
+            (out, placed["loops"]), kernels = run_and_read(sharded, mesh, kv_heads), run(sharded, "mtp", "pallas")
+            assert not placed["loops"]["crossing"] + placed["loops"]["copied"], placed["loops"]
             own, ready = run(sharded, "self"), jspec.reshard(sharded)
             prepare = importlib.import_module("jspec.drafts.self").prepare
             rounded = [jax.jit(prepare)(ready, jspec.drafts.self(sharded, bits=bits)) for bits in (8, 4)]
@@ -137,6 +166,7 @@ def worker(folder, cases):
             jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0), sampling=SAMPLING)
         except jspec.InputError as error:
             placed["refused"] = str(error)
+    placed["planted"] = {axis: crossing(make_mesh(2, 2, 2), axis) for axis in ("data", "fsdp", "tensor")}
     draws(make_mesh(1, 1, -1), ("tensor",))
     draws(make_mesh(1, 4, -1), ("fsdp", "tensor"))
     verdicts(make_mesh(1, 1, -1), ("tensor",), True)
@@ -186,6 +216,8 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
     if (2, (1, 1, 8)) in cases:  # KV heads on several shards each
         assert placed["2-1x1x8"] == [[1, 8, 64], [1, 16, 64], [64, 8]]
     assert placed["gathers"] == 0  # of weights, in a layer
+    assert placed["loops"]["pools"] and placed["loops"]["loops"]  # something was looked at, and nothing found
+    assert {axis: len(found) for axis, found in placed["planted"].items()} == {"data": 1, "fsdp": 1, "tensor": 0}
     assert "4 sequences" in placed["refused"] and "8 batch shards" in placed["refused"]
 
 

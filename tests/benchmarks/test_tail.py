@@ -49,6 +49,18 @@ def test_a_step_that_compiles_is_not_counted(monkeypatch):
     assert (rows[0]["tokens"], rows[0]["mean"], rows[0]["largest"], rows[0]["cut"]) == (12, 6, 9, 1)
 
 
+def test_slots_and_schedules(capsys):
+    args = tail.parse(["m", "--drafts", "ngram", "--k", "3", "16:3/4:7", "--slots", "16"])
+    assert args.k == [3, ((4, 7), (16, 3))] and tail.shown(args.k[1]) == "4:7/16:3"
+    settings = tail.settings_of(args, drafts.make_variants(args)[-1])
+    assert settings["batching"].slots == 16 and settings["speculation"].k == args.k[1]
+    assert "batching" not in tail.settings_of(tail.parse(["m"]), drafts.Variant("none", 0, "rejection", 1.0))
+    for wrong, words in (("4:7/4:3", "one k for each number of rows"), ("4:x", "must be ROWS:K pairs"),
+                         ("4:7:1", "must be ROWS:K pairs"), ("0:3", "at least 1")):
+        assert cli.main(["bench", "tail", "m", "--k", wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_whole_steps_are_counted_by_their_useful_tokens(monkeypatch, tmp_path, model):
     row, = bench(monkeypatch, tmp_path, model, "--grpo")["rows"]

@@ -69,7 +69,9 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
             out_specs=[of_row(rows)] + [pl.BlockSpec(memory_space=pl.ANY)] * 2,
             scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2,))] +
                            [pltpu.VMEM((kv_heads, rows, width), jnp.float32) for width in (1, 1, d)]),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (packed, pool_k, pool_v)],
+        # said to be in HBM: else the compiler moves a pool that fits into VMEM there and back, all of it, every cycle
+        out_shape=[jax.ShapeDtypeStruct(packed.shape, packed.dtype),
+                   *(pltpu.HBM(x.shape, x.dtype) for x in (pool_k, pool_v))],
         input_output_aliases={len(scalars) + 3: 1, len(scalars) + 4: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         name="verify_attention",

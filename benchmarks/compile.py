@@ -17,6 +17,7 @@ it names for all of them).
 import argparse
 import dataclasses
 import itertools
+import math
 import os
 import re
 import sys
@@ -60,12 +61,14 @@ MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1)}  # fsdp, tensor
 DRAFTS = {"mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {},
           "ngram": {}}
 """Options of the drafters that rollouts are compiled with; what follows a comma is no part of the drafter's name."""
-ROLLOUTS = [("v5e", "qwen3-8b", "mtp"), ("v5e", "llama-3.2-1b", "mtp"), (GPU, "qwen3-8b", "mtp"),
-            ("v5p", "qwen3-8b", "mtp"), ("v6e", "qwen3-8b", "mtp"), ("tpu7x", "qwen3-8b", "mtp"),
-            (GPU, "llama-3.2-1b", "mtp"), (GPU, "qwen3-8b", "eagle3"), ("v6e", "qwen3-8b", "suffix"),
-            ("tpu7x", "qwen3-8b", "ngram"), ("v5p", "qwen3-8b", "self"), ("v5e", "qwen3-8b", "self, 4 bits")]
-"""What is compiled if nothing is said: chip, shape (the second has heads of 64), draft."""
-PROMPTS, GROUP, SLOTS, CAP = 16, 16, 64, 1024  # slots of each shard of the batch
+ROLLOUTS = [(GPU, "qwen3-8b", "mtp", False), ("v5e", "qwen3-8b", "mtp", False), ("v5e", "llama-3.2-1b", "mtp", False),
+            ("v5p", "qwen3-8b", "mtp", False), ("v6e", "qwen3-8b", "mtp", False), ("tpu7x", "qwen3-8b", "mtp", False),
+            ("v5e", "qwen3-8b", "mtp", True), (GPU, "qwen3-8b", "eagle3", False), ("v6e", "qwen3-8b", "suffix", False),
+            ("tpu7x", "qwen3-8b", "ngram", False), ("v5p", "qwen3-8b", "self", False),
+            ("v5e", "qwen3-8b", "self, 4 bits", False)]
+"""What is compiled if nothing is said: chip, shape (the second has heads of 64), draft, and whether rows are paused."""
+PROMPTS, LENGTH, GROUP, SLOTS, CAP = 16, 128, 16, 64, 1024  # slots of each shard of the batch
+KV_TOKENS = SLOTS * (LENGTH + CAP) * 6 // 10  # of each shard, where rows are paused
 SCHEDULE = ((16, 3), (SLOTS, 1))
 H200 = """
 platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 8 }
@@ -86,6 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--what", nargs="+", choices=["kernels", "rollout"], default=["kernels", "rollout"])
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")
     parser.add_argument("--drafts", nargs="+", choices=DRAFTS, help="of the rollouts, for every chip and shape")
+    parser.add_argument("--pausing", action="store_true", help="with --drafts: in a pool that makes rows pause")
     parser.add_argument("--layers", type=int, metavar="N", help="of the rollouts' policies, instead of all of them")
     parser.add_argument("--json", help="write the result there")
     args = parser.parse_args(arguments)
@@ -187,7 +191,7 @@ def timed(chip: str, function: Any, args: Any, read: Callable[[str], dict[str, A
     return {"seconds": round(time.perf_counter() - begin, 2), **resources(chip, program), **read(program.as_text())}
 
 
-def rollout(chip: str, shape: str, name: str, layers: int | None = None) -> dict[str, Any]:
+def rollout(chip: str, shape: str, name: str, pausing: bool = False, layers: int | None = None) -> dict[str, Any]:
     """A row of `jspec.rollout` with one of DRAFTS, kernels asked for by name."""
     config = SHAPES[shape]
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
@@ -200,24 +204,28 @@ def rollout(chip: str, shape: str, name: str, layers: int | None = None) -> dict
         policy = policy.replace(weights=weights)
         drafter = getattr(jspec.drafts, name.partition(",")[0])
         draft = jax.eval_shape(lambda p: drafter(p, jax.random.key(0), **DRAFTS[name]), policy)
-        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 128] * PROMPTS, group_size=GROUP, seed=0,
-                                                                     buckets=(128,)))
+        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * LENGTH] * PROMPTS, group_size=GROUP,
+                                                                     seed=0, buckets=(LENGTH,)))
         whole = NamedSharding(mesh, PartitionSpec())
         run = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=CAP, stop_tokens=(1,)),
                               speculation=jspec.Speculation(k=SCHEDULE, kernels="pallas"),
-                              batching=jspec.Batching(slots=SLOTS * fsdp)))
+                              batching=jspec.Batching(slots=SLOTS * fsdp,
+                                                      kv_tokens=KV_TOKENS * fsdp if pausing else None)))
         block = config.num_kv_heads // tensor, BLOCK, config.head_dim
         shards = [device // tensor for device in range(fsdp * tensor)]
         row = timed(chip, run, (policy, on(whole, draft), on(whole, batch)),
                     partial(compiled_text.read, block=block, shards=shards))
-    return row if "failed" in row else judged(row)
+    return row if "failed" in row else judged(row, block, pausing)
 
 
-def judged(row: dict[str, Any]) -> dict[str, Any]:
-    """A rollout's row, failed where its loops are not the schedule's or do what they must not."""
+def judged(row: dict[str, Any], block: tuple[int, ...], pausing: bool) -> dict[str, Any]:
+    """A rollout's row, failed where its loops do what they must not, or are not those asked for. Where rows are paused
+    there is a pool in host memory too, and what is moved at a time is a block, or a draft's state of one row."""
     wrong = [f"{what} in a loop: {'; '.join(row[what])}" for what in ("crossing", "copied") if row[what]]
-    if row["loops"] != sorted(dict(SCHEDULE), reverse=True) or not row["pools"]:
+    if row["loops"] != sorted(dict(SCHEDULE), reverse=True) or len(row["pools"]) <= pausing:
         wrong.append(f"its loops, of {row['loops']} rows, or its pools, {row['pools']}, are not those asked for")
+    if bool(row["moved"]) != pausing or any(math.prod(shape) > math.prod(block) for shape in row["moved"]):
+        wrong.append(f"moved to host memory at a time: {row['moved']}")
     return {**row, "failed": ". ".join(wrong)[:2000]} if wrong else row
 
 
@@ -229,13 +237,15 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if "rollout" in args.what:
         wanted = ROLLOUTS
         if args.drafts:
-            wanted = itertools.product(args.chip, dict.fromkeys(shape for _, shape, _ in ROLLOUTS), args.drafts)
-        for chip, shape, draft in wanted:
+            shapes = dict.fromkeys(shape for _, shape, *_ in ROLLOUTS)
+            wanted = itertools.product(args.chip, shapes, args.drafts, [args.pausing])
+        for chip, shape, draft, pausing in wanted:
             if chip in args.chip and args.shape in shape:
                 fsdp, tensor = MESHES[chip]
                 yield {"chip": chip, "what": "jspec.rollout", "shape": shape, "rule": None, "draft": draft,
                        "mesh": {"fsdp": fsdp, "tensor": tensor}, "sequences": PROMPTS * GROUP, "slots": SLOTS * fsdp,
-                       "max_new_tokens": CAP, "k": SCHEDULE, **rollout(chip, shape, draft, args.layers)}
+                       "kv_tokens": KV_TOKENS * fsdp if pausing else None, "max_new_tokens": CAP, "k": SCHEDULE,
+                       "layers": args.layers, **rollout(chip, shape, draft, pausing, args.layers)}
 
 
 def show(found: list[dict[str, Any]]) -> None:

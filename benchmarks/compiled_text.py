@@ -11,9 +11,11 @@ from jspec.hlo import Instruction, instructions, within
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
                "ragged-all-to-all", "reduce-scatter", "send", "recv")
 IN_PLACE = {"async-done", "async-start", "async-update", "bitcast", "call", "conditional", "dynamic-update-slice",
-            "fusion", "get-tuple-element", "opt-barrier", "parameter", "scatter", "tuple", "while"}
+            "dynamic-update-slice-start", "fusion", "get-tuple-element", "opt-barrier", "parameter", "scatter", "tuple",
+            "while"}
 """What may have a pool as its result and does not write all of it: it hands one on, or updates a part where it lies
 (else XLA's copy insertion puts a copy beside it). Of a call or a fusion it is what lies inside that is looked at."""
+_ARRAY = re.compile(r"\w+\[([\d,]+)\](\{[^}]*\})?")
 _PAIRS = re.compile(r'source_target_pairs="?\{(.*?)\}\}')
 _LISTED = re.compile(r"replica_groups=\{(?:\{(.*?)\})?\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -54,7 +56,8 @@ def crossing(loops: Mapping[str, Instruction], shards: Sequence[int]) -> list[st
 
 
 def pools(found: Mapping[str, Instruction], block: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """The shapes of pools, any number of blocks of that shape, that a `while` carries."""
+    """The shapes of pools, any number of blocks of that shape, that a `while` carries: those on the device, and what
+    holds paused rows in host memory."""
     return {shape for one in found.values() if one.opcode == "while" for shape in one.shapes
             if len(shape) == len(block) + 1 and shape[1:] == block}
 
@@ -82,6 +85,14 @@ def copied(found: Mapping[str, Instruction], pools: Iterable[tuple[int, ...]]) -
             and not (one.opcode == "custom-call" and "output_to_operand_aliasing" in one.text)]
 
 
+def moved(found: Mapping[str, Instruction]) -> set[tuple[int, ...]]:
+    """The shapes of what these instructions move to host memory (S(5) in a program's text) or back."""
+    transfers = (one for one in found.values()
+                 if "S(5)" in one.made and (one.opcode == "copy" or one.opcode.endswith("-start")))
+    return {tuple(map(int, dims.split(","))) for one in transfers for dims, layout in _ARRAY.findall(one.made)
+            if "S(5)" not in layout}
+
+
 def read(hlo: str, block: tuple[int, ...], shards: Sequence[int]) -> dict[str, list]:
     """What is to be known of a compiled rollout.
 
@@ -90,7 +101,8 @@ def read(hlo: str, block: tuple[int, ...], shards: Sequence[int]) -> dict[str, l
       shards: of every device, its shard of the batch.
 
     Returns: `pools`, their shapes; `loops`, the rows of the decode loops; `crossing`, the collectives in them that
-    cross the batch's shards; `copied`, what copies a pool in them; `copied_outside`, how many copies of one there are
+    cross the batch's shards; `copied`, what copies a pool in them; `moved`, the shapes of what they move to host memory
+    or back; `copied_outside`, how many copies of one there are
     outside of them, which are made once a rollout.
     """
     found = instructions(hlo)
@@ -98,5 +110,5 @@ def read(hlo: str, block: tuple[int, ...], shards: Sequence[int]) -> dict[str, l
     rows = {int(n) for one in found.values() for n in re.findall(r"/loop_(\d+)/", one.scope)}
     outside = {name: one for name, one in found.items() if name not in loops}
     return {"pools": sorted(shapes), "loops": sorted(rows, reverse=True), "crossing": crossing(loops, shards),
-            "copied": copied(loops, shapes),
+            "copied": copied(loops, shapes), "moved": sorted(moved(loops)),
             "copied_outside": sum(one.opcode in ("copy", "copy-start") for one in of_size(outside, shapes).values())}

@@ -30,6 +30,8 @@ MEANING = {
     "commit": "tokens and log-probabilities to where they are kept",
     "observe": "what the draft takes in of the verified tokens",
     "retire": "slots and blocks taken back from answers that are done",
+    "pause": "the youngest rows' blocks to host memory, where the pool runs out",
+    "resume": "and back",
     "admit": "slots, and what they share of their prompts, given to sequences that wait",
     "decode": "blocks for rows that grow, rows moved together, the loop's test, and what the loop copies",
     "collect": "the answers out of the rows",

@@ -40,6 +40,7 @@ def test_phase_of_scopes(op_name, name, part):
     ("jit(rollout)/decode/loop_32/while/body/verify/mlp/dot", Phase("verify", "mlp", 32)),
     ("jit(rollout)/decode/shard_map/loop_4/while/body/admit/while/body/add", Phase("admit", loop=4)),
     ("jit(rollout)/decode/loop_4/while/cond/not", Phase("decode, between phases", loop=4)),
+    ("jit(rollout)/decode/loop_4/while/body/pause/while/body/while/body/copy", Phase("pause", loop=4)),
     ("jit(rollout)/decode/gather", Phase("decode, between phases")),
 ])
 def test_phase_in_a_loop_of_the_chain(op_name, phase):

@@ -97,16 +97,41 @@ def test_a_pool_that_a_tpu_moves_into_its_vector_memory_is_seen():
     assert [line.split(":")[0] for line in found["copied"]] == ["b", "e"]
 
 
+PAUSING = """
+%body (param: bf16[374,2,128,128]) -> bf16[374,2,128,128] {{
+  %param = bf16[374,2,128,128]{{3,2,1,0:T(8,128)(2,1)S(5)}} parameter(0)
+  ROOT %start = {} {}(%param), metadata={{op_name="jit(f)/decode/loop_16/while/body/pause/while"}}
+}}
+
+ENTRY %main (x: bf16[374,2,128,128]) -> bf16[374,2,128,128] {{
+  %x = bf16[374,2,128,128]{{3,2,1,0:S(5)}} parameter(0)
+  ROOT %w = bf16[374,2,128,128]{{3,2,1,0:S(5)}} while(%x), body=%body
+}}
+"""
+HOST, DEVICE = "bf16[374,2,128,128]{3,2,1,0:T(8,128)(2,1)S(5)}", "bf16[1,2,128,128]{3,2,1,0:T(8,128)(2,1)}"
+
+
+@pytest.mark.parametrize(("made", "opcode", "shape"), [
+    (f"(({HOST}, s32[]), {DEVICE}, u32[])", "dynamic-slice-start", (1, 2, 128, 128)),
+    (f"(({HOST}, {DEVICE}, s32[]), {HOST}, u32[])", "dynamic-update-slice-start", (1, 2, 128, 128)),
+    (f"({HOST}, {HOST.replace('S(5)', '')}, u32[])", "copy-start", (374, 2, 128, 128)),
+])
+def test_what_is_moved_to_host_memory_is_seen(made, opcode, shape):
+    found = compiled_text.read(PAUSING.format(made, opcode), (2, 128, 128), [0])
+    assert found["moved"] == [shape] and bool(found["copied"]) == (shape[0] > 1)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU's compiler: pip install -e '.[aot]'")
-@pytest.mark.parametrize("shape", ["qwen3-8b", "llama-3.2-1b"])
-def test_decode_loops_for_eight_tpus(shape, tmp_path):
-    """Heads of 128 and of 64, pools of a real size, two layers: exit code 0 is no collective across the batch and no
-    copy of a pool."""
+@pytest.mark.parametrize(("shape", "options"), [("qwen3-8b", []), ("qwen3-8b", ["--pausing"]), ("llama-3.2-1b", [])])
+def test_decode_loops_for_eight_tpus(shape, options, tmp_path):
+    """Heads of 128 and of 64, pools of a real size, two layers: exit code 0 is no collective across the batch, no copy
+    of a pool, and no more than a block moved to host memory at a time."""
     path = tmp_path / "found.json"
     command = [sys.executable, "benchmarks/compile.py", "--what", "rollout", "--chip", "v5e", "--drafts", "mtp",
-               "--shape", shape, "--layers", "2", "--json", str(path)]
+               "--shape", shape, "--layers", "2", "--json", str(path), *options]
     done = subprocess.run(command, cwd=measure.ROOT, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     row, = json.loads(path.read_text())["rows"]
-    assert row["crossing"] == row["copied"] == [] and row["loops"] == [64, 16] and row["pools"][0][0] > 512
+    assert row["crossing"] == row["copied"] == [] and row["loops"] == [64, 16]
+    assert bool(row["moved"]) == bool(options) and row["pools"][0][0] > 256

@@ -44,7 +44,7 @@ TARGETS = [("heavy tail, tok/s", "vllm", 1.5), ("heavy tail, no draft, tok/s", "
            ("batch 8, tok/s", "tunix", 1.5), ("batch 32, tok/s", "tunix", 1.5),
            ("GRPO step, 8 rows, s", "tunix", 1 / 0.65), ("GRPO step, 32 rows, s", "tunix", 1 / 0.65)]
 TAIL = ["smollm2-135m-instruct", "--dtype", "float32"]
-TAIL_DRAFT = ["--drafts", "mtp", "--k", "3"]
+TAIL_DRAFT = ["--drafts", "mtp", "--k", "auto"]
 # tail.py of this checkout with the packages of another, the one that is the current folder
 ELSEWHERE = "import runpy, sys, benchmarks, jspec, pallas_kernels; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 REPEATED = "prompt that repeats itself, greedy, n-gram k = 3, batch 1, tok/s"

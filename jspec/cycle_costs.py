@@ -43,8 +43,9 @@ CONTEXT = 1024
 """Positions at most by which a row is longer than its prompt when it is timed: half of what it may grow to."""
 PROBED, PROBE_TOKENS = 3, 16
 """Drafts a cycle and tokens a sequence of the rollout that shows what is accepted."""
-ROUNDS, FEWEST, LEAST_SECONDS = 3, 3, 0.3
-"""Timed runs of every point, taken in turn; the fewest cycles of one, and what they should take at least."""
+ROUNDS, QUICK_ROUNDS, FEWEST, LEAST_SECONDS = 3, 11, 3, 0.3
+"""Timed runs of every point, taken in turn, more where all are quick; the fewest cycles of one, and what they should
+take at least."""
 
 Point = tuple[int, int | None]
 """(rows, k) of what is timed; k = None: without a draft."""
@@ -146,25 +147,33 @@ def _cycles_of(out: Rollout) -> int:
 def _time(subject: Subject, prompts: Prefilled, points: Sequence[Point]) -> dict[Point, tuple[float, float, float]]:
     """(seconds of a cycle, seconds of the rest of its program, seconds of compiling) of each point."""
     prompts = prompts.replace(lengths=prompts.lengths * 0 + subject.length)
-    cap, limits, compiling = subject.sampling.max_new_tokens, [], []
+    cap, limits, compiling, slow = subject.sampling.max_new_tokens, [], [], False
 
     def run(point: Point, limit: int) -> tuple[float, Rollout]:
         return _timed(lambda: _run(subject, prompts, point, limit))
 
-    seconds: dict[Point, list[tuple[float, float]]] = {point: [] for point in points}
     for point in points:
         first, once, some = (run(point, limit)[0] for limit in (1, 1, min(1 + FEWEST, cap)))
         cycles = max(FEWEST, math.ceil(FEWEST * LEAST_SECONDS / max(some - once, 1e-6)))
         limits.append(min(1 + cycles, cap))
         compiling.append(max(0.0, first - once))
-    limits = json.loads(from_main(lambda: json.dumps(limits)))  # the same work on every process
-    for _ in range(ROUNDS):
+        slow |= some > LEAST_SECONDS
+    rounds, *limits = json.loads(from_main(  # the same work on every process
+        lambda: json.dumps([ROUNDS if slow else QUICK_ROUNDS, *limits])))
+    runs: dict[Point, list[tuple[float, int, float, int]]] = {point: [] for point in points}
+    for _ in range(rounds):
         for point, limit in zip(points, limits, strict=True):
             (short, one), (long, many) = run(point, 1), run(point, limit)
-            cycle = (long - short) / max(1, _cycles_of(many) - _cycles_of(one))
-            seconds[point].append((max(cycle, 1e-9), short - cycle))
-    return {point: (*(statistics.median(column) for column in zip(*rounds, strict=True)), took)
-            for (point, rounds), took in zip(seconds.items(), compiling, strict=True)}
+            runs[point].append((short, _cycles_of(one), long, _cycles_of(many)))
+    return {point: (*_split(*map(statistics.median, zip(*of, strict=True))), took)
+            for (point, of), took in zip(runs.items(), compiling, strict=True)}
+
+
+def _split(short: float, few: float, long: float, many: float) -> tuple[float, float]:
+    """(seconds of a cycle, seconds of the rest) of runs with few and with many cycles. A tenth of all is the cycles' at
+    least: the difference of runs that took next to nothing may be anything."""
+    cycle = max((long - short) / max(1, many - few), 0.1 * long / max(1, many))
+    return cycle, max(0.0, short - few * cycle)
 
 
 def prompts_of(subject: Subject) -> Prefilled:

@@ -85,6 +85,12 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
         jspec.choose_k(model, None, of[2])
 
 
+def test_a_cycle_is_what_more_of_them_take_longer():
+    assert cycle_costs._split(0.3, 1, 1.1, 9) == pytest.approx((0.1, 0.2))
+    cycle, rest = cycle_costs._split(0.011, 1, 0.010, 8)  # noise, and nothing that could be said to cost nothing
+    assert cycle == pytest.approx(0.1 * 0.010 / 8) and rest > 0
+
+
 def test_what_is_accepted_is_asked_under_other_noise_than_that_which_judges():
     batch = jspec.PromptBatch.from_tokens([[1, 2]], group_size=2, seed=0)
     subject = cycle_costs.Subject.of(policy(), table_draft(policy()), batch, Sampling(), Speculation(), Batching())

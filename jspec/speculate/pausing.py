@@ -20,7 +20,7 @@ from jspec.speculate.state import Paused, State, fitting, own_blocks, shared_blo
 def none_paused(cache: Cache, draft: DraftState | None, waiting: jax.Array, blocks: int) -> Paused:
     """The stack, empty, with room for so many blocks of such caches."""
     def away(x: jax.Array, entries: int) -> jax.Array:
-        return jax.device_put(jnp.zeros((entries, *x.shape[1:]), x.dtype), jax.memory.Space.Host)
+        return jax.device_put(jax.lax.empty((entries, *x.shape[1:]), x.dtype), jax.memory.Space.Host)
 
     def pool(cache: Cache | None) -> Cache | None:
         return None if cache is None else jax.tree.map(lambda x: away(x, blocks), cache.replace(table=None))

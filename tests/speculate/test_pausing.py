@@ -7,6 +7,7 @@ prompts must have.
 
 import functools
 import json
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from jspec.sharding import make_mesh
 from jspec.speculate import pausing
 from jspec.speculate.blocks import Blocks
 from jspec.speculate.rollout import Prefilled, _asked, begin
-from tests.speculate import drafters, tiny
+from tests.speculate import drafters, test_chi_square, tiny
+from tests.speculate.test_chi_square import FEW, PLANTED, PROMPT, REFUSE, SHARP
 from tests.speculate.ties import assert_same, generated
 from tests.test_sharding import eight
 
@@ -128,6 +130,26 @@ def test_the_longest_get_a_slot_first(policy):
     assert order(jnp.array([7, 40, 0, 7])) == [4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8, 3]
 
 
+def p_value(patch, draft, rule, samples, slots=64):
+    """Of what is emitted where every row has as many blocks as positions, and rows that get long have to leave."""
+    patch.setattr(pool, "BLOCK", 1)
+    policy = drafters.policy(draft, 4, seed=2, scale=0.2)
+    made = drafters.make(draft, policy, seed=SHARP if draft == "sharp" else 3, scale=0.2)
+    batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=samples, seed=0, buckets=(4,))
+    out = jspec.rollout(policy, made, batch, sampling=jspec.Sampling(max_new_tokens=4, stop_tokens=()),
+                        speculation=jspec.Speculation(k=2, rule=rule),
+                        batching=jspec.Batching(slots, kv_tokens=4 + slots * 5))
+    assert int(out.stats.pauses[0]) > samples // 100
+    want = tiny.autoregressive(policy, PROMPT, max_new_tokens=4)
+    return test_chi_square.p_value(Counter(tiny.sequences(out)), want)
+
+
+@pytest.mark.parametrize("draft, rule, samples", [("sharp", "rejection", FEW // 8), *(
+    pytest.param(draft, rule, FEW, marks=slow) for draft in ("mtp", "sharp") for rule in ("rejection", "block"))])
+def test_the_distribution_with_rows_paused_between_cycles(monkeypatch, draft, rule, samples):
+    assert p_value(monkeypatch, draft, rule, samples) > REFUSE
+
+
 def worker():
     """A rollout on eight devices, four shards of the batch, as JSON."""
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(2, 2, 2)) as mesh:
@@ -190,6 +212,12 @@ def test_planted_bugs_change_tokens(policy, roomy, monkeypatch, bug, more):
     out = planted(monkeypatch, policy, bug, None, LEAST + more)
     assert int(out.stats.pauses[0]) > 0
     assert sum(a != b for a, b in zip(generated(roomy()), generated(out), strict=True)) > 1
+
+
+@slow
+def test_a_planted_bug_changes_the_distribution(monkeypatch):
+    _to_the_wrong_place(monkeypatch)
+    assert p_value(monkeypatch, "mtp", "rejection", FEW, slots=65) < PLANTED  # slots: of this bug alone
 
 
 @slow

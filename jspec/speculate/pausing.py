@@ -1,9 +1,10 @@
 """What happens when the pool has no more blocks: the youngest rows are paused, last in first out.
 
-What a paused row needs to go on, its own blocks and the drafter's state, goes to a stack in host memory and comes back
-when there is room; its prompt's full blocks stay where its siblings read them, and its tokens are with the sequences.
-Nothing is computed again. While a row is paused no other sequence gets a slot, so those that are paused are always the
-youngest in flight; and the oldest row can always go on, since the pool has room for one at its cap (`Blocks.check`).
+The blocks of a paused row go to a stack in host memory and come back when there is room. Its prompt's full blocks stay
+where its siblings read them; its tokens are with the sequences; and what a drafter keeps beside its blocks is little
+and stays on the device (a TPU moves no single numbers to its host). Nothing is computed again. While a row is paused no
+other sequence gets a slot, so those that are paused are always the youngest in flight; and the oldest row can always go
+on, since the pool has room for one at its cap (`Blocks.check`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from jspec.speculate.state import Paused, State, fitting, own_blocks, shared_blo
 
 def none_paused(cache: Cache, draft: DraftState | None, waiting: jax.Array, blocks: int) -> Paused:
     """The stack, empty, with room for so many blocks of such caches."""
-    def away(x: jax.Array, entries: int) -> jax.Array:
-        return jax.device_put(jax.lax.empty((entries, *x.shape[1:]), x.dtype), jax.memory.Space.Host)
+    def away(x: jax.Array) -> jax.Array:
+        # not zeros: those would be written to the device, and copied
+        return jax.device_put(jax.lax.empty((blocks, *x.shape[1:]), x.dtype), jax.memory.Space.Host)
 
     def pool(cache: Cache | None) -> Cache | None:
-        return None if cache is None else jax.tree.map(lambda x: away(x, blocks), cache.replace(table=None))
+        return None if cache is None else jax.tree.map(away, cache.replace(table=None))
 
-    slots = cache.table.shape[0]
     if draft is not None:
-        draft = DraftState(jax.tree.map(lambda x: away(x, slots), draft.rows), pool(draft.cache))
-    none = jnp.int32(0)
+        draft = DraftState(jax.tree.map(jnp.zeros_like, draft.rows), pool(draft.cache))
+    slots, none = cache.table.shape[0], jnp.int32(0)
     return Paused(pool(cache), draft, jnp.zeros(slots, jnp.int32), none, none,
                   jnp.argsort(waiting).astype(jnp.int32), none)
 

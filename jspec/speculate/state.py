@@ -80,11 +80,11 @@ class Counts:
 
 @struct.dataclass
 class Paused:
-    """Rows that are paused, always the youngest in flight: a stack in host memory, the oldest of them on top.
+    """Rows that are paused, always the youngest in flight: a stack, the oldest of them on top.
 
     Attributes:
-      cache: blocks of the policy's cache; each row's lie together, in their order. It has no table. draft: the
-        drafter's, its rows' leaves [B, ...]; None: no draft.
+      cache: blocks of the policy's cache, in host memory; each row's lie together, in their order. It has no table.
+        draft: the drafter's, its rows of B on the device; None: no draft.
       sequences: int32 [B], the first `count`, int32 scalar, are paused. blocks: int32 scalar, how many are filled.
       turns: int32 [N], which place each sequence has among `State.waiting`: a row's age.
       pauses: int32 scalar, how often a row was paused so far.

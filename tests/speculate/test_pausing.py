@@ -17,7 +17,7 @@ import pytest
 import jspec
 from jspec.model import policy_sharding, pool
 from jspec.sharding import make_mesh
-from jspec.speculate import pausing
+from jspec.speculate import pausing, state
 from jspec.speculate.blocks import Blocks
 from jspec.speculate.rollout import Prefilled, _asked, begin
 from tests.speculate import drafters, test_chi_square, tiny
@@ -130,16 +130,25 @@ def test_the_longest_get_a_slot_first(policy):
     assert order(jnp.array([7, 40, 0, 7])) == [4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8, 3]
 
 
-def p_value(patch, draft, rule, samples, slots=64):
-    """Of what is emitted where every row has as many blocks as positions, and rows that get long have to leave."""
+def eager(now, sequences, asking, k):
+    """`fitting` that keeps no room for what is to come: rows are paused as often as can be. Of blocks of 1."""
+    needed = jnp.take(now.sequences.lengths, sequences, mode="clip") + k + 1 - state.shared_blocks(now, sequences)
+    fits = jnp.cumsum(needed, dtype=jnp.int32) <= now.free.count
+    return jnp.minimum((fits & asking).sum(dtype=jnp.int32), (~now.live).sum(dtype=jnp.int32))
+
+
+def p_value(patch, draft, rule, samples, slots=64, scale=0.2):
+    """Of what is emitted where every row has as many blocks as positions, and rows that get longer have to leave."""
     patch.setattr(pool, "BLOCK", 1)
-    policy = drafters.policy(draft, 4, seed=2, scale=0.2)
+    patch.setattr(state, "fitting", eager)
+    patch.setattr(pausing, "fitting", eager)
+    policy = drafters.policy(draft, 4, seed=2, scale=scale)
     made = drafters.make(draft, policy, seed=SHARP if draft == "sharp" else 3, scale=0.2)
     batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=samples, seed=0, buckets=(4,))
     out = jspec.rollout(policy, made, batch, sampling=jspec.Sampling(max_new_tokens=4, stop_tokens=()),
                         speculation=jspec.Speculation(k=2, rule=rule),
-                        batching=jspec.Batching(slots, kv_tokens=4 + slots * 5))
-    assert int(out.stats.pauses[0]) > samples // 100
+                        batching=jspec.Batching(slots, kv_tokens=4 + slots * 4))
+    assert int(out.stats.pauses[0]) > samples // 20
     want = tiny.autoregressive(policy, PROMPT, max_new_tokens=4)
     return test_chi_square.p_value(Counter(tiny.sequences(out)), want)
 
@@ -152,7 +161,8 @@ def test_the_distribution_with_rows_paused_between_cycles(monkeypatch, draft, ru
 
 def worker():
     """A rollout on eight devices, four shards of the batch, as JSON."""
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(2, 2, 2)) as mesh:
+    mesh = make_mesh(2, 2, 2)
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(pool, "BLOCK", 8)
         policy = make_policy()
         policy = policy.replace(weights=jax.device_put(policy.weights, policy_sharding(policy.config, mesh)))
@@ -216,8 +226,9 @@ def test_planted_bugs_change_tokens(policy, roomy, monkeypatch, bug, more):
 
 @slow
 def test_a_planted_bug_changes_the_distribution(monkeypatch):
+    assert p_value(monkeypatch, "sharp", "rejection", FEW, slots=65, scale=1.0) > REFUSE
     _to_the_wrong_place(monkeypatch)
-    assert p_value(monkeypatch, "mtp", "rejection", FEW, slots=65) < PLANTED  # slots: of this bug alone
+    assert p_value(monkeypatch, "sharp", "rejection", FEW, scale=1.0) < PLANTED
 
 
 @slow

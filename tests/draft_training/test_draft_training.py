@@ -256,6 +256,7 @@ def test_defaults_load():
     assert load_config(None, [], DraftTrainingConfig).training.steps == 1000
 
 
+@pytest.mark.slow
 def test_losses_are_compared_from_one_start(trained, tmp_path):
     out = tmp_path / "losses.json"
     assert draft_losses.main([str(trained), "--steps", "2", "--seeds", "1", "--json", str(out), "--plot",

@@ -44,5 +44,6 @@ def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind)
     recursive.check_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind)
 
 
+@pytest.mark.slow  # eagle3 shows it of the same mechanism
 def test_a_trained_head_is_accepted_more_often(policy):
     recursive.check_a_trained_draft_is_accepted_more_often(policy, jspec.drafts.mtp(policy, jax.random.key(1)))

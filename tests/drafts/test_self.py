@@ -57,7 +57,8 @@ def plain(policy):
     return run(policy, None)
 
 
-@pytest.mark.parametrize("options, least", [({}, 0.9), ({"bits": 4, "vocab": [0, 1, 2, 4, 5, 6, 7, 8]}, 0.2)])
+@pytest.mark.parametrize("options, least", [pytest.param({}, 0.9, marks=pytest.mark.slow),
+                                            ({"bits": 4, "vocab": [0, 1, 2, 4, 5, 6, 7, 8]}, 0.2)])
 def test_sampled_and_greedy_rows_equal_autoregressive(policy, plain, options, least):
     """Eight bits are nearly the policy; four, without a part of the vocabulary, are not, and it shows in speed only."""
     out = run(policy, jspec.drafts.self(policy, **options))

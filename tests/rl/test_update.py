@@ -76,7 +76,8 @@ def test_rows_are_joined_without_a_gap():
     np.testing.assert_array_equal(pairs, jnp.stack([joined, -joined], -1))
 
 
-@pytest.mark.parametrize("micro_batch", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the next one sees it in what they make
+@pytest.mark.parametrize("micro_batch", [0, 4])
 def test_policy_gradients_are_the_same_bits_with_and_without_a_draft(micro_batch):
     settings = dataclasses.replace(SETTINGS, micro_batch=micro_batch)
     batch = make_batch()

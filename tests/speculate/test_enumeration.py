@@ -77,7 +77,7 @@ def test_block_emits_the_autoregressive_distribution(draft, vocab, k, cycles, sa
     check(draft, vocab, k, cycles, "block", **sampling)
 
 
-QUICK = ("mtp", "suffix", "eagle3-reduced")
+QUICK = ("suffix", "eagle3-reduced")
 
 
 @pytest.mark.parametrize("draft", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)

@@ -219,7 +219,7 @@ def test_bfloat16(policy):
     assert 1e-5 < np.abs(want - np.asarray(out.logprobs)).max() < 0.2
 
 
-@pytest.mark.parametrize("name", [pytest.param("none", marks=pytest.mark.slow), "mtp", "eagle3"])
+@pytest.mark.parametrize("name", ["mtp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "eagle3"))])
 def test_the_states_it_returns_are_the_training_forwards(name):
     """Beside a drafter that asks for features of its own, and up to the token before the last: nothing came after."""
     policy = tiny.policy(11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.25, stop_tokens=(3,))

@@ -220,7 +220,7 @@ def rollout(chip: str, shape: str, name: str, pausing: bool = False, layers: int
 
 def judged(row: dict[str, Any], block: tuple[int, ...], pausing: bool) -> dict[str, Any]:
     """A rollout's row, failed where its loops do what they must not, or are not those asked for. Where rows are paused
-    there is a pool in host memory too, and what is moved at a time is a block, or a draft's state of one row."""
+    there is a pool in host memory too, and what is moved at a time is a block."""
     wrong = [f"{what} in a loop: {'; '.join(row[what])}" for what in ("crossing", "copied") if row[what]]
     if row["loops"] != sorted(dict(SCHEDULE), reverse=True) or len(row["pools"]) <= pausing:
         wrong.append(f"its loops, of {row['loops']} rows, or its pools, {row['pools']}, are not those asked for")

@@ -126,8 +126,8 @@ def choose_k(params: Policy, draft: Draft, batch: PromptBatch, *, sampling: Samp
              speculation: Speculation | None = None, batching: Batching | None = None,
              lengths: Sequence[int] | None = None) -> int | Schedule:
     """What `jspec.Speculation(k=...)` should be for rollouts like this one, on these devices: what a cycle costs is
-    measured for a few (rows, k), under a minute for a small model and once for a device and shapes (`JSPEC_CACHE` keeps
-    it), and what is accepted on these prompts. Not for use inside a `jax.jit`.
+    measured for a few (rows, k), once for a device and shapes (`JSPEC_CACHE` keeps it), and what is accepted on these
+    prompts. Not for use inside a `jax.jit`.
 
     Args:
       params, draft, batch, sampling, batching: as `jspec.rollout` is given them; params in a rollout layout

@@ -26,12 +26,12 @@ from jspec.compile_cache import kind_of_machine
 from jspec.distributed import fetch, from_main, is_main
 from jspec.drafts import Draft
 from jspec.hub.names import cache_directory
-from jspec.kernels import choose, picked
-from jspec.model import Policy, to_rollout
+from jspec.kernels import picked
+from jspec.model import Policy
 from jspec.progress import telling
 from jspec.sharding import batch_shards, constrain, current_mesh
 from jspec.speculate.loops import loops
-from jspec.speculate.rollout import Prefilled, continue_prompts, prefill_prompts
+from jspec.speculate.rollout import Prefilled, continue_prompts, prefill_prompts, ready
 from jspec.speculate.schedule import Costs
 from jspec.speculate.types import Batching, PromptBatch, Rollout, Sampling, Speculation
 
@@ -95,15 +95,10 @@ class Subject:
                      self.speculation.rule, picked(self.speculation.kernels), self.speculation.states))
 
 
-def _ready(params: Policy, draft: Draft | None, kernels: Any) -> tuple[Policy, Draft | None]:
-    policy = to_rollout(params).replace(kernels=choose(kernels))
-    return policy, None if draft is None else draft.module.prepare(policy, draft)
-
-
 @partial(jax.jit, static_argnames=("length", "speculation"))
 def _prompts(params: Policy, draft: Draft, batch: PromptBatch, *, length: int, speculation: Speculation) -> Prefilled:
     """The prompts, computed with room for `length` positions."""
-    policy, draft = _ready(params, draft, speculation.kernels)
+    policy, draft = ready(params, draft, speculation)
     tokens = jnp.pad(batch.tokens, ((0, 0), (0, length - batch.tokens.shape[1])))
     return prefill_prompts(policy, draft, batch.replace(tokens=tokens), speculation.states)
 
@@ -112,7 +107,7 @@ def _prompts(params: Policy, draft: Draft, batch: PromptBatch, *, length: int, s
 def _cycles(params: Policy, draft: Draft | None, prompts: Prefilled, key: jax.Array, sampling: Sampling, *, rows: int,
             shards: int, group_size: int, speculation: Speculation) -> Rollout:
     """One loop of that many rows a shard, which continue the prompts in turn."""
-    policy, draft = _ready(params, draft, speculation.kernels)
+    policy, draft = ready(params, draft, speculation)
     group_size = math.gcd(rows, group_size)
     index = np.resize(np.arange(len(prompts.lengths)), rows * shards // group_size)
     prompts = jax.tree.map(

@@ -159,9 +159,10 @@ def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], 
     """Mean reward of the answers to the first `prompts` prompts of `batches`, with its standard error over prompts.
     `policy` is in the rollout layout."""
     config, (batch, samples) = source.config, (len(batches[0][0]), batches[0][1].group_size)
-    chosen = run_plan(source.name).k if source.draft is not None else None  # auto: what the run drafted at last
+    # auto: what the run drafted at last
+    drafted = run_plan(Path(source.name).expanduser()).k if source.draft is not None else None
     sampling, batching = make_sampling(config), make_batching(config)
-    speculation = make_speculation(config, chosen or 0)
+    speculation = make_speculation(config, drafted or 0)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
     with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,
           telling("answering (the first batch compiles)", total=prompts) as advance):

@@ -19,10 +19,10 @@ from jspec.speculate.state import State, admit, compact, grow, retire, rows_in_s
 from jspec.speculate.types import Sampling, Schedule
 
 FEWEST, FEWEST_ON_CHIPS = 1, 16
-"""Rows of the last loop, on a CPU and on accelerators: with fewer a cycle costs the same, the weights' bytes. (On a CPU
-a cycle of four rows takes 1.5 times as long as one of a single row, whose products need no packing.)"""
+"""Rows of the last loop, on a CPU and on accelerators: on chips fewer cost the same, the weights' bytes; on a CPU a
+cycle of four rows takes 1.5 times as long as one of a single row."""
 SHRINK, MOST = 3, 4
-"""By what the rows of a loop shrink at least, and how many loops there are at most: each one is compiled, and the first
+"""By what the rows of a loop shrink, about, and how many loops there are at most: each one is compiled, and the first
 few save most of what dead rows cost."""
 LONG = 128
 """Generated tokens from which on more than one loop is worth compiling."""

@@ -230,14 +230,18 @@ def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, 
         return _collect(sequences, sampling.max_new_tokens, policy.config.pad_token, stats)
 
 
+def ready(params: Policy, draft: Draft | None, speculation: Speculation) -> tuple[Policy, Draft | None]:
+    """Policy and draft as cycles use them: in a rollout layout, with its kernels, and prepared."""
+    with jax.named_scope("prepare"):
+        policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
+        return policy, None if draft is None else draft.module.prepare(policy, draft)
+
+
 @partial(jax.jit, static_argnames=("speculation", "batching"))
 def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation,
              batching: Batching) -> Rollout:
     log.debug("compiling a rollout with %s", picked(speculation.kernels))
-    with jax.named_scope("prepare"):
-        policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
-        if draft is not None:
-            draft = draft.module.prepare(policy, draft)
+    policy, draft = ready(params, draft, speculation)
     if draft is None or speculation.most == 0:
         draft, speculation = None, speculation.without_drafts()
     with jax.named_scope("prefill"):

@@ -2,7 +2,7 @@
 
 A split is SPLIT cached positions of one KV head of one row, or more where a row may be so long that it had over
 MOST_SPLITS. As many programs as the GPU holds at once go through the splits that the live rows' lengths cover
-(`schedule`): what a table has room for costs nothing. A split goes in steps of STEP positions: TMA brings their keys
+(`schedule`), whatever else a table has room for. A split goes in steps of STEP positions: TMA brings their keys
 and values by turns from the row's blocks to a ring in shared memory, 64 KB of it in each of the two programs that a
 multiprocessor holds, where about 40 KB on their way saturate an H200. The new positions are one more step of the row's
 last split, whose program also writes them into the row's blocks once all that it reads has arrived.

@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
-from rich.logging import RichHandler
 
 from jspec.checkpoint import COUNTERS, Checkpoints, check_config, run_plan
 from jspec.choosing import Chooser, Plan
@@ -62,6 +61,7 @@ from jspec.rl.update import (
     update,
     update_draft,
 )
+from jspec.session import session
 from jspec.sharding import make_mesh, partition
 from jspec.speculate import PromptBatch, Rollout, rollout
 from jspec.speculate.types import BUCKETS
@@ -78,10 +78,13 @@ def train(config: Config) -> int:
     anything expensive is done, and where the output_dir can no longer be written to.
     """
     stop = StopSignal()
-    console = PlainConsole(stop.closed_output, quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
-    set_up_logging(config.log_level, console)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    with jax.set_mesh(mesh), ExitStack() as stack:
+
+    def make_console() -> Console:
+        return PlainConsole(stop.closed_output, quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
+
+    with session(config.log_level, make_console) as opened:
+        console, stack = opened.console, opened.stack
+        mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
         check(config, mesh)
         stack.enter_context(stop)
         pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s))
@@ -406,15 +409,6 @@ def resume(config: Config, checkpoints: Checkpoints, data: PromptData, state: Tr
 
 
 # --- around it ---
-
-
-def set_up_logging(level: str, console: Console) -> None:
-    """jspec's own log goes through the console, above the progress bar; libraries' only from warnings on."""
-    ours = logging.getLogger("jspec")
-    ours.setLevel(level.upper())
-    ours.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
-    ours.propagate = False
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises
 
 
 def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:

@@ -105,11 +105,12 @@ def check_mesh(config: Any, mesh: Any, layout: str = "train") -> None:
                          f"{config.num_kv_heads}; use a divisor, or more shards than heads (they are then replicated)")
 
 
-def heads_replicated(config: Any, layout: str, mesh: Any = None) -> bool:
-    """Whether `layout` splits heads over more shards than the model has KV heads, so that every
-    shard holds all of those. Another layout on the same mesh may split them."""
+def heads_replicated(config: Any, mesh: Any = None) -> bool:
+    """True where the mesh has more tensor shards than the model has KV heads, in any layout."""
     mesh = mesh or current_mesh()
-    return mesh is not None and config.num_kv_heads % _degree(mesh, RULES[layout]["kv_heads"]) != 0
+    if mesh is None:
+        return False
+    return any(config.num_kv_heads % _degree(mesh, rules["kv_heads"]) != 0 for rules in RULES.values())
 
 
 def spec_sharding(specs: Any, config: Any, mesh: Any, layout: str = "train") -> Any:
@@ -118,7 +119,7 @@ def spec_sharding(specs: Any, config: Any, mesh: Any, layout: str = "train") -> 
     Raises InputError where the mesh does not divide the model.
     """
     check_mesh(config, mesh, layout)
-    replicated = heads_replicated(config, layout, mesh)
+    replicated = heads_replicated(config, mesh)
 
     def one(spec):
         axes = tuple(None if replicated and a == "kv_heads" else a for a in spec.axes)

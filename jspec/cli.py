@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from jspec.config import DRAFTERS, MOST_SAMPLES, RULES, SEED_HIGH
 from jspec.errors import InputError, shortened
+from jspec.stopping import terminate_by_exception
 
 EPILOG = """\
 a first look:
@@ -203,14 +203,8 @@ def _train(arguments) -> int:
         print(to_yaml(config), end="")
         return 0
     _import_jax()
-    from jspec import distributed
-    from jspec.compile_cache import keep_compiled
     from jspec.train import train
 
-    distributed.initialize()
-    distributed.check_platform()
-    keep_compiled()
-    signal.signal(signal.SIGTERM, _terminate)  # JAX's service for several processes has put a handler of its own there
     return train(config)
 
 
@@ -221,10 +215,6 @@ def _train_draft(arguments) -> int:
     overrides = [("model.name", arguments.model), *arguments.overrides]
     config = load_config(arguments.config, overrides, DraftTrainingConfig)
     from jspec.draft_training import train_draft
-    from jspec.progress import stderr
-    from jspec.train import set_up_logging
-
-    set_up_logging(config.log_level, stderr())
     return train_draft(config)
 
 
@@ -300,22 +290,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def _terminate(number, _frame):
-    # As an exception, so that pools are shut down and files closed on the way out. `train` takes the signal over.
-    raise SystemExit(128 + number)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on stderr), 128 + n after
     signal n, 1 where memory or room on a disk ran out; `train` has one more (see `jspec.train`)."""
-    signal.signal(signal.SIGTERM, _terminate)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises
 
     def run() -> int:
         chosen = _parse(arguments)
         return chosen.run(chosen)
 
-    return guarded(run)
+    with terminate_by_exception():
+        return guarded(run)
 
 
 def guarded(run: Callable[[], int]) -> int:

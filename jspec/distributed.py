@@ -34,11 +34,14 @@ T = TypeVar("T")
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes, where the environment says that there are any. Call it before any JAX computation.
+    """Joins the other processes, where the environment says that there are any and it has not yet been done. Call it
+    before any JAX computation.
 
     Ends this process with one line and exit code 2 if the others have not come after WAIT_S, and at once by SIGINT or
     SIGTERM. Raises InputError if what the environment says of the processes is incomplete or makes no sense.
     """
+    if jax.distributed.is_initialized():
+        return
     by_hand, scheduler = _by_hand(environment), _scheduler(environment)
     if by_hand is None and scheduler is None:
         return

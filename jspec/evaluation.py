@@ -27,8 +27,9 @@ from jspec.rl.answers import reward_inputs
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_reward
 from jspec.settings import Override
+from jspec.sharding import batch_shards
 from jspec.sources import Source, open_source
-from jspec.speculate.arguments import check
+from jspec.speculate.arguments import check, check_batching
 
 PROMPTS = 64
 """How many prompts, if nothing is said and the data has as many."""
@@ -56,12 +57,13 @@ def evaluate(arguments) -> int:
     say_unused(arguments.overrides)
     data = prompts_of(source)
     count = check_count(source, data, arguments.prompts)
-    batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count))
+    speculation = speculation_of(source)
+    batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count), speculation)
     with telling(f"loading {arguments.source}"):
         policy = jspec.reshard(source.load_finite())
     console = screen(stderr=arguments.json == "-")
     result = {"source": arguments.source, "overrides": arguments.overrides,
-              **score(source, policy, batches, count, console)}
+              **score(source, policy, batches, count, speculation, console)}
     table = Table(show_edge=False, show_header=False)
     for key, value in result.items():
         if isinstance(value, int | float):
@@ -139,7 +141,14 @@ def say_unused(overrides: Sequence[str]) -> None:
         say(f"{', '.join(unused)}: no part of an evaluation, and left aside")
 
 
-def batches_of(source: Source, data: PromptData, count: int, samples: int, batch: int
+def speculation_of(source: Source) -> jspec.Speculation:
+    """How answers are drafted; where speculation.k is auto, as a run did at last, and nothing where that is not known.
+    Raises InputError for a run whose checkpoint cannot be read."""
+    auto = source.draft is not None and source.config.speculation.k == "auto"
+    return make_speculation(source.config, (auto and run_plan(Path(source.name).expanduser()).k) or 0)
+
+
+def batches_of(source: Source, data: PromptData, count: int, samples: int, batch: int, speculation: jspec.Speculation
                ) -> list[tuple[list[Prompt], jspec.PromptBatch]]:
     """The prompts to answer, `batch` at a time; the last batch is filled up with prompts that are not asked for.
 
@@ -149,20 +158,20 @@ def batches_of(source: Source, data: PromptData, count: int, samples: int, batch
     steps = [[prompt for _ in range(batch) for prompt in next(data)] for _ in range(math.ceil(count / batch))]
     made = [jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
                                           seed=jax.random.fold_in(key, step)) for step, chosen in enumerate(steps)]
-    for prompts in made:
-        check(source.shape, None, prompts, make_sampling(config), make_speculation(config), make_batching(config))
+    sampling, batching = make_sampling(config), make_batching(config)
+    for prompts in made:  # `check` would not name the setting
+        check_batching("rollout.", batching, batch_shards("rollout"), batch * samples, samples, prompts.tokens.shape[1],
+                       sampling.max_new_tokens, 0 if source.draft is None else speculation.most)
+        check(source.shape, source.draft, prompts, sampling, speculation, batching)
     return list(zip(steps, made, strict=True))
 
 
 def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], jspec.PromptBatch]], prompts: int,
-          console: Console) -> dict[str, Any]:
+          speculation: jspec.Speculation, console: Console) -> dict[str, Any]:
     """Mean reward of the answers to the first `prompts` prompts of `batches`, with its standard error over prompts.
     `policy` is in the rollout layout."""
     config, (batch, samples) = source.config, (len(batches[0][0]), batches[0][1].group_size)
-    # auto: what the run drafted at last
-    drafted = run_plan(Path(source.name).expanduser()).k if source.draft is not None else None
     sampling, batching = make_sampling(config), make_batching(config)
-    speculation = make_speculation(config, drafted or 0)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
     with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,
           telling("answering (the first batch compiles)", total=prompts) as advance):

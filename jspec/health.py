@@ -10,17 +10,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jspec.config import Config
+from jspec.drafts.base import RUN_AWAY, largest
 from jspec.rl.state import TrainState
 
 SAME_STEPS = 5
 """Steps without a difference between two rewards after which that is said."""
-RUN_AWAY = 1e6
-"""Weights of a model that computes anything are smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +41,15 @@ class Trouble:
         return f"ALARM: {self.what}: {self.remedy}"
 
 
-def troubles(config: Config, state: TrainState, learned: dict[str, Any], rewardless: str, in_row: int) -> list[Trouble]:
+def troubles(config: Config, state: TrainState, learned: dict[str, Any], rewardless: str, in_row: int,
+             last: bool = False) -> list[Trouble]:
     """What is wrong with the step that made `state`; the same on every process.
 
     Args:
       learned: the update's record.
       rewardless: why the step's rewards teach nothing; "": they may.
       in_row: of how many of the latest steps that is so.
+      last: no step comes after this one that would show what its update did to the policy.
     """
     found, limit = [], config.grpo.max_skipped
     if rewardless:
@@ -58,7 +57,7 @@ def troubles(config: Config, state: TrainState, learned: dict[str, Any], rewardl
         found.append(Trouble("reward", f"{rewardless} ({in_row} steps in a row)" if in_row > 1 else rewardless,
                              "look at reward.function and at data.source, not at the learning rate"
                              + f"; grpo.max_skipped={limit} such steps in a row: stopping" * waited, final=waited))
-    if learned["skipped_in_row"]:
+    if learned["skipped_in_row"] or (last and not float(largest(state.policy.weights)) < RUN_AWAY):
         found.append(_skipped(config, "policy", state.policy.weights, learned, "", int(state.updates)))
     if learned["draft_skipped_in_row"] or learned.get("draft_finite") is False:
         found.append(_skipped(config, "draft", state.draft.weights, learned, "draft_", int(state.updates)))
@@ -66,10 +65,12 @@ def troubles(config: Config, state: TrainState, learned: dict[str, Any], rewardl
 
 
 def _skipped(config: Config, side: str, weights: Any, learned: dict[str, Any], prefix: str, updates: int) -> Trouble:
-    """The trouble with an update that was left out for a loss or a gradient that is not finite."""
+    """The trouble with an update that was left out for a loss or a gradient that is not finite, or with one that made
+    weights of which the next will be."""
     in_row, limit = learned[f"{prefix}skipped_in_row"], config.grpo.max_skipped
-    what = (f"the {side}'s loss or gradient was not finite: update skipped ({in_row} in a row, "
-            f"{learned[f'{prefix}skipped']} in all)")
+    what = f"the {side}'s weights are of no use any more" if not in_row else (
+        f"the {side}'s loss or gradient was not finite: update skipped ({in_row} in a row, "
+        f"{learned[f'{prefix}skipped']} in all)")
     size, section = float(largest(weights)), "grpo" if side == "policy" else "draft"
     lost = not size < RUN_AWAY
     source = config.model.name if side == "policy" else config.draft.path
@@ -85,12 +86,6 @@ def _skipped(config: Config, side: str, weights: Any, learned: dict[str, Any], p
     waited = in_row >= limit
     return Trouble(side, what, remedy + f"; grpo.max_skipped={limit} such updates in a row: stopping" * waited,
                    final=waited or (lost and side == "policy"), lost=lost)
-
-
-@jax.jit
-def largest(weights: Any) -> jax.Array:
-    """The largest absolute value of a tree of arrays, float32; nan where there is one."""
-    return jnp.stack([jnp.abs(x).max().astype(jnp.float32) for x in jax.tree.leaves(weights)]).max()
 
 
 def all_failed(rewards: np.ndarray, failures: int, message: str = "") -> str:

@@ -131,7 +131,7 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Ar
         run = partial(verify_attention, window=window, implementation=policy.kernels)
         if _one_device():
             return run(*args)
-        whole = heads_replicated(policy.config)
+        whole = heads_replicated(policy.config, policy.layout)
         queries = _split(policy.layout, q, None, None, None if whole else "q_heads")
         new = _split(policy.layout, k, None, None, None if whole else "kv_heads")
         pool = _split(policy.layout, pool_k, None, None if whole else "kv_heads")

@@ -53,6 +53,7 @@ from jspec.progress import say, telling
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
 from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from, trains_draft
+from jspec.session import session
 from jspec.sharding import make_mesh
 from jspec.train import Run, jit_update, jit_update_draft, make_prompt_batch, place
 from pallas_kernels.noise import seed_key
@@ -136,12 +137,13 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
 
 def profile(config: Config, directory: Path) -> int:
     """`jspec profile`: prints the table, and writes trace and profile.json under `directory`."""
-    console = screen(width=None if sys.stdout.isatty() else 120)
     directory = open_directory(directory, "--out")
-    # else a program that was kept may come back with the scopes of the source that it was compiled from
-    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
-    mesh, clock = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), Clock()
-    with jax.set_mesh(mesh):
+    clock = Clock()
+    with session(config.log_level) as opened:
+        console = screen(width=None if sys.stdout.isatty() else 120)
+        # else a program that was kept may come back with the scopes of the source that it was compiled from
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+        mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
         step = compile_step(config, mesh)
         period = step.settings.draft_every if trains_draft(step.state.draft, step.settings) else 1
         with telling("timing steps", total=1 + config.profile.repeats * period) as advance:

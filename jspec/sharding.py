@@ -105,12 +105,11 @@ def check_mesh(config: Any, mesh: Any, layout: str = "train") -> None:
                          f"{config.num_kv_heads}; use a divisor, or more shards than heads (they are then replicated)")
 
 
-def heads_replicated(config: Any, mesh: Any = None) -> bool:
-    """True where the mesh has more tensor shards than the model has KV heads, in any layout."""
+def heads_replicated(config: Any, layout: str, mesh: Any = None) -> bool:
+    """Whether `layout` splits heads over more shards than the model has KV heads, so that every
+    shard holds all of those. Another layout on the same mesh may split them."""
     mesh = mesh or current_mesh()
-    if mesh is None:
-        return False
-    return any(config.num_kv_heads % _degree(mesh, rules["kv_heads"]) != 0 for rules in RULES.values())
+    return mesh is not None and config.num_kv_heads % _degree(mesh, RULES[layout]["kv_heads"]) != 0
 
 
 def spec_sharding(specs: Any, config: Any, mesh: Any, layout: str = "train") -> Any:
@@ -119,7 +118,7 @@ def spec_sharding(specs: Any, config: Any, mesh: Any, layout: str = "train") -> 
     Raises InputError where the mesh does not divide the model.
     """
     check_mesh(config, mesh, layout)
-    replicated = heads_replicated(config, mesh)
+    replicated = heads_replicated(config, layout, mesh)
 
     def one(spec):
         axes = tuple(None if replicated and a == "kv_heads" else a for a in spec.axes)

@@ -5,8 +5,22 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+
+@contextmanager
+def terminate_by_exception() -> Iterator[None]:
+    """SIGTERM raises SystemExit while the block runs, so that pools are shut down and files closed on the way out."""
+    def terminate(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopSignal:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
-from rich.logging import RichHandler
 
 from jspec.checkpoint import COUNTERS, Checkpoints, check_config, run_plan
 from jspec.choosing import Chooser, Plan
@@ -29,7 +27,8 @@ from jspec.config import Config
 from jspec.console import PlainConsole
 from jspec.distributed import any_process, fetch, is_main
 from jspec.drafts import Draft
-from jspec.health import Trouble, all_failed, largest, never_varied, troubles
+from jspec.drafts.base import RUN_AWAY, largest
+from jspec.health import Trouble, all_failed, never_varied, troubles
 from jspec.kernels import picked
 from jspec.metrics import Clock, Metrics, phase_table, table
 from jspec.model import Policy, reshard
@@ -62,6 +61,7 @@ from jspec.rl.update import (
     update,
     update_draft,
 )
+from jspec.session import session
 from jspec.sharding import make_mesh, partition
 from jspec.speculate import PromptBatch, Rollout, rollout
 from jspec.speculate.types import BUCKETS
@@ -78,10 +78,13 @@ def train(config: Config) -> int:
     anything expensive is done, and where the output_dir can no longer be written to.
     """
     stop = StopSignal()
-    console = PlainConsole(stop.closed_output, quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
-    set_up_logging(config.log_level, console)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    with jax.set_mesh(mesh), ExitStack() as stack:
+
+    def make_console() -> Console:
+        return PlainConsole(stop.closed_output, quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
+
+    with session(config.log_level, make_console) as opened:
+        console, stack = opened.console, opened.stack
+        mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
         check(config, mesh)
         stack.enter_context(stop)
         pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s))
@@ -187,12 +190,12 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         run.metrics.write({"step": step + 1, **describe(on_host, rewards, config.data.group_size, clock), **failures,
                            **learned, "compilations": clock.compilations(), **clock.record()})
         rewardless = rewardless + 1 if no_rewards else 0
-        found = troubles(config, state, learned, no_rewards, rewardless)
+        last = step + 1 == config.steps
+        found = troubles(config, state, learned, no_rewards, rewardless, last)
         for trouble in found:
             run.metrics.say(str(trouble), "bold red")
         if same := never_varied(run.metrics.records):
             run.metrics.say(f"WARNING: {same}", "bold red")
-        last = step + 1 == config.steps
         code = exit_code(run, found, last) or (0 if last else prompt_trouble(run))
         saving = save(run, step + 1, state, plan, found, code)
         done = step + 1
@@ -203,7 +206,11 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
 
 def as_it_ended(run: Run, state: TrainState) -> tuple[int, list[Trouble]]:
     """The exit code of a run that was over already, and what was wrong with its last step."""
-    found = troubles(run.config, state, {name: int(getattr(state, name)) for name in COUNTERS}, "", 0)
+    rows = run.config.data.prompts_per_step * run.config.data.group_size
+    written = run.metrics.records[-1:]  # of the process that writes them
+    failed = any_process(any(record.get("reward_failures") == rows for record in written))
+    found = troubles(run.config, state, {name: int(getattr(state, name)) for name in COUNTERS},
+                     all_failed(np.zeros(rows), rows) if failed else "", 1, last=True)
     return exit_code(run, found, last=True), found
 
 
@@ -319,9 +326,9 @@ def jit_update_draft(config: Config, state: TrainState) -> jax.stages.Wrapped:
 
 
 def draft_health(config: Config, state: TrainState) -> dict[str, bool]:
-    """Whether the weights of a draft that is trained are finite."""
+    """Whether the weights of a draft that is trained are finite, and what they compute can be."""
     trained = trains_draft(state.draft, UpdateSettings.of(config))
-    return {"draft_finite": math.isfinite(largest(state.draft.weights))} if trained else {}
+    return {"draft_finite": float(largest(state.draft.weights)) < RUN_AWAY} if trained else {}
 
 
 def make_learn(config: Config, state: TrainState) -> Callable:
@@ -406,15 +413,6 @@ def resume(config: Config, checkpoints: Checkpoints, data: PromptData, state: Tr
 
 
 # --- around it ---
-
-
-def set_up_logging(level: str, console: Console) -> None:
-    """jspec's own log goes through the console, above the progress bar; libraries' only from warnings on."""
-    ours = logging.getLogger("jspec")
-    ours.setLevel(level.upper())
-    ours.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
-    ours.propagate = False
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises
 
 
 def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import jspec
+from jspec.choosing import Plan
 from jspec.cli import main
 from jspec.commands import Timed, compare, speed_table
 from jspec.config import load_config
 from jspec.errors import InputError
-from jspec.evaluation import check_code, check_count, check_kept, prompts_of
+from jspec.evaluation import batches_of, check_code, check_count, check_kept, prompts_of, speculation_of
 from jspec.heads import files
 from jspec.hub import load_tokenizer
 from jspec.rl.prompts import PromptData
@@ -213,6 +214,22 @@ def test_prompts_are_held_out_of_the_data_that_a_run_was_trained_on(monkeypatch,
     own = dataclasses.replace(config, data=dataclasses.replace(config.data, options={"size": 9}))
     with pytest.raises(InputError, match="kept data.held_out=2 prompts by seed=0, of data.options={'size': 9}, from"):
         prompts_of(dataclasses.replace(source, own=own))
+
+
+def test_what_auto_drafts_in_an_evaluation(monkeypatch, model, task):
+    """What the run did at last; and a pool without room for these drafts is refused before weights are read."""
+    source = dataclasses.replace(open_source(model, task), name="RUN")
+    own = dataclasses.replace(source, draft=jspec.drafts.ngram(source.shape))
+    for k, drafted in ((None, 0), (0, 0), (((2, 7), (8, 0)), ((2, 7), (8, 0)))):
+        monkeypatch.setattr("jspec.evaluation.run_plan", lambda run, k=k: Plan(k=k))
+        assert (source.config.speculation.k, speculation_of(own).k) == ("auto", drafted)
+    assert speculation_of(source).k == 0  # no draft, or draft.name=none
+    monkeypatch.setattr("jspec.evaluation.run_plan", lambda run: pytest.fail("the plan is auto's"))
+    fixed = dataclasses.replace(own, config=load_config(None, [*task, "speculation.k=40", "rollout.kv_tokens=64"]))
+    assert speculation_of(fixed).k == 40
+    batches_of(dataclasses.replace(fixed, draft=None), prompts_of(fixed), 1, 2, 1, speculation_of(fixed))
+    with pytest.raises(InputError, match="rollout.kv_tokens = 64 are"):
+        batches_of(fixed, prompts_of(fixed), 1, 2, 1, speculation_of(fixed))
 
 
 def test_a_runs_draft_that_is_not_finite_is_refused_where_it_drafts(model, task):

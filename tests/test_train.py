@@ -366,13 +366,15 @@ def test_a_prompt_that_a_later_step_cannot_use(tmp_path, monkeypatch, capsys):
 
 def test_a_reward_that_fails_for_every_answer_is_named_at_once_and_is_no_success(tmp_path, capsys):
     (tmp_path / "bad.py").write_text("def bad(prompt, response, answer, **meta):\n    raise RuntimeError('no')\n")
-    assert train.train(tiny(tmp_path / "run", "steps=1", f"reward.function={tmp_path}/bad.py:bad")) == 1
+    config = tiny(tmp_path / "run", "steps=1", f"reward.function={tmp_path}/bad.py:bad")
+    assert train.train(config) == 1
     (record,) = records(tmp_path / "run")
     assert record["reward"] == 0 and record["reward_failures"] == record["reward_failures/raised"] == 16
     said = " ".join(capsys.readouterr().out.split())
     assert "reward_failures 16" in said and "ALARM: the reward failed for every one of the step's 16 answers" in said
     assert "RuntimeError: no" in said and "all 1 steps are done, but the last one taught nothing" in said
     assert "the newest of step 1" in said and "lower" not in said
+    assert train.train(config) == 1  # and says so whenever it is asked
 
 
 def refused(config) -> str:

@@ -24,6 +24,7 @@ from jspec.heads import files
 from jspec.output_dir import claimed, written
 from jspec.prepare import check_draft, make_policy, make_sampling, model_config
 from jspec.progress import telling
+from jspec.session import session
 from jspec.settings import refuse_changes, to_yaml
 from jspec.speculate.arguments import check_stops
 
@@ -39,7 +40,7 @@ def train_draft(config: DraftTrainingConfig) -> int:
     if importlib.import_module(f"jspec.drafts.{config.draft.name}").loss is None:
         raise InputError(f"draft.name={config.draft.name}: this drafter has no weights to train")
     directory = Path(config.output_dir)
-    with claimed(directory, names=WRITTEN, folders=()):
+    with session(config.log_level), claimed(directory, names=WRITTEN, folders=()):
         begin(config, directory)
         tokenizer = hub.load_tokenizer(config.model.tokenizer or config.model.name)
         model = model_config(config)

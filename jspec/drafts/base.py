@@ -42,6 +42,8 @@ from pallas_kernels.rejection_sampling import process_logits
 
 UNLIKE = ("stop_tokens", "pad_token", "tokenless", "max_position_embeddings", "initializer_range")
 """Fields of a ModelConfig that a draft and its policy need not share."""
+RUN_AWAY = 1e6
+"""Weights of a model that computes anything are smaller."""
 
 
 def drafter(name: Any) -> ModuleType:
@@ -88,13 +90,22 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array(flags, bool))
 
 
+@jax.jit
+def largest(tree: Any) -> jax.Array:
+    """The largest absolute value of a tree of arrays, float32 scalar; nan where there is one."""
+    return jnp.stack([jnp.abs(x).max().astype(jnp.float32) for x in jax.tree.leaves(tree)]).max()
+
+
 def check_finite(label: str, weights: Any, remedy: str) -> None:
-    """Raise InputError, naming the first one, if a weight is NaN or infinite."""
-    if all_finite(weights):
+    """Raise InputError, naming the first one, if a weight is NaN or infinite, or so large that what it computes is."""
+    if not jax.tree.leaves(weights) or float(largest(weights)) < RUN_AWAY:
         return
-    bad = next(path for path, x in jax.tree_util.tree_leaves_with_path(weights) if not all_finite(x))
-    raise InputError(f"{label} is not finite: its weight {jax.tree_util.keystr(bad, simple=True, separator='.')} holds "
-                     f"NaN or infinity; {remedy}")
+    path, bad = next((path, x) for path, x in jax.tree_util.tree_leaves_with_path(weights)
+                     if not float(largest(x)) < RUN_AWAY)
+    name, size = jax.tree_util.keystr(path, simple=True, separator="."), float(largest(bad))
+    what = (f"has run away: its weight {name} holds numbers up to {size:.3g}" if all_finite(bad) else
+            f"is not finite: its weight {name} holds NaN or infinity")
+    raise InputError(f"{label} {what}; {remedy}")
 
 
 @struct.dataclass
@@ -125,8 +136,8 @@ class Draft:
                              f"make one with jspec.drafts.{self.config.name}(policy, ...)")
 
     def check_finite(self, source: Any) -> None:
-        """Raise InputError if a weight is NaN or infinite: every draft would be refused, and a rollout slower than
-        without. source: what the draft was read from, for the message."""
+        """Raise InputError if a weight is NaN, infinite or has run away: every draft would be refused, and a rollout
+        slower than without. source: what the draft was read from, for the message."""
         check_finite(f"the {self.config.name} draft of {source}", self.weights, "take a checkpoint from before, go "
                      "without a draft, or train it again with a lower learning rate")
 

@@ -175,7 +175,8 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     """Cast to the policy's compute dtype, shard as the policy is, and fuse the block's projections."""
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     weights = constrain_tree(weights, specs(draft.config), draft.config.block, policy.layout)
-    return draft.replace(weights={**weights, "layer": fuse(draft.config.block, weights["layer"])})
+    layer = fuse(draft.config.block, weights["layer"], policy.layout)
+    return draft.replace(weights={**weights, "layer": layer})
 
 
 def _inside(policy: Policy, config: Eagle3Config) -> Policy:

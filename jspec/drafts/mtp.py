@@ -147,7 +147,7 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     the output head that are drafted from."""
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     weights = constrain_tree(weights, specs(draft.config), policy.config, policy.layout)
-    blocks = tuple({**w, "layer": fuse(policy.config, w["layer"])} for w in weights["blocks"])
+    blocks = tuple({**w, "layer": fuse(policy.config, w["layer"], policy.layout)} for w in weights["blocks"])
     return draft.replace(weights={"blocks": blocks, "table": output_table(policy, draft.state.get("vocab"))})
 
 

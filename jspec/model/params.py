@@ -221,7 +221,7 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     weights = {**weights, "layers": layers}
     specs = {**param_specs(config), "layers": (layer_specs(config),) * config.num_layers}
     weights = constrain_tree(weights, specs, config, layout)
-    weights["layers"] = tuple(fuse(config, w) for w in weights["layers"])
+    weights["layers"] = tuple(fuse(config, w, layout) for w in weights["layers"])
     return policy.replace(weights=weights, layout=layout)
 
 

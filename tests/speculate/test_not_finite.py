@@ -109,3 +109,6 @@ def test_which_weights_are_finite(policy):
     with pytest.raises(jspec.InputError, match=r"the mtp draft of somewhere is not finite: its weight blocks\.0\.proj "
                                                "holds NaN or infinity; take a checkpoint from before"):
         bad.check_finite("somewhere")
+    large = draft.replace(weights={"blocks": ({**block, "proj": block["proj"].at[0, 0].set(-1e30)},)})
+    with pytest.raises(jspec.InputError, match=r"has run away: its weight blocks\.0\.proj holds numbers up to 1e\+30;"):
+        large.check_finite("somewhere")

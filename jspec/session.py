@@ -1,0 +1,69 @@
+"""What every command that computes opens, once and in one place: the other processes, the platform, the programs that
+were kept, signals, the log, and the mesh that all of its arrays are on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.logging import RichHandler
+
+from jspec import distributed
+from jspec.compile_cache import keep_compiled
+from jspec.console import PlainConsole
+from jspec.progress import stderr
+from jspec.stopping import terminate_by_exception
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """An open session. console: what jspec's log is written to."""
+
+    console: Console
+    stack: ExitStack
+
+    def use(self, mesh: Mesh) -> Mesh:
+        """Have all that follows find `mesh` (`jax.set_mesh`), until the session ends."""
+        self.stack.enter_context(jax.set_mesh(mesh))
+        return mesh
+
+
+def log_console() -> Console:
+    """stderr, of the first process."""
+    return stderr() if distributed.is_main() else PlainConsole(stderr=True, quiet=True)
+
+
+@contextmanager
+def session(level: str = "warning", console: Callable[[], Console] = log_console) -> Iterator[Session]:
+    """Joins the other processes and sets up what the commands share. Call it before any JAX computation.
+
+    Args:
+      level: how much is logged, see `Config.log_level`.
+      console: makes what the log is written to; called when the processes know each other.
+
+    Raises InputError where processes cannot meet, and for a platform that is not there.
+    """
+    with ExitStack() as stack:
+        distributed.initialize()
+        distributed.check_platform()
+        keep_compiled()
+        if threading.current_thread() is threading.main_thread():  # Python has signals there only
+            stack.enter_context(terminate_by_exception())  # JAX's service for several processes has its own handler
+        opened = Session(console(), stack)
+        set_up_logging(level, opened.console)
+        yield opened
+
+
+def set_up_logging(level: str, console: Console) -> None:
+    """jspec's own log goes through the console, above the progress bar; libraries' only from warnings on."""
+    ours = logging.getLogger("jspec")
+    ours.setLevel(level.upper())
+    ours.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
+    ours.propagate = False
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises

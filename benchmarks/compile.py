@@ -1,6 +1,6 @@
 """Compile every kernel at every real shape, and `jspec.rollout` at Qwen3-8B's, for chips that are not here.
 
-    pip install -e '.[aot]' && python benchmarks/compile.py --json benchmarks/results/compile.json
+    pip install -e '.[aot]' && python -m benchmarks.compile --json benchmarks/results/compile.json
 
 Runs on a CPU. The real compilers run: libtpu's for TPU v5e, v5p, v6e and tpu7x, and XLA's with Mosaic GPU and ptxas for
 sm_90. Recorded are, for a kernel, the vector memory or shared memory, registers and spills it takes, and for a rollout
@@ -15,11 +15,13 @@ it names for all of them).
 """
 
 import argparse
+import atexit
 import dataclasses
 import itertools
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -28,32 +30,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-SCRATCH = tempfile.TemporaryDirectory(prefix="jspec-compile-")
-DUMP = SCRATCH.name
-# read by JAX, libtpu and Mosaic when they start
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3", TPU_STDERR_LOG_LEVEL="3",
-                  MOSAIC_GPU_DUMP_TO=DUMP, MOSAIC_GPU_DUMP_PTXAS="1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# read by JAX, libtpu and Mosaic when they start, so it comes before them
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3",
+                  TPU_STDERR_LOG_LEVEL="3", MOSAIC_GPU_DUMP_PTXAS="1",
+                  MOSAIC_GPU_DUMP_TO=tempfile.mkdtemp(prefix="jspec-compile-"))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
-from rich.table import Table  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from rich.table import Table
 
-import jspec  # noqa: E402
-from benchmarks import compiled_text, kernel_cases, measure  # noqa: E402
-from benchmarks.options import open_results, program  # noqa: E402
-from benchmarks.shapes import SHAPES  # noqa: E402
-from jspec.console import PlainConsole  # noqa: E402
-from jspec.model import init_policy, policy_sharding  # noqa: E402
-from jspec.model.pool import BLOCK  # noqa: E402
-from jspec.sharding import make_mesh  # noqa: E402
-from pallas_kernels.implementation import Implementation  # noqa: E402
-from pallas_kernels.rejection_sampling import rejection_sampling  # noqa: E402
-from pallas_kernels.rejection_sampling import shapes as sampling_shapes  # noqa: E402
-from pallas_kernels.verify_attention import shapes as attention_shapes  # noqa: E402
-from pallas_kernels.verify_attention import verify_attention  # noqa: E402
+import jspec
+from benchmarks import compiled_text, kernel_cases, measure
+from benchmarks.options import open_results, program
+from benchmarks.shapes import SHAPES
+from jspec.console import PlainConsole
+from jspec.model import init_policy, policy_sharding
+from jspec.model.pool import BLOCK
+from jspec.sharding import make_mesh
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.rejection_sampling import rejection_sampling
+from pallas_kernels.rejection_sampling import shapes as sampling_shapes
+from pallas_kernels.verify_attention import shapes as attention_shapes
+from pallas_kernels.verify_attention import verify_attention
+
+DUMP = os.environ["MOSAIC_GPU_DUMP_TO"]
+atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 
 TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}  # 8 devices each
 GPU = "sm_90"
@@ -84,7 +87,8 @@ gpu_device_info {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", nargs="+", choices=[*TPUS, GPU], default=[*TPUS, GPU])
     parser.add_argument("--what", nargs="+", choices=["kernels", "rollout"], default=["kernels", "rollout"])
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")

@@ -16,26 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rich.table import Table
 
-from rich.table import Table  # noqa: E402
-
-import jspec  # noqa: E402
-from benchmarks import drafts as bench_drafts  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from benchmarks.options import KERNELS_HELP, add_listed, drafter, open_results  # noqa: E402
-from jspec import cli, cycle_costs  # noqa: E402
-from jspec.choosing import spread  # noqa: E402
-from jspec.drafts import Draft  # noqa: E402
-from jspec.kernels import KERNELS, choose, picked  # noqa: E402
-from jspec.model import Policy  # noqa: E402
-from jspec.output import screen  # noqa: E402
-from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
-from jspec.progress import telling  # noqa: E402
-from jspec.rl.records import read_jsonl  # noqa: E402
-from jspec.sources import open_source  # noqa: E402
-from jspec.speculate.cycle import RULES  # noqa: E402
-from jspec.speculate.schedule import Costs, choose_schedule, reason  # noqa: E402
+import jspec
+from benchmarks import drafts as bench_drafts
+from benchmarks import measure
+from benchmarks.options import KERNELS_HELP, add_listed, drafter, open_results
+from jspec import cli, cycle_costs
+from jspec.choosing import spread
+from jspec.drafts import Draft
+from jspec.kernels import KERNELS, choose, picked
+from jspec.model import Policy
+from jspec.output import screen
+from jspec.prepare import BENCH_KEY, purpose_key
+from jspec.progress import telling
+from jspec.rl.records import read_jsonl
+from jspec.sources import open_source
+from jspec.speculate.cycle import RULES
+from jspec.speculate.schedule import Costs, choose_schedule, reason
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Which loss trains a draft best: acceptance after the same steps on the same samples, from the same start.
 
-    python benchmarks/draft_losses.py runs/draft-smollm2 --steps 40 --seeds 3 --json FILE --plot FILE.png
+    python -m benchmarks.draft_losses runs/draft-smollm2 --steps 40 --seeds 3 --json FILE --plot FILE.png
 
 Reads the samples, the configuration and (unless --start names another) the head of a `jspec draft train` directory. A
 seed is an order of the samples; every loss goes through the same one. Each 16th answer is kept from training, and
@@ -20,26 +20,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import numpy as np
+from rich.table import Table
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-import jspec  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from benchmarks.options import open_results  # noqa: E402
-from jspec import cli  # noqa: E402
-from jspec.config import DraftTrainingConfig, load_config  # noqa: E402
-from jspec.draft_training import samples, stages  # noqa: E402
-from jspec.drafts import Draft  # noqa: E402
-from jspec.drafts.parts.losses import LOSSES  # noqa: E402
-from jspec.errors import InputError  # noqa: E402
-from jspec.model import Policy  # noqa: E402
-from jspec.output import Output, screen  # noqa: E402
-from jspec.prepare import make_policy, make_tokenizer  # noqa: E402
-from jspec.rl.update import draft_optimizer  # noqa: E402
-from jspec.settings import refuse_changes  # noqa: E402
+import jspec
+from benchmarks import measure
+from benchmarks.options import open_results
+from jspec import cli
+from jspec.config import DraftTrainingConfig, load_config
+from jspec.draft_training import samples, stages
+from jspec.drafts import Draft
+from jspec.drafts.parts.losses import LOSSES
+from jspec.errors import InputError
+from jspec.model import Policy
+from jspec.output import Output, screen
+from jspec.prepare import make_policy, make_tokenizer
+from jspec.rl.update import draft_optimizer
+from jspec.settings import refuse_changes
 
 HELD_OUT = 16
 FREE = ("model.dtype", "draft.learning_rate", "draft.optimizer", "draft.clip", "training.rows", "training.warmup_steps")
@@ -47,7 +45,7 @@ FREE = ("model.dtype", "draft.learning_rate", "draft.optimizer", "draft.clip", "
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog="benchmarks/draft_losses.py", description=__doc__)
+    parser = cli.Parser(prog="python -m benchmarks.draft_losses", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="output_dir of `jspec draft train`")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.learning_rate=3e-4")
     parser.add_argument("--start", metavar="HEAD", help="the draft that all start from (default: DIR's)")

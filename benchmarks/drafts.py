@@ -23,15 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import jax.numpy as jnp
+from rich.table import Table
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-import jspec  # noqa: E402
-from benchmarks import measure, parts  # noqa: E402
-from benchmarks.options import (  # noqa: E402
+import jspec
+from benchmarks import measure, parts
+from benchmarks.options import (
     KERNELS_HELP,
     PLAIN,
     add_listed,
@@ -40,20 +38,20 @@ from benchmarks.options import (  # noqa: E402
     open_results,
     split_options,
 )
-from jspec import cli  # noqa: E402
-from jspec.config import SEED_HIGH  # noqa: E402
-from jspec.drafts.base import Draft, Proposal  # noqa: E402
-from jspec.errors import InputError  # noqa: E402
-from jspec.heads import shipped  # noqa: E402
-from jspec.kernels import KERNELS, choose, picked  # noqa: E402
-from jspec.model import ModelConfig, Policy  # noqa: E402
-from jspec.output import Output, screen  # noqa: E402
-from jspec.prepare import BENCH_KEY, DRAFT_KEY, check_fresh_draft, fresh_draft, purpose_key  # noqa: E402
-from jspec.progress import telling  # noqa: E402
-from jspec.rl.encode import encode_prompt  # noqa: E402
-from jspec.rl.records import read_jsonl  # noqa: E402
-from jspec.sources import open_source  # noqa: E402
-from jspec.speculate.cycle import RULES  # noqa: E402
+from jspec import cli
+from jspec.config import SEED_HIGH
+from jspec.drafts.base import Draft, Proposal
+from jspec.errors import InputError
+from jspec.heads import shipped
+from jspec.kernels import KERNELS, choose, picked
+from jspec.model import ModelConfig, Policy
+from jspec.output import Output, screen
+from jspec.prepare import BENCH_KEY, DRAFT_KEY, check_fresh_draft, fresh_draft, purpose_key
+from jspec.progress import telling
+from jspec.rl.encode import encode_prompt
+from jspec.rl.records import read_jsonl
+from jspec.sources import open_source
+from jspec.speculate.cycle import RULES
 
 HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"
 COUNT = 24  # prompts, if nothing is said and batches are smaller

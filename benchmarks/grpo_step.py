@@ -1,8 +1,8 @@
 """Time whole GRPO steps, phase by phase, at SmolLM2-135M's shape from random weights: what peers/tunix_grpo.py times.
 
-    python benchmarks/grpo_step.py --prompts 1 --group 8 --steps 3
-    python benchmarks/grpo_step.py --prompts 4 --group 8 --steps 3 --draft mtp --k 3
-    python benchmarks/grpo_step.py --prompts 8 --group 4 --new-tokens 512 --mean 128 --steps 2
+    python -m benchmarks.grpo_step --prompts 1 --group 8 --steps 3
+    python -m benchmarks.grpo_step --prompts 4 --group 8 --steps 3 --draft mtp --k 3
+    python -m benchmarks.grpo_step --prompts 8 --group 4 --new-tokens 512 --mean 128 --steps 2
 
 With --mean it is the update alone, of answers whose lengths are exponential, cut at --new-tokens: as it trims them, and
 at full width, in turn. Else every row runs to --new-tokens. The reward is a function of the tokens, computed on the
@@ -12,35 +12,32 @@ every step.
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-import jspec  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from benchmarks.options import open_results, program  # noqa: E402
-from benchmarks.shapes import SHAPES  # noqa: E402
-from jspec.console import PlainConsole  # noqa: E402
-from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
-from jspec.rl.advantages import group_advantages  # noqa: E402
-from jspec.rl.state import TrainState  # noqa: E402
-from jspec.rl.update import TrainBatch, UpdateSettings, init_state, make_batch, update  # noqa: E402
+import jspec
+from benchmarks import measure
+from benchmarks.options import open_results, program
+from benchmarks.shapes import SHAPES
+from jspec.console import PlainConsole
+from jspec.prepare import BENCH_KEY, purpose_key
+from jspec.rl.advantages import group_advantages
+from jspec.rl.state import TrainState
+from jspec.rl.update import TrainBatch, UpdateSettings, init_state, make_batch, update
 
 PHASES = ("reshard", "rollout", "reward", "update")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grpo_step", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--group", type=int, default=8)

@@ -1,7 +1,7 @@
 """Check every kernel on this machine's chip, then time it: against the reference under XLA, and against counted floors.
 
-    python benchmarks/kernels.py --json benchmarks/results/kernels.json
-    python benchmarks/kernels.py --tiny
+    python -m benchmarks.kernels --json benchmarks/results/kernels.json
+    python -m benchmarks.kernels --tiny
 
 `copy` is the floor's bandwidth: of a plain copy, measured in this run. `of floor` is the least time that the kernel's
 bytes take at that bandwidth, over its time; for the coupled rule, where hashing may take longer than reading, it is the
@@ -16,28 +16,24 @@ bit. `--tiny` takes small shapes; on a CPU the TPU's kernels are interpreted, wh
 """
 
 import argparse
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from benchmarks import kernel_cases, measure  # noqa: E402
-from benchmarks.options import open_results, program  # noqa: E402
-from jspec.console import PlainConsole  # noqa: E402
-from jspec.kernels import choose, picked  # noqa: E402
-from pallas_kernels import noise as noise_lib  # noqa: E402
-from pallas_kernels.implementation import REFERENCE, Implementation  # noqa: E402
-from pallas_kernels.rejection_sampling import rejection_sampling  # noqa: E402
-from pallas_kernels.rejection_sampling import shapes as sampling_shapes  # noqa: E402
-from pallas_kernels.verify_attention import shapes as attention_shapes  # noqa: E402
-from pallas_kernels.verify_attention import verify_attention  # noqa: E402
+from benchmarks import kernel_cases, measure
+from benchmarks.options import open_results, program
+from jspec.console import PlainConsole
+from jspec.kernels import choose, picked
+from pallas_kernels import noise as noise_lib
+from pallas_kernels.implementation import REFERENCE, Implementation
+from pallas_kernels.rejection_sampling import rejection_sampling
+from pallas_kernels.rejection_sampling import shapes as sampling_shapes
+from pallas_kernels.verify_attention import shapes as attention_shapes
+from pallas_kernels.verify_attention import verify_attention
 
 TINY_SAMPLING = (sampling_shapes.Shape("tiny", 1024, 4, 3), sampling_shapes.Shape("tiny", 1024, 2, 1, "bfloat16"))
 TINY_ATTENTION = (attention_shapes.Shape("tiny", 4, 2, 64, 3, 4, 256), attention_shapes.Shape(
@@ -53,7 +49,8 @@ def positive(text: str) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--kernel", nargs="+", choices=["rejection_sampling", "verify_attention"],
                         default=["rejection_sampling", "verify_attention"])

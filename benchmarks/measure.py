@@ -103,9 +103,16 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
+def command() -> str:
+    """What this process was started as: `jspec bench ...`, or `python -m benchmarks.NAME ...`."""
+    script = Path(sys.argv[0])
+    module = f"python -m benchmarks.{script.stem}" if script.parent == ROOT / "benchmarks" else script.name
+    return " ".join([module, *sys.argv[1:]])
+
+
 def circumstances() -> dict[str, Any]:
     """What was run, on what, when."""
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
+    return {"command": command(), "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
 
 

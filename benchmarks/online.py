@@ -1,6 +1,6 @@
 """A draft that learns beside the policy against the same draft frozen, on the same policies as they move.
 
-    python benchmarks/online.py configs/tiny.yaml --every 20 --json FILE --plot FILE.png
+    python -m benchmarks.online configs/tiny.yaml --every 20 --json FILE --plot FILE.png
 
 One run of `jspec train`, stopped every so many steps. The frozen draft is the run's own as it was at the first stop;
 from then on both drafts continue the same prompts of the run's task under each stop's policy. One run is enough: under
@@ -18,23 +18,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+from rich.table import Table
 
-import jax  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-import jspec  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from benchmarks.options import open_results  # noqa: E402
-from jspec import cli  # noqa: E402
-from jspec.checkpoint import load_run  # noqa: E402
-from jspec.config import DRAFTERS, Config, load_config  # noqa: E402
-from jspec.drafts import Draft  # noqa: E402
-from jspec.errors import InputError  # noqa: E402
-from jspec.metrics import read_records  # noqa: E402
-from jspec.model import Policy  # noqa: E402
-from jspec.output import Output, screen  # noqa: E402
-from jspec.prepare import (  # noqa: E402
+import jspec
+from benchmarks import measure
+from benchmarks.options import open_results
+from jspec import cli
+from jspec.checkpoint import load_run
+from jspec.config import DRAFTERS, Config, load_config
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.metrics import read_records
+from jspec.model import Policy
+from jspec.output import Output, screen
+from jspec.prepare import (
     BENCH_KEY,
     make_sampling,
     make_speculation,
@@ -42,14 +40,14 @@ from jspec.prepare import (  # noqa: E402
     purpose_key,
     purpose_seed,
 )
-from jspec.rl.prompts import PromptData  # noqa: E402
-from jspec.train import train  # noqa: E402
+from jspec.rl.prompts import PromptData
+from jspec.train import train
 
 LEARNERS = [name for name in DRAFTERS if importlib.import_module(f"jspec.drafts.{name}").loss is not None]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(prog="benchmarks/online.py", description=__doc__)
+    parser = cli.Parser(prog="python -m benchmarks.online", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=1e-5")
     parser.add_argument("--every", type=int, default=20, help="steps between two stops (default: 20)")

@@ -1,6 +1,6 @@
 """Draw a run: reward, tokens a cycle and where its seconds went, from its metrics.jsonl.
 
-    python benchmarks/plot_run.py runs/tiny docs/tiny.png
+    python -m benchmarks.plot_run runs/tiny docs/tiny.png
 
 Needs matplotlib (the `dev` extra).
 """
@@ -46,7 +46,8 @@ def draw(records: list[dict], title: str, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot_run", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's output_dir")
     parser.add_argument("out", type=Path, help="the .png to write")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
 """Time `jspec.rollout`: tokens per second, milliseconds of a cycle and of its draft, share of the memory floor.
 
-    python benchmarks/rollout.py --shape smollm2-135m --batch 1 8 32
-    python benchmarks/rollout.py --shape smollm2-135m --batch 8 --drafts mtp --k 1 3 7 --acceptance 0.8,0.7,0.6
-    python benchmarks/rollout.py --shape qwen3-8b --batch 1 8 64 --prompt-tokens 2048 --drafts ngram mtp --k 1 3 7
-    python benchmarks/rollout.py --weights smollm2-135m-instruct --prompt repeat --batch 1 --drafts ngram --k 3
+    python -m benchmarks.rollout --shape smollm2-135m --batch 1 8 32
+    python -m benchmarks.rollout --shape smollm2-135m --batch 8 --drafts mtp --k 1 3 7 --acceptance 0.8,0.7,0.6
+    python -m benchmarks.rollout --shape qwen3-8b --batch 1 8 64 --prompt-tokens 2048 --drafts ngram mtp --k 1 3 7
+    python -m benchmarks.rollout --weights smollm2-135m-instruct --prompt repeat --batch 1 --drafts ngram --k 3
 
 Weights are random unless `--weights` names a model. Every row has a prompt of its own and runs to --new-tokens. The
 first line of each batch size is autoregressive; speed-ups are over it. With a draft, a drafter that costs nothing
@@ -18,30 +18,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import numpy as np
+from rich.table import Table
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-import jspec  # noqa: E402
-import jspec.hub  # noqa: E402
-from benchmarks import kernel_cases, measure, parts, synthetic  # noqa: E402
-from benchmarks.options import KERNELS_HELP, PLAIN, add_listed, drafter, open_results, split_options  # noqa: E402
-from benchmarks.shapes import SHAPES  # noqa: E402
-from jspec import cli  # noqa: E402
-from jspec.drafts import Draft  # noqa: E402
-from jspec.errors import InputError  # noqa: E402
-from jspec.kernels import KERNELS, choose, judge, picked  # noqa: E402
-from jspec.model import Policy, abstract_policy, to_rollout  # noqa: E402
-from jspec.output import screen  # noqa: E402
-from jspec.prepare import BENCH_KEY, check_fresh_draft, fresh_draft, purpose_key  # noqa: E402
-from jspec.progress import telling  # noqa: E402
-from jspec.speculate.cycle import RULES  # noqa: E402
-from pallas_kernels.rejection_sampling.shapes import Shape  # noqa: E402
+import jspec
+import jspec.hub
+from benchmarks import kernel_cases, measure, parts, synthetic
+from benchmarks.options import KERNELS_HELP, PLAIN, add_listed, drafter, open_results, split_options
+from benchmarks.shapes import SHAPES
+from jspec import cli
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.kernels import KERNELS, choose, judge, picked
+from jspec.model import Policy, abstract_policy, to_rollout
+from jspec.output import screen
+from jspec.prepare import BENCH_KEY, check_fresh_draft, fresh_draft, purpose_key
+from jspec.progress import telling
+from jspec.speculate.cycle import RULES
+from pallas_kernels.rejection_sampling.shapes import Shape
 
 REPEATED = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. "
 

@@ -23,29 +23,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import numpy as np
+from rich.table import Table
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-import jspec  # noqa: E402
-from benchmarks import drafts as bench_drafts  # noqa: E402
-from benchmarks import grpo_step, measure  # noqa: E402
-from benchmarks.options import KERNELS_HELP, PLAIN, add_listed, drafter, one_of, open_results  # noqa: E402
-from jspec import cli  # noqa: E402
-from jspec.config import SEED_HIGH  # noqa: E402
-from jspec.drafts import Draft  # noqa: E402
-from jspec.errors import InputError  # noqa: E402
-from jspec.kernels import KERNELS, choose, picked  # noqa: E402
-from jspec.model import Policy  # noqa: E402
-from jspec.output import screen  # noqa: E402
-from jspec.prepare import BENCH_KEY, purpose_key  # noqa: E402
-from jspec.progress import telling  # noqa: E402
-from jspec.rl.records import read_jsonl  # noqa: E402
-from jspec.rl.update import UpdateSettings, init_state  # noqa: E402
-from jspec.sources import open_source  # noqa: E402
-from jspec.speculate.cycle import RULES  # noqa: E402
+import jspec
+from benchmarks import drafts as bench_drafts
+from benchmarks import grpo_step, measure
+from benchmarks.options import KERNELS_HELP, PLAIN, add_listed, drafter, one_of, open_results
+from jspec import cli
+from jspec.config import SEED_HIGH
+from jspec.drafts import Draft
+from jspec.errors import InputError
+from jspec.kernels import KERNELS, choose, picked
+from jspec.model import Policy
+from jspec.output import screen
+from jspec.prepare import BENCH_KEY, purpose_key
+from jspec.progress import telling
+from jspec.rl.records import read_jsonl
+from jspec.rl.update import UpdateSettings, init_state
+from jspec.sources import open_source
+from jspec.speculate.cycle import RULES
 
 HELDOUT = Path(__file__).resolve().parent / "prompts" / "heldout.jsonl"
 

@@ -2,9 +2,9 @@
 
     bash benchmarks/peers/install.sh PEERS                 # once; makes PEERS/tunix and PEERS/vllm
     python -m jspec export smollm2-135m-instruct PEERS/smollm2
-    python benchmarks/versus.py PEERS --rounds 2 --json benchmarks/results/cpu.json
-    python benchmarks/versus.py PEERS --only tail tail_baseline tail_vllm --baseline CHECKOUT
-    python benchmarks/versus.py --show benchmarks/results/cpu.json
+    python -m benchmarks.versus PEERS --rounds 2 --json benchmarks/results/cpu.json
+    python -m benchmarks.versus PEERS --only tail tail_baseline tail_vllm --baseline CHECKOUT
+    python -m benchmarks.versus --show benchmarks/results/cpu.json
 
 At SmolLM2-135M's shape, float32. Of the heavy tail (tail.py), 32 answers to held-out prompts by the model itself, each
 as long as it makes it up to 512 tokens, useful tokens are counted, and `answers` in the data says how long they were;
@@ -27,13 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rich.table import Table
 
-from rich.table import Table  # noqa: E402
-
-from benchmarks import measure  # noqa: E402
-from benchmarks.options import open_results, program  # noqa: E402
-from jspec.console import PlainConsole  # noqa: E402
+from benchmarks import measure
+from benchmarks.options import open_results, program
+from jspec.console import PlainConsole
 
 HERE = Path(__file__).resolve().parent
 HELDOUT = HERE / "prompts" / "heldout.jsonl"
@@ -45,8 +43,8 @@ TARGETS = [("heavy tail, tok/s", "vllm", 1.5), ("heavy tail, no draft, tok/s", "
            ("GRPO step, 8 rows, s", "tunix", 1 / 0.65), ("GRPO step, 32 rows, s", "tunix", 1 / 0.65)]
 TAIL = ["smollm2-135m-instruct", "--dtype", "float32"]
 TAIL_DRAFT = ["--drafts", "mtp", "--k", "auto"]
-# tail.py of this checkout with the packages of another, the one that is the current folder
-ELSEWHERE = "import runpy, sys, benchmarks, jspec, pallas_kernels; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
+# a file of this checkout with the packages of another, the one that is the current folder
+ELSEWHERE = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 REPEATED = "prompt that repeats itself, greedy, n-gram k = 3, batch 1, tok/s"
 
 
@@ -76,12 +74,15 @@ def run(command: list[str], timeout_s: float, checkout: Path = HERE.parent) -> l
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def ours(script: str, arguments: list[str], timeout_s: float, baseline: Path | None = None) -> list[dict[str, Any]]:
-    """The rows that one of our own benchmarks writes, of this checkout or of `baseline`. Raises Failed."""
-    start = [str(HERE / script)] if baseline is None else ["-c", ELSEWHERE, str(HERE / script)]
+def ours(name: str, arguments: list[str], timeout_s: float, checkout: Path | None = None) -> list[dict[str, Any]]:
+    """The rows that one of our own benchmarks writes, run in this checkout or in another, which may be too old to have
+    that benchmark: then it is this one's, on the other's packages. Raises Failed."""
+    checkout = checkout or HERE.parent
+    there = (checkout / "benchmarks" / f"{name}.py").is_file()
+    start = ["-m", f"benchmarks.{name}"] if there else ["-c", ELSEWHERE, str(HERE / f"{name}.py")]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        run([sys.executable, *start, *arguments, "--json", str(out)], timeout_s, baseline or HERE.parent)
+        run([sys.executable, *start, *arguments, "--json", str(out)], timeout_s, checkout)
         return json.loads(out.read_text())["rows"]
 
 
@@ -91,7 +92,7 @@ def cores() -> int:
 
 
 def rollouts(args: argparse.Namespace) -> Iterator[Figure]:
-    for row in ours("rollout.py", ["--batch", "1", "8", "32", "--rounds", "3"], args.timeout):
+    for row in ours("rollout", ["--batch", "1", "8", "32", "--rounds", "3"], args.timeout):
         yield Figure("jspec", f"batch {row['batch']}, tok/s", row["tok_per_s"], cores())
 
 
@@ -117,7 +118,7 @@ def tunix(args: argparse.Namespace, prompts: int) -> Iterator[Figure]:
 
 
 def grpo(args: argparse.Namespace, prompts: int) -> Iterator[Figure]:
-    for row in ours("grpo_step.py", steps(prompts), args.timeout):
+    for row in ours("grpo_step", steps(prompts), args.timeout):
         yield Figure("jspec", f"GRPO step, {8 * prompts} rows, s", row["step"], cores())
 
 
@@ -125,7 +126,7 @@ def repeat(args: argparse.Namespace) -> Iterator[Figure]:
     options = ["--weights", "smollm2-135m-instruct", "--prompt", "repeat", "--prompt-tokens", "160", "--batch", "1",
                "--drafts", "ngram", "--k", "3", "--temperature", "0", "--rounds", "3"]
     systems = {"none": "jspec, autoregressive", "ngram": "jspec"}
-    for row in ours("rollout.py", options, args.timeout):
+    for row in ours("rollout", options, args.timeout):
         if row["draft"] in systems:
             yield Figure(systems[row["draft"]], REPEATED, row["tok_per_s"], cores())
 
@@ -137,14 +138,14 @@ def answers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def tail(args: argparse.Namespace) -> Iterator[Figure]:
-    for row in ours("tail.py", [*TAIL, *TAIL_DRAFT, "--seed", str(args.round)], args.timeout):
+    for row in ours("tail", [*TAIL, *TAIL_DRAFT, "--seed", str(args.round)], args.timeout):
         what = "heavy tail, no draft, tok/s" if row["draft"] == "none" else "heavy tail, tok/s"
         yield Figure("jspec", what, row["tok_per_s"], cores(), answers(row))
 
 
 def tail_baseline(args: argparse.Namespace) -> Iterator[Figure]:
     """Of the other checkout what was fastest there: no draft."""
-    for row in ours("tail.py", [*TAIL, "--seed", str(args.round)], args.timeout, args.baseline):
+    for row in ours("tail", [*TAIL, "--seed", str(args.round)], args.timeout, args.baseline):
         yield Figure("baseline", "heavy tail, tok/s", row["tok_per_s"], cores(), answers(row))
 
 
@@ -155,7 +156,7 @@ def tail_vllm(args: argparse.Namespace) -> Iterator[Figure]:
 
 
 def tail_grpo(args: argparse.Namespace) -> Iterator[Figure]:
-    for row in ours("tail.py", [*TAIL, "--grpo", "--seed", str(args.round)], args.timeout):
+    for row in ours("tail", [*TAIL, "--grpo", "--seed", str(args.round)], args.timeout):
         yield Figure("jspec", "heavy tail, GRPO step, tok/s", row["tok_per_s"], cores(), answers(row))
 
 
@@ -206,7 +207,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.versus", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peers", nargs="?", type=Path, help="where install.sh put the peers, and smollm2 beside them")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=PROGRAMS, help="default: all, tail_baseline with --baseline")

@@ -264,7 +264,6 @@ def _bench(arguments) -> int:
     if not script.is_file():
         raise InputError(f"there is no {script}: `jspec bench` needs a source checkout of jspec, not a wheel")
     sys.argv = [f"jspec bench {name}" if named else "jspec bench", *rest]  # for usage lines and the results' command
-    sys.path.insert(0, str(checkout))
     importlib.import_module(f"benchmarks.{name}").main(rest)
     return 0
 

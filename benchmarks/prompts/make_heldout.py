@@ -1,6 +1,6 @@
 """Write heldout.jsonl, the prompts that drafts are measured on and never trained on: 96 records of {prompt, source}.
 
-    python benchmarks/prompts/make_heldout.py
+    python -m benchmarks.prompts.make_heldout
 
 Half are instructions written for this file, half are questions of reasoning-gym (the `tasks` extra), of tasks that no
 draft of this project is trained on. The two take turns, so that the first few prompts are a mix too. Each is at most

@@ -128,7 +128,7 @@ def test_decode_loops_for_eight_tpus(shape, options, tmp_path):
     """Heads of 128 and of 64, pools of a real size, two layers: exit code 0 is no collective across the batch, no copy
     of a pool, and no more than a block moved to host memory at a time."""
     path = tmp_path / "found.json"
-    command = [sys.executable, "benchmarks/compile.py", "--what", "rollout", "--chip", "v5e", "--drafts", "mtp",
+    command = [sys.executable, "-m", "benchmarks.compile", "--what", "rollout", "--chip", "v5e", "--drafts", "mtp",
                "--shape", shape, "--layers", "2", "--json", str(path), *options]
     done = subprocess.run(command, cwd=measure.ROOT, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

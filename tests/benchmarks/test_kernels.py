@@ -53,12 +53,11 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 
 def test_compiling_without_compilers(tmp_path):
-    script = measure.ROOT / "benchmarks" / "compile.py"
     env = {**os.environ, "PYTHONPATH": str(measure.ROOT)}
     code = ("import runpy, sys; from jax.experimental import topologies\n"
             "def missing(**_): raise RuntimeError('no plugin\\nat all')\n"
             "topologies.get_topology_desc = missing\n"
-            f"sys.argv = ['compile.py', '--chip', 'v5e']; runpy.run_path({str(script)!r}, run_name='__main__')")
+            "sys.argv = ['compile', '--chip', 'v5e']; runpy.run_module('benchmarks.compile', run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (

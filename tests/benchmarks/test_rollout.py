@@ -36,6 +36,13 @@ def test_times_every_variant_and_writes_data(tmp_path, capsys):
     assert "speed-up" in capsys.readouterr().out
 
 
+def test_a_result_says_the_command_that_made_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(measure.ROOT / "benchmarks" / "kernels.py"), "--tiny"])
+    assert measure.command() == "python -m benchmarks.kernels --tiny"
+    monkeypatch.setattr("sys.argv", ["jspec bench tail", "MODEL"])
+    assert measure.command() == "jspec bench tail MODEL"
+
+
 @pytest.mark.parametrize("acceptance", [(0.0,), (0.75, 0.25)])
 def test_synthetic_acceptance_is_what_was_asked_for(acceptance):
     policy = jspec.init_policy(SHAPES["tiny"], jax.random.key(0))

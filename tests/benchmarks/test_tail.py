@@ -82,30 +82,30 @@ def test_versus_compares_medians_with_the_targets():
     assert step["ratio"] == 9 / 5 and "jspec_answers" not in step
 
 
-def test_a_baseline_is_another_checkout_under_the_same_script(monkeypatch, tmp_path):
+def test_a_baseline_runs_its_own_benchmark_or_this_one(monkeypatch, tmp_path):
     script = """
-import sys
+import json, sys
 from pathlib import Path
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import json, benchmarks.measure, jspec
+import benchmarks.measure, jspec
 def main(arguments):
     found = [benchmarks.measure.__file__, jspec.__file__, __file__]
     Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps({"rows": found}))
 if __name__ == "__main__":
     main(sys.argv[1:])
 """
-    new, old = tmp_path / "new", tmp_path / "old"
-    for checkout in (new, old):
+    new, old, older = (tmp_path / name for name in ("new", "old", "older"))
+    for checkout in (new, old, older):
         for name in ("benchmarks", "jspec", "pallas_kernels"):
             (checkout / name).mkdir(parents=True)
             (checkout / name / "__init__.py").touch()
         (checkout / "benchmarks" / "measure.py").touch()
-    (new / "benchmarks" / "script.py").write_text(script)
+    for checkout in (new, old):
+        (checkout / "benchmarks" / "script.py").write_text(script)
     monkeypatch.setattr(versus, "HERE", new / "benchmarks")
-    for checkout, baseline in ((new, None), (old, old)):
-        assert versus.ours("script.py", [], 60, baseline) == [str(path) for path in (
-            checkout / "benchmarks" / "measure.py", checkout / "jspec" / "__init__.py",
-            new / "benchmarks" / "script.py")]
+    for checkout, packages, ran in ((None, new, new), (old, old, old), (older, older, new)):
+        assert versus.ours("script", [], 60, checkout) == [str(path) for path in (
+            packages / "benchmarks" / "measure.py", packages / "jspec" / "__init__.py",
+            ran / "benchmarks" / "script.py")]
 
 
 def test_a_baseline_must_be_one(capsys, tmp_path):

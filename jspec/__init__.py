@@ -5,6 +5,8 @@ The names below are imported when first used: command-line help and reward worke
 
 import importlib
 
+__version__ = "0.1.0"
+
 _SURFACE = {
     "load": "jspec.hub", "load_tokenizer": "jspec.hub", "fetch": "jspec.hub", "export": "jspec.hub",
     "rollout": "jspec.speculate", "PromptBatch": "jspec.speculate", "Rollout": "jspec.speculate",
@@ -18,7 +20,7 @@ _SURFACE = {
     "InputError": "jspec.errors",
 }
 
-__all__ = [*_SURFACE, "drafts"]
+__all__ = [*_SURFACE, "drafts", "__version__"]
 
 
 def __getattr__(name: str):

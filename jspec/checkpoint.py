@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jspec import checksums
+from jspec import checksums, formats
 from jspec.choosing import Plan
 from jspec.config import Config, load_config
 from jspec.distributed import any_process, on_main
@@ -138,7 +138,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict, plan: Plan | None = None) -> None:
         """Save the state after `step` steps. `data` is the position in the data, as JSON can hold it."""
         policy = state.policy
-        meta = {"step": step, "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data,
+        meta = {"format": formats.CHECKPOINT, "step": step, "model": dataclasses.asdict(policy.config),
+                "dtype": policy.dtype, "data": data,
                 "draft": None if state.draft is None else _draft_meta(state.draft),
                 "plan": plan and dataclasses.asdict(plan)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
@@ -196,8 +197,12 @@ class Checkpoints:
             return None, reason or "process 0 says why"
         try:
             meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            _check_meta(meta, step)
         except Exception as error:  # what is cut short raises whatever its reader comes to trip over
+            return None, brief(error)
+        formats.refuse_newer(meta, formats.CHECKPOINT, f"the checkpoint {folder}")  # it is sound: never set aside
+        try:
+            _check_meta(meta, step)
+        except InputError as error:
             return None, brief(error)
         _check_same(folder, meta, state)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
@@ -300,6 +305,7 @@ def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
 
 def _meta(run_dir: str | Path) -> dict:
     meta = _restore(run_dir, meta=ocp.args.JsonRestore())["meta"]
+    formats.refuse_newer(meta, formats.CHECKPOINT, f"the latest checkpoint of {run_dir}")
     with _meaning(run_dir):
         _check_meta(meta)
     return meta

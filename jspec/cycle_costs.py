@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jspec import __version__
 from jspec.compile_cache import kind_of_machine
 from jspec.distributed import fetch, from_main, is_main
 from jspec.drafts import Draft
@@ -88,7 +88,7 @@ class Subject:
         """In words what the costs depend on; weights only by their shapes."""
         shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", (self.draft.weights, self.draft.state))
         mesh, policy, device = current_mesh(), self.params, jax.devices()[0]
-        return repr((importlib.metadata.version("jspec"), kind_of_machine(), device.platform, device.device_kind,
+        return repr((__version__, kind_of_machine(), device.platform, device.device_kind,
                      None if mesh is None else dict(mesh.shape), policy.config, policy.dtype, policy.layout,
                      self.draft.config, shapes, self.batch.tokens.shape, self.batch.group_size, self.rows, self.length,
                      self.sampling.max_new_tokens, self.sampling.top_k, self.sampling.top_p is None,

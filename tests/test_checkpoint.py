@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jspec
-from jspec import checkpoint
+from jspec import checkpoint, formats
 from jspec.checkpoint import Checkpoints, check_config, load_draft, load_policy, load_run
 from jspec.config import Config, DraftSection, GrpoSection
 from jspec.errors import InputError
@@ -255,6 +255,19 @@ def test_readers_say_what_they_cannot_use(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_newer_checkpoint_is_named_and_stays(tmp_path):
+    make_run(tmp_path)
+    folder = tmp_path / "checkpoints" / "3"
+    assert json.loads((folder / "meta" / "metadata").read_text())["format"] == formats.CHECKPOINT
+    edit_meta(folder, lambda meta: {"format": 99, "elsewhere": meta})
+    said = r"checkpoint .* has format 99, and this jspec \(.*\) reads formats up to 1: a newer jspec wrote it"
+    with pytest.raises(InputError, match=said):
+        load_policy(tmp_path)
+    with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError, match=said):
+        checkpoints.restore(make_state(None))
+    assert folder.is_dir()
+
+
 def test_checksums_of_nothing_vouch_for_nothing(tmp_path):
     (tmp_path / checkpoint.checksums.NAME).write_text("{}")
     assert checkpoint.checksums.damage(tmp_path) == "jspec_checksums.json names no file"
@@ -262,7 +275,7 @@ def test_checksums_of_nothing_vouch_for_nothing(tmp_path):
 
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(tmp_path):
     state, _ = make_run(tmp_path)
-    edit_meta(tmp_path / "checkpoints" / "3", lambda meta: meta)
+    edit_meta(tmp_path / "checkpoints" / "3", lambda meta: {k: x for k, x in meta.items() if k != "format"})
     same(load_policy(tmp_path).weights, state.policy.weights)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.restore(make_state(seed=5))[0] == 3

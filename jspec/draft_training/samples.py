@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 import jspec
+from jspec import formats
 from jspec.config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.errors import InputError
@@ -83,7 +84,8 @@ def write(path: Path, prompts: list[list[int]], out: Any, temperature: float) ->
               for i, x in enumerate((out.trunk.hidden, *out.trunk.features))}
     work = path.with_suffix(".tmp")
     with written(path.parent), work.open("wb") as file:
-        np.savez(file, tokens=tokens, start=lengths, mask=out.mask[:, :answer], logprobs=out.logprobs[:, :answer],
+        np.savez(file, format=formats.SAMPLES, tokens=tokens, start=lengths, mask=out.mask[:, :answer],
+                 logprobs=out.logprobs[:, :answer],
                  temperature=np.full(len(prompts), temperature, np.float32), **states)
     work.replace(path)
 
@@ -105,6 +107,8 @@ def read(directory: Path) -> list[dict[str, np.ndarray]]:
         except Exception as error:  # what is cut short raises whatever its reader trips over
             raise InputError(f"{path} cannot be read ({type(error).__name__}); remove it, and it is sampled again"
                              ) from None
+        formats.refuse_newer(columns, formats.SAMPLES, path)
+        columns.pop("format", None)
         if missing := COLUMNS - columns.keys():
             raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is of an earlier jspec, or no file of "
                              "samples; remove it, and it is sampled again")

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save
 
 import jspec.drafts
+from jspec import formats
 from jspec.drafts import Draft
 from jspec.drafts.base import config_from_fields
 from jspec.drafts.parts.vocabulary import check_vocab
@@ -39,7 +40,8 @@ def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
     tensors = {f"weights.{name}": np.asarray(x).astype(DTYPES[dtype]) for name, x in _named(draft.weights).items()}
     tensors |= {f"state.{name}": np.asarray(x) for name, x in _named(draft.state).items()}
     fields = dataclasses.asdict(draft.config)
-    config = {"drafter": fields.pop("name"), "policy": fields.pop("policy"), "options": fields}
+    config = {"format": formats.HEAD, "drafter": fields.pop("name"), "policy": fields.pop("policy"),
+              "options": fields}
     work = directory / f".{WEIGHTS}"
     work.write_bytes(save(tensors, metadata={"format": "np"}))  # not save_file, whose files only their owner can read
     work.replace(directory / WEIGHTS)
@@ -93,6 +95,7 @@ def read_config(directory: Path) -> Any:
     """The static config of a draft. Raises InputError if it is not one, or of no drafter that is known."""
     where = directory / CONFIG
     found = read_json(where)
+    formats.refuse_newer(found, formats.HEAD, where)
     name = found.get("drafter")
     if name not in jspec.drafts.NAMES:  # before anything of that name is imported
         raise InputError(f"{directory}: drafter {name!r} is unknown; known: {', '.join(jspec.drafts.NAMES)}")

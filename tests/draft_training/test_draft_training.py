@@ -207,6 +207,16 @@ def test_samples_of_an_earlier_version_are_named(trained, tmp_path):
         samples.read(tmp_path / "nothing")
 
 
+def test_newer_samples_are_named_and_older_ones_read(trained, tmp_path):
+    columns = dict(np.load(trained / "samples" / "00000.npz"))
+    np.savez(tmp_path / "00000.npz", **(columns | {"format": columns["format"] + 1}))
+    with pytest.raises(InputError, match=r"00000.npz has format 2, and this jspec .* reads formats up to 1"):
+        samples.read(tmp_path)
+    del columns["format"]
+    np.savez(tmp_path / "00000.npz", **columns)
+    assert len(samples.read(tmp_path)) <= len(columns["start"])
+
+
 def test_an_output_dir_is_where_its_head_is(model, trained, tmp_path):
     policy = jspec.load(str(model), dtype="float32")
     one, two = (jspec.load_draft(policy, path).weights for path in (trained, trained / "head"))

@@ -39,6 +39,16 @@ def test_a_round_trip_is_bit_exact(policy, directory, tmp_path_factory):
     jax.tree.map(np.testing.assert_array_equal, first.weights, jspec.load_draft(policy, exact).weights)
 
 
+def test_a_newer_head_is_named_and_an_older_one_read(policy, directory):
+    path = directory / files.CONFIG
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"format": config["format"] + 1, "drafter": "of tomorrow"}))
+    with pytest.raises(jspec.InputError, match=r"config.json has format 2, and this jspec .* reads formats up to 1"):
+        jspec.load_draft(policy, directory)
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "format"}))
+    assert jspec.load_draft(policy, directory).config.name == config["drafter"]
+
+
 def change(directory, edit):
     tensors = load_file(directory / files.WEIGHTS)
     edit(tensors)

@@ -9,7 +9,6 @@ from jspec.speculate.schedule import Costs
 
 def test_what_a_cycle_costs_is_stored(monkeypatch, tmp_path, model, capsys):
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("JSPEC_CACHE", str(tmp_path / "cache"))
     (tmp_path / "sums.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
     out = tmp_path / "costs.json"

@@ -34,7 +34,6 @@ def bench(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", sys.argv)
-        patch.setattr(sys, "path", list(sys.path))
         code = cli.main(["bench", "drafts", *arguments])
     return code, out.getvalue(), err.getvalue()
 
@@ -239,7 +238,6 @@ def test_help():
 def test_bench_still_times_rollouts():
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
         patch.setattr(sys, "argv", sys.argv)
-        patch.setattr(sys, "path", list(sys.path))
         for wrong in ("2", "0.5,x"):
             assert cli.main(["bench", "--acceptance", wrong]) == 2
             assert "--acceptance takes probabilities" in err.getvalue() and err.getvalue().count("\n") == 1

@@ -13,7 +13,6 @@ from jspec import cli
 
 def bench(monkeypatch, tmp_path, model, *options):
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     prompts, out = tmp_path / "sums.jsonl", tmp_path / "rows.json"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(3)))
     assert cli.main(["bench", "tail", model, "--prompts", str(prompts), "--count", "2", "--samples", "4",

@@ -61,8 +61,8 @@ atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}  # 8 devices each
 GPU = "sm_90"
 MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1)}  # fsdp, tensor
-DRAFTS = {"mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {},
-          "ngram": {}}
+DRAFTS: dict[str, dict[str, Any]] = {
+    "mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {}, "ngram": {}}
 """Options of the drafters that rollouts are compiled with; what follows a comma is no part of the drafter's name."""
 ROLLOUTS = [(GPU, "qwen3-8b", "mtp", False), ("v5e", "qwen3-8b", "mtp", False), ("v5e", "llama-3.2-1b", "mtp", False),
             ("v5p", "qwen3-8b", "mtp", False), ("v6e", "qwen3-8b", "mtp", False), ("tpu7x", "qwen3-8b", "mtp", False),

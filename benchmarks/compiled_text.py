@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def moved(found: Mapping[str, Instruction]) -> set[tuple[int, ...]]:
             if "S(5)" not in layout}
 
 
-def read(hlo: str, block: tuple[int, ...], shards: Sequence[int]) -> dict[str, list]:
+def read(hlo: str, block: tuple[int, ...], shards: Sequence[int]) -> dict[str, Any]:
     """What is to be known of a compiled rollout.
 
     Args:

@@ -201,7 +201,7 @@ def part_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Dr
                   batch: jspec.PromptBatch) -> dict[Any, Callable[[], Any]]:
     """("prefill", drafter), ("verify", k, features), ("draft", variant) and ("verdict", variant) -> a program. Each has
     run once: what it gives is what the next part is given."""
-    programs = {}
+    programs: dict[Any, Callable[[], Any]] = {}
 
     def run(key: Any, function: Callable, *arguments: Any, **options: Any) -> Any:
         programs[key] = partial(function, *arguments, **options)

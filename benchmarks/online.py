@@ -63,7 +63,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict[str, Any]:
     """Tokens a cycle, and acceptance by position, over prompts of the run's task."""
     data = PromptData(config.data, make_tokenizer(config), seed=purpose_seed(config.seed, BENCH_KEY))
-    tokens, cycles, drafted, taken = 0, 0, 0, 0
+    tokens, cycles = 0, 0
+    drafted: Any = 0
+    taken: Any = 0
     for index in range(batches):
         key = jax.random.fold_in(purpose_key(config.seed, BENCH_KEY), index)
         prompts = jspec.PromptBatch.from_tokens([prompt.tokens for prompt in next(data)], seed=key,

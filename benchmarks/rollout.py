@@ -155,7 +155,8 @@ def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
     """One row of raw figures for each variant at one batch size."""
     batch = make_batch(args, policy, size)
     sampling = jspec.Sampling(max_new_tokens=args.new_tokens, temperature=args.temperature, stop_tokens=())
-    programs, wanted = {}, variants(args)
+    programs: dict[Any, Any] = {}
+    wanted = variants(args)
     for name, draft in drafts.items():
         programs[name, "prefill"] = partial(parts.prefill, policy, draft, batch, sampling, k=max(args.k))
     for name, k in wanted:

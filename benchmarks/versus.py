@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,10 +169,11 @@ def tail_tunix(args: argparse.Namespace) -> Iterator[Figure]:
                      answers(row))
 
 
-PROGRAMS = {"tail": tail, "tail_baseline": tail_baseline, "tail_vllm": tail_vllm, "tail_grpo": tail_grpo,
-            "tail_tunix": tail_tunix, "rollouts": rollouts, "vllm": vllm, "tunix8": partial(tunix, prompts=1),
-            "grpo8": partial(grpo, prompts=1), "tunix32": partial(tunix, prompts=4),
-            "grpo32": partial(grpo, prompts=4), "repeat": repeat}
+PROGRAMS: dict[str, Callable[[argparse.Namespace], Iterator[Figure]]] = {
+    "tail": tail, "tail_baseline": tail_baseline, "tail_vllm": tail_vllm, "tail_grpo": tail_grpo,
+    "tail_tunix": tail_tunix, "rollouts": rollouts, "vllm": vllm, "tunix8": partial(tunix, prompts=1),
+    "grpo8": partial(grpo, prompts=1), "tunix32": partial(tunix, prompts=4),
+    "grpo32": partial(grpo, prompts=4), "repeat": repeat}
 
 
 def rows_of(figures: list[Figure]) -> list[dict[str, Any]]:

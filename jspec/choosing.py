@@ -109,7 +109,7 @@ def settled(subject: Subject, plan: Plan, steps: int) -> tuple[Costs, Choice]:
 
 def missing(k: int | Schedule, costs: Costs) -> list[Point]:
     """What of a schedule was not measured: of the loops in the middle, what lies around them."""
-    if not k:
+    if not k or isinstance(k, int):
         return []
     first, last = costs.rows[0], costs.rows[-1]
     wanted = {(at, drafted) for rows, drafted in k for at in ({rows} if rows in (first, last) else {first, last})}

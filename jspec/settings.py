@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -79,7 +79,8 @@ def _resolved(values: dict[str, Any], origin: Mapping[str, str]) -> dict[str, An
                 raise InputError(f"{_origin(key, origin)}: '{key}': what stands in ${{...}} must be a key of the "
                                  "configuration; write \\${ for the characters themselves")
     try:
-        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        return resolved
     except Exception as error:  # among them RecursionError, for a reference that leads to itself
         key = getattr(error, "full_key", None) or "?"
         raise InputError(f"{_origin(key, origin)}: '{key}': {yaml_text.first_line(error)}") from None
@@ -146,6 +147,7 @@ def describe(kind: type) -> list[tuple[str, str, str, str]]:
     for prefix, section in _sections(kind):
         if prefix:
             rows.append((prefix[0], "", "", (section.__doc__ or "").strip()))
+        field: Any
         for field in dataclasses.fields(section):
             if dataclasses.is_dataclass(field.type):
                 continue
@@ -194,7 +196,7 @@ def _parse_override(override: Override) -> tuple[str, dict[str, Any]]:
 def _check_keys(section: type, values: Any, path: tuple[str, ...], source: str, origin: dict[str, str],
                 kind: type | None = None) -> None:
     kind = kind or section
-    known = {field.name: field for field in dataclasses.fields(section)}
+    known: dict[str, Any] = {field.name: field for field in dataclasses.fields(section)}
     for key, value in values.items():
         here = (*path, str(key))
         dotted = ".".join(here)
@@ -229,7 +231,7 @@ def _build(section: type, values: dict[str, Any], path: tuple[str, ...], origin:
     for field in dataclasses.fields(section):
         here = (*path, field.name)
         if dataclasses.is_dataclass(field.type):
-            made[field.name] = _build(field.type, values[field.name], here, origin)
+            made[field.name] = _build(cast(type, field.type), values[field.name], here, origin)
         else:
             made[field.name] = _checked(field, values[field.name], ".".join(here), origin)
     return section(**made)

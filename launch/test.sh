@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests, on the CPU: `bash launch/test.sh`. The full checks as well: `bash launch/test.sh --slow`.
+# Lint, types and tests, on the CPU: `bash launch/test.sh`. The full checks as well: `bash launch/test.sh --slow`.
 # Further arguments go to pytest: `bash launch/test.sh -k config`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -13,5 +13,6 @@ esac
 export JAX_PLATFORMS=cpu
 prepare "cpu,dev"
 "$venv/bin/python" -m ruff check --quiet .
+"$venv/bin/python" -m mypy --no-error-summary
 # whole files to a process: what a file compiled stays with its tests
 exec "$venv/bin/python" -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

@@ -12,6 +12,7 @@ program can make them again. A rule is which kind of noise it is given:
 from __future__ import annotations
 
 import operator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,10 @@ class CoupledNoise:
 Noise = CycleNoise | CoupledNoise
 
 
-def _cycle_noise(kind: type[CycleNoise], key, sequence_ids, committed, k: int) -> CycleNoise:
+Kind = TypeVar("Kind", bound=CycleNoise)
+
+
+def _cycle_noise(kind: type[Kind], key, sequence_ids, committed, k: int) -> Kind:
     base = fold(key, sequence_ids, committed)[:, None]
     offsets = jnp.arange(max(k, 1))[None]
     pair = jnp.arange(2)

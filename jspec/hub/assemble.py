@@ -23,7 +23,9 @@ Bounds = tuple[tuple[int, int], ...]
 class Source(Protocol):
     """Tensors under transformers' names; a safetensors directory and a GGUF file are two of them."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """What errors call it."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -151,10 +153,12 @@ def read_weights(source: Source, config: ModelConfig, mesh: Any = None) -> dict[
     check_tensors(source, config)
     specs = param_specs(config)
     shardings = jax.tree.map(lambda _: None, specs) if mesh is None else policy_sharding(config, mesh)
-    groups: dict[tuple[str, ...], list[StoredTensor]] = {}
+    groups: dict[tuple[str | int, ...], list[StoredTensor]] = {}
     for tensor in stored_tensors(config):
         groups.setdefault(tensor.key, []).append(tensor)
     weights: dict[str, Any] = {"layers": {}}
+    spec: Any
+    place: Any
     for key, tensors in groups.items():
         spec, sharding, place = specs, shardings, weights
         for part in key:

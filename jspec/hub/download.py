@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jspec import arguments
 from jspec.errors import InputError
@@ -38,7 +39,7 @@ def _progress(enabled: bool) -> Iterator[Report]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr(), disable=not enabled) as bar:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, Any] = {}
 
         def report(stage: str, done: float, total: float) -> None:
             if stage not in tasks:

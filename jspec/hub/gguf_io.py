@@ -112,7 +112,7 @@ def gguf_source(path: Path) -> tuple[GgufSource, ModelConfig, dict[str, Any]]:
     check_layers(str(path), config, len(found))
     names = {t.gguf: t.name for t in stored_tensors(config)}
     reordered = {"q": config.num_heads, "k": config.num_kv_heads} if config.family == "llama" else {}
-    heads = {t.name: reordered.get(t.key[-1].removesuffix("_bias"), 0) for t in stored_tensors(config)}
+    heads = {t.name: reordered.get(str(t.key[-1]).removesuffix("_bias"), 0) for t in stored_tensors(config)}
     tensors = {}
     for name, t in found.items():
         if name == ROPE_FACTORS:

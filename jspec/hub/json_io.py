@@ -15,7 +15,7 @@ MAX_BYTES = 256 << 20  # the largest published tokenizer.json has a tenth of it
 MAX_DEPTH = 64  # published files have 10; far below what Python's own recursion takes, here and in later readers
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # what may be half of a character beyond 16 bits, without its other half
 _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
-_KINDS = {dict: "object", list: "list"}
+_KINDS: dict[type, str] = {dict: "object", list: "list"}
 
 
 def read_json(path: Path, required: bool = True, kind: type = dict) -> Any:
@@ -80,7 +80,7 @@ def _finite(text: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    level = [[value]]
+    level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH + 1):
         inside = itertools.chain.from_iterable(x.values() if type(x) is dict else x for x in level)
         level = [x for x in inside if type(x) is dict or type(x) is list]

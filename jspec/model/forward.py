@@ -124,7 +124,7 @@ def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys
     def layer(w, x, before):
         before = (constrain(block_rows(x, prompts), policy.layout, "batch", None, "kv_heads", None) for x in before)
         return decoder_layer(policy.config, w, x, rope,
-                             lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None))
+                             lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None))  # type: ignore[call-arg]
 
     return _scanned(policy, tokens, layer, keys_values, features, remat)[0]
 

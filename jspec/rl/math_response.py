@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from jspec.rl.math_reading import Answer, Equation, Number, Numeral, read
 from jspec.rl.math_spelling import CLOSING, OPENING, clean, plain_characters
@@ -45,7 +46,7 @@ TOKEN = re.compile(r"""
   | (?P<word> [^\W\d_][\w'’]* )
   | (?P<gap> [ \t]+ )
   | (?P<other> . )""", re.VERBOSE | re.DOTALL)
-LAYOUT = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in [
+LAYOUT: list[tuple[re.Pattern, Any]] = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in [
     (r"\\\[.*?\\\]|\$\$.*?\$\$|\\begin\{.*?\\end\{", lambda match: match[0].replace("\n", " ")),
     (r"(?m)^[ \t]*[-*+•][ \t]+", ""),  # of a list
     (r"(?<![\w)}])\*\*|\*\*(?![\w({\\]|-\d)", ""),  # bold; 2**3 stays

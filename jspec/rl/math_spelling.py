@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "‐": "-", "‑": "-", "⁄": "/", "∕": "/", "＝": "=", "≈": r"\approx ", "×": r"\times ",
@@ -16,7 +17,7 @@ PARTS = {"a": 1, "one": 1, "two": 2, "three": 3, "half": 2, "third": 3, "quarter
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
 EXPONENT = re.compile(f"[{RAISED}]+")
 LOWERED = str.maketrans(RAISED, "0123456789+-")
-REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
+REWRITES: list[tuple[re.Pattern, Any]] = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\\[|\\\]|\\\(|\\\)|\$\$", " "),
     (r"\\\$", "$ "),  # money, now that a $ around a formula is told from it by the blank
     (r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),

@@ -192,7 +192,7 @@ class PromptData:
         # what decides the order of the records; how many processes share them does not
         order = [len(self.records), self.config.shuffle, self.seed, self.config.prompts_per_step, self.config.held_out]
         return {"order": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
-                "drawn": self.records.digest(self.drawn(steps)), "steps": steps}
+                "drawn": self.records.digest(self.drawn(steps)), "steps": steps}  # type: ignore[arg-type]
 
     def drawn(self, steps: int) -> np.ndarray:
         """int64: the numbers of the records that so many steps have had, each once, the latest ones last."""

@@ -23,7 +23,7 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # tasks print
     task, options = pickle.load(requests)
-    dataset = None
+    dataset: Any = None
 
     def send(make: Callable[[], Any], *seed: Any) -> None:
         replies.write(outcome(make, options["seed"], *seed))

@@ -9,6 +9,8 @@ on, since the pool has room for one at its cap (`Blocks.check`).
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,8 @@ from jspec.drafts.base import DraftState
 from jspec.model import Cache
 from jspec.model.pool import blocks_of, copy_block, copy_entry, give_back, take
 from jspec.speculate.state import Paused, State, fitting, own_blocks, shared_blocks, with_table
+
+Place = TypeVar("Place", State, Paused)
 
 
 def none_paused(cache: Cache, draft: DraftState | None, waiting: jax.Array, blocks: int) -> Paused:
@@ -34,14 +38,14 @@ def none_paused(cache: Cache, draft: DraftState | None, waiting: jax.Array, bloc
                   jnp.argsort(waiting).astype(jnp.int32), none)
 
 
-def _copy_blocks(target: State | Paused, at: jax.Array, of: State | Paused, source: jax.Array) -> State | Paused:
+def _copy_blocks(target: Place, at: jax.Array, of: State | Paused, source: jax.Array) -> Place:
     draft = target.draft
     if draft is not None and draft.cache is not None:
         draft = draft.replace(cache=copy_block(draft.cache, at, of.draft.cache, source))
     return target.replace(cache=copy_block(target.cache, at, of.cache, source), draft=draft)
 
 
-def _copy_row(target: State | Paused, at: jax.Array, of: State | Paused, source: jax.Array) -> State | Paused:
+def _copy_row(target: Place, at: jax.Array, of: State | Paused, source: jax.Array) -> Place:
     """What a drafter keeps beside its blocks."""
     if target.draft is None:
         return target

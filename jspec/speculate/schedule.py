@@ -146,7 +146,7 @@ def choose_schedule(costs: Costs, acceptance: Sequence[float], lengths: Sequence
     without = plain(slowest)
 
     def seconds(k: int | Schedule) -> float:
-        if not k:
+        if not k or isinstance(k, int):
             return without
         chain = sorted(k, reverse=True)
         cycles = played(slowest, chain, acceptance)
@@ -185,8 +185,9 @@ def in_words(k: int | Schedule) -> str:
 
 def reason(choice: Choice, costs: Costs, acceptance: Sequence[float]) -> str:
     """Why, in one line."""
-    rows = costs.rows[0] if not choice.k else max(rows for rows, k in choice.k if k)
-    ks = (1, 3) if not choice.k else sorted({k for _, k in choice.k if k})
+    drafting = () if isinstance(choice.k, int) else [(rows, k) for rows, k in choice.k if k]
+    rows = max((rows for rows, _ in drafting), default=costs.rows[0])
+    ks = sorted({k for _, k in drafting}) or [1, 3]
     plain = costs.of_plain(rows)
     cycles = ", ".join(f"{costs.of_drafting(rows, k) / plain:.2f} with k = {k}" for k in ks)
     accepted = " ".join(f"{rate:.0%}" for rate in rates(acceptance, max(3, *ks)))

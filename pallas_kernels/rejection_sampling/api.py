@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels.implementation import REFERENCE, Implementation
-from pallas_kernels.noise import Noise
+from pallas_kernels.noise import CoupledNoise, Noise
 from pallas_kernels.rejection_sampling import reference
 from pallas_kernels.rejection_sampling.summary import inverse_transform, judge
 
@@ -57,6 +57,7 @@ def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | N
     Not under `CoupledNoise`, whose argmax XLA partitions by itself.
     """
     if axis is not None:
+        assert not isinstance(noise, CoupledNoise)
         return inverse_transform(jnp.exp(log_q), noise.draft[:, offset], axis)
     return reference.draw(log_q, noise, offset, draft_vocab)
 

@@ -276,8 +276,9 @@ def _by_uniforms(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], log
         if draft_log_q is not None and k:
             log_q = draft_log_q.reshape(b * k, -1)
             log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
-            each, *of_each = (x[:, :k].reshape(-1) for x in (row[:, None] + jnp.arange(k + 1), scale, top, log_total))
-            drafts = _Candidates(logits, each, *of_each, None if ban is None else ban[:, :k].reshape(-1),
+            each, scales, tops, totals = (
+                x[:, :k].reshape(-1) for x in (row[:, None] + jnp.arange(k + 1), scale, top, log_total))
+            drafts = _Candidates(logits, each, scales, tops, totals, None if ban is None else ban[:, :k].reshape(-1),
                                  draft_tokens.reshape(-1), drafted.reshape(-1), log_q, weights[:, :k].reshape(-1))
             left = _left(drafts, first, banned_tokens, axis).reshape(b, k)
         accepted = last_true(noise.accept < block_chances(weights, left))
@@ -290,7 +291,7 @@ def _by_uniforms(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], log
     if draft_log_q is not None and k:
         log_q = _at(draft_log_q, jnp.minimum(accepted, k - 1))
         log_q = log_q if draft_vocab is None else spread(log_q, draft_vocab, logits.shape[-1], first)
-    last = _Candidates(logits, row + accepted, *(_at(x, accepted) for x in (scale, top, log_total)),
+    last = _Candidates(logits, row + accepted, _at(scale, accepted), _at(top, accepted), _at(log_total, accepted),
                        None if ban is None else _at(ban, accepted), refused, refused_x, log_q, weight)
     token, token_x = _draw_last(last, _at(pieces, accepted), noise.residual, first, banned_tokens, axis)
     token, token_x = (jnp.where(greedy, _at(x, accepted), y) for x, y in zip(best, (token, token_x), strict=True))

@@ -145,8 +145,12 @@ def _init_optimizer(optimizer: optax.GradientTransformation, weights: Any) -> An
     # zeros depend on nothing, so XLA would not place them by itself
     shapes = jax.eval_shape(optimizer.init, weights)
     everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-    shardings = optax.tree_map_params(optimizer, lambda _, weight: weight.sharding, shapes, weights,
-                                      transform_non_params=lambda _: everywhere)
+
+    def masked(x):  # of muon: the weights that the other rule has
+        return isinstance(x, optax.MaskedNode)
+
+    shardings = optax.tree_map_params(optimizer, lambda x, weight: x if masked(x) else weight.sharding, shapes, weights,
+                                      transform_non_params=lambda _: everywhere, is_leaf=masked)
     return jax.jit(optimizer.init, out_shardings=shardings)(weights)
 
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jspec
 from jspec.model import ModelConfig, init_policy, prompt_forward, response_forward, train_forward
 from jspec.rl import update as up
 from jspec.rl.losses import token_logprobs
+from jspec.sharding import make_mesh
 
 CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=8, initializer_range=0.2)
@@ -253,6 +255,16 @@ def test_muon_has_the_matrices_inside_blocks_and_adamw_all_else(draft, options):
     moments = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     second = {name.split(".nu", 1)[1] for name in moments if ".nu" in name}  # only AdamW has second moments
     assert second == {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(weights)} - muon
+
+
+def test_muon_begins_on_a_mesh_as_without_one():
+    """As every run does: what one of its rules leaves to the other has no place there."""
+    weights = {"layer": {"q": jnp.ones((2, 3)), "norm": jnp.ones(2)}, "proj": jnp.ones((3, 2))}
+    muon = up.draft_optimizer("muon", 1e-3, 1.0)
+    with jax.set_mesh(make_mesh(1, 1, 1)):
+        everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+        made = up._init_optimizer(muon, jax.device_put(weights, everywhere))
+    jax.tree.map(np.testing.assert_array_equal, made, up._init_optimizer(muon, weights))
 
 
 def test_a_policy_without_sound_gradients_is_left_alone_while_the_draft_goes_on():

@@ -43,8 +43,8 @@ def test_a_reward_of_ones_own():
             return grade_one(f"{EXAMPLES}/own_reward.py:short_and_right", item, 60.0)
 
         right = f"It is {record['answer'].upper()}."
-        assert [grade(right, 8)[0], grade(right, 9)[0], grade("?", 8)[0]] == [1.0, 0.5, 0.0]
-        assert grade(right, 8)[1:] == (None, "")
+        assert [grade(right, 16)[0], grade(right, 17)[0], grade("?", 16)[0]] == [1.0, 0.5, 0.0]
+        assert grade(right, 16)[1:] == (None, "")
 
 
 def test_a_draft_that_learns_online():

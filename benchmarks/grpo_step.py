@@ -13,7 +13,6 @@ every step.
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,10 +26,13 @@ from benchmarks import measure
 from benchmarks.options import open_results, program
 from benchmarks.shapes import SHAPES
 from jspec.console import PlainConsole
+from jspec.metrics import Clock
 from jspec.prepare import BENCH_KEY, purpose_key
-from jspec.rl.advantages import group_advantages
+from jspec.rl.batch import TrainBatch
+from jspec.rl.grading import Grades
 from jspec.rl.state import TrainState
-from jspec.rl.update import TrainBatch, UpdateSettings, init_state, make_batch, update
+from jspec.rl.update import UpdateSettings, init_state, update
+from jspec.step import Step, declare
 
 PHASES = ("reshard", "rollout", "reward", "update")
 
@@ -55,21 +57,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def programs(settings: UpdateSettings, group_size: int, **options: Any) -> tuple[Callable, Callable]:
-    """(rollout, update), jitted: the update takes the state's buffers over, as the training loop's does.
-
-    options: what `jspec.rollout` takes by name.
-    """
-    roll = partial(jspec.rollout, **options)
-
-    @partial(jax.jit, donate_argnums=0)
-    def learn(state, prompts, rollout, rewards):
-        batch = make_batch(prompts, rollout, group_advantages(rewards, group_size))
-        return update(state, None, batch, settings)
-
-    return roll, learn
-
-
 def random_prompts(args: argparse.Namespace, vocab_size: int, number: int) -> jspec.PromptBatch:
     """Prompts and noise of step `number`."""
     tokens = np.random.default_rng(number).integers(5, vocab_size - 5, (args.prompts, args.prompt_tokens))
@@ -78,22 +65,20 @@ def random_prompts(args: argparse.Namespace, vocab_size: int, number: int) -> js
                                          buckets=(args.prompt_tokens,))
 
 
-def step(state: TrainState, roll: Callable, learn: Callable,
-         prompts: jspec.PromptBatch) -> tuple[TrainState, dict[str, float], jspec.Rollout]:
+def distinct(out: jspec.Rollout) -> Grades:
+    """How many different tokens each answer has."""
+    return Grades(np.array([len(set(row)) for row in np.asarray(out.tokens).tolist()], np.float32), {}, "")
+
+
+def take(step: Step, state: TrainState, prompts: jspec.PromptBatch
+         ) -> tuple[TrainState, dict[str, float], jspec.Rollout]:
     """One GRPO step. Returns (state, seconds by phase and the metrics that say it was a real one, its rollout)."""
-    marks = [time.perf_counter()]
-    policy = jax.block_until_ready(jspec.reshard(state.policy))
-    marks.append(time.perf_counter())
-    out = jax.block_until_ready(roll(policy, state.draft, prompts))
-    del policy  # the update needs its memory
-    marks.append(time.perf_counter())
-    rewards = np.array([len(set(row)) for row in np.asarray(out.tokens).tolist()], np.float32)
-    marks.append(time.perf_counter())
-    state, metrics = jax.block_until_ready(learn(state, prompts, out, jnp.asarray(rewards)))
-    marks.append(time.perf_counter())
-    seconds = dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
+    begin, clock = time.perf_counter(), Clock()
+    state, taken = step.take(state, None, prompts, clock, choose=lambda *_: step.speculation.k, grade=distinct)
+    seconds = {name: clock.seconds[name] for name in PHASES} | {"step": time.perf_counter() - begin}
+    out, (metrics, *_) = taken.rollout, taken.updates
     generated = int(out.lengths.sum())
-    return state, {**seconds, "step": marks[-1] - marks[0], "tokens": generated,
+    return state, {**seconds, "tokens": generated,
                    "tok_per_s": generated / seconds["rollout"], "acceptance_length": float(out.acceptance_length),
                    "logprob_gap": float(metrics["logprob_gap"]), "grad_norm": float(metrics["grad_norm"])}, out
 
@@ -150,13 +135,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     policy = jspec.init_policy(SHAPES[args.shape], jax.random.key(0))
     draft = None if args.draft == "none" else getattr(jspec.drafts, args.draft)(policy, jax.random.key(1))
     settings = UpdateSettings(micro_batch=args.micro_batch, remat=args.remat)
-    roll, learn = programs(settings, args.group, speculation=jspec.Speculation(k=args.k),
-                           sampling=jspec.Sampling(max_new_tokens=args.new_tokens, stop_tokens=()))
     state, rows = init_state(policy, draft, settings, seed=0), []
+    step = declare(state, settings, speculation=jspec.Speculation(k=args.k),
+                   sampling=jspec.Sampling(max_new_tokens=args.new_tokens, stop_tokens=()))
     del policy, draft  # the state's buffers are donated
     for number in range(args.steps + 1):
         prompts = random_prompts(args, SHAPES[args.shape].vocab_size, number)
-        state, row, _ = step(state, roll, learn, prompts)
+        state, row, _ = take(step, state, prompts)
         if number:
             rows.append(row)
     table = Table(title=f"GRPO step, {args.shape}, {args.prompts} x {args.group} rows, {args.prompt_tokens} + "

@@ -44,6 +44,7 @@ from jspec.rl.records import read_jsonl
 from jspec.rl.update import UpdateSettings, init_state
 from jspec.sources import open_source
 from jspec.speculate.cycle import RULES
+from jspec.step import declare
 
 HELDOUT = Path(__file__).resolve().parent / "prompts" / "heldout.jsonl"
 
@@ -164,12 +165,12 @@ def time_steps(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
     """A row for each variant in each round, of one GRPO step. The policy is in the training layout."""
     for variant in variants:
         settings = UpdateSettings(micro_batch=args.micro_batch or 0, temperature=variant.temperature)
-        roll, learn = grpo_step.programs(settings, args.samples, **settings_of(args, variant))
         # the update takes the state's buffers over, and the next variant wants the policy again
         state = init_state(*jax.tree.map(lambda x: x.copy(), (policy, drafts[variant.draft])), settings, seed=0)
+        step = declare(state, settings, **settings_of(args, variant))
         with telling(f"{variant.draft}: a step that compiles, then {args.rounds}"):
             for number in range(args.rounds + 1):
-                state, seconds, out = grpo_step.step(state, roll, learn, make_batch(args, prompts, number))
+                state, seconds, out = grpo_step.take(step, state, make_batch(args, prompts, number))
                 if number:
                     figures = counted(out)
                     yield {"round": number, **dataclasses.asdict(variant), **seconds, "seconds": seconds["step"],

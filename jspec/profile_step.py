@@ -8,7 +8,6 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-import jspec
 from jspec.choosing import Chooser, Plan
 from jspec.config import Config
 from jspec.metrics import Clock
-from jspec.model import to_rollout
+from jspec.model import Policy
 from jspec.output import open_directory, screen
-from jspec.prepare import (
-    check,
-    make_batching,
-    make_draft,
-    make_policy,
-    make_reference,
-    make_sampling,
-    make_speculation,
-    make_tokenizer,
-)
+from jspec.prepare import check, make_draft, make_policy, make_reference, make_tokenizer
 from jspec.profiling import (
     PARTS,
     PHASES,
@@ -50,12 +39,16 @@ from jspec.profiling import (
     trace,
 )
 from jspec.progress import say, telling
+from jspec.rl.collate import collate
+from jspec.rl.grading import Grades
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, draft_due, init_state, learned_from, trains_draft
+from jspec.rl.update import UpdateSettings, init_state, trains_draft
 from jspec.session import session
 from jspec.sharding import make_mesh
-from jspec.train import Run, jit_update, jit_update_draft, make_prompt_batch, place
+from jspec.speculate import PromptBatch, Rollout
+from jspec.speculate.types import Schedule
+from jspec.step import Step, Taken, compiled, declared
 from pallas_kernels.noise import seed_key
 
 WORDS = "what it is"
@@ -65,74 +58,54 @@ LEARNING = ("policy_loss", "draft_loss", "optimizer", "draft_optimizer", "update
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """The compiled programs of a step, and what they start from. `draft` is one of them with draft.features=rollout."""
+class Profiled:
+    """A step that is taken again and again, on the same prompts.
 
-    settings: UpdateSettings
+    Attributes:
+      step: compiled. programs: what of it was, by name.
+      state, reference, prompts: what it is taken of. k: what its rollout drafts.
+    """
+
+    step: Step
     programs: Mapping[str, Any]
     state: TrainState
-    reference: Any
-    prompts: Any
-    rewards: jax.Array
+    reference: Policy | None
+    prompts: PromptBatch
+    k: int | Schedule
 
-    def run(self, clock: Clock) -> tuple["Step", Any]:
-        """Runs the programs, each a phase of the clock. Returns (the step after it, its rollout)."""
-        with clock("reshard"):
-            policy = jax.block_until_ready(self.programs["reshard"](self.state.policy))
-        with clock("rollout"):
-            out = jax.block_until_ready(self.programs["rollout"](policy, self.state.draft, self.prompts))
-        del policy  # as in training: the rollout's weights are gone before the update needs memory
-        state = self.state
-        if "draft" in self.programs and draft_due(self.settings, int(state.updates)):
-            with clock("draft"):
-                state, _ = jax.block_until_ready(self.programs["draft"](state, self.prompts, out))
-        out = out.replace(trunk=None)
-        with clock("update"):
-            state, _ = jax.block_until_ready(
-                self.programs["update"](state, self.reference, self.prompts, out, self.rewards))
-        return dataclasses.replace(self, state=state), out
+    def take(self, clock: Clock) -> tuple["Profiled", Taken]:
+        """Returns (the step after it, what this one did)."""
+        state, taken = self.step.take(self.state, self.reference, self.prompts, clock, choose=lambda *_: self.k,
+                                      grade=in_turn)
+        return dataclasses.replace(self, state=state), taken
 
 
-def compile_step(config: Config, mesh: Mesh) -> Step:
-    """Compiles the step of a configuration, as the training loop does, for its first prompts.
+def in_turn(out: Rollout) -> Grades:
+    """Rewards are the host's work and no part of a profile: here they are 1 and 0 in turn, so that every token is
+    trained."""
+    return Grades(np.resize(np.float32([1, 0]), out.lengths.shape), {}, "")
 
-    Rewards are the host's work and no part of it: here they are 1 and 0 in turn, so that every token is trained.
-    """
+
+def compile_step(config: Config, mesh: Mesh) -> Profiled:
+    """The step of a configuration, compiled as the training loop compiles it for its first prompts."""
     check(config, mesh)
-    tokenizer, settings = make_tokenizer(config), UpdateSettings.of(config)
+    tokenizer = make_tokenizer(config)
     data = PromptData(config.data, tokenizer, seed=config.seed)
     with telling(f"loading {config.model.name}"):
         policy = make_policy(config, tokenizer)
         reference = make_reference(config, policy)
-        draft = make_draft(config, policy)
-    run = Run(config, mesh, tokenizer, data, pool=None, checkpoints=None, metrics=None, stop=None)
-    prompts = make_prompt_batch(run, next(data), seed_key(config.seed))
-    rewards = place(mesh, np.resize(np.float32([1, 0]), prompts.sequence_ids.shape), "batch")
-    state = init_state(policy, draft, settings, config.seed)
-    layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
-    states = learned_from(draft, settings)
-    speculation, sampling, batching = make_speculation(config).replace(states=states), make_sampling(config), (
-        make_batching(config))
+        state = init_state(policy, make_draft(config, policy), UpdateSettings.of(config), config.seed)
+    prompts, step = collate(config, next(data), seed_key(config.seed)), declared(config, state)
+    k = step.speculation.k
+    if config.speculation.k == "auto" and state.draft is not None:
+        chooser = Chooser(step.sampling, step.speculation, step.batching, config.steps, say)
+        k = chooser.before(Plan(), 0, step.reshard(state.policy), state.draft, prompts).k
 
-    def compiled(name, program, *arguments):
+    def compile(name: str, program: jax.stages.Wrapped, arguments: tuple) -> jax.stages.Compiled:
         with telling(f"compiling {name}"):
-            programs[name] = program.lower(*arguments).compile()
-            return programs[name]
+            return program.lower(*arguments).compile()
 
-    programs: dict[str, Any] = {}
-    resharded = compiled("reshard", jax.jit(partial(to_rollout, layout=layout)), policy)(policy)
-    if config.speculation.k == "auto" and draft is not None:
-        chooser = Chooser(sampling, speculation, batching, config.steps, say)
-        speculation = speculation.replace(k=chooser.before(Plan(), 0, resharded, draft, prompts).k)
-    rollout = jax.jit(partial(jspec.rollout, sampling=sampling, speculation=speculation, batching=batching))
-    rollout = compiled("rollout", rollout, resharded, draft, prompts)
-    with telling("decoding"):
-        out = jax.block_until_ready(rollout(resharded, draft, prompts))
-    if states is not None:
-        compiled("draft", jit_update_draft(config, state), state, prompts, out)
-        out = out.replace(trunk=None)
-    compiled("update", jit_update(config, state), state, reference, prompts, out, rewards)
-    return Step(settings, programs, state, reference, prompts, rewards)
+    return Profiled(*compiled(step, state, reference, prompts, k, compile), state, reference, prompts, k)
 
 
 def profile(config: Config, directory: Path) -> int:
@@ -144,29 +117,31 @@ def profile(config: Config, directory: Path) -> int:
         # else a program that was kept may come back with the scopes of the source that it was compiled from
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
         mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
-        step = compile_step(config, mesh)
-        period = step.settings.draft_every if trains_draft(step.state.draft, step.settings) else 1
+        profiled = compile_step(config, mesh)
+        settings, programs = profiled.step.settings, profiled.programs
+        period = settings.draft_every if trains_draft(profiled.state.draft, settings) else 1
         with telling("timing steps", total=1 + config.profile.repeats * period) as advance:
-            step, _ = step.run(Clock())
+            profiled, _ = profiled.take(Clock())
             for _ in range(config.profile.repeats * period):
                 advance()
-                step, out = step.run(clock)
+                profiled, taken = profiled.take(clock)
         with telling("tracing"), trace(directory):
             for number in range(period):
                 with jax.profiler.StepTraceAnnotation("step", step_num=number):
-                    step, _ = step.run(Clock())
-    seconds = {name: total / config.profile.repeats / period for name, total in clock.seconds.items()}
+                    profiled, _ = profiled.take(Clock())
+    seconds = {name: clock.seconds[name] / config.profile.repeats / period for name in programs}
     with telling("reading the trace"):
         known = {}
-        for name, compiled in step.programs.items():
-            text = compiled.as_text()
+        for name, program in programs.items():
+            text = program.as_text()
             known[module_name(text)] = phases_of_program(text, name if name in PHASES else f"{name}, rest")
         spans = spans_by_phase(directory, known)
         perfetto = name_phases(directory, spans)
     phases = {phase: length(found) / 1e9 / period for phase, found in spans.items()}
-    memory = {name: memory_of(compiled) for name, compiled in step.programs.items()}
-    report(console, config, seconds, phases, memory, int(out.lengths.sum()), period)
-    record = {"seconds": seconds, "memory_bytes": memory, "tokens": int(out.lengths.sum()),
+    memory = {name: memory_of(program) for name, program in programs.items()}
+    tokens = int(taken.rollout.lengths.sum())
+    report(console, config, seconds, phases, memory, tokens, period)
+    record = {"seconds": seconds, "memory_bytes": memory, "tokens": tokens, "updates": settings.updates_per_rollout,
               "draft_share_of_update": draft_share(phases),
               "phases": [dataclasses.asdict(phase) | {"seconds": spent} for phase, spent in phases.items()]}
     (directory / "profile.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -183,10 +158,11 @@ def report(console: Console, config: Config, seconds: Mapping[str, float], phase
                   f"k = {config.speculation.k}. Rewards are not part of it.", highlight=False)
     if period > 1:
         console.print(f"Means over {period} steps: the draft learns at one.", highlight=False)
-    step = sum(seconds.values())
+    step, updates = sum(seconds.values()), config.grpo.updates_per_rollout
     table = Table("program", "seconds", "share", title="timed, without the profiler")
     for name, spent in seconds.items():
-        table.add_row(name, f"{spent:.3f}", f"{spent / step:.1%}")
+        table.add_row(f"{updates} updates" if name == "update" and updates > 1 else name, f"{spent:.3f}",
+                      f"{spent / step:.1%}")
     table.add_row("whole step", f"{step:.3f}", "", style="bold")
     console.print(right_justified(table))
     console.print(right_justified(phase_table(phases)))

@@ -35,6 +35,7 @@ MEANING = {
     "admit": "slots, and what they share of their prompts, given to sequences that wait",
     "decode": "blocks for rows that grow, rows moved together, the loop's test, and what the loop copies",
     "collect": "the answers out of the rows",
+    "remember": "what the drafter keeps of the rollout",
     "policy_loss": "the policy's loss on the answers",
     "draft_loss": "the draft's loss on the same answers",
     "optimizer": "the policy's gradient norm and new weights",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -152,3 +153,17 @@ def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
     if rows % degree:
         raise InputError(f"a batch of {rows} sequences is not divided by the mesh's {degree} batch shards "
                          f"({' x '.join(RULES[layout]['batch'])}); change prompts_per_step, group_size or the mesh")
+
+
+def placement(shape: tuple[int, ...], layout: str, *axes: str | None) -> NamedSharding | None:
+    """Where an array with logical `axes` lies on the mesh of `jax.set_mesh`; None without one: wherever JAX puts it.
+    Not for use inside a `jax.jit`."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else NamedSharding(mesh, partition(mesh, layout, shape, axes))
+
+
+def place(x: Any, layout: str, *axes: str | None) -> jax.Array:
+    """An array that every process has whole, split over the mesh of `jax.set_mesh` by its logical axes."""
+    x = np.asarray(x)
+    sharding = placement(x.shape, layout, *axes)
+    return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jspec import choosing, prepare, train
+from jspec import choosing, prepare, step, train
 from jspec.checkpoint import load_draft, run_plan
 from jspec.config import Config, load_config
 from jspec.errors import InputError
@@ -24,6 +24,7 @@ from jspec.metrics import PHASES, Metrics, read_records, untimed
 from jspec.output_dir import claimed
 from jspec.rl.prompts import PromptData
 from jspec.rl.records import JsonLines
+from jspec.rl.update import UpdateSettings
 from jspec.speculate.schedule import Costs
 from jspec.stopping import StopSignal
 
@@ -212,8 +213,8 @@ def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path
 
 def recorded(config, monkeypatch):
     """The rollouts of a run, on the host, and its records."""
-    fetch, seen = train.fetch, []
-    monkeypatch.setattr(train, "fetch", lambda out: seen.append(fetch(out)) or seen[-1])
+    fetch, seen = step.fetch, []
+    monkeypatch.setattr(step, "fetch", lambda out: seen.append(fetch(out)) or seen[-1])
     assert train.train(config) == 0
     return seen, records(config.output_dir)
 
@@ -319,9 +320,9 @@ def test_the_tiny_run_ends_above_four_fifths_within_three_minutes(tmp_path):
 def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path, monkeypatch, capsys):
     assert train.train(tiny(tmp_path, "steps=2")) == 0
     shutil.copytree(tmp_path, tmp_path / "other")
-    real = train.group_advantages
+    real = step.group_advantages
     with monkeypatch.context() as patch:
-        patch.setattr(train, "group_advantages", lambda *a: real(*a) * np.nan)
+        patch.setattr(step, "group_advantages", lambda *a: real(*a) * np.nan)
         assert train.train(tiny(tmp_path / "other", "steps=4")) == 1  # fewer in a row, but the last of all
         said = " ".join(capsys.readouterr().out.split())
         assert "all 4 steps are done, but the last one taught nothing" in said
@@ -441,7 +442,7 @@ def test_the_policy_moves_away_from_the_reference(tmp_path):
 
 def test_config_sections_reach_the_update():
     config = Config()
-    settings = train.UpdateSettings.of(dataclasses.replace(
+    settings = UpdateSettings.of(dataclasses.replace(
         config, draft=dataclasses.replace(config.draft, clip=7.0, every_n_steps=3),
         grpo=dataclasses.replace(config.grpo, clip=5.0, clip_high=0.5, micro_batch=2)))
     assert (settings.draft_clip, settings.draft_every, settings.clip, settings.clip_high,

@@ -28,7 +28,7 @@ from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.drafts.base import DraftBatch
 from jspec.model import Policy, Trunk, param_specs, prompt_forward, response_forward
-from jspec.rl.batch import TrainBatch, join, make_batch  # noqa: F401 - make_batch is imported from here
+from jspec.rl.batch import TrainBatch, join
 from jspec.rl.losses import clipped_objective, k3, predicting_states, token_logprobs
 from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, least_tokens, shapes
 from jspec.rl.state import TrainState

@@ -38,8 +38,8 @@ def test_a_step_that_compiles_is_not_counted(monkeypatch):
     out = SimpleNamespace(lengths=np.array([3, 9]), finished=np.array([True, False]), acceptance_length=1.0, stats=None)
     monkeypatch.setattr(tail, "init_state", lambda *_, **__: 0)
     monkeypatch.setattr(tail, "make_batch", lambda _, __, number: number)
-    monkeypatch.setattr(grpo_step, "programs", lambda *_, **__: (None, None))
-    monkeypatch.setattr(grpo_step, "step", lambda state, _, __, number: (
+    monkeypatch.setattr(tail, "declare", lambda *_, **__: None)
+    monkeypatch.setattr(grpo_step, "take", lambda _, state, number: (
         state + 1, {"step": 2.0 if number else 60.0, "rollout": 1.0, "tok_per_s": 12.0, "state": state}, out))
     args = tail.parse(["m", "--grpo", "--rounds", "2"])
     rows = list(tail.time_steps(args, None, {"none": None}, [drafts.Variant("none", 0, "rejection", 1.0)], []))

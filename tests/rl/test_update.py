@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jspec
 from jspec.model import ModelConfig, init_policy, prompt_forward, response_forward, train_forward
 from jspec.rl import update as up
+from jspec.rl.batch import TrainBatch, join
+from jspec.rl.batch import make_batch as batch_of
 from jspec.rl.losses import token_logprobs
 from jspec.sharding import make_mesh
 
@@ -38,7 +40,7 @@ def make_state(draft="mtp", settings=SETTINGS):
 def make_batch(seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, T + 1, N)
-    return up.TrainBatch(
+    return TrainBatch(
         prompts=jnp.asarray(rng.integers(0, CONFIG.vocab_size, (P, L)), jnp.int32),
         prompt_lengths=jnp.asarray(rng.integers(1, L + 1, P), jnp.int32),
         tokens=jnp.asarray(rng.integers(0, CONFIG.vocab_size, (N, T)), jnp.int32),
@@ -63,7 +65,7 @@ def change(a, b):
 def own_logprobs(policy, batch, temperature=SETTINGS.temperature):
     """Of every row by itself, prompt included: what the update computes by group."""
     start = jnp.repeat(batch.prompt_lengths, G)
-    hidden = train_forward(policy, up.join(batch.prompts, batch.prompt_lengths, batch.tokens)).hidden
+    hidden = train_forward(policy, join(batch.prompts, batch.prompt_lengths, batch.tokens)).hidden
     at = start[:, None] - 1 + jnp.arange(T)
     return token_logprobs(policy, jnp.take_along_axis(hidden, at[..., None], axis=1), batch.tokens, temperature)[0]
 
@@ -71,10 +73,10 @@ def own_logprobs(policy, batch, temperature=SETTINGS.temperature):
 def test_rows_are_joined_without_a_gap():
     prompts, lengths = jnp.array([[1, 2, 3, 9], [4, 9, 9, 9]]), jnp.array([3, 1])
     responses = jnp.array([[11, 12, 13], [14, 15, 0], [16, 0, 0], [17, 18, 19]])
-    joined = jax.jit(up.join)(prompts, lengths, responses)
+    joined = jax.jit(join)(prompts, lengths, responses)
     np.testing.assert_array_equal(joined, [[1, 2, 3, 11, 12, 13, 0], [1, 2, 3, 14, 15, 0, 0], [4, 16, 0, 0, 0, 0, 0],
                                            [4, 17, 18, 19, 0, 0, 0]])
-    pairs = up.join(*(jnp.stack([x, -x], -1) if x.ndim == 2 else x for x in (prompts, lengths, responses)))
+    pairs = join(*(jnp.stack([x, -x], -1) if x.ndim == 2 else x for x in (prompts, lengths, responses)))
     np.testing.assert_array_equal(pairs, jnp.stack([joined, -joined], -1))
 
 
@@ -124,7 +126,7 @@ def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, options):
     out = jspec.rollout(state.policy, state.draft, prompts,
                         sampling=jspec.Sampling(max_new_tokens=T, temperature=SETTINGS.temperature),
                         speculation=jspec.Speculation(k=2, states=up.learned_from(state.draft, settings)))
-    batch = up.make_batch(prompts, out, jnp.ones(N))
+    batch = batch_of(prompts, out, jnp.ones(N))
     _, wanted = gradients(state, None, batch, SETTINGS)
     close(jax.jit(up.draft_gradients, static_argnums=2)(state, batch, settings), wanted)
     _, nothing = gradients(state, None, batch, settings)
@@ -302,7 +304,7 @@ def test_the_updates_own_logprobs_are_the_rollouts():
             max_new_tokens=T, temperature=temperature, stop_tokens=tuple(range(0, 23, 2))),
             speculation=jspec.Speculation(k=2))
         assert bool(jnp.any(rollout.finished))  # so that end tokens are among them
-        batch = up.make_batch(prompts, rollout, jnp.ones(N))
+        batch = batch_of(prompts, rollout, jnp.ones(N))
         gap = own_logprobs(state.policy, batch, temperature) - batch.logprobs
         gaps.append(jnp.abs(jnp.where(batch.mask, gap, 0.0)).max())
         if temperature:

@@ -1,0 +1,209 @@
+"""A training step, declared once: its programs, and how they follow each other on the device.
+
+    reshard ─► rollout ─► draft (learning from the verifier's states) ─► remember ─► update, updates_per_rollout times
+
+`jspec train` takes it, `jspec profile` times it, and benchmarks and compilation for chips that are not here lower it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+import jspec
+from jspec.config import Config
+from jspec.distributed import fetch
+from jspec.drafts import Draft
+from jspec.metrics import Clock
+from jspec.model import Policy, to_rollout
+from jspec.prepare import make_batching, make_sampling, make_speculation
+from jspec.rl.advantages import AdvantageForm, group_advantages
+from jspec.rl.batch import make_batch
+from jspec.rl.state import TrainState
+from jspec.rl.update import UpdateSettings, draft_due, learned_from, trains_draft, update, update_draft
+from jspec.sharding import place, placement
+from jspec.speculate import Batching, PromptBatch, Rollout, Sampling, Speculation
+from jspec.speculate.types import Schedule
+
+
+class Graded(Protocol):
+    """What grading a rollout gives: rewards float32 [N], on the host."""
+
+    rewards: np.ndarray
+
+
+class Taken(NamedTuple):
+    """What a step did, besides its state.
+
+    Attributes:
+      rollout: on the host, without the verifier's states.
+      graded: as it was given.
+      updates: the metrics of each update, on the host.
+      draft: those of the draft's own update, {} without one.
+      draft_learned: whether the draft was trained.
+    """
+
+    rollout: Rollout
+    graded: Any
+    updates: list[dict[str, np.ndarray]]
+    draft: dict[str, np.ndarray]
+    draft_learned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The programs of a step: jits that have not run (`declare`), or what they were compiled to (`compiled`).
+
+    Attributes:
+      settings, sampling: of the update, and of the rollout.
+      speculation: of the rollout. Its k is what changes from step to step (`speculation.k=auto`).
+      batching: of the rollout.
+      reshard: policy -> policy in a rollout layout.
+      rollout: (policy, draft, prompts, sampling, k) -> Rollout; k is static.
+      draft: (state, prompts, rollout) -> (state, metrics), the state donated: the draft learns from the verifier's
+        states. None: it learns in the update, or not at all.
+      remember: (draft, prompts, rollout) -> draft, the draft donated. None: the drafter remembers nothing.
+      update: (state, reference, prompts, rollout, rewards) -> (state, metrics), the state donated.
+    """
+
+    settings: UpdateSettings
+    sampling: Sampling
+    speculation: Speculation
+    batching: Batching
+    reshard: Callable[..., Policy]
+    rollout: Callable[..., Rollout]
+    draft: Callable[..., tuple[TrainState, dict]] | None
+    remember: Callable[..., Draft] | None
+    update: Callable[..., tuple[TrainState, dict]]
+
+    def take(self, state: TrainState, reference: Policy | None, prompts: PromptBatch, clock: Clock, *,
+             choose: Callable[[Policy, Draft | None, PromptBatch], int | Schedule],
+             grade: Callable[[Rollout], Graded]) -> tuple[TrainState, Taken]:
+        """Takes the step. Returns (state, what it did); of `state` only what was returned is to be used again.
+
+        Args:
+          reference: what the KL term is taken against, or None.
+          clock: gets the seconds of the programs, and of `choose` and `reward`.
+          choose: k, given the policy in its rollout layout, the draft and the prompts.
+          grade: grades a rollout on the host, without the verifier's states. A draft that learns from them does so
+            meanwhile.
+        """
+        with clock("reshard"):
+            policy = jax.block_until_ready(self.reshard(state.policy))
+        with clock("choose"):
+            k = choose(policy, state.draft, prompts)
+        with clock("rollout"):
+            out = self.rollout(policy, state.draft, prompts, self.sampling, k)
+            on_host = fetch(out.replace(trunk=None))
+            out = to_learn_from(out)
+        del policy  # the rollout's copy of the policy is gone before the update needs the memory
+        due = trains_draft(state.draft, self.settings) and draft_due(self.settings, int(state.updates))
+        of_draft = {}
+        if self.draft is not None and due:
+            state, of_draft = self.draft(state, prompts, out)  # only begun here: the host goes on to the rewards
+        with clock("reward"):
+            graded = grade(on_host)
+        with clock("draft"):
+            jax.block_until_ready(of_draft)
+        out = out.replace(trunk=None)
+        with clock("remember"):
+            if self.remember is not None:
+                state = state.replace(draft=jax.block_until_ready(self.remember(state.draft, prompts, out)))
+        with clock("update"):
+            rewards, metrics = place(graded.rewards, "rollout", "batch"), []
+            for _ in range(self.settings.updates_per_rollout):
+                state, of_update = self.update(state, reference, prompts, out, rewards)
+                metrics.append(of_update)
+            metrics = jax.device_get(metrics)
+        return state, Taken(on_host, graded, metrics, jax.device_get(of_draft), due)
+
+
+def to_learn_from(out: Rollout) -> Rollout:
+    """A rollout without its statistics, whose shapes are those of k: no other program depends on that."""
+    return out.replace(stats=None)
+
+
+def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling | None = None,
+            speculation: Speculation | None = None, batching: Batching | None = None, layout: str = "rollout",
+            advantage: AdvantageForm = "group") -> Step:
+    """The step's programs as jits that have not run.
+
+    Args:
+      state: arrays, or `jax.ShapeDtypeStruct`s with shardings: every program gives it back as it is placed here.
+      speculation: without `states`; they follow from what the draft learns from.
+      layout: of the rollout's weights. advantage: see `group_advantages`.
+    """
+    batching = Batching() if batching is None else batching
+    speculation = (Speculation() if speculation is None else speculation).replace(
+        states=learned_from(state.draft, settings))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+
+    def rollout(policy, draft, prompts, sampling, k):
+        return jspec.rollout(policy, draft, prompts, sampling=sampling, speculation=speculation.replace(k=k),
+                             batching=batching)
+
+    def learn_draft(state, prompts, out):
+        return update_draft(state, make_batch(prompts, out, None), settings)
+
+    def learn(state, reference, prompts, out, rewards):
+        advantages = group_advantages(rewards, prompts.group_size, advantage)
+        return update(state, reference, make_batch(prompts, out, advantages), settings)
+
+    learning = partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    remember = None if state.draft is None else getattr(state.draft.module, "remember", None)
+    return Step(
+        settings, Sampling() if sampling is None else sampling, speculation, batching,
+        reshard=jax.jit(partial(to_rollout, layout=layout)),
+        rollout=jax.jit(rollout, static_argnums=4),
+        draft=None if speculation.states is None else learning(learn_draft),
+        remember=remember and jax.jit(remember, donate_argnums=0, out_shardings=shardings.draft),
+        update=learning(learn))
+
+
+def declared(config: Config, state: TrainState) -> Step:
+    """`declare`, as a configuration has it. Where it says k=auto, the speculation's k is 0: `Step.take` asks for it."""
+    layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
+    return declare(state, UpdateSettings.of(config), sampling=make_sampling(config),
+                   speculation=make_speculation(config), batching=make_batching(config), layout=layout,
+                   advantage=config.grpo.advantage)
+
+
+def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: PromptBatch, k: int | Schedule,
+             compile: Callable[[str, jax.stages.Wrapped, tuple], Any] | None = None) -> tuple[Step, dict[str, Any]]:
+    """The step with every program compiled, for one k and one shape of the prompts. Nothing runs.
+
+    Args:
+      state, reference, prompts: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+      compile: from a program's name, its jit and its arguments to a `jax.stages.Compiled`; None: for the devices here.
+
+    Returns (step, the `jax.stages.Compiled`s by name).
+    """
+    compile = compile or (lambda name, program, arguments: program.lower(*arguments).compile())
+    programs: dict[str, Any] = {}
+
+    def made(name: str, *arguments: Any) -> Any:
+        """What the program of that name gives, as shapes."""
+        programs[name] = compile(name, getattr(step, name), arguments)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding,
+                                                           weak_type=x.weak_type), programs[name].out_info)
+
+    policy = made("reshard", state.policy)
+    out = to_learn_from(made("rollout", policy, state.draft, prompts, step.sampling, k))
+    if step.draft is not None:
+        made("draft", state, prompts, out)
+    out = out.replace(trunk=None)
+    if step.remember is not None:
+        made("remember", state.draft, prompts, out)
+    rows = out.lengths.shape
+    rewards = jax.ShapeDtypeStruct(rows, np.float32, sharding=placement(rows, "rollout", "batch"))
+    made("update", state, reference, prompts, out, rewards)
+
+    def rollout(policy, draft, prompts, sampling, _):
+        return programs["rollout"](policy, draft, prompts, sampling)
+
+    return dataclasses.replace(step, **programs | {"rollout": rollout}), programs

@@ -10,7 +10,8 @@ too, and the draft follows it.
 import jax
 
 import jspec
-from jspec.rl.update import UpdateSettings, init_state, learned_from, make_batch, update_draft
+from jspec.rl.batch import make_batch
+from jspec.rl.update import UpdateSettings, init_state, learned_from, update_draft
 
 CONFIG = jspec.ModelConfig(vocab_size=12, hidden_size=32, intermediate_size=64, num_layers=1,
                            num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.3,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import numpy as np
@@ -32,9 +32,11 @@ from jspec.speculate.types import Schedule
 
 
 class Graded(Protocol):
-    """What grading a rollout gives: rewards float32 [N], on the host."""
+    """What grading a rollout gives."""
 
-    rewards: np.ndarray
+    @property
+    def rewards(self) -> np.ndarray:
+        """float32 [N], on the host."""
 
 
 class Taken(NamedTuple):
@@ -170,7 +172,7 @@ def declared(config: Config, state: TrainState) -> Step:
     layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
     return declare(state, UpdateSettings.of(config), sampling=make_sampling(config),
                    speculation=make_speculation(config), batching=make_batching(config), layout=layout,
-                   advantage=config.grpo.advantage)
+                   advantage=cast(AdvantageForm, config.grpo.advantage))
 
 
 def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: PromptBatch, k: int | Schedule,

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 
+from jspec.errors import shortened
 from jspec.rl import math_response
 from jspec.rl.math_reading import Answer, Equation, Formula, Group, Number, Numeral, Words, leaves, read
 from jspec.rl.math_spelling import spell, squeeze
@@ -90,8 +91,8 @@ def check_gold(answer: str) -> None:
     try:
         read_gold(answer)
     except ValueError as error:
-        raise ValueError(f"math_verify cannot read the answer {answer!r}: {error}; write the value, or words as "
-                         "\\text{...}") from None
+        raise ValueError(f"math_verify cannot read the answer {shortened(repr(answer))}: {error}; write the value, or "
+                         "words as \\text{...}") from None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -48,6 +48,7 @@ TOKEN = re.compile(r"""
   | (?P<other> . )""", re.VERBOSE | re.DOTALL)
 LAYOUT: list[tuple[re.Pattern, Any]] = [(re.compile(pattern, re.DOTALL), replacement) for pattern, replacement in [
     (r"\\\[.*?\\\]|\$\$.*?\$\$|\\begin\{.*?\\end\{", lambda match: match[0].replace("\n", " ")),
+    (r"\\f?box(?:ed)?[ \t]+(?=[-+]?\d)", ""),  # without braces
     (r"(?m)^[ \t]*[-*+•][ \t]+", ""),  # of a list
     (r"(?<![\w)}])\*\*|\*\*(?![\w({\\]|-\d)", ""),  # bold; 2**3 stays
     (r"(?i)(?<!\w)(?:(?:a )?negative|minus) +(?=[\d.])", "-"),

@@ -37,6 +37,7 @@ REWRITES: list[tuple[re.Pattern, Any]] = [(re.compile(pattern), replacement) for
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt ?(\d+|[a-z](?![A-Za-z]))", r"\\sqrt{\1}"),
     (r"\\(langle|rangle)(?![A-Za-z])", lambda match: "⟨" if match[1] == "langle" else "⟩"),
+    (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
     (r"\s+", " "),
     (r"(?<=\d) and (a|one|two|three) (half|third|quarter)s?(?![A-Za-z])",
      lambda match: f" {PARTS[match[1]]}/{PARTS[match[2]]}"),

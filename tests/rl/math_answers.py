@@ -80,6 +80,7 @@ ANSWERS = {  # answer: what is near and wrong
     "C": ["B", "(D)", "3", "circle"],
     r"\text{(E)}": ["(A)", "5"],
     r"\emptyset": ["0", r"\mathbb{R}"],
+    r"\varnothing": ["0", "1"],
     r"\mathbb{R}": ["0", r"\emptyset", r"\mathbb{Z}"],
     r"\infty": [r"-\infty", "0", "1"],
     r"213_4": ["213", "4", "213_5", "39"],

@@ -32,7 +32,7 @@ RULES = {  # kind: (response, answer, is it right?)
         (r"$\boxed{42}$, as 17 + 26 = 43.", "42", 1), (r"\boxed{}", "42", 0), (r"\fbox{42}", "42", 1),
         (r"\boxed{\frac{1}{2}} <answer>3</answer>", "0.5", 1), (r"\boxed{\{1, 2\}}", r"\{1, 2\}", 1),
         ("<answer>42", "42", 0),
-        (r"\boxed{17 + 25 = 42}", "42", 1), (r"\boxed{\boxed{42}}", "42", 1),
+        (r"\boxed{17 + 25 = 42}", "42", 1), (r"\boxed{\boxed{42}}", "42", 1), (r"So $\boxed 42$.", "42", 1),
         ("<answer>4</answer> or <answer>5</answer>", "5", 1),
     ],
     "numbers": [
@@ -159,6 +159,17 @@ def test_answers_that_are_refused(answer, why):
         check_gold(answer)
     with pytest.raises(ValueError, match="of the prompt 'Which one"):
         math_verify("Which one?", "1", answer)
+
+
+@pytest.mark.parametrize("said", [r"\emptyset", r"\varnothing", r"\{ \}", "∅"])
+def test_the_empty_set_has_many_signs(said):
+    assert math_verify("p", rf"\boxed{{{said}}}", r"\varnothing") == math_verify("p", f"${said}$", r"\emptyset") == 1
+
+
+def test_a_refused_answer_is_shown_in_short():
+    with pytest.raises(ValueError) as said:
+        check_gold("9" * 2000)
+    assert len(str(said.value)) < 300
 
 
 def test_computer_algebra_is_not_asked_what_it_could_not_bound(monkeypatch):

@@ -244,6 +244,11 @@ def _checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str
         quote = isinstance(value, list | dict) and _fit("", field.type) is not _MISFIT
         hint = f"; text with such characters needs quotes, as in {dotted}='\"...\"'" if quote else ""
         raise InputError(f"{origin[dotted]}: '{dotted}' must be {expected}, not {shortened(_show(value))}{hint}")
+    if isinstance(fitted, dict):
+        for key in fitted:
+            if fitted[key] is None and ":" in str(key):  # YAML's own rule, and nobody means the key that it makes
+                raise InputError(f"{origin[dotted]}: '{dotted}' has the key {shortened(repr(key))} without a value; "
+                                 "write a blank after the colon, as in {size: 1}")
     return _at_home(fitted, f"{origin.get(dotted, 'the defaults')}: '{dotted}'") if field.metadata["path"] else fitted
 
 

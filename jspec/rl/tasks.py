@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jspec.errors import InputError
+from jspec.errors import InputError, shortened
 from jspec.rl.processes import run_module
 
 PREFIX = "reasoning_gym:"
@@ -25,6 +25,8 @@ DEFAULT_SIZE = 1024
 """Questions in one epoch of a task whose `size` is not given."""
 UNREPEATABLE = {"codeio": "its questions are outputs of programs that read the clock"}
 """Tasks whose questions are not decided by the seed, and why."""
+MOST_QUESTIONS = 10**8
+"""Of a task: the order of all of them is held in memory."""
 REMEMBERED = 16
 """By how many questions a task's are known again."""
 
@@ -56,6 +58,8 @@ class ReasoningGym(Sequence):
         for name in ("seed", "size"):  # what a task says of another type names neither
             if not isinstance(value := self.options.get(name, 0), int) or isinstance(value, bool):
                 raise InputError(f"data.options.{name}={value!r} of {task!r} must be a whole number")
+        if self.options["size"] > MOST_QUESTIONS:
+            raise InputError(f"data.options.size={self.options['size']} of {task!r} must be at most {MOST_QUESTIONS}")
         if importlib.util.find_spec("reasoning_gym") is None:
             import_gym()
         self.lock = threading.Lock()
@@ -126,9 +130,23 @@ def check_repeatable(task: str, options: Mapping[str, Any]) -> None:
     if options.get("seed", 0) is None:
         raise InputError(f"data.options: the seed of {task!r} is null, and it asks other questions at every start; "
                          "give a number, or leave it out for the run's own")
-    for part in options.get("datasets") or () if task == "composite" else ():
-        if isinstance(part, Mapping):
-            check_repeatable(part.get("name"), part.get("config") or {})
+    for part in parts_of(task, options):
+        check_repeatable(part["name"], part["config"])
+
+
+def parts_of(task: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tasks that `composite` is made of, and none of any other: of each name, weight and config. Raises InputError
+    for what describes none."""
+    given = options.get("datasets", []) if task == "composite" else []
+    parts = [{"weight": 1.0, "config": {}} | part if isinstance(part, dict) else {} for part in given] if isinstance(
+        given, list | tuple) else [{}]
+    if any(part.keys() != {"name", "weight", "config"} or not isinstance(part["name"], str)
+           or not isinstance(part["config"], dict) for part in parts):
+        raise InputError(f"the reasoning_gym task {task!r} refuses data.options={shortened(str(options))}: datasets "
+                         "must be a list of {name: a task, weight: 1, config: {...}}, the last two as needed")
+    if task in [part["name"] for part in parts]:
+        raise InputError(f"data.options.datasets: {task!r} cannot be a part of itself; name its parts one by one")
+    return parts
 
 
 def create(task: str, options: Mapping[str, Any]):
@@ -137,11 +155,10 @@ def create(task: str, options: Mapping[str, Any]):
     if task not in gym.factory.DATASETS:
         close = difflib.get_close_matches(task, gym.factory.DATASETS, n=1)
         raise InputError(f"reasoning_gym has no task {task!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    parts = parts_of(task, options)
     try:
-        if task == "composite" and "datasets" in options:  # its parts have a class of their own
-            parts = [gym.composite.DatasetSpec(**{"weight": 1.0, "config": {}} | part) for part in options["datasets"]]
-            options = {**options, "datasets": parts}
-        return gym.create_dataset(task, **options)
+        own = {"datasets": [gym.composite.DatasetSpec(**part) for part in parts]} if parts else {}  # their own class
+        return gym.create_dataset(task, **{**options, **own})
     except Exception as error:  # every task checks its options in its own way: TypeError, AssertionError, ValueError
         raise InputError(f"the reasoning_gym task {task!r} refuses data.options={dict(options)}: {error}") from error
 

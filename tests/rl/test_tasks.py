@@ -127,6 +127,9 @@ def test_a_wide_seed_is_used_whole():
         ("say", {"depth": 3}, "task 'say' refuses data.options=.*'depth'"),
         ("say", {"limit": 0}, "task 'say' refuses data.options=.*limit must be positive"),
         ("composite", {"datasets": [{"nome": "say"}]}, "task 'composite' refuses data.options=.*'nome'"),
+        *[("composite", {"datasets": given}, "refuses data.options=.*: datasets must be a list of {name")
+          for given in (5, "say", {"a": 1}, [3], [{"weight": 1}], [{"name": ["say"]}], [{"name": "say", "config": 3}])],
+        ("composite", {"datasets": [{"name": "composite", "config": {}}]}, "'composite' cannot be a part of itself"),
     ],
 )
 def test_mistakes(gym, task, options, message):
@@ -139,6 +142,10 @@ def test_mistakes_are_told_by_the_process(gym):
         ReasoningGym("chainsum", {"seed": 0})
     with pytest.raises(InputError, match="data.options.size=0 leaves 'say' without questions"):
         ReasoningGym("say", {"seed": 0, "size": 0})
+    with pytest.raises(InputError, match="data.options.size=9223372036854775808 of 'say' must be at most 100000000"):
+        ReasoningGym("say", {"seed": 0, "size": 2**63})
+    with pytest.raises(InputError, match="datasets must be a list of"):
+        ReasoningGym("composite", {"seed": 0, "datasets": 5})
     for options in ({"size": 2.5}, {"size": None}, {"seed": "x"}, {"seed": True}):
         with pytest.raises(InputError, match=f"data.options.{next(iter(options))}=.* of 'say' must be a whole number"):
             ReasoningGym("say", {"seed": 0} | options)

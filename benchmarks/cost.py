@@ -87,10 +87,10 @@ def show(name: str, costs: Costs, title: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns the result, which is what `--json` writes. Raises InputError for a mistake of the user's."""
     args = parse(arguments)
-    source = open_source(args.model, [], args.dtype)
+    source = open_source(args.model, [], args.dtype, bench_drafts.kinds(args))
     texts = [record["prompt"] for record in read_jsonl(args.prompts, ("prompt",), "--prompts")]
     prompts = bench_drafts.encode(texts[:max(args.rows)], source.tokenizer)
-    paths = ({} if source.draft is None else {source.draft.config.name: args.model}) | dict(args.draft_path)
+    paths = bench_drafts.paths_of_run(args, source) | dict(args.draft_path)
     makers = {name: bench_drafts.choose_draft(name, source.shape, args.model, paths) for name in args.drafts}
     with telling(f"loading {args.model}"):
         policy = source.load_finite()

@@ -35,7 +35,7 @@ from jspec.drafts.parts.losses import LOSSES
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import Output, screen
-from jspec.prepare import make_policy, make_tokenizer
+from jspec.prepare import make_policy, make_tokenizer, named_drafter
 from jspec.rl.update import draft_optimizer
 from jspec.settings import refuse_changes
 
@@ -62,7 +62,7 @@ def trained(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: lis
             seed: int) -> tuple[Draft, list[float]]:
     """The draft after `steps` steps on loss `kind`, and the seconds that each of them took."""
     optimizer = draft_optimizer(config.draft.optimizer, stages.schedule(config, steps), config.draft.clip)
-    learn = jax.jit(partial(stages.step_of, draft.module, draft.config, optimizer, kind))
+    learn = jax.jit(partial(stages.step_of, draft.drafter, draft.config, optimizer, kind))
     saved, seconds = {"weights": draft.weights, "opt": jax.jit(optimizer.init)(draft.weights)}, []
     for chosen in itertools.islice(stages.order(rows, config.training.rows, seed), steps):
         batch, begin = stages.pack([rows[i] for i in chosen]), time.perf_counter()
@@ -73,7 +73,7 @@ def trained(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: lis
 
 def measured(policy: Policy, draft: Draft, rows: list, size: int) -> dict[str, Any]:
     """Mean overlap at every depth where these answers went, and the tokens a cycle that it promises at k = depths."""
-    overlaps = jax.jit(lambda draft, policy, batch: draft.module.loss(policy, draft, batch, "kl")[1:])
+    overlaps = jax.jit(lambda draft, policy, batch: draft.drafter.loss(policy, draft, batch, "kl")[1:])
     total, count = 0.0, 0.0
     for at in range(0, len(rows), size):
         batch = stages.pack(rows[at:at + size])
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.steps < 1 or args.seeds < 1:
         raise InputError(f"--steps {args.steps} --seeds {args.seeds}: give at least 1 of each")
     policy = make_policy(config, make_tokenizer(config))
-    draft = jspec.load_draft(policy, args.start or args.directory)
+    draft = jspec.load_draft(policy, args.start or args.directory, named_drafter(config))
     every = samples.read(args.directory / "samples")
     if len(every) <= HELD_OUT:
         raise InputError(f"{args.directory / 'samples'} has {len(every)} answers, and more than {HELD_OUT} are needed; "
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         better, seconds = trained(config, policy, draft, rows, kind, args.steps, seed)
         records.append({"loss": kind, "seed": seed, "steps": args.steps, "step_seconds": statistics.median(seconds),
                         **measured(policy, better, held_out, size)})
-        title = f"{config.model.name}, {draft.config.name}, {args.steps} steps of {size} answers"
+        title = f"{config.model.name}, {draft.name}, {args.steps} steps of {size} answers"
         measure.write_json(args.json, measure.report(records, overrides=args.overrides))
     show(records, title)
     if args.plot:

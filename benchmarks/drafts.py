@@ -34,6 +34,7 @@ from benchmarks.options import (
     PLAIN,
     add_listed,
     drafter,
+    named_drafter,
     one_of,
     open_results,
     split_options,
@@ -50,7 +51,7 @@ from jspec.prepare import BENCH_KEY, DRAFT_KEY, check_fresh_draft, fresh_draft, 
 from jspec.progress import telling
 from jspec.rl.encode import encode_prompt
 from jspec.rl.records import read_jsonl
-from jspec.sources import open_source
+from jspec.sources import Source, open_source
 from jspec.speculate.cycle import RULES
 
 HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"
@@ -73,7 +74,7 @@ def named_path(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (equals and path):
         raise argparse.ArgumentTypeError(f"must be NAME=DIR, not {text!r}")
-    return one_of("drafter", jspec.drafts.NAMES)(name), path
+    return named_drafter()(name), path
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -143,6 +144,16 @@ def trained(name: str, model_name: str, paths: dict[str, str]) -> str | None:
     return paths.get(name, model_name if shipped(model_name, name) else None)
 
 
+def kinds(args: argparse.Namespace) -> list[str]:
+    """The drafters that are asked for, without their options."""
+    return [split_options(name)[0] for name in args.drafts if name != PLAIN]
+
+
+def paths_of_run(args: argparse.Namespace, source: Source) -> dict[str, str]:
+    """The run itself as where the weights of its own drafter are."""
+    return {name: args.model for name in kinds(args) if source.holds(name)}
+
+
 def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str]) -> Callable[[Policy], Draft | None]:
     """What makes the drafter `name` of the policy (training layout): trained weights from `paths`, else those that ship
     with jspec, else (and always where it has options) fresh ones, with a warning where there would be something to
@@ -150,17 +161,18 @@ def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str
     that the drafter does not take."""
     if name == PLAIN:
         return lambda policy: None
-    path = trained(name, model_name, paths)
+    path, (kind, options) = trained(name, model_name, paths), split_options(name)
+    label = f"--drafts {kind}"
+    made_by = jspec.drafts.find(kind, label)
     if path is None:
-        kind, options = split_options(name)
-        label = f"--drafts {kind}"
-        if check_fresh_draft(shape, kind, options, label).module.loss is not None:
+        check_fresh_draft(shape, made_by, options, label)
+        if made_by.loss is not None:
             print(f"jspec: the {name} draft for {model_name} is untrained: few of its tokens will be accepted; give a "
                   f"trained one with --draft-path {name}=DIR", file=sys.stderr)
-        return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), name=kind, options=options, label=label)
-    draft = jspec.load_draft(shape, path)
-    if draft.config.name != name:
-        raise InputError(f"--draft-path {name}={path} holds a draft of the kind {draft.config.name}")
+        return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), drafter=made_by, options=options, label=label)
+    draft = jspec.load_draft(shape, path, made_by)
+    if draft.name != made_by.name:
+        raise InputError(f"--draft-path {name}={path} holds a draft of the kind {draft.name}")
     return lambda policy: draft
 
 
@@ -194,7 +206,7 @@ def rollout_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str,
 
 
 def features_of(draft: Draft | None) -> tuple[int, ...]:
-    return () if draft is None else draft.module.features(draft.config)
+    return () if draft is None else draft.drafter.features(draft.config)
 
 
 def part_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None], variants: list[Variant],
@@ -358,10 +370,10 @@ def draw(records: list[dict[str, Any]], title: str, written: Output) -> None:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Returns the records, which are what `--json` writes. Raises InputError for a mistake of the user's."""
     args = parse(arguments)
-    texts, source = read_texts(args), open_source(args.model, [], args.dtype)
+    texts, source = read_texts(args), open_source(args.model, [], args.dtype, kinds(args))
     prompts = encode(texts, source.tokenizer)
     check_positions(args, source.shape.config, prompts)
-    paths = ({} if source.draft is None else {source.draft.config.name: args.model}) | args.draft_path
+    paths = paths_of_run(args, source) | args.draft_path
     makers = {name: choose_draft(name, source.shape, args.model, paths)
               for name in dict.fromkeys((PLAIN, *args.drafts))}
     with telling(f"loading {args.model}"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from benchmarks.options import open_results
 from jspec import cli
 from jspec.checkpoint import load_run
 from jspec.config import DRAFTERS, Config, load_config
-from jspec.drafts import Draft
+from jspec.drafts import Draft, find
 from jspec.errors import InputError
 from jspec.metrics import read_records
 from jspec.model import Policy
@@ -37,13 +36,14 @@ from jspec.prepare import (
     make_sampling,
     make_speculation,
     make_tokenizer,
+    named_drafter,
     purpose_key,
     purpose_seed,
 )
 from jspec.rl.prompts import PromptData
 from jspec.train import train
 
-LEARNERS = [name for name in DRAFTERS if importlib.import_module(f"jspec.drafts.{name}").loss is not None]
+LEARNERS = [name for name in DRAFTERS if find(name).loss is not None]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -84,7 +84,7 @@ def run(config: Config, every: int, batches: int) -> Iterator[dict[str, Any]]:
     for step in [*range(every, config.steps, every), config.steps]:
         if train(dataclasses.replace(config, steps=step)):
             raise InputError(f"the run ended before step {step}; see what it says above")
-        _, policy, draft = load_run(config.output_dir)
+        _, policy, draft = load_run(config.output_dir, drafter=named_drafter(config))
         frozen = draft if frozen is None else frozen
         policy = jspec.reshard(policy)
         rewards = [record["reward"] for record in read_records(Path(config.output_dir) / "metrics.jsonl")]
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 1 <= args.every <= config.steps or args.batches < 1:
             raise InputError(f"--every {args.every} --batches {args.batches}: give at least 1, and no more than the "
                              f"{config.steps} steps of the run")
-        if not config.draft.train or config.draft.name not in LEARNERS:
+        if not config.draft.train or config.draft.name == "none" or named_drafter(config).loss is None:
             raise InputError(f"draft.name={config.draft.name} draft.train={str(config.draft.train).lower()}: nothing "
                              f"learns; give one of {', '.join(LEARNERS)}, and draft.train=true")
         if config.speculation.k == "auto":  # the same for both drafts, whatever they are worth

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jspec import cli, yaml_text
+from jspec import cli, user_code, yaml_text
 from jspec.drafts import NAMES
 from jspec.errors import InputError
 from jspec.output import open_output
@@ -29,11 +29,24 @@ def one_of(what: str, known: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
+def named_drafter(*others: str) -> Callable[[str], str]:
+    """A parser of drafters without options: jspec's own, a user's `path/to/file.py:NAME`, and `others`."""
+    def parse(text: str) -> str:
+        return text if user_code.split(text) else one_of("drafter", (*others, *NAMES))(text)
+    return parse
+
+
+def _parts(draft: str) -> list[str]:
+    """[name, option, ...] of a drafter with options, whose name may be `path/to/file.py:NAME`."""
+    name, *rest = draft.split(":")
+    return [f"{name}:{rest[0]}", *rest[1:]] if name.endswith(".py") and rest else [name, *rest]
+
+
 def drafter(*others: str) -> Callable[[str], str]:
     """A parser of drafters with or without options, as in self:bits=4, and of `others`, which have none."""
     def parse(text: str) -> str:
-        name, *options = text.split(":")
-        one_of("drafter", (*others, *NAMES))(name)
+        name, *options = _parts(text)
+        named_drafter(*others)(name)
         try:
             split_options(text)
             wrong = bool(options) and name in others
@@ -47,7 +60,7 @@ def drafter(*others: str) -> Callable[[str], str]:
 
 def split_options(draft: str) -> tuple[str, dict[str, Any]]:
     """`self:bits=4` as ("self", {"bits": 4}). Raises InputError if an option is no key=value of YAML."""
-    name, *options = draft.split(":")
+    name, *options = _parts(draft)
     made = {}
     for option in options:
         key, equals, text = option.partition("=")

@@ -25,7 +25,7 @@ from pallas_kernels.rejection_sampling import Verdict
 
 def prepare(policy: Policy, draft: Draft | None) -> Draft | None:
     """The draft as cycles use it."""
-    return None if draft is None else draft.module.prepare(policy, draft)
+    return None if draft is None else draft.drafter.prepare(policy, draft)
 
 
 @partial(jax.jit, static_argnames="k")
@@ -79,7 +79,7 @@ def drafting(policy: Policy, draft: Draft, state: State, trunk: Trunk, key: jax.
         observation = Observation(trunk, tokens, rows.lengths, jnp.ones_like(rows.lengths))
         of = state.sequences
         at_end = jnp.arange(of.tokens.shape[1]) == rows.lengths[:, None]
-        state = state.replace(draft=draft.module.observe(policy, draft, after, observation),
+        state = state.replace(draft=draft.drafter.observe(policy, draft, after, observation),
                               sequences=of.replace(tokens=jnp.where(at_end, tokens[:, :1], of.tokens)),
                               cache=state.cache if proposal.cache is None else proposal.cache)
         return _one_longer(state, k), proposal.replace(cache=None)

@@ -30,7 +30,7 @@ from benchmarks import kernel_cases, measure, parts, synthetic
 from benchmarks.options import KERNELS_HELP, PLAIN, add_listed, drafter, open_results, split_options
 from benchmarks.shapes import SHAPES
 from jspec import cli
-from jspec.drafts import Draft
+from jspec.drafts import Draft, find
 from jspec.errors import InputError
 from jspec.kernels import KERNELS, choose, judge, picked
 from jspec.model import Policy, abstract_policy, to_rollout
@@ -89,7 +89,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in args.drafts:
         if name not in (PLAIN, SYNTHETIC):
             kind, options = split_options(name)
-            check_fresh_draft(abstract_policy(shape, args.dtype), kind, options, f"--drafts {kind}")
+            label = f"--drafts {kind}"
+            check_fresh_draft(abstract_policy(shape, args.dtype), find(kind, label), options, label)
     open_results(args)
     return args
 
@@ -116,9 +117,9 @@ def make_draft(name: str, policy: Policy) -> Draft | None:
     if name == PLAIN:
         return None
     if name == SYNTHETIC:
-        return synthetic.free(policy)
+        return synthetic.free.init(policy)
     kind, options = split_options(name)
-    return fresh_draft(policy, jax.random.key(1), kind, options, f"--drafts {kind}")
+    return fresh_draft(policy, jax.random.key(1), find(kind), options, f"--drafts {kind}")
 
 
 def make_batch(args: argparse.Namespace, policy: Policy, size: int) -> jspec.PromptBatch:

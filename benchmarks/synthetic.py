@@ -5,16 +5,12 @@ infinity (refuse), drawn with the given probability for each position of the blo
 rule still runs, and so does the drafter, so times are the real ones.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import jax.numpy as jnp
-from flax import struct
 
-from jspec.drafts import Draft
-from jspec.drafts.base import Proposal
+from jspec.drafts.base import Draft, Drafter, Proposal
 from jspec.model import ModelConfig, Policy
 from jspec.speculate.cycle import RULES
 from pallas_kernels.noise import rejection_noise
@@ -39,44 +35,18 @@ def add_rule(acceptance: Sequence[float]) -> str:
 @dataclass(frozen=True)
 class FreeConfig:
     policy: ModelConfig
-    name: str = "synthetic"
 
 
-@struct.dataclass
-class FreeDraft(Draft):
-    """A drafter that costs nothing: it proposes token 1. What a cycle takes with it is the verification alone."""
-
-    @property
-    def module(self) -> ModuleType:
-        return sys.modules[__name__]
-
-
-def free(policy: Policy) -> FreeDraft:
-    return FreeDraft(weights={}, state={}, config=FreeConfig(policy.config))
-
-
-def features(config):
-    return ()
-
-
-def specs(config):
-    return {}
-
-
-def prepare(policy, draft):
-    return draft
-
-
-def start(policy, draft, prefill):
-    return {}, ()
+def init(policy: Policy, key=None) -> Draft:
+    """Of a drafter that costs nothing: it proposes token 1. What a cycle takes with it is the verification alone."""
+    return Draft(weights={}, state={}, config=FreeConfig(policy.config), drafter=free)
 
 
 def propose(policy, draft, state, committed, sampler):
     return Proposal(jnp.ones((committed.lengths.shape[0], sampler.k), jnp.int32)), state
 
 
-def observe(policy, draft, state, observation):
-    return state
+free = Drafter("free", FreeConfig, init, propose)
 
 
 def expected_length(acceptance: Sequence[float], k: int) -> float:

@@ -197,9 +197,9 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> No
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns the result, which is what `--json` writes. Raises InputError for a mistake of the user's."""
     args = parse(arguments)
-    source = open_source(args.model, [], args.dtype)
+    source = open_source(args.model, [], args.dtype, bench_drafts.kinds(args))
     prompts, variants = read_prompts(args, source.tokenizer), bench_drafts.make_variants(args)
-    paths = {} if source.draft is None else {source.draft.config.name: args.model}
+    paths = bench_drafts.paths_of_run(args, source)
     makers = {name: bench_drafts.choose_draft(name, source.shape, args.model, paths)
               for name in dict.fromkeys((PLAIN, *args.drafts))}
     with telling(f"loading {args.model}"):

@@ -23,7 +23,7 @@ from jspec import checksums, formats
 from jspec.choosing import Plan
 from jspec.config import Config, load_config
 from jspec.distributed import any_process, on_main
-from jspec.drafts import Draft
+from jspec.drafts import Draft, Drafter, known
 from jspec.drafts.base import config_from_fields, model_config, unlike
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, abstract_policy, param_specs
@@ -93,7 +93,12 @@ def _draft_meta(draft: Draft) -> dict:
     fields = dataclasses.asdict(draft.config)
     del fields["policy"]
     state = jax.tree.map(lambda x: {"shape": list(x.shape), "dtype": str(x.dtype)}, draft.state)
-    return {"config": fields, "state": state}
+    return {"drafter": draft.name, "config": fields, "state": state}
+
+
+def _drafter_name(meta: dict) -> Any:
+    """The name of a draft's drafter (of its `meta`, which may hold anything), which once was in its config."""
+    return meta["drafter"] if "drafter" in meta else meta["config"]["name"]
 
 
 def _abstract(tree: Any) -> Any:
@@ -265,8 +270,8 @@ def _check_same(folder: Path, meta: dict, state: TrainState) -> None:
     """Raise InputError if a checkpoint is of another model, or another drafter, than the state is."""
     with _meaning(folder.parent.parent):
         difference = unlike(model_config(meta["model"]), state.policy.config)
-    theirs = (meta.get("draft") or {}).get("config", {}).get("name", "none") if "draft" in meta else None
-    ours = "none" if state.draft is None else state.draft.config.name
+        theirs = None if "draft" not in meta else _drafter_name(meta["draft"]) if meta["draft"] else "none"
+    ours = "none" if state.draft is None else state.draft.name
     if not difference and theirs not in (None, ours):
         difference = f"its draft is {theirs}, the configuration's is {ours}"
     if difference:
@@ -375,8 +380,12 @@ def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
     return policy.replace(weights=_restore(run_dir, policy=ocp.args.StandardRestore(wanted))["policy"])
 
 
-def load_draft(run_dir: str | Path) -> Draft | None:
-    """The draft of a run's latest checkpoint, or None if the run had none. Raises as `load_policy` does."""
+def load_draft(run_dir: str | Path, drafter: Drafter | None = None) -> Draft | None:
+    """The draft of a run's latest checkpoint, or None if the run had none.
+
+    drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`). Raises as `load_policy` does, and
+    InputError for a draft of another drafter: no file is run because a checkpoint names it.
+    """
     if run_config(run_dir).draft.name == "none":
         return None
     meta = _meta(run_dir)
@@ -384,24 +393,30 @@ def load_draft(run_dir: str | Path) -> Draft | None:
         raise InputError(f"the draft of {run_dir} was saved by an earlier jspec, which did not say what it was; train "
                          "it anew")
     with _meaning(run_dir):
-        fields = dict(meta["draft"]["config"])
-        draft = Draft(weights={}, state={}, config=config_from_fields(fields["name"], {**fields,
-                                                                                      "policy": meta["model"]}))
+        fields, name = dict(meta["draft"]["config"]), _drafter_name(meta["draft"])
+    try:
+        drafter = known(name, drafter)
+    except InputError as error:
+        raise InputError(f"the draft of {run_dir}: {error}") from None
+    with _meaning(run_dir):
+        config = config_from_fields(drafter, {**fields, "policy": meta["model"]})
+        draft = Draft(weights={}, state={}, config=config, drafter=drafter)
         state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(tuple(s["shape"]), s["dtype"], sharding=_everywhere()),
                              meta["draft"]["state"], is_leaf=lambda s: isinstance(s, dict) and "shape" in s)
-    weights = _placed(draft.module.specs(draft.config), draft.config.policy)
+    weights = _placed(draft.drafter.specs(draft.config), draft.config.policy)
     if not jax.tree.leaves((weights, state)):
         return draft
     items = _restore(run_dir, draft=ocp.args.StandardRestore({"weights": weights, "state": state}))
     return draft.replace(**items["draft"])
 
 
-def load_run(run_dir: str | Path, overrides: Sequence[Override] = (), dtype: str | None = None) -> tuple:
-    """(Config, Policy, Draft or None) of a run's latest checkpoint; see `load_policy` and `run_config`.
+def load_run(run_dir: str | Path, overrides: Sequence[Override] = (), dtype: str | None = None,
+             drafter: Drafter | None = None) -> tuple:
+    """(Config, Policy, Draft or None) of a run's latest checkpoint; see `load_policy`, `load_draft` and `run_config`.
 
     Raises InputError for a draft that is not finite, too.
     """
-    config, policy, draft = run_config(run_dir, overrides), load_policy(run_dir, dtype), load_draft(run_dir)
+    config, policy, draft = run_config(run_dir, overrides), load_policy(run_dir, dtype), load_draft(run_dir, drafter)
     if draft is not None:
         draft.check_finite(run_dir)
     return config, policy, draft

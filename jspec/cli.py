@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jspec import user_code
 from jspec.config import DRAFTERS, MOST_SAMPLES, RULES, SEED_HIGH
 from jspec.errors import InputError, shortened
 from jspec.stopping import terminate_by_exception
@@ -55,6 +56,14 @@ def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], A
                                              if value > high else f"must be {what} of at least {low}, not {text!r}")
         return value
     return parse
+
+
+def drafter(text: str) -> str:
+    """A parser of drafters' names and `none`."""
+    if text not in (*DRAFTERS, "none") and user_code.split(text) is None:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DRAFTERS)}, none, {user_code.EXAMPLE}, not "
+                                         f"{text!r}")
+    return text
 
 
 def keys_help(kind: str) -> str:
@@ -139,8 +148,9 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--prompt", required=True, help="what to answer")
     made.add_argument("--system", metavar="TEXT", help="system message of the chat")
     made.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
-    made.add_argument("--draft", choices=(*DRAFTERS, "none"), help="the drafter (default: the trained one of a "
-                      "run's output_dir, or the one that ships for the model; ngram otherwise)")
+    made.add_argument("--draft", type=drafter, metavar="NAME", help=f"the drafter: {', '.join(DRAFTERS)}, none, or "
+                      f"your own, {user_code.EXAMPLE} (default: the trained one of a run's output_dir, or the one that "
+                      "ships for the model; ngram otherwise)")
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
     made.add_argument("--rule", choices=RULES, default="coupled", help="coupled: the autoregressive tokens themselves, "
                       "so that both texts are one; rejection, block: exact in distribution, drafts judged one by one "
@@ -166,7 +176,7 @@ def _add_eval(made: Parser) -> None:
     made.add_argument("--batch", type=int, default=8, help="prompts decoded together (default: 8)")
     made.add_argument("--json", metavar="FILE", help="write the result as JSON, '-' for stdout")
     made.add_argument("--run-code", action="store_true", help="run the Python file that a run's own config names as "
-                      "its reward")
+                      "its reward or its drafter")
 
 
 def _computing(handler: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

@@ -45,7 +45,7 @@ class Timed:
 
 def time_rollout(policy: Policy, draft: Draft | None, batch, sampling, speculation) -> Timed:
     """Runs twice, with the clock on the second: the first one compiles."""
-    how = "one token at a time" if draft is None else f"with {draft.config.name} drafts"
+    how = "one token at a time" if draft is None else f"with {draft.name} drafts"
     for doing in ("compiling, then decoding", "timing: decoding"):
         with telling(f"{doing} {how}"):
             start = time.perf_counter()
@@ -59,7 +59,8 @@ def rollout(arguments) -> int:
     overrides = [(f"sampling.{key}", getattr(arguments, key))
                  for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
     overrides += [(f"speculation.{name}", getattr(arguments, name)) for name in ("k", "rule", "kernels")]
-    source = open_source(arguments.model, overrides, arguments.dtype)
+    wanted = None if arguments.draft is None else (arguments.draft,)
+    source = open_source(arguments.model, overrides, arguments.dtype, wanted)
     make_draft = choose_draft(source, arguments.draft)
     tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
     batch = jspec.PromptBatch.from_tokens([tokens], group_size=arguments.samples, seed=arguments.seed)
@@ -80,7 +81,7 @@ def rollout(arguments) -> int:
     if fast is not None:
         exact = arguments.rule == "coupled" or arguments.temperature == 0
         same = f" ({compare(plain.rollout, fast.rollout)})" if exact else " (another sample of the same distribution)"
-        console.print(Panel(text(fast), title=draft.config.name + same, title_align="left"))
+        console.print(Panel(text(fast), title=draft.name + same, title_align="left"))
     console.print(speed_table(plain, fast, draft, arguments.k))
     return 0
 
@@ -107,7 +108,7 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
 
     table = Table(show_edge=False)
     table.add_column("")
-    columns = [("autoregressive", plain)] + ([(f"{draft.config.name}, k = {k}", fast)] if fast else [])
+    columns = [("autoregressive", plain)] + ([(f"{draft.name}, k = {k}", fast)] if fast else [])
     for title, _ in columns:
         table.add_column(title, justify="right")
     # of other texts, shorter or longer ones, only seconds a token can be compared
@@ -129,7 +130,7 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
 def export(arguments) -> int:
     """`jspec export`: a model, or a run's last checkpoint, as a directory that transformers loads."""
     new_directory(arguments.directory)
-    source = open_source(arguments.source, [])
+    source = open_source(arguments.source, [], drafters=())
     config_to_hf(source.shape.config)
     with telling(f"loading {arguments.source}"):
         policy = source.load()
@@ -143,7 +144,7 @@ def export_draft(arguments) -> int:
     """`jspec draft export`: a draft in the layout that others publish."""
     if not (path("directory", arguments.directory) / "config.json").exists():  # no model's, which a head may join
         new_directory(arguments.directory)
-    source = open_source(arguments.model, [])
+    source = open_source(arguments.model, [], drafters=())
     with telling(f"loading {arguments.draft}"):
         draft = jspec.load_draft(source.shape, arguments.draft)
     print(publish(draft, arguments.directory, arguments.layout, hub_id(arguments.model)))

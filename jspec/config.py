@@ -14,9 +14,9 @@ from jspec import settings
 from jspec.errors import InputError
 from jspec.settings import Override, setting
 
-# Every file in drafts/ is a drafter; listed without importing them, for they import JAX.
+# Every other file in drafts/ is a drafter; listed without importing them, for they import JAX.
 _DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
-DRAFTERS = tuple(sorted(m.name for m in _DRAFT_FILES if m.name != "base" and not m.ispkg))
+DRAFTERS = tuple(sorted(m.name for m in _DRAFT_FILES if m.name not in ("base", "types") and not m.ispkg))
 # of `speculate.cycle.RULES` and `speculate.types.PromptBatch`, for the same reason
 MOST_SAMPLES = 2**20
 RULES = ("rejection", "block", "coupled")
@@ -47,7 +47,7 @@ class TrainedModelSection(ModelSection):
 class DraftLearningSection:
     """The drafter, and how it learns."""
 
-    name: str = setting("mtp", "the drafter", choices=DRAFTERS)
+    name: str = setting("mtp", "the drafter, or your own", choices=DRAFTERS, file=True, path=True)
     path: str | None = setting(None, "a trained draft to start from: a model whose draft ships with jspec, a directory "
                                "of a published draft, or the output_dir of `jspec draft train` or of a run; null: a "
                                "fresh one", path=True)
@@ -66,7 +66,8 @@ class DraftLearningSection:
 class DraftSection(DraftLearningSection):
     """The drafter that makes rollouts fast; it never changes what they are distributed as."""
 
-    name: str = setting("mtp", "the drafter; none: plain autoregressive rollouts", choices=(*DRAFTERS, "none"))
+    name: str = setting("mtp", "the drafter, or your own; none: plain autoregressive rollouts",
+                        choices=(*DRAFTERS, "none"), file=True, path=True)
     train: bool = setting(True, "train the draft in the update step (where it has weights)")
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
     features: str = setting("update", "whose states of the policy the draft learns from. update: the update's own "

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ import numpy as np
 from jspec import __version__
 from jspec.compile_cache import kind_of_machine
 from jspec.distributed import fetch, from_main, is_main
-from jspec.drafts import Draft
+from jspec.drafts import Draft, Drafter
 from jspec.hub.names import cache_directory
 from jspec.kernels import picked
 from jspec.model import Policy
@@ -90,9 +91,17 @@ class Subject:
         mesh, policy, device = current_mesh(), self.params, jax.devices()[0]
         return repr((__version__, kind_of_machine(), device.platform, device.device_kind,
                      None if mesh is None else dict(mesh.shape), policy.config, policy.dtype, policy.layout,
-                     self.draft.config, shapes, self.batch.tokens.shape, self.batch.group_size, self.rows, self.length,
+                     self.draft.name, digest(self.draft.drafter), self.draft.config, shapes, self.batch.tokens.shape,
+                     self.batch.group_size, self.rows, self.length,
                      self.sampling.max_new_tokens, self.sampling.top_k, self.sampling.top_p is None,
                      self.speculation.rule, picked(self.speculation.kernels), self.speculation.states))
+
+
+def digest(drafter: Drafter) -> str:
+    """Of the files that a drafter's functions are in: what their programs cost is known for the code as it is."""
+    modules = (sys.modules.get(getattr(function, "__module__", None)) for function in drafter)
+    files = sorted({Path(module.__file__) for module in modules if getattr(module, "__file__", None)})
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
 
 
 @partial(jax.jit, static_argnames=("length", "speculation"))

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jspec
+from jspec import user_code
 from jspec.checkpoint import data_position, run_plan
 from jspec.config import MOST_SAMPLES
 from jspec.errors import InputError
@@ -28,7 +29,7 @@ from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_reward
 from jspec.settings import Override
 from jspec.sharding import batch_shards
-from jspec.sources import Source, open_source
+from jspec.sources import Source, open_source, overridden
 from jspec.speculate.arguments import check, check_batching
 
 PROMPTS = 64
@@ -48,7 +49,7 @@ def evaluate(arguments) -> int:
     if arguments.temperature is not None:
         overrides.append(("sampling.temperature", arguments.temperature))
     written = open_output(None if arguments.json == "-" else arguments.json, "--json")
-    source = open_source(arguments.source, overrides)
+    source = open_source(arguments.source, overrides, run_code=arguments.run_code)
     check_code(source, arguments.overrides, arguments.run_code)
     check_reward(source.config.reward.function, source.config.data.source)
     if source.draft is not None:
@@ -80,9 +81,9 @@ def check_code(source: Source, overrides: list[str], allowed: bool) -> None:
     """A folder that is opened for its weights runs no code: raise InputError if a run's own config names a file as its
     reward, unless that is allowed or the command line names one itself."""
     function = source.config.reward.function
-    if ".py:" not in function:
+    if user_code.split(function) is None:
         return
-    named = any(text.partition("=")[0].strip() == "reward.function" for text in overrides)
+    named = overridden("reward.function", overrides)
     if source.own is not None and function == source.own.reward.function and not (allowed or named):
         raise InputError(f"the config of {source.name} has its answers graded by {function}, which would run that "
                          "file: look at it, then give --run-code, or name a function with reward.function=...")

@@ -8,8 +8,8 @@ from typing import Any
 from jspec import __version__
 from jspec.errors import InputError
 
-CHECKPOINT = 1
-"""Of a run's checkpoints, in the item `meta`."""
+CHECKPOINT = 2
+"""Of a run's checkpoints, in the item `meta`. 2: a draft's drafter stands beside its config, not in it."""
 HEAD = 1
 """Of a trained draft (jspec/heads/files.py), in its config.json."""
 SAMPLES = 1

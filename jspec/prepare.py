@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-import jspec.drafts
 from jspec import hub
 from jspec.checkpoint import has_checkpoints
-from jspec.config import Config
-from jspec.drafts import Draft
+from jspec.config import Config, DraftTrainingConfig
+from jspec.drafts import Draft, Drafter, constructor, find
 from jspec.errors import InputError
 from jspec.heads import load_draft
 from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
@@ -171,14 +170,20 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
     section = config.draft
     if section.name == "none":
         return None
+    drafter = named_drafter(config)
     if section.path is not None:
-        draft = load_draft(policy, section.path)
-        if draft.config.name != section.name:
-            raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.config.name}, and draft.name "
-                             f"is {section.name}; set draft.name={draft.config.name}")
+        draft = load_draft(policy, section.path, drafter)
+        if draft.name != drafter.name:
+            raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.name}, and draft.name "
+                             f"is {section.name}; set draft.name={draft.name}")
         return draft
     key = purpose_key(config.seed, DRAFT_KEY)
-    return fresh_draft(policy, key, section.name, section.options or {}, "draft.options")
+    return fresh_draft(policy, key, drafter, section.options or {}, "draft.options")
+
+
+def named_drafter(config: Config | DraftTrainingConfig) -> Drafter:
+    """The drafter that `draft.name` names; a user's own file is run. Raises InputError where there is none."""
+    return find(config.draft.name, f"draft.name={config.draft.name!r}")
 
 
 def check_draft(config: Config, model: ModelConfig) -> None:
@@ -187,26 +192,25 @@ def check_draft(config: Config, model: ModelConfig) -> None:
     if section.path is not None:
         make_draft(config, shape)
     elif section.name != "none":
-        check_fresh_draft(shape, section.name, section.options or {}, "draft.options")
+        check_fresh_draft(shape, named_drafter(config), section.options or {}, "draft.options")
 
 
-def fresh_draft(policy: Policy, key: jax.Array, name: str, options: Mapping[str, Any], label: str) -> Draft:
-    """The drafter `name` with weights that nobody trained. Raises InputError, which begins with `label`, for options
-    that it does not have or refuses."""
-    drafter = getattr(jspec.drafts, name)
-    _, _, *known = inspect.signature(drafter).parameters  # after policy and key
+def fresh_draft(policy: Policy, key: jax.Array, drafter: Drafter, options: Mapping[str, Any], label: str) -> Draft:
+    """A draft with weights that nobody trained. Raises InputError, which begins with `label`, for options that its
+    drafter does not have or refuses."""
+    _, _, *known = inspect.signature(drafter.init).parameters  # after policy and key
     for option in options.keys() - set(known):
-        raise InputError(f"{label}.{option}: {name} has no such option, but {', '.join(known) or 'none at all'}; "
-                         "remove it")
+        raise InputError(f"{label}.{option}: {drafter.name} has no such option, but {', '.join(known) or 'none at all'}"
+                         "; remove it")
     try:
-        return drafter(policy, key, **options)
+        return constructor(drafter)(policy, key, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"{label}: {error}") from error
 
 
-def check_fresh_draft(shape: Policy, name: str, options: Mapping[str, Any], label: str) -> Draft:
+def check_fresh_draft(shape: Policy, drafter: Drafter, options: Mapping[str, Any], label: str) -> Draft:
     """`fresh_draft` without computing anything: the draft with `jax.ShapeDtypeStruct`s. Raises as that does."""
-    return jax.eval_shape(lambda policy: fresh_draft(policy, purpose_key(0, DRAFT_KEY), name, options, label), shape)
+    return jax.eval_shape(lambda policy: fresh_draft(policy, purpose_key(0, DRAFT_KEY), drafter, options, label), shape)
 
 
 def make_sampling(config: Config) -> Sampling:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from jspec import yaml_text
+from jspec import user_code, yaml_text
 from jspec.errors import InputError, shortened
 
 Override = str | tuple[str, Any]
@@ -30,11 +30,12 @@ largest other number beside 0."""
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
             high: float | None = None, choices: tuple[str, ...] = (), filled: bool = False,
-            path: bool = False) -> Any:
+            path: bool = False, file: bool = False) -> Any:
     """A dataclass field with its meaning and bounds: low <= value <= high, value > above, one of choices. Those of a
-    list are each entry's; `filled`: it has one at least. `path`: a text that may name a file, where `~` is the home."""
+    list are each entry's; `filled`: it has one at least. `path`: a text that may name a file, where `~` is the home;
+    `file`: or `path/to/file.py:NAME` in the place of one of choices."""
     bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "filled": filled,
-              "path": path}
+              "path": path, "file": file}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=bounds)
     return dataclasses.field(default=default, metadata=bounds)
@@ -153,7 +154,7 @@ def describe(kind: type) -> list[tuple[str, str, str, str]]:
                 continue
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default
             meaning = field.metadata["help"]
-            choices = " | ".join(field.metadata["choices"])
+            choices = " | ".join(_choices(field))
             kind = f"a list of {choices}" if choices and isinstance(default, tuple) else choices
             rows.append((".".join((*prefix, field.name)), kind or _type_name(field.type), _show(default), meaning))
     return rows
@@ -272,8 +273,9 @@ def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:
     entries, each = fitted if is_list else (fitted,), "a list with each entry " if is_list else ""
     if bounds["filled"] and not fitted:
         return f"{_type_name(field.type)} with one {'entry' if is_list else 'character'} at least"
-    if bounds["choices"] and not set(entries) <= set(bounds["choices"]):
-        return f"{each}one of {', '.join(bounds['choices'])}"
+    if bounds["choices"] and not all(entry in bounds["choices"] or (bounds["file"] and user_code.split(entry))
+                                     for entry in entries):
+        return f"{each}one of {', '.join(_choices(field))}"
     for entry in (entry for entry in entries if isinstance(entry, int | float)):
         if bounds["low"] is not None and entry < bounds["low"]:
             return f"{each}at least {bounds['low']}"
@@ -285,6 +287,11 @@ def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:
         if isinstance(entry, float) and entry and not FLOAT_LOW <= abs(entry) <= FLOAT_HIGH:
             return f"{each}0, or between {FLOAT_LOW} and {FLOAT_HIGH} in size, which is what float32 holds"
     return ""
+
+
+def _choices(field: dataclasses.Field) -> tuple[str, ...]:
+    """What a field may be, in words."""
+    return (*field.metadata["choices"], *([user_code.EXAMPLE] if field.metadata["file"] else []))
 
 
 _MISFIT = object()

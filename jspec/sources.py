@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jspec
-from jspec import arguments
+from jspec import arguments, user_code
 from jspec.checkpoint import load_draft, load_policy, policy_shape, run_config
 from jspec.config import Config, load_config
-from jspec.drafts import Draft
+from jspec.drafts import Draft, find
 from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import shipped
@@ -43,8 +43,8 @@ class Source:
       own: of a run, the configuration that it was trained with; None: it is no run.
       tokenizer: of `jspec.load_tokenizer`.
       shape: the policy with `jax.ShapeDtypeStruct`s for weights.
-      draft: the trained draft of a run that has one, and whose overrides do not say draft.name=none. Whether it is
-        finite is asked where it is used: an export needs none.
+      draft: the trained draft of a run that has one, where it is wanted and the overrides do not say draft.name=none.
+        Whether it is finite is asked where it is used.
       load: reads the policy. `load_finite` is for what samples from it.
     """
 
@@ -56,6 +56,12 @@ class Source:
     draft: Draft | None
     load: Callable[[], Policy]
 
+    def holds(self, drafter: str | None) -> bool:
+        """Whether it has a trained draft of the drafter that is named so (None: of any)."""
+        named = {None, self.draft and self.draft.name}
+        return self.draft is not None and (drafter in named or (
+            self.own is not None and user_code.same(drafter, self.own.draft.name)))
+
     def load_finite(self) -> Policy:
         """The policy. Raises InputError where it holds NaN or infinity: what it says would be tokens of id 0."""
         policy = self.load()
@@ -63,17 +69,25 @@ class Source:
         return policy
 
 
-def open_source(name: str, overrides: Sequence[Override], dtype: str | None = None) -> Source:
+def open_source(name: str, overrides: Sequence[Override], dtype: str | None = None,
+                drafters: Collection[str] | None = None, run_code: bool = False) -> Source:
     """A run's output_dir (its last checkpoint), a config file, or any name that `jspec.load` takes.
 
-    Raises InputError for what cannot be found or read.
+    Args:
+      drafters: of a run, the draft is read if it is of one of these; None: whichever it is of.
+      run_code: run a file that a run's own config names as its drafter. One that the command line names, as one of
+        `drafters` or in an override, is run in any case.
+
+    Raises InputError for what cannot be found or read, or would run a file that may not be run.
     """
     path = arguments.path("model", name)
     if (path / "checkpoints").is_dir():
         config = run_config(path, overrides)
-        tokenizer, shape = make_tokenizer(config), policy_shape(path, dtype)
-        draft = None if config.draft.name == "none" else load_draft(path)
-        return Source(name, config, run_config(path), tokenizer, with_tokenizer(shape, tokenizer), draft,
+        own, tokenizer, shape = run_config(path), make_tokenizer(config), policy_shape(path, dtype)
+        wanted = drafters is None or any(user_code.same(own.draft.name, drafter) for drafter in drafters)
+        named = bool(drafters) or overridden("draft.name", overrides)
+        draft = draft_of_run(name, config, run_code or named) if wanted else None
+        return Source(name, config, own, tokenizer, with_tokenizer(shape, tokenizer), draft,
                       lambda: with_tokenizer(load_policy(path, dtype), tokenizer))
     if path.suffix in (".yaml", ".yml"):
         config = load_config(path, overrides)
@@ -87,6 +101,25 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
     tokenizer = make_tokenizer(config)
     return Source(name, config, None, tokenizer, make_shape(config, tokenizer), None,
                   lambda: make_policy(config, tokenizer))
+
+
+def overridden(key: str, overrides: Sequence[Override]) -> bool:
+    """Whether one of the overrides sets this key."""
+    return any((text.partition("=")[0].strip() if isinstance(text, str) else text[0]) == key for text in overrides)
+
+
+def draft_of_run(name: str, config: Config, run_code: bool) -> Draft | None:
+    """The trained draft of a run. A folder that is opened for its weights runs no code: raises InputError if the
+    drafter is in a file, unless that may be run."""
+    drafter = config.draft.name
+    if drafter == "none":
+        return None
+    if user_code.split(drafter) is None:
+        return load_draft(arguments.path("model", name))
+    if not run_code:
+        raise InputError(f"the draft of {name} is of {drafter}, which would run that file: look at it, then give "
+                         f"--run-code or name it (eval: draft.name={drafter}; else --draft {drafter}), or go without")
+    return load_draft(arguments.path("model", name), find(drafter, f"draft.name={drafter!r}"))
 
 
 def check_path(name: str) -> None:
@@ -107,13 +140,14 @@ def choose_draft(source: Source, name: str | None) -> Callable[[Policy], Draft] 
     """
     if name == "none":
         return None
-    if source.draft is not None and name in (None, source.draft.config.name):
+    if source.holds(name):
         source.draft.check_finite(source.name)
         return lambda policy: source.draft
     if shipped(source.name, name):
         draft = jspec.load_draft(source.shape, source.name)
         return lambda policy: draft
-    kind = name or "ngram"
-    if check_fresh_draft(source.shape, kind, {}, "--draft").module.loss is not None:
-        say(f"this {kind} draft is fresh, not trained: few of its tokens will be accepted")
-    return partial(fresh_draft, key=purpose_key(0, DRAFT_KEY), name=kind, options={}, label="--draft")
+    drafter = find(name or "ngram", f"--draft {name}")
+    check_fresh_draft(source.shape, drafter, {}, "--draft")
+    if drafter.loss is not None:
+        say(f"this {drafter.name} draft is fresh, not trained: few of its tokens will be accepted")
+    return partial(fresh_draft, key=purpose_key(0, DRAFT_KEY), drafter=drafter, options={}, label="--draft")

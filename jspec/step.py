@@ -157,7 +157,7 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         return update(state, reference, make_batch(prompts, out, advantages), settings)
 
     learning = partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    remember = None if state.draft is None else getattr(state.draft.module, "remember", None)
+    remember = None if state.draft is None else state.draft.drafter.remember
     return Step(
         settings, Sampling() if sampling is None else sampling, speculation, batching,
         reshard=jax.jit(partial(to_rollout, layout=layout)),

@@ -13,7 +13,7 @@ import pytest
 
 import jspec
 from jspec import arguments
-from jspec.drafts.base import drafter
+from jspec.drafts import find, known
 from jspec.speculate.arguments import check, in_32_bits
 from tests.speculate import tiny
 
@@ -21,7 +21,7 @@ POLICY = tiny.policy(11, hidden=32)
 CONFIG = POLICY.config
 READY = POLICY.replace(weights=POLICY.weights | {"layers": ({},)})  # what tells a rollout layout
 BATCH = jspec.PromptBatch.from_tokens([[1, 2], [3]], group_size=2, seed=0, buckets=(8,))
-NGRAM, MTP = jspec.drafts.ngram(POLICY), jspec.Draft({}, {}, drafter("mtp").Config(CONFIG))
+NGRAM, MTP = jspec.drafts.ngram(POLICY), jspec.Draft({}, {}, find("mtp").Config(CONFIG), find("mtp"))
 
 
 def rollout(policy=POLICY, draft=None, batch=BATCH, speculation=None, **sampling):
@@ -197,10 +197,11 @@ WRONG = {
     "ngram text": (lambda: jspec.drafts.ngram(POLICY, max_ngram="3"), "ngram draft: max_ngram = '3' must be a whole"),
     "history": (lambda: jspec.drafts.suffix(POLICY, history_prompts=10**9), "is more than memory has room for"),
     "suffix None": (lambda: jspec.drafts.suffix(POLICY, siblings=None), "suffix draft: siblings = None must be a"),
-    "draft bare": (lambda: rollout(draft=jspec.Draft({}, {}, None)), "this draft's config is a NoneType without the"),
+    "draft bare": (lambda: rollout(draft=jspec.Draft({}, {}, None, find("mtp"))),
+                   "this draft's config is a NoneType without the"),
     "draft empty": (lambda: rollout(draft=MTP), "weight blocks.0.embed_norm of this mtp draft is "
                     "missing"),
-    "draft name": (lambda: rollout(draft=NGRAM.replace(config=model_named("../../x"))), "'../../x' is no drafter"),
+    "drafter": (lambda: rollout(draft=NGRAM.replace(drafter="../../x")), "drafter of this draft is no drafter, but"),
     "load_draft policy": (lambda: jspec.load_draft(None, "x"), "policy is a NoneType: give a policy"),
     "load_draft source": (lambda: jspec.load_draft(POLICY, None), "draft = None must be a name or a path"),
     # configs: what makes NaN, or nonsense
@@ -237,10 +238,6 @@ def weights_of_1024():
     return POLICY.replace(config=model(max_position_embeddings=1024))
 
 
-def model_named(name):
-    return dataclasses.replace(NGRAM.config, name=name)
-
-
 @pytest.mark.parametrize("name", WRONG)
 def test_it_is_refused_in_one_line(name):
     call, words = WRONG[name]
@@ -252,9 +249,11 @@ def test_it_is_refused_in_one_line(name):
 
 def test_a_drafters_name_is_never_imported():
     for name in ("base", "parts", "parts.lookup", "../../x", "", None, "os"):
-        with pytest.raises(jspec.InputError, match="is no drafter; there are eagle3, mtp,"):
-            drafter(name)
-    assert drafter("ngram").init is jspec.drafts.ngram.__wrapped__
+        with pytest.raises(jspec.InputError, match="is unknown; known: eagle3, mtp,"):
+            find(name)
+    with pytest.raises(jspec.InputError, match="is unknown; known: eagle3, mtp,"):
+        known("os.py:path")  # what a file may not name, though there is no such file
+    assert find("ngram").init is jspec.drafts.ngram.__wrapped__
 
 
 @pytest.mark.parametrize("ids", [[1, 3], (3, 1, 3), {3, 1}, frozenset([1, 3]), range(1, 4, 2), np.array([1, 3]),

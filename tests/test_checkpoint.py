@@ -243,8 +243,8 @@ def test_a_checkpoint_that_says_nothing_of_itself_is_set_aside(tmp_path, change)
 @pytest.mark.parametrize("change, message", [
     (lambda meta: [], "its meta is not an object"), (lambda meta: {}, "its meta has no step"),
     (lambda meta: meta | {"model": {}}, "checkpoint of .* cannot be used"),
-    (lambda meta: meta | {"draft": {"config": {"name": "../../evil"}, "state": {}}}, "'../../evil' is no drafter"),
-    (lambda meta: meta | {"draft": {"config": {"name": ["mtp"]}, "state": {}}}, "is no drafter"),
+    (lambda meta: meta | {"draft": {"config": {"name": "../../evil"}, "state": {}}}, "drafter '../../evil' is unknown"),
+    (lambda meta: meta | {"draft": {"config": {"name": ["mtp"]}, "state": {}}}, "is unknown; known: "),
     (lambda meta: meta | {"draft": {"config": {"name": "mtp", "x": 1}, "state": {}}}, "cannot be used")])
 def test_readers_say_what_they_cannot_use(tmp_path, change, message):
     make_run(tmp_path)

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -24,6 +25,7 @@ from jspec.rl.prompts import PromptData
 from jspec.sources import choose_draft, open_source
 from pallas_kernels.noise import seed_key
 
+ROOT = Path(__file__).resolve().parent.parent
 REWARD = "def even(prompt, response, answer, **meta):\n    return float(int(answer) % 2 == 0)\n"
 
 
@@ -63,16 +65,26 @@ def test_rollout_side_by_side(capsys, model, told):
         assert row in out
 
 
+def test_rollout_with_a_drafter_in_a_file(capsys, model):
+    code = main(["rollout", model, "--prompt", "1+1=", "--max-new-tokens", "12", "--samples", "2",
+                 "--draft", f"{ROOT}/examples/drafter.py:bigram"])
+    out, err = capsys.readouterr()
+    assert (code, "bigram (the same tokens)" in out, "fresh, not trained" in err) == (0, True, False)
+    assert main(["rollout", model, "--prompt", "1+1=", "--draft", "bigram"]) == 2
+    assert "--draft: must be one of eagle3, mtp, ngram, self, suffix, none, path/to/file.py:NAME, not 'bigram'" in (
+        capsys.readouterr().err)
+
+
 def test_which_draft(capsys, model):
     source = open_source(model, [])
     policy = source.load()
-    assert choose_draft(source, None)(policy).config.name == "ngram"
+    assert choose_draft(source, None)(policy).name == "ngram"
     assert choose_draft(source, "none") is None
     trained = choose_draft(source, "mtp")(policy)
     assert "this mtp draft is fresh, not trained" in capsys.readouterr().err
     own = dataclasses.replace(source, draft=trained)
     assert choose_draft(own, None)(policy) is choose_draft(own, "mtp")(policy) is trained
-    assert choose_draft(own, "ngram")(policy).config.name == "ngram"
+    assert choose_draft(own, "ngram")(policy).name == "ngram"
 
 
 def test_rollout_without_a_draft(capsys, model):
@@ -145,7 +157,7 @@ def test_the_speed_up_of_other_texts_is_said_to_be_one_a_token():
         return Timed(out, 1.0)
 
     def labels(*runs):
-        return list(speed_table(*runs, SimpleNamespace(config=SimpleNamespace(name="mtp")), 1).columns[0].cells)
+        return list(speed_table(*runs, SimpleNamespace(name="mtp"), 1).columns[0].cells)
 
     assert "speed-up" in labels(timed([1, 2]), timed([1, 2]))
     assert "speed-up a token (other texts)" in labels(timed([1, 2]), timed([1, 2, 3]))

@@ -105,7 +105,7 @@ def test_every_field_has_a_meaning():
     ("sampling.stop_tokens=[a]", "override 'sampling.stop_tokens=[a]': 'sampling.stop_tokens' must be "
                                  "a list of whole numbers or null, not ['a']"),
     ("draft.name=mpt", "override 'draft.name=mpt': 'draft.name' must be one of "
-                       f"{', '.join(DRAFTERS)}, none, not 'mpt'"),
+                       f"{', '.join(DRAFTERS)}, none, path/to/file.py:NAME, not 'mpt'"),
     ("speculation.k=0", "override 'speculation.k=0': 'speculation.k' must be at least 1, not 0"),
     ("speculation.k=often", "override 'speculation.k=often': 'speculation.k' must be a whole number or a list of lists "
                             "of whole numbers or auto, not 'often'"),

@@ -1,7 +1,6 @@
 """The same tokens on one device and on eight, and the mesh's refusals. Eight virtual devices need their own process."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -141,7 +140,7 @@ def worker(folder, cases):
             (out, placed["loops"]), kernels = run_and_read(sharded, mesh, kv_heads), run(sharded, "mtp", "pallas")
             assert not placed["loops"]["crossing"] + placed["loops"]["copied"], placed["loops"]
             own, ready = run(sharded, "self"), jspec.reshard(sharded)
-            prepare = importlib.import_module("jspec.drafts.self").prepare
+            prepare = jspec.drafts.self(sharded).drafter.prepare
             rounded = [jax.jit(prepare)(ready, jspec.drafts.self(sharded, bits=bits)) for bits in (8, 4)]
             mlps = "".join(jax.jit(layers.mlp).lower(x.weights["layers"][0], jnp.ones((1, 2, 64))).compile().as_text()
                            for x in (ready, *rounded))

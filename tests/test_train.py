@@ -243,6 +243,14 @@ def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(coupl
     assert all("acceptance" not in record and record["acceptance_length"] == 1 for record in described)
 
 
+def test_a_drafter_in_a_file_changes_nothing_either_and_its_run_resumes(coupled, tmp_path):
+    for steps in (1, 3):
+        assert train.train(tiny(tmp_path, *COUPLED, f"draft.name={ROOT}/examples/drafter.py:bigram", "draft.options={}",
+                                f"steps={steps}")) == 0
+    same_run(coupled[1][:3], records(tmp_path))
+    assert all(record["acceptance_length"] > 1 for record in records(tmp_path))
+
+
 def test_a_run_drafts_what_pays_and_goes_on_with_it(coupled, tmp_path, monkeypatch, capsys):
     """Under the coupled rule nothing else shows; what was measured is the run's from then on."""
     costs = Costs((16,), 1, ((16, 0.01),), ((16, 1, 0.01), (16, 2, 0.01), (16, 3, 0.01), (16, 4, 0.1)), compiling=1e9)

@@ -8,7 +8,6 @@ Every stage goes on from what is in output_dir. One process, any number of devic
 
 from __future__ import annotations
 
-import importlib
 import logging
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.output_dir import claimed, written
-from jspec.prepare import check_draft, make_policy, make_sampling, model_config
+from jspec.prepare import check_draft, make_policy, make_sampling, model_config, named_drafter
 from jspec.progress import telling
 from jspec.session import session
 from jspec.settings import refuse_changes, to_yaml
@@ -37,7 +36,7 @@ def train_draft(config: DraftTrainingConfig) -> int:
     Raises InputError for a drafter that is not trained, an output_dir of another configuration, and whatever models,
     prompts and drafts raise it for.
     """
-    if importlib.import_module(f"jspec.drafts.{config.draft.name}").loss is None:
+    if named_drafter(config).loss is None:
         raise InputError(f"draft.name={config.draft.name}: this drafter has no weights to train")
     directory = Path(config.output_dir)
     with session(config.log_level), claimed(directory, names=WRITTEN, folders=()):
@@ -57,7 +56,7 @@ def train_draft(config: DraftTrainingConfig) -> int:
         with written(directory):
             head.mkdir(exist_ok=True)
             files.write(draft, head)
-        report(config, policy, files.read(head, policy), prompts.held_out, directory)
+        report(config, policy, files.read(head, policy, draft.drafter), prompts.held_out, directory)
     log.info("the draft lies in %s; draft.path=%s trains with it", head, directory)
     return 0
 

@@ -56,7 +56,7 @@ def measure(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: 
         out = jax.device_get(jspec.rollout(policy, draft, batch, sampling=sampling, speculation=speculation))
         totals.append((out.lengths.sum(), out.stats.cycles.sum(), out.stats.accepted, out.stats.drafted))
     tokens, cycles, accepted, drafted = (np.sum(column, axis=0) for column in zip(*totals, strict=True))
-    return {"drafter": draft.config.name, "rule": rule, "temperature": temperature, "k": config.report.k,
+    return {"drafter": draft.name, "rule": rule, "temperature": temperature, "k": config.report.k,
             "prompts": len(prompts), "tokens": int(tokens), "acceptance_length": float(tokens / cycles),
             "acceptance_by_position": (accepted / np.maximum(drafted, 1)).tolist()}
 

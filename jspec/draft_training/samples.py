@@ -32,7 +32,7 @@ def trunk_features(config: DraftTrainingConfig, policy: Policy) -> tuple[int, ..
         draft: Draft = jax.eval_shape(lambda p: make_draft(config, p), policy)
     else:
         draft = make_draft(config, policy)
-    return draft.module.features(draft.config)
+    return draft.drafter.features(draft.config)
 
 
 def files_of(prompts: list[list[int]], rows: int) -> Iterator[tuple[int, list[list[int]]]]:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from jspec.config import DraftTrainingConfig
 from jspec.draft_training.samples import read
-from jspec.drafts import Draft
+from jspec.drafts import Draft, Drafter
 from jspec.drafts.base import DraftBatch
 from jspec.drafts.parts.vocabulary import most_frequent
 from jspec.errors import InputError
@@ -103,11 +103,11 @@ def untrained(config: DraftTrainingConfig, policy: Policy, rows: list[Row]) -> D
 
 def solved(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list[Row]) -> Draft:
     """A fresh draft with what its drafter can solve for by least squares; one from `draft.path` as it is."""
-    if config.draft.path is not None or not hasattr(draft.module, "least_squares"):
+    if config.draft.path is not None or draft.drafter.least_squares is None:
         return draft
     some = rows[:LEAST_SQUARES_ROWS]
     batches = (pack(some[i:i + config.training.rows]) for i in range(0, len(some), config.training.rows))
-    return draft.module.least_squares(policy, draft, batches)
+    return draft.drafter.least_squares(policy, draft, batches)
 
 
 def schedule(config: DraftTrainingConfig, steps: int) -> optax.Schedule:
@@ -139,7 +139,7 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
               optimizer: optax.GradientTransformation, stop: StopSignal) -> dict[str, Any]:
     """The steps of one stage from `done` on (of all stages), with a checkpoint every so often and at its end, which a
     signal brings nearer."""
-    learn = jax.jit(partial(step_of, draft.module, draft.config, optimizer, stage.kind), donate_argnums=0)
+    learn = jax.jit(partial(step_of, draft.drafter, draft.config, optimizer, stage.kind), donate_argnums=0)
     begin, tokens = time.perf_counter(), 0
     for index, chosen in enumerate(order(rows, config.training.rows, config.seed + stage.before)):
         if index >= stage.steps:
@@ -167,13 +167,13 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
     return saved
 
 
-def step_of(module: Any, config: Any, optimizer: optax.GradientTransformation, kind: str, saved: dict[str, Any],
+def step_of(drafter: Drafter, config: Any, optimizer: optax.GradientTransformation, kind: str, saved: dict[str, Any],
             policy: Policy, state: Any, batch: DraftBatch) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """One optimizer step on the mean loss of a batch. Jittable."""
     batch = batch.replace(trunk=jax.tree.map(lambda x: x.astype(policy.dtype), batch.trunk))
 
     def mean(weights):
-        total, count, metrics = module.loss(policy, Draft(weights, state, config), batch, kind)
+        total, count, metrics = drafter.loss(policy, Draft(weights, state, config, drafter), batch, kind)
         count = jnp.maximum(count, 1.0)
         return total / count, jax.tree.map(lambda x: x / count, metrics)
 

@@ -1,47 +1,87 @@
-"""Drafters. Every file here but `base` is one: its `init` is this package's function of the same name, and its
-`remember`, where it has one, is an attribute of that. `parts` is what several of them are made of."""
+"""Drafters by name. Every file here but `base` and `types` has one, under the file's own name, for
+which this package has a function that makes drafts. `parts` is what several of them are made of."""
 
 import functools
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable
-from types import ModuleType
+from typing import Any
 
-from jspec.arguments import nearest, random_key
-from jspec.drafts.base import Draft
+import jax
+
+from jspec import user_code
+from jspec.arguments import nearest, random_key, show
+from jspec.config import DRAFTERS as NAMES
+from jspec.drafts.base import Draft, Drafter, check_drafter
 from jspec.errors import InputError
 from jspec.model import check_policy
 
-NAMES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and not m.ispkg))
+_OWN = {name: getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in NAMES}
 
 
-def _public(name: str, module: ModuleType) -> Callable[..., Draft]:
-    """The module's `init` with what is the same for all drafters: the policy and the names of options are checked, a
-    key may be a seed, and where the weights are drawn at random there must be one."""
-    init = module.init
+def find(name: str, label: str | None = None) -> Drafter:
+    """The drafter of a name: jspec's own, or a user's, `path/to/file.py:NAME`, whose file is run.
+    (A name that comes with a checkpoint or a head is for `known`.)
+
+    label: what the message of an error begins with. Raises InputError if there is no such drafter,
+    or it is not whole.
+    """
+    label = f"drafter {show(name)}" if label is None else label
+    if user_code.split(name) is None:
+        return known(name)
+    # a draft may be wanted under a trace, and the file's own arrays are to be arrays there too
+    with jax.ensure_compile_time_eval():
+        found = user_code.load(label, name, "drafter", lambda value: isinstance(value, Drafter))
+    drafter = check_drafter(label, found)
+    if drafter.name in NAMES:
+        raise InputError(f"{label}: its name is {drafter.name!r}, which is one of jspec's own; "
+                         "give it another")
+    return drafter
+
+
+def known(name: Any, given: Drafter | None = None) -> Drafter:
+    """The drafter of a name that comes with a draft's file: one of jspec's own, or the one that is
+    `given`. No file is run, and nothing imported. Raises InputError for any other name."""
+    if given is not None and given.name == name:
+        return given
+    if not isinstance(name, str) or name not in _OWN:
+        raise InputError(f"drafter {show(name)} is unknown; known: {', '.join(NAMES)}; one of your "
+                         f"own is named by its file, draft.name={user_code.EXAMPLE}, or given, "
+                         "drafter=jspec.drafts.find('...')")
+    return _OWN[name]
+
+
+def constructor(drafter: Drafter) -> Callable[..., Draft]:
+    """The drafter's `init` with what is the same for all: the policy and the names of options are
+    checked, a key may be a seed, and where weights are drawn at random there must be one. Raises
+    InputError."""
+    init, name = drafter.init, drafter.name
+    called = f"jspec.drafts.{name}" if name in NAMES else name
     _, key_parameter, *options = inspect.signature(init).parameters.values()
-    known = [option.name for option in options]
+    names = [option.name for option in options]
 
     @functools.wraps(init)
     def make(policy, key=None, **given):
-        check_policy(f"the policy of jspec.drafts.{name}", policy)
+        check_policy(f"the policy of {called}", policy)
         if key is None and key_parameter.default is inspect.Parameter.empty:
-            raise InputError(f"{name} draft: its weights are drawn at random; give a seed or a key, such as "
-                             f"jspec.drafts.{name}(policy, 0)")
+            raise InputError(f"{name} draft: its weights are drawn at random; give a seed or a key, "
+                             f"such as {called}(policy, 0)")
         for option in given:
-            if option not in known:
-                raise InputError(f"{name} draft: it has no option {option!r}{nearest(option, known)}; options: "
-                                 f"{', '.join(known) or 'none'}")
-        return init(policy, None if key is None else random_key(f"{name} draft: key", key), **given)
+            if option not in names:
+                raise InputError(f"{name} draft: it has no option {option!r}"
+                                 f"{nearest(option, names)}; options: {', '.join(names) or 'none'}")
+        key = None if key is None else random_key(f"{name} draft: key", key)
+        made = init(policy, key, **given)
+        if not isinstance(made, Draft) or made.drafter != drafter:
+            raise InputError(f"{name} draft: its init must return a Draft of this drafter, not "
+                             f"{show(made)}")
+        return made
 
     make.__name__ = make.__qualname__ = name  # which is what Python says of a call that it refuses
-    if hasattr(module, "remember"):
-        make.remember = module.remember
     return make
 
 
 # after the submodules are imported, so that jspec.drafts.mtp is the function and not the module
-globals().update({name: _public(name, importlib.import_module(f"{__name__}.{name}")) for name in NAMES})
+globals().update({name: constructor(drafter) for name, drafter in _OWN.items()})
 
-__all__ = ["Draft", "NAMES", *NAMES]
+__all__ = ["Draft", "Drafter", "NAMES", "constructor", "find", "known", *NAMES]

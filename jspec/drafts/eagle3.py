@@ -20,7 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.arguments import flag, settle, whole, whole_numbers
-from jspec.drafts.base import Committed, Draft, DraftBatch, DraftState, Observation, Prefill, Sampler
+from jspec.drafts.base import (
+    Committed,
+    Draft,
+    DraftBatch,
+    Drafter,
+    DraftState,
+    Observation,
+    Prefill,
+    Sampler,
+)
 from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, state_loss
 from jspec.drafts.parts.unroll import shift
@@ -70,7 +79,6 @@ class Eagle3Config:
     window: int = 0
     own_embed: bool = False
     dtype: str = "bfloat16"
-    name: str = "eagle3"
 
     def __post_init__(self):
         flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "own_embed")
@@ -86,9 +94,6 @@ class Eagle3Config:
             raise InputError(f"eagle3 draft: auxiliary layers at depths {list(self.aux_depths)} of a policy of {n} "
                              f"layers; they must be distinct and from 0 (the embeddings) to {n}; set aux_depths, "
                              "or take a draft made for this policy")
-
-
-Config = Eagle3Config
 
 
 def default_depths(num_layers: int) -> tuple[int, ...]:
@@ -141,7 +146,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
                 "head": (table if ids is None else table[ids]) + 0}
 
     theirs = {name: x for name, x in policy.weights.items() if name != "layers"}
-    return Draft(weights=place_on_mesh(make, specs(config), block)(key, theirs), config=config,
+    return Draft(weights=place_on_mesh(make, specs(config), block)(key, theirs), config=config, drafter=eagle3,
                  state={} if ids is None else {"vocab": jnp.asarray(ids)})
 
 
@@ -263,3 +268,6 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
         return state_loss(policy, batch, [_normed(config, w, x) for x in states])
     return loss_over_depths(policy, batch, [batch.predicting(x) for x in states],
                             partial(logits, policy, config, w, vocab), vocab, kind)
+
+
+eagle3 = Drafter("eagle3", Eagle3Config, init, propose, features, specs, prepare, start, observe, loss)

@@ -18,7 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.arguments import flag, settle, whole
-from jspec.drafts.base import Committed, Draft, DraftBatch, DraftState, Observation, Prefill, Sampler
+from jspec.drafts.base import (
+    Committed,
+    Draft,
+    DraftBatch,
+    Drafter,
+    DraftState,
+    Observation,
+    Prefill,
+    Sampler,
+)
 from jspec.drafts.parts import recursion
 from jspec.drafts.parts.losses import loss_over_depths, state_loss, unit
 from jspec.drafts.parts.unroll import shift
@@ -66,7 +75,6 @@ class MtpConfig:
     normed_trunk: bool = True
     first: int = 0
     dtype: str = "float32"
-    name: str = "mtp"
 
     def __post_init__(self):
         settle(self, "mtp draft: ", depths=whole(1, 32), blocks=whole(1), vocab_size=whole(), hidden_first=flag,
@@ -75,9 +83,6 @@ class MtpConfig:
             raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most depths = {self.depths}")
         if self.first and self.blocks > 1:  # every further block would begin one position later
             raise InputError(f"mtp draft: first = {self.first} needs blocks = 1, not {self.blocks}")
-
-
-Config = MtpConfig
 
 
 def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
@@ -112,7 +117,8 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
 
     weights = place_on_mesh(make, specs(config), policy.config)(key, policy.weights["layers"],
                                                                 policy.weights["final_norm"])
-    return Draft(weights=weights, config=config, state={} if ids is None else {"vocab": jnp.asarray(ids)})
+    return Draft(weights=weights, config=config, drafter=mtp,
+                 state={} if ids is None else {"vocab": jnp.asarray(ids)})
 
 
 def features(config: MtpConfig) -> tuple[int, ...]:
@@ -232,3 +238,7 @@ def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch], r
     fitted = {"proj": proj, "embed_norm": ones, "hidden_norm": ones}
     blocks = tuple({**w, **{name: jnp.asarray(x) for name, x in fitted.items()}} for w in draft.weights["blocks"])
     return draft.replace(weights={"blocks": blocks})
+
+
+mtp = Drafter("mtp", MtpConfig, init, propose, features, specs, prepare, start, observe, loss,
+              least_squares=least_squares)

@@ -10,12 +10,9 @@ import dataclasses
 import jax
 
 from jspec.arguments import settle, whole
-from jspec.drafts.base import Committed, Draft, DraftState, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, Drafter, DraftState, Proposal, Sampler
 from jspec.drafts.parts.lookup import look_up
-from jspec.drafts.parts.weightless import features, observe, prepare, specs, start  # noqa: F401, the module's own
 from jspec.model import ModelConfig, Policy
-
-loss = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +21,15 @@ class NgramConfig:
 
     policy: ModelConfig
     max_ngram: int = 3
-    name: str = "ngram"
 
     def __post_init__(self):
         settle(self, "ngram draft: ", max_ngram=whole(1, 256))
 
 
-Config = NgramConfig
-
-
 def init(policy: Policy, key: jax.Array | None = None, *, max_ngram: int = 3) -> Draft:
     """An n-gram draft. The key is not used: there is nothing random in it. Raises InputError if max_ngram is no
     whole number from 1 to 256."""
-    return Draft(weights={}, state={}, config=NgramConfig(policy.config, max_ngram))
+    return Draft(weights={}, state={}, config=NgramConfig(policy.config, max_ngram), drafter=ngram)
 
 
 def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
@@ -44,3 +37,6 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     period. Deterministic: judged as q = 1. A row without a match drafts its last token again."""
     _, tokens = look_up(committed.tokens, committed.lengths, draft.config.max_ngram, sampler.k)
     return Proposal(tokens), state
+
+
+ngram = Drafter("ngram", NgramConfig, init, propose)

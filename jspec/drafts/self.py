@@ -17,14 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.arguments import settle, whole, wrong
-from jspec.drafts.base import Committed, Draft, DraftState, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, Drafter, DraftState, Proposal, Sampler
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
-from jspec.drafts.parts.weightless import features, observe, specs, start  # noqa: F401, the module's own
 from jspec.errors import InputError
 from jspec.model import ModelConfig, Policy, verify
 from jspec.model.quantized import BITS, quantize
-
-loss = None
 
 MATRICES = {"qkv": None, "q": None, "k": None, "v": None, "o": "q_heads", "gate_up": None, "down": "mlp"}
 """What is quantised of a layer in a rollout layout (norms and biases are not), and the logical axis of its inputs."""
@@ -37,15 +34,11 @@ class SelfConfig:
     policy: ModelConfig
     bits: int = 8
     vocab_size: int = 0
-    name: str = "self"
 
     def __post_init__(self):
         if not isinstance(self.bits, numbers.Integral) or self.bits not in BITS:
             raise wrong("self draft: bits", self.bits, f"one of {', '.join(map(str, BITS))}")
         settle(self, "self draft: ", bits=whole(), vocab_size=whole())
-
-
-Config = SelfConfig
 
 
 def init(policy: Policy, key: jax.Array | None = None, *, bits: int = 8,
@@ -61,7 +54,7 @@ def init(policy: Policy, key: jax.Array | None = None, *, bits: int = 8,
     """
     ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "self")
     return Draft(weights={}, state={} if ids is None else {"vocab": jnp.asarray(ids)},
-                 config=SelfConfig(policy.config, bits, 0 if ids is None else len(ids)))
+                 config=SelfConfig(policy.config, bits, 0 if ids is None else len(ids)), drafter=self)
 
 
 def prepare(policy: Policy, draft: Draft) -> Draft:
@@ -94,3 +87,6 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
         tokens.append(token)
         log_qs.append(log_q)
     return Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab, cache), state
+
+
+self = Drafter("self", SelfConfig, init, propose, prepare=prepare)

@@ -27,15 +27,12 @@ import jax
 import jax.numpy as jnp
 
 from jspec.arguments import INT32, settle, whole
-from jspec.drafts.base import Committed, Draft, DraftState, Prefill, Proposal, Sampler
+from jspec.drafts.base import Committed, Draft, Drafter, DraftState, Prefill, Proposal, Sampler
 from jspec.drafts.parts.lookup import NOTHING, last_tokens, look_up, look_up_elsewhere, vote
-from jspec.drafts.parts.weightless import features, observe, prepare, specs  # noqa: F401, the module's own
 from jspec.errors import InputError
 from jspec.model import KeyValues, ModelConfig, ParamSpec, Policy, place_on_mesh
 from jspec.sharding import constrain
 from pallas_kernels.noise import key_words
-
-loss = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +45,6 @@ class SuffixConfig:
     history_prompts: int
     history_rows: int
     history_tokens: int
-    name: str = "suffix"
 
     def __post_init__(self):
         settle(self, "suffix draft: ", max_match=whole(1, 256), siblings=whole(), history_prompts=whole(),
@@ -62,9 +58,6 @@ class SuffixConfig:
     def width(self) -> int:
         """Tokens of a remembered row: the prompt's last ones, to be matched, and the output."""
         return self.max_match + self.history_tokens
-
-
-Config = SuffixConfig
 
 
 def init(policy: Policy, key: jax.Array | None = None, *, max_match: int = 8, siblings: int = 8,
@@ -86,7 +79,7 @@ def init(policy: Policy, key: jax.Array | None = None, *, max_match: int = 8, si
     Raises InputError for an argument that is no whole number or out of range.
     """
     config = SuffixConfig(policy.config, max_match, siblings, history_prompts, history_rows, history_tokens)
-    return Draft(weights={}, state=_empty(config), config=config)
+    return Draft(weights={}, state=_empty(config), config=config, drafter=suffix)
 
 
 def _empty(config: SuffixConfig) -> dict:
@@ -213,3 +206,6 @@ def _write(memory: dict, new: tuple[jax.Array, jax.Array], key: jax.Array) -> tu
     return {"prompts": memory["prompts"].at[at].set(prompt), "written": written.at[at].set(written.max() + 1),
             "tokens": memory["tokens"].at[at].set(newest(rows, before)),
             "keys": memory["keys"].at[at].set(newest(keys, memory["keys"][at]))}, None
+
+
+suffix = Drafter("suffix", SuffixConfig, init, propose, start=start, remember=remember)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jspec import arguments
 from jspec.checkpoint import load_draft as draft_of_run
-from jspec.drafts import Draft
+from jspec.drafts import Draft, Drafter
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.hub import eagle3, mtp_heads
@@ -25,35 +25,36 @@ def shipped(model: str, drafter: str | None = None) -> bool:
     return model in SHIPPED and drafter in (None, files.read_config(_HOME / model).name)
 
 
-def load_draft(policy: Policy, source: str | Path) -> Draft:
+def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = None) -> Draft:
     """A trained draft for `policy`, float32 masters, on the mesh of `jax.set_mesh` if there is one.
 
     Args:
       source: the short name of a model whose head ships with jspec (`SHIPPED`), the output_dir of `jspec draft train`
         (or its `head`), a directory with a published EAGLE-3 draft (SpecForge's, vLLM's or speculators' layout) or a
         native MTP head (`jspec.hub.architectures.MTP_LAYOUTS`), or a run's output_dir, whose last checkpoint is taken.
+      drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`).
 
     Raises InputError if there is none, it cannot be read or is not finite, or it was made for another policy.
     """
     check_policy("policy", policy)
-    draft = _find(policy, arguments.name("draft", source))
+    draft = _find(policy, arguments.name("draft", source), drafter)
     draft.check_finite(source)
     return draft
 
 
-def _find(policy: Policy, source: str) -> Draft:
+def _find(policy: Policy, source: str, drafter: Drafter | None) -> Draft:
     if source in SHIPPED:
         return files.read(_HOME / source, policy)
     path = arguments.path("draft", source)
     for head in (path, path / files.HEAD):
         if files.is_head(head):
-            return files.read(head, policy)
+            return files.read(head, policy, drafter)
     if (path / "samples").is_dir():
         raise InputError(f"{source}: `jspec draft train` has not come to its end there; the same command again goes on")
     if (path / files.CONFIG).is_file():
         return read_published(path, policy)
     if (path / "checkpoints").is_dir():
-        draft = draft_of_run(path)
+        draft = draft_of_run(path, drafter)
         if draft is None:
             raise InputError(f"{source} is a run without a draft")
         draft.check(policy)
@@ -68,10 +69,10 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None, veri
     layout: of an eagle3 draft, one of `eagle3_config.LAYOUTS`; None: the first. verifier: the hub id of its policy.
     Raises InputError for a drafter without one, and where those raise it.
     """
-    if draft.config.name == "eagle3":
+    if draft.name == "eagle3":
         return eagle3.write(draft, directory, layout=layout or LAYOUTS[0], verifier=verifier)
-    if draft.config.name != "mtp":
-        raise InputError(f"nobody publishes {draft.config.name} drafts; those of eagle3, mtp can be exported")
+    if draft.name != "mtp":
+        raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, mtp can be exported")
     if layout is not None:
         raise InputError(f"layout {layout} is for eagle3 drafts; an mtp head is written as its architecture has it")
     return mtp_heads.write(draft, directory)

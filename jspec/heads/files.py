@@ -12,9 +12,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
-import jspec.drafts
 from jspec import formats
-from jspec.drafts import Draft
+from jspec.drafts import Draft, Drafter, known
 from jspec.drafts.base import config_from_fields
 from jspec.drafts.parts.vocabulary import check_vocab
 from jspec.errors import InputError
@@ -40,7 +39,7 @@ def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
     tensors = {f"weights.{name}": np.asarray(x).astype(DTYPES[dtype]) for name, x in _named(draft.weights).items()}
     tensors |= {f"state.{name}": np.asarray(x) for name, x in _named(draft.state).items()}
     fields = dataclasses.asdict(draft.config)
-    config = {"format": formats.HEAD, "drafter": fields.pop("name"), "policy": fields.pop("policy"),
+    config = {"format": formats.HEAD, "drafter": draft.name, "policy": fields.pop("policy"),
               "options": fields}
     work = directory / f".{WEIGHTS}"
     work.write_bytes(save(tensors, metadata={"format": "np"}))  # not save_file, whose files only their owner can read
@@ -48,17 +47,17 @@ def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
-def read(directory: Path, policy: Policy) -> Draft:
+def read(directory: Path, policy: Policy, drafter: Drafter | None = None) -> Draft:
     """The draft of a directory that `write` made, for `policy`, with float32 masters placed on the current mesh.
 
-    Raises InputError if it was made for another policy, or a tensor is missing, left over or of the wrong shape.
+    drafter: whose it may be, if it is none of jspec's own. Raises InputError if it was made for another policy, or a
+    tensor is missing, left over or of the wrong shape.
     """
-    config = read_config(directory)
-    draft = Draft(weights={}, state={}, config=config)
+    draft = read_config(directory, drafter)
     draft.check(policy)
-    draft = draft.replace(config=dataclasses.replace(config, policy=policy.config))
+    draft = draft.replace(config=dataclasses.replace(draft.config, policy=policy.config))
     tensors = read_tensors(directory / WEIGHTS)
-    specs = draft.module.specs(draft.config)
+    specs = draft.drafter.specs(draft.config)
     weights = {name: tensors.pop(f"weights.{name}", None) for name in _named(specs)}
     state = {name: tensors.pop(name) for name in list(tensors) if name.startswith("state.")}
     for name, spec in _named(specs).items():
@@ -70,41 +69,43 @@ def read(directory: Path, policy: Policy) -> Draft:
         if weights[name].shape != spec.shape:
             raise InputError(f"{directory}: tensor weights.{name} has shape {list(weights[name].shape)}, but the "
                              f"config says {list(spec.shape)}")
-    _check_vocab(directory, config, state.get("state.vocab"))
+    _check_vocab(directory, draft, state.get("state.vocab"))
     if tensors:
-        raise InputError(f"{directory}: tensor {min(tensors)} has no place in a {config.name} draft")
+        raise InputError(f"{directory}: tensor {min(tensors)} has no place in a {draft.name} draft")
     leaves = [weights[name].astype(np.float32) for name in _named(specs)]
     tree = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
     placed = place_on_mesh(lambda x: x, specs, policy.config)(tree)
     return draft.replace(weights=placed, state=_nested({n.removeprefix("state."): x for n, x in state.items()}))
 
 
-def _check_vocab(directory: Path, config: Any, vocab: np.ndarray | None) -> None:
-    size, said = 0 if vocab is None else len(vocab), getattr(config, "vocab_size", 0)
+def _check_vocab(directory: Path, draft: Draft, vocab: np.ndarray | None) -> None:
+    size, said = 0 if vocab is None else len(vocab), getattr(draft.config, "vocab_size", 0)
     if size != said:
         raise InputError(f"{directory}: the config says vocab_size {said}, and tensor state.vocab "
                          + ("is missing" if vocab is None else f"has {size} tokens"))
     if vocab is not None:
         try:
-            check_vocab(vocab, config.policy.vocab_size, config.name)
+            check_vocab(vocab, draft.config.policy.vocab_size, draft.name)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
 
 
-def read_config(directory: Path) -> Any:
-    """The static config of a draft. Raises InputError if it is not one, or of no drafter that is known."""
+def read_config(directory: Path, drafter: Drafter | None = None) -> Draft:
+    """A draft without its arrays. Raises InputError if it is not one, or of no drafter that is known (see `read`)."""
     where = directory / CONFIG
     found = read_json(where)
     formats.refuse_newer(found, formats.HEAD, where)
-    name = found.get("drafter")
-    if name not in jspec.drafts.NAMES:  # before anything of that name is imported
-        raise InputError(f"{directory}: drafter {name!r} is unknown; known: {', '.join(jspec.drafts.NAMES)}")
+    try:
+        drafter = known(found.get("drafter"), drafter)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
     options = section(found, "options", str(where))
     try:
-        return config_from_fields(name, {**options, "name": name, "policy": found["policy"]})
+        config = config_from_fields(drafter, {**options, "policy": found["policy"]})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{where} is not the config of a draft: {reason}") from None
+    return Draft(weights={}, state={}, config=config, drafter=drafter)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from jspec import arguments
 from jspec.drafts.base import Draft
-from jspec.drafts.eagle3 import Eagle3Config, specs
+from jspec.drafts.eagle3 import Eagle3Config, eagle3, specs
 from jspec.errors import InputError
 from jspec.hub.architectures import layer_tensor
 from jspec.hub.eagle3_config import LAYOUTS, config_json, read_config
@@ -73,7 +73,8 @@ def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
     mesh = jax.sharding.get_mesh()
     weights = jax.tree.map(jnp.asarray, weights) if mesh.empty else jax.device_put(
         weights, spec_sharding(specs(config), config.block, mesh))
-    return Draft(weights=weights, state={} if ids is None else {"vocab": jnp.asarray(ids, jnp.int32)}, config=config)
+    state = {} if ids is None else {"vocab": jnp.asarray(ids, jnp.int32)}
+    return Draft(weights=weights, state=state, config=config, drafter=eagle3)
 
 
 def write(draft: Draft, directory: str | Path, *, dtype: str | None = None, layout: str = "specforge",
@@ -91,8 +92,8 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None, layo
     With several processes all call this and the first writes. Raises InputError if the directory has files in it.
     """
     config = draft.config
-    if config.name != "eagle3":
-        raise InputError(f"a {config.name} draft cannot be written as EAGLE-3; take one of jspec.drafts.eagle3")
+    if draft.name != "eagle3":
+        raise InputError(f"a {draft.name} draft cannot be written as EAGLE-3; take one of jspec.drafts.eagle3")
     dtype = config.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")

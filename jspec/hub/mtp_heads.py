@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from jspec import arguments
 from jspec.drafts.base import Draft, unlike
-from jspec.drafts.mtp import MtpConfig, specs
+from jspec.drafts.mtp import MtpConfig, mtp, specs
 from jspec.errors import InputError
 from jspec.hub.architectures import (
     MTP_LAYOUTS,
@@ -59,7 +59,7 @@ def read(path: str | Path, policy: Policy, *, depths: int = 2) -> Draft:
     left = set(check_shapes(source, tensors)) - {t.name for t in stored_tensors(policy.config)}
     check_none_left(source, sorted(left), f"the MTP head of {layout.architecture}")
     config = MtpConfig(policy.config, depths, dtype=_dtype(source, [t.name for t in tensors]), **_conventions(layout))
-    return Draft(weights=_weights(source, tensors, config), state={}, config=config)
+    return Draft(weights=_weights(source, tensors, config), state={}, config=config, drafter=mtp)
 
 
 def _layout(path: Path, hf: dict) -> MtpLayout:

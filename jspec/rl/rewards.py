@@ -7,7 +7,6 @@ each of them seconds and memory, and on some machines the accelerator.
 import dataclasses
 import faulthandler
 import functools
-import importlib.util
 import inspect
 import io
 import logging
@@ -22,15 +21,16 @@ from concurrent.futures import FIRST_COMPLETED
 from concurrent.futures import TimeoutError as Expired
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pebble
 
-from jspec.errors import InputError, shortened
+from jspec import user_code
+from jspec.errors import InputError
 from jspec.rl import tasks
 from jspec.rl.math_grading import check_gold, math_verify
+from jspec.user_code import one_line
 
 log = logging.getLogger(__name__)
 LARGEST = float(np.finfo(np.float32).max)
@@ -126,17 +126,14 @@ def load_reward(function: str) -> Reward:
     if function == "reasoning_gym":
         tasks.import_gym()  # takes seconds, which no response shall pay for
         return reasoning_gym
-    file, colon, name = function.rpartition(":")
-    if not (colon and file.endswith(".py") and name):
+    parts = user_code.split(function)
+    if parts is None:
         raise InputError(
             f"reward.function={function!r} is none of 'math_verify', 'reasoning_gym', 'path/to/file.py:function'"
         )
-    module = import_file(Path(file), function)
-    reward = getattr(module, name, None)
-    if reward is None:
-        raise InputError(f"reward.function={function!r}: {file} has no {name!r}{their_functions(module)}")
+    reward = user_code.load(f"reward.function={function!r}", function, "function", inspect.isfunction)
     if not callable(reward):
-        raise InputError(f"reward.function={function!r}: {name!r} is not a function, but {type(reward).__name__}")
+        raise InputError(f"reward.function={function!r}: {parts[1]!r} is not a function, but {type(reward).__name__}")
     try:
         inspect.signature(reward).bind(prompt="", response="", answer="", finished=True, length=0,
                                         any_other_key=None)
@@ -145,34 +142,6 @@ def load_reward(function: str) -> Reward:
             f"reward.function={function!r} must take (prompt, response, answer, **meta) by name: {error}"
         ) from error
     return reward
-
-
-def import_file(file: Path, function: str):
-    """Runs a Python file as a module of its own."""
-    if not file.is_file():
-        raise InputError(f"reward.function={function!r}: there is no file {file} (looked in {Path.cwd()})")
-    spec = importlib.util.spec_from_file_location(f"jspec_reward_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # anything may go wrong in a file of the user's
-        raise InputError(f"reward.function={function!r}: {file} does not import: {one_line(error)}") from error
-    return module
-
-
-def their_functions(module) -> str:
-    functions = inspect.getmembers(module, inspect.isfunction)
-    own = [name for name, value in functions if value.__module__ == module.__name__]
-    return f"; its functions are: {', '.join(own)}" if own else ""
-
-
-def one_line(error: BaseException) -> str:
-    try:
-        said = str(error)
-    except Exception as failure:  # it is of the user's making
-        said = f"what it says cannot be read ({type(failure).__name__})"
-    return shortened(" ".join(f"{type(error).__name__}: {said}".split()), 200)
 
 
 cached_reward = functools.cache(load_reward)

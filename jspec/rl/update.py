@@ -115,14 +115,14 @@ def inside_blocks(weights: Any) -> Any:
 
 def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:
     """Whether there is a draft with a loss, and it is to be trained."""
-    return draft is not None and settings.train_draft and draft.module.loss is not None
+    return draft is not None and settings.train_draft and draft.drafter.loss is not None
 
 
 def learned_from(draft: Draft | None, settings: UpdateSettings) -> tuple[int, ...] | None:
     """The features that a rollout keeps (`Speculation.states`) for `update_draft`; None: nothing learns from it."""
     if not trains_draft(draft, settings) or settings.draft_features == "update":
         return None
-    return draft.module.features(draft.config)
+    return draft.drafter.features(draft.config)
 
 
 def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, seed: int) -> TrainState:
@@ -257,7 +257,7 @@ def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, 
         trunk = jax.tree.map(lambda prompt, response: join(prompt, batch.prompt_lengths, response), *trunks)
     start = jnp.repeat(batch.prompt_lengths, batch.group_size)
     rows = DraftBatch(trunk, tokens, start, batch.mask, logprobs, jnp.asarray(settings.temperature))
-    loss, _, metrics = draft.module.loss(policy, draft.replace(weights=weights), rows, settings.draft_loss)
+    loss, _, metrics = draft.drafter.loss(policy, draft.replace(weights=weights), rows, settings.draft_loss)
     return loss, {**metrics, "loss": loss}
 
 
@@ -269,7 +269,7 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     """
     count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
     with_draft = trains_draft(state.draft, settings) and learned_from(state.draft, settings) is None
-    features, config = state.draft.module.features(state.draft.config) if with_draft else (), state.policy.config
+    features, config = state.draft.drafter.features(state.draft.config) if with_draft else (), state.policy.config
 
     def of_prompts(weights):
         with jax.named_scope("policy_loss"):

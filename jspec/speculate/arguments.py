@@ -30,7 +30,7 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
     check_policy("params", policy)
     if draft is not None:
         instance(Draft, _DRAFT)("draft_params", draft).check(policy)
-        check_weights(f"this {draft.config.name} draft", draft.weights, draft.module.specs(draft.config))
+        check_weights(f"this {draft.name} draft", draft.weights, draft.drafter.specs(draft.config))
     instance(PromptBatch, _BATCH)("batch", batch)
     instance(Sampling, "jspec.Sampling(...) or None")("sampling", sampling)
     instance(Speculation, "jspec.Speculation(...) or None")("speculation", spec)

@@ -33,7 +33,7 @@ def propose(policy: Policy, draft: Draft | None, state: State, rows: Rows, noise
     if draft is None or k == 0:
         return Proposal(jnp.zeros((rows.lengths.shape[0], 0), jnp.int32)), state.draft
     sampler = Sampler(noise, rows.temperature, rows.top_p, top_k, k, policy.layout)
-    return draft.module.propose(policy, draft, state.draft, committed(state, rows), sampler)
+    return draft.drafter.propose(policy, draft, state.draft, committed(state, rows), sampler)
 
 
 def _accept(policy: Policy, rows: Rows, hidden: jax.Array, proposal: Proposal, noise: Any, sampling: Sampling,
@@ -114,7 +114,7 @@ def cycle(policy: Policy, draft: Draft | None, state: State, noise: Any, *, samp
     with jax.named_scope("verify"):
         of = state.sequences
         pending = of.tokens.at[state.slots, rows.lengths - 1].get(mode="clip")
-        features = () if draft is None else draft.module.features(draft.config)
+        features = () if draft is None else draft.drafter.features(draft.config)
         cache = state.cache if proposal.cache is None else proposal.cache
         computed, cache = verify(policy, jnp.concatenate([pending[:, None], proposal.tokens], axis=1), cache,
                                  rows.lengths - 1, features=(*features, *(states or ())))
@@ -130,5 +130,5 @@ def cycle(policy: Policy, draft: Draft | None, state: State, noise: Any, *, samp
     if draft is not None:
         with jax.named_scope("observe"):
             observation = Observation(trunk, verdict.tokens, rows.lengths, count)
-            new = new.replace(draft=draft.module.observe(policy, draft, draft_state, observation))
+            new = new.replace(draft=draft.drafter.observe(policy, draft, draft_state, observation))
     return new, proposal, verdict

@@ -65,7 +65,7 @@ class Asked:
 def prefill_prompts(policy: Policy, draft: Draft | None, batch: PromptBatch,
                     states: tuple[int, ...] | None) -> Prefilled:
     """The prompts, computed. draft: prepared, or None. states: see `Speculation`."""
-    features = () if draft is None else draft.module.features(draft.config)
+    features = () if draft is None else draft.drafter.features(draft.config)
     length = batch.tokens.shape[1]
     tokens = jnp.clip(batch.tokens, 0, policy.config.vocab_size - 1)  # of rows that have no answer
     lengths = jnp.clip(batch.lengths, 1, length)
@@ -73,7 +73,7 @@ def prefill_prompts(policy: Policy, draft: Draft | None, batch: PromptBatch,
     trunk, kept = split_features(computed, len(features))
     rows, of_draft = None, ()
     if draft is not None:
-        rows, of_draft = draft.module.start(policy, draft, Prefill(trunk, tokens, lengths, key_words(batch.key)))
+        rows, of_draft = draft.drafter.start(policy, draft, Prefill(trunk, tokens, lengths, key_words(batch.key)))
     return Prefilled(tokens, lengths, key_values, rows, of_draft, None if states is None else kept)
 
 
@@ -234,7 +234,7 @@ def ready(params: Policy, draft: Draft | None, speculation: Speculation) -> tupl
     """Policy and draft as cycles use them: in a rollout layout, with its kernels, and prepared."""
     with jax.named_scope("prepare"):
         policy = to_rollout(params).replace(kernels=choose(speculation.kernels))
-        return policy, None if draft is None else draft.module.prepare(policy, draft)
+        return policy, None if draft is None else draft.drafter.prepare(policy, draft)
 
 
 @partial(jax.jit, static_argnames=("speculation", "batching"))

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -97,6 +98,12 @@ def test_lists_and_what_they_are_multiplied_to():
     assert drafts.make_variants(args) == [
         drafts.Variant("none", 0, "rejection", 0.0),
         *(drafts.Variant("mtp", k, rule, 0.0) for k in (4, 2) for rule in ("coupled", "rejection"))]
+    own = f"{Path(__file__).parents[2]}/examples/drafter.py:bigram"
+    args = drafts.parse(["m", "--drafts", own, f"{own}:answer=false", "--draft-path", f"{own}=head"])
+    assert drafts.kinds(args) == [own, own] and args.draft_path == {own: "head"}
+    policy = jspec.init_policy(SHAPES["tiny"], jax.random.key(0))
+    made = drafts.choose_draft(args.drafts[1], policy, "m", {})(policy)
+    assert made.name == "bigram" and not made.config.answer
     defaults = drafts.parse(["m"])
     assert defaults.k == list(range(1, 8)) and set(defaults.drafts) == {"none", *jspec.drafts.NAMES}
 
@@ -153,7 +160,7 @@ def test_parts_do_what_a_cycle_does():
 
     prepared = parts.prepare(policy, draft)
     sampler = Sampler(RULES["coupled"](key, of.ids, of.lengths, k), of.temperature, None, 0, k)
-    expected, _ = draft.module.propose(policy, prepared, state.draft, Committed(of.tokens, of.lengths), sampler)
+    expected, _ = draft.drafter.propose(policy, prepared, state.draft, Committed(of.tokens, of.lengths), sampler)
     once = parts.drafting(policy, prepared, state, got, key, rule="coupled", k=k, times=1)
     np.testing.assert_array_equal(once.tokens, expected.tokens)
     np.testing.assert_allclose(once.log_q, expected.log_q, atol=1e-5)

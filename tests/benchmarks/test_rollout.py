@@ -47,7 +47,7 @@ def test_a_result_says_the_command_that_made_it(monkeypatch):
 def test_synthetic_acceptance_is_what_was_asked_for(acceptance):
     policy = jspec.init_policy(SHAPES["tiny"], jax.random.key(0))
     batch = jspec.PromptBatch.from_tokens([[1, 2, 3]], group_size=256, seed=1)
-    out = jspec.rollout(policy, synthetic.free(policy), batch,
+    out = jspec.rollout(policy, synthetic.free.init(policy), batch,
                         sampling=jspec.Sampling(max_new_tokens=12, stop_tokens=()),
                         speculation=jspec.Speculation(k=2, rule=synthetic.add_rule(acceptance)))
     drafted, accepted = np.asarray(out.stats.drafted), np.asarray(out.stats.accepted)

@@ -247,8 +247,8 @@ def test_least_squares_bring_the_states_nearer(model, trained):
     batch = stages.pack(rows[:16])
     batch = batch.replace(trunk=jax.tree.map(lambda x: x.astype(np.float32), batch.trunk))
     fresh = jspec.drafts.mtp(policy, jax.random.key(0), depths=1)
-    fitted = fresh.module.least_squares(policy, fresh, [batch])
-    losses = [float(jax.jit(fresh.module.loss, static_argnums=3)(policy, draft, batch, "states")[0])
+    fitted = fresh.drafter.least_squares(policy, fresh, [batch])
+    losses = [float(jax.jit(fresh.drafter.loss, static_argnums=3)(policy, draft, batch, "states")[0])
               for draft in (fresh, fitted)]
     assert losses[1] < 0.8 * losses[0]
 

@@ -24,7 +24,7 @@ _forward = jax.jit(train_forward, static_argnames="features")
 
 
 def trunk_states(policy, draft, tokens):
-    return _forward(policy, tokens, features=draft.module.features(draft.config))
+    return _forward(policy, tokens, features=draft.drafter.features(draft.config))
 
 
 def of_draft(draft, logits):
@@ -46,7 +46,7 @@ def spied_loss(policy, draft, batch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "divergence", lambda p, q, kind: seen.append((p, q)) or original(p, q, kind))
         patch.setattr(losses, "sum_over_chunks", lambda fn, tree, size: fn(tree))
-        draft.module.loss(policy, draft, batch, "kl")
+        draft.drafter.loss(policy, draft, batch, "kl")
     return seen
 
 
@@ -58,7 +58,7 @@ def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0)
     sampling = Sampling(max_new_tokens=16, stop_tokens=())
     batch = jspec.PromptBatch.from_tokens(PROMPTS, group_size=2, seed=3, buckets=(8,))
     ready = jspec.reshard(policy)
-    prepared = draft.module.prepare(ready, draft)
+    prepared = draft.drafter.prepare(ready, draft)
 
     @jax.jit
     def advance(state):
@@ -77,8 +77,8 @@ def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0)
 
     @jax.jit
     def scratch(tokens, lengths):
-        trunk, key_values = prefill(ready, tokens, features=draft.module.features(draft.config))
-        return draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths)), key_values
+        trunk, key_values = prefill(ready, tokens, features=draft.drafter.features(draft.config))
+        return draft.drafter.start(ready, prepared, base.Prefill(trunk, tokens, lengths)), key_values
 
     (rows, of_draft), of_policy = scratch(tokens, of.lengths)
     for got, expected in zip(state.draft.rows, rows, strict=True):
@@ -97,7 +97,7 @@ def check_the_loss_unrolls_what_propose_computes(policy, draft, first=2):
     sequence = np.random.default_rng(0).integers(0, 11, 10).tolist()
     starts = range(first, 7)  # committed tokens when the drafting begins
     ready = jspec.reshard(policy)
-    prepared = draft.module.prepare(ready, draft)
+    prepared = draft.drafter.prepare(ready, draft)
     tokens = jnp.array([sequence[:n] + [0] * (10 - n) for n in starts], jnp.int32)
     lengths = jnp.array(starts)
     drawn = jnp.array([[*sequence, 0, 0][n:n + K] for n in starts], jnp.int32)
@@ -110,12 +110,12 @@ def check_the_loss_unrolls_what_propose_computes(policy, draft, first=2):
 
     @jax.jit
     def infer(ready, prepared):
-        trunk, _ = prefill(ready, tokens, features=draft.module.features(draft.config))
-        state = draft.module.start(ready, prepared, base.Prefill(trunk, tokens, lengths))
+        trunk, _ = prefill(ready, tokens, features=draft.drafter.features(draft.config))
+        state = draft.drafter.start(ready, prepared, base.Prefill(trunk, tokens, lengths))
         state = base.DraftState.of_prompts(*state, 16)
         noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, K)
         sampler = Forced(noise, jnp.ones(len(starts)), None, 0, K)
-        return draft.module.propose(ready, prepared, state, base.Committed(tokens, lengths), sampler)[0].log_q
+        return draft.drafter.propose(ready, prepared, state, base.Committed(tokens, lengths), sampler)[0].log_q
 
     log_q = infer(ready, prepared)
     whole = jnp.array([sequence], jnp.int32)
@@ -146,7 +146,7 @@ def check_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind
     overlaps = [np.minimum(np.exp(target), np.exp(q)).sum(-1) for q in log_q]
     want = {"kl": [(np.exp(target) * (target - q)).sum() for q in log_q],
             "tv": [(1 - a).sum() for a in overlaps], "overlap": [-np.log(a).sum() for a in overlaps]}
-    loss = jax.jit(draft.module.loss, static_argnums=3)
+    loss = jax.jit(draft.drafter.loss, static_argnums=3)
     total, count, metrics = loss(policy, draft, batch, kind)
     np.testing.assert_allclose(total, np.mean(want[kind]), rtol=1e-5)
     assert float(count) == int(mask.sum())
@@ -171,7 +171,7 @@ def check_a_trained_draft_is_accepted_more_often(policy, draft):
     def step(weights):
         def mean(w):
             made = draft.replace(weights=w)
-            total, count, _ = draft.module.loss(policy, made, batch, "overlap")
+            total, count, _ = draft.drafter.loss(policy, made, batch, "overlap")
             return total / count
 
         return jax.tree.map(lambda w, g: w - 0.3 * g, weights, jax.grad(mean)(weights))

@@ -33,7 +33,7 @@ def make(policy, block=None, window=0, **options):
     draft = draft.replace(config=dataclasses.replace(draft.config, window=window))
     if block:
         config = dataclasses.replace(draft.config, block=dataclasses.replace(draft.config.block, **block))
-        draft = draft.replace(config=config, weights=init_weights(draft.module.specs(config), jax.random.key(2), 0.2))
+        draft = draft.replace(config=config, weights=init_weights(draft.drafter.specs(config), jax.random.key(2), 0.2))
     return tiny.shaken(draft, scale=0.15)
 
 
@@ -76,7 +76,7 @@ def test_training_reaches_every_weight_but_the_embedding(policy):
 
     @jax.jit
     def gradient(weights):
-        return jax.grad(lambda w: draft.module.loss(policy, draft.replace(weights=w), batch, "kl")[0])(weights)
+        return jax.grad(lambda w: draft.drafter.loss(policy, draft.replace(weights=w), batch, "kl")[0])(weights)
 
     reached = jax.tree.map(lambda g: bool(jnp.isfinite(g).all() & (g != 0).any()), gradient(draft.weights))
     assert reached.pop("embed") is False
@@ -100,7 +100,7 @@ def test_emitted_sequences_have_the_autoregressive_distribution():
 def test_it_starts_from_the_policys_head_and_norm():
     policy = tiny.policy(11, layers=7, hidden=16, qkv_bias=True, qk_norm=True)
     draft = jspec.drafts.eagle3(policy, jax.random.key(0), vocab=[7, 2])
-    assert draft.config.aux_depths == (2, 3, 4) == draft.module.features(draft.config)
+    assert draft.config.aux_depths == (2, 3, 4) == draft.drafter.features(draft.config)
     assert draft.state["vocab"].tolist() == [2, 7]
     np.testing.assert_array_equal(draft.weights["head"], policy.weights["embed"][jnp.array([2, 7])])
     np.testing.assert_array_equal(draft.weights["norm"], policy.weights["final_norm"])

@@ -1,7 +1,5 @@
 """Look-up against a plain search, and the folder's promise that a drafter is a file."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +36,7 @@ def test_equals_a_plain_search(max_ngram):
     draft = jspec.drafts.ngram(POLICY, max_ngram=max_ngram)
     sampler = base.Sampler(None, jnp.ones(200), None, 0, 4)
     empty = base.DraftState({})
-    propose = jax.jit(lambda t, n: draft.module.propose(POLICY, draft, empty, base.Committed(t, n), sampler)[0])
+    propose = jax.jit(lambda t, n: draft.drafter.propose(POLICY, draft, empty, base.Committed(t, n), sampler)[0])
     proposal = propose(padded, jnp.asarray(lengths))
     got, log_q = proposal.tokens, proposal.log_q
     assert log_q is None  # deterministic: judged as q = 1
@@ -48,18 +46,15 @@ def test_equals_a_plain_search(max_ngram):
 def test_a_repeating_sequence_is_drafted_whole():
     draft = jspec.drafts.ngram(POLICY)
     tokens = jnp.array([[1, 2, 3, 1, 2, 3, 1, 0, 0, 0]])
-    got, _ = draft.module.propose(POLICY, draft, base.DraftState({}), base.Committed(tokens, jnp.array([7])),
+    got, _ = draft.drafter.propose(POLICY, draft, base.DraftState({}), base.Committed(tokens, jnp.array([7])),
                                   base.Sampler(None, jnp.ones(1), None, 0, 7))
     assert got.tokens.tolist() == [[2, 3, 1, 2, 3, 1, 2]]
 
 
 @pytest.mark.parametrize("name", jspec.drafts.NAMES)
-def test_every_drafter_has_all_functions(name):
-    module = importlib.import_module(f"jspec.drafts.{name}")
-    for function in ("init", "features", "specs", "prepare", "start", "propose", "observe"):
-        assert callable(getattr(module, function)), function
-    assert module.loss is None or callable(module.loss)
+def test_every_drafter_is_whole(name):
     draft = getattr(jspec.drafts, name)(POLICY, jax.random.key(0))
-    assert draft.module is module and hash(draft.config) is not None
-    shapes = jax.tree.map(lambda s: s.shape, module.specs(draft.config), is_leaf=lambda s: hasattr(s, "axes"))
+    assert base.check_drafter(name, draft.drafter) is jspec.drafts.find(name) and draft.name == name
+    assert hash((draft.config, draft.drafter)) is not None
+    shapes = jax.tree.map(lambda s: s.shape, draft.drafter.specs(draft.config), is_leaf=lambda s: hasattr(s, "axes"))
     assert jax.tree.map(jnp.shape, draft.weights) == shapes

@@ -21,7 +21,7 @@ from tests.test_sharding import eight
 
 POLICY = tiny.policy(5)
 SMALL = dict(history_prompts=3, history_rows=2, history_tokens=6)
-remember = jax.jit(jspec.drafts.suffix(POLICY).module.remember)
+remember = jax.jit(jspec.drafts.suffix(POLICY).drafter.remember)
 
 
 def occurrence(row, ends, suffix, max_match):
@@ -60,7 +60,7 @@ def drafted(draft, rows, prompt_lengths, history=None, k=4, group_size=1):
     state = base.DraftState(rows_state)
     committed = base.Committed(padded, jnp.array([len(r) for r in rows]), group_size=group_size)
     sampler = base.Sampler(None, jnp.ones(len(rows)), None, 0, k)
-    proposal, after = jax.jit(lambda *args: draft.module.propose(POLICY, draft, *args))(state, committed, sampler)
+    proposal, after = jax.jit(lambda *args: draft.drafter.propose(POLICY, draft, *args))(state, committed, sampler)
     assert proposal.log_q is None and after.rows.keys() == rows_state.keys()  # deterministic: judged as q = 1
     return proposal.tokens.tolist()
 
@@ -104,7 +104,7 @@ def recalled(draft, prompt, seed=9, length=16):
     """The outputs that `start` finds for a prompt in a rollout with another key, newest first."""
     tokens = jnp.array([prompt + [3] * (length - len(prompt))], jnp.int32)
     prefill = base.Prefill(None, tokens, jnp.array([len(prompt)]), jax.random.key_data(jax.random.key(seed)))
-    state, key_values = draft.module.start(POLICY, draft, prefill)
+    state, key_values = draft.drafter.start(POLICY, draft, prefill)
     assert key_values == ()
     assert state["prompt_lengths"].tolist() == [len(prompt)]
     rows = [[t for t in row if t != NOTHING] for row in state["history"][0].tolist()]

@@ -99,7 +99,7 @@ def test_the_drafter_is_the_one_that_is_named_and_no_option(policy, directory):
     config = json.loads((directory / files.CONFIG).read_text())
     config["options"]["name"] = "os"  # nothing of this name is imported
     (directory / files.CONFIG).write_text(json.dumps(config))
-    assert jspec.load_draft(policy, directory).config.name == "mtp"
+    assert jspec.load_draft(policy, directory).name == "mtp"
 
 
 @pytest.mark.parametrize("source", [3, None, "x" * 300, "~nobody-of-this-name/x", "a\0b"])

@@ -57,7 +57,7 @@ def drafted_logits(policy, draft, tokens):
 
     @jax.jit
     def run(policy, draft):
-        ready, module = jspec.reshard(policy), draft.module
+        ready, module = jspec.reshard(policy), draft.drafter
         draft = module.prepare(ready, draft)
         trunk, _ = prefill(ready, rows, features=module.features(draft.config))
         state = module.start(ready, draft, base.Prefill(trunk, rows, lengths))

@@ -30,7 +30,7 @@ def make(name, policy, seed=0, scale=0.4):
     drafter, options = VARIANTS.get(name, (name, {}))
     if drafter == "suffix":  # with a history
         made = jspec.drafts.suffix(policy, history_prompts=2, history_rows=2, history_tokens=3)
-        return made.module.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))
+        return made.drafter.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))
     if "vocab" in options:
         options = {"vocab": range(0, policy.config.vocab_size, 2)}
     return tiny.shaken(getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options), seed=seed, scale=scale)

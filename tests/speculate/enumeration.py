@@ -36,7 +36,7 @@ class Cycle:
         self.policy, self.kind = jspec.reshard(policy), KINDS[rule]
         self.draft, self.k, self.sampling, self.vocab = draft, k, sampling, policy.config.vocab_size
         if draft is not None:
-            self.draft = draft.module.prepare(self.policy, draft)
+            self.draft = draft.drafter.prepare(self.policy, draft)
         batch = jspec.PromptBatch.from_tokens([prompt], group_size=1, seed=0, buckets=(len(prompt),))
         self.prompt_length = len(prompt)
         first = jax.jit(partial(start, k=k))(self.policy, self.draft, batch, sampling)

@@ -26,7 +26,7 @@ def test_other_default_generators(impl):
 
         def step(policy, draft, batch):
             out = jspec.rollout(policy, draft, batch, sampling=jspec.Sampling(max_new_tokens=3))
-            return draft.module.remember(draft, batch, out), out
+            return draft.drafter.remember(draft, batch, out), out
 
         after, out = jax.eval_shape(step, policy, draft, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after.state) == jax.tree.map(lambda x: (x.shape, x.dtype),

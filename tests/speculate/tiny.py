@@ -2,15 +2,13 @@
 
 import dataclasses
 import itertools
-import sys
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jspec.drafts.base import Draft, Proposal
-from jspec.model import ModelConfig, init_policy, logits, train_forward
+from jspec.drafts.base import Draft, Drafter, Proposal
+from jspec.model import ModelConfig, ParamSpec, init_policy, logits, train_forward
 from jspec.speculate import PromptBatch, Rollout
 from tests.pallas_kernels.oracle import process
 
@@ -40,14 +38,12 @@ def shaken(draft, seed=0, scale=0.4):
 class TableConfig:
     policy: ModelConfig
     sampled: bool = True
-    name: str = "table"
 
 
-def table_draft(policy, *, sampled=True, seed=0, spread=1.0):
-    """A drafter that knows the last token only: q is a row of a table; not `sampled`: its largest entry, as one-hot."""
+def _init(policy, key=None, *, sampled=True, seed=0, spread=1.0):
     vocab = policy.config.vocab_size
     return Draft({"table": spread * jax.random.normal(jax.random.key(seed), (vocab, vocab))}, {},
-                 TableConfig(policy.config, sampled))
+                 TableConfig(policy.config, sampled), table)
 
 
 def _propose(policy, draft, state, committed, sampler):
@@ -61,20 +57,17 @@ def _propose(policy, draft, state, committed, sampler):
     return Proposal(jnp.stack(tokens, 1), jnp.stack(log_qs, 1) if draft.config.sampled else None), state
 
 
-def install_table_module():
-    """Make `jspec.drafts.table`: a drafter is a module, and no other file changes."""
-    module = ModuleType("jspec.drafts.table")
-    module.features = lambda config: ()
-    module.specs = lambda config: {}
-    module.prepare = lambda policy, draft: draft
-    module.start = lambda policy, draft, prefill: ({}, ())
-    module.propose = _propose
-    module.observe = lambda policy, draft, state, observation: state
-    module.loss = None
-    sys.modules[module.__name__] = module
+def _specs(config):
+    return {"table": ParamSpec((config.policy.vocab_size, config.policy.vocab_size), (None, None))}
 
 
-install_table_module()
+table = Drafter("table", TableConfig, _init, _propose, specs=_specs)
+"""One that knows the last token only: q is a row of a table; not `sampled`: its largest entry, as one-hot."""
+
+
+def table_draft(policy, **options):
+    """A draft of `table`; options are those of its init: sampled, seed, spread."""
+    return table.init(policy, **options)
 
 
 @jax.jit

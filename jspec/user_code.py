@@ -71,7 +71,7 @@ def import_file(label: str, file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:  # from the source: bytecode that was kept may be that of the file before
-        exec(spec.loader.source_to_code(source, str(file)), vars(module))
+        exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as error:  # anything may go wrong in a file of the user's
         del sys.modules[spec.name]
         raise InputError(f"{label}: {file} does not import: {one_line(error)}") from error

@@ -47,12 +47,13 @@ RUN_AWAY = 1e6
 
 
 class Init(Protocol):
-    def __call__(self, policy: Policy, key: jax.Array | None, **options: Any) -> Draft:
-        """A fresh draft for a policy in the training layout, on the mesh of `jax.set_mesh`.
+    def __call__(self, policy: Policy, *key: Any, **options: Any) -> Draft:
+        """(policy, key, **options): a fresh draft for a policy in the training layout, on the mesh
+        of `jax.set_mesh`.
 
         Args:
           key: typed, of float32 masters. If it has a default nothing is drawn at random.
-          options: by name, with defaults: what `draft.options` sets. They are checked here.
+          options: by name, each with a default: what `draft.options` sets. They are checked here.
 
         Raises InputError. Must run under `jax.eval_shape` too.
         """

@@ -260,12 +260,25 @@ def test_a_newer_checkpoint_is_named_and_stays(tmp_path):
     folder = tmp_path / "checkpoints" / "3"
     assert json.loads((folder / "meta" / "metadata").read_text())["format"] == formats.CHECKPOINT
     edit_meta(folder, lambda meta: {"format": 99, "elsewhere": meta})
-    said = r"checkpoint .* has format 99, and this jspec \(.*\) reads formats up to 1: a newer jspec wrote it"
+    said = r"checkpoint .* has format 99, and this jspec \(.*\) reads formats up to 2: a newer jspec wrote it"
     with pytest.raises(InputError, match=said):
         load_policy(tmp_path)
     with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError, match=said):
         checkpoints.restore(make_state(None))
     assert folder.is_dir()
+
+
+def test_a_checkpoint_whose_drafter_is_named_in_its_config_is_read(tmp_path):
+    state, _ = make_run(tmp_path)
+
+    def older(meta):
+        draft = dict(meta["draft"])
+        return meta | {"format": 1, "draft": draft | {"config": draft["config"] | {"name": draft.pop("drafter")}}}
+
+    edit_meta(tmp_path / "checkpoints" / "3", older)
+    assert load_draft(tmp_path).config == state.draft.config
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.restore(make_state())[0] == 3
 
 
 def test_checksums_of_nothing_vouch_for_nothing(tmp_path):

@@ -46,7 +46,7 @@ def test_a_newer_head_is_named_and_an_older_one_read(policy, directory):
     with pytest.raises(jspec.InputError, match=r"config.json has format 2, and this jspec .* reads formats up to 1"):
         jspec.load_draft(policy, directory)
     path.write_text(json.dumps({key: value for key, value in config.items() if key != "format"}))
-    assert jspec.load_draft(policy, directory).config.name == config["drafter"]
+    assert jspec.load_draft(policy, directory).name == config["drafter"]
 
 
 def change(directory, edit):

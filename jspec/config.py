@@ -141,7 +141,7 @@ class RewardSection:
 
     function: str = setting("math_verify", "'math_verify', 'reasoning_gym', or your own as 'path/to/file.py:function'",
                             filled=True, path=True)
-    workers: int = setting(2, "grading processes", low=1)
+    workers: int = setting(2, "grading processes", low=1, high=1024)
     timeout_s: float = setting(10.0, "seconds after which an answer's grading is killed and scores 0", above=0,
                                high=1e6)
 

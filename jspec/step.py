@@ -107,7 +107,8 @@ class Step:
         due = trains_draft(state.draft, self.settings) and draft_due(self.settings, int(state.updates))
         of_draft = {}
         if self.draft is not None and due:
-            state, of_draft = self.draft(state, prompts, out)  # only begun here: the host goes on to the rewards
+            with clock("draft"):
+                state, of_draft = self.draft(state, prompts, out)  # only begun here: the host goes on to the rewards
         with clock("reward"):
             graded = grade(on_host)
         with clock("draft"):

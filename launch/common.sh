@@ -1,4 +1,5 @@
 # What the launchers share: the virtual environment. Sourced, never run. Needs bash 4 and a Python with pip, or uv.
+# UV_CONSTRAINT=FILE pins versions (a line such as jax==0.10); with another file the environment is made to fit it.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${JSPEC_VENV:-$root/.venv}
@@ -62,7 +63,7 @@ prepare() {
     cpu|cuda|cuda12|tpu) ;;
     *) die "JSPEC_ACCELERATOR must be cpu, cuda, cuda12 or tpu, not '${1%%,*}'";;
   esac
-  want=$({ cat "$root/pyproject.toml"; printf '%s\n' "$root $1"; } | cksum)
+  want=$({ cat "$root/pyproject.toml" ${UV_CONSTRAINT:-}; printf '%s\n' "$root $1"; } | cksum)
   if prepared "$stamp" "$want"; then return; fi
   mkdir -p "$(dirname "$venv")" 2>/dev/null || cannot_write "$(dirname "$venv")"
   if command -v flock >/dev/null; then   # launches at the same time wait for the first one's installation

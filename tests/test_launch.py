@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launch" / "tpu_or_gpu.sh"
@@ -63,6 +64,28 @@ def test_config_and_overrides_are_passed_on(machine, tmp_path):
     (tmp_path / "mine.yaml").write_text("steps: 1\n")
     done = launch(machine, "steps=2", "mine.yaml", "data.system_prompt=be brief", cwd=tmp_path)
     assert f"-m jspec train {tmp_path}/mine.yaml steps=2 data.system_prompt=be brief;" in done.stdout
+
+
+def test_the_workflow_pins_the_oldest_jax_named(machine, tmp_path):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    steps = workflow["jobs"]["test"]["steps"]
+    assert steps[-1] == {"run": "bash launch/test.sh"}
+    script = next(step["run"] for step in steps if step.get("name") == "pin the oldest JAX")
+    said = tmp_path / "said"
+    subprocess.run(["bash", "-e", "-c", script], cwd=ROOT, check=True, capture_output=True,
+                   env=machine | {"RUNNER_TEMP": str(tmp_path), "GITHUB_ENV": str(said)})
+    name, _, pins = said.read_text().strip().partition("=")
+    oldest = re.search(r'"jax>=([\d.]+),', (ROOT / "pyproject.toml").read_text())[1]
+    assert name == "UV_CONSTRAINT" and Path(pins).read_text() == f"jax=={oldest}\n"
+
+
+def test_other_pins_are_another_installation(machine, tmp_path):
+    pins = tmp_path / "pins.txt"
+    for text in ("jax==0.10\n", "jax==0.11\n", "jax==0.11\n"):
+        pins.write_text(text)
+        assert launch(machine | {"UV_CONSTRAINT": str(pins)}).returncode == 0
+    calls = Path(machine["LOG"]).read_text().splitlines()
+    assert [call.split()[0] for call in calls] == ["venv", "pip", "pip"]
 
 
 def test_a_second_run_installs_nothing(machine):

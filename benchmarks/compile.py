@@ -45,6 +45,7 @@ import jspec
 from benchmarks import compiled_text, kernel_cases, measure
 from benchmarks.options import open_results, program
 from benchmarks.shapes import SHAPES
+from jspec.config import load_config
 from jspec.console import PlainConsole
 from jspec.model import init_policy, policy_sharding
 from jspec.model.pool import BLOCK
@@ -58,9 +59,12 @@ from pallas_kernels.verify_attention import verify_attention
 DUMP = os.environ["MOSAIC_GPU_DUMP_TO"]
 atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 
-TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}  # 8 devices each
+POD = "v5p pod"
+POD_MESH = load_config(Path(__file__).parent.parent / "configs" / "qwen3-8b-pod.yaml").mesh
+TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1", POD: "v5p:4x4x2"}
+"""8 devices each, and the 32 of configs/qwen3-8b-pod.yaml, on the mesh that it names."""
 GPU = "sm_90"
-MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1)}  # fsdp, tensor
+MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1), POD: (POD_MESH.fsdp, POD_MESH.tensor)}  # fsdp, tensor
 DRAFTS: dict[str, dict[str, Any]] = {
     "mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {}, "ngram": {}}
 """Options of the drafters that rollouts are compiled with; what follows a comma is no part of the drafter's name."""
@@ -68,7 +72,7 @@ ROLLOUTS = [(GPU, "qwen3-8b", "mtp", False), ("v5e", "qwen3-8b", "mtp", False), 
             ("v5p", "qwen3-8b", "mtp", False), ("v6e", "qwen3-8b", "mtp", False), ("tpu7x", "qwen3-8b", "mtp", False),
             ("v5e", "qwen3-8b", "mtp", True), (GPU, "qwen3-8b", "eagle3", False), ("v6e", "qwen3-8b", "suffix", False),
             ("tpu7x", "qwen3-8b", "ngram", False), ("v5p", "qwen3-8b", "self", False),
-            ("v5e", "qwen3-8b", "self, 4 bits", False)]
+            ("v5e", "qwen3-8b", "self, 4 bits", False), (POD, "qwen3-8b", "mtp", False)]
 """What is compiled if nothing is said: chip, shape (the second has heads of 64), draft, and whether rows are paused."""
 PROMPTS, LENGTH, GROUP, SLOTS, CAP = 16, 128, 16, 64, 1024  # slots of each shard of the batch
 KV_TOKENS = SLOTS * (LENGTH + CAP) * 6 // 10  # of each shard, where rows are paused
@@ -225,7 +229,7 @@ def rollout(chip: str, shape: str, name: str, pausing: bool = False, layers: int
 def judged(row: dict[str, Any], block: tuple[int, ...], pausing: bool) -> dict[str, Any]:
     """A rollout's row, failed where its loops do what they must not, or are not those asked for. Where rows are paused
     there is a pool in host memory too, and what is moved at a time is a block."""
-    wrong = [f"{what} in a loop: {'; '.join(row[what])}" for what in ("crossing", "copied") if row[what]]
+    wrong = [f"{what} in a loop: {'; '.join(row[what])}" for what in ("crossing", "gathered", "copied") if row[what]]
     if row["loops"] != sorted(dict(SCHEDULE), reverse=True) or len(row["pools"]) <= pausing:
         wrong.append(f"its loops, of {row['loops']} rows, or its pools, {row['pools']}, are not those asked for")
     if bool(row["moved"]) != pausing or any(math.prod(shape) > math.prod(block) for shape in row["moved"]):
@@ -235,7 +239,7 @@ def judged(row: dict[str, Any], block: tuple[int, ...], pausing: bool) -> dict[s
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if "kernels" in args.what:
-        for chip in args.chip:
+        for chip in (chip for chip in args.chip if chip != POD):  # one device of it is one of v5p
             for kernel, shape, rule, function, values in kernels(chip, args.shape):
                 yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule, **timed(chip, function, values)}
     if "rollout" in args.what:

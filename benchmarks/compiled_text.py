@@ -56,6 +56,13 @@ def crossing(loops: Mapping[str, Instruction], shards: Sequence[int]) -> list[st
             and any(len({shards[device] for device in group}) > 1 for group in groups(one, len(shards)))]
 
 
+def gathered(loops: Mapping[str, Instruction]) -> list[str]:
+    """The collectives among these instructions by which attention is more than each shard's heads: all but the sums
+    that its output projection ends with."""
+    return [f"{name}: {one.opcode} of {one.made}, {one.scope}" for name, one in loops.items()
+            if "/attention/" in one.scope and one.opcode.removesuffix("-start") in set(COLLECTIVES) - {"all-reduce"}]
+
+
 def pools(found: Mapping[str, Instruction], block: tuple[int, ...]) -> set[tuple[int, ...]]:
     """The shapes of pools, any number of blocks of that shape, that a `while` carries: those on the device, and what
     holds paused rows in host memory."""
@@ -102,14 +109,14 @@ def read(hlo: str, block: tuple[int, ...], shards: Sequence[int]) -> dict[str, A
       shards: of every device, its shard of the batch.
 
     Returns: `pools`, their shapes; `loops`, the rows of the decode loops; `crossing`, the collectives in them that
-    cross the batch's shards; `copied`, what copies a pool in them; `moved`, the shapes of what they move to host memory
-    or back; `copied_outside`, how many copies of one there are
-    outside of them, which are made once a rollout.
+    cross the batch's shards; `gathered`, those with which attention is not tensor-parallel; `copied`, what copies a
+    pool in them; `moved`, the shapes of what they move to host memory or back; `copied_outside`, how many copies of
+    one there are outside of them, which are made once a rollout.
     """
     found = instructions(hlo)
     loops, shapes = in_loops(found), pools(found, block)
     rows = {int(n) for one in found.values() for n in re.findall(r"/loop_(\d+)/", one.scope)}
     outside = {name: one for name, one in found.items() if name not in loops}
     return {"pools": sorted(shapes), "loops": sorted(rows, reverse=True), "crossing": crossing(loops, shards),
-            "copied": copied(loops, shapes), "moved": sorted(moved(loops)),
+            "gathered": gathered(loops), "copied": copied(loops, shapes), "moved": sorted(moved(loops)),
             "copied_outside": sum(one.opcode in ("copy", "copy-start") for one in of_size(outside, shapes).values())}

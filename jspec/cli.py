@@ -1,11 +1,9 @@
 """The command line. Handlers import what they need when they run, so that `--help` and mistakes answer at once."""
 
 import argparse
-import errno
-import functools
+import importlib
 import logging
 import math
-import os
 import re
 import sys
 import textwrap
@@ -15,7 +13,8 @@ from typing import Any
 
 from jspec import user_code
 from jspec.config import DRAFTERS, MOST_SAMPLES, RULES, SEED_HIGH
-from jspec.errors import InputError, shortened
+from jspec.errors import InputError
+from jspec.exits import guarded
 from jspec.stopping import terminate_by_exception
 
 EPILOG = """\
@@ -27,6 +26,7 @@ a first look:
 
 NAMED = "short name (smollm2-135m-instruct), hub id, directory of safetensors or .gguf file"
 MODEL = NAMED + ", or a run's output_dir"
+Handler = Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,36 +86,45 @@ def parser() -> Parser:
                  epilog=EPILOG)
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, run, summary: str, **options) -> Parser:
+    def command(name: str, run: Handler | None, summary: str, **options: Any) -> Parser:
         made = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", **options)
         made.set_defaults(run=run)
         return made
 
-    def with_config(made: Parser) -> None:
-        made.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-        made.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=2e-6 "
-                          "steps=20; values are YAML, so text with [ { : # needs quotes, data.source='\"a: b.jsonl\"'")
-
-    train = command("train", _train, "train a policy with GRPO; the same command again resumes", keys="Config")
-    with_config(train)
-    train.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML and stop")
-
-    _add_rollout(command("rollout", _rollout, "speculative and autoregressive decoding of one prompt, side by side"))
-    _add_eval(command("eval", _eval, "mean reward of a policy over a task"))
-
+    _add_train(command("train", _train, "train a policy with GRPO; the same command again resumes", keys="Config"))
+    _add_rollout(command("rollout", _computing("commands:rollout"),
+                         "speculative and autoregressive decoding of one prompt, side by side"))
+    _add_eval(command("eval", _computing("evaluation:evaluate"), "mean reward of a policy over a task"))
     fetch = command("fetch", _fetch, "download a model into the cache; a second time does nothing")
     fetch.add_argument("model", metavar="NAME", help="short name or hub id")
-
-    export = command("export", _export, "write a directory that transformers loads")
+    export = command("export", _computing("commands:export"), "write a directory that transformers loads")
     export.add_argument("source", metavar="SOURCE", help=MODEL)
     export.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty")
-
     command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts MODEL` compares "
             "drafters, `bench tail MODEL` times answers of natural lengths, `bench cost MODEL` what a cycle costs",
             add_help=False)
-
     draft = command("draft", None, "train a draft by itself, or write it as others read it")
     drafts = draft.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    _add_draft_train(drafts)
+    _add_draft_export(drafts)
+    profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys="Config")
+    _add_config(profile)
+    profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: output_dir/profile)")
+    return top
+
+
+def _add_config(made: Parser) -> None:
+    made.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=2e-6 "
+                      "steps=20; values are YAML, so text with [ { : # needs quotes, data.source='\"a: b.jsonl\"'")
+
+
+def _add_train(made: Parser) -> None:
+    _add_config(made)
+    made.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML and stop")
+
+
+def _add_draft_train(drafts: Any) -> None:
     made = drafts.add_parser("train", keys="DraftTrainingConfig", help="train one on the policy's own answers",
                              description="Train a draft on the policy's own answers; the same command again goes on "
                              "from where it was.")
@@ -124,11 +133,13 @@ def parser() -> Parser:
     made.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.loss=overlap samples.count=512")
     made.add_argument("--config", metavar="FILE", help="a YAML file of these keys, such as configs/draft-smollm2.yaml")
 
+
+def _add_draft_export(drafts: Any) -> None:
     made = drafts.add_parser("export", help="write one in the layout that others publish",
                              description="Write a draft in the layout that others publish: an eagle3 draft "
                              "as SpecForge does (vLLM and SGLang serve it), an mtp head with the conventions of a "
                              "published architecture as that one's own.")
-    made.set_defaults(run=_export_draft)
+    made.set_defaults(run=_computing("commands:export_draft"))
     made.add_argument("model", metavar="MODEL", help=MODEL)
     made.add_argument("draft", metavar="DRAFT", help="the output_dir of `jspec draft train` or of a run, a directory "
                       "with a published draft, or the short name of a model whose draft ships with jspec")
@@ -136,11 +147,6 @@ def parser() -> Parser:
                       "its policy in a directory of `jspec export`)")
     made.add_argument("--layout", choices=("specforge", "speculators"), help="of an eagle3 draft: SpecForge's (the "
                       "default), or that of the speculators library")
-
-    profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys="Config")
-    with_config(profile)
-    profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: output_dir/profile)")
-    return top
 
 
 def _add_rollout(made: Parser) -> None:
@@ -179,19 +185,14 @@ def _add_eval(made: Parser) -> None:
                       "its reward or its drafter")
 
 
-def _computing(handler: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """A command that compiles: what is compiled is kept for the next one."""
-    @functools.wraps(handler)
-    def computing(arguments: argparse.Namespace) -> int:
+def _computing(target: str) -> Handler:
+    """What runs `module:function` of jspec with the parsed arguments, once JAX is there."""
+    def run(arguments: argparse.Namespace) -> int:
         _import_jax()
-        from jspec.compile_cache import keep_compiled
-        from jspec.distributed import check_platform
+        module, name = target.split(":")
+        return getattr(importlib.import_module(f"jspec.{module}"), name)(arguments)
 
-        check_platform()
-        keep_compiled()
-        return handler(arguments)
-
-    return computing
+    return run
 
 
 def _import_jax() -> None:
@@ -204,7 +205,7 @@ def _import_jax() -> None:
                          ) from error
 
 
-def _train(arguments) -> int:
+def _train(arguments: argparse.Namespace) -> int:
     from jspec.config import load_config
     from jspec.settings import to_yaml
 
@@ -218,55 +219,36 @@ def _train(arguments) -> int:
     return train(config)
 
 
-@_computing
-def _train_draft(arguments) -> int:
+def _train_draft(arguments: argparse.Namespace) -> int:
     from jspec.config import DraftTrainingConfig, load_config
 
     overrides = [("model.name", arguments.model), *arguments.overrides]
     config = load_config(arguments.config, overrides, DraftTrainingConfig)
+    _import_jax()
     from jspec.draft_training import train_draft
+
     return train_draft(config)
 
 
-@_computing
-def _rollout(arguments) -> int:
-    from jspec.commands import rollout
+def _profile(arguments: argparse.Namespace) -> int:
+    from jspec.config import load_config
 
-    return rollout(arguments)
+    config = load_config(arguments.config, arguments.overrides)
+    _import_jax()
+    from jspec.profile_step import profile
 
-
-@_computing
-def _eval(arguments) -> int:
-    from jspec.evaluation import evaluate
-
-    return evaluate(arguments)
+    return profile(config, Path(arguments.out or Path(config.output_dir) / "profile"))
 
 
-def _fetch(arguments) -> int:
+def _fetch(arguments: argparse.Namespace) -> int:
     from jspec import hub
 
     print(hub.fetch(arguments.model))
     return 0
 
 
-@_computing
-def _export(arguments) -> int:
-    from jspec.commands import export
-
-    return export(arguments)
-
-
-@_computing
-def _export_draft(arguments) -> int:
-    from jspec.commands import export_draft
-
-    return export_draft(arguments)
-
-
-@_computing
-def _bench(arguments) -> int:
-    import importlib
-
+def _bench(arguments: argparse.Namespace) -> int:
+    _import_jax()
     named = arguments.rest[:1] in (["drafts"], ["tail"], ["cost"])
     name, rest = (arguments.rest[0], arguments.rest[1:]) if named else ("rollout", arguments.rest)
     checkout = Path(__file__).resolve().parent.parent
@@ -274,17 +256,11 @@ def _bench(arguments) -> int:
     if not script.is_file():
         raise InputError(f"there is no {script}: `jspec bench` needs a source checkout of jspec, not a wheel")
     sys.argv = [f"jspec bench {name}" if named else "jspec bench", *rest]  # for usage lines and the results' command
-    importlib.import_module(f"benchmarks.{name}").main(rest)
+    from jspec.session import session
+
+    with session():
+        importlib.import_module(f"benchmarks.{name}").main(rest)
     return 0
-
-
-@_computing
-def _profile(arguments) -> int:
-    from jspec.config import load_config
-    from jspec.profile_step import profile
-
-    config = load_config(arguments.config, arguments.overrides)
-    return profile(config, Path(arguments.out or Path(config.output_dir) / "profile"))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -310,68 +286,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with terminate_by_exception():
         return guarded(run)
-
-
-def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`; mistakes of the user's are one line on stderr and 2. That nobody reads what is printed
-    any more (`jspec train --help | head`) is no mistake."""
-    _settle_output()
-    code = 0
-    try:
-        try:
-            code = _explained(run)
-        finally:
-            sys.stdout.flush()  # trouble with it is noticed here, not at the interpreter's end
-    except BrokenPipeError:
-        from jspec.console import drop_stdout
-
-        drop_stdout()
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            print(f"jspec: error: {shortened(str(error.filename))}: {error.strerror}", file=sys.stderr)
-            return 2
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        from jspec.console import drop_stdout
-
-        drop_stdout()
-        print(f"jspec: error: {error.filename or 'what is printed'}: {error.strerror}; make room, and give the same "
-              "command again", file=sys.stderr)
-        return code or 1
-    return code
-
-
-def _settle_output() -> None:
-    """What is printed goes somewhere, if only into nothing, and whatever it holds can be printed."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller has closed it (`>&-`)
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):  # names and messages are the user's
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def _explained(run: Callable[[], int]) -> int:
-    try:
-        return run()
-    except InputError as error:
-        print(f"jspec: error: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("jspec: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
-            raise
-        said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ") if str(error) else "no more is said"
-        print(f"jspec: error: out of memory ({one_line(said[:200])}); take a smaller model, more devices, or fewer and "
-              "shorter answers at a time (data.prompts_per_step, data.group_size, sampling.max_new_tokens, "
-              "grpo.micro_batch; --batch)", file=sys.stderr)
-        return 1
-
-
-def one_line(text: str) -> str:
-    """An error as one line, in which nothing that cannot be printed reaches the terminal as it is."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What `jspec rollout`, `jspec export` and `jspec draft export` do; `jspec eval` is in `evaluation.py`."""
 
+import argparse
 import dataclasses
 import time
 from typing import Any
@@ -11,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 import jspec
+from jspec.answering import batch_on_mesh
 from jspec.arguments import path
+from jspec.distributed import fetch
 from jspec.drafts import Draft
 from jspec.heads import publish
 from jspec.hub.architectures import config_to_hf
@@ -23,7 +26,8 @@ from jspec.prepare import make_sampling, make_speculation
 from jspec.progress import telling
 from jspec.rl.answers import answer_text
 from jspec.rl.encode import encode_prompt
-from jspec.sources import choose_draft, open_source
+from jspec.session import Session, mesh_for, session
+from jspec.sources import choose_draft, mesh_of, open_source
 from jspec.speculate.arguments import check
 
 
@@ -51,19 +55,26 @@ def time_rollout(policy: Policy, draft: Draft | None, batch, sampling, speculati
             start = time.perf_counter()
             out = jax.block_until_ready(jspec.rollout(policy, draft, batch, sampling=sampling, speculation=speculation))
             seconds = time.perf_counter() - start
-    return Timed(jax.device_get(out), seconds)
+    return Timed(fetch(out), seconds)
 
 
-def rollout(arguments) -> int:
+def rollout(arguments: argparse.Namespace) -> int:
     """`jspec rollout`: the same prompt and seed without and with a draft, side by side."""
+    with session() as opened:
+        return side_by_side(arguments, opened)
+
+
+def side_by_side(arguments: argparse.Namespace, opened: Session) -> int:
+    """`rollout`, once the session is open."""
     overrides = [(f"sampling.{key}", getattr(arguments, key))
                  for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
     overrides += [(f"speculation.{name}", getattr(arguments, name)) for name in ("k", "rule", "kernels")]
     wanted = None if arguments.draft is None else (arguments.draft,)
     source = open_source(arguments.model, overrides, arguments.dtype, wanted)
+    opened.use(mesh_for(source.shape.config, arguments.samples, "--samples"))
     make_draft = choose_draft(source, arguments.draft)
     tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
-    batch = jspec.PromptBatch.from_tokens([tokens], group_size=arguments.samples, seed=arguments.seed)
+    batch = batch_on_mesh([tokens], "rollout", group_size=arguments.samples, seed=arguments.seed)
     sampling, speculation = make_sampling(source.config), make_speculation(source.config)
     check(source.shape, None, batch, sampling, speculation, jspec.Batching())
     with telling(f"loading {arguments.model}"):
@@ -127,25 +138,30 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
     return table
 
 
-def export(arguments) -> int:
+def export(arguments: argparse.Namespace) -> int:
     """`jspec export`: a model, or a run's last checkpoint, as a directory that transformers loads."""
-    new_directory(arguments.directory)
-    source = open_source(arguments.source, [], drafters=())
-    config_to_hf(source.shape.config)
-    with telling(f"loading {arguments.source}"):
-        policy = source.load()
-    with telling(f"writing {arguments.directory}"):
-        written = jspec.export(policy, arguments.directory, source.tokenizer)
-    print(written)
+    with session() as opened:
+        new_directory(arguments.directory)
+        source = open_source(arguments.source, [], drafters=())
+        config_to_hf(source.shape.config)
+        opened.use(mesh_of(source)[0])
+        with telling(f"loading {arguments.source}"):
+            policy = source.load()
+        with telling(f"writing {arguments.directory}"):
+            written = jspec.export(policy, arguments.directory, source.tokenizer)
+        screen().print(written, soft_wrap=True)
     return 0
 
 
-def export_draft(arguments) -> int:
+def export_draft(arguments: argparse.Namespace) -> int:
     """`jspec draft export`: a draft in the layout that others publish."""
-    if not (path("directory", arguments.directory) / "config.json").exists():  # no model's, which a head may join
-        new_directory(arguments.directory)
-    source = open_source(arguments.model, [], drafters=())
-    with telling(f"loading {arguments.draft}"):
-        draft = jspec.load_draft(source.shape, arguments.draft)
-    print(publish(draft, arguments.directory, arguments.layout, hub_id(arguments.model)))
+    with session() as opened:
+        if not (path("directory", arguments.directory) / "config.json").exists():  # no model's, which a head may join
+            new_directory(arguments.directory)
+        source = open_source(arguments.model, [], drafters=())
+        opened.use(mesh_of(source)[0])
+        with telling(f"loading {arguments.draft}"):
+            draft = jspec.load_draft(source.shape, arguments.draft)
+        written = publish(draft, arguments.directory, arguments.layout, hub_id(arguments.model))
+        screen().print(written, soft_wrap=True)
     return 0

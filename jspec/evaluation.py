@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -17,8 +18,10 @@ from rich.table import Table
 
 import jspec
 from jspec import user_code
+from jspec.answering import batch_on_mesh, decoded
 from jspec.checkpoint import data_position, run_plan
 from jspec.config import MOST_SAMPLES
+from jspec.distributed import is_main
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import open_output, screen
@@ -27,14 +30,15 @@ from jspec.progress import say, telling
 from jspec.rl.answers import reward_inputs
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_reward
+from jspec.session import Session, session
 from jspec.settings import Override
 from jspec.sharding import batch_shards
-from jspec.sources import Source, open_source, overridden
+from jspec.sources import Source, mesh_of, open_source, overridden
 from jspec.speculate.arguments import check, check_batching
 
 PROMPTS = 64
 """How many prompts, if nothing is said and the data has as many."""
-UNUSED = {"steps", "output_dir", "log_level", "draft", "grpo", "mesh", "checkpoint", "profile"}
+UNUSED = {"steps", "output_dir", "log_level", "draft", "grpo", "checkpoint", "profile"}
 """Sections and keys of a config that an evaluation does not look at (but draft.name=none does go without a run's)."""
 
 
@@ -48,8 +52,16 @@ def evaluate(arguments) -> int:
     overrides: list[Override] = list(arguments.overrides)
     if arguments.temperature is not None:
         overrides.append(("sampling.temperature", arguments.temperature))
+    with session() as opened:
+        return _evaluate(arguments, overrides, opened)
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: Session) -> int:
+    """`evaluate`, once the session is open."""
     written = open_output(None if arguments.json == "-" else arguments.json, "--json")
     source = open_source(arguments.source, overrides, run_code=arguments.run_code)
+    mesh, layout = mesh_of(source)
+    opened.use(mesh)
     check_code(source, arguments.overrides, arguments.run_code)
     check_reward(source.config.reward.function, source.config.data.source)
     if source.draft is not None:
@@ -59,9 +71,9 @@ def evaluate(arguments) -> int:
     data = prompts_of(source)
     count = check_count(source, data, arguments.prompts)
     speculation = speculation_of(source)
-    batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count), speculation)
+    batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count), speculation, layout)
     with telling(f"loading {arguments.source}"):
-        policy = jspec.reshard(source.load_finite())
+        policy = jspec.reshard(source.load_finite(), layout)
     console = screen(stderr=arguments.json == "-")
     result = {"source": arguments.source, "overrides": arguments.overrides,
               **score(source, policy, batches, count, speculation, console)}
@@ -70,9 +82,9 @@ def evaluate(arguments) -> int:
         if isinstance(value, int | float):
             table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
-    if written:
+    if is_main() and written:
         written.write(json.dumps(result, indent=2) + "\n")
-    elif arguments.json == "-":
+    elif is_main() and arguments.json == "-":
         print(json.dumps(result))
     return 0
 
@@ -149,20 +161,22 @@ def speculation_of(source: Source) -> jspec.Speculation:
     return make_speculation(source.config, (auto and run_plan(Path(source.name).expanduser()).k) or 0)
 
 
-def batches_of(source: Source, data: PromptData, count: int, samples: int, batch: int, speculation: jspec.Speculation
-               ) -> list[tuple[list[Prompt], jspec.PromptBatch]]:
-    """The prompts to answer, `batch` at a time; the last batch is filled up with prompts that are not asked for.
+def batches_of(source: Source, data: PromptData, count: int, samples: int, batch: int, speculation: jspec.Speculation,
+               layout: str) -> list[tuple[list[Prompt], jspec.PromptBatch]]:
+    """The prompts to answer, `batch` at a time; the last batch is filled up with prompts that are not asked for, and
+    each with as many as the mesh needs to split its rows.
 
     Raises InputError for what a rollout of them would refuse, so that it is said before any weights are read.
     """
     config, key = source.config, purpose_key(source.config.seed, EVAL_KEY)
     steps = [[prompt for _ in range(batch) for prompt in next(data)] for _ in range(math.ceil(count / batch))]
-    made = [jspec.PromptBatch.from_tokens([p.tokens for p in chosen], group_size=samples,
-                                          seed=jax.random.fold_in(key, step)) for step, chosen in enumerate(steps)]
+    made = [batch_on_mesh([prompt.tokens for prompt in chosen], layout, group_size=samples,
+                          seed=jax.random.fold_in(key, step)) for step, chosen in enumerate(steps)]
     sampling, batching = make_sampling(config), make_batching(config)
     for prompts in made:  # `check` would not name the setting
-        check_batching("rollout.", batching, batch_shards("rollout"), batch * samples, samples, prompts.tokens.shape[1],
-                       sampling.max_new_tokens, 0 if source.draft is None else speculation.most)
+        rows, length = len(prompts.sequence_ids), prompts.tokens.shape[1]
+        check_batching("rollout.", batching, batch_shards(layout), rows, samples, length, sampling.max_new_tokens,
+                       0 if source.draft is None else speculation.most)
         check(source.shape, source.draft, prompts, sampling, speculation, batching)
     return list(zip(steps, made, strict=True))
 
@@ -178,8 +192,8 @@ def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], 
           telling("answering (the first batch compiles)", total=prompts) as advance):
         for step, (chosen, made) in enumerate(batches):
             start = time.perf_counter()
-            out = jax.device_get(jspec.rollout(policy, source.draft, made, sampling=sampling, speculation=speculation,
-                                               batching=batching))
+            out = decoded(policy, source.draft, made, batch * samples, sampling=sampling, speculation=speculation,
+                          batching=batching)
             seconds += time.perf_counter() - start
             graded = pool.grade(reward_inputs(source.tokenizer, chosen, out))
             keep = min(batch, prompts - step * batch)

@@ -89,5 +89,9 @@ def _umask() -> int:
 
 def screen(**options: Any) -> PlainConsole:
     """What a command prints to, options as rich has them. When nobody reads any more (`jspec eval ... | head`) it goes
-    quiet, and what else the command was asked for, such as a file, is still made."""
-    return PlainConsole(lambda: None, **options)
+    quiet, and what else the command was asked for, such as a file, is still made. Of several processes the first one
+    prints."""
+    import jax  # what only writes files needs none
+
+    joined = jax.distributed.is_initialized()  # asked first: a device is not to be woken before it is needed
+    return PlainConsole(lambda: None, quiet=joined and jax.process_index() > 0, **options)

@@ -51,7 +51,7 @@ def check(config: Config, mesh: Mesh) -> None:
     check_rows(rows, mesh, layout)
     if config.grpo.micro_batch:
         check_rows(config.grpo.micro_batch, mesh, layout)
-    shards = batch_shards("rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout", mesh)
+    shards = batch_shards(rollout_layout(config), mesh)
     k = 0 if config.draft.name == "none" else make_speculation(config, MOST).most
     check_batching("rollout.", make_batching(config), shards, rows, config.data.group_size,
                    config.data.max_prompt_tokens, config.sampling.max_new_tokens, k)
@@ -216,6 +216,11 @@ def check_fresh_draft(shape: Policy, drafter: Drafter, options: Mapping[str, Any
 def make_sampling(config: Config) -> Sampling:
     """`Sampling` as the configuration has it."""
     return Sampling(**dataclasses.asdict(config.sampling))
+
+
+def rollout_layout(config: Config) -> str:
+    """The row of `jspec.sharding.RULES` that rollouts are placed by."""
+    return "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
 
 
 def make_batching(config: Config) -> Batching:

@@ -17,7 +17,10 @@ from rich.logging import RichHandler
 from jspec import distributed
 from jspec.compile_cache import keep_compiled
 from jspec.console import PlainConsole
-from jspec.progress import stderr
+from jspec.errors import InputError
+from jspec.model import ModelConfig
+from jspec.progress import say, stderr
+from jspec.sharding import mesh_of_rows
 from jspec.stopping import terminate_by_exception
 
 
@@ -37,6 +40,21 @@ class Session:
 def log_console() -> Console:
     """stderr, of the first process."""
     return stderr() if distributed.is_main() else PlainConsole(stderr=True, quiet=True)
+
+
+def mesh_for(model: ModelConfig, rows: int, option: str) -> Mesh:
+    """`sharding.mesh_of_rows`, with a word where it leaves devices out; option: what sets the number of rows.
+
+    Raises InputError where several processes would be left without a device.
+    """
+    mesh, there = mesh_of_rows(model, rows), jax.device_count()
+    if mesh.size < there:
+        said = (f"{rows} row(s) and this model's {model.num_heads} heads can be split over {mesh.size} of {there} "
+                f"devices; {option} {there} uses them all")
+        if jax.process_count() > 1:
+            raise InputError(said)
+        say(said)
+    return mesh
 
 
 @contextmanager

@@ -6,7 +6,10 @@ constraint is a no-op. Mesh axes are Auto: XLA's partitioner propagates from the
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,8 @@ from jspec.arguments import whole, wrong
 from jspec.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
+
+T = TypeVar("T")
 
 _TENSOR = {"vocab": ("tensor",), "q_heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)}
 _WIDE = {name: ("fsdp", "tensor") for name in _TENSOR}
@@ -50,6 +55,33 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def mesh_of_weights(model: Any, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices, for what names no mesh: rows are split over all of them, and the master weights
+    in as many ways as the model's width (a ModelConfig's hidden_size) allows."""
+    devices = jax.devices() if devices is None else devices
+    fsdp = math.gcd(model.hidden_size, len(devices))
+    return make_mesh(len(devices) // fsdp, fsdp, 1, devices)
+
+
+def mesh_of_rows(model: Any, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """As many devices as `rows` sequences can be decoded on: as many as rows can be split over, the
+    rest by heads, hidden layer and vocabulary; fewer than there are where neither divides."""
+    devices = jax.devices() if devices is None else devices
+    most = len(devices)
+    tensors = [n for n in range(1, most + 1) if _splits_heads(model, n)]
+    pairs = [(n, tensor) for n in range(1, most + 1) if rows % n == 0 for tensor in tensors if n * tensor <= most]
+    split, tensor = max(pairs, key=lambda pair: (pair[0] * pair[1], pair[0]))
+    fsdp = math.gcd(model.hidden_size, split)
+    return make_mesh(split // fsdp, fsdp, tensor, list(devices[:split * tensor]))
+
+
+def _splits_heads(model: Any, degree: int) -> bool:
+    """Whether `degree` tensor shards divide the model, as `check_mesh` asks it."""
+    sizes = (model.vocab_size, model.num_heads, model.intermediate_size)
+    return all(size % degree == 0 for size in sizes) and (
+        degree > model.num_kv_heads or model.num_kv_heads % degree == 0)
+
+
 def current_mesh() -> Any:
     """The mesh of `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -79,6 +111,13 @@ def constrain(x: jax.Array, layout: str, *axes: str | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, layout, x.shape, axes)))
+
+
+def filled(items: Sequence[T], shards: int, rows: int = 1) -> list[T]:
+    """`items` of `rows` rows each, and as many of them once more at the end as it takes until all
+    rows are divided by `shards`."""
+    needed = -len(items) % (shards // math.gcd(shards, rows))
+    return [*items, *itertools.islice(itertools.cycle(items), needed)]
 
 
 def block_rows(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -4,16 +4,19 @@ is known to be right."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 import jspec
 from jspec import arguments, user_code
 from jspec.checkpoint import load_draft, load_policy, policy_shape, run_config
-from jspec.config import Config, load_config
+from jspec.config import Config, MeshSection, load_config
 from jspec.drafts import Draft, find
 from jspec.drafts.base import check_finite
 from jspec.errors import InputError
@@ -27,10 +30,12 @@ from jspec.prepare import (
     make_shape,
     make_tokenizer,
     purpose_key,
+    rollout_layout,
     with_tokenizer,
 )
 from jspec.progress import say
 from jspec.settings import Override
+from jspec.sharding import make_mesh, mesh_of_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +48,8 @@ class Source:
       own: of a run, the configuration that it was trained with; None: it is no run.
       tokenizer: of `jspec.load_tokenizer`.
       shape: the policy with `jax.ShapeDtypeStruct`s for weights.
-      draft: the trained draft of a run that has one, where it is wanted and the overrides do not say draft.name=none.
-        Whether it is finite is asked where it is used.
-      load: reads the policy. `load_finite` is for what samples from it.
+      load: reads the policy, onto the current mesh. `load_finite` is for what samples from it.
+      read_draft: reads the trained draft of a run, None where there is none; see `draft`.
     """
 
     name: str
@@ -53,8 +57,14 @@ class Source:
     own: Config | None
     tokenizer: Any
     shape: Policy
-    draft: Draft | None
     load: Callable[[], Policy]
+    read_draft: Callable[[], Draft | None] = lambda: None
+
+    @functools.cached_property
+    def draft(self) -> Draft | None:
+        """The trained draft of a run that has one, where it is wanted and the overrides do not say draft.name=none, on
+        the mesh that is current when it is first asked for. Whether it is finite is asked where it is used."""
+        return self.read_draft()
 
     def holds(self, drafter: str | None) -> bool:
         """Whether it has a trained draft of the drafter that is named so (None: of any)."""
@@ -86,9 +96,9 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
         own, tokenizer, shape = run_config(path), make_tokenizer(config), policy_shape(path, dtype)
         wanted = drafters is None or any(user_code.same(own.draft.name, drafter) for drafter in drafters)
         named = bool(drafters) or overridden("draft.name", overrides)
-        draft = draft_of_run(name, config, run_code or named) if wanted else None
-        return Source(name, config, own, tokenizer, with_tokenizer(shape, tokenizer), draft,
-                      lambda: with_tokenizer(load_policy(path, dtype), tokenizer))
+        return Source(name, config, own, tokenizer, with_tokenizer(shape, tokenizer),
+                      lambda: with_tokenizer(load_policy(path, dtype), tokenizer),
+                      lambda: draft_of_run(name, config, run_code or named) if wanted else None)
     if path.suffix in (".yaml", ".yml"):
         config = load_config(path, overrides)
         if config.model.name == "random":
@@ -99,8 +109,28 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     tokenizer = make_tokenizer(config)
-    return Source(name, config, None, tokenizer, make_shape(config, tokenizer), None,
+    return Source(name, config, None, tokenizer, make_shape(config, tokenizer),
                   lambda: make_policy(config, tokenizer))
+
+
+def mesh_of(source: Source) -> tuple[Mesh, str]:
+    """(mesh, rollout layout) for all devices: what the configuration says, where it says anything that these devices
+    fit; of a run that was trained on others `mesh_of_weights`, with a word about it.
+
+    Raises InputError for a mesh that does not fit and is not the run's own.
+    """
+    section, model = source.config.mesh, source.shape.config
+    if section == MeshSection():
+        return mesh_of_weights(model), "rollout"
+    try:
+        return make_mesh(section.data, section.fsdp, section.tensor), rollout_layout(source.config)
+    except InputError as error:
+        if source.own is None or section != source.own.mesh:
+            raise
+        mesh = mesh_of_weights(model)
+        say(f"{source.name} was trained on another mesh ({error}): here it is on fsdp {mesh.shape['fsdp']} x data "
+            f"{mesh.shape['data']}")
+        return mesh, "rollout"
 
 
 def overridden(key: str, overrides: Sequence[Override]) -> bool:

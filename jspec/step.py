@@ -21,7 +21,7 @@ from jspec.distributed import fetch
 from jspec.drafts import Draft
 from jspec.metrics import Clock
 from jspec.model import Policy, to_rollout
-from jspec.prepare import make_batching, make_sampling, make_speculation
+from jspec.prepare import make_batching, make_sampling, make_speculation, rollout_layout
 from jspec.rl.advantages import AdvantageForm, group_advantages
 from jspec.rl.batch import make_batch
 from jspec.rl.state import TrainState
@@ -170,9 +170,8 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
 
 def declared(config: Config, state: TrainState) -> Step:
     """`declare`, as a configuration has it. Where it says k=auto, the speculation's k is 0: `Step.take` asks for it."""
-    layout = "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
     return declare(state, UpdateSettings.of(config), sampling=make_sampling(config),
-                   speculation=make_speculation(config), batching=make_batching(config), layout=layout,
+                   speculation=make_speculation(config), batching=make_batching(config), layout=rollout_layout(config),
                    advantage=cast(AdvantageForm, config.grpo.advantage))
 
 

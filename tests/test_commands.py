@@ -82,7 +82,7 @@ def test_which_draft(capsys, model):
     assert choose_draft(source, "none") is None
     trained = choose_draft(source, "mtp")(policy)
     assert "this mtp draft is fresh, not trained" in capsys.readouterr().err
-    own = dataclasses.replace(source, draft=trained)
+    own = dataclasses.replace(source, read_draft=lambda: trained)
     assert choose_draft(own, None)(policy) is choose_draft(own, "mtp")(policy) is trained
     assert choose_draft(own, "ngram")(policy).name == "ngram"
 
@@ -231,7 +231,7 @@ def test_prompts_are_held_out_of_the_data_that_a_run_was_trained_on(monkeypatch,
 def test_what_auto_drafts_in_an_evaluation(monkeypatch, model, task):
     """What the run did at last; and a pool without room for these drafts is refused before weights are read."""
     source = dataclasses.replace(open_source(model, task), name="RUN")
-    own = dataclasses.replace(source, draft=jspec.drafts.ngram(source.shape))
+    own = dataclasses.replace(source, read_draft=lambda: jspec.drafts.ngram(source.shape))
     for k, drafted in ((None, 0), (0, 0), (((2, 7), (8, 0)), ((2, 7), (8, 0)))):
         monkeypatch.setattr("jspec.evaluation.run_plan", lambda run, k=k: Plan(k=k))
         assert (source.config.speculation.k, speculation_of(own).k) == ("auto", drafted)
@@ -239,16 +239,17 @@ def test_what_auto_drafts_in_an_evaluation(monkeypatch, model, task):
     monkeypatch.setattr("jspec.evaluation.run_plan", lambda run: pytest.fail("the plan is auto's"))
     fixed = dataclasses.replace(own, config=load_config(None, [*task, "speculation.k=40", "rollout.kv_tokens=64"]))
     assert speculation_of(fixed).k == 40
-    batches_of(dataclasses.replace(fixed, draft=None), prompts_of(fixed), 1, 2, 1, speculation_of(fixed))
+    plain = dataclasses.replace(fixed, read_draft=lambda: None)
+    batches_of(plain, prompts_of(fixed), 1, 2, 1, speculation_of(fixed), "rollout")
     with pytest.raises(InputError, match="rollout.kv_tokens = 64 are"):
-        batches_of(fixed, prompts_of(fixed), 1, 2, 1, speculation_of(fixed))
+        batches_of(fixed, prompts_of(fixed), 1, 2, 1, speculation_of(fixed), "rollout")
 
 
 def test_a_runs_draft_that_is_not_finite_is_refused_where_it_drafts(model, task):
     source = open_source(model, task)
     draft = jspec.drafts.mtp(jspec.load(model), 0)
-    bad = dataclasses.replace(source, name="RUN", draft=draft.replace(weights=jax.tree.map(lambda x: x * np.nan,
-                                                                                           draft.weights)))
+    draft = draft.replace(weights=jax.tree.map(lambda x: x * np.nan, draft.weights))
+    bad = dataclasses.replace(source, name="RUN", read_draft=lambda: draft)
     with pytest.raises(InputError, match="the mtp draft of RUN is not finite"):
         choose_draft(bad, None)
     assert choose_draft(bad, "none") is None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save
 
 from jspec import formats
 from jspec.drafts import Draft, Drafter, known
@@ -18,8 +16,8 @@ from jspec.drafts.base import config_from_fields
 from jspec.drafts.parts.vocabulary import check_vocab
 from jspec.errors import InputError
 from jspec.hub.fields import section
-from jspec.hub.json_io import read_json
-from jspec.hub.safetensors_io import read_tensors
+from jspec.hub.json_io import read_json, write_json
+from jspec.hub.safetensors_io import read_tensors, write_tensors
 from jspec.model import Policy, place_on_mesh
 from jspec.model.params import is_spec
 
@@ -42,9 +40,9 @@ def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
     config = {"format": formats.HEAD, "drafter": draft.name, "policy": fields.pop("policy"),
               "options": fields}
     work = directory / f".{WEIGHTS}"
-    work.write_bytes(save(tensors, metadata={"format": "np"}))  # not save_file, whose files only their owner can read
+    write_tensors(work, tensors)
     work.replace(directory / WEIGHTS)
-    (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    write_json(directory / CONFIG, config)
 
 
 def read(directory: Path, policy: Policy, drafter: Drafter | None = None) -> Draft:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jspec.errors import InputError
 from jspec.hub.fields import flag, number, section, short, texts, whole
 from jspec.model.config import ROPE_SCALINGS, ModelConfig, RopeConfig
+
+if TYPE_CHECKING:
+    from jspec.model.params import ParamSpec
 
 # by architecture; a family's first one is what its policies are exported as
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
@@ -26,15 +29,22 @@ class StoredTensor:
     """One tensor of a checkpoint and where it goes.
 
     `name` is transformers' and safetensors' name, `gguf` llama.cpp's ("" where it has none); `key` is the path in
-    `Policy.weights` (of an MTP head's: in the draft's), `layer` the index along that array's leading axis (None: no
-    layer axis).
+    `Policy.weights` (of an MTP head's: in the draft's). `layer` and `expert` are its place along that array's leading
+    axes, in this order; None: the array has no such axis (of a dense model, none has one of experts). `shape` is
+    without them.
     """
 
     name: str
     gguf: str
     key: tuple[str | int, ...]
     layer: int | None
+    expert: int | None
     shape: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where it lies along the leading axes of its array."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,8 @@ _MTP = (
 MTP_LAYOUTS = {layout.architecture: layout for layout in _MTP}
 MOST_MTP_HEADS = 64  # published models have one or a few
 
+# what tensors are called in a checkpoint and in a GGUF: those of a layer after _PREFIXES, with their {expert} if any
+_PREFIXES = ("model.layers.{layer}.", "blk.{layer}.")
 _TOP = {
     "embed": ("model.embed_tokens.weight", "token_embd.weight"),
     "final_norm": ("model.norm.weight", "output_norm.weight"),
@@ -114,13 +126,21 @@ def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
     specs, out = param_specs(config), []
     for key, (name, gguf) in _TOP.items():
         if key in specs:
-            out.append(StoredTensor(name, gguf, (key,), None, specs[key].shape))
+            out.append(StoredTensor(name, gguf, (key,), None, None, specs[key].shape))
     for layer in range(config.num_layers):
         for key, spec in layer_specs(config).items():
-            name, gguf = _LAYER[key]
-            out.append(StoredTensor(f"model.layers.{layer}.{name}", f"blk.{layer}.{gguf}", ("layers", key), layer,
-                                    spec.shape))
+            out += layer_tensors(_LAYER[key], ("layers", key), layer, spec)
     return out
+
+
+def layer_tensors(names: tuple[str, str], key: tuple[str | int, ...], layer: int,
+                  spec: ParamSpec) -> list[StoredTensor]:
+    """What a layer's parameter is stored as: one tensor, or one an expert where its first axis is `expert`."""
+    whole = spec.axes[0] != "expert"
+    experts, shape = ((None,), spec.shape) if whole else (range(spec.shape[0]), spec.shape[1:])
+    templates = [prefix + name for prefix, name in zip(_PREFIXES, names, strict=True)]
+    return [StoredTensor(*(text.format(layer=layer, expert=expert) for text in templates), key, layer, expert, shape)
+            for expert in experts]
 
 
 def _mtp_prefix(layout: MtpLayout, config: ModelConfig, index: int) -> str:
@@ -149,8 +169,8 @@ def mtp_tensors(layout: MtpLayout, config: ModelConfig) -> list[StoredTensor]:
     block = prefix + layout.block
     own = {"embed_norm": (layout.embed_norm, (d,)), "hidden_norm": (layout.hidden_norm, (d,)),
            "proj": (layout.proj, (d, 2 * d)), "final_norm": (layout.final_norm, (d,))}
-    out = [StoredTensor(prefix + name, "", ("blocks", 0, key), None, shape) for key, (name, shape) in own.items()]
-    return out + [StoredTensor(block + _LAYER[key][0], "", ("blocks", 0, "layer", key), None, spec.shape)
+    out = [StoredTensor(prefix + name, "", ("blocks", 0, key), None, None, shape) for key, (name, shape) in own.items()]
+    return out + [StoredTensor(block + _LAYER[key][0], "", ("blocks", 0, "layer", key), None, None, spec.shape)
                   for key, spec in layer_specs(config).items()]
 
 

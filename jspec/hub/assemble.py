@@ -20,7 +20,7 @@ _ALIGNMENT = 64  # bytes; what XLA's CPU client needs to take a host buffer as i
 Bounds = tuple[tuple[int, int], ...]
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors under transformers' names; a safetensors directory and a GGUF file are two of them."""
 
     @property
@@ -35,7 +35,7 @@ class Source(Protocol):
         """Rows start..stop along the first axis, in any float dtype."""
 
 
-def check_shapes(source: Source, tensors: list[StoredTensor]) -> list[str]:
+def check_shapes(source: TensorSource, tensors: list[StoredTensor]) -> list[str]:
     """The names that are left over. Raises InputError for the first tensor that is missing or of the wrong shape."""
     expected = {t.name: t.shape for t in tensors}
     shapes = source.shapes
@@ -49,7 +49,7 @@ def check_shapes(source: Source, tensors: list[StoredTensor]) -> list[str]:
     return [name for name in shapes if name not in expected and not name.endswith("rotary_emb.inv_freq")]
 
 
-def check_none_left(source: Source, left: list[str], what: str) -> None:
+def check_none_left(source: TensorSource, left: list[str], what: str) -> None:
     """Raise InputError if names are left over: they have no place in `what`."""
     if left:
         raise InputError(f"{source.label}: tensor {left[0]} has no place in {what}" + _more(left))
@@ -61,7 +61,7 @@ def check_layers(label: str, config: ModelConfig, tensors: int) -> None:
         raise InputError(f"{label}: the config says {config.num_layers} layers, and there are only {tensors} tensors")
 
 
-def check_tensors(source: Source, config: ModelConfig) -> None:
+def check_tensors(source: TensorSource, config: ModelConfig) -> None:
     """Raise InputError for the first tensor that is missing, left over, or of the wrong shape."""
     check_layers(source.label, config, len(source.shapes))
     left = check_shapes(source, stored_tensors(config))
@@ -75,7 +75,7 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _check_tied(source: Source) -> None:
+def _check_tied(source: TensorSource) -> None:
     """A checkpoint may store a tied head twice; one that differs is a contradiction, not something to drop."""
     for start, stop in _chunks(source.shapes["lm_head.weight"]):
         names = ("lm_head.weight", "model.embed_tokens.weight")
@@ -104,17 +104,14 @@ def _widen(rows: np.ndarray) -> np.ndarray:
     return rows.astype(np.float32, copy=False)
 
 
-def _fill(buffers: dict[Bounds, np.ndarray], source: Source, tensor: StoredTensor) -> None:
+def _fill(buffers: dict[Bounds, np.ndarray], source: TensorSource, tensor: StoredTensor) -> None:
     """Copy a stored tensor into every buffer that holds a part of it; chunks that none holds are not read."""
     places = []
     for bounds, buffer in buffers.items():
-        if tensor.layer is None:
-            target = buffer
-        elif bounds[0][0] <= tensor.layer < bounds[0][1]:
-            bounds, target = bounds[1:], buffer[tensor.layer - bounds[0][0]]
-        else:
-            continue
-        places.append((bounds, target))
+        leading, own = bounds[:len(tensor.place)], bounds[len(tensor.place):]
+        at = tuple(i - low for i, (low, _) in zip(tensor.place, leading, strict=True))
+        if all(low <= i < high for i, (low, high) in zip(tensor.place, leading, strict=True)):
+            places.append((own, buffer[at]))
     for start, stop in _chunks(tensor.shape):
         wanted = [(b, t) for b, t in places if b[0][0] < stop and start < b[0][1]]
         if not wanted:
@@ -127,7 +124,7 @@ def _fill(buffers: dict[Bounds, np.ndarray], source: Source, tensor: StoredTenso
             target[low - first[0]:high - first[0]] = rows[(slice(low - start, high - start), *columns)]
 
 
-def assemble(source: Source, tensors: list[StoredTensor], shape: tuple[int, ...], sharding: Any) -> jax.Array:
+def assemble(source: TensorSource, tensors: list[StoredTensor], shape: tuple[int, ...], sharding: Any) -> jax.Array:
     """One parameter from its stored tensors, placed as `sharding` has it (None: the default device)."""
     if sharding is None:
         devices: dict[Any, Bounds] = {None: tuple((0, n) for n in shape)}
@@ -143,7 +140,7 @@ def assemble(source: Source, tensors: list[StoredTensor], shape: tuple[int, ...]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def read_weights(source: Source, config: ModelConfig, mesh: Any = None) -> dict[str, Any]:
+def read_weights(source: TensorSource, config: ModelConfig, mesh: Any = None) -> dict[str, Any]:
     """The tree that `param_specs(config)` declares: float32, layers stacked, on the mesh if there is one.
 
     Host memory holds the arrays being made and one chunk (4 MiB) of a stored tensor; each process reads only what its

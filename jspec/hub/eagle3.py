@@ -10,7 +10,6 @@ speculators' are written (speculators' own converter from SpecForge's leaves out
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors.numpy import save
 
 from jspec import arguments
 from jspec.drafts.base import Draft
@@ -29,8 +27,8 @@ from jspec.hub.architectures import layer_tensor
 from jspec.hub.eagle3_config import LAYOUTS, config_json, read_config
 from jspec.hub.exporter import new_directory, on_host, whole_directory
 from jspec.hub.fields import whole
-from jspec.hub.json_io import read_json
-from jspec.hub.safetensors_io import read_tensors
+from jspec.hub.json_io import read_json, write_json
+from jspec.hub.safetensors_io import read_tensors, write_tensors
 from jspec.model import Policy
 from jspec.model.params import is_spec
 from jspec.sharding import spec_sharding
@@ -111,9 +109,8 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None, layo
         tensors["t2d"] = np.isin(np.arange(config.policy.vocab_size), ids)
     if jax.process_index() == 0:
         with whole_directory(target) as work:
-            (work / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-            # not save_file, whose files only their owner can read
-            (work / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+            write_json(work / "config.json", hf)
+            write_tensors(work / "model.safetensors", tensors)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jspec.hub.eagle3.write")
     return target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 from jspec.arguments import path, whole
 from jspec.errors import InputError
 from jspec.hub.architectures import StoredTensor, config_to_hf, stored_tensors
+from jspec.hub.json_io import write_json
 from jspec.hub.safetensors_io import INDEX, write_file
 from jspec.model.config import ModelConfig
 from jspec.model.params import Policy, check_policy, check_static
@@ -60,13 +60,6 @@ def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTens
     return shards
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file, whole or not at all."""
-    work = path.with_name(f".{path.name}")
-    work.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(work, path)
-
-
 def write_checkpoint(directory: Path, config: ModelConfig, value: Callable[[StoredTensor], np.ndarray],
                      tokenizer: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a float32 checkpoint into an existing directory. `value(tensor)` gives each tensor when its turn comes.
@@ -82,7 +75,8 @@ def write_checkpoint(directory: Path, config: ModelConfig, value: Callable[[Stor
     for i, shard in enumerate(shards):
         by_name = {t.name: t for t in shard}
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        write_file(directory / name, {t.name: t.shape for t in shard}, lambda n, by_name=by_name: value(by_name[n]))
+        write_file(directory / name, {t.name: (t.shape, "float32") for t in shard},
+                   lambda n, by_name=by_name: value(by_name[n]))
         weight_map.update(dict.fromkeys(by_name, name))
     if len(shards) > 1:
         size = sum(4 * int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
@@ -96,8 +90,7 @@ def host_value(weights: Any, tensor: StoredTensor) -> np.ndarray:
     array = weights
     for part in tensor.key:
         array = array[part]
-    array = array if tensor.layer is None else array[tensor.layer]
-    return on_host(array)
+    return on_host(array[tensor.place] if tensor.place else array)
 
 
 def on_host(array: jax.Array) -> np.ndarray:

@@ -103,9 +103,11 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]
     return fields, tensors
 
 
-def gguf_source(path: Path) -> tuple[GgufSource, ModelConfig, dict[str, Any]]:
-    """(tensors under transformers' names, config, metadata) of a GGUF file. Raises InputError as above."""
-    fields, found = open_gguf(path)
+def gguf_source(path: Path, opened: tuple[dict[str, Any], dict[str, gguf.ReaderTensor]] | None = None
+                ) -> tuple[GgufSource, ModelConfig, dict[str, Any]]:
+    """(tensors under transformers' names, config, metadata) of a GGUF file. opened: what `open_gguf` gave, if it has
+    been asked. Raises InputError as that does."""
+    fields, found = opened or open_gguf(path)
     shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in found.items()}
     factors = found.get(ROPE_FACTORS)
     config = config_from_gguf(fields, shapes, None if factors is None else np.array(factors.data))

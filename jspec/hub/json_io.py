@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ def read_json(path: Path, required: bool = True, kind: type = dict) -> Any:
     """
     data = read_bytes(path, required)
     return None if data is None else parse_json(data, path, kind)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file, whole or not at all."""
+    work = path.with_name(f".{path.name}")
+    work.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(work, path)
 
 
 def read_bytes(path: Path, required: bool = True) -> bytes | None:

@@ -26,9 +26,9 @@ from jspec.hub.architectures import (
     stored_tensors,
 )
 from jspec.hub.assemble import assemble, check_none_left, check_shapes
-from jspec.hub.exporter import host_value, whole_directory, write_json
+from jspec.hub.exporter import host_value, whole_directory
 from jspec.hub.fields import texts
-from jspec.hub.json_io import read_json
+from jspec.hub.json_io import read_json, write_json
 from jspec.hub.safetensors_io import INDEX, SafetensorsSource, open_directory, read_header, write_file
 from jspec.model import ModelConfig, Policy
 from jspec.sharding import spec_sharding
@@ -162,7 +162,7 @@ def _with_head(hf: dict, layout: MtpLayout) -> dict:
 
 
 def _write_tensors(path: Path, values: dict[str, np.ndarray], dtype: str) -> None:
-    write_file(path, {name: value.shape for name, value in values.items()}, values.__getitem__, dtype)
+    write_file(path, {name: (value.shape, dtype) for name, value in values.items()}, values.__getitem__)
 
 
 def _join(target: Path, layout: MtpLayout, values: dict[str, np.ndarray], dtype: str) -> None:

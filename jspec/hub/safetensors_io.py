@@ -1,4 +1,8 @@
-"""Safetensors without mapping the files: rows are read where they are needed, so memory holds one chunk at a time."""
+"""The one reader and the one writer of safetensors.
+
+Ours, and not the library's: that one maps a file, whose pages then count as this process's memory, and has all tensors
+before it writes; here rows are read and tensors written when their turn comes, so memory holds one chunk at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,22 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file
 
 from jspec.errors import InputError
 from jspec.hub.fields import short
 from jspec.hub.json_io import parse_json, read_bytes
 
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
            "F64": np.dtype(np.float64)}
+_DTYPES = _FLOATS | {"BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
+                     "I16": np.dtype(np.int16), "U16": np.dtype(np.uint16), "I32": np.dtype(np.int32),
+                     "U32": np.dtype(np.uint32), "I64": np.dtype(np.int64), "U64": np.dtype(np.uint64)}
 _CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 INDEX = "model.safetensors.index.json"
@@ -39,9 +45,9 @@ class Location:
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(path: Path) -> dict[str, Location]:
+def read_header(path: Path, dtypes: Mapping[str, np.dtype] = _FLOATS) -> dict[str, Location]:
     """Every tensor of one file. Raises InputError if it is no file or cannot be read, is cut short or corrupt, or is of
-    a dtype we do not read."""
+    none of these dtypes, by their code in the format."""
     if not path.is_file():
         raise InputError(f"{path}: not a file; fetch the model again")
     try:
@@ -54,7 +60,7 @@ def read_header(path: Path) -> dict[str, Location]:
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
     header = parse_json(raw, f"{path}: the safetensors header is corrupt")
-    places = {name: _location(path, name, entry, 8 + length, size) for name, entry in header.items()
+    places = {name: _location(path, name, entry, 8 + length, size, dtypes) for name, entry in header.items()
               if name != "__metadata__"}
     before = 0
     for begin, end, name in sorted((place.offset, place.end, name) for name, place in places.items()):
@@ -65,15 +71,15 @@ def read_header(path: Path) -> dict[str, Location]:
     return places
 
 
-def _location(path: Path, name: str, entry: Any, start: int, size: int) -> Location:
+def _location(path: Path, name: str, entry: Any, start: int, size: int, dtypes: Mapping[str, np.dtype]) -> Location:
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        dtype = _DTYPES.get(code)
+        dtype = dtypes.get(code)
     except (ValueError, KeyError, TypeError):
         whole, code, dtype = False, None, None
     if whole and dtype is None:
-        raise InputError(f"{path}: tensor {name} is stored as {str(code)[:40]}; supported: {', '.join(_DTYPES)}")
+        raise InputError(f"{path}: tensor {name} is stored as {str(code)[:40]}; supported: {', '.join(dtypes)}")
     if not whole or end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(f"{path}: the safetensors header is corrupt at tensor {name}; fetch the file again")
     if start + end > size:
@@ -102,15 +108,13 @@ def read_rows(location: Location, start: int, stop: int) -> np.ndarray:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All of a small file at once, in any dtype. Raises InputError if it is no file, cut short or corrupt."""
-    if not path.is_file():
-        raise InputError(f"{path}: not a file; fetch or make it again")
-    try:
-        return load_file(path)
-    except Exception as e:  # SafetensorError, OSError, and whatever a dtype that numpy has not comes to
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{path}: not a whole safetensors file ({type(e).__name__}: {reason}); it is cut short or no "
-                         "safetensors file; fetch or make it again") from None
+    """All of a small file at once, whole numbers too. Raises InputError as `read_header` does."""
+    return {name: _read_whole(place) for name, place in read_header(path, _DTYPES).items()}
+
+
+def _read_whole(place: Location) -> np.ndarray:
+    as_one_row = dataclasses.replace(place, shape=(1, *place.shape))  # a scalar has no rows of its own
+    return read_rows(as_one_row, 0, 1)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,23 +185,36 @@ def _open_index(directory: Path, index: Path) -> SafetensorsSource:
     return SafetensorsSource(str(directory), locations)
 
 
-def write_file(path: Path, shapes: dict[str, tuple[int, ...]], value: Callable[[str], np.ndarray],
-               dtype: str = "float32") -> None:
-    """Write tensors of one dtype one after the other: `value(name)` is asked for each only when its turn comes."""
-    stored = _DTYPES[_CODES[dtype]]
+def write_file(path: Path, shapes: Mapping[str, tuple[tuple[int, ...], str]],
+               value: Callable[[str], np.ndarray]) -> None:
+    """Write tensors one after the other, those of wide dtypes first, so that each begins where its own may.
+
+    Args:
+      shapes: of every tensor its shape and the name of the dtype that it is stored in.
+      value: asked for each tensor only when its turn comes.
+    """
+    ordered = sorted(shapes, key=lambda name: -_DTYPES[_CODES[shapes[name][1]]].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shapes.items():
-        end = offset + stored.itemsize * int(np.prod(shape, dtype=np.int64))
+    for name in ordered:
+        shape, dtype = shapes[name]
+        end = offset + _DTYPES[_CODES[dtype]].itemsize * math.prod(shape)
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, shape in shapes.items():
-            array = np.ascontiguousarray(value(name)).astype(stored, copy=False)
+        for name in ordered:
+            shape, dtype = shapes[name]
+            array = np.asarray(value(name))
             assert array.shape == tuple(shape), (name, array.shape, shape)
-            file.write(array.view(np.uint8).data)
+            stored = np.ascontiguousarray(array).astype(_DTYPES[_CODES[dtype]], copy=False)
+            file.write(stored.view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """`write_file` of what is in memory, each tensor in its own dtype."""
+    write_file(path, {name: (x.shape, x.dtype.name) for name, x in tensors.items()}, tensors.__getitem__)

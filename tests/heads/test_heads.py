@@ -115,7 +115,7 @@ def test_files_that_are_broken_or_of_another_policy(policy, directory):
         jspec.load_draft(other, directory)
     path = directory / files.WEIGHTS
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(jspec.InputError, match="cut short or no safetensors file"):
+    with pytest.raises(jspec.InputError, match="cut short: [0-9]+ bytes where tensor"):
         jspec.load_draft(policy, directory)
     config = json.loads((directory / files.CONFIG).read_text())
     (directory / files.CONFIG).write_text(json.dumps({**config, "drafter": "oracle"}))

@@ -278,7 +278,7 @@ def test_files_that_are_not_there_or_not_whole(policy, tmp_path):
         eagle3.read(directory, policy, aux_convention="vllm")
     whole = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(whole[:-3])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="cut short: [0-9]+ bytes where tensor"):
         eagle3.read(directory, policy)
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(InputError, match="no safetensors; pickled weights are never loaded"):

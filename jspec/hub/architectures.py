@@ -138,9 +138,9 @@ def layer_tensors(names: tuple[str, str], key: tuple[str | int, ...], layer: int
     """What a layer's parameter is stored as: one tensor, or one an expert where its first axis is `expert`."""
     whole = spec.axes[0] != "expert"
     experts, shape = ((None,), spec.shape) if whole else (range(spec.shape[0]), spec.shape[1:])
-    templates = [prefix + name for prefix, name in zip(_PREFIXES, names, strict=True)]
-    return [StoredTensor(*(text.format(layer=layer, expert=expert) for text in templates), key, layer, expert, shape)
-            for expert in experts]
+    hf, gguf = (prefix + name for prefix, name in zip(_PREFIXES, names, strict=True))
+    return [StoredTensor(hf.format(layer=layer, expert=expert), gguf.format(layer=layer, expert=expert), key, layer,
+                         expert, shape) for expert in experts]
 
 
 def _mtp_prefix(layout: MtpLayout, config: ModelConfig, index: int) -> str:

@@ -83,7 +83,8 @@ def first_line(error: Exception) -> str:
     if "integer string conversion" in str(error):
         return f"a whole number of more than {sys.get_int_max_str_digits()} digits"
     lines = (getattr(error, "problem", None) or str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    hint = "; write a blank after the colon" if lines == ["found unexpected ':'"] else ""
+    return lines[0] + hint if lines else type(error).__name__
 
 
 def _where(error: Exception) -> str:

@@ -134,6 +134,7 @@ def test_every_field_has_a_meaning():
                             "finite numbers, lists and mappings, not {1: 2}"),
     ("data.options={size:5}", "override 'data.options={size:5}': 'data.options' has the key 'size:5' without a value; "
                               "write a blank after the colon, as in {size: 1}"),
+    ("data.options={a:[5]}", "override 'data.options={a:[5]}': found unexpected ':'; write a blank after the colon"),
     ("output_dir=[a]", "override 'output_dir=[a]': 'output_dir' must be text, not ['a']; text with such characters "
                        "needs quotes, as in output_dir='\"...\"'"),
     ('output_dir=""', "override 'output_dir=\"\"': 'output_dir' must be text with one character at least, not ''"),

@@ -108,7 +108,8 @@ def whole_vocabulary(layout: str, x: jax.Array) -> jax.Array:
 
 
 def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None) -> jax.Array:
-    """`rejection_sampling.draw` on the shards of a layout. Where they share the vocabulary no row of it is gathered."""
+    """`rejection_sampling.draw` on the shards of a layout: int32 [N] from log_q float32 [N, Vd]. Where they share the
+    vocabulary no row of it is gathered."""
     split = None if draft_vocab is not None or _one_device() else _split(layout, log_q, "batch", "vocab")
     axis = None if split is None or isinstance(noise, CoupledNoise) else _axes(split[1])
     if axis is None:
@@ -121,13 +122,14 @@ def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int, draft_vocab: 
 def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
            table: jax.Array, lengths: jax.Array, window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`: rows are a shard's own, heads are
-    split.
+    split. q [B, T, H, D], k and v [B, T, H_kv, D], pools [blocks, H_kv, size, D], table int32 [B, M], lengths int32
+    [B].
 
     Where KV heads are replicated, every shard computes all heads: the copies of the pool must stay equal.
     """
     args = (q, k, v, pool_k, pool_v, table, lengths)
 
-    def kernel():
+    def kernel() -> tuple[jax.Array, ...]:
         run = partial(verify_attention, window=window, implementation=policy.kernels)
         if _one_device():
             return run(*args)
@@ -145,20 +147,22 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Ar
 def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: Any,
           temperature: jax.Array, top_p: jax.Array | None = None, *, draft_vocab: jax.Array | None = None,
           top_k: int = 0, ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()) -> Verdict:
-    """`rejection_sampling` as `policy.kernels` says, on the shards of `policy.layout`."""
+    """`rejection_sampling` as `policy.kernels` says, on the shards of `policy.layout`: the verdict on draft_tokens
+    int32 [B, K], drawn from draft_log_q float32 [B, K, Vd], by logits [B, K + 1, V]."""
     args = (logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban)
 
-    def run(logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban, **where):
+    def run(logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban,
+            **where) -> Verdict:
         return rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p, draft_vocab=draft_vocab,
                                   top_k=top_k, ban=ban, banned_tokens=banned_tokens, **where)
 
-    def reference():
+    def reference() -> Verdict:
         if isinstance(noise, CoupledNoise) and not top_k and top_p is None:  # only reduces over the vocabulary
             return run(*args)
         scores, q = (x if x is None else whole_vocabulary(policy.layout, x) for x in (logits, draft_log_q))
         return run(scores, draft_tokens, q, *args[3:])
 
-    def kernel():
+    def kernel() -> Verdict:
         if top_k or top_p is not None:  # truncation sorts: the reference's
             return reference()
         if _one_device():

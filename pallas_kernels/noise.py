@@ -49,8 +49,9 @@ def key_words(key: jax.Array) -> jax.Array:
     return fold(words[..., :2], *(words[..., i] for i in range(2, words.shape[-1])))
 
 
-def threefry2x32(k0, k1, c0, c1):
-    """The 20-round block function on uint32 arrays that broadcast; returns two uint32 arrays."""
+def threefry2x32(k0: jax.Array, k1: jax.Array, c0: jax.Array,
+                 c1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The 20-round block function on uint32 [...] that broadcast; returns two uint32 [...]."""
     keys = (k0, k1, k0 ^ k1 ^ jnp.uint32(0x1BD11BDA))
     x0, x1 = c0 + keys[0], c1 + keys[1]
     for i in range(5):
@@ -62,7 +63,7 @@ def threefry2x32(k0, k1, c0, c1):
     return x0, x1
 
 
-def fold(key: jax.Array, *data) -> jax.Array:
+def fold(key: jax.Array, *data: jax.Array | int) -> jax.Array:
     """Fold integers into a key, one after the other: uint32 [..., 2] -> uint32 [..., 2], broadcasting with the data."""
     k0, k1 = key[..., 0], key[..., 1]
     for d in data:
@@ -82,7 +83,7 @@ def uniform(bits: jax.Array) -> jax.Array:
 
 
 def gumbel(bits: jax.Array) -> jax.Array:
-    """float32 g = -log(-log(u)), the standard Gumbel distribution; finite.
+    """float32 g = -log(-log(u)) of bits uint32 [...], the standard Gumbel distribution; finite.
 
     Computed from w = 1 - u in (0, 1): the draws that win an argmax have u near 1, where float32 holds u to 24 bits only
     but w to its full relative precision. -log(1 - w) of a small w is its series, since not every kernel has a log1p.
@@ -133,12 +134,13 @@ Noise = CycleNoise | CoupledNoise
 Kind = TypeVar("Kind", bound=CycleNoise)
 
 
-def _cycle_noise(kind: type[Kind], key, sequence_ids, committed, k: int) -> Kind:
+def _cycle_noise(kind: type[Kind], key: jax.Array, sequence_ids: jax.Array, committed: jax.Array,
+                 k: int) -> Kind:
     base = fold(key, sequence_ids, committed)[:, None]
     offsets = jnp.arange(max(k, 1))[None]
     pair = jnp.arange(2)
 
-    def uniforms(offset, tag):
+    def uniforms(offset, tag) -> jax.Array:
         return uniform(random_bits(fold(base, offset, tag)[..., None, :], pair))
 
     return kind(uniforms(offsets, DRAFT)[:, :k], uniforms(offsets, ACCEPT)[:, :k, 0],
@@ -151,7 +153,7 @@ def rejection_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Arra
 
 
 def block_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> BlockNoise:
-    """The numbers of `rejection_noise`."""
+    """The numbers of `rejection_noise`, [N, K, ...] as there."""
     return _cycle_noise(BlockNoise, key, sequence_ids, committed, k)
 
 

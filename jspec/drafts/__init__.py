@@ -61,7 +61,7 @@ def constructor(drafter: Drafter) -> Callable[..., Draft]:
     names = [option.name for option in options]
 
     @functools.wraps(init)
-    def make(policy, key=None, **given):
+    def make(policy, key=None, **given) -> Draft:
         check_policy(f"the policy of {called}", policy)
         if key is None and key_parameter.default is inspect.Parameter.empty:
             raise InputError(f"{name} draft: its weights are drawn at random; give a seed or a key, "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,10 @@ from jspec.drafts.base import (
     DraftBatch,
     Drafter,
     DraftState,
+    Metrics,
     Observation,
     Prefill,
+    Proposal,
     Sampler,
 )
 from jspec.drafts.parts import recursion
@@ -80,7 +83,7 @@ class Eagle3Config:
     own_embed: bool = False
     dtype: str = "bfloat16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "own_embed")
         settle(self, "eagle3 draft: ", aux_depths=whole_numbers, vocab_size=whole(), depths=whole(1, 32),
                window=whole(), **dict.fromkeys(flags, flag))
@@ -135,7 +138,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
                           0 if ids is None else len(ids), depths, norm_before_residual, norm_before_fc, fc_norm,
                           norm_output, own_embed=own_embed)
 
-    def make(key, theirs):
+    def make(key, theirs) -> dict:
         weights = init_weights(specs(config), key, made.initializer_range)
         streams = len(config.aux_depths)
         mix = jnp.tile(jnp.eye(made.hidden_size, dtype=jnp.float32), (1, streams)) / streams
@@ -202,7 +205,7 @@ def _run(policy: Policy, config: Eagle3Config, w: dict) -> recursion.Run:
     """The block, as `parts.recursion` runs it."""
     eps = config.block.rms_norm_eps
 
-    def run(hidden, tokens, rope, attend):
+    def run(hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
         embedded = embed(policy.replace(weights={"embed": jax.lax.stop_gradient(w["embed"])}) if config.own_embed
                          else policy, tokens)
         normed = rms_norm(hidden, w["hidden_norm"], eps)
@@ -232,7 +235,8 @@ def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Row
                            config.window or None)
 
 
-def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
+            sampler: Sampler) -> tuple[Proposal, DraftState]:
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
     return recursion.propose(_inside(policy, config), [_run(policy, config, w)], state, committed.lengths - 1, sampler,
@@ -256,7 +260,8 @@ def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, depths
     return [shift(x) for x in states]
 
 
-def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
+def loss(policy: Policy, draft: Draft, batch: DraftBatch,
+         kind: str) -> tuple[jax.Array, jax.Array, Metrics]:
     """`parts.losses.loss_over_depths` of this drafter, its depths unrolled as at inference.
 
     policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,

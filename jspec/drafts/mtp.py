@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,10 @@ from jspec.drafts.base import (
     DraftBatch,
     Drafter,
     DraftState,
+    Metrics,
     Observation,
     Prefill,
+    Proposal,
     Sampler,
 )
 from jspec.drafts.parts import recursion
@@ -76,7 +79,7 @@ class MtpConfig:
     first: int = 0
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle(self, "mtp draft: ", depths=whole(1, 32), blocks=whole(1), vocab_size=whole(), hidden_first=flag,
                normed_trunk=flag, first=whole(0, 1))
         if self.blocks > self.depths:
@@ -106,7 +109,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
     config = MtpConfig(policy.config, depths, blocks, 0 if ids is None else len(ids))
     d = policy.config.hidden_size
 
-    def make(key, layers, final_norm):
+    def make(key, layers, final_norm) -> dict:
         weights = init_weights(specs(config), key, policy.config.initializer_range)
         for block in weights["blocks"]:
             block["proj"] = block["proj"] + 0.5 * jnp.tile(jnp.eye(d, dtype=jnp.float32), (1, 2))
@@ -161,7 +164,7 @@ def _runs(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[re
     """The blocks, as `parts.recursion` runs them: states are normed."""
     eps = policy.config.rms_norm_eps
 
-    def run(w, hidden, tokens, rope, attend):
+    def run(w, hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
         inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps), rms_norm(hidden, w["hidden_norm"], eps)]
         x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
         x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
@@ -177,7 +180,8 @@ def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Row
                            prefill.lengths - draft.config.first)
 
 
-def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
+            sampler: Sampler) -> tuple[Proposal, DraftState]:
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     vocab = draft.state.get("vocab")
     head = partial(table_logits, policy, draft.weights["table"], vocab)
@@ -192,7 +196,8 @@ def observe(policy: Policy, draft: Draft, state: DraftState, observation: Observ
                              observation)
 
 
-def loss(policy: Policy, draft: Draft, batch: DraftBatch, kind: str):
+def loss(policy: Policy, draft: Draft, batch: DraftBatch,
+         kind: str) -> tuple[jax.Array, jax.Array, Metrics]:
     """`parts.losses.loss_over_depths` of this head, its depths unrolled as at inference.
 
     policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
@@ -220,7 +225,7 @@ def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch], r
     d = policy.config.hidden_size
 
     @jax.jit
-    def sums(policy, batch):
+    def sums(policy, batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden, target = (x.astype(jnp.float32) for x in (_trunk_states(draft.config, batch.trunk), batch.trunk.hidden))
         embedded = embed(policy, batch.tokens).astype(jnp.float32)
         x = jnp.concatenate([unit(embedded[:, 1:]), unit(hidden[:, :-1])], axis=-1)

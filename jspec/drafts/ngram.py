@@ -22,7 +22,7 @@ class NgramConfig:
     policy: ModelConfig
     max_ngram: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle(self, "ngram draft: ", max_ngram=whole(1, 256))
 
 
@@ -32,7 +32,8 @@ def init(policy: Policy, key: jax.Array | None = None, *, max_ngram: int = 3) ->
     return Draft(weights={}, state={}, config=NgramConfig(policy.config, max_ngram), drafter=ngram)
 
 
-def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
+            sampler: Sampler) -> tuple[Proposal, DraftState]:
     """The tokens after the longest, then latest, earlier occurrence of the suffix; past the end they repeat with its
     period. Deterministic: judged as q = 1. A row without a match drafts its last token again."""
     _, tokens = look_up(committed.tokens, committed.lengths, draft.config.max_ngram, sampler.k)

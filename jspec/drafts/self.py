@@ -35,7 +35,7 @@ class SelfConfig:
     bits: int = 8
     vocab_size: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.bits, numbers.Integral) or self.bits not in BITS:
             raise wrong("self draft: bits", self.bits, f"one of {', '.join(map(str, BITS))}")
         settle(self, "self draft: ", bits=whole(), vocab_size=whole())
@@ -67,7 +67,8 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     return draft.replace(weights={"layers": layers, "table": table})
 
 
-def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
+            sampler: Sampler) -> tuple[Proposal, DraftState]:
     """K sampled tokens with the distributions they were drawn from, each by one pass over the quantised weights.
 
     Raises InputError if k is more than a row of the cache has room for.

@@ -46,7 +46,7 @@ class SuffixConfig:
     history_rows: int
     history_tokens: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle(self, "suffix draft: ", max_match=whole(1, 256), siblings=whole(), history_prompts=whole(),
                history_rows=whole(1), history_tokens=whole(1))
         tokens = self.history_prompts * self.history_rows * self.width
@@ -91,7 +91,7 @@ def _empty(config: SuffixConfig) -> dict:
               "tokens": ParamSpec((prompts, rows, config.width), (None, None, None), dtype="int32"),
               "keys": ParamSpec((prompts, rows, 2), (None, None, None), dtype="uint32")}
 
-    def make():
+    def make() -> dict:
         zeros = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
         return {**zeros, "tokens": zeros["tokens"] + NOTHING}
 
@@ -143,7 +143,8 @@ def _siblings(committed: Committed, count: int) -> jax.Array:
     return jnp.where(known, jnp.take(tokens, others, axis=0, mode="clip"), NOTHING)
 
 
-def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed, sampler: Sampler):
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
+            sampler: Sampler) -> tuple[Proposal, DraftState]:
     """What most of the longest matches go on with; of equals the row itself, then siblings, then history, the newest
     first. Each row of the pool has one vote, its latest longest match. Deterministic: judged as q = 1.
 
@@ -200,7 +201,7 @@ def _write(memory: dict, new: tuple[jax.Array, jax.Array], key: jax.Array) -> tu
     before = jnp.where(known.any(), memory["tokens"][at], NOTHING)
     keys = jnp.broadcast_to(key, (len(rows), 2))
 
-    def newest(new, old):
+    def newest(new, old) -> jax.Array:
         return jnp.concatenate([new, old])[:len(old)]
 
     return {"prompts": memory["prompts"].at[at].set(prompt), "written": written.at[at].set(written.max() + 1),

@@ -21,7 +21,7 @@ def _in_query_blocks(q: jax.Array, k: jax.Array, v: jax.Array, visible: Callable
     padded = padded.reshape(q.shape[0], blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def one(block):
+    def one(block) -> jax.Array:
         queries, index = block
         rows = index * QUERY_BLOCK + jnp.arange(QUERY_BLOCK)
         return jax.nn.dot_product_attention(queries, k, v, mask=visible(rows)[:, None])
@@ -39,7 +39,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | Non
 
 
 def in_reach(position: jax.Array, last: jax.Array, window: int | None) -> jax.Array:
-    """Whether `position` is visible to a query that sees up to `last`, and of those the window last ones."""
+    """Whether `position` is visible to a query that sees up to `last`, and of those the window last ones; int32 that
+    broadcast, to bool."""
     visible = position <= last
     return visible if window is None else visible & (position > last - window)
 
@@ -55,7 +56,7 @@ def continued_attention(q: jax.Array, k: jax.Array, v: jax.Array, prompt_k: jax.
     k, v = (jnp.concatenate([jnp.repeat(a, group, axis=0), b], axis=1) for a, b in ((prompt_k, k), (prompt_v, v)))
     in_prompt = jnp.arange(length) < jnp.repeat(prompt_lengths, group)[:, None]
 
-    def visible(rows):
+    def visible(rows) -> jax.Array:
         own = jnp.arange(q.shape[1]) <= rows[:, None]
         shape = (q.shape[0], rows.shape[0])
         return jnp.concatenate([jnp.broadcast_to(in_prompt[:, None], (*shape, length)),

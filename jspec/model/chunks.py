@@ -18,7 +18,7 @@ def split_chunks(tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
     size = min(t, max(1, chunk_tokens // n))
     chunks = -(-t // size)
 
-    def split(x):
+    def split(x) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, chunks * size - t), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(n, chunks, size, *x.shape[2:]).swapaxes(0, 1)
 

@@ -34,7 +34,7 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     truncate: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ratio = real(low=1e-6, high=1e6)  # float32 has room for what is made of them
         settle(self, "rope ", scaling=one_of(ROPE_SCALINGS), theta=real(low=1), factor=real(low=1),
                original_max_position=whole(), attention_factor=optional(ratio), mscale=real(low=0, high=1e6),
@@ -83,7 +83,7 @@ class ModelConfig:
     pad_token: int = 0
     tokenless: tuple[tuple[int, int], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
                                "num_kv_heads", "head_dim", "max_position_embeddings"), whole(1))
         flags = dict.fromkeys(("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"), flag)
@@ -100,7 +100,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
 
-    def _check_tokenless(self):
+    def _check_tokenless(self) -> None:
         given = self.tokenless
         if not isinstance(given, list | tuple) or not all(isinstance(r, list | tuple) for r in given):
             shown = f"[{', '.join(map(show, given[:4]))}]" if isinstance(given, list | tuple) else show(given)

@@ -14,7 +14,7 @@ from jspec.model.attention import causal_attention, continued_attention
 from jspec.model.config import ModelConfig
 from jspec.model.layers import decoder_layer, linear, rms_norm, rope_table
 from jspec.model.params import Policy
-from jspec.model.pool import Cache
+from jspec.model.pool import Cache, KeyValues
 from jspec.sharding import block_rows, constrain
 
 
@@ -67,7 +67,7 @@ def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, 
              remat: bool) -> tuple[Trunk, Any]:
     """Scan `layer(weights, x, its entry of by_layer) -> (x, kept)` over the stacked layers: a Trunk over `tokens`, and
     what the layers kept, stacked."""
-    def step(carry, xs):
+    def step(carry, xs) -> tuple[Any, Any]:
         x, states = carry
         w, depth, entry = xs
         x, kept = layer(w, x, entry)
@@ -102,10 +102,11 @@ def prompt_forward(policy: Policy, tokens: jax.Array, *, features: tuple[int, ..
     return _causal(policy, tokens, lambda k, v: (k, v), features, remat)
 
 
-def _causal(policy: Policy, tokens: jax.Array, keep: Callable, features: tuple[int, ...], remat: bool):
+def _causal(policy: Policy, tokens: jax.Array, keep: Callable, features: tuple[int, ...],
+            remat: bool) -> tuple[Trunk, Any]:
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
-    def layer(w, x, _):
+    def layer(w, x, _) -> tuple[jax.Array, Any]:
         return decoder_layer(policy.config, w, x, rope, lambda q, k, v: (causal_attention(q, k, v), keep(k, v)))
 
     return _scanned(policy, tokens, layer, None, features, remat)
@@ -121,7 +122,7 @@ def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys
     """
     rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
 
-    def layer(w, x, before):
+    def layer(w, x, before) -> tuple[jax.Array, Any]:
         before = (constrain(block_rows(x, prompts), policy.layout, "batch", None, "kv_heads", None) for x in before)
         return decoder_layer(policy.config, w, x, rope,
                              lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None))  # type: ignore[call-arg]
@@ -129,7 +130,8 @@ def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys
     return _scanned(policy, tokens, layer, keys_values, features, remat)[0]
 
 
-def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features: tuple[int, ...], attend) -> tuple:
+def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features: tuple[int, ...],
+              attend: Callable[[int], Callable]) -> tuple[Trunk, tuple]:
     """Run the layers one by one; `attend(i)` gives layer i's attention. Returns (Trunk, a pair of keys and values, or
     of their pools, a layer)."""
     config = policy.config
@@ -144,25 +146,27 @@ def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features:
     return _final(policy, x, [residual[i] for i in features]), tuple(kept)
 
 
-def prefill(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...] = ()):
+def prefill(policy: Policy, tokens: jax.Array, *,
+            features: tuple[int, ...] = ()) -> tuple[Trunk, KeyValues]:
     """Whole prompts, tokens int32 [P, L], right-padded. Rollout layout only.
 
     Returns (Trunk over [P, L], keys and values of every layer, each [P, L, kv_heads, head_dim]).
     """
-    def causal(q, k, v):
+    def causal(q, k, v) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         k, v = (constrain(x, policy.layout, "batch", None, "kv_heads", None) for x in (k, v))
         return causal_attention(q, k, v), (k, v)
 
     return _unrolled(policy, tokens, jnp.arange(tokens.shape[1])[None], features, lambda _: causal)
 
 
-def verify(policy: Policy, tokens: jax.Array, cache: Cache, lengths: jax.Array, *, features: tuple[int, ...] = ()):
+def verify(policy: Policy, tokens: jax.Array, cache: Cache, lengths: jax.Array, *,
+           features: tuple[int, ...] = ()) -> tuple[Trunk, Cache]:
     """T new tokens a row, int32 [B, T], at positions lengths .. lengths+T-1 after the cached ones. Rollout layout only.
 
     Returns (Trunk over [B, T], Cache with the new keys and values written at those positions).
     """
-    def attend(i):
-        def ragged(q, k, v):
+    def attend(i) -> Callable:
+        def ragged(q, k, v) -> tuple[jax.Array, list[jax.Array]]:
             out, *pools = attend_cached(policy, q, k, v, cache.k[i], cache.v[i], cache.table, lengths)
             return out, pools
         return ragged

@@ -21,8 +21,9 @@ from jspec.sharding import current_mesh, heads_replicated
 FEW_ROWS, LEAST_PART = 64, 256
 
 
-def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None, out_dtype=None) -> jax.Array:
-    """x [..., in] times w [*out, in], plus b [*out] -> [..., *out], in x's dtype.
+def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None,
+           out_dtype: Any = None) -> jax.Array:
+    """x [..., in] times w [*out, in], plus b [*out] -> [..., *out], in x's dtype, or in out_dtype.
 
     float32 stays float32: never TF32 or bfloat16 passes. w may be quantised.
     """
@@ -46,20 +47,21 @@ def _product(dot: Callable, x: jax.Array, matrix: jax.Array) -> jax.Array:
     cores = range(2, (os.cpu_count() or 1) + 1)
     parts = max((n for n in cores if size % n == 0 and size // n >= LEAST_PART), default=1)
 
-    def whole(x, matrix):
+    def whole(x, matrix) -> jax.Array:
         return dot(x, matrix, (((x.ndim - 1,), (1,)), ((), ())))
 
-    def by_core(x, matrix):
+    def by_core(x, matrix) -> jax.Array:
         each = jnp.broadcast_to(x.reshape(count, -1), (parts, count, x.shape[-1]))
         y = dot(matrix.reshape(parts, -1, matrix.shape[1]), each, (((2,), (2,)), ((0,), (0,))))
         return y.transpose(2, 0, 1).reshape(*x.shape[:-1], -1)
 
     @jax.custom_jvp
-    def product(x, matrix):
+    def product(x, matrix) -> jax.Array:
         return jax.lax.platform_dependent(x, matrix, cpu=by_core, default=whole)
 
     @product.defjvp
-    def product_jvp(primals, tangents):  # without it, training would save a copy of the matrix for its backward pass
+    def product_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+        # without it, training would save a copy of the matrix for its backward pass
         (x, matrix), (dx, dmatrix) = primals, tangents
         return product(x, matrix), whole(dx, matrix) + whole(x, dmatrix)
 
@@ -67,7 +69,8 @@ def _product(dot: Callable, x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32 (https://arxiv.org/abs/1910.07467)."""
+    """Root-mean-square norm of x [..., D] over the last axis, computed in float32, in x's dtype
+    (https://arxiv.org/abs/1910.07467). scale: [D]."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
@@ -149,8 +152,10 @@ def fuse(config: ModelConfig, w: dict[str, Any], layout: str) -> dict[str, Any]:
     return fused
 
 
-def qkv(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries [B, T, heads, head_dim] and keys, and values, [B, T, kv_heads, head_dim]."""
+def qkv(config: ModelConfig, w: dict[str, Any], x: jax.Array,
+        rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries [B, T, heads, head_dim] and keys, and values, [B, T, kv_heads, head_dim], of x [B, T, D].
+    rope: `rope_table` at x's positions."""
     b, t, _ = x.shape
     if "qkv" in w:
         y = linear(x, w["qkv"], w.get("qkv_bias"))
@@ -167,7 +172,7 @@ def qkv(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope) -> tuple[jax
 
 
 def mlp(w: dict[str, Any], x: jax.Array) -> jax.Array:
-    """SwiGLU feed-forward (https://arxiv.org/abs/2002.05202)."""
+    """SwiGLU feed-forward, [..., D] to [..., D] (https://arxiv.org/abs/2002.05202)."""
     if "gate_up" in w:
         y = linear(x, w["gate_up"], w.get("gate_up_bias"))
         gate, up = y[..., 0, :], y[..., 1, :]
@@ -176,8 +181,8 @@ def mlp(w: dict[str, Any], x: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate) * up, w["down"], w.get("down_bias"))
 
 
-def decoder_layer(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope, attend: Callable,
-                  inputs: jax.Array | None = None):
+def decoder_layer(config: ModelConfig, w: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array],
+                  attend: Callable, inputs: jax.Array | None = None) -> tuple[jax.Array, Any]:
     """One pre-norm layer over x [B, T, D], its weights fused (see `fuse`) or not.
 
     `attend(q, k, v) -> (out [B, T, heads, head_dim], cache)` holds all that differs between training, prefill and

@@ -27,7 +27,7 @@ class ParamSpec:
     init: str = "normal"  # normal | zeros | ones
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), (self.shape, self.axes)
 
 
@@ -157,7 +157,7 @@ def is_spec(x: Any) -> bool:
 def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
     """Arrays for a tree of `ParamSpec`; each leaf's key is folded from its path, so that trees can grow."""
 
-    def make(path, spec: ParamSpec):
+    def make(path, spec: ParamSpec) -> jax.Array:
         if spec.init == "zeros":
             return jnp.zeros(spec.shape, spec.dtype)
         if spec.init == "ones":
@@ -189,7 +189,7 @@ def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32
     instance(ModelConfig, "a jspec.ModelConfig")("config", config)
     key, dtype = random_key("key", key), compute_dtype("dtype", dtype)
 
-    def make(key):
+    def make(key) -> dict:
         return init_weights(param_specs(config), key, config.initializer_range)
 
     return Policy(place_on_mesh(make, param_specs(config), config)(key), config, dtype)

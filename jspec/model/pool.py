@@ -6,6 +6,7 @@ A row's line of a block table says where its positions lie. Rows shrink, move, r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ BLOCK = 128
 """Positions of a block: a line of a TPU's vector memory, and few enough that a row wastes little of its last one."""
 _TILE = 16  # positions of a tile of a TPU's memory: where one block is enough for a row it is a few of them
 
+Count = TypeVar("Count", int, jax.Array)
+
 KeyValues = Sequence[tuple[jax.Array, jax.Array]]
 """Keys and values of whole prompts, one pair a layer, [P, L, kv_heads, head_dim]."""
 
@@ -25,8 +28,8 @@ def block_size(positions: int) -> int:
     return min(BLOCK, -(-positions // _TILE) * _TILE)
 
 
-def blocks_of(positions, size: int):
-    """How many blocks of `size` that many positions take."""
+def blocks_of(positions: Count, size: int) -> Count:
+    """How many blocks of `size` that many positions take; int32 [...] of int32 [...]."""
     return -(-positions // size)
 
 
@@ -119,7 +122,8 @@ class FreeBlocks:
 
 
 def all_free(first: jax.Array, blocks: int, columns: int) -> FreeBlocks:
-    """Blocks first .. blocks - 1, of which the lowest is taken first; lines have at most `columns` entries."""
+    """Blocks first (int32 scalar) .. blocks - 1, of which the lowest is taken first; lines have at most `columns`
+    entries."""
     count = jnp.asarray(blocks - first, jnp.int32)
     return FreeBlocks(blocks - 1 - jnp.arange(blocks + columns, dtype=jnp.int32), count, count)
 

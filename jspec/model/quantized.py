@@ -121,10 +121,10 @@ def product(x: jax.Array, w: Quantized) -> jax.Array:
 def _product_of_parts(x: jax.Array, w: Quantized, axes: str | tuple[str, ...]) -> jax.Array:
     """`product` where mesh axes split the inputs: each shard scales and adds up its own, and the sums that cross the
     mesh are in x's dtype, as without quantisation. (XLA would send the integers, up to 8 times as many bytes.)"""
-    def part(x, w):
+    def part(x, w) -> jax.Array:
         return jax.lax.psum(_product(x, w).astype(x.dtype), axes)
 
-    def spec(a, *leading):
+    def spec(a, *leading) -> PartitionSpec:
         """Of the quantised arrays the last dimension is the inputs', or a scale's."""
         return PartitionSpec(*leading, *(None,) * (a.ndim - 1 - len(leading)), axes if a.shape[-1] > 1 else None)
 

@@ -76,10 +76,10 @@ def _commit(state: State, rows: Rows, drafts: jax.Array, verdict: Verdict,
     of, at, counts = state.sequences, state.slots, state.counts
     # a free slot's sequence is none: what is written there is dropped
 
-    def by_token(buffer, values, start):
+    def by_token(buffer, values, start) -> jax.Array:
         return buffer.at[at[:, None], start[:, None] + offsets].set(values, mode="drop")
 
-    def by_row(buffer, values):
+    def by_row(buffer, values) -> jax.Array:
         return buffer.at[at].set(values, mode="drop")
 
     sequences = of.replace(

@@ -23,7 +23,7 @@ Place = TypeVar("Place", State, Paused)
 
 
 def none_paused(cache: Cache, draft: DraftState | None, waiting: jax.Array, blocks: int) -> Paused:
-    """The stack, empty, with room for so many blocks of such caches."""
+    """The stack, empty, with room for so many blocks of such caches. waiting: int32 [N], as in `State`."""
     def away(x: jax.Array) -> jax.Array:
         # not zeros: those would be written to the device, and copied
         return jax.device_put(jax.lax.empty((blocks, *x.shape[1:]), x.dtype), jax.memory.Space.Host)

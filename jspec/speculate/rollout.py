@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jspec.drafts.base import Draft, DraftState, Prefill
 from jspec.kernels import choose, picked
-from jspec.model import KeyValues, Policy, Trunk, prefill, to_rollout
+from jspec.model import Cache, KeyValues, Policy, Trunk, prefill, to_rollout
 from jspec.model.pool import all_free, blocks_of, write_prompts
 from jspec.sharding import batch_axes, batch_shards, constrain, current_mesh
 from jspec.speculate.arguments import answerable, check, in_32_bits
@@ -84,7 +84,7 @@ def _asked(policy: Policy, batch: PromptBatch, sampling: Sampling, shards: int) 
     first = sequence // (rows // shards) * (rows // shards)
     limit = sampling.max_new_tokens if sampling.limit is None else sampling.limit
 
-    def by_row(x, dtype):
+    def by_row(x, dtype) -> jax.Array:
         return constrain(jnp.broadcast_to(jnp.asarray(x, dtype), (rows,)), policy.layout, "batch")
 
     return Asked(by_row(batch.sequence_ids, jnp.int32),
@@ -114,7 +114,7 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
     table = jnp.where(column < needed[:, None], (end - needed)[:, None] + column, blocks)
     empty = jnp.full((slots, columns), blocks, jnp.int32)
 
-    def pool(key_values):
+    def pool(key_values: KeyValues) -> Cache:
         cache = write_prompts(key_values, table, blocks, size).replace(table=empty)
         return jax.tree.map(lambda x: constrain(x, policy.layout, None, "kv_heads", None, None) if x.ndim == 4 else x,
                             cache)
@@ -125,7 +125,7 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
         of_draft = prefilled.draft_key_values
         draft = DraftState(of_slots, pool(of_draft) if of_draft else None)
 
-    def share(x):
+    def share(x) -> jax.Array:
         x = jnp.take(x, asked.prompts, axis=0)
         return jnp.pad(x, ((0, 0), (0, cap + k), *((0, 0),) * (x.ndim - 2)))
 
@@ -211,7 +211,7 @@ def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, 
         asked = _asked(policy, batch, sampling, shards)
     static = sampling.replace(temperature=1.0, top_p=None, limit=None)  # the leaves are the sequences' own
 
-    def run(policy, draft, prefilled, asked, key):
+    def run(policy, draft, prefilled, asked, key) -> tuple[Any, ...]:
         state = begin(policy, prefilled, asked, cap=static.max_new_tokens, slots=slots, k=speculation.most,
                       chain=len(chain), group_size=_adjacent(rows // shards, batch.group_size),
                       kv_tokens=batching.kv_tokens, shards=shards)
@@ -238,7 +238,7 @@ def ready(params: Policy, draft: Draft | None, speculation: Speculation) -> tupl
 
 
 @partial(jax.jit, static_argnames=("speculation", "batching"))
-def _rollout(params, draft, batch: PromptBatch, sampling: Sampling, speculation: Speculation,
+def _rollout(params: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, speculation: Speculation,
              batching: Batching) -> Rollout:
     log.debug("compiling a rollout with %s", picked(speculation.kernels))
     policy, draft = ready(params, draft, speculation)

@@ -78,7 +78,7 @@ class PromptBatch:
     group_size: int = struct.field(pytree_node=False)
     expected_lengths: jax.Array | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle(self, "", group_size=_GROUP)
 
     @classmethod
@@ -190,7 +190,7 @@ class Sampling:
     stop_tokens: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     limit: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle(self, "sampling ", max_new_tokens=whole(1), min_new_tokens=whole(), top_k=whole(hint="; 0 turns it off"),
                stop_tokens=optional(whole_numbers))
         if self.min_new_tokens > self.max_new_tokens:
@@ -224,7 +224,7 @@ class Speculation:
     kernels: Any = struct.field(pytree_node=False, default="auto")
     states: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle(self, "speculation ", k=_drafted, rule=one_of(RULES), states=optional(whole_numbers))
 
     @property
@@ -254,7 +254,7 @@ class Batching:
     slots: int | None = struct.field(pytree_node=False, default=None)
     kv_tokens: int | None = struct.field(pytree_node=False, default=None)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle(self, "batching ", slots=optional(whole(1)), kv_tokens=optional(whole(1)))
 
 

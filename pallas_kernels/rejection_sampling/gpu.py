@@ -124,24 +124,27 @@ class _Plan:
         return self.chunks, CHUNK // self.width, self.width
 
     @property
-    def layout(self):
+    def layout(self) -> Any:
         """Neighbouring chunks to each of the 4 warps."""
         tiles = [(self.chunks, 1, self.width), (self.chunks // 4, 1, self.width), (self.vector,)]
         if self.chunks == 4:  # layouts must be written without what changes nothing
             return plgpu.Layout.TILED(plgpu.Tiling((tiles[0], tiles[2])), (-4,), (-2,), -1)
         return plgpu.Layout.TILED(plgpu.Tiling(tuple(tiles)), (-7,), (-4, -2), -1)
 
-    def cast(self, x, layout=None):
+    def cast(self, x: jax.Array, layout: Any = None) -> jax.Array:
         return x if self.interpret else plgpu.layout_cast(x, layout or self.layout)
 
-    def iota(self, dimension):
+    def iota(self, dimension: int) -> jax.Array:
         return self.cast(lax.broadcasted_iota(jnp.int32, self.shape, dimension))
 
-    def spread(self, x):
+    def spread(self, x: jax.Array) -> jax.Array:
         return self.cast(lax.broadcast_in_dim(x, self.shape, (0,)))
 
 
-def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers):
+def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers) -> None:
+    """References in global memory: logits [R, V], temperature float32 [R], row_data (drafted ids int32 [R], or keys
+    uint32 [R, 2]), ban int32 [R], offset int32 [1], outputs [R, tiles * chunks] each. In shared memory: a ring of tiles
+    [WARPGROUPS * STAGES, pad + tile], and their barriers."""
     *out, ring, arrived = refs
     tile, tiles, pad = plan.tile, plan.tiles, plan.pad
     warpgroup = lax.axis_index("warpgroup")
@@ -151,28 +154,28 @@ def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers):
     last = plan.vocab - (tiles - 1) * tile  # columns of a row's last tile
     reach = pl.cdiv(last, pad) * pad  # in whole lines: it may begin a little before the tile
 
-    def place(i):
+    def place(i) -> tuple[jax.Array, jax.Array]:
         return lax.div(begin + i, tiles), lax.rem(begin + i, tiles)
 
-    def slot(i):
+    def slot(i) -> jax.Array:
         return warpgroup * STAGES + lax.rem(i, STAGES)
 
-    def fetch(i):
+    def fetch(i) -> None:
         row, at = place(i)
 
-        def copy(columns, to):
+        def copy(columns, to) -> None:
             plgpu.copy_gmem_to_smem(logits.at[row, columns], ring.at[slot(i), to], arrived.at[slot(i)],
                                     oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
         @pl.when(at < tiles - 1)
-        def _():
+        def _() -> None:
             copy(pl.ds(at * tile, tile), pl.ds(pad, tile))
 
         @pl.when(at == tiles - 1)
-        def _():
+        def _() -> None:
             copy(pl.ds(plan.vocab - reach, reach), pl.ds(pad + last - reach, reach))
 
-    def load(i):
+    def load(i) -> jax.Array:
         if plan.interpret:  # knows neither layouts nor reshaped references
             return ring[slot(i), pl.ds(pad, tile)].reshape(plan.shape)
         return plan.cast(ring.at[slot(i), pl.ds(pad, tile)].reshape(plan.shape)[...])
@@ -180,7 +183,7 @@ def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers):
     for i in range(STAGES):
         pl.when(i < count)(partial(fetch, i))
 
-    def step(i, _):
+    def step(i, _) -> None:
         row, at = place(i)
         plgpu.barrier_wait(arrived.at[slot(i)])
         x = load(i).astype(jnp.float32)
@@ -188,12 +191,12 @@ def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers):
         pl.when(i + STAGES < count)(partial(fetch, i + STAGES))
         first = at * tile + offset[0]
 
-        def write(plain):
+        def write(plain) -> None:
             fields = _summaries(x, temperature[row], row_data.at[row], ban[row], first, offset[0], plan, plain)
             for ref, field in zip(out, fields, strict=True):
                 _store(ref.at[row, pl.ds(at * plan.chunks, plan.chunks)], field, plan)
 
-        def inside(token):
+        def inside(token) -> jax.Array:
             return (token >= first) & (token < first + tile)
 
         if plan.coupled:
@@ -209,25 +212,25 @@ def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers):
     lax.fori_loop(0, count, step, None)
 
 
-def _store(ref, x, plan):
+def _store(ref, x, plan) -> None:
     if hasattr(plgpu, "store") and not plan.interpret:  # JAX 0.12 wants to be told of a store that is not whole sectors
         plgpu.store(ref, x, optimized=False)
     else:
         ref[...] = x
 
 
-def _summaries(x, t, row_data, ban, first, offset, plan, plain):
+def _summaries(x, t, row_data, ban, first, offset, plan, plain) -> tuple[jax.Array, ...]:
     """The fields [chunks] of one tile x [chunks, parts, width] whose first id is `first`.
 
     plain: static; all of its columns exist, and none of its ids is banned or drafted.
     """
-    def total(x):
+    def total(x) -> jax.Array:
         return x.sum(1).sum(1)  # inside lanes, then across them
 
-    def largest(x):
+    def largest(x) -> jax.Array:
         return x.max(1).max(1)
 
-    def finite(leader):
+    def finite(leader) -> jax.Array:
         return jnp.where(leader > -jnp.inf, leader, 0.0)  # of a chunk of -inf any number will do
 
     scale = 1 / jnp.where(t > 0, t, 1.0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import noise as noise_lib
-from pallas_kernels.noise import BlockNoise, CoupledNoise, CycleNoise, RejectionNoise
+from pallas_kernels.noise import BlockNoise, CoupledNoise, CycleNoise, Noise
 
 # the inverse transform picks a block by one uniform and a token inside it by another, so that neither the noise nor
 # the cumulative sums span the vocabulary
@@ -17,13 +17,13 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # below it is what chips flush to 0
 
 
 def flushed(temperature: jax.Array) -> jax.Array:
-    """The temperature as it counts, float32: 0 where it is below float32's smallest normal number, 1.2e-38."""
+    """The temperature [...] as it counts, float32: 0 where it is below float32's smallest normal number, 1.2e-38."""
     temperature = jnp.asarray(temperature, jnp.float32)
     return jnp.where(temperature < SMALLEST, 0.0, temperature)
 
 
 def divisor(temperature: jax.Array) -> jax.Array:
-    """What logits are divided by, float32: the temperature, and 1 where it counts as 0."""
+    """What logits are divided by, float32 [...]: the temperature, and 1 where it counts as 0."""
     temperature = flushed(temperature)
     return jnp.where(temperature > 0, temperature, 1.0)
 
@@ -69,8 +69,10 @@ def scaled_logprobs(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     return z - jnp.log(jnp.sum(jnp.exp(z), -1, keepdims=True))
 
 
-def _process(logits, raw, temperature, top_p, top_k, ban, banned_tokens):
-    """`process_logits`, given `raw = scaled_logprobs(logits, temperature)`, which callers need for itself too."""
+def _process(logits: jax.Array, raw: jax.Array, temperature: jax.Array, top_p: jax.Array | None, top_k: int,
+             ban: jax.Array | None, banned_tokens: tuple[int, ...]) -> jax.Array:
+    """`process_logits`, float32 [..., V], given `raw = scaled_logprobs(logits, temperature)`, which callers need for
+    itself too. temperature, top_p: float32 [...]."""
     scores, log_p = logits.astype(jnp.float32), raw
     if ban is not None and banned_tokens:
         banned = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(banned_tokens)) & ban[..., None]
@@ -85,14 +87,16 @@ def _process(logits, raw, temperature, top_p, top_k, ban, banned_tokens):
     return log_p
 
 
-def process_logits(logits, temperature, top_p=None, *, top_k=0, ban=None, banned_tokens=()):
-    """See `api.process_logits`."""
+def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array | None = None, *, top_k: int = 0,
+                   ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()) -> jax.Array:
+    """See `api.process_logits`: float32 [..., V] from logits [..., V]."""
     temperature = jnp.broadcast_to(flushed(temperature), logits.shape[:-1])
     top_p = None if top_p is None else jnp.broadcast_to(top_p, logits.shape[:-1])
     return _process(logits, scaled_logprobs(logits, temperature), temperature, top_p, top_k, ban, banned_tokens)
 
 
-def first_above(mass: jax.Array, u: jax.Array, ids: jax.Array, axis=None) -> jax.Array:
+def first_above(mass: jax.Array, u: jax.Array, ids: jax.Array,
+                axis: tuple[str, ...] | None = None) -> jax.Array:
     """The first id, int32 [B], whose cumulative mass exceeds u [B] times the total; never one without mass, if any has.
 
     mass: float32 [B, n], of ascending ids int32 [n] or [B, n]. `axis`: mesh axes over which both are split, in order; a
@@ -133,8 +137,8 @@ def _coupled_argmax(log_p: jax.Array, keys: jax.Array, ids: jax.Array | None = N
     return _argmax(log_p + noise_lib.gumbel(bits))
 
 
-def draw(log_q, noise, offset, draft_vocab=None):
-    """See `api.draw`."""
+def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None) -> jax.Array:
+    """See `api.draw`: int32 [B] from log_q float32 [B, V]."""
     if isinstance(noise, CoupledNoise):
         at = _coupled_argmax(log_q, noise.keys[:, offset], draft_vocab)
     else:
@@ -166,7 +170,8 @@ def leading(flags: jax.Array) -> jax.Array:
     return jnp.cumprod(flags, axis=-1, dtype=jnp.int32).sum(-1, dtype=jnp.int32)
 
 
-def _coupled(log_p, draft_tokens, noise: CoupledNoise):
+def _coupled(log_p: jax.Array, draft_tokens: jax.Array, noise: CoupledNoise) -> tuple[jax.Array, jax.Array]:
+    """Accepted int32 [B] and tokens int32 [B, K + 1], from log p float32 [B, K + 1, V] and drafts int32 [B, K]."""
     target = _coupled_argmax(log_p, noise.keys)
     return leading(target[:, :-1] == draft_tokens), target
 
@@ -189,7 +194,8 @@ def log_ratio(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(log_q), log_p - log_q, -jnp.inf)
 
 
-def _log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab):
+def _log_ratio(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
+               draft_vocab: jax.Array | None) -> jax.Array:
     """`log_ratio`, float32 [B, K], of the drafts in rows [B, K, V]; of certain ones log p(y)."""
     drafted = _pick(log_p[:, :draft_tokens.shape[1]], draft_tokens)
     if draft_log_q is None:
@@ -197,7 +203,8 @@ def _log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab):
     return log_ratio(drafted, draft_logprobs(draft_log_q, draft_tokens, draft_vocab))
 
 
-def _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise: CycleNoise, weight):
+def _emit(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, draft_vocab: jax.Array | None,
+          accepted: jax.Array, noise: CycleNoise, weight: jax.Array | float) -> jax.Array:
     """Tokens int32 [B, K + 1]: the drafts, with one drawn after those that are accepted int32 [B], from (weight p - q)+
     or, if all are, from p. weight: float32 [B, 1]."""
     k = draft_tokens.shape[1]
@@ -218,7 +225,9 @@ def _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise: CycleN
     return jnp.where(jnp.arange(k + 1) == accepted[:, None], drawn[:, None], padded)
 
 
-def _rejection(log_p, draft_tokens, draft_log_q, noise: RejectionNoise, draft_vocab):
+def _rejection(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: CycleNoise,
+               draft_vocab: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """As `_coupled`, with draft_log_q float32 [B, K, Vd]."""
     ratio = _log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab)
     accepted = leading(jnp.log(noise.accept) < ratio)
     return accepted, _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise, 1.0)
@@ -232,8 +241,10 @@ def block_weights(ratio: jax.Array) -> jax.Array:
     return jnp.exp(jnp.stack(log_w, 1))
 
 
-def block_left(log_p, draft_tokens, draft_log_q, draft_vocab, weights) -> jax.Array:
-    """r_i, the mass of (w_i p - q)+ of the draft after the first i, float32 [B, K] of i = 0 .. K - 1."""
+def block_left(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
+               draft_vocab: jax.Array | None, weights: jax.Array) -> jax.Array:
+    """r_i, the mass of (w_i p - q)+ of the draft after the first i, float32 [B, K] of i = 0 .. K - 1. weights:
+    `block_weights`, [B, K + 1]."""
     b, k = draft_tokens.shape
     log_p, w = log_p[:, :k], weights[:, :k]
     if draft_log_q is None:  # q is all on the draft, and w p no more than that
@@ -261,8 +272,11 @@ def last_true(flags: jax.Array) -> jax.Array:
     return jnp.where(flags, jnp.arange(1, flags.shape[1] + 1), 0).max(-1, initial=0).astype(jnp.int32)
 
 
-def _block(log_p, draft_tokens, draft_log_q, noise: BlockNoise, draft_vocab):
-    """Why it is exact: given y_1 .. y_i, the chance that i drafts or more are accepted is w_i, by induction from K
+def _block(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: CycleNoise,
+           draft_vocab: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """As `_rejection`.
+
+    Why it is exact: given y_1 .. y_i, the chance that i drafts or more are accepted is w_i, by induction from K
     down. It is h_i + (1 - h_i) E[w_{i+1}] over y_{i+1} ~ q, where E[w_{i+1}] = sum(min(q, w_i p)) = w_i - r_i, and h_i
     makes it w_i. So exactly i are accepted with r_i, and x is the next token with min(q, w_i p)(x) as a draft, and with
     r_i (w_i p - q)+(x) / r_i as the one drawn after i: together w_i p(x).
@@ -274,9 +288,13 @@ def _block(log_p, draft_tokens, draft_log_q, noise: BlockNoise, draft_vocab):
     return accepted, _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise, weight)
 
 
-def rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p=None, *, draft_vocab=None,
-                       top_k=0, ban=None, banned_tokens=()):
-    """See `api.rejection_sampling`; returns the fields of `api.Verdict`."""
+def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: Noise,
+                       temperature: jax.Array, top_p: jax.Array | None = None, *,
+                       draft_vocab: jax.Array | None = None, top_k: int = 0, ban: jax.Array | None = None,
+                       banned_tokens: tuple[int, ...] = ()
+                       ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See `api.rejection_sampling`; returns the fields of `api.Verdict`: accepted int32 [B], and of [B, K + 1] tokens
+    int32, logprobs and entropy float32."""
     temperature = jnp.broadcast_to(flushed(temperature)[:, None], logits.shape[:-1])
     top_p = None if top_p is None else jnp.broadcast_to(top_p[:, None], logits.shape[:-1])
     raw = scaled_logprobs(logits, temperature)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels.noise import BlockNoise, CoupledNoise
+from pallas_kernels.noise import BlockNoise, CoupledNoise, CycleNoise, Noise
 from pallas_kernels.rejection_sampling.reference import (
     VOCAB_BLOCK,
     block_chances,
@@ -30,6 +30,9 @@ from pallas_kernels.rejection_sampling.reference import (
 )
 
 CHUNK = VOCAB_BLOCK
+
+Axis = tuple[str, ...] | None
+"""The mesh axes that share the vocabulary, in order; None: it is whole."""
 
 
 @struct.dataclass
@@ -76,20 +79,20 @@ class _Rows:
     entropy: jax.Array
 
 
-def _sum(x, axis):
+def _sum(x: jax.Array, axis: Axis) -> jax.Array:
     return x if axis is None else jax.lax.psum(x, axis)
 
 
-def _max(x, axis):
+def _max(x: jax.Array, axis: Axis) -> jax.Array:
     return x if axis is None else jax.lax.pmax(x, axis)
 
 
-def _finite(x):
+def _finite(x: jax.Array) -> jax.Array:
     """x, or 0 where it is -inf: what is measured from it is -inf itself, and -inf - -inf would be NaN."""
     return jnp.where(x > -jnp.inf, x, 0.0)
 
 
-def _rows(s: Summary, scale, axis) -> _Rows:
+def _rows(s: Summary, scale: jax.Array, axis: Axis) -> _Rows:
     """scale: 1 / T, float32 [R]."""
     top = _finite(_max(s.top.max(-1), axis))
     shift = jnp.where(s.top > -jnp.inf, (s.top - top[:, None]) * scale[:, None], 0.0)
@@ -100,9 +103,9 @@ def _rows(s: Summary, scale, axis) -> _Rows:
     return _Rows(top, jnp.log(total), jnp.log(total) - weighted / total)
 
 
-def _best(s: Summary, scale, axis) -> tuple[jax.Array, jax.Array]:
+def _best(s: Summary, scale: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
     """Id int32 [R] and logit float32 [R] of each row's largest score."""
-    def pick(scores, *values):
+    def pick(scores, *values) -> tuple[jax.Array, ...]:
         at = jnp.argmax(scores, 0)[None]
         return tuple(jnp.take_along_axis(x, at, axis=0)[0] for x in (scores, *values))
 
@@ -159,7 +162,8 @@ class _Candidates:
     log_q: jax.Array | None
     weight: jax.Array
 
-    def weigh(self, logits: jax.Array, log_q: jax.Array | None, ids: jax.Array, banned_tokens: tuple[int, ...]):
+    def weigh(self, logits: jax.Array, log_q: jax.Array | None, ids: jax.Array,
+              banned_tokens: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x, p and the residual (weight p - q)+, in some unit, of ids [B or 1, n], float32 [B, n]."""
         x = logits.astype(jnp.float32)
         p = jnp.exp((x - self.top[:, None]) * self.scale[:, None] - self.log_total[:, None])
@@ -198,7 +202,8 @@ def inverse_transform(mass: jax.Array, u: jax.Array, axis: tuple[str, ...]) -> j
     return first_above(jnp.where(ids // CHUNK == block[:, None], inside, 0.0), u[:, 1], ids, axis)
 
 
-def _draw_last(last: _Candidates, pieces: jax.Array, u: jax.Array, first: jax.Array | int, banned_tokens, axis):
+def _draw_last(last: _Candidates, pieces: jax.Array, u: jax.Array, first: jax.Array | int,
+               banned_tokens: tuple[int, ...], axis: Axis) -> tuple[jax.Array, jax.Array]:
     """Inverse transform of each sequence's residual (of p, where nothing was refused): its id int32 [B] and logit.
 
     pieces: float32 [B, C + 1], the residual's mass by block of the vocabulary; computed here where drafts were sampled.
@@ -233,13 +238,15 @@ def _local(x: jax.Array, ids: jax.Array, first: jax.Array | int) -> jax.Array:
     return jnp.where(inside, value, -jnp.inf)
 
 
-def _left(rows: _Candidates, first, banned_tokens, axis) -> jax.Array:
+def _left(rows: _Candidates, first: jax.Array | int, banned_tokens: tuple[int, ...], axis: Axis) -> jax.Array:
     """The residual's mass of every row whose draft was sampled, float32 [B]."""
     ids = first + jnp.arange(rows.logits.shape[1])
     return _sum(rows.weigh(rows.logits[rows.row], rows.log_q, ids[None], banned_tokens)[2].sum(-1), axis)
 
 
-def _among_candidates(s: Summary, rows: _Rows, best, drafted, draft_tokens, scale, ban, banned_tokens, axis):
+def _among_candidates(s: Summary, rows: _Rows, best: jax.Array, drafted: jax.Array, draft_tokens: jax.Array,
+                      scale: jax.Array, ban: jax.Array | None, banned_tokens: tuple[int, ...], axis: Axis
+                      ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Mass by block of the vocabulary [B, K + 1, C + 1] in some unit, and what p is measured from: top and log_total,
     float32 [B, K + 1], and log p of the drafts, whose logits are `drafted`, float32 [B, K]."""
     b, k = draft_tokens.shape
@@ -254,8 +261,10 @@ def _among_candidates(s: Summary, rows: _Rows, best, drafted, draft_tokens, scal
     return pieces, top, log_total, log_mass - log_total[:, :k]
 
 
-def _by_uniforms(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits, draft_tokens, draft_log_q, noise,
-                 temperature, scale, draft_vocab, ban, banned_tokens, first, axis):
+def _by_uniforms(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], logits: jax.Array,
+                 draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: CycleNoise, temperature: jax.Array,
+                 scale: jax.Array, draft_vocab: jax.Array | None, ban: jax.Array | None,
+                 banned_tokens: tuple[int, ...], first: jax.Array | int, axis: Axis) -> tuple[jax.Array, ...]:
     """Accepted int32 [B], and tokens and their logits [B, K + 1]. logits: [B * (K + 1), V]; scale [B, K + 1]."""
     b, k = draft_tokens.shape
     row = (k + 1) * jnp.arange(b, dtype=jnp.int32)
@@ -300,9 +309,14 @@ def _by_uniforms(s: Summary, rows: _Rows, best: tuple[jax.Array, jax.Array], log
                        for x, y in ((token, draft_tokens), (token_x, drafted)))
 
 
-def judge(summarize: Callable[..., Summary], logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban,
-          banned_tokens, axis):
-    """See `api.rejection_sampling`; returns the fields of `api.Verdict`."""
+def judge(summarize: Callable[..., Summary], logits: jax.Array, draft_tokens: jax.Array,
+          draft_log_q: jax.Array | None, noise: Noise, temperature: jax.Array, draft_vocab: jax.Array | None,
+          ban: jax.Array | None, banned_tokens: tuple[int, ...], axis: Axis
+          ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See `api.rejection_sampling`; returns the fields of `api.Verdict`, as `reference.rejection_sampling` does.
+
+    summarize: a kernel's, of logits [B x (K + 1), V].
+    """
     b, width, vocab = logits.shape
     # rows and vocabulary, from here on: K + 1 rows a sequence do not fill a tile of a TPU's memory
     logits = logits.reshape(b * width, vocab)

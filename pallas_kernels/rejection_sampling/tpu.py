@@ -48,7 +48,7 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
     of_row = [jnp.zeros(rows, jnp.int32) if ban is None else ban.astype(jnp.int32)]
     of_row += [drafted] if keys is None else list(jax.lax.bitcast_convert_type(keys, jnp.int32).T)
 
-    def by_row(width):
+    def by_row(width) -> pl.BlockSpec:
         return pl.BlockSpec((height, width), lambda i, j: (i, 0))
 
     out = pl.pallas_call(
@@ -68,11 +68,13 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
     return Summary(**{name: x[:, :count] for name, x in zip(names, out, strict=True)})
 
 
-def _body(offset, logits, temperature, of_row, *out, vocab, chunks, names, banned_tokens):
+def _body(offset, logits, temperature, of_row, *out, vocab, chunks, names, banned_tokens) -> None:
+    """References: offset int32 [1], logits [height, chunks * CHUNK], temperature float32 [height, 1], of_row int32
+    [height, 2 or 3] (banned or not, then the drafted id or the key's two words), out [height, chunks] each."""
     begin = pl.program_id(1) * chunks
     lane = jax.lax.broadcasted_iota(jnp.int32, out[0].shape, 1)
 
-    def step(c, fields):
+    def step(c, fields) -> tuple[jax.Array, ...]:
         at = pl.multiple_of(c * CHUNK, CHUNK)
         x = logits[:, pl.ds(at, CHUNK)].astype(jnp.float32)
         values = _summaries(x, (begin + c) * CHUNK, offset[0], temperature[...], of_row[...], vocab, names,
@@ -86,7 +88,8 @@ def _body(offset, logits, temperature, of_row, *out, vocab, chunks, names, banne
         ref[...] = field
 
 
-def _summaries(x, column, offset, temperature, of_row, vocab, names, banned_tokens):
+def _summaries(x: jax.Array, column: jax.Array, offset: jax.Array, temperature: jax.Array, of_row: jax.Array,
+               vocab: int, names: list[str], banned_tokens: tuple[int, ...]) -> list[jax.Array]:
     """The fields `names`, each [rows, 1], of one chunk x [rows, CHUNK] that begins at `column`."""
     total, largest = partial(jnp.sum, axis=1, keepdims=True), partial(jnp.max, axis=1, keepdims=True)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -107,7 +110,7 @@ def _summaries(x, column, offset, temperature, of_row, vocab, names, banned_toke
         leader = largest(candidates)
         d = (candidates - _finite(leader)) * scale
 
-    def lowest(scores, best):
+    def lowest(scores, best) -> jax.Array:
         # lanes as floats, which every TPU can reduce
         return jnp.min(jnp.where(scores == best, lane.astype(jnp.float32), CHUNK - 1.0), axis=1, keepdims=True).astype(
             jnp.int32)
@@ -133,6 +136,6 @@ def _summaries(x, column, offset, temperature, of_row, vocab, names, banned_toke
     return [fields[name] for name in names]
 
 
-def _finite(x):
+def _finite(x: jax.Array) -> jax.Array:
     """x, or 0 where all of a chunk is -inf."""
     return jnp.where(x > -jnp.inf, x, 0.0)

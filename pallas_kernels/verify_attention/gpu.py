@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -84,20 +85,21 @@ class _Plan:
         """Of a head's columns."""
         return [pl.ds(c, COLUMNS) for c in range(0, self.head_dim, COLUMNS)]
 
-    def cast(self, x, layout):
+    def cast(self, x: jax.Array, layout: Any) -> jax.Array:
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
-    def full(self, shape, value):
+    def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
         layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
         return self.cast(jnp.full(shape, value, jnp.float32), layout)
 
-    def iota(self, shape, dimension):
+    def iota(self, shape: tuple[int, ...], dimension: int) -> jax.Array:
         return self.cast(lax.broadcasted_iota(jnp.int32, shape, dimension), plgpu.Layout.WGMMA)
 
 
 @partial(jax.jit, static_argnames=("window", "interpret"))  # references to GPU memory want a jit around them
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
-                     table: jax.Array, lengths: jax.Array, *, window: int | None = None, interpret: Any = False):
+                     table: jax.Array, lengths: jax.Array, *, window: int | None = None,
+                     interpret: Any = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.verify_attention`. interpret: False, or an InterpretGPUParams.
 
     Raises NotImplementedError for queries and a pool that are not both float32 or both bfloat16, head sizes other than
@@ -145,12 +147,12 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     return unpack(out, new), *map(jax.freeze, pools)
 
 
-def _pad(x, multiple):
+def _pad(x: jax.Array, multiple: int) -> jax.Array:
     """Rows of x [B, H_kv, rows, D], zeros up to a multiple."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple), (0, 0)))
 
 
-def _parts(x):
+def _parts(x: jax.Array) -> Iterator[jax.Array]:
     """bfloat16 numbers whose sum is x, the largest first. Cut off, not rounded: no compiler takes that for nothing."""
     if x.dtype == jnp.bfloat16:
         yield x
@@ -161,15 +163,16 @@ def _parts(x):
         x -= high
 
 
-def _splits(lengths, plan):
-    """The first and the last split of every row."""
+def _splits(lengths: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
+    """The first and the last split of every row, int32 [B]."""
     last = jnp.maximum(lengths - 1, 0) // plan.split
     if plan.window is None:
         return jnp.zeros_like(last), last
     return jnp.minimum(jnp.maximum(lengths - plan.window + 1, 0) // plan.split, last), last
 
 
-def _combine(sums, stats, first, last, live, plan):
+def _combine(sums: jax.Array, stats: jax.Array, first: jax.Array, last: jax.Array, live: jax.Array,
+             plan: _Plan) -> jax.Array:
     """Sums of the splits [B, H_kv, splits, rows, D] to the output, one after the other: XLA chooses no order."""
     top, total = (stats[..., i, :plan.rows].reshape(*sums.shape[:4]) for i in (0, 1))
     splits = jnp.arange(plan.splits)
@@ -184,10 +187,10 @@ def _combine(sums, stats, first, last, live, plan):
     return jnp.where(live[:, None, None, None], out / norm, 0.0)
 
 
-def _scoped(*refs, plan):
+def _scoped(*refs, plan) -> None:
     n, d = plan.warpgroups, plan.head_dim
 
-    def lines(dtype, *shape):
+    def lines(dtype, *shape) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)),
                                                     plgpu.SwizzleTransform(128)))
 
@@ -202,10 +205,10 @@ def _scoped(*refs, plan):
 
 
 def _body(q, new_k, new_v, row_of, begin_of, first_of, count, table, lengths, pool_k, pool_v, sums, stats, *scratch,
-          plan):
+          plan) -> None:
     program = lax.axis_index("program")
 
-    def take(n, _):
+    def take(n, _) -> None:
         """The n-th of this program's splits: heads lie beside each other, then splits, then rows."""
         number = n * plan.programs + program
         head, at = lax.rem(number, plan.kv_heads), lax.div(number, plan.kv_heads)
@@ -217,12 +220,19 @@ def _body(q, new_k, new_v, row_of, begin_of, first_of, count, table, lengths, po
 
 
 def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles, ring, tiles, rows, staged, numbers,
-           q_arrived, arrived, used, meet, rows_arrived, *, row, head, split, plan):
-    """One split of one head of a row."""
+           q_arrived, arrived, used, meet, rows_arrived, *, row, head, split, plan) -> None:
+    """One split of one head of a row.
+
+    References in global memory: q bfloat16 [parts, B, H_kv, rows, D], new_k and new_v [B, H_kv, NEW, D], table int32
+    [B, M], the pools, sums float32 [B, H_kv, splits, rows, D], stats float32 [B, H_kv, splits, tiles, 2, ROWS]: the
+    largest score and the sum of weights. In shared memory: q_tiles [warpgroups * parts, ROWS, D], ring
+    [slots, STEP, D], tiles [parts, STEP, D], rows [2, new, D], staged [warpgroups, ROWS, COLUMNS], numbers
+    [warpgroups, 2, ROWS], and barriers. length: int32 scalar.
+    """
     warpgroup = lax.axis_index("warpgroup")
     last = split == lax.div(jnp.maximum(length - 1, 0), plan.split)
 
-    def place(pool, position, count):
+    def place(pool, position, count) -> Any:
         """Where `count` positions of the row lie, all in one block."""
         return pool.at[table[row, lax.div(position, plan.size)], head, pl.ds(lax.rem(position, plan.size), count)]
 
@@ -232,16 +242,16 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
     cached = lax.div(jnp.maximum(stop - begin, 0) + STEP - 1, STEP)
     steps = cached + last.astype(jnp.int32)
 
-    def slot(i, item):
+    def slot(i, item) -> jax.Array:
         return lax.rem(2 * i + item, plan.slots)
 
-    def fetch(i, item):
+    def fetch(i, item) -> None:
         """What comes `item` (static) after step i's keys: its values, then the next step's keys."""
         step, to = i + item // 2, slot(i, item)
         new, pool = ((new_k, pool_k), (new_v, pool_v))[item % 2]
 
         @pl.when(step < cached)
-        def _():
+        def _() -> None:
             for at in range(0, STEP, plan.run):
                 # not beyond the last run, where the row may have no block: what is masked may be any
                 position = jnp.minimum(begin + step * STEP + at, lax.div(stop - 1, plan.run) * plan.run)
@@ -249,27 +259,27 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
                                         arrived.at[to])
 
         @pl.when((step == cached) & last)
-        def _():
+        def _() -> None:
             plgpu.copy_gmem_to_smem(new.at[row, head], ring.at[to, pl.ds(0, NEW)], arrived.at[to])
             for _ in range(STEP // plan.run - 1):
                 plgpu.barrier_arrive(arrived.at[to])
 
-    def refill(i, item):
+    def refill(i, item) -> None:
         """Step i's keys (0) or values (1) have been used by this warpgroup."""
         @pl.when(i + (item + plan.slots) // 2 < steps)
-        def _():
+        def _() -> None:
             if plan.warpgroups > 1:
                 plgpu.barrier_arrive(used.at[slot(i, item)])
 
             @pl.when(warpgroup == 0)
-            def _():
+            def _() -> None:
                 if plan.warpgroups > 1:
                     plgpu.barrier_wait(used.at[slot(i, item)])
                 fetch(i, item + plan.slots)
 
     mine = [q_tiles.at[warpgroup * plan.parts + i] for i in range(plan.parts)]
 
-    def turn(n, _):
+    def turn(n, _) -> None:
         tile = n * plan.warpgroups + warpgroup
         of_tile = pl.ds(tile * plan.rows, plan.rows)
         for i, to in enumerate(mine):
@@ -277,14 +287,14 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
                                     q_arrived.at[warpgroup * plan.parts + i])
 
         @pl.when(warpgroup == 0)
-        def _():
+        def _() -> None:
             for item in range(plan.slots):
                 fetch(0, item)
 
         for i in range(plan.parts):
             plgpu.barrier_wait(q_arrived.at[warpgroup * plan.parts + i])
 
-        def step(i, carry):
+        def step(i, carry) -> tuple[Any, ...]:
             old = i < cached
             start, end = jnp.where(old, begin + i * STEP, length), jnp.where(old, stop, length + plan.new)
             top, total, out = carry
@@ -322,7 +332,7 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
     writes = last & (warpgroup == 0)
 
     @pl.when(writes)
-    def _():
+    def _() -> None:
         for i, new in enumerate((new_k, new_v)):
             plgpu.copy_gmem_to_smem(new.at[row, head, pl.ds(0, plan.new)], rows.at[i], rows_arrived.at[i])
 
@@ -330,11 +340,11 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
 
     # all that this program reads has arrived, and no earlier split reads beyond its row's length
     @pl.when(writes)
-    def _():
+    def _() -> None:
         for i in range(2):
             plgpu.barrier_wait(rows_arrived.at[i])
 
-        def write(t, _):
+        def write(t, _) -> None:
             for i, pool in enumerate((pool_k, pool_v)):
                 plgpu.copy_smem_to_gmem(rows.at[i, pl.ds(t, 1)], place(pool, length + t, 1))
 
@@ -342,13 +352,13 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
         plgpu.wait_smem_to_gmem(0)
 
 
-def _wait_for_all(barrier, plan):
+def _wait_for_all(barrier, plan) -> None:
     if plan.warpgroups > 1:
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
 
 
-def _cut(held, tiles, count, plan):
+def _cut(held, tiles, count, plan) -> list[Any]:
     """What matrix instructions take of a step's keys or values [STEP, D]: float32 is cut into tiles [3, STEP, D], of
     which the rows from `count` on are zeros.
     """
@@ -362,7 +372,7 @@ def _cut(held, tiles, count, plan):
     return [tiles.at[i] for i in range(plan.parts)]
 
 
-def _product(a, b, plan, *, transposed=False):
+def _product(a, b, plan, *, transposed=False) -> jax.Array:
     """float32 a @ b, or a @ b.T, of lists of parts; a: references or registers."""
     pairs = [(x, y) for i, x in enumerate(a) for y in b[:len(b) - i]]
     if plan.interpret:  # knows no transposed references; plain loads want a fence before TMA writes where they read
@@ -371,7 +381,7 @@ def _product(a, b, plan, *, transposed=False):
         plgpu.commit_smem()
         return out
 
-    def run(acc):
+    def run(acc) -> jax.Array:
         for x, y in pairs:
             plgpu.wgmma(acc, x, plgpu.transpose_ref(y, (1, 0)) if transposed else y)
         return acc[...]
@@ -379,7 +389,8 @@ def _product(a, b, plan, *, transposed=False):
     return pl.run_scoped(run, plgpu.ACC((ROWS, b[0].shape[0] if transposed else b[0].shape[1]), jnp.float32))
 
 
-def _softmax(scores, top, total, tile, start, length, end, plan):
+def _softmax(scores, top, total, tile, start, length, end,
+             plan) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
     """One step of online softmax (https://arxiv.org/abs/1805.02867), in powers of two."""
     position = start + plan.iota(scores.shape, 1)
     last = length + lax.div(plan.iota(scores.shape, 0) + tile * plan.rows, plan.group)
@@ -393,10 +404,10 @@ def _softmax(scores, top, total, tile, start, length, end, plan):
     return highest, total * scale + weights.sum(1), scale, list(_parts(weights.astype(plan.dtype)))
 
 
-def _clear(values, count, warpgroup, meet, plan):
+def _clear(values, count, warpgroup, meet, plan) -> None:
     """Zero the rows of bfloat16 values [STEP, D] from `count` on, before any warpgroup reads them."""
     @pl.when(warpgroup == 0)
-    def _():
+    def _() -> None:
         for chunk in plan.chunks:
             x = plan.cast(values[:, chunk].astype(jnp.float32), plgpu.Layout.WGMMA)
             values[:, chunk] = jnp.where(plan.iota(x.shape, 0) < count, x, 0.0).astype(jnp.bfloat16)

@@ -12,6 +12,6 @@ def pack(q: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, new: int) -> jax.Array:
-    """The inverse of `pack`."""
+    """The inverse of `pack`: [B, H_kv, new * group, D] to [B, new, H, D]."""
     b, kv_heads, _, d = packed.shape
     return packed.reshape(b, kv_heads, new, -1, d).swapaxes(1, 2).reshape(b, new, -1, d)

@@ -14,8 +14,12 @@ def _write(pool: jax.Array, new: jax.Array, block: jax.Array, offset: jax.Array)
     return pool.at[block, :, offset].set(new.astype(pool.dtype), mode="drop")
 
 
-def _online_step(carry, q, k, v, visible):
-    """Block of online softmax (https://arxiv.org/abs/1805.02867), float32. q [B, H_kv, R, D], k, v [B, H_kv, C, D]."""
+def _online_step(carry: tuple[jax.Array, jax.Array, jax.Array], q: jax.Array, k: jax.Array, v: jax.Array,
+                 visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Block of online softmax (https://arxiv.org/abs/1805.02867), float32. q [B, H_kv, R, D], k, v [B, H_kv, C, D],
+    visible bool [B, 1, R, C]; carried are the largest score and the sum [B, H_kv, R, 1], and the output
+    [B, H_kv, R, D].
+    """
     top, total, out = carry
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("bhrd,bhcd->bhrc", q, k, precision=precision, preferred_element_type=jnp.float32)
@@ -28,8 +32,10 @@ def _online_step(carry, q, k, v, visible):
     return new_top, total * scale + weights.sum(-1, keepdims=True), out * scale + values
 
 
-def verify_attention(q, k, v, pool_k, pool_v, table, lengths, *, window=None):
-    """See `api.verify_attention`. Blocks beyond the longest live row are not read."""
+def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array, table: jax.Array,
+                     lengths: jax.Array, *, window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.verify_attention`: q [B, T, H, D], k and v [B, T, H_kv, D], pools [blocks, H_kv, size, D], table int32
+    [B, M], lengths int32 [B]. Blocks beyond the longest live row are not read."""
     t, h = q.shape[1:3]
     blocks, kv_heads, size = pool_k.shape[:3]
     live = table[:, 0] < blocks
@@ -40,7 +46,7 @@ def verify_attention(q, k, v, pool_k, pool_v, table, lengths, *, window=None):
     last = jnp.repeat(new, h // kv_heads, axis=1)[:, None, :, None]
     table = jnp.minimum(table, blocks - 1)
 
-    def step(i, carry):
+    def step(i, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
         at = jax.lax.dynamic_index_in_dim(table, i, axis=1, keepdims=False)
         keys, values = (pool.at[at].get(mode="promise_in_bounds") for pool in (pool_k, pool_v))
         position = i * size + jnp.arange(size)

@@ -25,7 +25,8 @@ MAX_NEW = 16  # new positions a row: they lie in two tiles
 
 
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array, table: jax.Array,
-                     lengths: jax.Array, *, window: int | None = None, interpret: Any = False):
+                     lengths: jax.Array, *, window: int | None = None,
+                     interpret: Any = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.verify_attention`. interpret: False, True or a `pltpu.InterpretParams`.
 
     Raises NotImplementedError for more than MAX_NEW new positions, dtypes other than float32 and bfloat16, and blocks
@@ -46,11 +47,11 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     row, begin, programs = schedule(first, last, table[:, 0] < blocks, table.size)
     packed = pack(q, kv_heads)
 
-    def of_row(rows):
+    def of_row(rows) -> pl.BlockSpec:
         return pl.BlockSpec((None, kv_heads, rows, d), lambda i, row, *_: (row[i], 0, 0, 0))
 
-    def of_pool():
-        def index(i, row, table, begin, first, *_):
+    def of_pool() -> pl.BlockSpec:
+        def index(i, row, table, begin, first, *_) -> tuple[jax.Array, int, int, int]:
             r = row[i]
             column = jnp.clip(first[r] + i - begin[r], 0, columns - 1)  # of a dead row it is anything
             return table[r * columns + column], 0, 0, 0
@@ -82,7 +83,12 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
 
 
 def _body(row_of, table, begin_of, first_of, last_of, lengths, programs, q, new_k, new_v, block_k, block_v, out,
-          pool_k, pool_v, whole_k, whole_v, sent, top, total, sums, *, new, window):
+          pool_k, pool_v, whole_k, whole_v, sent, top, total, sums, *, new, window) -> None:
+    """References: scalars int32, of `schedule`, table [B * M] and lengths [B]; of a row q and out
+    [H_kv, new * group, D], new_k and new_v [H_kv, new, D]; of the block block_k and block_v, and as they are completed
+    whole_k and whole_v, [H_kv, size, D]; the pools; of the online softmax top and total [H_kv, new * group, 1], sums
+    [H_kv, new * group, D].
+    """
     i = pl.program_id(0)
     row = row_of[i]
     length, size, columns = lengths[row], block_k.shape[1], table.shape[0] // lengths.shape[0]
@@ -91,7 +97,7 @@ def _body(row_of, table, begin_of, first_of, last_of, lengths, programs, q, new_
     attend = partial(_attend, q, top, total, sums, start=start, length=length, new=new, window=window)
 
     @pl.when(at == first_of[row])
-    def _():
+    def _() -> None:
         # not -inf: a row of the matrix unit whose first block is all masked must not compute inf - inf
         top[...] = jnp.full(top.shape, -1e30, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
@@ -101,11 +107,11 @@ def _body(row_of, table, begin_of, first_of, last_of, lengths, programs, q, new_
     complete = start + size <= length
 
     @pl.when(live & complete)
-    def _():
+    def _() -> None:
         attend(block_k, block_v, causal=False)
 
     @pl.when(live & jnp.logical_not(complete))
-    def _():
+    def _() -> None:
         position = start + jax.lax.broadcasted_iota(jnp.int32, (size, q.shape[-1]), 0)
         for whole, cached, rows in ((whole_k, block_k, new_k), (whole_v, block_v, new_v)):
             for head in range(cached.shape[0]):
@@ -128,11 +134,11 @@ def _body(row_of, table, begin_of, first_of, last_of, lengths, programs, q, new_
             write.wait()
 
     @pl.when(at == last_of[row])
-    def _():
+    def _() -> None:
         out[...] = (sums[...] / total[...]).astype(out.dtype)
 
 
-def _attend(q, top, total, sums, keys, values, *, start, length, new, window, causal):
+def _attend(q, top, total, sums, keys, values, *, start, length, new, window, causal) -> None:
     """One block of online softmax (https://arxiv.org/abs/1805.02867)."""
     heads, rows, d = q.shape
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None

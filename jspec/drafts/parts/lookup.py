@@ -56,7 +56,8 @@ def look_up(tokens: jax.Array, lengths: jax.Array, n: int, k: int) -> tuple[jax.
     return matched, jnp.take_along_axis(tokens, end - period + 1 + jnp.arange(k) % period, axis=1)
 
 
-def look_up_elsewhere(pool: jax.Array, suffix: jax.Array, first: jax.Array | int, k: int):
+def look_up_elsewhere(pool: jax.Array, suffix: jax.Array, first: jax.Array | int,
+                      k: int) -> tuple[jax.Array, jax.Array]:
     """How other rows went on where a row's suffix occurred in them.
 
     Args:

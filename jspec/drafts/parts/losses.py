@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jspec.drafts.base import DraftBatch
+from jspec.drafts.base import DraftBatch, Metrics
 from jspec.drafts.parts.vocabulary import head_rows, output_table, table_logits
 from jspec.model import Policy, logits
 from jspec.model.chunks import CHUNK_TOKENS, sum_over_chunks
@@ -41,7 +41,8 @@ def divergence(log_p: jax.Array, log_q: jax.Array, kind: str) -> tuple[jax.Array
 
 
 def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Array],
-                     head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None, kind: str):
+                     head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None,
+                     kind: str) -> tuple[jax.Array, jax.Array, Metrics]:
     """The loss of every depth against the policy's distribution at the same positions.
 
     With a reduced vocabulary the policy's output head is applied to that alone: what its probabilities are divided by
@@ -59,7 +60,7 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
     temperature = jnp.broadcast_to(jnp.asarray(batch.temperature, jnp.float32), batch.mask.shape[:1])[:, None]
     table = None if vocab is None else output_table(policy, vocab)
 
-    def log_target(hidden, tokens, logprobs):
+    def log_target(hidden, tokens, logprobs) -> jax.Array:
         if vocab is None:
             return scaled_logprobs(logits(policy, hidden), temperature)
         own = jnp.einsum("btd,btd->bt", hidden, head_rows(policy, tokens), precision=jax.lax.Precision.HIGHEST,
@@ -68,7 +69,7 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
         # at most 0 but for rounding, and but for positions that are not trained, whose gradients must stay finite
         return jnp.minimum(above + logprobs[..., None], 0.0)
 
-    def one(chunk):
+    def one(chunk) -> tuple[jax.Array, jax.Array]:
         hidden, tokens, logprobs, mask, *states = chunk
         log_p = jax.lax.stop_gradient(log_target(hidden, tokens, logprobs))
         pairs = [divergence(log_p, scaled_logprobs(head(x), temperature), kind) for x in states]
@@ -88,7 +89,8 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
 
 
-def state_loss(policy: Policy, batch: DraftBatch, states: Sequence[jax.Array]):
+def state_loss(policy: Policy, batch: DraftBatch,
+               states: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, Metrics]:
     """Mean squared distance of the draft's states from the policy's at the same positions, both at unit size.
 
     It costs no output head, and leads most of the way (https://arxiv.org/abs/2401.15077). states: for every depth

@@ -42,7 +42,7 @@ def start(policy: Policy, runs: Sequence[Run], hidden: jax.Array, tokens: jax.Ar
     and values over hidden [P, L, D] and tokens [P, L]."""
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
-    def attend(q, k, v):
+    def attend(q, k, v) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         return causal_attention(q, k, v, window), (k, v)
 
     rows, kept = [], []
@@ -60,11 +60,11 @@ def _extend(policy: Policy, run: Run, block: int, cache: Cache, hidden: jax.Arra
     """Run tokens [N, T] as entries entries .. entries + T - 1 of a block, writing its keys and values."""
     rope = rope_table(policy.config, entries[:, None] + jnp.arange(tokens.shape[1])[None])
 
-    def attend(q, k, v):
+    def attend(q, k, v) -> tuple[jax.Array, list[jax.Array]]:
         out, *pools = attend_cached(policy, q, k, v, cache.k[block], cache.v[block], cache.table, entries, window)
         return out, pools
 
-    def at_block(pools, pool):
+    def at_block(pools, pool) -> tuple[jax.Array, ...]:
         return (*pools[:block], pool, *pools[block + 1:])
 
     states, (k, v) = run(hidden, tokens, rope, attend)

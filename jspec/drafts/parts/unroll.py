@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -13,14 +15,15 @@ def shift(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
-def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]], window: int | None = None):
+def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]],
+                       window: int | None = None) -> Callable[..., tuple[jax.Array, None]]:
     """Attention of recursion depth d = len(earlier) + 1, as at inference, over all positions of a sequence at once.
 
     A query at p sees what a draft of depth d sees: depth 1 (from the trunk's states) up to position p - d + 1, and of
     those the `window` last (None: all), then one position each of the depths since, the last its own. `earlier`: keys
-    and values of depths 1 .. d - 1, grown here.
+    and values of depths 1 .. d - 1, [B, S, KV heads, head_dim], grown here.
     """
-    def attend(q, k, v):
+    def attend(q, k, v) -> tuple[jax.Array, None]:
         pairs = [*earlier, (k, v)]
         earlier.append((k, v))
         if len(pairs) == 1:

@@ -133,7 +133,7 @@ def kernels(chip: str, wanted: str) -> Any:
     device = devices(chip)[0]
     mesh = jax.sharding.Mesh([device], ("tensor",))
     for shape in sampling_shapes.SHAPES:
-        for rule in kernel_cases.RULES:
+        for rule in kernel_cases.CASES:
             if wanted not in shape.name or (rule.endswith("drafts") and not shape.k):
                 continue
             args = jax.eval_shape(partial(kernel_cases.judging, shape, rule), jax.random.key(0))

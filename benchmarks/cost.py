@@ -23,16 +23,16 @@ from benchmarks import drafts as bench_drafts
 from benchmarks import measure
 from benchmarks.options import KERNELS_HELP, add_listed, drafter, open_results
 from jspec import cli, cycle_costs
+from jspec.choices import DTYPES, KERNELS, RULES
 from jspec.choosing import spread
 from jspec.drafts import Draft
-from jspec.kernels import KERNELS, choose, picked
+from jspec.kernels import choose, picked
 from jspec.model import Policy
 from jspec.output import screen
 from jspec.prepare import BENCH_KEY, purpose_key
 from jspec.progress import telling
 from jspec.rl.records import read_jsonl
 from jspec.sources import open_source
-from jspec.speculate.cycle import RULES
 from jspec.speculate.schedule import Costs, choose_schedule, reason
 
 
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft-path", type=bench_drafts.named_path, action="append", default=[], metavar="NAME=DIR",
                         help="where a drafter's trained weights are, as jspec.load_draft takes it; may be repeated")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help=KERNELS_HELP)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     args = parser.parse_args(arguments)
     open_results(args)

@@ -28,10 +28,10 @@ import jspec
 from benchmarks import measure
 from benchmarks.options import open_results
 from jspec import cli
+from jspec.choices import DRAFT_LOSSES
 from jspec.config import DraftTrainingConfig, load_config
 from jspec.draft_training import samples, stages
 from jspec.drafts import Draft
-from jspec.drafts.parts.losses import LOSSES
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import Output, screen
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = config.training.rows
     records = [{"loss": "none, the start", "seed": None, "steps": 0, "step_seconds": 0.0,
                 **measured(policy, draft, held_out, size)}]
-    for seed, kind in itertools.product(range(args.seeds), LOSSES):
+    for seed, kind in itertools.product(range(args.seeds), DRAFT_LOSSES):
         better, seconds = trained(config, policy, draft, rows, kind, args.steps, seed)
         records.append({"loss": kind, "seed": seed, "steps": args.steps, "step_seconds": statistics.median(seconds),
                         **measured(policy, better, held_out, size)})

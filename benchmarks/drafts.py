@@ -40,11 +40,11 @@ from benchmarks.options import (
     split_options,
 )
 from jspec import cli
-from jspec.config import SEED_HIGH
+from jspec.choices import DTYPES, KERNELS, RULES, SEED_HIGH
 from jspec.drafts.base import Draft, Proposal
 from jspec.errors import InputError
 from jspec.heads import shipped
-from jspec.kernels import KERNELS, choose, picked
+from jspec.kernels import choose, picked
 from jspec.model import ModelConfig, Policy
 from jspec.output import Output, screen
 from jspec.prepare import BENCH_KEY, DRAFT_KEY, check_fresh_draft, fresh_draft, purpose_key
@@ -52,7 +52,6 @@ from jspec.progress import telling
 from jspec.rl.encode import encode_prompt
 from jspec.rl.records import read_jsonl
 from jspec.sources import Source, open_source
-from jspec.speculate.cycle import RULES
 
 HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"
 COUNT = 24  # prompts, if nothing is said and batches are smaller
@@ -83,11 +82,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     listed = partial(add_listed, parser)
     parser.add_argument("model", metavar="MODEL", help=cli.MODEL)
-    listed("--drafts", drafter(PLAIN), [PLAIN, *jspec.drafts.NAMES], "drafters, with options as NAME:KEY=VALUE")
+    listed("--drafts", drafter(PLAIN), [PLAIN, *jspec.drafts.DRAFTERS], "drafters, with options as NAME:KEY=VALUE")
     listed("--k", cli.number(int, 1), list(range(1, 8)), "tokens drafted a cycle")
     listed("--batch", cli.number(int, 1), [1], "prompts decoded together")
     listed("--temperature", cli.number(float, 0.0), [1.0], "0 is greedy")
-    listed("--rule", one_of("rule", tuple(RULES)), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
+    listed("--rule", one_of("rule", RULES), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
     parser.add_argument("--max-new-tokens", type=cli.number(int, 1), default=64, metavar="N",
                         help="longest answer; an end token ends one earlier (default: 64)")
     parser.add_argument("--prompts", type=Path, default=HELDOUT, metavar="FILE.jsonl",
@@ -101,7 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=cli.number(int, 0, SEED_HIGH), default=0,
                         help="of the sampling noise (default: 0)")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help=KERNELS_HELP)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     parser.add_argument("--json", metavar="FILE", help="write a list of records there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw acceptance and speed-up there (needs matplotlib)")
     args = parser.parse_args(arguments)

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jspec.model.pool import block_size, blocks_of
-from pallas_kernels import noise as noise_lib
+from jspec.speculate.types import NOISE
 from pallas_kernels.rejection_sampling import shapes as sampling_shapes
 from pallas_kernels.verify_attention import shapes as attention_shapes
 
-RULES = ("rejection", "rejection, sampled drafts", "coupled")
+CASES = ("rejection", "rejection, sampled drafts", "coupled")
 """What is compiled and timed. `judging` knows "block" and "block, sampled drafts" too, which run rejection's pass."""
-NOISE = {"rejection": noise_lib.rejection_noise, "block": noise_lib.block_noise, "coupled": noise_lib.coupled_noise}
 STOPS = (2, 5)  # end tokens that may be banned
 
 

@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def every_case(tiny: bool) -> list[tuple[str, Any, str | None]]:
     """(kernel, shape, rule) of all that can be timed."""
     sampling = TINY_SAMPLING if tiny else sampling_shapes.SHAPES
-    return [("rejection_sampling", shape, rule) for shape in sampling for rule in kernel_cases.RULES
+    return [("rejection_sampling", shape, rule) for shape in sampling for rule in kernel_cases.CASES
             if shape.k or not rule.endswith("drafts")] + [
         ("verify_attention", shape, None) for shape in (TINY_ATTENTION if tiny else attention_shapes.SHAPES)]
 

@@ -25,7 +25,8 @@ from benchmarks import measure
 from benchmarks.options import open_results
 from jspec import cli
 from jspec.checkpoint import load_run
-from jspec.config import DRAFTERS, Config, load_config
+from jspec.choices import DRAFTERS
+from jspec.config import Config, load_config
 from jspec.drafts import Draft, find
 from jspec.errors import InputError
 from jspec.metrics import read_records

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jspec import cli, user_code, yaml_text
-from jspec.drafts import NAMES
+from jspec.choices import DRAFTERS
 from jspec.errors import InputError
 from jspec.output import open_output
 
@@ -32,7 +32,7 @@ def one_of(what: str, known: Sequence[str]) -> Callable[[str], str]:
 def named_drafter(*others: str) -> Callable[[str], str]:
     """A parser of drafters without options: jspec's own, a user's `path/to/file.py:NAME`, and `others`."""
     def parse(text: str) -> str:
-        return text if user_code.split(text) else one_of("drafter", (*others, *NAMES))(text)
+        return text if user_code.split(text) else one_of("drafter", (*others, *DRAFTERS))(text)
     return parse
 
 

@@ -17,9 +17,10 @@ from jspec.drafts import Draft
 from jspec.drafts.base import Observation, Proposal
 from jspec.kernels import judge
 from jspec.model import Policy, Trunk, logits, verify
-from jspec.speculate.cycle import RULES, propose
+from jspec.speculate.cycle import propose
 from jspec.speculate.rollout import start
 from jspec.speculate.state import State, grow, rows_in_slots
+from jspec.speculate.types import NOISE
 from pallas_kernels.rejection_sampling import Verdict
 
 
@@ -74,7 +75,7 @@ def drafting(policy: Policy, draft: Draft, state: State, trunk: Trunk, key: jax.
     """
     def step(_, state):
         rows = rows_in_slots(state)
-        proposal, after = propose(policy, draft, state, rows, RULES[rule](key, rows.ids, rows.lengths, k), 0, k)
+        proposal, after = propose(policy, draft, state, rows, NOISE[rule](key, rows.ids, rows.lengths, k), 0, k)
         tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
         observation = Observation(trunk, tokens, rows.lengths, jnp.ones_like(rows.lengths))
         of = state.sequences
@@ -92,7 +93,7 @@ def verdict(policy: Policy, state: State, scores: jax.Array, proposal: Proposal,
             rule: str) -> Verdict:
     """The verdict on one proposal, over logits that are there already; its noise is made here too."""
     rows = rows_in_slots(state)
-    noise = RULES[rule](key, rows.ids, rows.lengths, proposal.tokens.shape[1])
+    noise = NOISE[rule](key, rows.ids, rows.lengths, proposal.tokens.shape[1])
     return judge(policy, scores, proposal.tokens, proposal.log_q, noise, rows.temperature, rows.top_p,
                  draft_vocab=proposal.vocab)
 

@@ -30,14 +30,14 @@ from benchmarks import kernel_cases, measure, parts, synthetic
 from benchmarks.options import KERNELS_HELP, PLAIN, add_listed, drafter, open_results, split_options
 from benchmarks.shapes import SHAPES
 from jspec import cli
+from jspec.choices import DTYPES, KERNELS, RULES
 from jspec.drafts import Draft, find
 from jspec.errors import InputError
-from jspec.kernels import KERNELS, choose, judge, picked
+from jspec.kernels import choose, judge, picked
 from jspec.model import Policy, abstract_policy, to_rollout
 from jspec.output import screen
 from jspec.prepare import BENCH_KEY, check_fresh_draft, fresh_draft, purpose_key
 from jspec.progress import telling
-from jspec.speculate.cycle import RULES
 from pallas_kernels.rejection_sampling.shapes import Shape
 
 REPEATED = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. "
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rule", choices=RULES, default="rejection", help="how drafts are judged (default: rejection)")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help=KERNELS_HELP)
     parser.add_argument("--temperature", type=cli.number(float, 0.0), default=1.0, help="0 is greedy (default: 1)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     parser.add_argument("--rounds", type=count(1), default=5, metavar="N",
                         help="runs of every program, taken in turn (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="write the result there")

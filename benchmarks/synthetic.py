@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jspec.drafts.base import Draft, Drafter, Proposal
 from jspec.model import ModelConfig, Policy
-from jspec.speculate.cycle import RULES
+from jspec.speculate.types import NOISE
 from pallas_kernels.noise import rejection_noise
 
 
@@ -28,7 +28,7 @@ def add_rule(acceptance: Sequence[float]) -> str:
         wanted = jnp.array([acceptance[min(j, len(acceptance) - 1)] for j in range(k)], jnp.float32)
         return made.replace(accept=jnp.where(made.accept < wanted, 0.0, jnp.inf))
 
-    RULES[name] = noise
+    NOISE[name] = noise
     return name
 
 

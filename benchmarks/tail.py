@@ -32,10 +32,10 @@ from benchmarks import drafts as bench_drafts
 from benchmarks import grpo_step, measure
 from benchmarks.options import KERNELS_HELP, PLAIN, add_listed, drafter, one_of, open_results
 from jspec import cli
-from jspec.config import SEED_HIGH
+from jspec.choices import DTYPES, KERNELS, RULES, SEED_HIGH
 from jspec.drafts import Draft
 from jspec.errors import InputError
-from jspec.kernels import KERNELS, choose, picked
+from jspec.kernels import choose, picked
 from jspec.model import Policy
 from jspec.output import screen
 from jspec.prepare import BENCH_KEY, purpose_key
@@ -43,7 +43,6 @@ from jspec.progress import telling
 from jspec.rl.records import read_jsonl
 from jspec.rl.update import UpdateSettings, init_state
 from jspec.sources import open_source
-from jspec.speculate.cycle import RULES
 from jspec.step import declare
 
 HELDOUT = Path(__file__).resolve().parent / "prompts" / "heldout.jsonl"
@@ -80,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     listed("--drafts", drafter(PLAIN), [PLAIN], "drafters, with options as NAME:KEY=VALUE")
     listed("--k", drafted, [3], "tokens drafted a cycle; a schedule as ROWS:K/ROWS:K; auto: what jspec.choose_k "
            "finds to be best, at first")
-    listed("--rule", one_of("rule", tuple(RULES)), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
+    listed("--rule", one_of("rule", RULES), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
     parser.add_argument("--slots", type=count(1), metavar="N", help="answers in flight at most (default: all)")
     parser.add_argument("--grpo", action="store_true", help="time whole GRPO steps")
     parser.add_argument("--micro-batch", type=count(0), metavar="ROWS",
@@ -88,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=count(1), default=1, metavar="N", help="runs of every variant (default: 1)")
     parser.add_argument("--seed", type=count(0, SEED_HIGH), default=0, help="of the sampling noise (default: 0)")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help=KERNELS_HELP)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     args = parser.parse_args(arguments)
     if args.grpo and "auto" in args.k:

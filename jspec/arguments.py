@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jspec.choices import DTYPES
 from jspec.errors import InputError
 from pallas_kernels.noise import seed_key
 
@@ -27,8 +28,6 @@ Check = Callable[[str, Any], Any]
 
 INT32 = 2**31 - 1
 """The largest id, size or position: all of them are int32 on a device."""
-DTYPES = ("float32", "bfloat16")
-"""What a policy may compute in."""
 SEEDS = "a whole number from 0 to 2**64 - 1"
 _LONG = 60  # characters of a value that are shown
 _MOST = 2**24  # ids in one argument

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jspec import user_code
-from jspec.config import DRAFTERS, MOST_SAMPLES, RULES, SEED_HIGH
+from jspec.choices import DRAFTERS, DTYPES, KERNELS, MOST_SAMPLES, RULES, SEED_HIGH
 from jspec.errors import InputError
 from jspec.exits import guarded
 from jspec.stopping import terminate_by_exception
@@ -161,7 +161,7 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--rule", choices=RULES, default="coupled", help="coupled: the autoregressive tokens themselves, "
                       "so that both texts are one; rejection, block: exact in distribution, drafts judged one by one "
                       "or together, as training does (default: coupled)")
-    made.add_argument("--kernels", choices=("auto", "reference", "pallas"), default="auto", help="auto: the chip's "
+    made.add_argument("--kernels", choices=KERNELS, default="auto", help="auto: the chip's "
                       "own where it has them; reference: plain JAX; pallas: the kernels or an error (default: auto)")
     made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     made.add_argument("--top-k", type=int, default=0, help="0: off (default)")
@@ -170,7 +170,7 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--samples", type=number(int, 1, MOST_SAMPLES), default=1, metavar="N",
                       help="answers decoded together; one is shown (default: 1)")
     made.add_argument("--seed", type=number(int, 0, SEED_HIGH), default=0, help="of the sampling noise (default: 0)")
-    made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on the CPU")
+    made.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on the CPU")
 
 
 def _add_eval(made: Parser) -> None:

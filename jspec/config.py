@@ -5,22 +5,25 @@ other; `jspec.settings` does both. What depends on more than one field is checke
 """
 
 import dataclasses
-import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jspec import settings
+from jspec.choices import (
+    ADVANTAGES,
+    DRAFT_LOSSES,
+    DRAFT_OPTIMIZERS,
+    DRAFTERS,
+    DTYPES,
+    KERNELS,
+    LOG_LEVELS,
+    MOST_SAMPLES,
+    RULES,
+    SEED_HIGH,
+)
 from jspec.errors import InputError
 from jspec.settings import Override, setting
-
-# Every other file in drafts/ is a drafter; listed without importing them, for they import JAX.
-_DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
-DRAFTERS = tuple(sorted(m.name for m in _DRAFT_FILES if m.name not in ("base", "types") and not m.ispkg))
-# of `speculate.cycle.RULES` and `speculate.types.PromptBatch`, for the same reason
-MOST_SAMPLES = 2**20
-RULES = ("rejection", "block", "coupled")
-SEED_HIGH = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class ModelSection:
     name: str = setting("smollm2-135m-instruct", "short name, hub id, safetensors directory, .gguf file, or 'random'",
                         filled=True, path=True)
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on accelerators, float32 on the CPU",
-                         choices=("auto", "float32", "bfloat16"))
+                         choices=("auto", *DTYPES))
     architecture: dict | None = setting(None, "ModelConfig fields of a policy drawn at random; only with name 'random'")
     tokenizer: str | None = setting(None, "another model's tokenizer, or 'chars:ALPHABET'; null: the model's own",
                                      path=True)
@@ -52,10 +55,9 @@ class DraftLearningSection:
                                "of a published draft, or the output_dir of `jspec draft train` or of a run; null: a "
                                "fresh one", path=True)
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; overlap: -log of the "
-                        "overlap, the likelihood of acceptance", choices=("kl", "tv", "overlap"))
+                        "overlap, the likelihood of acceptance", choices=DRAFT_LOSSES)
     optimizer: str = setting("adamw", "the draft's own; muon: orthogonal updates of the matrices inside blocks, AdamW "
-                             "for the rest",
-                             choices=("adamw", "muon"))
+                             "for the rest", choices=DRAFT_OPTIMIZERS)
     learning_rate: float = setting(1e-3, "peak learning rate of the draft's own optimizer", low=0)
     clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
     options: dict | None = setting({}, "further arguments of a fresh drafter, such as ngram's longest match; null: "
@@ -90,7 +92,7 @@ class SpeculationSection:
     kernels: str = setting("auto", "auto: the chip's own (TPU, Hopper GPU) where they take the shapes; reference: "
                            "plain JAX; pallas: the kernels or an error (a CPU interprets them, for checks). Top-k and "
                            "top-p are always the reference's",
-                           choices=("auto", "reference", "pallas"))
+                           choices=KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,7 @@ class GrpoSection:
     """The policy's objective and optimizer."""
 
     advantage: str = setting("group", "group: (reward - mean) / deviation in the group; dr_grpo: reward - mean",
-                             choices=("group", "dr_grpo"))
+                             choices=ADVANTAGES)
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", low=0, high=1)
     clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high", low=0)
     kl_weight: float = setting(0.0, "weight of the k3 KL to the frozen first policy; 0: no reference is kept", low=0)
@@ -209,7 +211,7 @@ class Config:
     steps: int = setting(6, "GRPO steps in all, those before a resume included", low=1)
     output_dir: str = setting("runs/quickstart", "metrics, checkpoints and traces; the same one again resumes",
                               filled=True, path=True)
-    log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
+    log_level: str = setting("info", "how much is told", choices=LOG_LEVELS)
     model: TrainedModelSection = TrainedModelSection()
     draft: DraftSection = DraftSection()
     speculation: SpeculationSection = SpeculationSection()
@@ -274,7 +276,7 @@ class DraftTrainingConfig:
     seed: int = setting(0, "of everything drawn", low=0, high=SEED_HIGH)
     output_dir: str = setting("runs/draft", "samples, checkpoints, report and the draft; the same one again resumes",
                               filled=True, path=True)
-    log_level: str = setting("info", "how much is told", choices=("debug", "info", "warning", "error"))
+    log_level: str = setting("info", "how much is told", choices=LOG_LEVELS)
     model: ModelSection = ModelSection()
     draft: DraftLearningSection = DraftLearningSection()
     sampling: SamplingSection = SamplingSection(max_new_tokens=128)

@@ -20,7 +20,7 @@ import jspec
 from jspec import user_code
 from jspec.answering import batch_on_mesh, decoded
 from jspec.checkpoint import data_position, run_plan
-from jspec.config import MOST_SAMPLES
+from jspec.choices import MOST_SAMPLES
 from jspec.distributed import is_main
 from jspec.errors import InputError
 from jspec.model import Policy

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jspec.arguments import one_of
+from jspec.choices import KERNELS
 from jspec.errors import InputError
 from jspec.sharding import constrain, current_mesh, heads_replicated, partition
 from pallas_kernels.implementation import REFERENCE, Implementation
@@ -22,10 +23,6 @@ from pallas_kernels.noise import CoupledNoise, Noise
 from pallas_kernels.rejection_sampling import Verdict, rejection_sampling
 from pallas_kernels.rejection_sampling import draw as _draw
 from pallas_kernels.verify_attention import verify_attention
-
-KERNELS = ("auto", "reference", "pallas")
-"""What `speculation.kernels` may be: the kernel where the chip has one that takes the shapes, else the reference; the
-reference everywhere; the kernel or an error (a CPU interprets the TPU's, slowly: for checks)."""
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import jax
 
 from jspec import user_code
 from jspec.arguments import nearest, random_key, show
-from jspec.config import DRAFTERS as NAMES
+from jspec.choices import DRAFTERS
 from jspec.drafts.base import Draft, Drafter, check_drafter
 from jspec.errors import InputError
 from jspec.model import check_policy
 
-_OWN = {name: getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in NAMES}
+_OWN = {name: getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in DRAFTERS}
 
 
 def find(name: str, label: str | None = None) -> Drafter:
@@ -33,7 +33,7 @@ def find(name: str, label: str | None = None) -> Drafter:
     with jax.ensure_compile_time_eval():
         found = user_code.load(label, name, "drafter", lambda value: isinstance(value, Drafter))
     drafter = check_drafter(label, found)
-    if drafter.name in NAMES:
+    if drafter.name in DRAFTERS:
         raise InputError(f"{label}: its name is {drafter.name!r}, which is one of jspec's own; "
                          "give it another")
     return drafter
@@ -45,7 +45,7 @@ def known(name: Any, given: Drafter | None = None) -> Drafter:
     if given is not None and given.name == name:
         return given
     if not isinstance(name, str) or name not in _OWN:
-        raise InputError(f"drafter {show(name)} is unknown; known: {', '.join(NAMES)}; one of your "
+        raise InputError(f"drafter {show(name)} is unknown; known: {', '.join(DRAFTERS)}; one of your "
                          f"own is named by its file, draft.name={user_code.EXAMPLE}, or given, "
                          "drafter=jspec.drafts.find('...')")
     return _OWN[name]
@@ -56,7 +56,7 @@ def constructor(drafter: Drafter) -> Callable[..., Draft]:
     checked, a key may be a seed, and where weights are drawn at random there must be one. Raises
     InputError."""
     init, name = drafter.init, drafter.name
-    called = f"jspec.drafts.{name}" if name in NAMES else name
+    called = f"jspec.drafts.{name}" if name in DRAFTERS else name
     _, key_parameter, *options = inspect.signature(init).parameters.values()
     names = [option.name for option in options]
 
@@ -84,4 +84,4 @@ def constructor(drafter: Drafter) -> Callable[..., Draft]:
 # after the submodules are imported, so that jspec.drafts.mtp is the function and not the module
 globals().update({name: constructor(drafter) for name, drafter in _OWN.items()})
 
-__all__ = ["Draft", "Drafter", "NAMES", "constructor", "find", "known", *NAMES]
+__all__ = ["Draft", "Drafter", "DRAFTERS", "constructor", "find", "known", *DRAFTERS]

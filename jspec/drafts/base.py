@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jspec.config import DRAFTERS
+from jspec.choices import DRAFTERS
 from jspec.drafts.types import (
     Committed,
     DraftBatch,
@@ -112,7 +112,7 @@ class Loss(Protocol):
 
         Args:
           policy: detached, in any layout. draft: as it was made, not prepared.
-          kind: one of `parts.losses.LOSSES`, or "states", the distance of the draft's states from
+          kind: one of `choices.DRAFT_LOSSES`, or "states", the distance of the draft's states from
             the policy's, with which `jspec draft train` begins.
         """
 

@@ -265,7 +265,7 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     """`parts.losses.loss_over_depths` of this drafter, its depths unrolled as at inference.
 
     policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
-    float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss` of the first depth.
+    float32 masters. kind: one of `choices.DRAFT_LOSSES`, or "states": `parts.losses.state_loss` of the first depth.
     """
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
     states = unroll(policy, draft, batch.trunk, batch.tokens, 1 if kind == "states" else config.depths)

@@ -201,7 +201,7 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     """`parts.losses.loss_over_depths` of this head, its depths unrolled as at inference.
 
     policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
-    float32 masters. kind: one of `parts.losses.LOSSES`, or "states": `parts.losses.state_loss` of every block's first
+    float32 masters. kind: one of `choices.DRAFT_LOSSES`, or "states": `parts.losses.state_loss` of every block's first
     depth (what comes near the policy's states serves the depths after it too, and they would cost as much again).
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)

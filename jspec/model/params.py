@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jspec.arguments import DTYPES, compute_dtype, instance, one_of, random_key, show, unmasked
+from jspec.arguments import compute_dtype, instance, one_of, random_key, show, unmasked
+from jspec.choices import DTYPES
 from jspec.errors import InputError
 from jspec.model.config import ModelConfig
 from jspec.model.layers import fuse

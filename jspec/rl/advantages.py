@@ -1,14 +1,12 @@
 """From rewards to advantages: each answer is compared with the others that its own prompt got."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
+from jspec.choices import ADVANTAGES, AdvantageForm
+
 EPSILON = 1e-6
 """Added to a group's standard deviation. It only guards the division: groups without spread are set to zero anyway."""
-
-AdvantageForm = Literal["group", "dr_grpo"]
 
 
 def group_advantages(rewards: jax.Array, group_size: int, form: AdvantageForm = "group") -> jax.Array:
@@ -29,7 +27,7 @@ def group_advantages(rewards: jax.Array, group_size: int, form: AdvantageForm = 
     Raises:
         ValueError: N is not a multiple of group_size, or the form is unknown.
     """
-    if form not in ("group", "dr_grpo"):
+    if form not in ADVANTAGES:
         raise ValueError(f"advantage form {form!r} is neither 'group' nor 'dr_grpo'")
     if rewards.ndim != 1 or rewards.shape[0] % group_size:
         raise ValueError(f"rewards of shape {rewards.shape} do not divide into groups of {group_size}")

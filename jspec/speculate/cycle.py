@@ -11,7 +11,7 @@ from jspec.drafts.base import Committed, Draft, DraftState, Observation, Proposa
 from jspec.kernels import judge
 from jspec.model import Policy, Trunk, logits, verify
 from jspec.speculate.state import Rows, State, rows_in_slots
-from jspec.speculate.types import RULES, Sampling  # noqa: F401, RULES are a cycle's too
+from jspec.speculate.types import Sampling
 from pallas_kernels.rejection_sampling import Verdict
 
 
@@ -105,7 +105,7 @@ def cycle(policy: Policy, draft: Draft | None, state: State, noise: Any, *, samp
     Args:
       policy: in a rollout layout. draft: prepared, or None for autoregressive decoding (k = 0).
       state: live rows have blocks for k + 1 positions more (`state.grow`).
-      noise: of this cycle, as `RULES[rule](key, ids, lengths, k)` makes it of the rows; it names the rule.
+      noise: of this cycle, as `types.NOISE[rule](key, ids, lengths, k)` makes it of the rows; it names the rule.
       sampling, stop_tokens, k, states: static but for sampling's leaves, which the sequences hold.
     """
     rows = rows_in_slots(state)

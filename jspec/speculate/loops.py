@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jspec.drafts.base import Draft
 from jspec.kernels import platform
 from jspec.model import Policy
-from jspec.speculate.cycle import RULES, cycle
+from jspec.speculate.cycle import cycle
 from jspec.speculate.pausing import pause, resume
 from jspec.speculate.state import State, admit, compact, grow, retire, rows_in_slots
-from jspec.speculate.types import Sampling, Schedule
+from jspec.speculate.types import NOISE, Sampling, Schedule
 
 FEWEST, FEWEST_ON_CHIPS = 1, 16
 """Rows of the last loop, on a CPU and on accelerators: on chips fewer cost the same, the weights' bytes; on a CPU a
@@ -63,7 +63,7 @@ def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, ch
             state = grow(pause(state, most), most)
             with jax.named_scope("noise"):
                 at = rows_in_slots(state)
-                noise = RULES[rule](key, at.ids, at.lengths, k)
+                noise = NOISE[rule](key, at.ids, at.lengths, k)
             live = state.live.sum(dtype=jnp.int32)
             state, *_ = cycle(policy, draft, state, noise, sampling=sampling, stop_tokens=stop_tokens, k=k,
                               states=states)

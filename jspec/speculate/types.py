@@ -24,18 +24,19 @@ from jspec.arguments import (
     whole_numbers,
     wrong,
 )
+from jspec.choices import MOST_SAMPLES
 from jspec.errors import InputError
 from jspec.model import Trunk
 from pallas_kernels import noise
 
-RULES = {"rejection": noise.rejection_noise, "block": noise.block_noise, "coupled": noise.coupled_noise}
-"""By which a rollout may judge its drafts: each is the noise that it is given."""
+NOISE = {"rejection": noise.rejection_noise, "block": noise.block_noise, "coupled": noise.coupled_noise}
+"""Of every rule the noise that it judges by, which is all that tells one from another."""
 
 # prompt lengths are padded up to one of these, so that a new length is seldom a new compilation
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
 
 
-_GROUP = whole(1, 2**20)
+_GROUP = whole(1, MOST_SAMPLES)
 
 Schedule = tuple[tuple[int, int], ...]
 """(rows, k): up to that many live rows draft k."""
@@ -225,7 +226,7 @@ class Speculation:
     states: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
     def __post_init__(self) -> None:
-        settle(self, "speculation ", k=_drafted, rule=one_of(RULES), states=optional(whole_numbers))
+        settle(self, "speculation ", k=_drafted, rule=one_of(NOISE), states=optional(whole_numbers))
 
     @property
     def most(self) -> int:

@@ -18,12 +18,13 @@ from benchmarks import drafts, measure, parts
 from benchmarks.prompts import make_heldout
 from benchmarks.shapes import SHAPES
 from jspec import cli
+from jspec.choices import RULES
 from jspec.drafts.base import Committed, Sampler
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.model import Trunk, logits, verify
 from jspec.speculate import RolloutStats
-from jspec.speculate.cycle import RULES
+from jspec.speculate.types import NOISE
 
 FIELDS = {"draft", "k", "batch", "temperature", "rule", "acceptance_length", "acceptance_by_position", "tok_per_s",
           "cycle_ms", "draft_ms", "verify_ms", "rest_ms", "accept_ms", "speedup", "predicted_speedup", "seconds",
@@ -105,7 +106,7 @@ def test_lists_and_what_they_are_multiplied_to():
     made = drafts.choose_draft(args.drafts[1], policy, "m", {})(policy)
     assert made.name == "bigram" and not made.config.answer
     defaults = drafts.parse(["m"])
-    assert defaults.k == list(range(1, 8)) and set(defaults.drafts) == {"none", *jspec.drafts.NAMES}
+    assert defaults.k == list(range(1, 8)) and set(defaults.drafts) == {"none", *jspec.drafts.DRAFTERS}
 
 
 @pytest.mark.parametrize(("options", "count"), [
@@ -159,7 +160,7 @@ def test_parts_do_what_a_cycle_does():
     np.testing.assert_allclose(scores, logits(policy, trunk.hidden), atol=1e-5)
 
     prepared = parts.prepare(policy, draft)
-    sampler = Sampler(RULES["coupled"](key, of.ids, of.lengths, k), of.temperature, None, 0, k)
+    sampler = Sampler(NOISE["coupled"](key, of.ids, of.lengths, k), of.temperature, None, 0, k)
     expected, _ = draft.drafter.propose(policy, prepared, state.draft, Committed(of.tokens, of.lengths), sampler)
     once = parts.drafting(policy, prepared, state, got, key, rule="coupled", k=k, times=1)
     np.testing.assert_array_equal(once.tokens, expected.tokens)
@@ -174,7 +175,7 @@ def test_parts_do_what_a_cycle_does():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", jspec.drafts.NAMES)
+@pytest.mark.parametrize("name", jspec.drafts.DRAFTERS)
 def test_every_drafter_is_timed(name):
     config = dataclasses.replace(SHAPES["tiny"], num_layers=8)
     policy = jspec.init_policy(config, jax.random.key(0))

@@ -9,16 +9,16 @@ import pytest
 import jspec
 from benchmarks import measure, rollout, synthetic
 from benchmarks.shapes import SHAPES
-from jspec.speculate.cycle import RULES
+from jspec.speculate.types import NOISE
 
 
 @pytest.fixture(autouse=True)
 def no_rule_stays():
     """A rule that a benchmark adds is not there for the tests of other files."""
-    before = dict(RULES)
+    before = dict(NOISE)
     yield
-    RULES.clear()
-    RULES.update(before)
+    NOISE.clear()
+    NOISE.update(before)
 
 
 def test_times_every_variant_and_writes_data(tmp_path, capsys):

@@ -12,9 +12,10 @@ from jspec.model import logits, prefill, train_forward
 from jspec.model.pool import rows_of
 from jspec.rl.losses import token_logprobs
 from jspec.speculate import Sampling
-from jspec.speculate.cycle import RULES, cycle
+from jspec.speculate.cycle import cycle
 from jspec.speculate.rollout import start
 from jspec.speculate.state import rows_in_slots
+from jspec.speculate.types import NOISE
 from pallas_kernels.noise import rejection_noise
 
 PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6], [4, 4, 4]]
@@ -63,7 +64,7 @@ def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0)
     @jax.jit
     def advance(state):
         at = rows_in_slots(state)
-        noise = RULES["rejection"](jax.random.key_data(batch.key), at.ids, at.lengths, K)
+        noise = NOISE["rejection"](jax.random.key_data(batch.key), at.ids, at.lengths, K)
         return cycle(ready, prepared, state, noise, sampling=sampling, stop_tokens=(), k=K)[0]
 
     state = jax.jit(lambda: start(ready, prepared, batch, sampling, K))()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jspec
+from jspec.choices import DRAFT_LOSSES
 from jspec.drafts.eagle3 import default_depths
-from jspec.drafts.parts import losses
 from jspec.errors import InputError
 from jspec.model import RopeConfig, init_weights
 from tests.drafts import recursive
@@ -57,7 +57,7 @@ def test_the_loss_unrolls_what_propose_computes(policy, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", losses.LOSSES)
+@pytest.mark.parametrize("kind", DRAFT_LOSSES)
 def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, kind):
     recursive.check_the_loss_is_what_its_name_says_over_trained_tokens(policy, make(policy, **REDUCED), kind)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jspec.choices import DRAFT_LOSSES
 from jspec.drafts.base import DraftBatch
 from jspec.drafts.parts import losses
 from jspec.drafts.parts.vocabulary import output_table, table_logits
@@ -41,7 +42,7 @@ def every_loss(policy, batch, states, vocab):
         total, *rest = losses.loss_over_depths(policy, batch, states, head, ids, kind)
         return total, rest
 
-    return {kind: jax.value_and_grad(loss, has_aux=True)(states, kind) for kind in losses.LOSSES}
+    return {kind: jax.value_and_grad(loss, has_aux=True)(states, kind) for kind in DRAFT_LOSSES}
 
 
 @pytest.mark.parametrize("vocab", [None, (0, 2, 3, 5, 7, 10)])

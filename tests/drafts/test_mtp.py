@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import jspec
-from jspec.drafts.parts import losses
+from jspec.choices import DRAFT_LOSSES
 from tests.drafts import recursive
 from tests.speculate import tiny
 
@@ -39,7 +39,7 @@ def test_the_loss_unrolls_what_propose_computes(policy, draft):
     recursive.check_the_loss_unrolls_what_propose_computes(policy, draft)
 
 
-@pytest.mark.parametrize("kind", losses.LOSSES)
+@pytest.mark.parametrize("kind", DRAFT_LOSSES)
 def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind):
     recursive.check_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind)
 

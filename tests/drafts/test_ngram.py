@@ -51,7 +51,7 @@ def test_a_repeating_sequence_is_drafted_whole():
     assert got.tokens.tolist() == [[2, 3, 1, 2, 3, 1, 2]]
 
 
-@pytest.mark.parametrize("name", jspec.drafts.NAMES)
+@pytest.mark.parametrize("name", jspec.drafts.DRAFTERS)
 def test_every_drafter_is_whole(name):
     draft = getattr(jspec.drafts, name)(POLICY, jax.random.key(0))
     assert base.check_drafter(name, draft.drafter) is jspec.drafts.find(name) and draft.name == name

@@ -15,9 +15,10 @@ from jspec.model.layers import linear
 from jspec.model.pool import cache_of, rows_of
 from jspec.model.quantized import Quantized, dequantize, quantize
 from jspec.speculate import Sampling
-from jspec.speculate.cycle import RULES, committed, cycle
+from jspec.speculate.cycle import committed, cycle
 from jspec.speculate.rollout import start
 from jspec.speculate.state import rows_in_slots
+from jspec.speculate.types import NOISE
 from tests.speculate import tiny
 from tests.speculate.enumeration import enumerate_sequences
 from tests.speculate.ties import assert_same, generated
@@ -114,7 +115,7 @@ def test_the_cache_is_the_policys_and_nothing_of_the_draft_stays(policy):
     @jax.jit
     def advance(state):
         at = rows_in_slots(state)
-        noise = RULES["rejection"](jax.random.key_data(batch.key), at.ids, at.lengths, 3)
+        noise = NOISE["rejection"](jax.random.key_data(batch.key), at.ids, at.lengths, 3)
         sampler = base.Sampler(noise, at.temperature, None, 0, 3)
         proposal, after = MODULE.propose(ready, prepared, state.draft, committed(state, at), sampler)
         assert after == base.DraftState({})
@@ -151,7 +152,7 @@ def test_the_draft_attends_to_the_cache_of_the_policy(policy):
     @jax.jit
     def both(tokens, lengths):
         cache = cache_of(prefill(ready, tokens)[1], 16)
-        noise = RULES["rejection"](jnp.zeros(2, jnp.uint32), lengths, lengths, 2)
+        noise = NOISE["rejection"](jnp.zeros(2, jnp.uint32), lengths, lengths, 2)
         sampler = base.Sampler(noise, jnp.ones(1), None, 0, 2)
         proposal, _ = MODULE.propose(ready, prepared, base.DraftState({}), base.Committed(tokens, lengths, cache),
                                      sampler)

@@ -21,7 +21,7 @@ from tests.pallas_kernels.interpreters import CHIPS, PLAIN, races_found
 
 TIE = 1e-4
 TOLERANCE = 1e-5
-KERNELS = {"tpu": tpu, "gpu": gpu}
+MODULES = {"tpu": tpu, "gpu": gpu}
 MULTIPLE = {"tpu": 1, "gpu": 64}  # elements of which the kernel's rows must be a multiple
 
 
@@ -55,7 +55,7 @@ def check_summary(chip, seed, rows, chunks, dtype, rule, offset, banned, lone):
         drafted = np.where(rng.random(rows) < 0.3, -1, first + rng.integers(0, vocab, rows)).astype(np.int32)
     tokens = tuple(int(first + i) for i in (*rng.integers(0, vocab, 2), vocab + 3)) if banned else ()
     ban = rng.random(rows) < 0.5
-    got = KERNELS[chip].summarize(logits, jnp.asarray(temperature), *(None if a is None else jnp.asarray(a) for a in
+    got = MODULES[chip].summarize(logits, jnp.asarray(temperature), *(None if a is None else jnp.asarray(a) for a in
                                   (drafted, keys, ban if banned else None, offset)),
                                   banned_tokens=tokens, interpret=CHIPS[chip].interpret)
     assert not races_found(chip)

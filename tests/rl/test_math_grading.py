@@ -9,7 +9,7 @@ from jspec.rl.math_reading import Words
 from jspec.rl.records import ARITHMETIC
 from tests.rl.math_answers import ANSWERS
 
-RULES = {  # kind: (response, answer, is it right?)
+CASES = {  # kind: (response, answer, is it right?)
     "forms": [
         ("**73**", "73", 1), ("x = 42", "42", 1), ("17 + 25 = 42", "42", 1), ("Answer:42", "42", 1), ("`42`", "42", 1),
         ('"42"', "42", 1), ("The answer is 42.", "42", 1), ("<answer>42</answer>", "42", 1), ("(42)", "42", 1),
@@ -100,9 +100,9 @@ RULES = {  # kind: (response, answer, is it right?)
 }
 
 
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", CASES)
 def test_the_rules_of_the_docstring(kind):
-    cases = RULES[kind]
+    cases = CASES[kind]
     assert [(*case[:2], int(math_verify("p", *case[:2]))) for case in cases] == cases
 
 

@@ -10,9 +10,9 @@ from tests.speculate import tiny
 
 # further ways to make a drafter: name -> (drafter, options)
 VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}),
-            **{f"{name}-reduced": (name, {"vocab": None}) for name in jspec.drafts.NAMES
+            **{f"{name}-reduced": (name, {"vocab": None}) for name in jspec.drafts.DRAFTERS
                if "vocab" in inspect.signature(getattr(jspec.drafts, name)).parameters}}
-NAMES = (*jspec.drafts.NAMES, *VARIANTS)
+NAMES = (*jspec.drafts.DRAFTERS, *VARIANTS)
 TABLES = {"table": {}, "fixed": {"sampled": False}, "sharp": {"spread": 2.0}}
 LAYERS = {"eagle3": 3}  # it fuses the states of three depths
 

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 import jspec
-from jspec.speculate.cycle import RULES
+from jspec.choices import RULES
+from jspec.speculate.types import NOISE
 from pallas_kernels import noise
 from tests.speculate import drafters, planted, tiny
 
@@ -133,7 +134,7 @@ def test_noise_that_outlives_its_cycle_is_seen(monkeypatch, retraced):
     def stale(key, sequence_ids, committed, k):
         return noise.rejection_noise(key, sequence_ids, jnp.zeros_like(committed), k)
 
-    monkeypatch.setitem(RULES, "rejection", stale)
+    monkeypatch.setitem(NOISE, "rejection", stale)
     assert planted_p_value() < PLANTED
 
 
@@ -144,5 +145,5 @@ def test_block_noise_that_is_keyed_by_position_is_seen(monkeypatch, retraced):
         draft, accept = (jnp.concatenate([getattr(x, name) for x in alone], 1) for name in ("draft", "accept"))
         return noise.block_noise(key, sequence_ids, committed, k).replace(draft=draft, accept=accept)
 
-    monkeypatch.setitem(RULES, "block", by_position)
+    monkeypatch.setitem(NOISE, "block", by_position)
     assert planted_p_value("block") < PLANTED

@@ -32,7 +32,7 @@ def run(policy):
 
 
 slow = pytest.mark.slow
-DRAFTS = [pytest.param(draft, k, marks=() if k == 2 and draft in jspec.drafts.NAMES else slow)
+DRAFTS = [pytest.param(draft, k, marks=() if k == 2 and draft in jspec.drafts.DRAFTERS else slow)
           for draft in drafters.NAMES for k in (1, 2, 3, 5, 7)]
 
 

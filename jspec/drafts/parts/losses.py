@@ -21,8 +21,6 @@ from jspec.model import Policy, logits
 from jspec.model.chunks import CHUNK_TOKENS, sum_over_chunks
 from pallas_kernels.rejection_sampling import divisor, scaled_logprobs
 
-LOSSES = ("kl", "tv", "overlap")
-
 
 def divergence(log_p: jax.Array, log_q: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
     """(loss, overlap), float32 [...], of log p and log q float32 [..., V] over the draft's vocabulary.
@@ -51,7 +49,7 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
     Args:
       policy: its output head is read.
       states: for every depth [B, T, D], what the draft's output head reads. head: states to logits [B, T, Vd].
-      vocab: int32 [Vd], ids of a reduced vocabulary, or None. kind: one of LOSSES.
+      vocab: int32 [Vd], ids of a reduced vocabulary, or None. kind: one of `choices.DRAFT_LOSSES`.
 
     Returns:
       (sum over trained tokens and depths / depths, count of trained tokens float32, metrics), where the metrics are

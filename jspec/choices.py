@@ -1,0 +1,37 @@
+"""What can be chosen by name, and bounds that more than one room asks about: each list stands here
+and nowhere else. Free of JAX, for it is read before anything starts."""
+
+import pkgutil
+from pathlib import Path
+from typing import Literal, get_args
+
+# every other file in drafts/ is a drafter; listed without importing them, for they import JAX
+_DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
+DRAFTERS = tuple(sorted(file.name for file in _DRAFT_FILES
+                        if file.name not in ("base", "types") and not file.ispkg))
+"""The drafters that ship; `jspec.drafts` makes drafts with them."""
+
+RULES = ("rejection", "block", "coupled")
+"""How drafts are judged; `jspec.speculate.types.NOISE` has the noise of each."""
+
+KERNELS = ("auto", "reference", "pallas")
+"""Which kernels run: the chip's where it has one that takes the shapes, else the reference; the
+reference everywhere; the kernel or an error (a CPU interprets the TPU's, slowly: for checks)."""
+
+DTYPES = ("float32", "bfloat16")
+"""What a policy may compute in."""
+
+DRAFT_LOSSES = ("kl", "tv", "overlap")
+"""How far a draft's distribution is from the policy's; see `jspec.drafts.parts.losses`."""
+
+DRAFT_OPTIMIZERS = ("adamw", "muon")
+
+AdvantageForm = Literal["group", "dr_grpo"]
+ADVANTAGES = get_args(AdvantageForm)
+"""From rewards to advantages; see `jspec.rl.advantages`."""
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+MOST_SAMPLES = 2**20
+"""Answers of one prompt at most."""
+SEED_HIGH = 2**64 - 1

@@ -165,7 +165,8 @@ def time_steps(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
     for variant in variants:
         settings = UpdateSettings(micro_batch=args.micro_batch or 0, temperature=variant.temperature)
         # the update takes the state's buffers over, and the next variant wants the policy again
-        state = init_state(*jax.tree.map(lambda x: x.copy(), (policy, drafts[variant.draft])), settings, seed=0)
+        own, its_draft = jax.tree.map(lambda x: x.copy(), (policy, drafts[variant.draft]))
+        state = init_state(own, its_draft, settings, seed=0)
         step = declare(state, settings, **settings_of(args, variant))
         with telling(f"{variant.draft}: a step that compiles, then {args.rounds}"):
             for number in range(args.rounds + 1):

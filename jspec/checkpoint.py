@@ -255,7 +255,7 @@ def _mebibytes(count: int) -> str:
 
 def _check_meta(meta: Any, step: int | None = None) -> None:
     """Raise InputError for what is not the `meta` of a checkpoint, of that step."""
-    kinds = {"step": int, "model": dict, "dtype": str, "data": dict, "draft": (dict, type(None))}
+    kinds: dict[str, Any] = {"step": int, "model": dict, "dtype": str, "data": dict, "draft": (dict, type(None))}
     if not isinstance(meta, dict):
         raise InputError(f"its meta is not an object, but {type(meta).__name__}")
     for name, kind in kinds.items():

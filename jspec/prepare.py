@@ -28,6 +28,8 @@ from jspec.speculate.schedule import MOST
 from jspec.speculate.types import Schedule
 from pallas_kernels.noise import seed_key
 
+AnyConfig = Config | DraftTrainingConfig
+
 POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY = range(2**32 - 1, 2**32 - 8, -1)
 """What noise is for, folded into a seed's key before anything else is: training folds in its steps there, and no step
 has these numbers. So no two purposes share noise, whatever their seeds."""
@@ -84,7 +86,7 @@ def check_unbiased(config: Config) -> None:
                          "gradient the update takes, which biases it; leave that out, or say grpo.biased_sampling=true")
 
 
-def model_config(config: Config) -> ModelConfig:
+def model_config(config: AnyConfig) -> ModelConfig:
     """The policy's shape, without its weights. Raises InputError for an architecture that is none."""
     if config.model.name != "random":
         return hub.read_config(config.model.name)
@@ -112,12 +114,12 @@ def _check_names(label: str, given: Mapping[str, Any], known: Collection[str]) -
             raise InputError(f"unknown key '{label}.{name}'; did you mean '{near}'?")
 
 
-def make_tokenizer(config: Config) -> Any:
+def make_tokenizer(config: AnyConfig) -> Any:
     """The tokenizer that `config.model` names."""
     return hub.load_tokenizer(config.model.tokenizer or config.model.name)
 
 
-def make_shape(config: Config, tokenizer: Any) -> Policy:
+def make_shape(config: AnyConfig, tokenizer: Any) -> Policy:
     """What `make_policy` gives, with `jax.ShapeDtypeStruct`s for weights: nothing is read. Raises InputError if the
     tokenizer has ids that the policy has not."""
     dtype = config.model.dtype
@@ -132,7 +134,7 @@ def make_shape(config: Config, tokenizer: Any) -> Policy:
     return with_tokenizer(abstract_policy(shape, dtype), tokenizer)
 
 
-def make_policy(config: Config, tokenizer: Any) -> Policy:
+def make_policy(config: AnyConfig, tokenizer: Any) -> Policy:
     """The policy before the first step, on the mesh. Raises InputError if the tokenizer has ids that it has not."""
     shape = make_shape(config, tokenizer)
     if config.model.name == "random":
@@ -165,7 +167,7 @@ def make_reference(config: Config, policy: Policy) -> Policy | None:
     return policy.replace(weights=weights)
 
 
-def make_draft(config: Config, policy: Policy) -> Draft | None:
+def make_draft(config: AnyConfig, policy: Policy) -> Draft | None:
     """The draft before the first step: fresh, or from `draft.path`. Raises InputError if it does not fit the policy."""
     section = config.draft
     if section.name == "none":
@@ -181,12 +183,12 @@ def make_draft(config: Config, policy: Policy) -> Draft | None:
     return fresh_draft(policy, key, drafter, section.options or {}, "draft.options")
 
 
-def named_drafter(config: Config | DraftTrainingConfig) -> Drafter:
+def named_drafter(config: AnyConfig) -> Drafter:
     """The drafter that `draft.name` names; a user's own file is run. Raises InputError where there is none."""
     return find(config.draft.name, f"draft.name={config.draft.name!r}")
 
 
-def check_draft(config: Config, model: ModelConfig) -> None:
+def check_draft(config: AnyConfig, model: ModelConfig) -> None:
     """Raise InputError for options that a fresh draft refuses, or a trained one that is not there or does not fit."""
     section, shape = config.draft, abstract_policy(model)
     if section.path is not None:
@@ -213,7 +215,7 @@ def check_fresh_draft(shape: Policy, drafter: Drafter, options: Mapping[str, Any
     return jax.eval_shape(lambda policy: fresh_draft(policy, purpose_key(0, DRAFT_KEY), drafter, options, label), shape)
 
 
-def make_sampling(config: Config) -> Sampling:
+def make_sampling(config: AnyConfig) -> Sampling:
     """`Sampling` as the configuration has it."""
     return Sampling(**dataclasses.asdict(config.sampling))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -134,9 +134,9 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
     block = dataclasses.replace(made, family="llama", num_layers=1, tie_embeddings=False, qkv_bias=False,
                                 out_bias=False, mlp_bias=False, qk_norm=False, stop_tokens=(), pad_token=0,
                                 tokenless=())
-    config = Eagle3Config(made, block, default_depths(made.num_layers) if aux_depths is None else aux_depths,
-                          0 if ids is None else len(ids), depths, norm_before_residual, norm_before_fc, fc_norm,
-                          norm_output, own_embed=own_embed)
+    fused = default_depths(made.num_layers) if aux_depths is None else cast(tuple, aux_depths)
+    config = Eagle3Config(made, block, fused, 0 if ids is None else len(ids), depths, norm_before_residual,
+                          norm_before_fc, fc_norm, norm_output, own_embed=own_embed)
 
     def make(key, theirs) -> dict:
         weights = init_weights(specs(config), key, made.initializer_range)

@@ -35,7 +35,8 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
     try:
         block, window = _block(hf, policy)
         inside = section(hf, "eagle_config")  # where some trainers put the flags
-        flags = {name: flag(inside | {k: v for k, v in hf.items() if v is not None}, name) for name in FLAGS}
+        said = inside | {k: v for k, v in hf.items() if v is not None}
+        flags: dict[str, Any] = {name: flag(said, name) for name in FLAGS}
         flags["fc_norm"] = flags["fc_norm"] or flag(hf, "use_aux_norm")
         made = whole(section(hf, "jspec"), "depths", 3)
         return Eagle3Config(policy=policy, block=block, window=window, depths=made if depths is None else depths,

@@ -89,7 +89,7 @@ def dequantize(w: Quantized) -> jax.Array:
         return whole
     groups, n, _ = w.chosen.shape
     picked = qwix.dequantize(w.outliers).reshape(*whole.shape[:-1], groups, n, 1)
-    return whole + (picked * w.chosen).sum(-2).reshape(whole.shape)
+    return whole + (picked * w.chosen.astype(picked.dtype)).sum(-2).reshape(whole.shape)
 
 
 def _digits(x: jax.Array) -> Any:

@@ -136,7 +136,7 @@ def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, se
     data = np.asarray(key_words(seed_key(seed)))
     words = jax.jit(lambda: jnp.asarray(data), out_shardings=everywhere)()
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
-    return TrainState(policy, draft, _init_optimizer(optimizer, policy.weights), draft_opt_state, *counts, key)
+    return TrainState(policy, draft, _init_optimizer(optimizer, policy.weights), draft_opt_state, *counts, key=key)
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, weights: Any) -> Any:
@@ -374,9 +374,10 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch, setti
         weights, opt_state = apply_gradients(optimizer, state.policy.weights, state.opt_state, grads, sound)
     metrics = {**metrics, "grad_norm": norm, "trained_tokens": batch.mask.sum(dtype=jnp.float32)}
     new = state.replace(policy=state.policy.replace(weights=weights), opt_state=opt_state, updates=state.updates + 1,
-                        skipped=state.skipped + ~sound, skipped_in_row=jnp.where(sound, 0, state.skipped_in_row + 1))
+                        skipped=state.skipped + (~sound).astype(jnp.int32),
+                        skipped_in_row=jnp.where(sound, 0, state.skipped_in_row + 1))
     if of_draft is not None:
-        new, draft_metrics = step_draft(new, draft_optimizer, *of_draft, draft_due(settings, state.updates))
+        new, draft_metrics = step_draft(new, draft_optimizer, *of_draft, due=draft_due(settings, state.updates))
         metrics |= draft_metrics
     counts = ("skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
     return new, {**metrics, **{name: getattr(new, name) for name in counts}}
@@ -388,7 +389,7 @@ def update_draft(state: TrainState, batch: TrainBatch, settings: UpdateSettings)
     The states are those of `state.policy`: call it before `update`. Returns (state, metrics `draft/...`).
     """
     _, optimizer = optimizers(settings)
-    return step_draft(state, optimizer, *draft_gradients(state, batch, settings), jnp.array(True))
+    return step_draft(state, optimizer, *draft_gradients(state, batch, settings), due=jnp.array(True))
 
 
 def step_draft(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, metrics: dict[str, jax.Array],
@@ -401,5 +402,5 @@ def step_draft(state: TrainState, optimizer: optax.GradientTransformation, grads
     failed = ~sound & due
     in_row = jnp.where(due, jnp.where(sound, 0, state.draft_skipped_in_row + 1), state.draft_skipped_in_row)
     state = state.replace(draft=state.draft.replace(weights=weights), draft_opt_state=opt_state,
-                          draft_skipped=state.draft_skipped + failed, draft_skipped_in_row=in_row)
+                          draft_skipped=state.draft_skipped + failed.astype(jnp.int32), draft_skipped_in_row=in_row)
     return state, {f"draft/{name}": value for name, value in {**metrics, "grad_norm": norm}.items()}

@@ -52,7 +52,7 @@ def _counted(drafts: jax.Array, live: jax.Array, room: jax.Array, stop_tokens: t
     """Which of the drafts int32 [N, K] could be emitted, whatever the verdict, bool [N, K]: none after a drafted end
     token, and none beyond what a row has room for, int32 [N]. Nothing else may decide: counts that knew what was
     accepted would be biased."""
-    ends = jnp.isin(drafts, jnp.array(stop_tokens, jnp.int32))
+    ends = jnp.isin(drafts, jnp.array(stop_tokens, jnp.int32)).astype(jnp.int32)
     ended = jnp.cumsum(ends, axis=1) > ends
     return live[:, None] & ~ended & (jnp.arange(drafts.shape[1]) < room[:, None])
 

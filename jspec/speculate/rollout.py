@@ -135,7 +135,7 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
         asked.ids, asked.prompts, lengths, lengths, share(prefilled.tokens), values, values, asked.done,
         jnp.zeros(rows, bool), asked.temperature, asked.top_p, asked.limit, jax.tree.map(share, prefilled.trunk),
         jnp.zeros(rows, jnp.int32), group_size=group_size)
-    unfinished = jnp.zeros(prompts, jnp.int32).at[asked.prompts].add(~asked.done)
+    unfinished = jnp.zeros(prompts, jnp.int32).at[asked.prompts].add((~asked.done).astype(jnp.int32))
     cache = pool(prefilled.key_values)
     last = asked.done if asked.expected is None else jnp.where(asked.done, 1, -jnp.maximum(asked.expected, 0))
     waiting = jnp.argsort(last, stable=True).astype(jnp.int32)

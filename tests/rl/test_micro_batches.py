@@ -18,7 +18,8 @@ def make_batch(prompts, group, lengths=None):
     own, ours = jnp.arange(n, dtype=jnp.int32), jnp.arange(prompts, dtype=jnp.int32)
     tokens = jnp.broadcast_to(own[:, None], (n, FULL))
     mask = jnp.arange(FULL) < jnp.asarray(lengths)[:, None]
-    return TrainBatch(ours[:, None], ours, tokens, tokens * 1.0, mask & (tokens % 3 != jnp.arange(FULL)), own * 1.0)
+    return TrainBatch(ours[:, None], ours, tokens, tokens.astype(jnp.float32),
+                      mask & (tokens % 3 != jnp.arange(FULL)), own.astype(jnp.float32))
 
 
 def check(batch, cut):
@@ -30,7 +31,8 @@ def check(batch, cut):
         width = rows.tokens.shape[1]
         tokens = jnp.zeros(n, int).at[rows.tokens[:, 0]].add(rows.mask.sum(1))
         blocks = jnp.arange(micro.prompts.shape[0])[:, None] * (prompts // micro.prompts.shape[0])
-        mixed = (rows.tokens != rows.advantages[:, None]).sum() + (rows.prompts[:, 0] != rows.prompt_lengths).sum()
+        mixed = (rows.tokens.astype(jnp.float32) != rows.advantages[:, None]).sum()
+        mixed += (rows.prompts[:, 0] != rows.prompt_lengths).sum()
         astray = (rows.prompt_lengths != rows.tokens[:, 0] // batch.group_size).sum()
         astray += ((micro.prompts + blocks).reshape(-1) != rows.prompt_lengths).sum()
         return (tokens, jnp.array([rows.tokens.size])), (mixed + astray, jnp.array(width))

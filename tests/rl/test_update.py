@@ -145,7 +145,7 @@ def test_the_gradient_is_that_of_the_objective_written_out(options):
         logprobs = own_logprobs(state.policy.replace(weights=weights), batch)
         ratio, adv = jnp.exp(logprobs - batch.logprobs), batch.advantages[:, None]
         each = jnp.minimum(ratio * adv, jnp.clip(ratio, 0.8, 1.28) * adv)
-        return -jnp.sum(each * batch.mask) / batch.mask.sum()
+        return -jnp.sum(each, where=batch.mask) / batch.mask.sum(dtype=jnp.float32)
 
     expected, grads = jax.jit(jax.value_and_grad(objective))(state.policy.weights)
     (got, metrics), _ = gradients(state, None, batch, dataclasses.replace(SETTINGS, **options))
@@ -310,5 +310,5 @@ def test_the_updates_own_logprobs_are_the_rollouts():
         if temperature:
             _, metrics = update(state, None, batch, SETTINGS)
             np.testing.assert_allclose(metrics["logprob_gap"], gaps[0], atol=2e-6)
-            np.testing.assert_allclose(metrics["entropy"], rollout.entropy.sum() / rollout.mask.sum(), rtol=1e-5)
+            np.testing.assert_allclose(metrics["entropy"], rollout.entropy.sum() / float(rollout.mask.sum()), rtol=1e-5)
     assert max(gaps) < 1e-5

@@ -37,7 +37,7 @@ def longest_match(pool: jax.Array, suffix: jax.Array, allowed: jax.Array) -> tup
     for n in range(suffix.shape[-1]):
         wanted = suffix[..., n, None]
         run = run & (shift(pool, n) == wanted) & (wanted != NOTHING)
-        matched = matched + run
+        matched = matched + run.astype(jnp.int32)
     return jnp.divmod(jnp.max(matched * width + jnp.arange(width), axis=-1), width)
 
 

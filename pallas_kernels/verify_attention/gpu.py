@@ -18,9 +18,6 @@ rows 12%, written and read again by XLA, which puts them together.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -30,70 +27,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.verify_attention.gpu_tiles import (
+    COLUMNS,
+    ROWS,
+    STEP,
+    Plan,
+    clear_rows,
+    cut,
+    parts_of,
+    product,
+    softmax_step,
+    wait_for_all,
+)
 from pallas_kernels.verify_attention.packing import pack, unpack
 from pallas_kernels.verify_attention.schedule import schedule
 
-STEP = 64  # positions
 SPLIT = 512
 MOST_SPLITS = 32  # XLA reads the sums of as many as there may be, live or not
 MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, some programs wait for the others
 FEW = 2  # programs where they are interpreted: each takes several splits
-ROWS = 64  # of a matrix instruction
-COLUMNS = 64  # of a line of shared memory as matrix instructions want it, bfloat16
 NEW = 16  # new positions are padded to what a matrix instruction contracts at once
 SMALLEST = 16  # block in positions, and what larger ones are multiples of
-LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is static."""
-
-    group: int
-    new: int
-    window: int | None
-    kv_heads: int
-    blocks: int  # of the pool
-    size: int  # positions of a block
-    split: int  # positions
-    splits: int  # that a row may have
-    programs: int
-    warpgroups: int
-    tiles: int  # of ROWS query rows, one to a warpgroup
-    rows: int  # of a tile that exist, a multiple of 8
-    head_dim: int
-    dtype: Any
-    interpret: bool
-
-    @property
-    def parts(self) -> int:
-        """bfloat16 numbers that a number is cut into."""
-        return 3 if self.dtype == jnp.float32 else 1
-
-    @property
-    def slots(self) -> int:
-        """Steps of keys or of values in the ring."""
-        return 4 * self.warpgroups if self.parts == 1 else 3
-
-    @property
-    def run(self) -> int:
-        """Positions of a step that lie in one block, whatever the step."""
-        return math.gcd(self.size, STEP)
-
-    @property
-    def chunks(self) -> list[Any]:
-        """Of a head's columns."""
-        return [pl.ds(c, COLUMNS) for c in range(0, self.head_dim, COLUMNS)]
-
-    def cast(self, x: jax.Array, layout: Any) -> jax.Array:
-        return x if self.interpret else plgpu.layout_cast(x, layout)
-
-    def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
-        layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-        return self.cast(jnp.full(shape, value, jnp.float32), layout)
-
-    def iota(self, shape: tuple[int, ...], dimension: int) -> jax.Array:
-        return self.cast(lax.broadcasted_iota(jnp.int32, shape, dimension), plgpu.Layout.WGMMA)
 
 
 @partial(jax.jit, static_argnames=("window", "interpret"))  # references to GPU memory want a jit around them
@@ -126,7 +80,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     split = SPLIT * pl.cdiv(table.shape[1] * size, SPLIT * MOST_SPLITS)
     splits = pl.cdiv(table.shape[1] * size, split)
     at_once = FEW if interpret else MULTIPROCESSORS * (2 if warpgroups == 1 else 1)
-    plan = _Plan(group, new, window, kv_heads, blocks, size, split, splits, min(at_once, b * kv_heads * splits),
+    plan = Plan(group, new, window, kv_heads, blocks, size, split, splits, min(at_once, b * kv_heads * splits),
                  warpgroups, tiles, packed.shape[2] // tiles, d, q.dtype, bool(interpret))
     first, last = _splits(lengths, plan)
     row_of, begin, count = schedule(first, last, table[:, 0] < blocks, b * splits)
@@ -141,7 +95,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         name="verify_attention",
-    )(jnp.stack(list(_parts(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW),
+    )(jnp.stack(list(parts_of(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW),
       row_of, begin, first, count, table, lengths, *pools)
     out = _combine(sums, stats, first, last, table[:, 0] < blocks, plan)[:, :, :new * group].astype(q.dtype)
     return unpack(out, new), *map(jax.freeze, pools)
@@ -152,18 +106,7 @@ def _pad(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple), (0, 0)))
 
 
-def _parts(x: jax.Array) -> Iterator[jax.Array]:
-    """bfloat16 numbers whose sum is x, the largest first. Cut off, not rounded: no compiler takes that for nothing."""
-    if x.dtype == jnp.bfloat16:
-        yield x
-        return
-    for _ in range(3):
-        high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
-        yield high.astype(jnp.bfloat16)
-        x -= high
-
-
-def _splits(lengths: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
+def _splits(lengths: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """The first and the last split of every row, int32 [B]."""
     last = jnp.maximum(lengths - 1, 0) // plan.split
     if plan.window is None:
@@ -172,7 +115,7 @@ def _splits(lengths: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
 
 
 def _combine(sums: jax.Array, stats: jax.Array, first: jax.Array, last: jax.Array, live: jax.Array,
-             plan: _Plan) -> jax.Array:
+             plan: Plan) -> jax.Array:
     """Sums of the splits [B, H_kv, splits, rows, D] to the output, one after the other: XLA chooses no order."""
     top, total = (stats[..., i, :plan.rows].reshape(*sums.shape[:4]) for i in (0, 1))
     splits = jnp.arange(plan.splits)
@@ -299,18 +242,18 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
             start, end = jnp.where(old, begin + i * STEP, length), jnp.where(old, stop, length + plan.new)
             top, total, out = carry
             plgpu.barrier_wait(arrived.at[slot(i, 0)])
-            keys = _cut(ring.at[slot(i, 0)], tiles, end - start, plan)
-            scores = _product(mine, keys, plan, transposed=True)
-            top, total, scale, weights = _softmax(scores, top, total, tile, start, length, end, plan)
+            keys = cut(ring.at[slot(i, 0)], tiles, end - start, plan)
+            scores = product(mine, keys, plan, transposed=True)
+            top, total, scale, weights = softmax_step(scores, top, total, tile, start, length, end, plan)
             refill(i, 0)
             plgpu.barrier_wait(arrived.at[slot(i, 1)])
             # of what is masked keys may be anything, but 0 times NaN is not 0: values may not
             if plan.parts == 1:
-                clear = partial(_clear, ring.at[slot(i, 1)], end - start, warpgroup, meet, plan)
+                clear = partial(clear_rows, ring.at[slot(i, 1)], end - start, warpgroup, meet, plan)
                 pl.when(end - start < STEP)(clear)
-            values = _cut(ring.at[slot(i, 1)], tiles, end - start, plan)
+            values = cut(ring.at[slot(i, 1)], tiles, end - start, plan)
             out = tuple(x * lax.broadcast_in_dim(scale, x.shape, (0,)) +
-                        _product(weights, [part.at[:, chunk] for part in values], plan)
+                        product(weights, [part.at[:, chunk] for part in values], plan)
                         for x, chunk in zip(out, plan.chunks, strict=True))
             refill(i, 1)
             return top, total, out
@@ -327,7 +270,7 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
             plgpu.copy_smem_to_gmem(staged.at[warpgroup, pl.ds(0, plan.rows)],
                                     sums.at[row, head, split, of_tile, chunk])
             plgpu.wait_smem_to_gmem(0)
-        _wait_for_all(meet, plan)  # the next turn, or split, fills the ring from its beginning
+        wait_for_all(meet, plan)  # the next turn, or split, fills the ring from its beginning
 
     writes = last & (warpgroup == 0)
 
@@ -350,67 +293,3 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
 
         lax.fori_loop(0, plan.new, write, None)
         plgpu.wait_smem_to_gmem(0)
-
-
-def _wait_for_all(barrier, plan) -> None:
-    if plan.warpgroups > 1:
-        plgpu.barrier_arrive(barrier)
-        plgpu.barrier_wait(barrier)
-
-
-def _cut(held, tiles, count, plan) -> list[Any]:
-    """What matrix instructions take of a step's keys or values [STEP, D]: float32 is cut into tiles [3, STEP, D], of
-    which the rows from `count` on are zeros.
-    """
-    if plan.parts == 1:
-        return [held]
-    for chunk in plan.chunks:
-        x = plan.cast(held[:, chunk], plgpu.Layout.WGMMA)
-        for i, high in enumerate(_parts(jnp.where(plan.iota(x.shape, 0) < count, x, 0.0))):
-            tiles[i, :, chunk] = high
-    plgpu.commit_smem()
-    return [tiles.at[i] for i in range(plan.parts)]
-
-
-def _product(a, b, plan, *, transposed=False) -> jax.Array:
-    """float32 a @ b, or a @ b.T, of lists of parts; a: references or registers."""
-    pairs = [(x, y) for i, x in enumerate(a) for y in b[:len(b) - i]]
-    if plan.interpret:  # knows no transposed references; plain loads want a fence before TMA writes where they read
-        dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
-        out = sum(lax.dot_general(x[...], y[...], dimensions, preferred_element_type=jnp.float32) for x, y in pairs)
-        plgpu.commit_smem()
-        return out
-
-    def run(acc) -> jax.Array:
-        for x, y in pairs:
-            plgpu.wgmma(acc, x, plgpu.transpose_ref(y, (1, 0)) if transposed else y)
-        return acc[...]
-
-    return pl.run_scoped(run, plgpu.ACC((ROWS, b[0].shape[0] if transposed else b[0].shape[1]), jnp.float32))
-
-
-def _softmax(scores, top, total, tile, start, length, end,
-             plan) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
-    """One step of online softmax (https://arxiv.org/abs/1805.02867), in powers of two."""
-    position = start + plan.iota(scores.shape, 1)
-    last = length + lax.div(plan.iota(scores.shape, 0) + tile * plan.rows, plan.group)
-    visible = (position < end) & (position <= last)
-    if plan.window is not None:
-        visible &= position > last - plan.window
-    scores = jnp.where(visible, scores * (LOG2E * plan.head_dim ** -0.5), -jnp.inf)
-    highest = jnp.maximum(top, scores.max(1))
-    weights = jnp.exp2(scores - lax.broadcast_in_dim(highest, scores.shape, (0,)))
-    scale = jnp.exp2(top - highest)
-    return highest, total * scale + weights.sum(1), scale, list(_parts(weights.astype(plan.dtype)))
-
-
-def _clear(values, count, warpgroup, meet, plan) -> None:
-    """Zero the rows of bfloat16 values [STEP, D] from `count` on, before any warpgroup reads them."""
-    @pl.when(warpgroup == 0)
-    def _() -> None:
-        for chunk in plan.chunks:
-            x = plan.cast(values[:, chunk].astype(jnp.float32), plgpu.Layout.WGMMA)
-            values[:, chunk] = jnp.where(plan.iota(x.shape, 0) < count, x, 0.0).astype(jnp.bfloat16)
-        plgpu.commit_smem()
-
-    _wait_for_all(meet, plan)

@@ -189,8 +189,8 @@ def reason(choice: Choice, costs: Costs, acceptance: Sequence[float]) -> str:
     rows = max((rows for rows, _ in drafting), default=costs.rows[0])
     ks = sorted({k for _, k in drafting}) or [1, 3]
     plain = costs.of_plain(rows)
-    cycles = ", ".join(f"{costs.of_drafting(rows, k) / plain:.2f} with k = {k}" for k in ks)
+    cycles = ", ".join(f"{costs.of_drafting(rows, k) / plain:.2f} times that with k = {k}" for k in ks)
     accepted = " ".join(f"{rate:.0%}" for rate in rates(acceptance, max(3, *ks)))
     worth = f"{choice.speedup:.2f}x of no draft is expected" if choice.k else "drafts do not pay"
     return (f"{in_words(choice.k)}: {worth} (accepted by position {accepted}; at {rows} rows a plain cycle takes "
-            f"{1e3 * plain:.3g} ms, of that {cycles})")
+            f"{1e3 * plain:.3g} ms, {cycles})")

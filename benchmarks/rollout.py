@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def make(args: argparse.Namespace) -> tuple[Policy, dict[str, Draft | None]]:
+def policy_and_drafts(args: argparse.Namespace) -> tuple[Policy, dict[str, Draft | None]]:
     """The policy in the rollout layout, on the device, and every drafter that is timed with it."""
     names = dict.fromkeys(name for name, _ in variants(args))
     if args.weights:
@@ -211,7 +211,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
     with telling(f"making {args.weights or args.shape}"):
-        policy, drafts = make(args)
+        policy, drafts = policy_and_drafts(args)
     rule = synthetic.add_rule(args.acceptance) if args.acceptance else args.rule
     bandwidth = measure.copy_bandwidth(2**24 if args.shape == "tiny" and not args.weights else None)
     rows = []

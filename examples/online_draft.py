@@ -23,7 +23,7 @@ def main(steps: int = 40, rows: int = 32) -> list[float]:
     policy = jspec.init_policy(CONFIG, 0)
     settings = UpdateSettings(draft_features="rollout", draft_learning_rate=1e-2)
     state = init_state(policy, jspec.drafts.mtp(policy, 1), settings, seed=0)
-    speculation = jspec.Speculation(k=2, states=learned_from(state.draft, settings))
+    speculation = jspec.Speculation(k=2, depths=learned_from(state.draft, settings))
     weights = jspec.reshard(policy)
 
     @jax.jit

@@ -34,4 +34,6 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 MOST_SAMPLES = 2**20
 """Answers of one prompt at most."""
+MAX_NEW_TOKENS = 128
+"""Of an answer, where nothing is said; the one default of runs, commands and `jspec.Sampling`."""
 SEED_HIGH = 2**64 - 1

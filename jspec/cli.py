@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jspec import user_code
-from jspec.choices import DRAFTERS, DTYPES, KERNELS, MOST_SAMPLES, RULES, SEED_HIGH
+from jspec.choices import DRAFTERS, DTYPES, KERNELS, MAX_NEW_TOKENS, MOST_SAMPLES, RULES, SEED_HIGH
 from jspec.errors import InputError
 from jspec.exits import guarded
 from jspec.stopping import terminate_by_exception
@@ -166,7 +166,8 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     made.add_argument("--top-k", type=int, default=0, help="0: off (default)")
     made.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
-    made.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: 128)")
+    made.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS,
+                      help="longest answer (default: %(default)s)")
     made.add_argument("--samples", type=number(int, 1, MOST_SAMPLES), default=1, metavar="N",
                       help="answers decoded together; one is shown (default: 1)")
     made.add_argument("--seed", type=number(int, 0, SEED_HIGH), default=0, help="of the sampling noise (default: 0)")

@@ -18,6 +18,7 @@ from jspec.choices import (
     DTYPES,
     KERNELS,
     LOG_LEVELS,
+    MAX_NEW_TOKENS,
     MOST_SAMPLES,
     RULES,
     SEED_HIGH,
@@ -110,7 +111,7 @@ class RolloutSection:
 class SamplingSection:
     """What the policy is sampled with."""
 
-    max_new_tokens: int = setting(64, "longest answer, in tokens", low=1)
+    max_new_tokens: int = setting(MAX_NEW_TOKENS, "longest answer, in tokens", low=1)
     min_new_tokens: int = setting(0, "end tokens are banned before this many tokens", low=0)
     temperature: float = setting(1.0, "divides the logits; 0: greedy", low=0)
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all", low=0)
@@ -279,7 +280,7 @@ class DraftTrainingConfig:
     log_level: str = setting("info", "how much is told", choices=LOG_LEVELS)
     model: ModelSection = ModelSection()
     draft: DraftLearningSection = DraftLearningSection()
-    sampling: SamplingSection = SamplingSection(max_new_tokens=128)
+    sampling: SamplingSection = SamplingSection()
     samples: SamplesSection = SamplesSection()
     training: TrainingSection = TrainingSection()
     report: ReportSection = ReportSection()

@@ -94,7 +94,7 @@ class Subject:
                      self.draft.name, digest(self.draft.drafter), self.draft.config, shapes, self.batch.tokens.shape,
                      self.batch.group_size, self.rows, self.length,
                      self.sampling.max_new_tokens, self.sampling.top_k, self.sampling.top_p is None,
-                     self.speculation.rule, picked(self.speculation.kernels), self.speculation.states))
+                     self.speculation.rule, picked(self.speculation.kernels), self.speculation.depths))
 
 
 def digest(drafter: Drafter) -> str:
@@ -109,7 +109,7 @@ def _prompts(params: Policy, draft: Draft, batch: PromptBatch, *, length: int, s
     """The prompts, computed with room for `length` positions."""
     policy, draft = ready(params, draft, speculation)
     tokens = jnp.pad(batch.tokens, ((0, 0), (0, length - batch.tokens.shape[1])))
-    return prefill_prompts(policy, draft, batch.replace(tokens=tokens), speculation.states)
+    return prefill_prompts(policy, draft, batch.replace(tokens=tokens), speculation.depths)
 
 
 @partial(jax.jit, static_argnames=("rows", "shards", "group_size", "speculation"))

@@ -143,7 +143,7 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
     """
     batching = Batching() if batching is None else batching
     speculation = (Speculation() if speculation is None else speculation).replace(
-        states=learned_from(state.draft, settings))
+        depths=learned_from(state.draft, settings))
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
     def rollout(policy, draft, prompts, sampling, k):
@@ -163,7 +163,7 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         settings, Sampling() if sampling is None else sampling, speculation, batching,
         reshard=jax.jit(partial(to_rollout, layout=layout)),
         rollout=jax.jit(rollout, static_argnums=4),
-        draft=None if speculation.states is None else learning(learn_draft),
+        draft=None if speculation.depths is None else learning(learn_draft),
         remember=remember and jax.jit(remember, donate_argnums=0, out_shardings=shardings.draft),
         update=learning(learn))
 

@@ -137,7 +137,7 @@ WRONG = {
     "rule": (lambda: jspec.Speculation(rule="coupld"), "rule 'coupld' is unknown; known: rejection, block, coupled; "
              "did you mean coupled?"),
     "kernels": (lambda: rollout(speculation=jspec.Speculation(kernels=np.ones(2))), "speculation kernels is an array"),
-    "states": (lambda: rollout(speculation=jspec.Speculation(states=(2,))), "holds depth 2; the model has 1"),
+    "depths": (lambda: rollout(speculation=jspec.Speculation(depths=(2,))), "holds 2; the model has 1"),
     "slots 0": (lambda: jspec.Batching(slots=0), "batching slots = 0 must be at least 1"),
     "kv_tokens": (lambda: jspec.Batching(kv_tokens=1.5), "batching kv_tokens = 1.5 must be a whole number"),
     "kv_tokens few": (lambda: jspec.rollout(POLICY, None, BATCH, sampling=jspec.Sampling(max_new_tokens=4),
@@ -287,10 +287,10 @@ def test_seeds_of_64_bits_are_used_whole():
 
 
 def test_numbers_of_numpy_become_pythons():
-    spec = jspec.Speculation(k=np.int64(3), states=np.array([0, 1]))
+    spec = jspec.Speculation(k=np.int64(3), depths=np.array([0, 1]))
     cap = jspec.Sampling(max_new_tokens=np.int32(8), min_new_tokens=np.uint8(1), top_k=jnp.int32(2),
                          top_p=np.float32(1))
-    assert (spec.k, spec.states) == (3, (0, 1))
+    assert (spec.k, spec.depths) == (3, (0, 1))
     assert (cap.max_new_tokens, cap.min_new_tokens, cap.top_k, cap.top_p) == (8, 1, 2, None)
     turned = jspec.RopeConfig(theta=np.float32(500), factor=np.int64(2), truncate=np.bool_(True))
     assert turned == jspec.RopeConfig(theta=500, factor=2.0) and hash(turned) == hash(jspec.RopeConfig(500.0, factor=2))

@@ -120,11 +120,11 @@ def test_every_field_has_a_meaning():
     ("output_dir=${nope}", "override 'output_dir=${nope}': 'output_dir': Interpolation key 'nope' not found"),
     ("data.group_size=1", "data.group_size must be at least 2, not 1: an answer's advantage is measured against "
                           "the others of its group"),
-    ("sampling.min_new_tokens=65", "sampling.min_new_tokens (65) is above sampling.max_new_tokens (64)"),
+    ("sampling.min_new_tokens=129", "sampling.min_new_tokens (129) is above sampling.max_new_tokens (128)"),
     ("grpo.micro_batch=5", "grpo.micro_batch (5) must divide the rows of a step, "
                            "data.prompts_per_step x data.group_size = 16"),
-    ("grpo.widths=[32,65]", "grpo.widths is [32, 65], and no answer is longer than sampling.max_new_tokens = 64: leave "
-                            "out what is above it"),
+    ("grpo.widths=[32,129]", "grpo.widths is [32, 129], and no answer is longer than sampling.max_new_tokens = 128: "
+                             "leave out what is above it"),
     ("model.name=random", "model.name is 'random' and model.architecture is not set: an architecture goes with "
                           "the name 'random', which needs one"),
     ("draft={path: p, options: {longest: 4}}", "draft.options are a fresh draft's, and the one at draft.path=p has its "

@@ -54,7 +54,7 @@ def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]]
     directory.mkdir(exist_ok=True)
     weights, sampling = jspec.reshard(policy), make_sampling(config)
     temperatures = config.samples.temperatures or (config.sampling.temperature,)
-    speculation = jspec.Speculation(states=trunk_features(config, policy))
+    speculation = jspec.Speculation(depths=trunk_features(config, policy))
     key = purpose_key(config.seed, SAMPLES_KEY)
     jobs = list(files_of(prompts, min(config.samples.batch, len(prompts))))
     for index, (bucket, group) in enumerate(jobs):

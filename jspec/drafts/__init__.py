@@ -14,7 +14,7 @@ from jspec.arguments import nearest, random_key, show
 from jspec.choices import DRAFTERS
 from jspec.drafts.base import Draft, Drafter, check_drafter
 from jspec.errors import InputError
-from jspec.model import check_policy
+from jspec.model import Policy, check_policy
 
 _OWN = {name: getattr(importlib.import_module(f"{__name__}.{name}"), name) for name in DRAFTERS}
 
@@ -61,7 +61,7 @@ def constructor(drafter: Drafter) -> Callable[..., Draft]:
     names = [option.name for option in options]
 
     @functools.wraps(init)
-    def make(policy, key=None, **given) -> Draft:
+    def checked(policy: Policy, key: Any = None, **given: Any) -> Draft:
         check_policy(f"the policy of {called}", policy)
         if key is None and key_parameter.default is inspect.Parameter.empty:
             raise InputError(f"{name} draft: its weights are drawn at random; give a seed or a key, "
@@ -77,8 +77,8 @@ def constructor(drafter: Drafter) -> Callable[..., Draft]:
                              f"{show(made)}")
         return made
 
-    make.__name__ = make.__qualname__ = name  # which is what Python says of a call that it refuses
-    return make
+    checked.__name__ = checked.__qualname__ = name  # which is what Python says of a call that it refuses
+    return checked
 
 
 # after the submodules are imported, so that jspec.drafts.mtp is the function and not the module

@@ -138,7 +138,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
     config = Eagle3Config(made, block, fused, 0 if ids is None else len(ids), depths, norm_before_residual,
                           norm_before_fc, fc_norm, norm_output, own_embed=own_embed)
 
-    def make(key, theirs) -> dict:
+    def fresh(key: jax.Array, theirs: dict) -> dict:
         weights = init_weights(specs(config), key, made.initializer_range)
         streams = len(config.aux_depths)
         mix = jnp.tile(jnp.eye(made.hidden_size, dtype=jnp.float32), (1, streams)) / streams
@@ -149,7 +149,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
                 "head": (table if ids is None else table[ids]) + 0}
 
     theirs = {name: x for name, x in policy.weights.items() if name != "layers"}
-    return Draft(weights=place_on_mesh(make, specs(config), block)(key, theirs), config=config, drafter=eagle3,
+    return Draft(weights=place_on_mesh(fresh, specs(config), block)(key, theirs), config=config, drafter=eagle3,
                  state={} if ids is None else {"vocab": jnp.asarray(ids)})
 
 

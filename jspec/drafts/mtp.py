@@ -109,7 +109,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
     config = MtpConfig(policy.config, depths, blocks, 0 if ids is None else len(ids))
     d = policy.config.hidden_size
 
-    def make(key, layers, final_norm) -> dict:
+    def fresh(key: jax.Array, layers: dict, final_norm: jax.Array) -> dict:
         weights = init_weights(specs(config), key, policy.config.initializer_range)
         for block in weights["blocks"]:
             block["proj"] = block["proj"] + 0.5 * jnp.tile(jnp.eye(d, dtype=jnp.float32), (1, 2))
@@ -118,7 +118,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
             block["final_norm"] = jnp.copy(final_norm)
         return weights
 
-    weights = place_on_mesh(make, specs(config), policy.config)(key, policy.weights["layers"],
+    weights = place_on_mesh(fresh, specs(config), policy.config)(key, policy.weights["layers"],
                                                                 policy.weights["final_norm"])
     return Draft(weights=weights, config=config, drafter=mtp,
                  state={} if ids is None else {"vocab": jnp.asarray(ids)})

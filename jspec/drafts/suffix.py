@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,11 +92,11 @@ def _empty(config: SuffixConfig) -> dict:
               "tokens": ParamSpec((prompts, rows, config.width), (None, None, None), dtype="int32"),
               "keys": ParamSpec((prompts, rows, 2), (None, None, None), dtype="uint32")}
 
-    def make() -> dict:
+    def blank() -> dict:
         zeros = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
         return {**zeros, "tokens": zeros["tokens"] + NOTHING}
 
-    return place_on_mesh(make, shapes, config.policy)()
+    return place_on_mesh(blank, shapes, config.policy)()
 
 
 def fingerprint(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -164,7 +165,7 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     return Proposal(vote(matched, going_on, suffix[:, 0])), state
 
 
-def remember(draft: Draft, batch, rollout) -> Draft:
+def remember(draft: Draft, batch: Any, rollout: Any) -> Draft:
     """The draft with a rollout's outputs at the front of its prompts' histories. Jittable.
 
     A prompt that is new takes the place of the one remembered longest ago; of one that is known the oldest outputs go.
@@ -182,7 +183,7 @@ def remember(draft: Draft, batch, rollout) -> Draft:
     return draft.replace(state=jax.lax.scan(write, draft.state, new)[0])
 
 
-def _remembered(config: SuffixConfig, batch, rollout) -> jax.Array:
+def _remembered(config: SuffixConfig, batch: Any, rollout: Any) -> jax.Array:
     """Of each prompt the first outputs, after the prompt's last tokens: int32 [P, at most H, W]."""
     prompts = batch.tokens.shape[0]
     tail = last_tokens(batch.tokens, batch.lengths, config.max_match)[:, ::-1]

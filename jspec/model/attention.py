@@ -21,12 +21,12 @@ def _in_query_blocks(q: jax.Array, k: jax.Array, v: jax.Array, visible: Callable
     padded = padded.reshape(q.shape[0], blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def one(block) -> jax.Array:
+    def attended(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, index = block
         rows = index * QUERY_BLOCK + jnp.arange(QUERY_BLOCK)
         return jax.nn.dot_product_attention(queries, k, v, mask=visible(rows)[:, None])
 
-    out = jax.lax.map(one, (padded, jnp.arange(blocks)))
+    out = jax.lax.map(attended, (padded, jnp.arange(blocks)))
     return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
 

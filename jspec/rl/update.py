@@ -119,7 +119,7 @@ def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:
 
 
 def learned_from(draft: Draft | None, settings: UpdateSettings) -> tuple[int, ...] | None:
-    """The features that a rollout keeps (`Speculation.states`) for `update_draft`; None: nothing learns from it."""
+    """The features that a rollout keeps (`Speculation.depths`) for `update_draft`; None: nothing learns from it."""
     if not trains_draft(draft, settings) or settings.draft_features == "update":
         return None
     return draft.drafter.features(draft.config)

@@ -52,9 +52,9 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
     if spec.most > MOST_DRAFTS:
         raise InputError(f"speculation k = {spec.most} must be at most {MOST_DRAFTS}: the passes that draft are "
                          "unrolled")
-    for depth in spec.states or ():
+    for depth in spec.depths or ():
         if depth > config.num_layers:
-            raise InputError(f"speculation states holds depth {depth}; the model has {config.num_layers} layers")
+            raise InputError(f"speculation depths holds {depth}; the model has {config.num_layers} layers")
     layout = policy.layout if not policy.stacked else "rollout"
     check_rows(rows, layout=layout)
     check_batching("batching ", batching, batch_shards(layout), rows, batch.group_size, batch.tokens.shape[1],

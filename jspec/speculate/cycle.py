@@ -72,7 +72,7 @@ def _commit(state: State, rows: Rows, drafts: jax.Array, verdict: Verdict,
     count = jnp.where(rows.live, jnp.minimum(jnp.minimum(count, first_stop + 1), room), 0)
     drafted = _counted(drafts, rows.live, room, stop_tokens)
     accepted = drafted & (offsets[:-1] < verdict.accepted[:, None])
-    stopped = first_stop < count
+    finished = first_stop < count
     of, at, counts = state.sequences, state.slots, state.counts
     # a free slot's sequence is none: what is written there is dropped
 
@@ -87,8 +87,8 @@ def _commit(state: State, rows: Rows, drafts: jax.Array, verdict: Verdict,
         logprobs=by_token(of.logprobs, verdict.logprobs, generated),
         entropy=by_token(of.entropy, verdict.entropy, generated),
         lengths=by_row(of.lengths, rows.lengths + count),
-        stopped=by_row(of.stopped, stopped),
-        done=by_row(of.done, stopped | (count == room)),
+        finished=by_row(of.finished, finished),
+        done=by_row(of.done, finished | (count == room)),
         cycles=of.cycles.at[at].add(1, mode="drop"))
     k = drafts.shape[1]
     counts = counts.replace(drafted=counts.drafted.at[:k].add(drafted.sum(0, dtype=jnp.int32)),
@@ -97,7 +97,7 @@ def _commit(state: State, rows: Rows, drafts: jax.Array, verdict: Verdict,
 
 
 def cycle(policy: Policy, draft: Draft | None, state: State, noise: Any, *, sampling: Sampling,
-          stop_tokens: tuple[int, ...], k: int, states: tuple[int, ...] | None = None
+          stop_tokens: tuple[int, ...], k: int, depths: tuple[int, ...] | None = None
           ) -> tuple[State, Proposal, Verdict]:
     """Advance every live row by 1 .. k + 1 tokens, with exactly the policy's distribution; what it proposed, and how
     that was judged.
@@ -106,7 +106,7 @@ def cycle(policy: Policy, draft: Draft | None, state: State, noise: Any, *, samp
       policy: in a rollout layout. draft: prepared, or None for autoregressive decoding (k = 0).
       state: live rows have blocks for k + 1 positions more (`state.grow`).
       noise: of this cycle, as `types.NOISE[rule](key, ids, lengths, k)` makes it of the rows; it names the rule.
-      sampling, stop_tokens, k, states: static but for sampling's leaves, which the sequences hold.
+      sampling, stop_tokens, k, depths: static but for sampling's leaves, which the sequences hold.
     """
     rows = rows_in_slots(state)
     with jax.named_scope("propose"):
@@ -117,13 +117,13 @@ def cycle(policy: Policy, draft: Draft | None, state: State, noise: Any, *, samp
         features = () if draft is None else draft.drafter.features(draft.config)
         cache = state.cache if proposal.cache is None else proposal.cache
         computed, cache = verify(policy, jnp.concatenate([pending[:, None], proposal.tokens], axis=1), cache,
-                                 rows.lengths - 1, features=(*features, *(states or ())))
+                                 rows.lengths - 1, features=(*features, *(depths or ())))
         trunk, kept = split_features(computed, len(features))
     with jax.named_scope("accept"):
         verdict = _accept(policy, rows, trunk.hidden, proposal, noise, sampling, stop_tokens)
     with jax.named_scope("commit"):
         new, count = _commit(state.replace(cache=cache), rows, proposal.tokens, verdict, stop_tokens)
-        if states is not None:
+        if depths is not None:
             at = rows.lengths[:, None] - 1 + jnp.arange(verdict.tokens.shape[1])
             write = jax.tree.map(lambda all, x: all.at[state.slots[:, None], at].set(x, mode="drop"), of.trunk, kept)
             new = new.replace(sequences=new.sequences.replace(trunk=write))

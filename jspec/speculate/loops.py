@@ -45,11 +45,12 @@ def loops(slots: int, k: int | Schedule, cap: int) -> tuple[tuple[int, int], ...
 
 
 def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, chain: tuple[tuple[int, int], ...], *,
-           sampling: Sampling, stop_tokens: tuple[int, ...], rule: str, states: tuple[int, ...] | None) -> State:
+           sampling: Sampling, stop_tokens: tuple[int, ...], rule: str, depths: tuple[int, ...] | None) -> State:
     """Run the loops until every sequence is done.
 
     Args:
       draft: prepared. state: with the slots of the chain's first loop. key: raw, of the batch.
+      depths: see `Speculation`.
     """
     most = max(k for _, k in chain)
     refill = len(state.waiting) > len(state.slots) or state.paused is not None
@@ -66,7 +67,7 @@ def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, ch
                 noise = NOISE[rule](key, at.ids, at.lengths, k)
             live = state.live.sum(dtype=jnp.int32)
             state, *_ = cycle(policy, draft, state, noise, sampling=sampling, stop_tokens=stop_tokens, k=k,
-                              states=states)
+                              depths=depths)
             counts = state.counts
             counts = counts.replace(loop_cycles=counts.loop_cycles.at[i].add(1),
                                     loop_live=counts.loop_live.at[i].add(live))

@@ -63,18 +63,18 @@ class Asked:
 
 
 def prefill_prompts(policy: Policy, draft: Draft | None, batch: PromptBatch,
-                    states: tuple[int, ...] | None) -> Prefilled:
-    """The prompts, computed. draft: prepared, or None. states: see `Speculation`."""
+                    depths: tuple[int, ...] | None) -> Prefilled:
+    """The prompts, computed. draft: prepared, or None. depths: see `Speculation`."""
     features = () if draft is None else draft.drafter.features(draft.config)
     length = batch.tokens.shape[1]
     tokens = jnp.clip(batch.tokens, 0, policy.config.vocab_size - 1)  # of rows that have no answer
     lengths = jnp.clip(batch.lengths, 1, length)
-    computed, key_values = prefill(policy, tokens, features=(*features, *(states or ())))
+    computed, key_values = prefill(policy, tokens, features=(*features, *(depths or ())))
     trunk, kept = split_features(computed, len(features))
     rows, of_draft = None, ()
     if draft is not None:
         rows, of_draft = draft.drafter.start(policy, draft, Prefill(trunk, tokens, lengths, key_words(batch.key)))
-    return Prefilled(tokens, lengths, key_values, rows, of_draft, None if states is None else kept)
+    return Prefilled(tokens, lengths, key_values, rows, of_draft, None if depths is None else kept)
 
 
 def _asked(policy: Policy, batch: PromptBatch, sampling: Sampling, shards: int) -> Asked:
@@ -135,22 +135,22 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
         asked.ids, asked.prompts, lengths, lengths, share(prefilled.tokens), values, values, asked.done,
         jnp.zeros(rows, bool), asked.temperature, asked.top_p, asked.limit, jax.tree.map(share, prefilled.trunk),
         jnp.zeros(rows, jnp.int32), group_size=group_size)
-    unfinished = jnp.zeros(prompts, jnp.int32).at[asked.prompts].add((~asked.done).astype(jnp.int32))
+    readers = jnp.zeros(prompts, jnp.int32).at[asked.prompts].add((~asked.done).astype(jnp.int32))
     cache = pool(prefilled.key_values)
     last = asked.done if asked.expected is None else jnp.where(asked.done, 1, -jnp.maximum(asked.expected, 0))
     waiting = jnp.argsort(last, stable=True).astype(jnp.int32)
     return State(
-        Prompts(prefilled.lengths, table, unfinished, prefilled.draft_rows), sequences,
+        Prompts(prefilled.lengths, table, readers, prefilled.draft_rows), sequences,
         jnp.full(slots, rows, jnp.int32), cache, draft, all_free(end[-1], blocks, columns), waiting, jnp.int32(0),
         (~asked.done).sum(dtype=jnp.int32), Counts(*(jnp.zeros(n, jnp.int32) for n in (k, k, chain, chain))),
         none_paused(cache, draft, waiting, away) if away else None)
 
 
 def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sampling, k: int,
-          states: tuple[int, ...] | None = None) -> State:
+          depths: tuple[int, ...] | None = None) -> State:
     """The state before the first cycle, on one device: the prompts prefilled, each sequence in a slot of its own."""
     rows = batch.tokens.shape[0] * batch.group_size
-    state = begin(policy, prefill_prompts(policy, draft, batch, states), _asked(policy, batch, sampling, 1),
+    state = begin(policy, prefill_prompts(policy, draft, batch, depths), _asked(policy, batch, sampling, 1),
                   cap=sampling.max_new_tokens, slots=rows, k=k, chain=1, group_size=batch.group_size)
     return admit(state, k)
 
@@ -196,7 +196,7 @@ def _collect(sequences: Sequences, max_new_tokens: int, pad_token: int, stats: R
     logprobs, entropy = (jnp.where(mask, x[:, :max_new_tokens], 0.0) for x in (sequences.logprobs, sequences.entropy))
     known = jnp.arange(width) < sequences.lengths[:, None] - 1
     trunk = jax.tree.map(lambda x: jnp.where(known[..., None], x, 0), sequences.trunk)
-    return Rollout(tokens, mask, logprobs, mask, entropy, lengths, sequences.stopped, stats, trunk)
+    return Rollout(tokens, mask, logprobs, mask, entropy, lengths, sequences.finished, stats, trunk)
 
 
 def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, batch: PromptBatch, sampling: Sampling,
@@ -216,7 +216,7 @@ def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, 
                       chain=len(chain), group_size=_adjacent(rows // shards, batch.group_size),
                       kv_tokens=batching.kv_tokens, shards=shards)
         state = decode(policy, draft, state, key, chain, sampling=static, stop_tokens=stops, rule=speculation.rule,
-                       states=speculation.states)
+                       depths=speculation.depths)
         used = state.cache.blocks - state.free.fewest
         pauses = jnp.int32(0) if state.paused is None else state.paused.pauses
         return state.sequences, *jax.tree.map(lambda x: x[None], (state.counts, used, pauses))
@@ -245,7 +245,7 @@ def _rollout(params: Policy, draft: Draft | None, batch: PromptBatch, sampling: 
     if draft is None or speculation.most == 0:
         draft, speculation = None, speculation.without_drafts()
     with jax.named_scope("prefill"):
-        prefilled = prefill_prompts(policy, draft, batch, speculation.states)
+        prefilled = prefill_prompts(policy, draft, batch, speculation.depths)
     return continue_prompts(policy, draft, prefilled, batch, sampling, speculation, batching)
 
 

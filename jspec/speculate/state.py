@@ -25,13 +25,13 @@ class Prompts:
 
     Attributes:
       lengths: int32 [P]. table: int32 [P, C], the blocks that hold them.
-      unfinished: int32 [P], sequences that may still read those blocks.
+      readers: int32 [P], sequences that may still read those blocks.
       draft: the drafter's state at each prompt's end, leaves leading with P; None without a draft.
     """
 
     lengths: jax.Array
     table: jax.Array
-    unfinished: jax.Array
+    readers: jax.Array
     draft: Any
 
 
@@ -44,7 +44,7 @@ class Sequences:
       prompt_lengths, lengths: int32 [N]; lengths counts committed tokens, the prompt included.
       tokens: int32 [N, S], prompt and output; garbage from `lengths` on.
       logprobs, entropy: float32 [N, T + K], by generated token; garbage beyond what is committed.
-      done: bool [N], stopped or at its limit. stopped: bool [N], an end token was emitted.
+      done: bool [N], finished or at its limit. finished: bool [N], an end token was emitted.
       temperature: float32 [N]. top_p: float32 [N] or None. limit: int32 [N], of generated tokens.
       trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1 on.
       cycles: int32 [N], see `RolloutStats`.
@@ -59,7 +59,7 @@ class Sequences:
     logprobs: jax.Array
     entropy: jax.Array
     done: jax.Array
-    stopped: jax.Array
+    finished: jax.Array
     temperature: jax.Array
     top_p: jax.Array | None
     limit: jax.Array
@@ -261,13 +261,13 @@ def retire(state: State) -> State:
         prompt, line = state.sequences.prompts[state.slots[slot]], table[slot]
         shared = (prompts.lengths[prompt] - 1) // state.cache.size
         free = give_back(state.free, line, shared, (line < blocks).sum(dtype=jnp.int32) - shared)
-        unfinished = prompts.unfinished.at[prompt].add(-1)
+        readers = prompts.readers.at[prompt].add(-1)
         theirs = prompts.table[prompt]
-        held = jnp.where(unfinished[prompt] == 0, (theirs < blocks).sum(dtype=jnp.int32), 0)
+        held = jnp.where(readers[prompt] == 0, (theirs < blocks).sum(dtype=jnp.int32), 0)
         state = with_table(state, table.at[slot].set(blocks))
         return state.replace(free=give_back(free, theirs, jnp.int32(0), held),
                              slots=state.slots.at[slot].set(len(state.waiting)),
-                             prompts=prompts.replace(unfinished=unfinished))
+                             prompts=prompts.replace(readers=readers))
 
     with jax.named_scope("retire"):
         over = state.live & jnp.take(state.sequences.done, state.slots, mode="clip")

@@ -24,7 +24,7 @@ from jspec.arguments import (
     whole_numbers,
     wrong,
 )
-from jspec.choices import MOST_SAMPLES
+from jspec.choices import MAX_NEW_TOKENS, MOST_SAMPLES
 from jspec.errors import InputError
 from jspec.model import Trunk
 from pallas_kernels import noise
@@ -185,7 +185,7 @@ class Sampling:
 
     temperature: Any = 1.0
     top_p: Any = None
-    max_new_tokens: int = struct.field(pytree_node=False, default=256)
+    max_new_tokens: int = struct.field(pytree_node=False, default=MAX_NEW_TOKENS)
     min_new_tokens: int = struct.field(pytree_node=False, default=0)
     top_k: int = struct.field(pytree_node=False, default=0)
     stop_tokens: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
@@ -214,8 +214,9 @@ class Speculation:
         decoding with the same key gives.
       kernels: "auto" is the chip's Pallas kernels where they take the shapes, else the reference; "reference" is plain
         JAX; "pallas" is the kernels or an error (a CPU interprets them, slowly). Or an `Implementation`.
-      states: trunk depths (see `model.Trunk`) that the rollout returns as the verifier computed them, besides the final
-        hidden states, so that a draft can be trained without another forward; None: it returns no states.
+      depths: of the trunk (see `model.Trunk`): the rollout returns their states as the verifier computed them, besides
+        the final hidden states, so that a draft can be trained without another forward. (): the final ones alone;
+        None: no states.
 
     Raises InputError for a field of another type, an unknown rule, a k below 0, and a schedule that is none.
     """
@@ -223,10 +224,10 @@ class Speculation:
     k: int | Schedule = struct.field(pytree_node=False, default=3)
     rule: str = struct.field(pytree_node=False, default="rejection")
     kernels: Any = struct.field(pytree_node=False, default="auto")
-    states: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+    depths: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
     def __post_init__(self) -> None:
-        settle(self, "speculation ", k=_drafted, rule=one_of(NOISE), states=optional(whole_numbers))
+        settle(self, "speculation ", k=_drafted, rule=one_of(NOISE), depths=optional(whole_numbers))
 
     @property
     def most(self) -> int:
@@ -305,7 +306,7 @@ class Rollout:
       lengths: int32 [N], generated tokens.
       finished: bool [N], false where the cap cut the sequence before an end token.
       stats: `RolloutStats`.
-      trunk: with `Speculation.states`, a `Trunk` over [N, S] in the compute dtype: entry p of a row is the state at
+      trunk: with `Speculation.depths`, a `Trunk` over [N, S] in the compute dtype: entry p of a row is the state at
         position p of prompt and output without a gap, zero from its last token on (which nothing came after).
     """
 

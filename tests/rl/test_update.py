@@ -125,7 +125,7 @@ def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, options):
     prompts = jspec.PromptBatch.from_tokens([[3, 4, 5], [7, 8, 9, 10, 11]], group_size=G, seed=1)
     out = jspec.rollout(state.policy, state.draft, prompts,
                         sampling=jspec.Sampling(max_new_tokens=T, temperature=SETTINGS.temperature),
-                        speculation=jspec.Speculation(k=2, states=up.learned_from(state.draft, settings)))
+                        speculation=jspec.Speculation(k=2, depths=up.learned_from(state.draft, settings)))
     batch = batch_of(prompts, out, jnp.ones(N))
     _, wanted = gradients(state, None, batch, SETTINGS)
     close(jax.jit(up.draft_gradients, static_argnums=2)(state, batch, settings), wanted)

@@ -67,7 +67,7 @@ class Cycle:
     def finals(self, state):
         """(generated tokens, stopped, done) of every row."""
         of = state.sequences
-        tokens, lengths, stopped, done = map(np.asarray, (of.tokens, of.lengths, of.stopped, of.done))
+        tokens, lengths, stopped, done = map(np.asarray, (of.tokens, of.lengths, of.finished, of.done))
         return [(tuple(map(int, t[self.prompt_length:n])), bool(s), bool(d))
                 for t, n, s, d in zip(tokens, lengths, stopped, done, strict=True)]
 

@@ -93,7 +93,7 @@ def test_the_chain():
 def _freed_with_the_first_sibling(patch):
     """A prompt's blocks are freed while siblings read them."""
     def retire(now):
-        return RETIRE(now.replace(prompts=now.prompts.replace(unfinished=jnp.minimum(now.prompts.unfinished, 1))))
+        return RETIRE(now.replace(prompts=now.prompts.replace(readers=jnp.minimum(now.prompts.readers, 1))))
 
     patch.setattr(loops, "retire", retire)
 

@@ -225,7 +225,7 @@ def test_the_states_it_returns_are_the_training_forwards(name):
     policy = tiny.policy(11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.25, stop_tokens=(3,))
     draft = None if name == "none" else tiny.shaken(getattr(jspec.drafts, name)(policy, jax.random.key(1)), scale=0.1)
     batch = make_batch()
-    out = jspec.rollout(policy, draft, batch, sampling=PLAIN, speculation=jspec.Speculation(k=2, states=(0, 2)))
+    out = jspec.rollout(policy, draft, batch, sampling=PLAIN, speculation=jspec.Speculation(k=2, depths=(0, 2)))
     want = jax.jit(train_forward, static_argnames="features")(policy, join(batch.tokens, batch.lengths, out.tokens),
                                                               features=(0, 2))
     assert jspec.rollout(policy, draft, batch, sampling=PLAIN).trunk is None

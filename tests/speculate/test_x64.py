@@ -60,7 +60,7 @@ def test_rollouts_keep_their_dtypes(name, rule, wide):
     def program(policy, draft, batch, temperature, top_p):
         sampling = jspec.Sampling(temperature=temperature, top_p=top_p, top_k=5, max_new_tokens=4, min_new_tokens=2)
         return jspec.rollout(policy, draft, batch, sampling=sampling,
-                             speculation=jspec.Speculation(k=2, rule=rule, states=(0,)))
+                             speculation=jspec.Speculation(k=2, rule=rule, depths=(0,)))
 
     out = traced(program, policy, draft, make_batch(), 1.0, 0.9)
     assert {field: getattr(out, field).dtype.name for field in KINDS} == KINDS

@@ -67,7 +67,7 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
         # at most 0 but for rounding, and but for positions that are not trained, whose gradients must stay finite
         return jnp.minimum(above + logprobs[..., None], 0.0)
 
-    def one(chunk) -> tuple[jax.Array, jax.Array]:
+    def sums_of(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, tokens, logprobs, mask, *states = chunk
         log_p = jax.lax.stop_gradient(log_target(hidden, tokens, logprobs))
         pairs = [divergence(log_p, scaled_logprobs(head(x), temperature), kind) for x in states]
@@ -78,7 +78,7 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
     columns = (batch.predicting(batch.trunk.hidden), batch.response(), logprobs, batch.mask, *states)
     # as many logits at a time as of the whole vocabulary: of a reduced one often all, and none is computed twice
     size = policy.config.vocab_size if vocab is None else len(vocab)
-    total, overlap = sum_over_chunks(one, columns, CHUNK_TOKENS * policy.config.vocab_size // size)
+    total, overlap = sum_over_chunks(sums_of, columns, CHUNK_TOKENS * policy.config.vocab_size // size)
     return total, batch.mask.sum().astype(jnp.float32), {"overlap": overlap}
 
 

@@ -209,11 +209,11 @@ def check_drafter(label: str, value: Any) -> Drafter:
     return value
 
 
-def unlike(made: ModelConfig, config: ModelConfig) -> str:
+def unlike(made: ModelConfig, used: ModelConfig) -> str:
     """In words the first field in which a draft's policy differs from the policy that it is used
     with; "" if none does."""
     for field in dataclasses.fields(ModelConfig):
-        a, b = getattr(made, field.name), getattr(config, field.name)
+        a, b = getattr(made, field.name), getattr(used, field.name)
         if a != b and field.name not in UNLIKE:
             return f"its {field.name} is {a}, the policy's is {b}"
     return ""

@@ -201,11 +201,11 @@ def _fused(config: Eagle3Config, w: dict, trunk: Trunk) -> jax.Array:
     return linear(rms_norm(x, w["input_norm"], eps) if config.norm_before_fc else x, w["fc"])
 
 
-def _run(policy: Policy, config: Eagle3Config, w: dict) -> recursion.Run:
-    """The block, as `parts.recursion` runs it."""
+def _block(policy: Policy, config: Eagle3Config, w: dict) -> recursion.Block:
+    """The block, as `parts.recursion` takes it."""
     eps = config.block.rms_norm_eps
 
-    def run(hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
+    def block(hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
         embedded = embed(policy.replace(weights={"embed": jax.lax.stop_gradient(w["embed"])}) if config.own_embed
                          else policy, tokens)
         normed = rms_norm(hidden, w["hidden_norm"], eps)
@@ -214,7 +214,7 @@ def _run(policy: Policy, config: Eagle3Config, w: dict) -> recursion.Run:
                                  attend, inputs)
         return (rms_norm(x, w["norm"], eps) if config.norm_output else x), cache
 
-    return run
+    return block
 
 
 def logits(policy: Policy, config: Eagle3Config, w: dict, vocab: jax.Array | None, states: jax.Array) -> jax.Array:
@@ -230,7 +230,7 @@ def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Row
     """The block's state at each prompt's last token, and its keys and values over the prompts; after a prompt of one
     token the state is zeros, and the first draft's distribution is flat."""
     config, w = draft.config, draft.weights
-    return recursion.start(_inside(policy, config), [_run(policy, config, w)], _fused(config, w, prefill.trunk),
+    return recursion.start(_inside(policy, config), [_block(policy, config, w)], _fused(config, w, prefill.trunk),
                            recursion.next_tokens(prefill.tokens), prefill.lengths - 1,
                            config.window or None)
 
@@ -239,14 +239,14 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
             sampler: Sampler) -> tuple[Proposal, DraftState]:
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
-    return recursion.propose(_inside(policy, config), [_run(policy, config, w)], state, committed.lengths - 1, sampler,
-                             partial(logits, policy, config, w, vocab), vocab, config.window or None)
+    return recursion.propose(_inside(policy, config), [_block(policy, config, w)], state, committed.lengths - 1,
+                             sampler, partial(logits, policy, config, w, vocab), vocab, config.window or None)
 
 
 def observe(policy: Policy, draft: Draft, state: DraftState, observation: Observation) -> DraftState:
     """Rewrite the cache of the committed positions from the verifier's states; keep the state at the last one."""
     config, w = draft.config, draft.weights
-    return recursion.observe(_inside(policy, config), [_run(policy, config, w)], state, observation.lengths - 1,
+    return recursion.observe(_inside(policy, config), [_block(policy, config, w)], state, observation.lengths - 1,
                              _fused(config, w, observation.trunk), observation, config.window or None)
 
 
@@ -255,8 +255,9 @@ def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, depths
     at position p predict token p + 1; at position 0 they are zeros, as `start` has them."""
     config = draft.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    states = recursion.unroll(_inside(policy, config), [_run(policy, config, weights)], _fused(config, weights, trunk),
-                              recursion.next_tokens(tokens), depths, config.window or None)
+    states = recursion.unroll(_inside(policy, config), [_block(policy, config, weights)],
+                              _fused(config, weights, trunk), recursion.next_tokens(tokens), depths,
+                              config.window or None)
     return [shift(x) for x in states]
 
 

@@ -160,23 +160,23 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     return draft.replace(weights={"blocks": blocks, "table": output_table(policy, draft.state.get("vocab"))})
 
 
-def _runs(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[recursion.Run]:
-    """The blocks, as `parts.recursion` runs them: states are normed."""
+def _blocks(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[recursion.Block]:
+    """The blocks, as `parts.recursion` takes them: states are normed."""
     eps = policy.config.rms_norm_eps
 
-    def run(w, hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
+    def block(w, hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
         inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps), rms_norm(hidden, w["hidden_norm"], eps)]
         x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
         x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
         return rms_norm(x, w["final_norm"], eps), cache
 
-    return [partial(run, w) for w in weights]
+    return [partial(block, w) for w in weights]
 
 
 def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Rows, KeyValues]:
     """Of every block, its state at each prompt's last token, and its keys and values over the prompts."""
     hidden, tokens = _inputs(draft.config, prefill.trunk, prefill.tokens)
-    return recursion.start(policy, _runs(policy, draft.config, draft.weights["blocks"]), hidden, tokens,
+    return recursion.start(policy, _blocks(policy, draft.config, draft.weights["blocks"]), hidden, tokens,
                            prefill.lengths - draft.config.first)
 
 
@@ -185,13 +185,13 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     vocab = draft.state.get("vocab")
     head = partial(table_logits, policy, draft.weights["table"], vocab)
-    return recursion.propose(policy, _runs(policy, draft.config, draft.weights["blocks"]), state,
+    return recursion.propose(policy, _blocks(policy, draft.config, draft.weights["blocks"]), state,
                              committed.lengths - draft.config.first, sampler, head, vocab)
 
 
 def observe(policy: Policy, draft: Draft, state: DraftState, observation: Observation) -> DraftState:
     """Rewrite the caches of the committed positions from the verifier's states; keep the states at the last one."""
-    return recursion.observe(policy, _runs(policy, draft.config, draft.weights["blocks"]), state,
+    return recursion.observe(policy, _blocks(policy, draft.config, draft.weights["blocks"]), state,
                              observation.lengths - draft.config.first, _trunk_states(draft.config, observation.trunk),
                              observation)
 
@@ -205,9 +205,9 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     depth (what comes near the policy's states serves the depths after it too, and they would cost as much again).
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    runs = _runs(policy, draft.config, weights["blocks"])
+    blocks = _blocks(policy, draft.config, weights["blocks"])
     depths = draft.config.blocks if kind == "states" else draft.config.depths
-    states = recursion.unroll(policy, runs, *_inputs(draft.config, batch.trunk, batch.tokens), depths)
+    states = recursion.unroll(policy, blocks, *_inputs(draft.config, batch.trunk, batch.tokens), depths)
     states = [shift(x) for x in states] if draft.config.first else states
     if kind == "states":
         return state_loss(policy, batch, states)

@@ -36,17 +36,17 @@ def embed(policy: Policy, tokens: jax.Array) -> jax.Array:
     return jnp.take(policy.weights["embed"], tokens, axis=0, mode="clip").astype(policy.dtype)
 
 
-def without_tokenless(config: ModelConfig, logits: jax.Array, ids: jax.Array | None = None) -> jax.Array:
+def without_tokenless(model: ModelConfig, logits: jax.Array, ids: jax.Array | None = None) -> jax.Array:
     """Logits [..., n] of `ids` int32 [n] (None: 0..n-1), -inf where the tokenizer has no token for an id.
 
     It is the policy itself that lacks them, so nothing normalised over the vocabulary counts them, and no rule of
     sampling has to ban them.
     """
-    if not config.tokenless:
+    if not model.tokenless:
         return logits
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32) if ids is None else ids
     lacking = jnp.zeros(ids.shape, bool)
-    for start, stop in config.tokenless:
+    for start, stop in model.tokenless:
         lacking |= (ids >= start) & (ids < stop)
     return jnp.where(lacking, -jnp.inf, logits)
 
@@ -134,12 +134,12 @@ def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features:
               attend: Callable[[int], Callable]) -> tuple[Trunk, tuple]:
     """Run the layers one by one; `attend(i)` gives layer i's attention. Returns (Trunk, a pair of keys and values, or
     of their pools, a layer)."""
-    config = policy.config
-    rope = rope_table(config, positions)
+    model = policy.config
+    rope = rope_table(model, positions)
     x = _embedded(policy, tokens)
     residual, kept = [x], []
     for i, w in enumerate(policy.weights["layers"]):
-        x, pair = decoder_layer(config, w, x, rope, attend(i))
+        x, pair = decoder_layer(model, w, x, rope, attend(i))
         x = constrain(x, policy.layout, "batch", None, None)
         residual.append(x)
         kept.append(pair)

@@ -92,22 +92,22 @@ def check_policy(label: str, policy: Any, stacked: bool = False) -> None:
     stacked: it must be in the training layout.
     """
     check_static(label, policy)
-    config = policy.config
-    specs, layers = param_specs(config), policy.weights.get("layers") if isinstance(policy.weights, dict) else None
+    model = policy.config
+    specs, layers = param_specs(model), policy.weights.get("layers") if isinstance(policy.weights, dict) else None
     if isinstance(layers, tuple):
         if stacked:
             raise InputError(f"{label} must be in the training layout, and this one is in a rollout layout; give the "
                              "policy that jspec.reshard was given")
         del specs["layers"]
-        if len(layers) != config.num_layers:
-            raise InputError(f"{label} has {len(layers)} layers; its config says {config.num_layers}")
+        if len(layers) != model.num_layers:
+            raise InputError(f"{label} has {len(layers)} layers; its config says {model.num_layers}")
     check_weights(label, policy.weights, specs)
 
 
-def layer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+def layer_specs(model: ModelConfig) -> dict[str, ParamSpec]:
     """The parameters of one decoder layer (no layer axis). Linear weights are [out, in], as checkpoints have them."""
-    d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_heads * hd, config.num_kv_heads * hd
+    d, f, hd = model.hidden_size, model.intermediate_size, model.head_dim
+    q, kv = model.num_heads * hd, model.num_kv_heads * hd
     specs = {
         "attn_norm": ParamSpec((d,), ("norm",), "ones"),
         "q": ParamSpec((q, d), ("q_heads", "embed")),
@@ -119,35 +119,35 @@ def layer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
         "up": ParamSpec((f, d), ("mlp", "embed")),
         "down": ParamSpec((d, f), ("embed", "mlp")),
     }
-    if config.qkv_bias:
+    if model.qkv_bias:
         specs["q_bias"] = ParamSpec((q,), ("q_heads",), "zeros")
         specs["k_bias"] = ParamSpec((kv,), ("kv_heads",), "zeros")
         specs["v_bias"] = ParamSpec((kv,), ("kv_heads",), "zeros")
-    if config.out_bias:
+    if model.out_bias:
         specs["o_bias"] = ParamSpec((d,), ("norm",), "zeros")
-    if config.qk_norm:
+    if model.qk_norm:
         specs["q_norm"] = ParamSpec((hd,), (None,), "ones")
         specs["k_norm"] = ParamSpec((hd,), (None,), "ones")
-    if config.mlp_bias:
+    if model.mlp_bias:
         specs["gate_bias"] = ParamSpec((f,), ("mlp",), "zeros")
         specs["up_bias"] = ParamSpec((f,), ("mlp",), "zeros")
         specs["down_bias"] = ParamSpec((d,), ("norm",), "zeros")
     return specs
 
 
-def param_specs(config: ModelConfig) -> dict[str, Any]:
+def param_specs(model: ModelConfig) -> dict[str, Any]:
     """The whole tree of parameters in the training layout (layers stacked along a leading axis)."""
     layers = {
-        name: dataclasses.replace(s, shape=(config.num_layers, *s.shape), axes=("layers", *s.axes))
-        for name, s in layer_specs(config).items()
+        name: dataclasses.replace(s, shape=(model.num_layers, *s.shape), axes=("layers", *s.axes))
+        for name, s in layer_specs(model).items()
     }
     specs = {
-        "embed": ParamSpec((config.vocab_size, config.hidden_size), ("vocab", "embed")),
+        "embed": ParamSpec((model.vocab_size, model.hidden_size), ("vocab", "embed")),
         "layers": layers,
-        "final_norm": ParamSpec((config.hidden_size,), ("norm",), "ones"),
+        "final_norm": ParamSpec((model.hidden_size,), ("norm",), "ones"),
     }
-    if not config.tie_embeddings:
-        specs["head"] = ParamSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+    if not model.tie_embeddings:
+        specs["head"] = ParamSpec((model.vocab_size, model.hidden_size), ("vocab", "embed"))
     return specs
 
 
@@ -216,13 +216,13 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     """
     if not policy.stacked:
         return policy
-    config = policy.config
+    model = policy.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), policy.weights)
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], weights["layers"]) for i in range(config.num_layers))
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], weights["layers"]) for i in range(model.num_layers))
     weights = {**weights, "layers": layers}
-    specs = {**param_specs(config), "layers": (layer_specs(config),) * config.num_layers}
-    weights = constrain_tree(weights, specs, config, layout)
-    weights["layers"] = tuple(fuse(config, w, layout) for w in weights["layers"])
+    specs = {**param_specs(model), "layers": (layer_specs(model),) * model.num_layers}
+    weights = constrain_tree(weights, specs, model, layout)
+    weights["layers"] = tuple(fuse(model, w, layout) for w in weights["layers"])
     return policy.replace(weights=weights, layout=layout)
 
 

@@ -36,7 +36,7 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
     instance(Speculation, "jspec.Speculation(...) or None")("speculation", spec)
     instance(Batching, "jspec.Batching(...) or None")("batching", batching)
     _check_batch(batch)
-    rows, config = batch.tokens.shape[0] * batch.group_size, policy.config
+    rows, model = batch.tokens.shape[0] * batch.group_size, policy.config
     _check_leaf("temperature", sampling.temperature, rows, high=np.inf)
     if sampling.top_p is not None:
         _check_leaf("top_p", sampling.top_p, rows, high=1)
@@ -45,16 +45,16 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
         if not is_whole((sampling.limit if hasattr(sampling.limit, "dtype") else np.asarray(sampling.limit)).dtype):
             raise wrong("sampling limit", sampling.limit, "whole numbers", traceable=True)
     choose(spec.kernels)
-    _check_tokens(config, batch, sampling)
-    positions = config.max_position_embeddings
+    _check_tokens(model, batch, sampling)
+    positions = model.max_position_embeddings
     if spec.most >= positions:
         raise InputError(f"speculation k = {spec.most} must be below the model's {positions} positions")
     if spec.most > MOST_DRAFTS:
         raise InputError(f"speculation k = {spec.most} must be at most {MOST_DRAFTS}: the passes that draft are "
                          "unrolled")
     for depth in spec.depths or ():
-        if depth > config.num_layers:
-            raise InputError(f"speculation depths holds {depth}; the model has {config.num_layers} layers")
+        if depth > model.num_layers:
+            raise InputError(f"speculation depths holds {depth}; the model has {model.num_layers} layers")
     layout = policy.layout if not policy.stacked else "rollout"
     check_rows(rows, layout=layout)
     check_batching("batching ", batching, batch_shards(layout), rows, batch.group_size, batch.tokens.shape[1],
@@ -73,7 +73,7 @@ def check_batching(label: str, batching: Batching, shards: int, rows: int, group
     Blocks.of(prompts, length, cap, k).check(f"{label}kv_tokens", batching.kv_tokens, shards)
 
 
-def answerable(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> jax.Array:
+def answerable(model: ModelConfig, batch: PromptBatch, sampling: Sampling) -> jax.Array:
     """bool [N]: whether a row's prompt and settings are such that it has an answer.
 
     `check` has refused the others where it could see them; where they are traced, nothing is to be generated in their
@@ -81,7 +81,7 @@ def answerable(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> j
     from.
     """
     length = batch.tokens.shape[1]
-    inside = (batch.tokens >= 0) & (batch.tokens < config.vocab_size)
+    inside = (batch.tokens >= 0) & (batch.tokens < model.vocab_size)
     known = inside | (jnp.arange(length) >= batch.lengths[:, None])
     prompts = (batch.lengths >= 1) & (batch.lengths <= length) & known.all(1)
     temperature = jnp.asarray(sampling.temperature, jnp.float32)
@@ -165,25 +165,25 @@ def _check_batch(batch: PromptBatch) -> None:
     random_key("batch.key", batch.key)
 
 
-def _check_tokens(config: ModelConfig, batch: PromptBatch, sampling: Sampling) -> None:
+def _check_tokens(model: ModelConfig, batch: PromptBatch, sampling: Sampling) -> None:
     lengths, tokens = _concrete(batch.lengths), _concrete(batch.tokens)
     longest = batch.tokens.shape[1] if lengths is None else int(lengths.max())
-    if longest + sampling.max_new_tokens > config.max_position_embeddings:
+    if longest + sampling.max_new_tokens > model.max_position_embeddings:
         raise InputError(f"a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} do not fit the "
-                         f"model's {config.max_position_embeddings} positions; shorten one of them")
-    if tokens is not None and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+                         f"model's {model.max_position_embeddings} positions; shorten one of them")
+    if tokens is not None and (tokens.min() < 0 or tokens.max() >= model.vocab_size):
         raise InputError(f"prompt token {int(tokens.max() if tokens.min() >= 0 else tokens.min())} is outside the "
-                         f"model's vocabulary of {config.vocab_size}; was it made with another tokenizer?")
-    check_stops(config, sampling)
+                         f"model's vocabulary of {model.vocab_size}; was it made with another tokenizer?")
+    check_stops(model, sampling)
 
 
-def check_stops(config: ModelConfig, sampling: Sampling) -> None:
+def check_stops(model: ModelConfig, sampling: Sampling) -> None:
     """Raise InputError for stop tokens that the model has not, or that leave nothing to sample."""
     for token in sampling.stop_tokens or ():
-        if token >= config.vocab_size:
-            raise InputError(f"stop token {token} is outside the model's vocabulary of {config.vocab_size}")
+        if token >= model.vocab_size:
+            raise InputError(f"stop token {token} is outside the model's vocabulary of {model.vocab_size}")
     if sampling.min_new_tokens:
-        stops = set(config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens)
-        if len(stops.union(*(range(*ids) for ids in config.tokenless))) == config.vocab_size:
+        stops = set(model.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens)
+        if len(stops.union(*(range(*ids) for ids in model.tokenless))) == model.vocab_size:
             raise InputError(f"sampling min_new_tokens = {sampling.min_new_tokens} forbids every token, since all of "
                              "them are stop tokens; set it to 0, or name fewer stop tokens")

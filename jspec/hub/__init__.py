@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jspec.hub.download import fetch
 from jspec.hub.exporter import export
-from jspec.hub.stored import StoredModel, open, open_tokenizer
+from jspec.hub.stored import StoredModel, check_loading, open, open_tokenizer
 from jspec.hub.tokenizer import character_tokenizer
 from jspec.model.config import ModelConfig
 from jspec.model.params import Policy
@@ -41,6 +41,7 @@ def load(name: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -
     Raises InputError if the model is not there, its architecture is not supported, the checkpoint is cut short or has a
     tensor missing, left over or of the wrong shape, or the mesh does not divide the model.
     """
+    dtype = check_loading(dtype, mesh)  # before anything is looked for
     return open(name).policy(dtype, mesh)
 
 

@@ -22,6 +22,15 @@ from jspec.model.config import ModelConfig
 from jspec.model.params import Policy
 
 
+def check_loading(dtype: str | None, mesh: Mesh | None) -> str:
+    """The name of the dtype that a policy is to compute in. Raises InputError for what is none, and
+    for a mesh that is none."""
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    optional(instance(Mesh, "a mesh, such as jspec.make_mesh(), or None"))("mesh", mesh)
+    return compute_dtype("dtype", dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
     """A model by name: of it nothing is read before it is asked for, and weights are fetched last.
@@ -66,10 +75,7 @@ class StoredModel:
 
     def policy(self, dtype: str | None = None, mesh: Mesh | None = None) -> Policy:
         """The policy in the training layout. Arguments and errors are those of `hub.load`."""
-        if dtype is None:
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        dtype = compute_dtype("dtype", dtype)
-        optional(instance(Mesh, "a mesh, such as jspec.make_mesh(), or None"))("mesh", mesh)
+        dtype = check_loading(dtype, mesh)
         path = self.located(True)
         config = self.config
         if path.is_file():

@@ -4,6 +4,7 @@ The names below are imported when first used: command-line help and reward worke
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,7 @@ _SURFACE = {
 __all__ = [*_SURFACE, "drafts", "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "drafts":
         return importlib.import_module("jspec.drafts")
     if name not in _SURFACE:
@@ -31,5 +32,5 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(_SURFACE[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

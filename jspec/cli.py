@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jspec import user_code
 from jspec.choices import DRAFTERS, DTYPES, KERNELS, MAX_NEW_TOKENS, MOST_SAMPLES, RULES, SEED_HIGH
@@ -32,11 +32,11 @@ Handler = Callable[[argparse.Namespace], int]
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; `keys` appends the keys of that class of `jspec.config` to the help."""
 
-    def __init__(self, *arguments, keys: str | None = None, **options):
+    def __init__(self, *arguments, keys: str | None = None, **options) -> None:
         super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.keys = keys
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see `{self.prog} --help`)")
 
     def format_help(self) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 class PlainConsole(Console):
     """A console that prints text as it is. What it prints to may go away (`| head -2`): it then prints no more."""
 
-    def __init__(self, on_closed: Callable[[], None] | None = None, **options: Any):
+    def __init__(self, on_closed: Callable[[], None] | None = None, **options: Any) -> None:
         """`on_closed` is called once when nobody reads any more; None: BrokenPipeError. The options are rich's."""
         super().__init__(**options, markup=False, emoji=False, highlight=False)
         self.on_closed = on_closed

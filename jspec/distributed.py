@@ -129,7 +129,7 @@ _LONGER_S = 2 * int(WAIT_S)  # JAX's own patience ends with a stack trace
 @contextmanager
 def _waiting_for_others(address: str, count: int | None) -> Iterator[None]:
     """While JAX joins the processes, in C++, where no handler of Python's is heard and the end is an abort."""
-    def give_up():
+    def give_up() -> None:
         whom = "the other processes" if count is None else f"all {count} processes"
         say(f"error: {whom} have not met at {address} after {WAIT_S:.0f} s: {_answer(address)}")
         sys.stderr.flush()

@@ -31,7 +31,7 @@ def run(count: int, command: Sequence[str]) -> int:
 
     asked = []  # the signals that were passed on: what ends by them has not failed
 
-    def forward(number, _frame):
+    def forward(number, _frame) -> None:
         asked.append(number)
         for process in processes:
             if process.poll() is None:

@@ -86,7 +86,7 @@ class CompileSeconds:
 
     EVENT = "/jax/core/compile/backend_compile_duration"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.total, self.programs = 0.0, 0
 
     def __call__(self) -> float:
@@ -108,7 +108,7 @@ class CompileSeconds:
 class Clock:
     """Seconds of each phase of a step, and those of them that went into compiling."""
 
-    def __init__(self, compile_seconds: CompileSeconds | None = None):
+    def __init__(self, compile_seconds: CompileSeconds | None = None) -> None:
         """None: nothing is known of compiling."""
         compile_seconds = compile_seconds or CompileSeconds()
         self.seconds: dict[str, float] = {}
@@ -139,7 +139,7 @@ class Clock:
 class Board:
     """TensorBoard's scalars, written as they come: tensorboardX's own SummaryWriter hangs on a full disk."""
 
-    def __init__(self, directory: Path, done: int):
+    def __init__(self, directory: Path, done: int) -> None:
         """What the files in `directory` say of steps after `done` is shown no more."""
         from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2
@@ -169,7 +169,7 @@ class Metrics:
     """
 
     def __init__(self, output_dir: str | Path, done: int, steps: int, console: Console | None = None,
-                 write: bool = True):
+                 write: bool = True) -> None:
         """`write` is false on all processes but one: they keep records and write nothing."""
         self.directory = Path(output_dir)
         self.steps, self.file, self.board, self.records = steps, None, None, []

@@ -17,7 +17,7 @@ from jspec.errors import InputError
 class Output:
     """A file to write a result to, whole or not at all. That it can be written is known since it was opened."""
 
-    def __init__(self, path: str | Path, option: str):
+    def __init__(self, path: str | Path, option: str) -> None:
         self.option, self.path = option, Path(path)
         with self._explained():
             self.path = self.path.expanduser().resolve()  # a link stays one

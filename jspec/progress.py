@@ -63,7 +63,7 @@ def telling(what: str, total: int | None = None) -> Iterator[Callable[..., None]
 class _Log(threading.Thread):
     """Lines of a log: what has begun, from time to time how far it is, and how long it took."""
 
-    def __init__(self, what: str, total: int | None):
+    def __init__(self, what: str, total: int | None) -> None:
         super().__init__(daemon=True)
         self.what, self.total, self.done = what, total, 0
         self.began, self.ended = time.monotonic(), threading.Event()

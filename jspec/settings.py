@@ -61,11 +61,11 @@ def read(kind: type, path: str | Path | None, overrides: Sequence[Override]) -> 
 
 def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`: mappings key by key, anything else as a whole."""
-    def one(key: str) -> Any:
+    def merged(key: str) -> Any:
         both = below.get(key), above[key]
         return _merged(*both) if all(isinstance(value, dict) for value in both) else above[key]
 
-    return below | {key: one(key) for key in above}
+    return below | {key: merged(key) for key in above}
 
 
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")
@@ -227,7 +227,7 @@ def _nearest(path: tuple[str, ...], kind: type) -> str:
     return max(known, key=likeness)
 
 
-def _build(section: type, values: dict[str, Any], path: tuple[str, ...], origin: dict[str, str]):
+def _build(section: type, values: dict[str, Any], path: tuple[str, ...], origin: dict[str, str]) -> Any:
     made = {}
     for field in dataclasses.fields(section):
         here = (*path, field.name)

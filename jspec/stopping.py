@@ -26,7 +26,7 @@ def terminate_by_exception() -> Iterator[None]:
 class StopSignal:
     """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
         self.before: dict[int, Any] = {}
 

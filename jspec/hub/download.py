@@ -179,7 +179,7 @@ def _convert(gguf_file: Path, target: Path, report: Report) -> None:
     source, config, fields = gguf_source(gguf_file)
     total, done = len(stored_tensors(config)), 0
 
-    def value(tensor):
+    def value(tensor: Any) -> Any:
         nonlocal done
         done += 1
         report(stage, done, total)

@@ -118,7 +118,7 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None, layo
 
 def tensor_names(config: Eagle3Config) -> Any:
     """SpecForge's name of every parameter, in the tree of `drafts.eagle3.specs`."""
-    def name(path, _):
+    def name(path, _) -> str:
         top, *below = (getattr(part, "key", getattr(part, "idx", None)) for part in path)
         if top == "layer":
             return f"midlayer.{layer_tensor(below[0])}"

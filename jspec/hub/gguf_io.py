@@ -76,7 +76,7 @@ class _Reader(gguf.GGUFReader):
 
     values_left = 4_000_000  # tokens, merges and types of the largest published vocabularies are half as many
 
-    def _get(self, offset, dtype, count=1, **options):
+    def _get(self, offset, dtype, count=1, **options) -> np.ndarray:
         self.values_left -= 1
         out = super()._get(offset, dtype, count, **options)
         if self.values_left < 0 or len(out) < count:

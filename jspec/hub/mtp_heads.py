@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,13 +93,13 @@ def _weights(source: SafetensorsSource, tensors: list, config: MtpConfig) -> dic
     shardings = jax.tree.map(lambda _: None, tree) if mesh.empty else spec_sharding(tree, config.policy, mesh)
     by_key = {tensor.key: tensor for tensor in tensors}
 
-    def one(path, spec):
+    def assembled(path: tuple, spec: Any) -> jax.Array:
         tensor, sharding = by_key[tuple(getattr(p, "key", getattr(p, "idx", None)) for p in path)], shardings
         for part in tensor.key:
             sharding = sharding[part]
         return assemble(source, [tensor], spec.shape, sharding)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(assembled, tree)
 
 
 def write(draft: Draft, directory: str | Path) -> Path:

@@ -41,7 +41,7 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
     n, t, _ = hidden.shape
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (n,))[:, None]
 
-    def one(chunk):
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, tokens = chunk
         z = scaled(logits(policy, hidden), temperature)
         normaliser = jnp.log(jnp.sum(jnp.exp(z), axis=-1))  # the largest z is 0
@@ -52,7 +52,7 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
         return chosen - normaliser, entropy
 
     with jax.named_scope("token_logprobs"):
-        out = map_chunks(one, (hidden, tokens), chunk_tokens)
+        out = map_chunks(of_chunk, (hidden, tokens), chunk_tokens)
         return tuple(x.swapaxes(0, 1).reshape(n, -1)[:, :t] for x in out)
 
 

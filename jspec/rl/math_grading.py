@@ -10,6 +10,8 @@ import functools
 import logging
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 from jspec.errors import shortened
 from jspec.rl import math_response
@@ -198,7 +200,7 @@ MAX_EXPANDED = 20
 
 
 @functools.cache
-def library():
+def library() -> tuple[Callable[..., bool], Callable[[str], Any]]:
     """math-verify's `verify`, and its parser as it is asked here: it takes the whole of a formula or nothing, strips no
     units, as which it takes letters too (2h for 2), and does not take R for r."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
@@ -210,7 +212,7 @@ def library():
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 
-    def parse(text: str):
+    def parse(text: str) -> Any:
         return latex2sympy(text, is_real=not should_treat_as_complex(text), convert_degrees=bool(SINE.search(text)),
                            normalization_config=spelling, conversion_config=ConversionConfig(lowercase_symbols=False))
 
@@ -242,7 +244,7 @@ SUM = r"[-+]?[\d., ]*\d(?: ?[-+] ?\d[\d.,]*)+"
 
 
 @functools.lru_cache(maxsize=4096)
-def parse_formula(text: str):
+def parse_formula(text: str) -> Any:
     """The sympy object that `text` is; raises ValueError where there is none, or none that is bounded."""
     unknown = {name for name in re.findall(r"\\([A-Za-z]+)", text)} - COMMANDS
     if unknown:

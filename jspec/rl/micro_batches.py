@@ -92,7 +92,7 @@ def accumulate(one: Callable[[MicroBatch], tuple[Any, Any]], batch: TrainBatch,
     of_one = jax.eval_shape(lambda done: one(micro_batch(done, *narrowest)), jax.ShapeDtypeStruct((), jnp.int32))
     carry = (jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_one))
     for (rows, width), shorter in zip(shapes, (*(width for _, width in shapes[1:]), 0), strict=True):
-        def body(carry, rows=rows, width=width):
+        def body(carry, rows=rows, width=width) -> tuple[Any, Any]:
             done, (sums, maxima) = carry
             more, others = one(micro_batch(done, rows, width))
             return done + rows, (jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, others))
@@ -116,10 +116,10 @@ def take(batch: TrainBatch, order: jax.Array, done: jax.Array, rows: int, width:
     index = order[:, jnp.minimum(place, order.shape[1] - 1)]
     prompts = index // batch.group_size
 
-    def by_row(x):
+    def by_row(x) -> jax.Array:
         return constrain(block_rows(x, index), "train", "batch", *(None,) * (x.ndim - 1))
 
-    def by_prompt(x):
+    def by_prompt(x) -> jax.Array:
         return constrain(block_rows(x, prompts), "train", "batch", *(None,) * (x.ndim - 1))
 
     live = jnp.broadcast_to(place < order.shape[1], index.shape).reshape(-1, 1)

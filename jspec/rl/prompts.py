@@ -56,7 +56,7 @@ class PromptData:
     """
 
     def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1,
-                 held_out: bool = False, check_answer: Callable[[str], None] | None = None):
+                 held_out: bool = False, check_answer: Callable[[str], None] | None = None) -> None:
         """
         Args:
             config: `jspec.config.DataSection`.

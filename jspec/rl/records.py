@@ -49,7 +49,8 @@ class JsonLines(Sequence):
 
     at_once = 20_000  # a second
 
-    def __init__(self, path: Path, records: list[dict[str, Any]], lines: Iterable[int], digests: Iterable[bytes]):
+    def __init__(self, path: Path, records: list[dict[str, Any]], lines: Iterable[int],
+                 digests: Iterable[bytes]) -> None:
         """
         Args:
             path: the file.
@@ -76,7 +77,7 @@ class JsonLines(Sequence):
 class Selected(Sequence):
     """Some of the records of `records`, by their numbers."""
 
-    def __init__(self, records: Records, numbers: Sequence[int]):
+    def __init__(self, records: Records, numbers: Sequence[int]) -> None:
         self.records, self.numbers, self.at_once = records, np.asarray(numbers, np.int64), records.at_once
 
     def __len__(self) -> int:

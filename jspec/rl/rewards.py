@@ -151,7 +151,7 @@ nowhere = functools.cache(functools.partial(open, os.devnull, "w"))
 class Unheard(io.FileIO):
     """Where a reward function prints to: that nobody reads it, or the disk is full, is no response's fault."""
 
-    def write(self, data):
+    def write(self, data) -> int:
         try:
             return super().write(data)
         except OSError:
@@ -204,7 +204,7 @@ class RewardPool:
     the function with `check_reward` beforehand.
     """
 
-    def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0, ready_s: float = READY_S):
+    def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0, ready_s: float = READY_S) -> None:
         self.function, self.workers, self.timeout_s, self.ready_s = function, workers, timeout_s, ready_s
         self.logged: set[str] = set()
         self.pool = self.start()

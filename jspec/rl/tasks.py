@@ -13,7 +13,8 @@ import re
 import subprocess
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from jspec.errors import InputError, shortened
@@ -40,7 +41,7 @@ class ReasoningGym(Sequence):
 
     at_once = 32  # some tasks search for a good question
 
-    def __init__(self, task: str, options: Mapping[str, Any], further: int = 0):
+    def __init__(self, task: str, options: Mapping[str, Any], further: int = 0) -> None:
         """
         Args:
             task: reasoning_gym's name of it, such as "chain_sum".
@@ -149,7 +150,7 @@ def parts_of(task: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def create(task: str, options: Mapping[str, Any]):
+def create(task: str, options: Mapping[str, Any]) -> Any:
     """reasoning_gym's data set of a task; raises what `ReasoningGym` does."""
     gym = import_gym()
     if task not in gym.factory.DATASETS:
@@ -163,7 +164,7 @@ def create(task: str, options: Mapping[str, Any]):
         raise InputError(f"the reasoning_gym task {task!r} refuses data.options={dict(options)}: {error}") from error
 
 
-def import_gym():
+def import_gym() -> ModuleType:
     try:
         import reasoning_gym
     except ImportError as error:
@@ -179,5 +180,5 @@ def score(response: str, task: str, options: Mapping[str, Any], entry: Mapping[s
 
 
 @functools.lru_cache(maxsize=4)
-def verifier(task: str, options: str):
+def verifier(task: str, options: str) -> Callable[..., float]:
     return create(task, json.loads(options)).score_answer

@@ -34,7 +34,7 @@ from jspec.rl.state import TrainState
 from jspec.rl.update import UpdateSettings, init_state, update
 from jspec.step import Step, declare
 
-PHASES = ("reshard", "rollout", "reward", "update")
+TIMED = ("reshard", "rollout", "reward", "update")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -75,7 +75,7 @@ def take(step: Step, state: TrainState, prompts: jspec.PromptBatch
     """One GRPO step. Returns (state, seconds by phase and the metrics that say it was a real one, its rollout)."""
     begin, clock = time.perf_counter(), Clock()
     state, taken = step.take(state, None, prompts, clock, choose=lambda *_: step.speculation.k, grade=distinct)
-    seconds = {name: clock.seconds[name] for name in PHASES} | {"step": time.perf_counter() - begin}
+    seconds = {name: clock.seconds[name] for name in TIMED} | {"step": time.perf_counter() - begin}
     out, (metrics, *_) = taken.rollout, taken.updates
     generated = int(out.lengths.sum())
     return state, {**seconds, "tokens": generated,
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             rows.append(row)
     table = Table(title=f"GRPO step, {args.shape}, {args.prompts} x {args.group} rows, {args.prompt_tokens} + "
                         f"{args.new_tokens} tokens, draft {args.draft}")
-    shown = [*PHASES, "step", "tok_per_s", "acceptance_length", "logprob_gap"]
+    shown = [*TIMED, "step", "tok_per_s", "acceptance_length", "logprob_gap"]
     for name in shown:
         table.add_column(name, justify="right")
     for row in rows:

@@ -183,7 +183,7 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> No
         "k": lambda r: f"auto {r['loop_k']}" if r["k"] == "auto" else shown(r["k"]),
         "T": lambda r: f"{r['temperature']:g}",
         "rule": lambda r: r["rule"], "seconds": lambda r: f"{r['seconds']:.1f}",
-        **({name: lambda r, name=name: f"{r[name]:.1f}" for name in grpo_step.PHASES} if args.grpo else {}),
+        **({name: lambda r, name=name: f"{r[name]:.1f}" for name in grpo_step.TIMED} if args.grpo else {}),
         "tokens": lambda r: str(r["tokens"]), "tok/s": lambda r: f"{r['tok_per_s']:.1f}",
         "mean": lambda r: f"{r['mean']:.0f}", "median": lambda r: f"{r['median']:.0f}",
         "largest": lambda r: str(r["largest"]), "tokens/cycle": lambda r: f"{r['acceptance_length']:.2f}",

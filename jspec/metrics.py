@@ -30,6 +30,7 @@ TIMINGS = ("seconds/", "tokens_per_second", "compilations")
 """Prefixes of the fields that differ, as `time` does, between two runs of the same thing; all others are equal."""
 
 PHASES = ("data", "reshard", "choose", "rollout", "reward", "draft", "remember", "update", "checkpoint")
+"""The phases of a step, each of which is timed; inside their programs `profiling.SCOPES` are told apart."""
 WINDOW = 20  # steps in the running mean that acceptance is compared with
 EXPECTED = 20  # accepted tokens that the mean promises for a step: with fewer, half of them is within chance
 TABLE_ROWS = 12

@@ -25,7 +25,7 @@ from jspec.output import open_directory, screen
 from jspec.prepare import check, make_draft, make_policy, make_reference, make_tokenizer
 from jspec.profiling import (
     PARTS,
-    PHASES,
+    SCOPES,
     Phase,
     in_order,
     length,
@@ -134,7 +134,7 @@ def profile(config: Config, directory: Path) -> int:
         known = {}
         for name, program in programs.items():
             text = program.as_text()
-            known[module_name(text)] = phases_of_program(text, name if name in PHASES else f"{name}, rest")
+            known[module_name(text)] = phases_of_program(text, name if name in SCOPES else f"{name}, rest")
         spans = spans_by_phase(directory, known)
         perfetto = name_phases(directory, spans)
     phases = {phase: length(found) / 1e9 / period for phase, found in spans.items()}

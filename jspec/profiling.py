@@ -42,7 +42,7 @@ MEANING = {
     "draft_optimizer": "the same of the draft",
     "rest": "what of that program belongs to no phase",
 }
-PHASES = tuple(name for name in MEANING if name != "rest")  # the innermost first: all of decoding lies in "decode"
+SCOPES = tuple(name for name in MEANING if name != "rest")  # the innermost first: all of decoding lies in "decode"
 PARTS = ("attention", "mlp", "head", "token_logprobs")
 OTHER = "other operations"
 BETWEEN_OPERATIONS_NS = 20_000.0  # what XLA needs to start the next one; a phase's track shows no hole there
@@ -76,7 +76,7 @@ class Phase:
 def phase_of(op_name: str) -> Phase:
     """The phase of an operation by its scopes, such as 'jit(update)/policy_loss/transpose(jvp(trunk))/mlp/dot'."""
     scopes = re.split(r"[/();]+", op_name)
-    name = next((scope for scope in PHASES if scope in scopes), OTHER)
+    name = next((scope for scope in SCOPES if scope in scopes), OTHER)
     if name == "decode":
         name = "decode, between phases"
     if name.endswith("_loss"):
@@ -203,7 +203,7 @@ def loop_name(rows: int) -> str:
 def in_order(phase: Phase) -> tuple[int, bool, str]:
     """Phases as a step goes through them."""
     name = phase.name.split(",")[0]
-    return (PHASES.index(name) if name in PHASES else len(PHASES)), "backward" in phase.name, phase.name
+    return (SCOPES.index(name) if name in SCOPES else len(SCOPES)), "backward" in phase.name, phase.name
 
 
 def _phase_of_event(event: Any, programs: Mapping[str, Mapping[str, Phase]]) -> Phase | None:

@@ -8,7 +8,7 @@ import pytest
 from jspec.cli import main
 from jspec.profile_step import loop_table, phase_table
 from jspec.profiling import (
-    PHASES,
+    SCOPES,
     Phase,
     length,
     meaning,
@@ -107,7 +107,7 @@ def test_spans_that_touch_are_one(tmp_path):
 
 
 def test_every_phase_says_what_it_is():
-    names = [phase_of(f"jit(f)/{name}/dot").name for name in PHASES]
+    names = [phase_of(f"jit(f)/{name}/dot").name for name in SCOPES]
     assert all(meaning(name) for name in [*names, "policy_loss, backward", "rollout, rest"])
     assert meaning("decode, between phases") != meaning("rollout, rest") == meaning("update, rest")
 

@@ -1,7 +1,8 @@
 """Typed settings: fields with meanings and bounds, read from YAML and dotted overrides into frozen dataclasses.
 
-What there is to set is declared elsewhere (`jspec.config`): here is how a declaration is read, checked, compared,
-written and described. Anything wrong is an `InputError` that names the key and where it came from.
+What there is to set is declared in `jspec.config`: here is how a declaration is read, checked, compared, written and
+described (OmegaConf's structured configs take "3" for 3 and "yes" for true). Anything wrong is an `InputError` that
+names the key and where it came from.
 """
 
 import dataclasses

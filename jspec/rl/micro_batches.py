@@ -5,6 +5,8 @@ width, to which it trims the responses, and for a number of rows, and leaves off
 the next one's. All of it is one program: how many micro-batches each loop takes is data, and other lengths compile
 nothing anew.
 
+`optax.microbatching` and `optax.MultiSteps` take parts of one shape; here the widths are what saves the time.
+
 On a mesh each shard orders its own rows, so that a row stays where its prompt is; a loop goes on while any shard has a
 row for it.
 """

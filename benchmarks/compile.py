@@ -7,7 +7,8 @@ sm_90. Recorded are, for a kernel, the vector memory or shared memory, registers
 the memory a device needs and what its decode loops do (compiled_text.py): a collective in them that crosses the shards
 of the batch, or a copy of a pool of keys and values, is a failure. `refused` is a shape that an implementation does not
 take: the reference runs there. Exit code 1 if anything else does not compile, or does so badly. libtpu lets one process
-in at a time. Lines about nvdisasm, which the packages lack, mean nothing.
+in at a time. Lines about nvdisasm, which the packages lack, mean nothing. `--what step` compiles all programs of a
+training step (`jspec/step.py`) and records the memory a device needs for each.
 
 A rollout is of a heavy tail: 256 sequences in 64 slots a shard of the batch, and a schedule of k, so that its chain has
 two loops. Every chip compiles it with `mtp`, and one of them with each of the other drafters (`--drafts` compiles those
@@ -38,7 +39,7 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from rich.table import Table
 
 import jspec
@@ -47,9 +48,14 @@ from benchmarks.options import open_results, program
 from benchmarks.shapes import SHAPES
 from jspec.config import load_config
 from jspec.console import PlainConsole
-from jspec.model import init_policy, policy_sharding
+from jspec.model import abstract_policy
 from jspec.model.pool import BLOCK
+from jspec.profiling import memory_of
+from jspec.rl.state import TrainState, state_specs
+from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import make_mesh
+from jspec.step import Step, declare
+from jspec.step import compiled as compile_step
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.rejection_sampling import rejection_sampling
 from pallas_kernels.rejection_sampling import shapes as sampling_shapes
@@ -94,7 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", nargs="+", choices=[*TPUS, GPU], default=[*TPUS, GPU])
-    parser.add_argument("--what", nargs="+", choices=["kernels", "rollout"], default=["kernels", "rollout"])
+    parser.add_argument("--what", nargs="+", choices=["kernels", "rollout", "step"], default=["kernels", "rollout"])
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")
     parser.add_argument("--drafts", nargs="+", choices=DRAFTS, help="of the rollouts, for every chip and shape")
     parser.add_argument("--pausing", action="store_true", help="with --drafts: in a pool that makes rows pause")
@@ -199,31 +205,57 @@ def timed(chip: str, function: Any, args: Any, read: Callable[[str], dict[str, A
     return {"seconds": round(time.perf_counter() - begin, 2), **resources(chip, program), **read(program.as_text())}
 
 
-def rollout(chip: str, shape: str, name: str, pausing: bool = False, layers: int | None = None) -> dict[str, Any]:
-    """A row of `jspec.rollout` with one of DRAFTS, kernels asked for by name."""
-    config = SHAPES[shape]
+def declared(mesh: Mesh, shape: str, name: str, pausing: bool = False, layers: int | None = None
+             ) -> tuple[Step, TrainState, Any]:
+    """(a step, its state, its prompts) of one of SHAPES and one of DRAFTS on a mesh, which is the current one: shapes
+    with shardings, kernels asked for by name."""
+    config, shards = SHAPES[shape], mesh.shape["fsdp"]
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
-    fsdp, tensor = MESHES[chip]
+    policy, drafter = abstract_policy(config, "bfloat16"), getattr(jspec.drafts, name.partition(",")[0])
+    draft = jax.eval_shape(lambda p: drafter(p, jax.random.key(0), **DRAFTS[name]), policy)
+    batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * LENGTH] * PROMPTS, group_size=GROUP, seed=0,
+                                                                 buckets=(LENGTH,)))
+    settings = UpdateSettings(remat=True)
+    specs = state_specs(policy, draft, settings)
+    step = declare(specs, settings, sampling=jspec.Sampling(max_new_tokens=CAP, stop_tokens=(1,)),
+                   speculation=jspec.Speculation(k=SCHEDULE, kernels="pallas"),
+                   batching=jspec.Batching(slots=SLOTS * shards, kv_tokens=KV_TOKENS * shards if pausing else None))
+    return step, specs, on(NamedSharding(mesh, PartitionSpec()), batch)
+
+
+def rollout(chip: str, shape: str, name: str, pausing: bool = False, layers: int | None = None) -> dict[str, Any]:
+    """A row of a step's rollout, from the policy in its training layout."""
+    config, (fsdp, tensor) = SHAPES[shape], MESHES[chip]
     mesh = make_mesh(1, fsdp, tensor, devices=devices(chip))
     with jax.set_mesh(mesh):
-        policy = jax.eval_shape(lambda: init_policy(config, jax.random.key(0), "bfloat16"))
-        weights = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), policy.weights,
-                               policy_sharding(config, mesh))
-        policy = policy.replace(weights=weights)
-        drafter = getattr(jspec.drafts, name.partition(",")[0])
-        draft = jax.eval_shape(lambda p: drafter(p, jax.random.key(0), **DRAFTS[name]), policy)
-        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * LENGTH] * PROMPTS, group_size=GROUP,
-                                                                     seed=0, buckets=(LENGTH,)))
-        whole = NamedSharding(mesh, PartitionSpec())
-        run = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=CAP, stop_tokens=(1,)),
-                              speculation=jspec.Speculation(k=SCHEDULE, kernels="pallas"),
-                              batching=jspec.Batching(slots=SLOTS * fsdp,
-                                                      kv_tokens=KV_TOKENS * fsdp if pausing else None)))
+        step, specs, prompts = declared(mesh, shape, name, pausing, layers)
         block = config.num_kv_heads // tensor, BLOCK, config.head_dim
         shards = [device // tensor for device in range(fsdp * tensor)]
-        row = timed(chip, run, (policy, on(whole, draft), on(whole, batch)),
+        row = timed(chip, step.rollout, (specs.policy, specs.draft, prompts, step.sampling, SCHEDULE),
                     partial(compiled_text.read, block=block, shards=shards))
     return row if "failed" in row else judged(row, block, pausing)
+
+
+def whole_step(chip: str, shape: str, name: str, layers: int | None = None) -> Iterator[dict[str, Any]]:
+    """A row of each program of a step: what it needs of a device's memory."""
+    mesh = make_mesh(1, *MESHES[chip], devices=devices(chip))
+    found: dict[str, dict[str, Any]] = {}
+
+    def compile(part: str, function: Any, arguments: Any) -> Any:
+        begin = time.perf_counter()
+        found[part] = {"failed": "it did not compile"}
+        made = compiled(function, arguments, chip)
+        found[part] = {"seconds": round(time.perf_counter() - begin, 2), **memory_of(made)}
+        return made
+
+    with jax.set_mesh(mesh):
+        step, specs, prompts = declared(mesh, shape, name, layers=layers)
+        try:
+            compile_step(step, specs, None, prompts, SCHEDULE, compile)
+        except Exception as error:  # a compiler's: this is what the run is there to find
+            found[list(found)[-1]]["failed"] = str(error)[:500]
+    for part, row in found.items():
+        yield {"program": part, **row}
 
 
 def judged(row: dict[str, Any], block: tuple[int, ...], pausing: bool) -> dict[str, Any]:
@@ -243,17 +275,26 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for kernel, shape, rule, function, values in kernels(chip, args.shape):
                 yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule, **timed(chip, function, values)}
     if "rollout" in args.what:
-        wanted = ROLLOUTS
-        if args.drafts:
-            shapes = dict.fromkeys(shape for _, shape, *_ in ROLLOUTS)
-            wanted = itertools.product(args.chip, shapes, args.drafts, [args.pausing])
-        for chip, shape, draft, pausing in wanted:
-            if chip in args.chip and args.shape in shape:
-                fsdp, tensor = MESHES[chip]
-                yield {"chip": chip, "what": "jspec.rollout", "shape": shape, "rule": None, "draft": draft,
-                       "mesh": {"fsdp": fsdp, "tensor": tensor}, "sequences": PROMPTS * GROUP, "slots": SLOTS * fsdp,
-                       "kv_tokens": KV_TOKENS * fsdp if pausing else None, "max_new_tokens": CAP, "k": SCHEDULE,
-                       "layers": args.layers, **rollout(chip, shape, draft, pausing, args.layers)}
+        for chip, shape, draft, pausing in chosen(args):
+            fsdp, tensor = MESHES[chip]
+            yield {"chip": chip, "what": "jspec.rollout", "shape": shape, "rule": None, "draft": draft,
+                   "mesh": {"fsdp": fsdp, "tensor": tensor}, "sequences": PROMPTS * GROUP, "slots": SLOTS * fsdp,
+                   "kv_tokens": KV_TOKENS * fsdp if pausing else None, "max_new_tokens": CAP, "k": SCHEDULE,
+                   "layers": args.layers, **rollout(chip, shape, draft, pausing, args.layers)}
+    if "step" in args.what:
+        for chip, shape, draft, _ in chosen(args):
+            for row in whole_step(chip, shape, draft, args.layers):
+                yield {"chip": chip, "what": "step", "shape": shape, "rule": None, "draft": draft,
+                       "layers": args.layers, **row}
+
+
+def chosen(args: argparse.Namespace) -> Iterator[tuple[str, str, str, bool]]:
+    """(chip, shape, draft, whether rows are paused) of what is asked for."""
+    wanted = ROLLOUTS
+    if args.drafts:
+        shapes = dict.fromkeys(shape for _, shape, *_ in ROLLOUTS)
+        wanted = itertools.product(args.chip, shapes, args.drafts, [args.pausing])
+    return ((chip, shape, *rest) for chip, shape, *rest in wanted if chip in args.chip and args.shape in shape)
 
 
 def show(found: list[dict[str, Any]]) -> None:

@@ -36,7 +36,7 @@ from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import Output, screen
 from jspec.prepare import make_policy, make_tokenizer, named_drafter
-from jspec.rl.update import draft_optimizer
+from jspec.rl.optimizers import draft_optimizer
 from jspec.settings import refuse_changes
 
 HELD_OUT = 16

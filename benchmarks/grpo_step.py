@@ -30,8 +30,9 @@ from jspec.metrics import Clock
 from jspec.prepare import BENCH_KEY, purpose_key
 from jspec.rl.batch import TrainBatch
 from jspec.rl.grading import Grades
-from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, init_state, update
+from jspec.rl.state import TrainState, init_state
+from jspec.rl.update import update
+from jspec.rl.update_settings import UpdateSettings
 from jspec.step import Step, declare
 
 TIMED = ("reshard", "rollout", "reward", "update")

@@ -24,7 +24,6 @@ import jspec
 from benchmarks import measure
 from benchmarks.options import open_results
 from jspec import cli
-from jspec.checkpoint import load_run
 from jspec.choices import DRAFTERS
 from jspec.config import Config, load_config
 from jspec.drafts import Draft, find
@@ -42,6 +41,7 @@ from jspec.prepare import (
     purpose_seed,
 )
 from jspec.rl.prompts import PromptData
+from jspec.run_dir import load_run
 from jspec.train import train
 
 LEARNERS = [name for name in DRAFTERS if find(name).loss is not None]

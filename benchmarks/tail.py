@@ -41,7 +41,8 @@ from jspec.output import screen
 from jspec.prepare import BENCH_KEY, purpose_key
 from jspec.progress import telling
 from jspec.rl.records import read_jsonl
-from jspec.rl.update import UpdateSettings, init_state
+from jspec.rl.state import init_state
+from jspec.rl.update_settings import UpdateSettings
 from jspec.sources import open_source
 from jspec.step import declare
 

@@ -11,7 +11,9 @@ import jax
 
 import jspec
 from jspec.rl.batch import make_batch
-from jspec.rl.update import UpdateSettings, init_state, learned_from, update_draft
+from jspec.rl.state import init_state
+from jspec.rl.update import update_draft
+from jspec.rl.update_settings import UpdateSettings, learned_from
 
 CONFIG = jspec.ModelConfig(vocab_size=12, hidden_size=32, intermediate_size=64, num_layers=1,
                            num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.3,

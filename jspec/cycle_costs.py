@@ -88,9 +88,9 @@ class Subject:
     def named(self) -> str:
         """In words what the costs depend on; weights only by their shapes."""
         shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", (self.draft.weights, self.draft.state))
-        mesh, policy, device = current_mesh(), self.params, jax.devices()[0]
+        policy, device = self.params, jax.devices()[0]
         return repr((__version__, kind_of_machine(), device.platform, device.device_kind,
-                     None if mesh is None else dict(mesh.shape), policy.config, policy.dtype, policy.layout,
+                     dict(current_mesh().shape) or None, policy.config, policy.dtype, policy.layout,
                      self.draft.name, digest(self.draft.drafter), self.draft.config, shapes, self.batch.tokens.shape,
                      self.batch.group_size, self.rows, self.length,
                      self.sampling.max_new_tokens, self.sampling.top_k, self.sampling.top_p is None,

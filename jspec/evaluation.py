@@ -19,7 +19,6 @@ from rich.table import Table
 import jspec
 from jspec import user_code
 from jspec.answering import batch_on_mesh, decoded
-from jspec.checkpoint import data_position, run_plan
 from jspec.choices import MOST_SAMPLES
 from jspec.distributed import is_main
 from jspec.errors import InputError
@@ -30,6 +29,7 @@ from jspec.progress import say, telling
 from jspec.rl.answers import reward_inputs
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_reward
+from jspec.run_dir import data_position, run_plan
 from jspec.session import Session, session
 from jspec.settings import Override
 from jspec.sharding import batch_shards

@@ -29,8 +29,7 @@ log = logging.getLogger(__name__)
 
 def platform() -> str:
     """The platform that programs are being made for: the current mesh's, else JAX's default."""
-    mesh = current_mesh()
-    device = getattr(mesh, "abstract_device", None)
+    device = current_mesh().abstract_mesh.abstract_device
     return getattr(device, "platform", None) or jax.default_backend()
 
 
@@ -87,7 +86,7 @@ def _split(layout: str, x: jax.Array, *axes: str | None) -> PartitionSpec:
 def _one_device() -> bool:
     """Whether nothing is left to be split: there is no mesh, or a `shard_map` around this has split it all."""
     mesh = current_mesh()
-    return mesh is None or all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items())
+    return all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items())
 
 
 def _axes(entry: Any) -> tuple[str, ...] | None:

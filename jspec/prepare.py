@@ -21,6 +21,8 @@ from jspec.heads import load_draft
 from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
 from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_policy
 from jspec.rl.rewards import check_reward
+from jspec.rl.state import TrainState, init_state, state_specs
+from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import batch_shards, check_mesh, check_rows
 from jspec.speculate import Batching, Sampling, Speculation
 from jspec.speculate.arguments import check_batching, check_stops
@@ -159,12 +161,16 @@ def ends(config: Config, policy: ModelConfig, tokenizer: Any) -> str:
 
 
 def make_reference(config: Config, policy: Policy) -> Policy | None:
-    """A frozen copy of the first policy in its compute dtype, if the objective has a KL term."""
+    """A frozen copy of the first policy, or of its shape, in its compute dtype, if the objective has a KL term."""
     if not config.grpo.kl_weight:
         return None
+    if isinstance(policy.weights["embed"], jax.ShapeDtypeStruct):
+        return policy.replace(weights=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, policy.dtype, sharding=x.sharding), policy.weights))
     # `+ 0` makes a buffer of its own: the policy's is donated
-    weights = jax.jit(lambda w: jax.tree.map(lambda x: (x + 0).astype(policy.dtype), w))(policy.weights)
-    return policy.replace(weights=weights)
+    copy = jax.jit(lambda weights: jax.tree.map(lambda x: (x + 0).astype(policy.dtype), weights),
+                   out_shardings=jax.tree.map(lambda x: x.sharding, policy.weights))
+    return policy.replace(weights=copy(policy.weights))
 
 
 def make_draft(config: AnyConfig, policy: Policy) -> Draft | None:
@@ -188,13 +194,26 @@ def named_drafter(config: AnyConfig) -> Drafter:
     return find(config.draft.name, f"draft.name={config.draft.name!r}")
 
 
-def check_draft(config: AnyConfig, model: ModelConfig) -> None:
-    """Raise InputError for options that a fresh draft refuses, or a trained one that is not there or does not fit."""
+def check_draft(config: AnyConfig, model: ModelConfig) -> Draft | None:
+    """The draft before the first step with `jax.ShapeDtypeStruct`s for weights that nobody has trained. Raises
+    InputError for options that a fresh draft refuses, or a trained one that is not there or does not fit."""
     section, shape = config.draft, abstract_policy(model)
     if section.path is not None:
-        make_draft(config, shape)
-    elif section.name != "none":
-        check_fresh_draft(shape, named_drafter(config), section.options or {}, "draft.options")
+        return make_draft(config, shape)
+    if section.name == "none":
+        return None
+    return check_fresh_draft(shape, named_drafter(config), section.options or {}, "draft.options")
+
+
+def make_state(config: Config, policy: Policy) -> TrainState:
+    """A run's state before the first step, whose policy is given."""
+    return init_state(policy, make_draft(config, policy), UpdateSettings.of(config), config.seed)
+
+
+def make_state_specs(config: Config, shape: Policy) -> TrainState:
+    """A run's state as `jax.ShapeDtypeStruct`s, each with its sharding: what it is restored to, compiled for and what a
+    checkpoint has to have room for, before any weights are read. shape: see `make_shape`."""
+    return state_specs(shape, check_draft(config, shape.config), UpdateSettings.of(config))
 
 
 def fresh_draft(policy: Policy, key: jax.Array, drafter: Drafter, options: Mapping[str, Any], label: str) -> Draft:

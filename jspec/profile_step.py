@@ -22,7 +22,16 @@ from jspec.config import Config
 from jspec.metrics import Clock
 from jspec.model import Policy
 from jspec.output import open_directory, screen
-from jspec.prepare import check, make_draft, make_policy, make_reference, make_tokenizer
+from jspec.prepare import (
+    check,
+    make_draft,
+    make_policy,
+    make_reference,
+    make_shape,
+    make_state,
+    make_state_specs,
+    make_tokenizer,
+)
 from jspec.profiling import (
     PARTS,
     SCOPES,
@@ -43,7 +52,7 @@ from jspec.rl.collate import collate
 from jspec.rl.grading import Grades
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, init_state, trains_draft
+from jspec.rl.update_settings import trains_draft
 from jspec.session import session
 from jspec.sharding import make_mesh
 from jspec.speculate import PromptBatch, Rollout
@@ -87,25 +96,34 @@ def in_turn(out: Rollout) -> Grades:
 
 
 def compile_step(config: Config, mesh: Mesh) -> Profiled:
-    """The step of a configuration, compiled as the training loop compiles it for its first prompts."""
+    """The step of a configuration, compiled as the training loop compiles it for its first prompts. Weights are read
+    when all has compiled; but with k=auto what cycles cost is measured first."""
     check(config, mesh)
     tokenizer = make_tokenizer(config)
-    data = PromptData(config.data, tokenizer, seed=config.seed)
-    with telling(f"loading {config.model.name}"):
-        policy = make_policy(config, tokenizer)
-        reference = make_reference(config, policy)
-        state = init_state(policy, make_draft(config, policy), UpdateSettings.of(config), config.seed)
-    prompts, step = collate(config, next(data), seed_key(config.seed)), declared(config, state)
-    k = step.speculation.k
-    if config.speculation.k == "auto" and state.draft is not None:
+    prompts = collate(config, next(PromptData(config.data, tokenizer, seed=config.seed)), seed_key(config.seed))
+    shape = make_shape(config, tokenizer)
+    specs = make_state_specs(config, shape)
+    step = declared(config, specs)
+    k, policy = step.speculation.k, None
+    if config.speculation.k == "auto" and specs.draft is not None:
+        policy = load(config, tokenizer)
         chooser = Chooser(step.sampling, step.speculation, step.batching, config.steps, say)
-        k = chooser.before(Plan(), 0, step.reshard(state.policy), state.draft, prompts).k
+        k = chooser.before(Plan(), 0, step.reshard(policy), make_draft(config, policy), prompts).k
 
     def compile(name: str, program: jax.stages.Wrapped, arguments: tuple) -> jax.stages.Compiled:
         with telling(f"compiling {name}"):
             return program.lower(*arguments).compile()
 
-    return Profiled(*compiled(step, state, reference, prompts, k, compile), state, reference, prompts, k)
+    step, programs = compiled(step, specs, make_reference(config, specs.policy), prompts, k, compile)
+    policy = policy or load(config, tokenizer)
+    reference = make_reference(config, policy)
+    return Profiled(step, programs, make_state(config, policy), reference, prompts, k)
+
+
+def load(config: Config, tokenizer: Any) -> Policy:
+    """The policy before the first step."""
+    with telling(f"loading {config.model.name}"):
+        return make_policy(config, tokenizer)
 
 
 def profile(config: Config, directory: Path) -> int:
@@ -139,9 +157,9 @@ def profile(config: Config, directory: Path) -> int:
         perfetto = name_phases(directory, spans)
     phases = {phase: length(found) / 1e9 / period for phase, found in spans.items()}
     memory = {name: memory_of(program) for name, program in programs.items()}
-    tokens = int(taken.rollout.lengths.sum())
-    report(console, config, seconds, phases, memory, tokens, period)
-    record = {"seconds": seconds, "memory_bytes": memory, "tokens": tokens, "updates": settings.updates_per_rollout,
+    tokens, updates = int(taken.rollout.lengths.sum()), len(taken.updates)
+    report(console, config, seconds, phases, memory, tokens, updates, period)
+    record = {"seconds": seconds, "memory_bytes": memory, "tokens": tokens, "updates": updates,
               "draft_share_of_update": draft_share(phases),
               "phases": [dataclasses.asdict(phase) | {"seconds": spent} for phase, spent in phases.items()]}
     (directory / "profile.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -151,14 +169,14 @@ def profile(config: Config, directory: Path) -> int:
 
 
 def report(console: Console, config: Config, seconds: Mapping[str, float], phases: Mapping[Phase, float],
-           memory: Mapping[str, Mapping[str, int]], tokens: int, period: int) -> None:
+           memory: Mapping[str, Mapping[str, int]], tokens: int, updates: int, period: int) -> None:
     """Prints seconds of the step's programs, of the phases in them, and their memory: means over `period` steps."""
     rows = config.data.prompts_per_step * config.data.group_size
     console.print(f"One step of {config.model.name}: {rows} rows, {tokens} new tokens, draft {config.draft.name}, "
                   f"k = {config.speculation.k}. Rewards are not part of it.", highlight=False)
     if period > 1:
         console.print(f"Means over {period} steps: the draft learns at one.", highlight=False)
-    step, updates = sum(seconds.values()), config.grpo.updates_per_rollout
+    step = sum(seconds.values())
     table = Table("program", "seconds", "share", title="timed, without the profiler")
     for name, spent in seconds.items():
         table.add_row(f"{updates} updates" if name == "update" and updates > 1 else name, f"{spent:.3f}",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jspec.checkpoint import Checkpoints
 from jspec.choosing import Plan
 from jspec.config import Config
 from jspec.health import Trouble
 from jspec.metrics import Clock
+from jspec.model import Policy
+from jspec.prepare import make_policy, make_reference, make_state
+from jspec.progress import telling
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
 
@@ -58,13 +62,23 @@ class Saver:
             self.checkpoints.set_aside(step)
 
 
-def resume(config: Config, checkpoints: Checkpoints, data: PromptData, state: TrainState) -> tuple[int, TrainState]:
-    """(steps done, state) of the latest checkpoint, with `data` set to its position; or (0, state)."""
-    restored = checkpoints.restore(state)
-    if restored is None:
-        return 0, state
-    done, state, position = restored
+def begin(config: Config, tokenizer: Any, checkpoints: Checkpoints, data: PromptData, specs: TrainState
+          ) -> tuple[int, TrainState, Policy | None]:
+    """(steps done, state, reference): from the latest checkpoint, with `data` set to its position, or from the start.
+
+    specs: the state's (`prepare.make_state_specs`). A run that goes on loads no policy that it does not need.
+    """
+    restarts = bool(checkpoints.newest())
+    if checkpoints.newest() < config.steps:
+        checkpoints.check_room(specs)
+    with telling(f"loading {config.model.name}"):
+        if not restarts:
+            policy = make_policy(config, tokenizer)
+            reference = make_reference(config, policy)
+            return 0, make_state(config, policy), reference
+        reference = make_reference(config, make_policy(config, tokenizer)) if config.grpo.kl_weight else None
+    done, state, position = checkpoints.restore(specs)
     data.restore(position)
     if data.trouble and done < config.steps:
         raise data.trouble
-    return done, state
+    return done, state, reference

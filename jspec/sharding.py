@@ -1,7 +1,8 @@
 """The mesh, the table of logical axes, the training and rollout layouts, and the reshard between them.
 
-Everything runs the same on one device and on many: the mesh is found through `jax.set_mesh`, and without one every
-constraint is a no-op. Mesh axes are Auto: XLA's partitioner propagates from the constraints given here.
+Everything runs the same on one device and on many: the mesh is found through `jax.set_mesh`, and without one nothing is
+split. Whether there is one is asked here alone (`current_mesh`, `placement`). Mesh axes are Auto: XLA's partitioner
+propagates from the constraints given here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jspec.arguments import whole, wrong
 from jspec.errors import InputError
@@ -82,10 +83,13 @@ def _splits_heads(model: Any, degree: int) -> bool:
         degree > model.num_kv_heads or model.num_kv_heads % degree == 0)
 
 
-def current_mesh() -> Any:
-    """The mesh of `jax.set_mesh`, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
+def current_mesh() -> Mesh | AbstractMesh:
+    """The mesh of `jax.set_mesh`, an abstract one where it is traced. Without one, a mesh of no
+    axes and no devices: nothing is split over it."""
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:  # this is being traced
+        return jax.sharding.get_abstract_mesh()
 
 
 def _degree(mesh: Any, axes: tuple[str, ...]) -> int:
@@ -105,10 +109,24 @@ def partition(mesh: Any, layout: str, shape: tuple[int, ...], axes: tuple[str | 
     return PartitionSpec(*entries)
 
 
+def placement(shape: tuple[int, ...], layout: str, *axes: str | None, mesh: Any = None) -> NamedSharding | None:
+    """Where an array with logical `axes` lies on a mesh (default: the current one). Without one,
+    None: wherever JAX puts what nobody places."""
+    mesh = mesh or current_mesh()
+    return None if mesh.empty else NamedSharding(mesh, partition(mesh, layout, shape, axes))
+
+
+def place(x: Any, layout: str, *axes: str | None) -> jax.Array:
+    """An array that every process has whole, split over the mesh of `jax.set_mesh` by its logical axes."""
+    x = np.asarray(x)
+    sharding = placement(x.shape, layout, *axes)
+    return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+
 def constrain(x: jax.Array, layout: str, *axes: str | None) -> jax.Array:
     """Constrain an intermediate array to `layout`'s sharding on the current mesh; no-op without one."""
     mesh = current_mesh()
-    if mesh is None or mesh.size == 1:
+    if mesh.size <= 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, layout, x.shape, axes)))
 
@@ -148,31 +166,31 @@ def check_mesh(config: Any, mesh: Any, layout: str = "train") -> None:
 def heads_replicated(config: Any, layout: str, mesh: Any = None) -> bool:
     """Whether `layout` splits heads over more shards than the model has KV heads, so that every
     shard holds all of those. Another layout on the same mesh may split them."""
-    mesh = mesh or current_mesh()
-    return mesh is not None and config.num_kv_heads % _degree(mesh, RULES[layout]["kv_heads"]) != 0
+    return config.num_kv_heads % _degree(mesh or current_mesh(), RULES[layout]["kv_heads"]) != 0
 
 
-def spec_sharding(specs: Any, config: Any, mesh: Any, layout: str = "train") -> Any:
-    """NamedSharding for every leaf of a tree with `shape` and `axes` (see `model.ParamSpec`).
+def spec_sharding(specs: Any, config: Any, layout: str = "train", mesh: Any = None) -> Any:
+    """Where every leaf of a tree with `shape` and `axes` (see `model.ParamSpec`) lies, as `placement` says it.
 
-    Raises InputError where the mesh does not divide the model.
+    mesh: default the current one. Raises InputError where it does not divide the model.
     """
+    mesh = mesh or current_mesh()
     check_mesh(config, mesh, layout)
     replicated = heads_replicated(config, layout, mesh)
 
-    def one(spec):
-        axes = tuple(None if replicated and a == "kv_heads" else a for a in spec.axes)
-        return NamedSharding(mesh, partition(mesh, layout, spec.shape, axes))
+    def of_spec(spec):
+        axes = (None if replicated and axis == "kv_heads" else axis for axis in spec.axes)
+        return placement(spec.shape, layout, *axes, mesh=mesh)
 
-    return jax.tree.map(one, specs, is_leaf=lambda x: hasattr(x, "axes"))
+    return jax.tree.map(of_spec, specs, is_leaf=lambda x: hasattr(x, "axes"))
 
 
 def constrain_tree(tree: Any, specs: Any, config: Any, layout: str) -> Any:
     """Constrain weights to `layout`'s sharding on the current mesh; no-op without one."""
     mesh = current_mesh()
-    if mesh is None or mesh.size == 1:
+    if mesh.size <= 1:
         return tree
-    return jax.lax.with_sharding_constraint(tree, spec_sharding(specs, config, mesh, layout))
+    return jax.lax.with_sharding_constraint(tree, spec_sharding(specs, config, layout, mesh))
 
 
 def batch_axes(layout: str) -> tuple[str, ...]:
@@ -182,8 +200,7 @@ def batch_axes(layout: str) -> tuple[str, ...]:
 
 def batch_shards(layout: str, mesh: Any = None) -> int:
     """Over how many shards the mesh (default: the current one, if any) splits a batch's rows."""
-    mesh = mesh or current_mesh()
-    return 1 if mesh is None else _degree(mesh, RULES[layout]["batch"])
+    return _degree(mesh or current_mesh(), RULES[layout]["batch"])
 
 
 def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
@@ -192,17 +209,3 @@ def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
     if rows % degree:
         raise InputError(f"a batch of {rows} sequences is not divided by the mesh's {degree} batch shards "
                          f"({' x '.join(RULES[layout]['batch'])}); change prompts_per_step, group_size or the mesh")
-
-
-def placement(shape: tuple[int, ...], layout: str, *axes: str | None) -> NamedSharding | None:
-    """Where an array with logical `axes` lies on the mesh of `jax.set_mesh`; None without one: wherever JAX puts it.
-    Not for use inside a `jax.jit`."""
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else NamedSharding(mesh, partition(mesh, layout, shape, axes))
-
-
-def place(x: Any, layout: str, *axes: str | None) -> jax.Array:
-    """An array that every process has whole, split over the mesh of `jax.set_mesh` by its logical axes."""
-    x = np.asarray(x)
-    sharding = placement(x.shape, layout, *axes)
-    return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 import jspec
 from jspec import arguments, user_code
-from jspec.checkpoint import load_draft, load_policy, policy_shape, run_config
 from jspec.config import Config, MeshSection, load_config
 from jspec.drafts import Draft, find
 from jspec.drafts.base import check_finite
@@ -34,6 +33,7 @@ from jspec.prepare import (
     with_tokenizer,
 )
 from jspec.progress import say
+from jspec.run_dir import load_draft, load_policy, policy_shape, run_config
 from jspec.settings import Override
 from jspec.sharding import make_mesh, mesh_of_weights
 

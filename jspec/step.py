@@ -25,7 +25,8 @@ from jspec.prepare import make_batching, make_sampling, make_speculation, rollou
 from jspec.rl.advantages import AdvantageForm, group_advantages
 from jspec.rl.batch import make_batch
 from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, draft_due, learned_from, trains_draft, update, update_draft
+from jspec.rl.update import update, update_draft
+from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
 from jspec.sharding import place, placement
 from jspec.speculate import Batching, PromptBatch, Rollout, Sampling, Speculation
 from jspec.speculate.types import Schedule

@@ -9,7 +9,7 @@ import numpy as np
 from jspec.drafts import Draft
 from jspec.drafts.base import RUN_AWAY, largest
 from jspec.metrics import Clock
-from jspec.rl.update import UpdateSettings, trains_draft
+from jspec.rl.update_settings import UpdateSettings, trains_draft
 from jspec.speculate import Rollout
 from jspec.step import Taken
 

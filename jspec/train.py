@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jspec.checkpoint import COUNTERS, Checkpoints, check_config, run_plan
+from jspec.checkpoint import Checkpoints
 from jspec.choosing import Chooser, Plan
 from jspec.config import Config
 from jspec.console import PlainConsole
@@ -27,17 +27,17 @@ from jspec.health import Trouble, all_failed, never_varied, troubles
 from jspec.metrics import Metrics, phase_table, table
 from jspec.model import Policy
 from jspec.output_dir import claimed
-from jspec.prepare import check, ends, make_draft, make_policy, make_reference, make_tokenizer
+from jspec.prepare import check, ends, make_shape, make_state_specs, make_tokenizer
 from jspec.profiling import trace
 from jspec.progress import telling
 from jspec.rl.collate import collate, may_wait
 from jspec.rl.grading import grade
 from jspec.rl.prompts import PromptData
 from jspec.rl.rewards import RewardPool, answer_check
-from jspec.rl.state import TrainState
-from jspec.rl.update import UpdateSettings, init_state
+from jspec.rl.state import COUNTERS, TrainState
+from jspec.run_dir import keep_config, run_plan
 from jspec.run_lines import Ending, closing, opening
-from jspec.saving import Saver, resume
+from jspec.saving import Saver, begin
 from jspec.session import session
 from jspec.sharding import make_mesh
 from jspec.speculate import PromptBatch
@@ -71,17 +71,10 @@ def train(config: Config) -> int:
             data = PromptData(config.data, tokenizer, seed=config.seed,
                               check_answer=answer_check(config.reward.function, config.data.source))
         stack.enter_context(claimed(config.output_dir))
-        check_config(config)
-        with telling(f"loading {config.model.name}"):
-            policy = make_policy(config, tokenizer)
-            reference = make_reference(config, policy)
-            draft = make_draft(config, policy)
+        keep_config(config)
         checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))
-        state = init_state(policy, draft, UpdateSettings.of(config), config.seed)
-        done, state = resume(config, checkpoints, data, state)
-        if done < config.steps:
-            checkpoints.check_room(state)
-        del policy, draft
+        specs = make_state_specs(config, make_shape(config, tokenizer))
+        done, state, reference = begin(config, tokenizer, checkpoints, data, specs)
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
         run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data, metrics.say), metrics, stop)

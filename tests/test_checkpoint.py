@@ -12,11 +12,13 @@ import pytest
 
 import jspec
 from jspec import checkpoint, formats
-from jspec.checkpoint import Checkpoints, check_config, load_draft, load_policy, load_run
+from jspec.checkpoint import Checkpoints
 from jspec.config import Config, DraftSection, GrpoSection
 from jspec.errors import InputError
 from jspec.model import ModelConfig, init_policy
-from jspec.rl.update import UpdateSettings, init_state
+from jspec.rl.state import init_state, state_specs
+from jspec.rl.update_settings import UpdateSettings
+from jspec.run_dir import data_position, keep_config, load_draft, load_policy, load_run
 from jspec.settings import to_yaml
 from jspec.sharding import make_mesh
 
@@ -65,7 +67,7 @@ def test_everything_comes_back_as_it_was(tmp_path, draft):
         assert checkpoints.restore(make_state(draft, seed=5)) is None
         checkpoints.save(4, state, DATA)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        step, restored, data = checkpoints.restore(make_state(draft, seed=5))
+        step, restored, data = checkpoints.restore(state_specs(state.policy, state.draft, UpdateSettings()))
     assert step == 4 and data == DATA
     same(values(restored), expected)
 
@@ -122,7 +124,7 @@ def test_when_none_can_be_read_it_says_which_and_what_to_do(tmp_path):
 def make_run(directory, draft="mtp"):
     state = make_state(draft)
     config = Config(output_dir=str(directory), draft=DraftSection(name=draft or "none"))
-    check_config(config)
+    keep_config(config)
     with Checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(3, state, DATA)
     return state, config
@@ -152,7 +154,7 @@ def test_a_run_is_read_onto_the_mesh(tmp_path, draft):
 def test_what_is_no_run_says_so(tmp_path):
     with pytest.raises(InputError, match="not the output_dir of a run"):
         load_policy(tmp_path)
-    check_config(Config(output_dir=str(tmp_path)))
+    keep_config(Config(output_dir=str(tmp_path)))
     with pytest.raises(InputError, match="has no checkpoint yet"):
         load_policy(tmp_path)
 
@@ -169,23 +171,23 @@ def test_a_run_whose_checkpoint_is_cut_short_says_so(tmp_path):
     ({"draft": DraftSection(options={"depths": 3})}, "draft.options={}, not {'depths': 3}")])
 def test_a_run_is_not_resumed_under_another_configuration(tmp_path, change, key):
     config = Config(output_dir=str(tmp_path))
-    check_config(dataclasses.replace(config, **change))  # a first try that never got to a checkpoint binds nobody
-    check_config(config)
+    keep_config(dataclasses.replace(config, **change))  # a first try that never got to a checkpoint binds nobody
+    keep_config(config)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(InputError) as error:
-        check_config(dataclasses.replace(config, **change))
+        keep_config(dataclasses.replace(config, **change))
     assert key in str(error.value) and str(tmp_path) in str(error.value)
     assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_more_steps_and_another_mesh_are_no_other_run(tmp_path):
     config = Config(output_dir=str(tmp_path))
-    check_config(config)
+    keep_config(config)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     longer = dataclasses.replace(config, steps=50, mesh=dataclasses.replace(config.mesh, fsdp=2),
                                  checkpoint=dataclasses.replace(config.checkpoint, keep=9))
-    check_config(longer)
+    keep_config(longer)
     assert (tmp_path / "config.yaml").read_text() == to_yaml(longer)
 
 
@@ -193,7 +195,7 @@ def test_the_data_position_is_json(tmp_path):
     json.dumps(DATA)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, make_state(None), DATA)
-    assert checkpoint._restore(tmp_path, meta=checkpoint.ocp.args.JsonRestore())["meta"]["data"] == DATA
+    assert data_position(tmp_path) == DATA
 
 
 def flip(folder, item):
@@ -209,7 +211,7 @@ def test_changed_bytes_are_noticed(tmp_path, item, caplog):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(1, make_state(None), DATA)
         checkpoints.save(2, make_state(None, seed=3), DATA)
-    check_config(Config(output_dir=str(tmp_path), draft=DraftSection(name="none")))
+    keep_config(Config(output_dir=str(tmp_path), draft=DraftSection(name="none")))
     flip(tmp_path / "checkpoints" / "2", item)
     if item == "optimizer":  # of which a policy reads nothing
         load_policy(tmp_path)
@@ -234,7 +236,7 @@ def test_a_checkpoint_that_says_nothing_of_itself_is_set_aside(tmp_path, change)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(1, make_state(None), DATA)
         checkpoints.save(2, make_state(None), DATA)
-    check_config(Config(output_dir=str(tmp_path), draft=DraftSection(name="none")))
+    keep_config(Config(output_dir=str(tmp_path), draft=DraftSection(name="none")))
     edit_meta(tmp_path / "checkpoints" / "2", change)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         assert checkpoints.restore(make_state(None, seed=5))[0] == 1
@@ -346,7 +348,7 @@ def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monke
 
 
 def test_a_file_where_checkpoints_should_be(tmp_path):
-    check_config(Config(output_dir=str(tmp_path)))
+    keep_config(Config(output_dir=str(tmp_path)))
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(InputError, match="checkpoints is a file"):
         load_policy(tmp_path)

@@ -20,6 +20,7 @@ from jspec.profiling import (
     spans_by_phase,
     trace,
 )
+from tests.test_train import SMALL
 
 
 @pytest.mark.parametrize(("op_name", "name", "part"), [
@@ -181,6 +182,17 @@ def test_memory_counts_donated_arguments_once():
     memory = memory_of(compiled)
     assert memory["arguments"] == memory["results"] == memory["donated"] == x.nbytes
     assert memory["peak"] == x.nbytes + memory["temporaries"]
+
+
+def test_the_profile_is_of_the_step_that_training_takes(tmp_path, capsys):
+    """With all of its updates, and with what the drafter remembers."""
+    overrides = [text for text in SMALL if "draft." not in text]
+    assert main(["profile", "configs/tiny.yaml", "--out", str(tmp_path), *overrides, "draft.name=suffix",
+                 "grpo.updates_per_rollout=4", "profile.repeats=1"]) == 0
+    out, record = capsys.readouterr().out, json.loads((tmp_path / "profile.json").read_text())
+    assert list(record["seconds"]) == list(record["memory_bytes"]) == ["reshard", "rollout", "remember", "update"]
+    assert record["updates"] == 4 and "4 updates" in out
+    assert {"remember", "optimizer", "policy_loss, backward"} <= {phase["name"] for phase in record["phases"]}
 
 
 @pytest.mark.slow

@@ -19,6 +19,9 @@ from benchmarks import compiled_text
 from jspec.model import init_policy, layers, param_specs, policy_sharding
 from jspec.model.quantized import GROUP, Quantized, dequantize
 from jspec.rl import update as up
+from jspec.rl.batch import TrainBatch
+from jspec.rl.state import init_state
+from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import check_rows, make_mesh, partition
 from pallas_kernels.noise import BlockNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import draw, rejection_sampling
@@ -113,9 +116,9 @@ def draws(mesh, axis):
 def learned(policy, **options):
     """The gradients and metrics of policy and draft, of answers of 1 to 6 tokens."""
     rng, prompts, n = np.random.default_rng(0), 4, 16
-    settings = up.UpdateSettings(**options)
-    state = up.init_state(policy, jspec.drafts.mtp(policy, jax.random.key(1), depths=1), settings, 0)
-    batch = up.TrainBatch(
+    settings = UpdateSettings(**options)
+    state = init_state(policy, jspec.drafts.mtp(policy, jax.random.key(1), depths=1), settings, 0)
+    batch = TrainBatch(
         prompts=rng.integers(0, 16, (prompts, 8), np.int32), prompt_lengths=rng.integers(1, 9, prompts, np.int32),
         tokens=rng.integers(0, 16, (n, 6), np.int32), logprobs=rng.normal(-3, 0.3, (n, 6)).astype(np.float32),
         mask=np.arange(6) < rng.integers(1, 7, (n, 1)), advantages=rng.normal(0, 1, n).astype(np.float32))

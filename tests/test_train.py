@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from jspec import choosing, prepare, step, train
-from jspec.checkpoint import load_draft, run_plan
 from jspec.config import Config, load_config
 from jspec.errors import InputError
 from jspec.metrics import PHASES, Metrics, read_records, untimed
 from jspec.output_dir import claimed
 from jspec.rl.prompts import PromptData
 from jspec.rl.records import JsonLines
-from jspec.rl.update import UpdateSettings
+from jspec.rl.update_settings import UpdateSettings
+from jspec.run_dir import load_draft, run_plan
 from jspec.speculate.schedule import Costs
 from jspec.stopping import StopSignal
 

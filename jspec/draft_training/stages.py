@@ -28,7 +28,7 @@ from jspec.model import Policy, Trunk
 from jspec.output_dir import checkpoints_written
 from jspec.prepare import make_draft
 from jspec.progress import telling
-from jspec.rl.update import draft_optimizer, warmup
+from jspec.rl.optimizers import draft_optimizer, warmup
 from jspec.stopping import StopSignal
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from jspec import arguments
-from jspec.checkpoint import load_draft as draft_of_run
 from jspec.drafts import Draft, Drafter
 from jspec.errors import InputError
 from jspec.heads import files
@@ -14,6 +13,7 @@ from jspec.hub.eagle3_config import LAYOUTS
 from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json
 from jspec.model import Policy, check_policy
+from jspec.run_dir import load_draft as draft_of_run
 
 _HOME = Path(__file__).parent
 SHIPPED = tuple(sorted(path.name for path in _HOME.iterdir() if (path / files.CONFIG).is_file()))

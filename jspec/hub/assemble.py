@@ -141,7 +141,7 @@ def assemble(source: TensorSource, tensors: list[StoredTensor], shape: tuple[int
 
 
 def read_weights(source: TensorSource, config: ModelConfig, mesh: Any = None) -> dict[str, Any]:
-    """The tree that `param_specs(config)` declares: float32, layers stacked, on the mesh if there is one.
+    """The tree that `param_specs(config)` declares: float32, layers stacked, on the mesh (default: the current one).
 
     Host memory holds the arrays being made and one chunk (4 MiB) of a stored tensor; each process reads only what its
     own devices hold. Raises InputError for a tensor missing, left over or of the wrong shape, for a file cut short,
@@ -149,7 +149,7 @@ def read_weights(source: TensorSource, config: ModelConfig, mesh: Any = None) ->
     """
     check_tensors(source, config)
     specs = param_specs(config)
-    shardings = jax.tree.map(lambda _: None, specs) if mesh is None else policy_sharding(config, mesh)
+    shardings = policy_sharding(config, mesh)
     groups: dict[tuple[str | int, ...], list[StoredTensor]] = {}
     for tensor in stored_tensors(config):
         groups.setdefault(tensor.key, []).append(tensor)

@@ -29,9 +29,8 @@ from jspec.hub.exporter import new_directory, on_host, whole_directory
 from jspec.hub.fields import whole
 from jspec.hub.json_io import read_json, write_json
 from jspec.hub.safetensors_io import read_tensors, write_tensors
-from jspec.model import Policy
+from jspec.model import Policy, place_on_mesh
 from jspec.model.params import is_spec
-from jspec.sharding import spec_sharding
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -68,9 +67,7 @@ def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
     names = tensor_names(config)
     _check_tensors(path, stored, names, specs(config))
     weights = jax.tree.map(lambda name: stored[name].astype(np.float32), names)
-    mesh = jax.sharding.get_mesh()
-    weights = jax.tree.map(jnp.asarray, weights) if mesh.empty else jax.device_put(
-        weights, spec_sharding(specs(config), config.block, mesh))
+    weights = place_on_mesh(lambda x: x, specs(config), config.block)(weights)
     state = {} if ids is None else {"vocab": jnp.asarray(ids, jnp.int32)}
     return Draft(weights=weights, state=state, config=config, drafter=eagle3)
 

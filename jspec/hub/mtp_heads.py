@@ -88,9 +88,8 @@ def _dtype(source: SafetensorsSource, names: list[str]) -> str:
 
 
 def _weights(source: SafetensorsSource, tensors: list, config: MtpConfig) -> dict:
-    mesh = jax.sharding.get_mesh()
     tree = specs(config)
-    shardings = jax.tree.map(lambda _: None, tree) if mesh.empty else spec_sharding(tree, config.policy, mesh)
+    shardings = spec_sharding(tree, config.policy)
     by_key = {tensor.key: tensor for tensor in tensors}
 
     def assembled(path: tuple, spec: Any) -> jax.Array:

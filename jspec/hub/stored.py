@@ -82,9 +82,6 @@ class StoredModel:
             source: TensorSource = self._gguf[0]
         else:
             source = open_directory(path).without(mtp_prefixes(read_json(path / "config.json"), config))
-        if mesh is None:
-            current = jax.sharding.get_mesh()
-            mesh = None if current.empty else current
         return Policy(read_weights(source, config, mesh), config, dtype)
 
 

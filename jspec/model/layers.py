@@ -33,8 +33,7 @@ def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None,
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype or x.dtype)
     w = w.astype(x.dtype)
-    mesh = current_mesh()
-    if mesh is not None and mesh.size > 1:
+    if current_mesh().size > 1:
         y = dot(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
     else:  # of more dimensions, XLA's CPU compiler loses its fast paths; sharded ones must be kept apart
         y = _product(dot, x, w.reshape(-1, w.shape[-1])).reshape(*x.shape[:-1], *w.shape[:-1])

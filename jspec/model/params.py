@@ -15,7 +15,7 @@ from jspec.choices import DTYPES
 from jspec.errors import InputError
 from jspec.model.config import ModelConfig
 from jspec.model.layers import fuse
-from jspec.sharding import RULES, constrain_tree, current_mesh, spec_sharding
+from jspec.sharding import RULES, constrain_tree, spec_sharding
 from pallas_kernels.implementation import REFERENCE, Implementation
 
 
@@ -172,8 +172,7 @@ def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
 
 def place_on_mesh(make: Any, specs: Any, config: ModelConfig) -> Any:
     """`make` jitted, its result (a tree as `specs` declares it) placed in the training layout on the current mesh."""
-    mesh = current_mesh()
-    return jax.jit(make, out_shardings=None if mesh is None else spec_sharding(specs, config, mesh))
+    return jax.jit(make, out_shardings=spec_sharding(specs, config))
 
 
 def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32") -> Policy:
@@ -197,15 +196,20 @@ def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32
 
 
 def abstract_policy(config: ModelConfig, dtype: str = "float32") -> Policy:
-    """A policy in the training layout with `jax.ShapeDtypeStruct`s for weights, to check input against before any are
-    read."""
-    weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), param_specs(config), is_leaf=is_spec)
-    return Policy(weights, config, dtype)
+    """A policy in the training layout with `jax.ShapeDtypeStruct`s for weights, each with its sharding: all that can be
+    known of it before any are read. Raises InputError where the mesh of `jax.set_mesh` does not divide the model."""
+    return Policy(abstract_weights(param_specs(config), config), config, dtype)
+
+
+def abstract_weights(specs: Any, config: ModelConfig) -> Any:
+    """A tree of `ParamSpec` as `jax.ShapeDtypeStruct`s, placed in the training layout on the current mesh."""
+    return jax.tree.map(lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+                        specs, spec_sharding(specs, config), is_leaf=is_spec)
 
 
 def policy_sharding(config: ModelConfig, mesh: Any) -> Any:
     """NamedSharding of every weight in the training layout. Raises InputError where the mesh does not divide."""
-    return spec_sharding(param_specs(config), config, mesh, "train")
+    return spec_sharding(param_specs(config), config, mesh=mesh)
 
 
 def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:

@@ -108,7 +108,7 @@ def _digits(x: jax.Array) -> Any:
 def product(x: jax.Array, w: Quantized) -> jax.Array:
     """x [..., in] times w [*out, in] -> float32 [..., *out]."""
     mesh = current_mesh()
-    if mesh is None or mesh.size == 1:  # as `layers.linear`: two dimensions for XLA's fast paths, more for sharding
+    if mesh.size <= 1:  # as `layers.linear`: two dimensions for XLA's fast paths, more for sharding
         array, outliers = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (w.array, w.outliers))
         y = _product(x.reshape(-1, x.shape[-1]), w.replace(array=array, outliers=outliers))
         return y.reshape(*x.shape[:-1], *w.array.shape[:-1])

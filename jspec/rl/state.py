@@ -1,14 +1,23 @@
-"""Everything that training carries from one step to the next, as one pytree."""
+"""Everything that training carries from one step to the next, as one pytree: its shape, and how it begins."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import struct
 
 from jspec.drafts import Draft
-from jspec.model import Policy
+from jspec.model import ModelConfig, Policy, abstract_policy
+from jspec.model.params import abstract_weights
+from jspec.rl.optimizers import optimizers
+from jspec.rl.update_settings import UpdateSettings, trains_draft
+from jspec.sharding import placement
+from pallas_kernels.noise import key_words, seed_key
 
 
 @struct.dataclass
@@ -36,3 +45,80 @@ class TrainState:
     draft_skipped: jax.Array
     draft_skipped_in_row: jax.Array
     key: jax.Array
+
+
+COUNTERS = ("updates", "skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
+
+
+def state_specs(policy: Policy, draft: Draft | None, settings: UpdateSettings) -> TrainState:
+    """The state's shape: `jax.ShapeDtypeStruct`s, each with its sharding on the mesh of `jax.set_mesh` (None without
+    one). The moments are placed as the weights they belong to; what is no weight is everywhere.
+
+    policy, draft: arrays, or `jax.ShapeDtypeStruct`s, of which only static config, shapes and dtypes are looked at.
+    """
+    policy, draft = abstract_policy(policy.config, policy.dtype), draft_specs(draft)
+    optimizer, draft_optimizer = optimizers(settings)
+    count = everywhere((), jnp.int32)
+    return TrainState(
+        policy, draft, moments(optimizer, policy.weights),
+        moments(draft_optimizer, draft.weights) if trains_draft(draft, settings) else (),
+        **dict.fromkeys(COUNTERS, count), key=everywhere((), seed_key(0).dtype))
+
+
+def draft_specs(draft: Draft | None) -> Draft | None:
+    """A draft's shape, of which only its static config and the shapes of its state are looked at."""
+    if draft is None:
+        return None
+    block = getattr(draft.config, "block", None)  # eagle3's: its heads are what is split
+    weights = abstract_weights(draft.drafter.specs(draft.config),
+                               block if isinstance(block, ModelConfig) else draft.config.policy)
+    return draft.replace(weights=weights,
+                         state=jax.tree.map(lambda x: everywhere(x.shape, x.dtype), draft.state))
+
+
+def everywhere(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array that every device holds whole."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement(shape, "train", *(None,) * len(shape)))
+
+
+def moments(optimizer: optax.GradientTransformation, weights: Any) -> Any:
+    """The shape of an optimizer's state: of moments each where its weight is, of all else everywhere."""
+    placed, shape = [], jax.eval_shape(optimizer.init, weights)
+    whole = placement((), "train")
+
+    def masked(x: Any) -> bool:  # of muon: the weights that the other rule has
+        return isinstance(x, optax.MaskedNode)
+
+    def place(x: Any, sharding: Any) -> Any:
+        return x if masked(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def place_all() -> None:
+        placed.append(optax.tree_map_params(
+            optimizer, lambda x, weight: place(x, weight.sharding), shape, weights,
+            transform_non_params=lambda x: place(x, whole), is_leaf=masked))
+
+    jax.eval_shape(place_all)  # optax initialises a placeholder, which devices that are not here cannot do
+    return placed[0]
+
+
+def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, seed: int) -> TrainState:
+    """The state before the first update, as `state_specs` has it."""
+    specs = state_specs(policy, draft, settings)
+
+    def made(make: Callable, spec: Any, *arguments: Any) -> Any:
+        # zeros depend on nothing, so XLA would not place them by itself
+        return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, spec))(*arguments)
+
+    if draft is not None:  # what a drafter keeps may lie on one device yet
+        draft = draft.replace(state=jax.tree.map(
+            lambda x, spec: x if spec.sharding is None else jax.device_put(x, spec.sharding), draft.state,
+            specs.draft.state))
+    optimizer, draft_optimizer = optimizers(settings)
+    draft_opt_state = () if specs.draft_opt_state == () else made(
+        draft_optimizer.init, specs.draft_opt_state, draft.weights)
+    # one buffer each, since the update donates them all
+    counters = {name: made(lambda: jnp.zeros((), jnp.int32), getattr(specs, name)) for name in COUNTERS}
+    words = np.asarray(key_words(seed_key(seed)))
+    key = jax.random.wrap_key_data(made(lambda: jnp.asarray(words), specs.key), impl="threefry2x32")
+    return TrainState(policy, draft, made(optimizer.init, specs.opt_state, policy.weights), draft_opt_state,
+                      **counters, key=key)

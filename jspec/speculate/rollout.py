@@ -176,11 +176,10 @@ def _on_shards(policy: Policy, run: Callable[..., Any], *args: Any) -> Any:
 
     Axes of one device belong to none of it, and are taken along: then kernels have nothing left to split.
     """
-    mesh = current_mesh()
-    if mesh is None or batch_shards(policy.layout) == 1:
+    if batch_shards(policy.layout) == 1:
         return run(policy, *args)
     over = batch_axes(policy.layout)
-    alone = {name for name, size in mesh.shape.items() if size == 1}
+    alone = {name for name, size in current_mesh().shape.items() if size == 1}
     rows, whole = PartitionSpec(over), PartitionSpec()
     return jax.shard_map(run, in_specs=(whole, whole, rows, rows, whole), out_specs=rows,
                          axis_names={*over, *alone}, check_vma=False)(policy, *args)

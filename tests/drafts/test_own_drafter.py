@@ -10,12 +10,14 @@ import pytest
 
 import jspec
 from jspec import cycle_costs
-from jspec.checkpoint import Checkpoints, check_config, load_draft, load_run
+from jspec.checkpoint import Checkpoints
 from jspec.config import load_config
 from jspec.drafts import base, find, known
 from jspec.heads import files
 from jspec.prepare import check_draft
-from jspec.rl.update import UpdateSettings, init_state
+from jspec.rl.state import init_state
+from jspec.rl.update_settings import UpdateSettings
+from jspec.run_dir import keep_config, load_draft, load_run
 from jspec.sources import choose_draft, open_source
 from tests.speculate import tiny
 
@@ -136,7 +138,7 @@ def test_a_run_with_it_comes_back_and_runs_its_file_only_where_that_is_allowed(t
     config = load_config(None, [f"output_dir={run}", f"draft.name={name}", "model.name=random",
                                 "model.tokenizer=chars:012", ("model.architecture", shape)])
     state = init_state(POLICY, find(name).init(POLICY, answer=False), UpdateSettings.of(config), seed=0)
-    check_config(config)
+    keep_config(config)
     with Checkpoints(run, keep=1) as checkpoints:
         checkpoints.save(3, state, {})
         checkpoints.wait()

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 import jspec
 from jspec.model import ModelConfig, init_policy, prompt_forward, response_forward, train_forward
@@ -16,11 +15,13 @@ from jspec.rl import update as up
 from jspec.rl.batch import TrainBatch, join
 from jspec.rl.batch import make_batch as batch_of
 from jspec.rl.losses import token_logprobs
-from jspec.sharding import make_mesh
+from jspec.rl.optimizers import draft_optimizer, inside_blocks, optimizers
+from jspec.rl.state import init_state
+from jspec.rl.update_settings import UpdateSettings, learned_from
 
 CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=8, initializer_range=0.2)
-SETTINGS = up.UpdateSettings(temperature=0.8, learning_rate=1e-3, draft_learning_rate=1e-3)
+SETTINGS = UpdateSettings(temperature=0.8, learning_rate=1e-3, draft_learning_rate=1e-3)
 WITH_KL = dataclasses.replace(SETTINGS, kl_weight=0.5)
 TRIMMED = dict(micro_batch=2, widths=(3,))
 P, G, L, T = 2, 4, 16, 6
@@ -34,7 +35,7 @@ def make_state(draft="mtp", settings=SETTINGS):
     policy = init_policy(CONFIG, jax.random.key(0))
     options = {"depths": 1} if draft == "mtp" else {}
     made = draft and getattr(jspec.drafts, draft)(policy, jax.random.key(1), **options)
-    return up.init_state(policy, made, settings, seed=0)
+    return init_state(policy, made, settings, seed=0)
 
 
 def make_batch(seed=0):
@@ -125,7 +126,7 @@ def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, options):
     prompts = jspec.PromptBatch.from_tokens([[3, 4, 5], [7, 8, 9, 10, 11]], group_size=G, seed=1)
     out = jspec.rollout(state.policy, state.draft, prompts,
                         sampling=jspec.Sampling(max_new_tokens=T, temperature=SETTINGS.temperature),
-                        speculation=jspec.Speculation(k=2, depths=up.learned_from(state.draft, settings)))
+                        speculation=jspec.Speculation(k=2, depths=learned_from(state.draft, settings)))
     batch = batch_of(prompts, out, jnp.ones(N))
     _, wanted = gradients(state, None, batch, SETTINGS)
     close(jax.jit(up.draft_gradients, static_argnums=2)(state, batch, settings), wanted)
@@ -225,8 +226,8 @@ def test_the_drafts_clip_rate_and_pace_are_its_own():
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_gradients_are_clipped_to_each_sides_own_norm(side):
-    settings = up.UpdateSettings(learning_rate=0.5, clip=2.0, draft_learning_rate=0.25, draft_clip=3.0)
-    optimizer = up.optimizers(settings)[side]
+    settings = UpdateSettings(learning_rate=0.5, clip=2.0, draft_learning_rate=0.25, draft_clip=3.0)
+    optimizer = optimizers(settings)[side]
     weights = {"a": jnp.zeros(3)}
     _, (_, (adam, *_)) = up.apply_gradients(optimizer, weights, optimizer.init(weights), {"a": jnp.full(3, 1e3)},
                                             jnp.array(True))
@@ -235,7 +236,7 @@ def test_gradients_are_clipped_to_each_sides_own_norm(side):
 
 @pytest.mark.parametrize("per_step", [1, 2])
 def test_warmup_counts_steps_however_many_updates_they_have(per_step):
-    optimizer, _ = up.optimizers(up.UpdateSettings(learning_rate=1e-2, warmup_steps=4, updates_per_rollout=per_step))
+    optimizer, _ = optimizers(UpdateSettings(learning_rate=1e-2, warmup_steps=4, updates_per_rollout=per_step))
     weights, opt_state, sizes = {"a": jnp.zeros(2)}, optimizer.init({"a": jnp.zeros(2)}), []
     for _ in range(6 * per_step):
         new, opt_state = up.apply_gradients(optimizer, weights, opt_state, {"a": jnp.ones(2)}, jnp.array(True))
@@ -250,23 +251,13 @@ def test_muon_has_the_matrices_inside_blocks_and_adamw_all_else(draft, options):
     policy = jax.eval_shape(lambda: init_policy(CONFIG, jax.random.key(0)))
     weights = jax.eval_shape(lambda p: getattr(jspec.drafts, draft)(p, jax.random.key(1), **options).weights, policy)
     muon = {jax.tree_util.keystr(path) for path, given in jax.tree_util.tree_leaves_with_path(
-        up.inside_blocks(weights), is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers))}
+        inside_blocks(weights), is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers))}
     blocks = [f"['blocks'][{i}]['layer']" for i in range(2)] if draft == "mtp" else ["['layer']"]
     assert muon == {f"{block}['{name}']" for block in blocks for name in ("q", "k", "v", "o", "gate", "up", "down")}
-    state = jax.eval_shape(up.draft_optimizer("muon", 1e-3, 1.0).init, weights)
+    state = jax.eval_shape(draft_optimizer("muon", 1e-3, 1.0).init, weights)
     moments = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     second = {name.split(".nu", 1)[1] for name in moments if ".nu" in name}  # only AdamW has second moments
     assert second == {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(weights)} - muon
-
-
-def test_muon_begins_on_a_mesh_as_without_one():
-    """As every run does: what one of its rules leaves to the other has no place there."""
-    weights = {"layer": {"q": jnp.ones((2, 3)), "norm": jnp.ones(2)}, "proj": jnp.ones((3, 2))}
-    muon = up.draft_optimizer("muon", 1e-3, 1.0)
-    with jax.set_mesh(make_mesh(1, 1, 1)):
-        everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-        made = up._init_optimizer(muon, jax.device_put(weights, everywhere))
-    jax.tree.map(np.testing.assert_array_equal, made, up._init_optimizer(muon, weights))
 
 
 def test_a_policy_without_sound_gradients_is_left_alone_while_the_draft_goes_on():

@@ -9,7 +9,7 @@ import pytest
 
 import jspec
 from jspec.model import logits, train_forward
-from jspec.rl.update import join
+from jspec.rl.batch import join
 from jspec.speculate import cycle
 from tests.speculate import tiny
 from tests.speculate.ties import generated

@@ -6,7 +6,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import jspec
-from jspec.rl.update import TrainBatch, UpdateSettings, init_state, update
+from jspec.rl.batch import TrainBatch
+from jspec.rl.state import init_state
+from jspec.rl.update import update
+from jspec.rl.update_settings import UpdateSettings
 from tests.speculate import drafters
 from tests.speculate.ties import generated
 

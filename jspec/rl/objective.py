@@ -1,0 +1,128 @@
+"""What the update minimises: the policy's clipped objective, and the draft's own loss, of one forward.
+
+Prompts are computed once, before the responses, which continue their keys and values in micro-batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jspec.drafts import Draft
+from jspec.drafts.base import DraftBatch
+from jspec.model import Policy, Trunk, prompt_forward, response_forward
+from jspec.rl.batch import TrainBatch, join
+from jspec.rl.losses import clipped_objective, k3, predicting_states, token_logprobs
+from jspec.rl.micro_batches import MicroBatch, blocks_of, least_tokens, shapes
+from jspec.rl.update_settings import UpdateSettings
+from jspec.sharding import block_rows, constrain
+
+
+@struct.dataclass
+class PromptStates:
+    """What responses continue, of P prompts.
+
+    Attributes:
+      last: [P, D], final-normed, at each prompt's last token.
+      keys_values: of all layers, [layers, P, L, kv_heads, head_dim] each.
+    """
+
+    last: jax.Array
+    keys_values: tuple[jax.Array, jax.Array]
+
+
+def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
+                  features: tuple[int, ...] = ()) -> tuple[PromptStates, Trunk]:
+    """What responses continue, and the prompts' Trunk with `features`.
+
+    As many prompts at a time as hold no more tokens than a micro-batch. Where that is not all of them, the backward
+    pass computes them anew.
+    """
+    def of_some(prompts, lengths):
+        trunk, keys_values = jax.lax.optimization_barrier(
+            prompt_forward(policy, prompts, features=features, remat=settings.remat))
+        last = jnp.take_along_axis(trunk.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return PromptStates(last, keys_values), trunk
+
+    blocks, (count, length) = blocks_of(batch), batch.prompts.shape
+    each, (rows, width) = count // blocks, shapes(batch, settings.micro_batch, settings.widths)[0]
+    fitting = max(1, max(rows * width, least_tokens()) // length)
+    together = next(n for n in range(min(each, fitting), 0, -1) if each % n == 0)
+    if together == each:
+        return of_some(batch.prompts, batch.prompt_lengths)
+
+    def split(x):
+        return x.reshape(blocks, -1, together, *x.shape[1:]).swapaxes(0, 1).reshape(-1, blocks * together, *x.shape[1:])
+
+    def merged(x, axis):  # [chunks, ..., blocks x together, ...] -> [..., P, ...]
+        x = jnp.moveaxis(x, 0, axis)
+        x = x.reshape(*x.shape[:axis], -1, blocks, together, *x.shape[axis + 2:]).swapaxes(axis, axis + 1)
+        return x.reshape(*x.shape[:axis], count, *x.shape[axis + 3:])
+
+    states, trunk = jax.lax.map(lambda chunk: jax.checkpoint(of_some)(*chunk),
+                                (split(batch.prompts), split(batch.prompt_lengths)))
+    keys_values = jax.tree.map(lambda x: merged(x, 1), states.keys_values)
+    return PromptStates(merged(states.last, 0), keys_values), jax.tree.map(lambda x: merged(x, 0), trunk)
+
+
+def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tuple[Policy, PromptStates] | None,
+                micro: MicroBatch, count: jax.Array, settings: UpdateSettings,
+                features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict, Trunk, jax.Array]]:
+    """The clipped objective of a micro-batch's rows over the global `count` of trained tokens, plus the KL where asked
+    for. prompts: of the policy; anchor: the reference with its own.
+
+    Returns (loss, (metrics, the responses' trunk with `features`, log-probabilities of their tokens)). Metrics are the
+    rows' share of token means over `count`, so that those of micro-batches add up; `logprob_gap` is a maximum.
+    """
+    rows = micro.rows
+    trunk, logprobs, entropy = response_logprobs(policy.replace(weights=weights), prompts, micro, settings, features)
+    surrogate, clipped = clipped_objective(logprobs, rows.logprobs, rows.advantages, rows.mask, settings.clip_low,
+                                           settings.clip_high)
+    gap = jnp.where(rows.mask, jnp.abs(logprobs - rows.logprobs), 0.0)
+
+    def mean(x):
+        return jnp.sum(x, where=rows.mask, dtype=jnp.float32) / count
+
+    loss = -mean(surrogate)
+    metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped), "logprob_gap_mean": mean(gap)}
+    if anchor is not None:
+        _, anchored, _ = response_logprobs(*anchor, micro, settings)
+        metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchored), rows.mask))
+        loss = loss + settings.kl_weight * metrics["kl"]
+    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunk, logprobs)
+
+
+def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch, settings: UpdateSettings,
+                      features: tuple[int, ...] = ()) -> tuple[Trunk, jax.Array, jax.Array]:
+    """(trunk of the responses, log-probabilities of their tokens, entropy, both float32 [N, T])."""
+    tokens = micro.rows.tokens
+    trunk = jax.lax.optimization_barrier(response_forward(
+        policy, tokens, micro.rows.prompt_lengths, prompts.keys_values, micro.prompts, features=features,
+        remat=settings.remat))
+    hidden = predicting_states(block_rows(prompts.last, micro.prompts), trunk.hidden)
+    return trunk, *token_logprobs(policy, hidden, tokens, settings.temperature)
+
+
+def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk] | None, logprobs: jax.Array,
+               batch: TrainBatch, settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The drafter's own loss, a sum over trained tokens, with the policy and all that it computed detached.
+
+    trunks: of the rows' prompts and of their responses; None: the states are those of the batch, whose rows have no
+    gap already.
+    Returns (loss, metrics), all of them sums over trained tokens.
+    """
+    # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or
+    # fuse anything of the two.
+    policy, trunks, logprobs = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, trunks, logprobs)))
+    tokens = join(batch.prompts, batch.prompt_lengths, batch.tokens)
+    if trunks is None:
+        trunk = jax.tree.map(lambda x: constrain(x[:, :tokens.shape[1]], "train", "batch", None, None), batch.trunk)
+    else:
+        trunk = jax.tree.map(lambda prompt, response: join(prompt, batch.prompt_lengths, response), *trunks)
+    start = jnp.repeat(batch.prompt_lengths, batch.group_size)
+    rows = DraftBatch(trunk, tokens, start, batch.mask, logprobs, jnp.asarray(settings.temperature))
+    loss, _, metrics = draft.drafter.loss(policy, draft.replace(weights=weights), rows, settings.draft_loss)
+    return loss, {**metrics, "loss": loss}

@@ -1,0 +1,64 @@
+"""What an update needs to know, and what follows from it for a draft."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from jspec.config import Config
+from jspec.drafts import Draft
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+    """What an update needs to know and what is fixed for a run; `jspec.config` says what each of them means."""
+
+    temperature: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_weight: float = 0.0
+    updates_per_rollout: int = 1
+    micro_batch: int = 0
+    widths: tuple[int, ...] = ()
+    remat: bool = False
+    learning_rate: float = 1e-6
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    train_draft: bool = True
+    draft_every: int = 1
+    draft_features: str = "update"
+    draft_loss: str = "kl"
+    draft_optimizer: str = "adamw"
+    draft_learning_rate: float = 1e-3
+    draft_clip: float = 1.0
+
+    @classmethod
+    def of(cls, config: Config) -> UpdateSettings:
+        """The settings that a run's configuration gives."""
+        grpo, draft = config.grpo, config.draft
+        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "widths", "learning_rate",
+                "clip", "weight_decay", "warmup_steps")
+        return cls(temperature=config.sampling.temperature, remat=config.model.remat, train_draft=draft.train,
+                   draft_every=draft.every_n_steps, draft_features=draft.features, draft_loss=draft.loss,
+                   draft_optimizer=draft.optimizer,
+                   draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
+                   **{name: getattr(grpo, name) for name in same})
+
+
+def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:
+    """Whether there is a draft with a loss, and it is to be trained."""
+    return draft is not None and settings.train_draft and draft.drafter.loss is not None
+
+
+def learned_from(draft: Draft | None, settings: UpdateSettings) -> tuple[int, ...] | None:
+    """The features that a rollout keeps (`Speculation.depths`) for `update_draft`; None: nothing learns from it."""
+    if not trains_draft(draft, settings) or settings.draft_features == "update":
+        return None
+    return draft.drafter.features(draft.config)
+
+
+def draft_due(settings: UpdateSettings, updates: jax.Array | int) -> jax.Array | bool:
+    """Whether this update is of a step that trains the draft: the first, and every `draft_every`-th after it."""
+    return updates // settings.updates_per_rollout % settings.draft_every == 0

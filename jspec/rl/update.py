@@ -117,6 +117,7 @@ def described(batch: TrainBatch, settings: UpdateSettings) -> str:
 def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_state: Any, grads: Any,
                     sound: jax.Array) -> tuple[Any, Any]:
     """One optimizer step where `sound`, nothing at all where not. Returns (weights, opt_state)."""
+    # not optax.apply_if_finite: after some failures in a row that lets one through, and it sees gradients, not the loss
     changes, new_state = optimizer.update(grads, opt_state, weights)
     new = (optax.apply_updates(weights, changes), new_state)
     return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (weights, opt_state))

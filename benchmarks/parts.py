@@ -56,7 +56,7 @@ def verification(policy: Policy, state: State, *, k: int, features: tuple[int, .
     """
     def step(i, state):
         tokens = (state.sequences.tokens[:, :k + 1] + i) % policy.config.vocab_size
-        trunk, cache = verify(policy, tokens, state.cache, state.sequences.lengths - 1, features=features)
+        trunk, cache = verify(policy, tokens, state.cache, state.sequences.lengths - 1, depths=features)
         scores = logits(policy, trunk.hidden.reshape(-1, trunk.hidden.shape[-1]))
         return _one_longer(state.replace(cache=cache), k), (trunk, scores.reshape(*tokens.shape, -1))
 

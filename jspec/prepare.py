@@ -240,7 +240,7 @@ def make_sampling(config: AnyConfig) -> Sampling:
 
 
 def rollout_layout(config: Config) -> str:
-    """The row of `jspec.sharding.RULES` that rollouts are placed by."""
+    """The row of `jspec.sharding.LAYOUTS` that rollouts are placed by."""
     return "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
 
 

@@ -28,7 +28,7 @@ _TENSOR = {"vocab": ("tensor",), "q_heads": ("tensor",), "kv_heads": ("tensor",)
 _WIDE = {name: ("fsdp", "tensor") for name in _TENSOR}
 
 # logical axis -> mesh axes, by layout; a logical axis that is not listed is replicated
-RULES: dict[str, dict[str, tuple[str, ...]]] = {
+LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"batch": ("data", "fsdp"), "embed": ("fsdp",), **_TENSOR},
     "rollout": {"batch": ("data", "fsdp"), **_TENSOR},
     "rollout_wide": {"batch": ("data",), **_WIDE},
@@ -102,7 +102,7 @@ def partition(mesh: Any, layout: str, shape: tuple[int, ...], axes: tuple[str | 
     manual, entries = getattr(mesh, "manual_axes", ()), []
     for size, name in zip(shape, axes, strict=True):
         used: tuple[str, ...] = ()
-        for axis in RULES[layout].get(name, ()) if name else ():
+        for axis in LAYOUTS[layout].get(name, ()) if name else ():
             if axis in mesh.shape and axis not in manual and size % _degree(mesh, (*used, axis)) == 0:
                 used = (*used, axis)
         entries.append(used or None)
@@ -148,35 +148,35 @@ def block_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return rows.reshape(-1, *x.shape[1:])
 
 
-def check_mesh(config: Any, mesh: Any, layout: str = "train") -> None:
+def check_mesh(model: Any, mesh: Any, layout: str = "train") -> None:
     """Raise InputError, naming the axis, if the mesh does not divide the model. More shards than KV heads is fine."""
-    rules = RULES[layout]
-    sizes = {"vocab": config.vocab_size, "q_heads": config.num_heads, "mlp": config.intermediate_size,
-             "embed": config.hidden_size}
+    rules = LAYOUTS[layout]
+    sizes = {"vocab": model.vocab_size, "q_heads": model.num_heads, "mlp": model.intermediate_size,
+             "embed": model.hidden_size}
     for name, size in sizes.items():
         degree = _degree(mesh, rules.get(name, ()))
         if size % degree:
             raise InputError(f"mesh axes {rules[name]} of {degree} shards do not divide the model's {name} = {size}")
     degree = _degree(mesh, rules["kv_heads"])
-    if config.num_kv_heads % degree and degree <= config.num_kv_heads:
+    if model.num_kv_heads % degree and degree <= model.num_kv_heads:
         raise InputError(f"mesh axes {rules['kv_heads']} of {degree} shards do not divide num_kv_heads = "
-                         f"{config.num_kv_heads}; use a divisor, or more shards than heads (they are then replicated)")
+                         f"{model.num_kv_heads}; use a divisor, or more shards than heads (they are then replicated)")
 
 
-def heads_replicated(config: Any, layout: str, mesh: Any = None) -> bool:
+def heads_replicated(model: Any, layout: str, mesh: Any = None) -> bool:
     """Whether `layout` splits heads over more shards than the model has KV heads, so that every
     shard holds all of those. Another layout on the same mesh may split them."""
-    return config.num_kv_heads % _degree(mesh or current_mesh(), RULES[layout]["kv_heads"]) != 0
+    return model.num_kv_heads % _degree(mesh or current_mesh(), LAYOUTS[layout]["kv_heads"]) != 0
 
 
-def spec_sharding(specs: Any, config: Any, layout: str = "train", mesh: Any = None) -> Any:
+def spec_sharding(specs: Any, model: Any, layout: str = "train", mesh: Any = None) -> Any:
     """Where every leaf of a tree with `shape` and `axes` (see `model.ParamSpec`) lies, as `placement` says it.
 
     mesh: default the current one. Raises InputError where it does not divide the model.
     """
     mesh = mesh or current_mesh()
-    check_mesh(config, mesh, layout)
-    replicated = heads_replicated(config, layout, mesh)
+    check_mesh(model, mesh, layout)
+    replicated = heads_replicated(model, layout, mesh)
 
     def of_spec(spec):
         axes = (None if replicated and axis == "kv_heads" else axis for axis in spec.axes)
@@ -185,22 +185,22 @@ def spec_sharding(specs: Any, config: Any, layout: str = "train", mesh: Any = No
     return jax.tree.map(of_spec, specs, is_leaf=lambda x: hasattr(x, "axes"))
 
 
-def constrain_tree(tree: Any, specs: Any, config: Any, layout: str) -> Any:
+def constrain_tree(tree: Any, specs: Any, model: Any, layout: str) -> Any:
     """Constrain weights to `layout`'s sharding on the current mesh; no-op without one."""
     mesh = current_mesh()
     if mesh.size <= 1:
         return tree
-    return jax.lax.with_sharding_constraint(tree, spec_sharding(specs, config, layout, mesh))
+    return jax.lax.with_sharding_constraint(tree, spec_sharding(specs, model, layout, mesh))
 
 
 def batch_axes(layout: str) -> tuple[str, ...]:
     """The current mesh's axes that split a batch's rows."""
-    return tuple(axis for axis in RULES[layout]["batch"] if axis in current_mesh().shape)
+    return tuple(axis for axis in LAYOUTS[layout]["batch"] if axis in current_mesh().shape)
 
 
 def batch_shards(layout: str, mesh: Any = None) -> int:
     """Over how many shards the mesh (default: the current one, if any) splits a batch's rows."""
-    return _degree(mesh or current_mesh(), RULES[layout]["batch"])
+    return _degree(mesh or current_mesh(), LAYOUTS[layout]["batch"])
 
 
 def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
@@ -208,4 +208,4 @@ def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
     degree = batch_shards(layout, mesh)
     if rows % degree:
         raise InputError(f"a batch of {rows} sequences is not divided by the mesh's {degree} batch shards "
-                         f"({' x '.join(RULES[layout]['batch'])}); change prompts_per_step, group_size or the mesh")
+                         f"({' x '.join(LAYOUTS[layout]['batch'])}); change prompts_per_step, group_size or the mesh")

@@ -63,7 +63,7 @@ def _final(policy: Policy, x: jax.Array, features: Sequence[jax.Array]) -> Trunk
     return Trunk(rms_norm(x, policy.weights["final_norm"], policy.config.rms_norm_eps), tuple(features))
 
 
-def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, features: tuple[int, ...],
+def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, depths: tuple[int, ...],
              remat: bool) -> tuple[Trunk, Any]:
     """Scan `layer(weights, x, its entry of by_layer) -> (x, kept)` over the stacked layers: a Trunk over `tokens`, and
     what the layers kept, stacked."""
@@ -72,13 +72,13 @@ def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, 
         w, depth, entry = xs
         x, kept = layer(w, x, entry)
         x = constrain(x, policy.layout, "batch", None, None)
-        states = tuple(jnp.where(depth == i, x, old) for i, old in zip(features, states, strict=True))
+        states = tuple(jnp.where(depth == i, x, old) for i, old in zip(depths, states, strict=True))
         return (x, states), kept
 
     x = _embedded(policy, tokens)
     with jax.named_scope("trunk"):
         xs = (policy.weights["layers"], 1 + jnp.arange(policy.config.num_layers), by_layer)
-        (x, states), kept = jax.lax.scan(jax.checkpoint(step) if remat else step, (x, (x,) * len(features)), xs)
+        (x, states), kept = jax.lax.scan(jax.checkpoint(step) if remat else step, (x, (x,) * len(depths)), xs)
     return _final(policy, x, states), kept
 
 
@@ -86,34 +86,34 @@ def _embedded(policy: Policy, tokens: jax.Array) -> jax.Array:
     return constrain(embed(policy, tokens), policy.layout, "batch", None, None)
 
 
-def train_forward(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...] = (), remat: bool = False) -> Trunk:
+def train_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False) -> Trunk:
     """All positions of tokens int32 [B, S], causal, positions 0..S-1, differentiable. Training layout only.
 
     Rows are right-padded: padding can only influence positions after it. `remat` recomputes each layer in the
     backward pass, so that only one residual stream a layer is kept.
     """
-    return _causal(policy, tokens, lambda k, v: None, features, remat)[0]
+    return _causal(policy, tokens, lambda k, v: None, depths, remat)[0]
 
 
-def prompt_forward(policy: Policy, tokens: jax.Array, *, features: tuple[int, ...] = (),
+def prompt_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (),
                    remat: bool = False) -> tuple[Trunk, tuple[jax.Array, jax.Array]]:
     """`train_forward` of prompts, with their keys and values of all layers, [layers, B, S, kv_heads, head_dim] each,
     for `response_forward` to continue."""
-    return _causal(policy, tokens, lambda k, v: (k, v), features, remat)
+    return _causal(policy, tokens, lambda k, v: (k, v), depths, remat)
 
 
-def _causal(policy: Policy, tokens: jax.Array, keep: Callable, features: tuple[int, ...],
+def _causal(policy: Policy, tokens: jax.Array, keep: Callable, depths: tuple[int, ...],
             remat: bool) -> tuple[Trunk, Any]:
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
     def layer(w, x, _) -> tuple[jax.Array, Any]:
         return decoder_layer(policy.config, w, x, rope, lambda q, k, v: (causal_attention(q, k, v), keep(k, v)))
 
-    return _scanned(policy, tokens, layer, None, features, remat)
+    return _scanned(policy, tokens, layer, None, depths, remat)
 
 
 def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys_values: tuple[jax.Array, jax.Array],
-                     prompts: jax.Array, *, features: tuple[int, ...] = (), remat: bool = False) -> Trunk:
+                     prompts: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False) -> Trunk:
     """What `train_forward` computes of responses after their prompts, the prompts being computed already.
 
     Responses int32 [N, T]; lengths int32 [N], of each one's prompt; keys_values: of all prompts (`prompt_forward`);
@@ -127,10 +127,10 @@ def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys
         return decoder_layer(policy.config, w, x, rope,
                              lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None))  # type: ignore[call-arg]
 
-    return _scanned(policy, tokens, layer, keys_values, features, remat)[0]
+    return _scanned(policy, tokens, layer, keys_values, depths, remat)[0]
 
 
-def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features: tuple[int, ...],
+def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, depths: tuple[int, ...],
               attend: Callable[[int], Callable]) -> tuple[Trunk, tuple]:
     """Run the layers one by one; `attend(i)` gives layer i's attention. Returns (Trunk, a pair of keys and values, or
     of their pools, a layer)."""
@@ -143,11 +143,11 @@ def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, features:
         x = constrain(x, policy.layout, "batch", None, None)
         residual.append(x)
         kept.append(pair)
-    return _final(policy, x, [residual[i] for i in features]), tuple(kept)
+    return _final(policy, x, [residual[i] for i in depths]), tuple(kept)
 
 
 def prefill(policy: Policy, tokens: jax.Array, *,
-            features: tuple[int, ...] = ()) -> tuple[Trunk, KeyValues]:
+            depths: tuple[int, ...] = ()) -> tuple[Trunk, KeyValues]:
     """Whole prompts, tokens int32 [P, L], right-padded. Rollout layout only.
 
     Returns (Trunk over [P, L], keys and values of every layer, each [P, L, kv_heads, head_dim]).
@@ -156,11 +156,11 @@ def prefill(policy: Policy, tokens: jax.Array, *,
         k, v = (constrain(x, policy.layout, "batch", None, "kv_heads", None) for x in (k, v))
         return causal_attention(q, k, v), (k, v)
 
-    return _unrolled(policy, tokens, jnp.arange(tokens.shape[1])[None], features, lambda _: causal)
+    return _unrolled(policy, tokens, jnp.arange(tokens.shape[1])[None], depths, lambda _: causal)
 
 
 def verify(policy: Policy, tokens: jax.Array, cache: Cache, lengths: jax.Array, *,
-           features: tuple[int, ...] = ()) -> tuple[Trunk, Cache]:
+           depths: tuple[int, ...] = ()) -> tuple[Trunk, Cache]:
     """T new tokens a row, int32 [B, T], at positions lengths .. lengths+T-1 after the cached ones. Rollout layout only.
 
     Returns (Trunk over [B, T], Cache with the new keys and values written at those positions).
@@ -172,5 +172,5 @@ def verify(policy: Policy, tokens: jax.Array, cache: Cache, lengths: jax.Array, 
         return ragged
 
     positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-    trunk, pools = _unrolled(policy, tokens, positions, features, attend)
+    trunk, pools = _unrolled(policy, tokens, positions, depths, attend)
     return trunk, cache.replace(k=tuple(k for k, _ in pools), v=tuple(v for _, v in pools))

@@ -15,7 +15,7 @@ from jspec.choices import DTYPES
 from jspec.errors import InputError
 from jspec.model.config import ModelConfig
 from jspec.model.layers import fuse
-from jspec.sharding import RULES, constrain_tree, spec_sharding
+from jspec.sharding import LAYOUTS, constrain_tree, spec_sharding
 from pallas_kernels.implementation import REFERENCE, Implementation
 
 
@@ -43,7 +43,7 @@ class Policy:
       weights: the tree that `param_specs(config)` declares.
       config: static.
       dtype: static; what is computed in ("float32" or "bfloat16"), over float32 masters.
-      layout: static; the row of `jspec.sharding.RULES` that places weights and activations.
+      layout: static; the row of `jspec.sharding.LAYOUTS` that places weights and activations.
       kernels: static; which implementation of the kernels decoding runs. `jspec.rollout` sets it.
     """
 
@@ -82,7 +82,7 @@ def check_static(label: str, policy: Any) -> None:
     instance(Policy, "a policy, such as jspec.load(\"NAME\")")(label, policy)
     instance(ModelConfig, "a jspec.ModelConfig")(f"the config of {label}", policy.config)
     one_of(DTYPES)(f"the dtype of {label}", policy.dtype)
-    one_of(RULES)(f"the layout of {label}", policy.layout)
+    one_of(LAYOUTS)(f"the layout of {label}", policy.layout)
     instance(Implementation, "what jspec.rollout sets")(f"kernels of {label}", policy.kernels)
 
 
@@ -158,7 +158,7 @@ def is_spec(x: Any) -> bool:
 def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
     """Arrays for a tree of `ParamSpec`; each leaf's key is folded from its path, so that trees can grow."""
 
-    def make(path, spec: ParamSpec) -> jax.Array:
+    def drawn(path, spec: ParamSpec) -> jax.Array:
         if spec.init == "zeros":
             return jnp.zeros(spec.shape, spec.dtype)
         if spec.init == "ones":
@@ -167,12 +167,12 @@ def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
         leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         return scale * jax.random.normal(leaf_key, spec.shape, spec.dtype)
 
-    return jax.tree_util.tree_map_with_path(make, specs, is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(drawn, specs, is_leaf=is_spec)
 
 
-def place_on_mesh(make: Any, specs: Any, config: ModelConfig) -> Any:
-    """`make` jitted, its result (a tree as `specs` declares it) placed in the training layout on the current mesh."""
-    return jax.jit(make, out_shardings=spec_sharding(specs, config))
+def place_on_mesh(build: Any, specs: Any, model: ModelConfig) -> Any:
+    """`build` jitted, its result (a tree as `specs` declares it) placed in the training layout on the current mesh."""
+    return jax.jit(build, out_shardings=spec_sharding(specs, model))
 
 
 def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32") -> Policy:
@@ -189,27 +189,27 @@ def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32
     instance(ModelConfig, "a jspec.ModelConfig")("config", config)
     key, dtype = random_key("key", key), compute_dtype("dtype", dtype)
 
-    def make(key) -> dict:
+    def fresh(key) -> dict:
         return init_weights(param_specs(config), key, config.initializer_range)
 
-    return Policy(place_on_mesh(make, param_specs(config), config)(key), config, dtype)
+    return Policy(place_on_mesh(fresh, param_specs(config), config)(key), config, dtype)
 
 
-def abstract_policy(config: ModelConfig, dtype: str = "float32") -> Policy:
+def abstract_policy(model: ModelConfig, dtype: str = "float32") -> Policy:
     """A policy in the training layout with `jax.ShapeDtypeStruct`s for weights, each with its sharding: all that can be
     known of it before any are read. Raises InputError where the mesh of `jax.set_mesh` does not divide the model."""
-    return Policy(abstract_weights(param_specs(config), config), config, dtype)
+    return Policy(abstract_weights(param_specs(model), model), model, dtype)
 
 
-def abstract_weights(specs: Any, config: ModelConfig) -> Any:
+def abstract_weights(specs: Any, model: ModelConfig) -> Any:
     """A tree of `ParamSpec` as `jax.ShapeDtypeStruct`s, placed in the training layout on the current mesh."""
     return jax.tree.map(lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
-                        specs, spec_sharding(specs, config), is_leaf=is_spec)
+                        specs, spec_sharding(specs, model), is_leaf=is_spec)
 
 
-def policy_sharding(config: ModelConfig, mesh: Any) -> Any:
+def policy_sharding(model: ModelConfig, mesh: Any) -> Any:
     """NamedSharding of every weight in the training layout. Raises InputError where the mesh does not divide."""
-    return spec_sharding(param_specs(config), config, mesh=mesh)
+    return spec_sharding(param_specs(model), model, mesh=mesh)
 
 
 def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
@@ -236,4 +236,4 @@ _reshard = jax.jit(to_rollout, static_argnames="layout")
 def reshard(policy: Policy, layout: str = "rollout") -> Policy:
     """`to_rollout`, jitted. Raises InputError for a policy that is none, and for another layout."""
     check_policy("policy", policy)
-    return _reshard(policy, layout=one_of(name for name in RULES if name != "train")("layout", layout))
+    return _reshard(policy, layout=one_of(name for name in LAYOUTS if name != "train")("layout", layout))

@@ -43,7 +43,7 @@ def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
     """
     def of_some(prompts, lengths):
         trunk, keys_values = jax.lax.optimization_barrier(
-            prompt_forward(policy, prompts, features=features, remat=settings.remat))
+            prompt_forward(policy, prompts, depths=features, remat=settings.remat))
         last = jnp.take_along_axis(trunk.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return PromptStates(last, keys_values), trunk
 
@@ -100,7 +100,7 @@ def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch, 
     """(trunk of the responses, log-probabilities of their tokens, entropy, both float32 [N, T])."""
     tokens = micro.rows.tokens
     trunk = jax.lax.optimization_barrier(response_forward(
-        policy, tokens, micro.rows.prompt_lengths, prompts.keys_values, micro.prompts, features=features,
+        policy, tokens, micro.rows.prompt_lengths, prompts.keys_values, micro.prompts, depths=features,
         remat=settings.remat))
     hidden = predicting_states(block_rows(prompts.last, micro.prompts), trunk.hidden)
     return trunk, *token_logprobs(policy, hidden, tokens, settings.temperature)

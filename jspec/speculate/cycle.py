@@ -117,7 +117,7 @@ def cycle(policy: Policy, draft: Draft | None, state: State, noise: Any, *, samp
         features = () if draft is None else draft.drafter.features(draft.config)
         cache = state.cache if proposal.cache is None else proposal.cache
         computed, cache = verify(policy, jnp.concatenate([pending[:, None], proposal.tokens], axis=1), cache,
-                                 rows.lengths - 1, features=(*features, *(depths or ())))
+                                 rows.lengths - 1, depths=(*features, *(depths or ())))
         trunk, kept = split_features(computed, len(features))
     with jax.named_scope("accept"):
         verdict = _accept(policy, rows, trunk.hidden, proposal, noise, sampling, stop_tokens)

@@ -69,7 +69,7 @@ def prefill_prompts(policy: Policy, draft: Draft | None, batch: PromptBatch,
     length = batch.tokens.shape[1]
     tokens = jnp.clip(batch.tokens, 0, policy.config.vocab_size - 1)  # of rows that have no answer
     lengths = jnp.clip(batch.lengths, 1, length)
-    computed, key_values = prefill(policy, tokens, features=(*features, *(depths or ())))
+    computed, key_values = prefill(policy, tokens, depths=(*features, *(depths or ())))
     trunk, kept = split_features(computed, len(features))
     rows, of_draft = None, ()
     if draft is not None:

@@ -21,11 +21,11 @@ from pallas_kernels.noise import rejection_noise
 PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6], [4, 4, 4]]
 K = 3
 
-_forward = jax.jit(train_forward, static_argnames="features")
+_forward = jax.jit(train_forward, static_argnames="depths")
 
 
 def trunk_states(policy, draft, tokens):
-    return _forward(policy, tokens, features=draft.drafter.features(draft.config))
+    return _forward(policy, tokens, depths=draft.drafter.features(draft.config))
 
 
 def of_draft(draft, logits):
@@ -78,7 +78,7 @@ def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0)
 
     @jax.jit
     def scratch(tokens, lengths):
-        trunk, key_values = prefill(ready, tokens, features=draft.drafter.features(draft.config))
+        trunk, key_values = prefill(ready, tokens, depths=draft.drafter.features(draft.config))
         return draft.drafter.start(ready, prepared, base.Prefill(trunk, tokens, lengths)), key_values
 
     (rows, of_draft), of_policy = scratch(tokens, of.lengths)
@@ -111,7 +111,7 @@ def check_the_loss_unrolls_what_propose_computes(policy, draft, first=2):
 
     @jax.jit
     def infer(ready, prepared):
-        trunk, _ = prefill(ready, tokens, features=draft.drafter.features(draft.config))
+        trunk, _ = prefill(ready, tokens, depths=draft.drafter.features(draft.config))
         state = draft.drafter.start(ready, prepared, base.Prefill(trunk, tokens, lengths))
         state = base.DraftState.of_prompts(*state, 16)
         noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, K)

@@ -46,7 +46,7 @@ def largest_difference(policy, draft, case):
 
     @jax.jit
     def score(policy, draft):
-        trunk = train_forward(policy, tokens, features=draft.drafter.features(draft.config))
+        trunk = train_forward(policy, tokens, depths=draft.drafter.features(draft.config))
         states = module.unroll(policy, draft, trunk, tokens, draft.config.depths)
         head = partial(module.logits, policy, draft.config, draft.weights, draft.state.get("vocab"))
         return jnp.concatenate([head(x) for x in states])

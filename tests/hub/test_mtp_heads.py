@@ -59,7 +59,7 @@ def drafted_logits(policy, draft, tokens):
     def run(policy, draft):
         ready, module = jspec.reshard(policy), draft.drafter
         draft = module.prepare(ready, draft)
-        trunk, _ = prefill(ready, rows, features=module.features(draft.config))
+        trunk, _ = prefill(ready, rows, depths=module.features(draft.config))
         state = module.start(ready, draft, base.Prefill(trunk, rows, lengths))
         state = base.DraftState.of_prompts(*state, 2 * len(tokens))
         noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, 2)

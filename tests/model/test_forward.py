@@ -48,13 +48,13 @@ def test_train_prefill_and_verify_agree(kind):
     @jax.jit
     def ways(policy, tokens, lengths):
         ready = jspec.reshard(policy)
-        whole = train_forward(policy, tokens, features=(0, 2, 3))
-        first, key_values = prefill(ready, tokens[:, :6], features=(0, 2, 3))
+        whole = train_forward(policy, tokens, depths=(0, 2, 3))
+        first, key_values = prefill(ready, tokens[:, :6], depths=(0, 2, 3))
         cache = cache_of(key_values, 16)
         # the prompt is right-padded: what lies beyond each length is garbage that the next write replaces
         a, cache = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + jnp.arange(4), 1), cache, lengths)
         b, _ = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + 2 + jnp.arange(4), 1), cache, lengths + 2,
-                      features=(0, 2, 3))
+                      depths=(0, 2, 3))
         return whole, first, a, b
 
     whole, first, a, b = ways(policy, tokens, lengths)
@@ -118,13 +118,13 @@ def test_responses_continue_prompts_that_are_computed_once(blocks, monkeypatch):
 
     @jax.jit
     def forward(policy):
-        trunk, keys_values = prompt_forward(policy, prompts, features=(0, 2, 3))
-        return trunk, response_forward(policy, responses, lengths[own], keys_values, own[None], features=(0, 2, 3))
+        trunk, keys_values = prompt_forward(policy, prompts, depths=(0, 2, 3))
+        return trunk, response_forward(policy, responses, lengths[own], keys_values, own[None], depths=(0, 2, 3))
 
     prompt, response = forward(policy)
     for i, row in enumerate(responses):
         n = int(lengths[own[i]])
-        whole = train_forward(policy, jnp.concatenate([prompts[own[i], :n], row])[None], features=(0, 2, 3))
+        whole = train_forward(policy, jnp.concatenate([prompts[own[i], :n], row])[None], depths=(0, 2, 3))
         for both, a, b in zip(*map(jax.tree.leaves, (whole, prompt, response)), strict=True):
             np.testing.assert_allclose(a[own[i], :n], both[0, :n], atol=1e-5)
             np.testing.assert_allclose(b[i], both[0, n:], atol=1e-5)

@@ -226,8 +226,8 @@ def test_the_states_it_returns_are_the_training_forwards(name):
     draft = None if name == "none" else tiny.shaken(getattr(jspec.drafts, name)(policy, jax.random.key(1)), scale=0.1)
     batch = make_batch()
     out = jspec.rollout(policy, draft, batch, sampling=PLAIN, speculation=jspec.Speculation(k=2, depths=(0, 2)))
-    want = jax.jit(train_forward, static_argnames="features")(policy, join(batch.tokens, batch.lengths, out.tokens),
-                                                              features=(0, 2))
+    want = jax.jit(train_forward, static_argnames="depths")(policy, join(batch.tokens, batch.lengths, out.tokens),
+                                                            depths=(0, 2))
     assert jspec.rollout(policy, draft, batch, sampling=PLAIN).trunk is None
     for got, expected in zip(jax.tree.leaves(out.trunk), jax.tree.leaves(want), strict=True):
         for row, n in enumerate(np.repeat(batch.lengths, 4) + out.lengths - 1):

@@ -92,7 +92,7 @@ class Checkpoints:
     Saving, waiting and leaving raise InputError where a checkpoint, perhaps an earlier one, could not be written.
     """
 
-    def __init__(self, output_dir: str | Path, keep: int):
+    def __init__(self, output_dir: str | Path, keep: int) -> None:
         self.directory = Path(output_dir).absolute() / "checkpoints"
         self.keep = keep
         with checkpoints_written(self.directory):

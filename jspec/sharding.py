@@ -178,7 +178,7 @@ def spec_sharding(specs: Any, model: Any, layout: str = "train", mesh: Any = Non
     check_mesh(model, mesh, layout)
     replicated = heads_replicated(model, layout, mesh)
 
-    def of_spec(spec):
+    def of_spec(spec) -> NamedSharding | None:
         axes = (None if replicated and axis == "kv_heads" else axis for axis in spec.axes)
         return placement(spec.shape, layout, *axes, mesh=mesh)
 

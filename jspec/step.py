@@ -147,14 +147,14 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         depths=learned_from(state.draft, settings))
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
-    def rollout(policy, draft, prompts, sampling, k):
+    def rollout(policy, draft, prompts, sampling, k) -> Rollout:
         return jspec.rollout(policy, draft, prompts, sampling=sampling, speculation=speculation.replace(k=k),
                              batching=batching)
 
-    def learn_draft(state, prompts, out):
+    def learn_draft(state, prompts, out) -> tuple[TrainState, Any]:
         return update_draft(state, make_batch(prompts, out, None), settings)
 
-    def learn(state, reference, prompts, out, rewards):
+    def learn(state, reference, prompts, out, rewards) -> tuple[TrainState, Any]:
         advantages = group_advantages(rewards, prompts.group_size, advantage)
         return update(state, reference, make_batch(prompts, out, advantages), settings)
 
@@ -206,7 +206,7 @@ def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: P
     rewards = jax.ShapeDtypeStruct(rows, np.float32, sharding=placement(rows, "rollout", "batch"))
     made("update", state, reference, prompts, out, rewards)
 
-    def rollout(policy, draft, prompts, sampling, _):
+    def rollout(policy, draft, prompts, sampling, _) -> Rollout:
         return programs["rollout"](policy, draft, prompts, sampling)
 
     return dataclasses.replace(step, **programs | {"rollout": rollout}), programs

@@ -172,7 +172,7 @@ def step_of(drafter: Drafter, config: Any, optimizer: optax.GradientTransformati
     """One optimizer step on the mean loss of a batch. Jittable."""
     batch = batch.replace(trunk=jax.tree.map(lambda x: x.astype(policy.dtype), batch.trunk))
 
-    def mean(weights):
+    def mean(weights) -> tuple[jax.Array, dict]:
         total, count, metrics = drafter.loss(policy, Draft(weights, state, config, drafter), batch, kind)
         count = jnp.maximum(count, 1.0)
         return total / count, jax.tree.map(lambda x: x / count, metrics)

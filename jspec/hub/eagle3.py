@@ -24,7 +24,7 @@ from jspec.drafts.base import Draft
 from jspec.drafts.eagle3 import Eagle3Config, eagle3, specs
 from jspec.errors import InputError
 from jspec.hub.architectures import layer_tensor
-from jspec.hub.eagle3_config import LAYOUTS, config_json, read_config
+from jspec.hub.eagle3_config import EAGLE3_LAYOUTS, config_json, read_config
 from jspec.hub.exporter import new_directory, on_host, whole_directory
 from jspec.hub.fields import whole
 from jspec.hub.json_io import read_json, write_json
@@ -92,8 +92,8 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None, layo
     dtype = config.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+    if layout not in EAGLE3_LAYOUTS:
+        raise InputError(f"layout {layout!r} is unknown; known: {', '.join(EAGLE3_LAYOUTS)}")
     hf = config_json(config, dtype, layout, verifier)
     target = new_directory(directory)
     tensors = {name: on_host(x).astype(DTYPES[dtype]) for name, x in zip(

@@ -20,7 +20,7 @@ from jspec.model import ModelConfig
 AUX_CONVENTIONS = {"input": 0, "output": 1}
 """What is to be added to the id of an auxiliary layer to have its depth, by what of that layer is taken."""
 
-LAYOUTS = ("specforge", "speculators")
+EAGLE3_LAYOUTS = ("specforge", "speculators")
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _AUX = "eagle_aux_hidden_state_layer_ids"
 _BLOCKS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}

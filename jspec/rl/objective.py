@@ -41,7 +41,7 @@ def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
     As many prompts at a time as hold no more tokens than a micro-batch. Where that is not all of them, the backward
     pass computes them anew.
     """
-    def of_some(prompts, lengths):
+    def of_some(prompts, lengths) -> tuple[PromptStates, Trunk]:
         trunk, keys_values = jax.lax.optimization_barrier(
             prompt_forward(policy, prompts, depths=features, remat=settings.remat))
         last = jnp.take_along_axis(trunk.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
@@ -54,10 +54,10 @@ def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
     if together == each:
         return of_some(batch.prompts, batch.prompt_lengths)
 
-    def split(x):
+    def split(x) -> jax.Array:
         return x.reshape(blocks, -1, together, *x.shape[1:]).swapaxes(0, 1).reshape(-1, blocks * together, *x.shape[1:])
 
-    def merged(x, axis):  # [chunks, ..., blocks x together, ...] -> [..., P, ...]
+    def merged(x, axis) -> jax.Array:  # [chunks, ..., blocks x together, ...] -> [..., P, ...]
         x = jnp.moveaxis(x, 0, axis)
         x = x.reshape(*x.shape[:axis], -1, blocks, together, *x.shape[axis + 2:]).swapaxes(axis, axis + 1)
         return x.reshape(*x.shape[:axis], count, *x.shape[axis + 3:])
@@ -83,7 +83,7 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tup
                                            settings.clip_high)
     gap = jnp.where(rows.mask, jnp.abs(logprobs - rows.logprobs), 0.0)
 
-    def mean(x):
+    def mean(x) -> jax.Array:
         return jnp.sum(x, where=rows.mask, dtype=jnp.float32) / count
 
     loss = -mean(surrogate)

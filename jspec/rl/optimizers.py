@@ -41,7 +41,7 @@ def draft_optimizer(name: str, rate: optax.ScalarOrSchedule, clip: float) -> opt
 def inside_blocks(weights: Any) -> Any:
     """For each of a draft's weights what `optax.contrib.muon` asks of a matrix inside a decoder block (`layer_specs`,
     under the name `layer`), and None for all else."""
-    def dimensions(path, x):
+    def dimensions(path, x) -> Any:
         within = any(getattr(entry, "key", None) == "layer" for entry in path)
         return optax.contrib.MuonDimensionNumbers(1, 0) if within and x.ndim == 2 else None  # [out, in]
 

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jspec.model import Policy, param_specs
+from jspec.model import Policy, Trunk, param_specs
 from jspec.rl.batch import TrainBatch
 from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, shapes
-from jspec.rl.objective import draft_loss, policy_loss, prompt_states
+from jspec.rl.objective import PromptStates, draft_loss, policy_loss, prompt_states
 from jspec.rl.optimizers import optimizers
 from jspec.rl.state import TrainState
 from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
@@ -32,7 +32,8 @@ from jspec.sharding import block_rows, constrain_tree
 log = logging.getLogger(__name__)
 
 
-def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, settings: UpdateSettings):
+def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
+              settings: UpdateSettings) -> tuple[Any, Any]:
     """Gradients and metrics of all rows, micro-batch by micro-batch, accumulated in float32.
 
     Returns ((policy gradients, policy metrics), (draft gradients, draft metrics) or None). Gradients of the policy are
@@ -42,18 +43,18 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch, se
     with_draft = trains_draft(state.draft, settings) and learned_from(state.draft, settings) is None
     features, config = state.draft.drafter.features(state.draft.config) if with_draft else (), state.policy.config
 
-    def of_prompts(weights):
+    def of_prompts(weights) -> tuple[PromptStates, Trunk]:
         with jax.named_scope("policy_loss"):
             return prompt_states(state.policy.replace(weights=weights), batch, settings, features)
 
-    def as_weights(grads):  # else XLA may well sum them up whole on every device
+    def as_weights(grads) -> Any:  # else XLA may well sum them up whole on every device
         return constrain_tree(in_float32(grads), param_specs(config), config, state.policy.layout)
 
     prompts, pull, prompt_trunk = jax.vjp(of_prompts, state.policy.weights, has_aux=True)
     with jax.named_scope("policy_loss"):
         anchor = (reference, prompt_states(reference, batch, settings)[0]) if settings.kl_weight else None
 
-    def of_rows(micro: MicroBatch):
+    def of_rows(micro: MicroBatch) -> tuple[tuple, Any]:
         with jax.named_scope("policy_loss"):
             of_policy = jax.value_and_grad(policy_loss, (0, 1), has_aux=True)
             (_, (metrics, trunk, logprobs)), grads = of_policy(state.policy.weights, prompts, state.policy, anchor,
@@ -91,11 +92,12 @@ def every(settings: UpdateSettings, updates: jax.Array, compute: Callable[[], An
     return jax.lax.cond(draft_due(settings, updates), compute, lambda: zeros)
 
 
-def draft_gradients(state: TrainState, batch: TrainBatch, settings: UpdateSettings):
+def draft_gradients(state: TrainState, batch: TrainBatch,
+                    settings: UpdateSettings) -> tuple[Any, dict[str, jax.Array]]:
     """Gradients and metrics of the draft alone, from the batch's own states: means over trained tokens."""
     count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
 
-    def of_rows(micro: MicroBatch):
+    def of_rows(micro: MicroBatch) -> tuple[tuple, Any]:
         with jax.named_scope("draft_loss"):
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
             (_, metrics), grads = of_draft(state.draft.weights, state.draft, state.policy, None, micro.rows.logprobs,
@@ -123,7 +125,8 @@ def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_s
     return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (weights, opt_state))
 
 
-def update(state: TrainState, reference: Policy | None, batch: TrainBatch, settings: UpdateSettings):
+def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
+           settings: UpdateSettings) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the policy and, where it is due, of the draft. Jittable; the loop donates `state`.
 
     A non-finite loss or gradient leaves its own side as it was, optimizer state included, and is counted.
@@ -150,7 +153,8 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch, setti
     return new, {**metrics, **{name: getattr(new, name) for name in counts}}
 
 
-def update_draft(state: TrainState, batch: TrainBatch, settings: UpdateSettings):
+def update_draft(state: TrainState, batch: TrainBatch,
+                 settings: UpdateSettings) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the draft alone, from the verifier's states in `batch.trunk`. Jittable; the loop donates `state`.
 
     The states are those of `state.policy`: call it before `update`. Returns (state, metrics `draft/...`).

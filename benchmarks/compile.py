@@ -215,7 +215,8 @@ def declared(mesh: Mesh, shape: str, name: str, pausing: bool = False, layers: i
     draft = jax.eval_shape(lambda p: drafter(p, jax.random.key(0), **DRAFTS[name]), policy)
     batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * LENGTH] * PROMPTS, group_size=GROUP, seed=0,
                                                                  buckets=(LENGTH,)))
-    settings = UpdateSettings(remat=True)
+    # one width: the update holds a loop for each, and minutes go into one
+    settings = UpdateSettings(remat=True, widths=(CAP,), micro_batch=2 * GROUP)
     specs = state_specs(policy, draft, settings)
     step = declare(specs, settings, sampling=jspec.Sampling(max_new_tokens=CAP, stop_tokens=(1,)),
                    speculation=jspec.Speculation(k=SCHEDULE, kernels="pallas"),

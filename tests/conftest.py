@@ -1,8 +1,11 @@
 """Fixtures that more than one folder of tests needs."""
 
+import functools
+import importlib
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +24,43 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+STRICT = ("drafts", "model", "pallas_kernels", "rl", "speculate")
+PROMOTING = ("jax.nn:dot_product_attention", "optax.tree:bias_correction", "qwix:dot_general")
+
+
+@pytest.fixture(scope="session")
+def libraries_may_promote():
+    """Functions of libraries that leave to JAX what two dtypes make go on doing so."""
+    for name in PROMOTING:
+        module, _, function = name.partition(":")
+        module = importlib.import_module(module)
+        setattr(module, function, loosely(getattr(module, function)))
+
+
+def loosely(function):
+    """The function as it runs where nothing is strict."""
+    import jax
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion(request):
+    """In the folders of `STRICT`, where two dtypes meet the code says which one it means; JAX never chooses. Elsewhere
+    the code is that of users, and so it is in the processes that tests start."""
+    import jax
+
+    strict = request.path.relative_to(Path(__file__).parent).parts[0] in STRICT
+    if strict:
+        request.getfixturevalue("libraries_may_promote")
+    jax.config.update("jax_numpy_dtype_promotion", "strict" if strict else "standard")
 
 
 @pytest.fixture(scope="module", autouse=True)

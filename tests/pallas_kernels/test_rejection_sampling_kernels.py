@@ -153,7 +153,7 @@ def nudged(args):
     for shift in (-TIE, TIE):
         if isinstance(noise, CoupledNoise):
             for parity in (0, 1):
-                sign = shift * ((jnp.arange(args["logits"].shape[-1]) + parity) % 2)
+                sign = shift * ((jnp.arange(args["logits"].shape[-1]) + parity) % 2).astype(jnp.float32)
                 yield {**args, "logits": args["logits"].astype(jnp.float32) + sign}
         else:
             yield {**args, "noise": jax.tree.map(lambda u, s=shift: jnp.clip(u * (1 + s) + s / 10, 0, 1 - 2**-24),

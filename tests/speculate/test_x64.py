@@ -1,5 +1,7 @@
 """`jax_enable_x64`, as code that needs float64 elsewhere turns it on, changes no dtype and no token."""
 
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,9 +16,16 @@ from tests.speculate import drafters
 from tests.speculate.ties import generated
 
 
+@contextmanager
+def sixty_four_bits():
+    """Under it, that two dtypes meet is what is tested."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture
 def wide():
-    with jax.enable_x64(True):
+    with sixty_four_bits():
         yield
 
 
@@ -73,7 +82,7 @@ def test_rollouts_keep_their_dtypes(name, rule, wide):
 def test_the_tokens_are_the_same():
     policy, draft = make("ngram")
     plain = jspec.rollout(policy, draft, make_batch(), sampling=jspec.Sampling(max_new_tokens=6))
-    with jax.enable_x64(True):
+    with sixty_four_bits():
         out = jspec.rollout(*make("ngram"), make_batch(), sampling=jspec.Sampling(max_new_tokens=6))
     assert generated(out) == generated(plain)
 

@@ -73,8 +73,8 @@ class Proposal:
     """What is drafted, for the rule to judge.
 
     Attributes:
-      tokens: int32 [N, K], ids of the policy's vocabulary.
-      log_q: float32 [N, K, Vd], the normalised log-probabilities that they were drawn from; None: deterministic.
+      tokens: int32 [B, K], ids of the policy's vocabulary.
+      log_q: float32 [B, K, Vd], the normalised log-probabilities that they were drawn from; None: deterministic.
       vocab: int32 [Vd], the ids of a reduced vocabulary, outside of which q is 0; None: Vd is the policy's.
       cache: the policy's, if the drafter wrote to it, and then only at positions lengths - 1 .. lengths - 1 + K, which
         the verifier writes next (so that no copy of it is made); None: it did not.
@@ -91,10 +91,10 @@ class Observation:
     """What a cycle computed and committed.
 
     Attributes:
-      trunk: over the K + 1 verified positions, [N, K + 1, ...]; entry j is the state at position lengths - 1 + j.
-      tokens: int32 [N, K + 1]; the first `count` are committed, at positions lengths .. lengths + count - 1.
-      lengths: int32 [N], committed tokens when the cycle began.
-      count: int32 [N], 0 for a row that was done.
+      trunk: over the K + 1 verified positions, [B, K + 1, ...]; entry j is the state at position lengths - 1 + j.
+      tokens: int32 [B, K + 1]; the first `count` are committed, at positions lengths .. lengths + count - 1.
+      lengths: int32 [B], committed tokens when the cycle began.
+      count: int32 [B], 0 for a row that was done.
     """
 
     trunk: Trunk
@@ -140,7 +140,7 @@ class Sampler:
 
     Attributes:
       noise: of this cycle.
-      temperature: float32 [N]. top_p: float32 [N] or None. top_k, k: static.
+      temperature: float32 [B]. top_p: float32 [B] or None. top_k, k: static.
       layout: of the policy, which says how rows and whole vocabularies are split.
     """
 
@@ -152,7 +152,7 @@ class Sampler:
     layout: str = struct.field(pytree_node=False, default="rollout")
 
     def draw(self, logits: jax.Array, offset: int, vocab: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Draw draft token `offset`, int32 [N], from logits [N, Vd]; returns it with the log q it was drawn from.
+        """Draw draft token `offset`, int32 [B], from logits [B, Vd]; returns it with the log q it was drawn from.
 
         vocab: int32 [Vd], the ids of a reduced vocabulary; None: they are 0..Vd-1.
         """

@@ -96,7 +96,7 @@ def parser() -> Parser:
                          "speculative and autoregressive decoding of one prompt, side by side"))
     _add_eval(command("eval", _computing("evaluation:evaluate"), "mean reward of a policy over a task"))
     fetch = command("fetch", _fetch, "download a model into the cache; a second time does nothing")
-    fetch.add_argument("model", metavar="NAME", help="short name or hub id")
+    fetch.add_argument("model", metavar="NAME", help="short name (smollm2-135m-instruct) or hub id")
     export = command("export", _computing("commands:export"), "write a directory that transformers loads")
     export.add_argument("source", metavar="SOURCE", help=MODEL)
     export.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty")

@@ -139,7 +139,7 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
 
     Args:
       state: arrays, or `jax.ShapeDtypeStruct`s with shardings: every program gives it back as it is placed here.
-      speculation: without `states`; they follow from what the draft learns from.
+      speculation: its `depths` are set here: they follow from what the draft learns from.
       layout: of the rollout's weights. advantage: see `group_advantages`.
     """
     batching = Batching() if batching is None else batching

@@ -1,5 +1,5 @@
-"""Every drafter, tiny: what each rule is tested with. A drafter that `jspec.drafts` lists is tested, here and in
-`test_matrix.py`, and once more with a reduced vocabulary if its `init` takes one."""
+"""Every drafter, tiny: what each rule is tested with. A drafter that `jspec.drafts` lists is tested, and once more
+with a reduced vocabulary if its `init` takes one."""
 
 import inspect
 

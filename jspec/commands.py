@@ -146,7 +146,7 @@ def export(arguments: argparse.Namespace) -> int:
         config_to_hf(source.shape.config)
         opened.use(mesh_of(source)[0])
         with telling(f"loading {arguments.source}"):
-            policy = source.load()
+            policy = source.load_finite()
         with telling(f"writing {arguments.directory}"):
             written = jspec.export(policy, arguments.directory, source.tokenizer)
         screen().print(written, soft_wrap=True)

@@ -73,7 +73,7 @@ class Source:
             self.own is not None and user_code.same(drafter, self.own.draft.name)))
 
     def load_finite(self) -> Policy:
-        """The policy. Raises InputError where it holds NaN or infinity: what it says would be tokens of id 0."""
+        """The policy. Raises InputError where it holds NaN or infinity, of which come tokens of id 0, or ran away."""
         policy = self.load()
         check_finite(self.name, policy.weights, "take a checkpoint from before, or another model")
         return policy

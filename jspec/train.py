@@ -136,7 +136,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         useless = all_failed(grades.rewards, grades.failed, grades.message)
         rewardless = rewardless + 1 if useless else 0
         last = done == config.steps
-        found = troubles(config, state, record, useless, rewardless, last)
+        kept = last or done % config.checkpoint.every == 0
+        found = troubles(config, state, record, useless, rewardless, kept)
         say(run, found)
         code = exit_code(run, found, last) or (0 if last else prompt_trouble(run))
         saving = run.saver.save(done, state, plan, found, code)
@@ -162,7 +163,7 @@ def as_it_ended(run: Run, state: TrainState) -> tuple[int, list[Trouble]]:
     written = run.metrics.records[-1:]  # of the process that writes them
     failed = any_process(any(record.get("reward_failures") == rows for record in written))
     found = troubles(run.config, state, {name: int(getattr(state, name)) for name in COUNTERS},
-                     all_failed(np.zeros(rows), rows) if failed else "", 1, last=True)
+                     all_failed(np.zeros(rows), rows) if failed else "", 1, kept=True)
     return exit_code(run, found, last=True), found
 
 

@@ -10,12 +10,14 @@ first tokens of answers to real prompts.
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.table import Table
 
 import jspec
@@ -29,10 +31,11 @@ from jspec.drafts import Draft
 from jspec.kernels import choose, picked
 from jspec.model import Policy
 from jspec.output import screen
-from jspec.prepare import BENCH_KEY, purpose_key
 from jspec.progress import telling
+from jspec.purposes import BENCH_KEY, purpose_key
 from jspec.rl.records import read_jsonl
-from jspec.sources import open_source
+from jspec.session import mesh_for
+from jspec.sources import Source, open_source
 from jspec.speculate.schedule import Costs, choose_schedule, reason
 
 
@@ -88,6 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns the result, which is what `--json` writes. Raises InputError for a mistake of the user's."""
     args = parse(arguments)
     source = open_source(args.model, [], args.dtype, bench_drafts.kinds(args))
+    with jax.set_mesh(mesh_for(source.shape.config, math.gcd(*args.rows), "--rows")):
+        return timed(args, source)
+
+
+def timed(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """The result, measured on the current mesh."""
     texts = [record["prompt"] for record in read_jsonl(args.prompts, ("prompt",), "--prompts")]
     prompts = bench_drafts.encode(texts[:max(args.rows)], source.tokenizer)
     paths = bench_drafts.paths_of_run(args, source) | dict(args.draft_path)

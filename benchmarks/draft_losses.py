@@ -28,6 +28,7 @@ import jspec
 from benchmarks import measure
 from benchmarks.options import open_results
 from jspec import cli
+from jspec.base_model import BaseModel
 from jspec.choices import DRAFT_LOSSES
 from jspec.config import DraftTrainingConfig, load_config
 from jspec.draft_training import samples, stages
@@ -35,7 +36,7 @@ from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import Output, screen
-from jspec.prepare import make_policy, make_tokenizer, named_drafter
+from jspec.prepare import named_drafter
 from jspec.rl.optimizers import draft_optimizer
 from jspec.settings import refuse_changes
 
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                    f"what may be given here is {', '.join(FREE)}")
     if args.steps < 1 or args.seeds < 1:
         raise InputError(f"--steps {args.steps} --seeds {args.seeds}: give at least 1 of each")
-    policy = make_policy(config, make_tokenizer(config))
+    policy = BaseModel.of(config).policy()
     draft = jspec.load_draft(policy, args.start or args.directory, named_drafter(config))
     every = samples.read(args.directory / "samples")
     if len(every) <= HELD_OUT:

@@ -16,6 +16,7 @@ verification, verdict) timed apart. The measured one also pays for prefill, and 
 import argparse
 import dataclasses
 import itertools
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -46,10 +47,12 @@ from jspec.errors import InputError
 from jspec.heads import shipped
 from jspec.kernels import choose, picked
 from jspec.model import ModelConfig, Policy
-from jspec.prepare import BENCH_KEY, DRAFT_KEY, check_fresh_draft, fresh_draft, purpose_key
+from jspec.prepare import check_fresh_draft, fresh_draft
 from jspec.progress import telling
+from jspec.purposes import BENCH_KEY, DRAFT_KEY, purpose_key
 from jspec.rl.encode import encode_prompt
 from jspec.rl.records import read_jsonl
+from jspec.session import mesh_for
 from jspec.sources import Source, open_source
 
 HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"
@@ -295,6 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     texts, source = read_texts(args), open_source(args.model, [], args.dtype, kinds(args))
     prompts = encode(texts, source.tokenizer)
     check_positions(args, source.shape.config, prompts)
+    with jax.set_mesh(mesh_for(source.shape.config, math.gcd(*args.batch), "--batch")):
+        return timed(args, source, prompts)
+
+
+def timed(args: argparse.Namespace, source: Source, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """The records, measured on the current mesh."""
     paths = paths_of_run(args, source) | args.draft_path
     makers = {name: choose_draft(name, source.shape, args.model, paths)
               for name in dict.fromkeys((PLAIN, *args.drafts))}

@@ -27,7 +27,7 @@ from benchmarks.options import open_results, program
 from benchmarks.shapes import SHAPES
 from jspec.console import PlainConsole
 from jspec.metrics import Clock
-from jspec.prepare import BENCH_KEY, purpose_key
+from jspec.purposes import BENCH_KEY, purpose_key
 from jspec.rl.batch import TrainBatch
 from jspec.rl.grading import Grades
 from jspec.rl.state import TrainState, init_state

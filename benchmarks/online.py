@@ -24,6 +24,7 @@ import jspec
 from benchmarks import measure
 from benchmarks.options import open_results
 from jspec import cli
+from jspec.base_model import BaseModel
 from jspec.choices import DRAFTERS
 from jspec.config import Config, load_config
 from jspec.drafts import Draft, find
@@ -31,15 +32,8 @@ from jspec.errors import InputError
 from jspec.metrics import read_records
 from jspec.model import Policy
 from jspec.output import Output, screen
-from jspec.prepare import (
-    BENCH_KEY,
-    make_sampling,
-    make_speculation,
-    make_tokenizer,
-    named_drafter,
-    purpose_key,
-    purpose_seed,
-)
+from jspec.prepare import make_sampling, make_speculation, named_drafter
+from jspec.purposes import BENCH_KEY, purpose_key, purpose_seed
 from jspec.rl.prompts import PromptData
 from jspec.run_dir import load_run
 from jspec.train import train
@@ -63,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict[str, Any]:
     """Tokens a cycle, and acceptance by position, over prompts of the run's task."""
-    data = PromptData(config.data, make_tokenizer(config), seed=purpose_seed(config.seed, BENCH_KEY))
+    data = PromptData(config.data, BaseModel.of(config).tokenizer, seed=purpose_seed(config.seed, BENCH_KEY))
     tokens, cycles = 0, 0
     drafted: Any = 0
     taken: Any = 0

@@ -15,6 +15,7 @@ cycle's time. All are medians of runs taken in turn.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -36,8 +37,10 @@ from jspec.errors import InputError
 from jspec.kernels import choose, judge, picked
 from jspec.model import Policy, abstract_policy, to_rollout
 from jspec.output import screen
-from jspec.prepare import BENCH_KEY, check_fresh_draft, fresh_draft, purpose_key
+from jspec.prepare import check_fresh_draft, fresh_draft
 from jspec.progress import telling
+from jspec.purposes import BENCH_KEY, purpose_key
+from jspec.session import mesh_for
 from pallas_kernels.rejection_sampling.shapes import Shape
 
 REPEATED = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on. "
@@ -188,7 +191,9 @@ def derive(args: argparse.Namespace, policy: Policy, rows: list[dict[str, Any]],
     free = {row["k"]: row["cycle_ms"] for row in rows if row["draft"] == SYNTHETIC}
     itemsize = np.dtype(policy.dtype).itemsize
     live = plain["batch"] * (args.prompt_tokens + args.new_tokens / 2)
-    floor_ms = 1e3 * (measure.weight_bytes(policy) + measure.kv_bytes(policy.config, itemsize, live)) / bandwidth
+    mesh = jax.sharding.get_mesh()  # a device reads its part of the weights, and of the rows
+    weights, kv = measure.weight_bytes(policy), measure.kv_bytes(policy.config, itemsize, live)
+    floor_ms = 1e3 * (weights / mesh.shape["tensor"] + kv / mesh.size) / bandwidth
     for row in rows:
         row["speedup"] = row["tok_per_s"] / plain["tok_per_s"]
         row["share_of_floor"] = floor_ms / row["cycle_ms"]
@@ -210,6 +215,13 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(arguments)
+    shape = jspec.hub.read_config(args.weights) if args.weights else SHAPES[args.shape]
+    with jax.set_mesh(mesh_for(shape, math.gcd(*args.batch), "--batch")):
+        return timed(args)
+
+
+def timed(args: argparse.Namespace) -> dict[str, Any]:
+    """The result, measured on the current mesh."""
     with telling(f"making {args.weights or args.shape}"):
         policy, drafts = policy_and_drafts(args)
     rule = synthetic.add_rule(args.acceptance) if args.acceptance else args.rule

@@ -17,6 +17,7 @@ step before them compiles.
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -38,12 +39,13 @@ from jspec.errors import InputError
 from jspec.kernels import choose, picked
 from jspec.model import Policy
 from jspec.output import screen
-from jspec.prepare import BENCH_KEY, purpose_key
 from jspec.progress import telling
+from jspec.purposes import BENCH_KEY, purpose_key
 from jspec.rl.records import read_jsonl
 from jspec.rl.state import init_state
 from jspec.rl.update_settings import UpdateSettings
-from jspec.sources import open_source
+from jspec.session import mesh_for
+from jspec.sources import Source, open_source
 from jspec.step import declare
 
 HELDOUT = Path(__file__).resolve().parent / "prompts" / "heldout.jsonl"
@@ -199,6 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns the result, which is what `--json` writes. Raises InputError for a mistake of the user's."""
     args = parse(arguments)
     source = open_source(args.model, [], args.dtype, bench_drafts.kinds(args))
+    rows = math.gcd(args.count * args.samples, args.slots or 0)
+    with jax.set_mesh(mesh_for(source.shape.config, rows, "--count")):
+        return timed(args, source)
+
+
+def timed(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """The result, measured on the current mesh."""
     prompts, variants = read_prompts(args, source.tokenizer), bench_drafts.make_variants(args)
     paths = bench_drafts.paths_of_run(args, source)
     makers = {name: bench_drafts.choose_draft(name, source.shape, args.model, paths)
@@ -208,11 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         drafts = {name: make(policy) for name, make in makers.items()}
         if not args.grpo:
             policy = jspec.reshard(policy).replace(kernels=choose(args.kernels))
-    rows, timed = [], time_steps if args.grpo else time_rollouts
+    rows, rounds = [], time_steps if args.grpo else time_rollouts
     facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels), "seed": args.seed,
              "prompts": args.count, "samples": args.samples, "max_new_tokens": args.max_new_tokens, "slots": args.slots,
              "grpo": args.grpo}
-    for row in timed(args, policy, drafts, variants, prompts):
+    for row in rounds(args, policy, drafts, variants, prompts):
         rows.append(row)
         result = measure.report(rows, **facts)
         measure.write_json(args.json, result)

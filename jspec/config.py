@@ -283,6 +283,7 @@ class DraftTrainingConfig:
     sampling: SamplingSection = SamplingSection()
     samples: SamplesSection = SamplesSection()
     training: TrainingSection = TrainingSection()
+    mesh: MeshSection = MeshSection()
     report: ReportSection = ReportSection()
 
 
@@ -313,6 +314,9 @@ def _check_together(config: Config | DraftTrainingConfig) -> None:
     _demand(config.draft.path is None or not config.draft.options,
             f"draft.options are a fresh draft's, and the one at draft.path={config.draft.path} has its own; set "
             "draft.options=null")
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _demand(0 not in axes and axes.count(-1) <= 1,
+            f"mesh.data, mesh.fsdp and mesh.tensor are {axes}: each at least 1, and one of them at most may be -1")
     if isinstance(config, Config):
         _check_grpo(config)
     else:
@@ -339,6 +343,3 @@ def _check_grpo(config: Config) -> None:
     longest = config.sampling.max_new_tokens
     _demand(all(width <= longest for width in grpo.widths), f"grpo.widths is {list(grpo.widths)}, and no answer is "
             f"longer than sampling.max_new_tokens = {longest}: leave out what is above it")
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _demand(0 not in axes and axes.count(-1) <= 1,
-            f"mesh.data, mesh.fsdp and mesh.tensor are {axes}: each at least 1, and one of them at most may be -1")

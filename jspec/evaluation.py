@@ -24,8 +24,9 @@ from jspec.distributed import is_main
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import open_output, screen
-from jspec.prepare import EVAL_KEY, make_batching, make_sampling, make_speculation, purpose_key, purpose_seed
+from jspec.prepare import make_batching, make_sampling, make_speculation
 from jspec.progress import say, telling
+from jspec.purposes import EVAL_KEY, purpose_key, purpose_seed
 from jspec.rl.answers import reward_inputs
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_reward

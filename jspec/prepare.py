@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jspec import hub
+from jspec.base_model import BaseModel
 from jspec.checkpoint import has_checkpoints
 from jspec.config import Config, DraftTrainingConfig
 from jspec.drafts import Draft, Drafter, constructor, find
 from jspec.errors import InputError
 from jspec.heads import load_draft
-from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
-from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_policy
+from jspec.model import ModelConfig, Policy, abstract_policy
+from jspec.purposes import DRAFT_KEY, purpose_key
 from jspec.rl.rewards import check_reward
 from jspec.rl.state import TrainState, init_state, state_specs
 from jspec.rl.update_settings import UpdateSettings
@@ -28,26 +26,11 @@ from jspec.speculate import Batching, Sampling, Speculation
 from jspec.speculate.arguments import check_batching, check_stops
 from jspec.speculate.schedule import MOST
 from jspec.speculate.types import Schedule
-from pallas_kernels.noise import seed_key
 
 AnyConfig = Config | DraftTrainingConfig
 
-POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY = range(2**32 - 1, 2**32 - 8, -1)
-"""What noise is for, folded into a seed's key before anything else is: training folds in its steps there, and no step
-has these numbers. So no two purposes share noise, whatever their seeds."""
 
-
-def purpose_key(seed: int, purpose: int) -> jax.Array:
-    """The typed key of one of the purposes above, of `seed`'s noise."""
-    return jax.random.fold_in(seed_key(seed), purpose)
-
-
-def purpose_seed(seed: int, purpose: int) -> int:
-    """A seed below 2**32 for what takes numbers, such as the order of prompts."""
-    return int(jax.random.bits(purpose_key(seed, purpose), dtype=jnp.uint32))
-
-
-def check(config: Config, mesh: Mesh) -> None:
+def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     """Raise InputError for what would fail later, without loading any weights."""
     check_reward(config.reward.function, config.data.source)
     check_unbiased(config)
@@ -59,7 +42,7 @@ def check(config: Config, mesh: Mesh) -> None:
     k = 0 if config.draft.name == "none" else make_speculation(config, MOST).most
     check_batching("rollout.", make_batching(config), shards, rows, config.data.group_size,
                    config.data.max_prompt_tokens, config.sampling.max_new_tokens, k)
-    model = model_config(config)
+    model = base.config
     check_mesh(model, mesh)
     check_stops(model, make_sampling(config))
     check_draft(config, model)
@@ -86,69 +69,6 @@ def check_unbiased(config: Config) -> None:
     if named and not config.grpo.biased_sampling:
         raise InputError(f"{', '.join(named)}: answers would be drawn from another distribution than the one whose "
                          "gradient the update takes, which biases it; leave that out, or say grpo.biased_sampling=true")
-
-
-def model_config(config: AnyConfig) -> ModelConfig:
-    """The policy's shape, without its weights. Raises InputError for an architecture that is none."""
-    if config.model.name != "random":
-        return hub.read_config(config.model.name)
-    fields = dict(config.model.architecture)
-    known = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "tokenless"}  # the tokenizer says which
-    _check_names("model.architecture", fields, known)
-    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
-    if missing:
-        raise InputError(f"model.architecture needs {', '.join(missing)} too")
-    rope, stops = fields.get("rope", {}), fields.get("stop_tokens", [])
-    for name, value, kind, what in (("rope", rope, dict, "mapping"), ("stop_tokens", stops, list | tuple, "list")):
-        if not isinstance(value, kind):
-            raise InputError(f"model.architecture.{name} must be a {what}, not {value!r}")
-    _check_names("model.architecture.rope", rope, [f.name for f in dataclasses.fields(RopeConfig)])
-    try:
-        return ModelConfig(**fields | {"rope": RopeConfig(**rope), "stop_tokens": tuple(stops)})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"model.architecture: {error}") from None
-
-
-def _check_names(label: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise InputError(f"unknown key '{label}.{name}'; did you mean '{near}'?")
-
-
-def make_tokenizer(config: AnyConfig) -> Any:
-    """The tokenizer that `config.model` names."""
-    return hub.load_tokenizer(config.model.tokenizer or config.model.name)
-
-
-def make_shape(config: AnyConfig, tokenizer: Any) -> Policy:
-    """What `make_policy` gives, with `jax.ShapeDtypeStruct`s for weights: nothing is read. Raises InputError if the
-    tokenizer has ids that the policy has not."""
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    shape = model_config(config)
-    count = max(tokenizer.get_vocab().values()) + 1  # there may be holes, so more than it has
-    if count > shape.vocab_size:
-        name = config.model.tokenizer or config.model.name
-        raise InputError(f"the tokenizer {name} has {count} tokens, the model {config.model.name} only "
-                         f"{shape.vocab_size}; give the model its own, or a larger vocab_size")
-    return with_tokenizer(abstract_policy(shape, dtype), tokenizer)
-
-
-def make_policy(config: AnyConfig, tokenizer: Any) -> Policy:
-    """The policy before the first step, on the mesh. Raises InputError if the tokenizer has ids that it has not."""
-    shape = make_shape(config, tokenizer)
-    if config.model.name == "random":
-        policy = init_policy(model_config(config), purpose_key(config.seed, POLICY_KEY), shape.dtype)
-    else:
-        policy = hub.load(config.model.name, dtype=shape.dtype)
-    return with_tokenizer(policy, tokenizer)
-
-
-def with_tokenizer(policy: Policy, tokenizer: Any) -> Policy:
-    """The policy of a run: its end tokens and those of the tokenizer united, the ids that have no token left out."""
-    return policy.replace(config=with_vocabulary(policy.config, of_tokenizer(tokenizer)))
 
 
 def ends(config: Config, policy: ModelConfig, tokenizer: Any) -> str:
@@ -212,7 +132,7 @@ def make_state(config: Config, policy: Policy) -> TrainState:
 
 def make_state_specs(config: Config, shape: Policy) -> TrainState:
     """A run's state as `jax.ShapeDtypeStruct`s, each with its sharding: what it is restored to, compiled for and what a
-    checkpoint has to have room for, before any weights are read. shape: see `make_shape`."""
+    checkpoint has to have room for, before any weights are read. shape: see `BaseModel.shape`."""
     return state_specs(shape, check_draft(config, shape.config), UpdateSettings.of(config))
 
 
@@ -239,7 +159,7 @@ def make_sampling(config: AnyConfig) -> Sampling:
     return Sampling(**dataclasses.asdict(config.sampling))
 
 
-def rollout_layout(config: Config) -> str:
+def rollout_layout(config: AnyConfig) -> str:
     """The row of `jspec.sharding.LAYOUTS` that rollouts are placed by."""
     return "rollout_wide" if config.mesh.rollout_tensor == "fsdp_tensor" else "rollout"
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from jspec.base_model import BaseModel
 from jspec.choosing import Chooser, Plan
 from jspec.config import Config
 from jspec.metrics import Clock
@@ -25,12 +26,9 @@ from jspec.output import open_directory, screen
 from jspec.prepare import (
     check,
     make_draft,
-    make_policy,
     make_reference,
-    make_shape,
     make_state,
     make_state_specs,
-    make_tokenizer,
 )
 from jspec.profiling import (
     PARTS,
@@ -98,15 +96,14 @@ def in_turn(out: Rollout) -> Grades:
 def compile_step(config: Config, mesh: Mesh) -> Profiled:
     """The step of a configuration, compiled as the training loop compiles it for its first prompts. Weights are read
     when all has compiled; but with k=auto what cycles cost is measured first."""
-    check(config, mesh)
-    tokenizer = make_tokenizer(config)
-    prompts = collate(config, next(PromptData(config.data, tokenizer, seed=config.seed)), seed_key(config.seed))
-    shape = make_shape(config, tokenizer)
-    specs = make_state_specs(config, shape)
+    base = BaseModel.of(config)
+    check(config, mesh, base)
+    prompts = collate(config, next(PromptData(config.data, base.tokenizer, seed=config.seed)), seed_key(config.seed))
+    specs = make_state_specs(config, base.shape)
     step = declared(config, specs)
     k, policy = step.speculation.k, None
     if config.speculation.k == "auto" and specs.draft is not None:
-        policy = load(config, tokenizer)
+        policy = load(base)
         chooser = Chooser(step.sampling, step.speculation, step.batching, config.steps, say)
         k = chooser.before(Plan(), 0, step.reshard(policy), make_draft(config, policy), prompts).k
 
@@ -115,15 +112,15 @@ def compile_step(config: Config, mesh: Mesh) -> Profiled:
             return program.lower(*arguments).compile()
 
     step, programs = compiled(step, specs, make_reference(config, specs.policy), prompts, k, compile)
-    policy = policy or load(config, tokenizer)
+    policy = policy or load(base)
     reference = make_reference(config, policy)
     return Profiled(step, programs, make_state(config, policy), reference, prompts, k)
 
 
-def load(config: Config, tokenizer: Any) -> Policy:
+def load(base: BaseModel) -> Policy:
     """The policy before the first step."""
-    with telling(f"loading {config.model.name}"):
-        return make_policy(config, tokenizer)
+    with telling(f"loading {base.section.name}"):
+        return base.policy()
 
 
 def profile(config: Config, directory: Path) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from jspec.base_model import BaseModel
 from jspec.checkpoint import Checkpoints
 from jspec.choosing import Plan
 from jspec.config import Config
 from jspec.health import Trouble
 from jspec.metrics import Clock
 from jspec.model import Policy
-from jspec.prepare import make_policy, make_reference, make_state
+from jspec.prepare import make_reference, make_state
 from jspec.progress import telling
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
@@ -62,7 +62,7 @@ class Saver:
             self.checkpoints.set_aside(step)
 
 
-def begin(config: Config, tokenizer: Any, checkpoints: Checkpoints, data: PromptData, specs: TrainState
+def begin(config: Config, base: BaseModel, checkpoints: Checkpoints, data: PromptData, specs: TrainState
           ) -> tuple[int, TrainState, Policy | None]:
     """(steps done, state, reference): from the latest checkpoint, with `data` set to its position, or from the start.
 
@@ -73,10 +73,10 @@ def begin(config: Config, tokenizer: Any, checkpoints: Checkpoints, data: Prompt
         checkpoints.check_room(specs)
     with telling(f"loading {config.model.name}"):
         if not restarts:
-            policy = make_policy(config, tokenizer)
+            policy = base.policy()
             reference = make_reference(config, policy)
             return 0, make_state(config, policy), reference
-        reference = make_reference(config, make_policy(config, tokenizer)) if config.grpo.kl_weight else None
+        reference = make_reference(config, base.policy()) if config.grpo.kl_weight else None
     done, state, position = checkpoints.restore(specs)
     data.restore(position)
     if data.trouble and done < config.steps:

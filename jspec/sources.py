@@ -15,24 +15,16 @@ from jax.sharding import Mesh
 
 import jspec
 from jspec import arguments, user_code
+from jspec.base_model import BaseModel, with_tokenizer
 from jspec.config import Config, MeshSection, load_config
 from jspec.drafts import Draft, find
 from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import shipped
 from jspec.model import Policy
-from jspec.prepare import (
-    DRAFT_KEY,
-    check_fresh_draft,
-    fresh_draft,
-    make_policy,
-    make_shape,
-    make_tokenizer,
-    purpose_key,
-    rollout_layout,
-    with_tokenizer,
-)
+from jspec.prepare import check_fresh_draft, fresh_draft, rollout_layout
 from jspec.progress import say
+from jspec.purposes import DRAFT_KEY, purpose_key
 from jspec.run_dir import load_draft, load_policy, policy_shape, run_config
 from jspec.settings import Override
 from jspec.sharding import make_mesh, mesh_of_weights
@@ -93,7 +85,7 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
     path = arguments.path("model", name)
     if (path / "checkpoints").is_dir():
         config = run_config(path, overrides)
-        own, tokenizer, shape = run_config(path), make_tokenizer(config), policy_shape(path, dtype)
+        own, tokenizer, shape = run_config(path), BaseModel.of(config).tokenizer, policy_shape(path, dtype)
         wanted = drafters is None or any(user_code.same(own.draft.name, drafter) for drafter in drafters)
         named = bool(drafters) or overridden("draft.name", overrides)
         return Source(name, config, own, tokenizer, with_tokenizer(shape, tokenizer),
@@ -108,9 +100,8 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
         config = load_config(None, [("model.name", name), *overrides])
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    tokenizer = make_tokenizer(config)
-    return Source(name, config, None, tokenizer, make_shape(config, tokenizer),
-                  lambda: make_policy(config, tokenizer))
+    base = BaseModel.of(config)
+    return Source(name, config, None, base.tokenizer, base.shape, base.policy)
 
 
 def mesh_of(source: Source) -> tuple[Mesh, str]:

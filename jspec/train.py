@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jspec.base_model import BaseModel
 from jspec.checkpoint import Checkpoints
 from jspec.choosing import Chooser, Plan
 from jspec.config import Config
@@ -27,7 +28,7 @@ from jspec.health import Trouble, all_failed, never_varied, troubles
 from jspec.metrics import Metrics, phase_table, table
 from jspec.model import Policy
 from jspec.output_dir import claimed
-from jspec.prepare import check, ends, make_shape, make_state_specs, make_tokenizer
+from jspec.prepare import check, ends, make_state_specs
 from jspec.profiling import trace
 from jspec.progress import telling
 from jspec.rl.collate import collate, may_wait
@@ -63,18 +64,19 @@ def train(config: Config) -> int:
     with session(config.log_level, make_console) as opened:
         console, stack = opened.console, opened.stack
         mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
-        check(config, mesh)
+        base = BaseModel.of(config)
+        check(config, mesh, base)
         stack.enter_context(stop)
         pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s))
         with telling(f"reading {config.data.source}"):
-            tokenizer = make_tokenizer(config)
+            tokenizer = base.tokenizer
             data = PromptData(config.data, tokenizer, seed=config.seed,
                               check_answer=answer_check(config.reward.function, config.data.source))
         stack.enter_context(claimed(config.output_dir))
         keep_config(config)
         checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))
-        specs = make_state_specs(config, make_shape(config, tokenizer))
-        done, state, reference = begin(config, tokenizer, checkpoints, data, specs)
+        specs = make_state_specs(config, base.shape)
+        done, state, reference = begin(config, base, checkpoints, data, specs)
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
         run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data, metrics.say), metrics, stop)

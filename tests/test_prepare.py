@@ -5,24 +5,29 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import SHAPES
-from jspec import prepare
+from jspec import prepare, purposes
+from jspec.base_model import BaseModel
 from jspec.config import load_config
 from jspec.errors import InputError
 from jspec.sharding import make_mesh
 from pallas_kernels.noise import seed_key
 
-PURPOSES = [name for name in vars(prepare) if name.endswith("_KEY")]
+PURPOSES = [name for name in vars(purposes) if name.endswith("_KEY")]
+
+
+def check(config):
+    prepare.check(config, make_mesh(), BaseModel.of(config))
 
 
 @pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
 def test_no_two_purposes_share_noise_and_none_is_a_step_s(seed):
     assert {"EVAL_KEY", "REPORT_KEY", "SAMPLES_KEY", "BENCH_KEY"} <= set(PURPOSES)
-    numbers = [getattr(prepare, name) for name in PURPOSES]
+    numbers = [getattr(purposes, name) for name in PURPOSES]
     assert min(numbers) > 2**31 - 1  # the highest number of a step
     steps = [jax.random.fold_in(seed_key(seed), step) for step in range(8)]
-    keys = [seed_key(seed), *steps, *(prepare.purpose_key(seed, number) for number in numbers)]
+    keys = [seed_key(seed), *steps, *(purposes.purpose_key(seed, number) for number in numbers)]
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(keys)
-    seeds = {prepare.purpose_seed(seed, number) for number in numbers}
+    seeds = {purposes.purpose_seed(seed, number) for number in numbers}
     assert len(seeds) == len(numbers) and all(0 <= value < 2**32 and value != seed for value in seeds)
 
 
@@ -43,17 +48,17 @@ def test_a_temperature_is_no_bias_for_the_update_divides_by_it_too():
 ])
 def test_what_the_model_has_not_is_refused_without_weights(override, message):
     with pytest.raises(InputError, match=message):
-        prepare.check(load_config("configs/tiny.yaml", [override]), make_mesh())
+        check(load_config("configs/tiny.yaml", [override]))
 
 
 def test_a_pool_too_small_is_refused_without_weights():
     config = load_config("configs/tiny.yaml", ["rollout.kv_tokens=16"])
     with pytest.raises(InputError, match="rollout.kv_tokens = 16 are .* blocks of .* give at least ") as caught:
-        prepare.check(config, make_mesh())
+        check(config)
     least = int(str(caught.value).split()[-1])
-    prepare.check(load_config("configs/tiny.yaml", [f"rollout.kv_tokens={least}"]), make_mesh())
+    check(load_config("configs/tiny.yaml", [f"rollout.kv_tokens={least}"]))
     with pytest.raises(InputError, match="give at least"):
-        prepare.check(load_config("configs/tiny.yaml", [f"rollout.kv_tokens={least - 1}"]), make_mesh())
+        check(load_config("configs/tiny.yaml", [f"rollout.kv_tokens={least - 1}"]))
 
 
 @pytest.mark.parametrize(("override", "message"), [
@@ -78,5 +83,5 @@ def test_an_architecture_that_is_none_is_named(wrong, name):
     right = load_config("configs/tiny.yaml").model.architecture
     config = load_config("configs/tiny.yaml", [("model.architecture", right | wrong)])
     with pytest.raises(InputError, match=name) as caught:
-        prepare.model_config(config)
+        BaseModel.of(config).config  # noqa: B018
     assert "model.architecture" in str(caught.value) and "\n" not in str(caught.value)

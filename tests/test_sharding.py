@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 import jspec
 from benchmarks import compiled_text
-from jspec.model import init_policy, layers, param_specs, policy_sharding
+from benchmarks.shapes import SHAPES
+from jspec.config import load_config
+from jspec.model import abstract_policy, init_policy, layers, param_specs, policy_sharding
 from jspec.model.quantized import GROUP, Quantized, dequantize
 from jspec.rl import update as up
 from jspec.rl.batch import TrainBatch
@@ -177,10 +179,10 @@ def worker(folder, cases):
     print(json.dumps(placed))
 
 
-def eight(code):
-    """What a process with eight devices printed, as JSON on its last line, when it ran `code`."""
+def on_devices(count, code):
+    """What a process with so many devices printed, as JSON on its last line, when it ran `code`."""
     root = Path(__file__).parents[1]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=5500)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -189,7 +191,7 @@ def eight(code):
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
-    placed = eight(f"from tests.test_sharding import worker; worker({str(tmp_path)!r}, {cases!r})")
+    placed = on_devices(8, f"from tests.test_sharding import worker; worker({str(tmp_path)!r}, {cases!r})")
     for kv_heads in sorted({n for n, _ in cases}):
         policy = make(kv_heads)
         one, plain, own = run(policy, "mtp"), run(policy, None), run(policy, "self")
@@ -221,6 +223,32 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
     assert placed["loops"]["pools"] and placed["loops"]["loops"]  # something was looked at, and nothing found
     assert {axis: len(found) for axis, found in placed["planted"].items()} == {"data": 1, "fsdp": 1, "tensor": 0}
     assert "4 sequences" in placed["refused"] and "8 batch shards" in placed["refused"]
+
+
+def pod_rollout():
+    """Prints what is in the decode loops of configs/qwen3-8b-pod.yaml's rollout, of two layers, with the kernels."""
+    mesh_section = load_config(Path(__file__).parents[1] / "configs" / "qwen3-8b-pod.yaml").mesh
+    mesh = make_mesh(mesh_section.data, mesh_section.fsdp, mesh_section.tensor)
+    model = dataclasses.replace(SHAPES["qwen3-8b"], num_layers=2)
+    with jax.set_mesh(mesh):
+        policy = abstract_policy(model, "bfloat16")
+        weights = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                               policy.weights, policy_sharding(model, mesh))
+        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 8] * 8, group_size=1, seed=0, buckets=(8,)))
+        everywhere = jax.NamedSharding(mesh, P())
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), batch)
+        rollout = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=8),
+                                  speculation=jspec.Speculation(kernels="pallas")))
+        compiled = rollout.lower(policy.replace(weights=weights), None, batch).compile()
+    shards = [device // mesh.shape["tensor"] for device in range(mesh.size)]
+    print(json.dumps(compiled_text.read(compiled.as_text(), (2, 16, 128), shards)))
+
+
+def test_attention_of_the_pod_config_is_tensor_parallel():
+    """8 KV heads on fsdp 8 x tensor 4: a device has 2 of them in its pool, and nothing is gathered to attend."""
+    found = on_devices(32, "from tests.test_sharding import pod_rollout; pod_rollout()")
+    assert found["loops"] == [1] and len(found["pools"]) == 1
+    assert not found["gathered"] + found["crossing"] + found["copied"], found
 
 
 def abstract(data, fsdp, tensor):

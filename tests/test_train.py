@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from jspec import choosing, prepare, step, train
+from jspec.base_model import BaseModel
 from jspec.config import Config, load_config
 from jspec.errors import InputError
 from jspec.metrics import PHASES, Metrics, read_records, untimed
@@ -394,12 +395,14 @@ def refused(config) -> str:
 
 
 def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
-    mesh = jax.sharding.AbstractMesh((3, 1, 1), ("data", "fsdp", "tensor"))
+    def check(config, sizes):
+        mesh = jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "tensor"))
+        prepare.check(config, mesh, BaseModel.of(config))
+
     with pytest.raises(InputError, match="16 sequences is not divided by the mesh's 3 batch shards"):
-        prepare.check(tiny(tmp_path), mesh)
+        check(tiny(tmp_path), (3, 1, 1))
     with pytest.raises(InputError, match="a batch of 1 sequences is not divided by the mesh's 2 batch shards"):
-        prepare.check(tiny(tmp_path, "grpo.micro_batch=1"),
-                      jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor")))
+        check(tiny(tmp_path, "grpo.micro_batch=1"), (2, 1, 1))
 
 
 @pytest.mark.parametrize("override, message", [
@@ -433,7 +436,7 @@ def test_a_run_under_another_configuration(whole):
 
 def test_the_reference_is_a_frozen_copy_in_the_compute_dtype(tmp_path):
     config = tiny(tmp_path, "grpo.kl_weight=0.1", "model.dtype=bfloat16")
-    policy = prepare.make_policy(config, prepare.make_tokenizer(config))
+    policy = BaseModel.of(config).policy()
     reference = prepare.make_reference(config, policy)
     jax.tree.map(lambda x: x.delete(), policy.weights)  # as the update does, by donation
     assert {str(x.dtype) for x in jax.tree.leaves(reference)} == {"bfloat16"}

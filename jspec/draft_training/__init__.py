@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from jspec import hub
+import jax
+
+from jspec.base_model import BaseModel
 from jspec.config import DraftTrainingConfig, load_config
 from jspec.draft_training.prompts import gather
 from jspec.draft_training.report import report
@@ -21,10 +23,11 @@ from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.output_dir import claimed, written
-from jspec.prepare import check_draft, make_policy, make_sampling, model_config, named_drafter
+from jspec.prepare import check_draft, make_sampling, named_drafter
 from jspec.progress import telling
 from jspec.session import session
 from jspec.settings import refuse_changes, to_yaml
+from jspec.sharding import check_mesh, make_mesh
 from jspec.speculate.arguments import check_stops
 
 log = logging.getLogger(__name__)
@@ -39,16 +42,19 @@ def train_draft(config: DraftTrainingConfig) -> int:
     if named_drafter(config).loss is None:
         raise InputError(f"draft.name={config.draft.name}: this drafter has no weights to train")
     directory = Path(config.output_dir)
-    with session(config.log_level), claimed(directory, names=WRITTEN, folders=()):
+    with session(config.log_level) as opened, claimed(directory, names=WRITTEN, folders=()):
+        if jax.process_count() > 1:
+            raise InputError("jspec draft train runs in one process, over the devices that it sees: start it once")
         begin(config, directory)
-        tokenizer = hub.load_tokenizer(config.model.tokenizer or config.model.name)
-        model = model_config(config)
-        check_stops(model, make_sampling(config))
-        check_draft(config, model)
+        base = BaseModel.of(config)
+        mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        check_mesh(base.config, mesh)
+        check_stops(base.config, make_sampling(config))
+        check_draft(config, base.config)
         with telling(f"loading {config.model.name}"):
-            policy = make_policy(config, tokenizer)
+            policy = base.policy()
             check_finite(config.model.name, policy.weights, "take another model")
-        prompts = gather(config, policy, tokenizer, directory)
+        prompts = gather(config, policy, base.tokenizer, directory)
         with telling("sampling answers (the first of each length compiles)"):
             sample(config, policy, prompts.training, directory / "samples")
         draft = fit(config, policy, directory)
@@ -61,7 +67,8 @@ def train_draft(config: DraftTrainingConfig) -> int:
     return 0
 
 
-FREE_TO_CHANGE = ("output_dir", "log_level", "report", "training.checkpoint_every", "draft.learning_rate", "draft.clip")
+FREE_TO_CHANGE = ("output_dir", "log_level", "report", "mesh", "training.checkpoint_every", "draft.learning_rate",
+                  "draft.clip")
 """Keys and sections that change nothing of what is already in output_dir, and what training that is not finite has to
 be rescued with."""
 REMEDY = ("give that value to go on with it, or choose another output_dir; one with a copy of its samples and "

@@ -14,10 +14,12 @@ from typing import Any
 import jax
 
 import jspec
+from jspec.answering import batch_on_mesh, decoded
 from jspec.config import DataSection, DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.model import Policy
-from jspec.prepare import INSTRUCTIONS_KEY, purpose_key
+from jspec.prepare import rollout_layout
+from jspec.purposes import INSTRUCTIONS_KEY, purpose_key
 from jspec.rl.chat import has_template, render
 from jspec.rl.encode import encode_prompt
 from jspec.rl.records import load_records, read_jsonl
@@ -104,13 +106,14 @@ def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, co
     if path.exists():
         return json.loads(path.read_text())
     opening = turn_opening(config, tokenizer)
-    weights, texts = jspec.reshard(policy), []
+    layout = rollout_layout(config)
+    weights, texts = jspec.reshard(policy, layout), []
     sampling = jspec.Sampling(max_new_tokens=INSTRUCTION_TOKENS)
     key = purpose_key(config.seed, INSTRUCTIONS_KEY)
     for call in itertools.count():
-        batch = jspec.PromptBatch.from_tokens([opening], group_size=INSTRUCTION_ROWS, buckets=(len(opening),),
-                                              seed=jax.random.fold_in(key, call))
-        out = jax.device_get(jspec.rollout(weights, None, batch, sampling=sampling))
+        batch = batch_on_mesh([opening], layout, group_size=INSTRUCTION_ROWS, buckets=(len(opening),),
+                              seed=jax.random.fold_in(key, call))
+        out = decoded(weights, None, batch, INSTRUCTION_ROWS, sampling=sampling)
         ended = [tokenizer.decode(tokens[:length - 1]).strip() for tokens, length, finished in
                  zip(out.tokens, out.lengths, out.finished, strict=True) if finished]
         texts = list(dict.fromkeys([*texts, *(text for text in ended if len(text) > 8)]))

@@ -13,12 +13,14 @@ import numpy as np
 from rich.table import Table
 
 import jspec
+from jspec.answering import batch_on_mesh, decoded
 from jspec.config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.model import Policy
 from jspec.output import screen
-from jspec.prepare import REPORT_KEY, make_sampling, purpose_key
+from jspec.prepare import make_sampling, rollout_layout
 from jspec.progress import telling
+from jspec.purposes import REPORT_KEY, purpose_key
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ ROWS = 8
 def report(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: list[list[int]],
            directory: Path) -> list[dict[str, Any]]:
     """Measure, print the table, and write `report.json` and, where matplotlib is installed, `report.png`."""
-    policy = jspec.reshard(policy)
+    policy = jspec.reshard(policy, rollout_layout(config))
     records = []
     for rule, temperature in itertools.product(config.report.rules, config.report.temperatures):
         with telling(f"measuring acceptance, {rule}, temperature {temperature:g}"):
@@ -52,8 +54,8 @@ def measure(config: DraftTrainingConfig, policy: Policy, draft: Draft, prompts: 
     for at in range(0, len(prompts), ROWS):
         group = prompts[at:at + ROWS]
         rows = (group * ROWS)[:ROWS]  # another size would be another compilation: what fills the last batch counts too
-        batch = jspec.PromptBatch.from_tokens(rows, group_size=1, seed=jax.random.fold_in(key, at))
-        out = jax.device_get(jspec.rollout(policy, draft, batch, sampling=sampling, speculation=speculation))
+        batch = batch_on_mesh(rows, policy.layout, group_size=1, seed=jax.random.fold_in(key, at))
+        out = decoded(policy, draft, batch, ROWS, sampling=sampling, speculation=speculation)
         totals.append((out.lengths.sum(), out.stats.cycles.sum(), out.stats.accepted, out.stats.drafted))
     tokens, cycles, accepted, drafted = (np.sum(column, axis=0) for column in zip(*totals, strict=True))
     return {"drafter": draft.name, "rule": rule, "temperature": temperature, "k": config.report.k,

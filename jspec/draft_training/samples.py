@@ -15,12 +15,14 @@ import numpy as np
 
 import jspec
 from jspec import formats
+from jspec.answering import batch_on_mesh, decoded
 from jspec.config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output_dir import written
-from jspec.prepare import SAMPLES_KEY, make_draft, make_sampling, purpose_key
+from jspec.prepare import make_draft, make_sampling, rollout_layout
+from jspec.purposes import SAMPLES_KEY, purpose_key
 from jspec.speculate.types import BUCKETS
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ def files_of(prompts: list[list[int]], rows: int) -> Iterator[tuple[int, list[li
 def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]], directory: Path) -> None:
     """One answer to every prompt, in files of `samples.batch` rows; those that are there already stay."""
     directory.mkdir(exist_ok=True)
-    weights, sampling = jspec.reshard(policy), make_sampling(config)
+    layout, sampling = rollout_layout(config), make_sampling(config)
+    weights = jspec.reshard(policy, layout)
     temperatures = config.samples.temperatures or (config.sampling.temperature,)
     speculation = jspec.Speculation(depths=trunk_features(config, policy))
     key = purpose_key(config.seed, SAMPLES_KEY)
@@ -62,11 +65,10 @@ def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]]
         if path.exists():
             continue
         begin = time.perf_counter()
-        batch = jspec.PromptBatch.from_tokens(group, group_size=1, seed=jax.random.fold_in(key, index),
-                                              buckets=(bucket,))
+        batch = batch_on_mesh(group, layout, group_size=1, seed=jax.random.fold_in(key, index), buckets=(bucket,))
         temperature = temperatures[index % len(temperatures)]
-        out = jax.device_get(jspec.rollout(weights, None, batch, speculation=speculation,
-                                           sampling=sampling.replace(temperature=temperature)))
+        out = decoded(weights, None, batch, len(group), speculation=speculation,
+                      sampling=sampling.replace(temperature=temperature))
         write(path, group, out, temperature)
         log.info("samples %d/%d  %d tokens  %.0f tok/s", index + 1, len(jobs), out.lengths.sum(),
                  out.lengths.sum() / (time.perf_counter() - begin))

@@ -28,7 +28,10 @@ from jspec.model import Policy, Trunk
 from jspec.output_dir import checkpoints_written
 from jspec.prepare import make_draft
 from jspec.progress import telling
+from jspec.rl.collate import place_rows
 from jspec.rl.optimizers import draft_optimizer, warmup
+from jspec.rl.state import moments
+from jspec.sharding import batch_shards
 from jspec.stopping import StopSignal
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,9 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
     gradient is not finite.
     """
     rows = read(directory / "samples")
+    if config.training.rows % (shards := batch_shards("rollout")):
+        log.warning("training.rows=%d are not divided by the mesh's %d shards of a batch: each computes them all",
+                    config.training.rows, shards)
     draft = untrained(config, policy, rows)
     stages = (Stage("states", config.training.state_steps, before=0),
               Stage(config.draft.loss, config.training.steps, before=config.training.state_steps))
@@ -72,9 +78,11 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
             if saved is None:
                 with telling("solving for what a fresh draft can start from"):
                     weights = solved(config, policy, draft, rows).weights
-                saved = {"weights": weights, "opt": jax.jit(optimizer.init)(weights)}
+                # what was solved for is not yet where the draft was
+                weights = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), weights, draft.weights)
+                saved = {"weights": weights, "opt": begin_moments(optimizer, weights)}
             elif done == stage.before:  # the stage before ended here: the moments are its own
-                saved["opt"] = jax.jit(optimizer.init)(saved["weights"])
+                saved["opt"] = begin_moments(optimizer, saved["weights"])
             with telling(f"training on {stage.kind} (the first step of each length compiles)"):
                 saved = run_stage(stage, done, config, policy, draft, rows, checkpoints, saved, optimizer, stop)
             if stop.number is not None:
@@ -106,7 +114,7 @@ def solved(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list
     if config.draft.path is not None or draft.drafter.least_squares is None:
         return draft
     some = rows[:LEAST_SQUARES_ROWS]
-    batches = (pack(some[i:i + config.training.rows]) for i in range(0, len(some), config.training.rows))
+    batches = (on_mesh(some[i:i + config.training.rows]) for i in range(0, len(some), config.training.rows))
     return draft.drafter.least_squares(policy, draft, batches)
 
 
@@ -117,6 +125,12 @@ def schedule(config: DraftTrainingConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup(rate, rising), falling], [rising]) if rising else falling
 
 
+def begin_moments(optimizer: optax.GradientTransformation, weights: Any) -> Any:
+    """An optimizer's state before its first step; moments lie where their weights do."""
+    shardings = jax.tree.map(lambda x: x.sharding, moments(optimizer, weights))
+    return jax.jit(optimizer.init, out_shardings=shardings)(weights)
+
+
 def restore(checkpoints: ocp.CheckpointManager, draft: Draft, config: DraftTrainingConfig) -> tuple[int, Any]:
     """(steps done, weights and moments) of the last checkpoint, or (0, None)."""
     step = checkpoints.latest_step()
@@ -124,9 +138,8 @@ def restore(checkpoints: ocp.CheckpointManager, draft: Draft, config: DraftTrain
         return 0, None
     # a schedule, for a constant rate has no counter among its state
     optimizer = draft_optimizer(config.draft.optimizer, lambda count: 1.0, config.draft.clip)
-    shapes = jax.eval_shape(lambda w: {"weights": w, "opt": optimizer.init(w)}, draft.weights)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), draft.weights)
+    shapes = {"weights": weights, "opt": moments(optimizer, weights)}
     try:
         return step, checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
     except Exception as error:  # what is cut short raises whatever its reader trips over
@@ -139,14 +152,16 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
               optimizer: optax.GradientTransformation, stop: StopSignal) -> dict[str, Any]:
     """The steps of one stage from `done` on (of all stages), with a checkpoint every so often and at its end, which a
     signal brings nearer."""
-    learn = jax.jit(partial(step_of, draft.drafter, draft.config, optimizer, stage.kind), donate_argnums=0)
+    shardings = jax.tree.map(lambda x: x.sharding, saved)
+    learn = jax.jit(partial(step_of, draft.drafter, draft.config, optimizer, stage.kind), donate_argnums=0,
+                    out_shardings=(shardings, None))
     begin, tokens = time.perf_counter(), 0
     for index, chosen in enumerate(order(rows, config.training.rows, config.seed + stage.before)):
         if index >= stage.steps:
             break
         if stage.before + index < done:
             continue
-        batch = pack([rows[i] for i in chosen])
+        batch = on_mesh([rows[i] for i in chosen])
         saved, metrics = learn(saved, policy, draft.state, batch)
         tokens += int(batch.mask.sum())
         step = stage.before + index + 1
@@ -195,6 +210,11 @@ def order(rows: list[Row], size: int, seed: int) -> Iterator[list[int]]:
         batches = [batch for batch in batches if len(batch) == size] or batches
         rng.shuffle(batches)
         yield from batches
+
+
+def on_mesh(rows: list[Row]) -> DraftBatch:
+    """Rows as one batch, split over the current mesh where it divides them; else every device computes them all."""
+    return jax.tree.map(place_rows, pack(rows))
 
 
 def pack(rows: list[Row]) -> DraftBatch:

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from jspec.errors import InputError
-from jspec.hub.architectures import config_from_hf, config_to_hf, end_tokens, stored_tensors
+from jspec.hub.architectures import config_from_hf, config_to_hf, end_tokens, layer_tensors, stored_tensors
+from jspec.hub.assemble import assemble
 from jspec.model.config import ModelConfig, RopeConfig
+from jspec.model.params import ParamSpec
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32,
          "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 2}
@@ -133,3 +136,29 @@ def test_every_parameter_has_a_stored_name():
     tensors = stored_tensors(config)
     assert len({t.name for t in tensors}) == len({t.gguf for t in tensors}) == len(tensors) == 3 + 2 * 18
     assert [t.shape for t in tensors if t.name == "model.layers.1.mlp.down_proj.weight"] == [(4, 6)]
+
+
+class Stored:
+    """Tensors in memory, as a file has them."""
+
+    label = "memory"
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def rows(self, name, start, stop):
+        return self.tensors[name][start:stop]
+
+
+def test_tensors_are_addressed_by_layer_and_expert():
+    """A parameter with an axis of experts is stored in one tensor for each; a dense one has none."""
+    names = ("mlp.experts.{expert}.up_proj.weight", "ffn_up.{expert}.weight")
+    spec = ParamSpec((3, 4, 2), ("expert", "mlp", "embed"))
+    stored = [tensor for layer in range(2) for tensor in layer_tensors(names, ("layers", "up"), layer, spec)]
+    assert [(t.layer, t.expert, t.shape) for t in stored] == [(i, j, (4, 2)) for i in range(2) for j in range(3)]
+    assert stored[4].name == "model.layers.1.mlp.experts.1.up_proj.weight"
+    whole = np.random.default_rng(0).random((2, 3, 4, 2), np.float32)
+    source = Stored({tensor.name: whole[tensor.place] for tensor in stored})
+    np.testing.assert_array_equal(assemble(source, stored, whole.shape, None), whole)
+    dense = {tensor.expert for tensor in stored_tensors(config_from_hf(LLAMA))}
+    assert dense == {None}

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from jspec import hub
+from jspec.base_model import BaseModel
+from jspec.config import load_config
 from jspec.errors import InputError
 from jspec.hub import download, names
 from jspec.hub.names import SHORT_NAMES, PackagedModel, resolve
@@ -227,6 +229,13 @@ def test_the_hub_is_asked_once_a_start(monkeypatch, tmp_path):
     assert read_all(hub.open("qwen3-8b")) == first
     assert served.asked == 3
     assert "torch" not in sys.modules
+
+
+def test_a_run_asks_the_hub_once(monkeypatch, tmp_path):
+    served = Hub(tmp_path, monkeypatch)
+    base = BaseModel.of(load_config(None, ["model.name=qwen3-8b"]))
+    assert base.config.vocab_size == base.shape.config.vocab_size == base.policy().config.vocab_size
+    assert (served.asked, len(base.tokenizer)) == (1, 4)
 
 
 def test_a_model_of_which_the_cache_has_no_weights(monkeypatch, tmp_path):

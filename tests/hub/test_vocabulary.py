@@ -9,11 +9,12 @@ import pytest
 
 import jspec
 from jspec import hub
+from jspec.base_model import BaseModel
 from jspec.config import load_config
 from jspec.errors import InputError
 from jspec.hub import vocabulary
 from jspec.hub.vocabulary import Vocabulary, of_directory, of_tokenizer, with_vocabulary
-from jspec.prepare import ends, make_policy, make_tokenizer
+from jspec.prepare import ends
 from tests.hub.checkpoints import GOLDEN, copy, write_gguf
 from tests.speculate import tiny
 
@@ -103,8 +104,8 @@ def test_a_gguf_marks_what_only_fills_its_vocabulary_up(tmp_path):
 def test_a_run_takes_both_from_its_own_tokenizer(tmp_path):
     hub.export(hub.load(str(GOLDEN / "llama")), tmp_path / "m", hub.character_tokenizer("0123"))
     config = load_config(None, [f"model.name={tmp_path / 'm'}", "model.tokenizer='chars:0123456789'"])
-    tokenizer = make_tokenizer(config)
-    policy = make_policy(config, tokenizer).config
+    base = BaseModel.of(config)
+    tokenizer, policy = base.tokenizer, base.policy().config
     assert policy.stop_tokens == (2, 3, 1) and policy.tokenless == ((12, 48),)
     assert with_vocabulary(hub.read_config(str(tmp_path / "m")), of_tokenizer(tokenizer)) == policy
     assert ends(config, policy, tokenizer) == "answers end with 0, 1, <end>, 36 ids without a token are never sampled"

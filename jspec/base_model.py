@@ -1,0 +1,99 @@
+"""The model that a configuration starts from: shape, tokenizer and weights, each read when it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+
+from jspec import hub
+from jspec.config import Config, DraftTrainingConfig, ModelSection
+from jspec.errors import InputError
+from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
+from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_policy
+from jspec.purposes import POLICY_KEY, purpose_key
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """Of section `model` of a configuration; `seed` is the configuration's. A hub is asked once for all of it."""
+
+    section: ModelSection
+    seed: int
+
+    @classmethod
+    def of(cls, config: Config | DraftTrainingConfig) -> BaseModel:
+        return cls(config.model, config.seed)
+
+    @functools.cached_property
+    def _stored(self) -> hub.StoredModel:
+        return hub.open(self.section.name)
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """Its shape. Raises InputError for an architecture that is none."""
+        return architecture(self.section) if self.section.name == "random" else self._stored.config
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the section names."""
+        name = self.section.tokenizer
+        return self._stored.tokenizer() if name in (None, self.section.name) else hub.load_tokenizer(name)
+
+    @functools.cached_property
+    def shape(self) -> Policy:
+        """What `policy` gives, with `jax.ShapeDtypeStruct`s for weights: none are read. Raises InputError if the
+        tokenizer has ids that the policy has not."""
+        dtype = self.section.dtype
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        count = max(self.tokenizer.get_vocab().values()) + 1  # there may be holes, so more than it has
+        if count > self.config.vocab_size:
+            name = self.section.tokenizer or self.section.name
+            raise InputError(f"the tokenizer {name} has {count} tokens, the model {self.section.name} only "
+                             f"{self.config.vocab_size}; give the model its own, or a larger vocab_size")
+        return with_tokenizer(abstract_policy(self.config, dtype), self.tokenizer)
+
+    def policy(self) -> Policy:
+        """The policy before the first step, on the current mesh, in the training layout. Raises as `shape` does."""
+        dtype = self.shape.dtype
+        if self.section.name == "random":
+            policy = init_policy(self.config, purpose_key(self.seed, POLICY_KEY), dtype)
+        else:
+            policy = self._stored.policy(dtype)
+        return with_tokenizer(policy, self.tokenizer)
+
+
+def with_tokenizer(policy: Policy, tokenizer: Any) -> Policy:
+    """The policy of a run: its end tokens and those of the tokenizer united, the ids that have no token left out."""
+    return policy.replace(config=with_vocabulary(policy.config, of_tokenizer(tokenizer)))
+
+
+def architecture(section: ModelSection) -> ModelConfig:
+    """The shape of a policy drawn at random, as `model.architecture` has it. Raises InputError if it is none."""
+    fields = dict(section.architecture or {})
+    known = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "tokenless"}  # the tokenizer says which
+    _check_names("model.architecture", fields, known)
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
+    if missing:
+        raise InputError(f"model.architecture needs {', '.join(missing)} too")
+    rope, stops = fields.get("rope", {}), fields.get("stop_tokens", [])
+    for name, value, kind, what in (("rope", rope, dict, "mapping"), ("stop_tokens", stops, list | tuple, "list")):
+        if not isinstance(value, kind):
+            raise InputError(f"model.architecture.{name} must be a {what}, not {value!r}")
+    _check_names("model.architecture.rope", rope, [f.name for f in dataclasses.fields(RopeConfig)])
+    try:
+        return ModelConfig(**fields | {"rope": RopeConfig(**rope), "stop_tokens": tuple(stops)})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.architecture: {error}") from None
+
+
+def _check_names(label: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            raise InputError(f"unknown key '{label}.{name}'; did you mean '{near}'?")

@@ -169,7 +169,8 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS,
                       help="longest answer (default: %(default)s)")
     made.add_argument("--samples", type=number(int, 1, MOST_SAMPLES), default=1, metavar="N",
-                      help="answers decoded together; one is shown (default: 1)")
+                      help="answers decoded together; one is shown (default: 1). They are split over the "
+                      "devices, and over those that are left the model's heads")
     made.add_argument("--seed", type=number(int, 0, SEED_HIGH), default=0, help="of the sampling noise (default: 0)")
     made.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on the CPU")
 

@@ -232,14 +232,12 @@ def pod_rollout():
     model = dataclasses.replace(SHAPES["qwen3-8b"], num_layers=2)
     with jax.set_mesh(mesh):
         policy = abstract_policy(model, "bfloat16")
-        weights = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                               policy.weights, policy_sharding(model, mesh))
         batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 8] * 8, group_size=1, seed=0, buckets=(8,)))
         everywhere = jax.NamedSharding(mesh, P())
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), batch)
         rollout = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=8),
                                   speculation=jspec.Speculation(kernels="pallas")))
-        compiled = rollout.lower(policy.replace(weights=weights), None, batch).compile()
+        compiled = rollout.lower(policy, None, batch).compile()
     shards = [device // mesh.shape["tensor"] for device in range(mesh.size)]
     print(json.dumps(compiled_text.read(compiled.as_text(), (2, 16, 128), shards)))
 

@@ -205,6 +205,11 @@ def timed(chip: str, function: Any, args: Any, read: Callable[[str], dict[str, A
     return {"seconds": round(time.perf_counter() - begin, 2), **resources(chip, program), **read(program.as_text())}
 
 
+def prompts_of(shards: int) -> int:
+    """PROMPTS on two shards of the batch, and as many to each where there are more: their slots are fewer than rows."""
+    return PROMPTS * max(shards // 2, 1)
+
+
 def declared(mesh: Mesh, shape: str, name: str, pausing: bool = False, layers: int | None = None
              ) -> tuple[Step, TrainState, Any]:
     """(a step, its state, its prompts) of one of SHAPES and one of DRAFTS on a mesh, which is the current one: shapes
@@ -213,8 +218,8 @@ def declared(mesh: Mesh, shape: str, name: str, pausing: bool = False, layers: i
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
     policy, drafter = abstract_policy(config, "bfloat16"), getattr(jspec.drafts, name.partition(",")[0])
     draft = jax.eval_shape(lambda p: drafter(p, jax.random.key(0), **DRAFTS[name]), policy)
-    batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * LENGTH] * PROMPTS, group_size=GROUP, seed=0,
-                                                                 buckets=(LENGTH,)))
+    batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * LENGTH] * prompts_of(shards), group_size=GROUP,
+                                                                 seed=0, buckets=(LENGTH,)))
     # one width: the update holds a loop for each, and minutes go into one
     settings = UpdateSettings(remat=True, widths=(CAP,), micro_batch=2 * GROUP)
     specs = state_specs(policy, draft, settings)
@@ -279,7 +284,8 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for chip, shape, draft, pausing in chosen(args):
             fsdp, tensor = MESHES[chip]
             yield {"chip": chip, "what": "jspec.rollout", "shape": shape, "rule": None, "draft": draft,
-                   "mesh": {"fsdp": fsdp, "tensor": tensor}, "sequences": PROMPTS * GROUP, "slots": SLOTS * fsdp,
+                   "mesh": {"fsdp": fsdp, "tensor": tensor}, "sequences": prompts_of(fsdp) * GROUP,
+                   "slots": SLOTS * fsdp,
                    "kv_tokens": KV_TOKENS * fsdp if pausing else None, "max_new_tokens": CAP, "k": SCHEDULE,
                    "layers": args.layers, **rollout(chip, shape, draft, pausing, args.layers)}
     if "step" in args.what:

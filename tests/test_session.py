@@ -32,27 +32,29 @@ def write_inputs(folder: Path) -> list[str]:
             "sampling.max_new_tokens=4"]
 
 
-def run_commands(folder: Path, used: dict[str, list]) -> None:
-    """Every command, at its smallest; `used` gets what `watched` sees of each."""
+def run_commands(folder: Path, used: dict[str, list], wanted: list[str]) -> None:
+    """The wanted commands, at their smallest; `used` gets what `watched` sees of each."""
     task, model, run = write_inputs(folder), str(folder / "model"), str(folder / "run")
     (folder / "run.yaml").write_text(f"output_dir: {run}\nsteps: 1\nmodel: {{name: {model}}}\nmesh: {{fsdp: 2}}\n"
                                      "speculation: {k: 1}\ndata: {group_size: 2}\nprofile: {repeats: 1}\n")
     drafts = [f"output_dir={folder}/draft", f"samples.sources=[{folder}/sums.jsonl]", "samples.count=12",
               "samples.batch=6", "sampling.max_new_tokens=4", "training.state_steps=1", "training.steps=1",
               "training.rows=6", "report.count=1", "report.k=1", "report.temperatures=[1.0]", "report.rules=[coupled]"]
-    for name, arguments in {
+    trained = run if "train" in wanted else model
+    commands = {
         "train": ["train", f"{folder}/run.yaml", *task], "profile": ["profile", f"{folder}/run.yaml", *task],
-        "eval": ["eval", run, *task, "--run-code", "--prompts", "3", "--samples", "1"],
+        "eval": ["eval", trained, *task, "--run-code", "--prompts", "3", "--samples", "1"],
         "rollout": ["rollout", model, "--prompt", "1+1=", "--raw", "--draft", "none", "--max-new-tokens", "4"],
-        "export": ["export", run, f"{folder}/exported"],
+        "export": ["export", trained, f"{folder}/exported"],
         "draft train": ["draft", "train", model, *drafts],
         "draft export": ["draft", "export", model, f"{folder}/eagle3", f"{folder}/published"],
         "bench": ["bench", "--shape", "tiny", "--batch", "8", "--prompt-tokens", "4", "--new-tokens", "2", "--rounds",
                   "1"],
-    }.items():
+    }
+    for name in wanted:
         seen.clear()
         with contextlib.redirect_stdout(sys.stderr):
-            assert main(arguments) == 0, name
+            assert main(commands[name]) == 0, name
         used[name] = sorted(seen)
 
 
@@ -74,7 +76,7 @@ def watched(owner: object, name: str, arrays) -> None:
     setattr(owner, name, watching)
 
 
-def worker(folder: str) -> None:
+def worker(folder: str, wanted: list[str]) -> None:
     from jspec import commands, step
     from jspec.draft_training import stages
     from jspec.hub import exporter
@@ -86,16 +88,21 @@ def worker(folder: str) -> None:
     watched(stages, "run_stage", lambda saved, *_: saved)
     watched(commands, "publish", lambda made, draft, *_: draft.weights)
     used: dict[str, list] = {}
-    run_commands(Path(folder), used)
+    run_commands(Path(folder), used, wanted)
     print(json.dumps(used))
 
 
-def test_every_command_uses_all_devices(tmp_path):
-    used = on_devices(8, f"from tests.test_session import worker; worker({str(tmp_path)!r})")
-    assert used == {
-        "train": [["take", 8]], "profile": [["take", 8]], "eval": [["_rollout", 8]], "rollout": [["_rollout", 8]],
-        "export": [["host_value", 8]], "draft train": [["_rollout", 8], ["run_stage", 8]],
-        "draft export": [["publish", 8]], "bench": [["_rollout", 8]]}
+EXPECTED = {
+    "train": [["take", 8]], "profile": [["take", 8]], "eval": [["_rollout", 8]], "rollout": [["_rollout", 8]],
+    "export": [["host_value", 8]], "draft train": [["_rollout", 8], ["run_stage", 8]],
+    "draft export": [["publish", 8]], "bench": [["_rollout", 8]]}
+FEW = ["eval", "rollout", "export", "draft export"]  # that compile next to nothing
+
+
+@pytest.mark.parametrize("wanted", [FEW, pytest.param(list(EXPECTED), marks=pytest.mark.slow)])
+def test_every_command_uses_all_devices(tmp_path, wanted):
+    used = on_devices(8, f"from tests.test_session import worker; worker({str(tmp_path)!r}, {wanted!r})")
+    assert used == {name: EXPECTED[name] for name in wanted}
 
 
 def sizes(mesh):

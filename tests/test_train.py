@@ -184,7 +184,7 @@ def test_a_second_signal_stops_at_once():
     assert stopped.value.code == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path, kills):
     steps = 12 * kills
     arguments = [*SMALL, f"steps={steps}", "checkpoint.every=3"]
@@ -326,6 +326,7 @@ def test_the_tiny_run_ends_above_four_fifths_within_three_minutes(tmp_path):
     check_learning(records(tmp_path), 10, 0.8)
 
 
+@pytest.mark.slow  # when a run ends is in test_health.py
 def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path, monkeypatch, capsys):
     assert train.train(tiny(tmp_path, "steps=2")) == 0
     shutil.copytree(tmp_path, tmp_path / "other")
@@ -348,12 +349,12 @@ def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path,
 
 
 def test_weights_that_run_away_end_the_run_at_the_first_step_that_shows_it(tmp_path, capsys):
-    """Step 1 blows them up, and its checkpoint holds them: there is no earlier one, so it stays where it is."""
+    """Step 1 blows them up, at which a checkpoint is due: there is none of such weights."""
     assert train.train(tiny(tmp_path, "steps=10", "grpo.learning_rate=1e30", "checkpoint.every=1")) == 1
-    assert [record["skipped_in_row"] for record in records(tmp_path)] == [0, 1]
+    assert [record["skipped_in_row"] for record in records(tmp_path)] == [0]
     said = " ".join(capsys.readouterr().out.split())
     assert "its weights have run away (up to 1e+30); lower grpo.learning_rate=1e+30" in said
-    assert "stopped at step 2 of 10" in said and (tmp_path / "checkpoints" / "1").is_dir()
+    assert "stopped at step 1 of 10" in said and not (tmp_path / "checkpoints" / "1").exists()
 
 
 def test_a_prompt_that_a_later_step_cannot_use(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from jspec.sharding import make_mesh
 from tests.speculate import tiny
 from tests.speculate.test_chi_square import PLANTED, REFUSE, p_value
 from tests.speculate.ties import assert_same, generated
-from tests.test_sharding import eight
+from tests.test_sharding import on_devices
 
 POLICY = tiny.policy(5)
 SMALL = dict(history_prompts=3, history_rows=2, history_tokens=6)
@@ -242,7 +242,7 @@ def worker():
 
 
 def test_eight_devices_give_the_tokens_of_one(policy):
-    tokens, cycles = eight("from tests.drafts.test_suffix import worker; worker()")
+    tokens, cycles = on_devices(8, "from tests.drafts.test_suffix import worker; worker()")
     one, batch, sampling = twice(policy)
     rows = [row + [0] * (16 - len(row)) for row in tokens]
     sharded = one.replace(tokens=np.array(rows), lengths=np.array(list(map(len, tokens))))

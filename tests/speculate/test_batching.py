@@ -48,7 +48,7 @@ def plain(policy):
 
 
 SHRINKING = ((1, 3), (2, 0), (3, 2))
-CASES = [(None, 0, 1), ("mtp", SHRINKING, 5), ("suffix", SHRINKING, 5),
+CASES = [(None, 0, 1), ("mtp", SHRINKING, 5),
          *(pytest.param(draft, k, slots, marks=slow) for draft in (None, *drafters.NAMES)
            for k, slots in ((2, 1), (3, 3), (SHRINKING, None), (SHRINKING, 5)))]
 

@@ -23,7 +23,7 @@ from jspec.speculate.rollout import Prefilled, _asked, begin
 from tests.speculate import drafters, test_chi_square, tiny
 from tests.speculate.test_chi_square import FEW, PLANTED, PROMPT, REFUSE, SHARP
 from tests.speculate.ties import assert_same, generated
-from tests.test_sharding import eight
+from tests.test_sharding import on_devices
 
 PROMPTS = [[1, 2, 1, 2, 1], [*range(1, 9), 1, 2, 5, 6], [7, 6] * 5, [4]]
 CAP, K = 40, 2
@@ -174,7 +174,7 @@ def worker():
 @slow
 def test_each_of_eight_devices_pauses_its_own(policy, roomy):
     """The tokens are those of one device, and no shard waits for another's longest row."""
-    found = eight("from tests.speculate.test_pausing import worker; worker()")
+    found = on_devices(8, "from tests.speculate.test_pausing import worker; worker()")
     one = roomy("mtp")
     assert_same(policy, BATCH, SAMPLING, one, one.replace(tokens=np.array(found["tokens"]),
                                                           lengths=np.array(found["lengths"])))

@@ -44,7 +44,7 @@ def check_greedy(out, rows, tokens):
         assert bool(out.finished[i]) == (len(want["greedy_tokens"]) <= tokens and want["greedy_tokens"][-1] == 2)
 
 
-@pytest.mark.parametrize("draft, k", [(None, 0), ("ngram", 3), pytest.param("mtp", 3, marks=slow)])
+@pytest.mark.parametrize("draft, k", [(None, 0), *(pytest.param(name, 3, marks=slow) for name in ("ngram", "mtp"))])
 def test_greedy_decoding(decode, draft, k):
     out, *_ = decode(draft, k, 0.0)
     check_greedy(out, range(4), 20)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jspec.base_model import BaseModel
+from jspec.base_model import BaseModel, with_tokenizer
 from jspec.checkpoint import has_checkpoints
 from jspec.config import Config, DraftTrainingConfig
 from jspec.drafts import Draft, Drafter, constructor, find
@@ -152,6 +152,16 @@ def fresh_draft(policy: Policy, key: jax.Array, drafter: Drafter, options: Mappi
 def check_fresh_draft(shape: Policy, drafter: Drafter, options: Mapping[str, Any], label: str) -> Draft:
     """`fresh_draft` without computing anything: the draft with `jax.ShapeDtypeStruct`s. Raises as that does."""
     return jax.eval_shape(lambda policy: fresh_draft(policy, purpose_key(0, DRAFT_KEY), drafter, options, label), shape)
+
+
+def make_tokenizer(config: AnyConfig) -> Any:
+    """The tokenizer as the configuration has it, for one who wants nothing else of its model."""
+    return BaseModel.of(config).tokenizer
+
+
+def make_policy(config: AnyConfig, tokenizer: Any) -> Policy:
+    """The policy before the first step, with this tokenizer's ids and ends. Raises as `BaseModel.policy` does."""
+    return with_tokenizer(BaseModel.of(config).policy(), tokenizer)
 
 
 def make_sampling(config: AnyConfig) -> Sampling:

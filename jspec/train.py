@@ -31,6 +31,7 @@ from jspec.output_dir import claimed
 from jspec.prepare import check, ends, make_state_specs
 from jspec.profiling import trace
 from jspec.progress import telling
+from jspec.rl.answers import answer_text as answer_text  # what a run grades, for programs that ask it
 from jspec.rl.collate import collate, may_wait
 from jspec.rl.grading import grade
 from jspec.rl.prompts import PromptData

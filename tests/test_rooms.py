@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,3 +133,12 @@ def test_what_a_reader_does_not_scroll():
                      and node.end_lineno - node.lineno >= LINES_OF_A_FUNCTION}
     assert long <= LONG, "split it"
     assert LONG <= long, "it is short enough now: take it off the list"
+
+
+@pytest.mark.parametrize("room, names", [
+    ("jspec.rl.update", ["UpdateSettings", "init_state", "make_batch", "update"]), ("jspec.train", ["answer_text"]),
+    ("jspec.prepare", ["make_tokenizer", "make_policy", "make_sampling"]), ("jspec.drafts.suffix", ["remember"])])
+def test_a_loop_of_ones_own_finds_what_it_takes(room, names):
+    package, _, name = room.rpartition(".")  # jspec.drafts.suffix is the function
+    found = getattr(importlib.import_module(package), name, None) or importlib.import_module(room)
+    assert all(callable(getattr(found, name)) for name in names)

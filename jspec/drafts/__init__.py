@@ -77,6 +77,8 @@ def constructor(drafter: Drafter) -> Callable[..., Draft]:
                              f"{show(made)}")
         return made
 
+    if drafter.remember is not None:  # for a loop of one's own
+        checked.__dict__["remember"] = drafter.remember
     checked.__name__ = checked.__qualname__ = name  # which is what Python says of a call that it refuses
     return checked
 

@@ -8,6 +8,8 @@ compiling the policy's part differently because somebody else reads them.
 
 With `draft_features="rollout"` the draft learns in a step of its own (`update_draft`), from the states that the
 verifier computed, before the policy's update or while rewards are computed.
+
+A loop of one's own finds all that it takes here: `UpdateSettings`, `init_state`, `make_batch`, `update`.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ import optax
 
 from jspec.model import Policy, Trunk, param_specs
 from jspec.rl.batch import TrainBatch
+from jspec.rl.batch import make_batch as make_batch
 from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, shapes
 from jspec.rl.objective import PromptStates, draft_loss, policy_loss, prompt_states
 from jspec.rl.optimizers import optimizers
 from jspec.rl.state import TrainState
+from jspec.rl.state import init_state as init_state
 from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
 from jspec.sharding import block_rows, constrain_tree
 

@@ -11,7 +11,7 @@ import jax
 from jspec.distributed import fetch
 from jspec.drafts import Draft
 from jspec.model import Policy
-from jspec.rl.collate import place_rows
+from jspec.rl.collate import place_batch
 from jspec.sharding import batch_shards, filled, place
 from jspec.speculate import PromptBatch, Rollout, rollout
 from jspec.speculate.types import BUCKETS
@@ -28,8 +28,7 @@ def batch_on_mesh(prompts: Sequence[Sequence[int]], layout: str, *, group_size: 
 def placed(batch: PromptBatch) -> PromptBatch:
     """A batch that every process has whole, on the current mesh if there is one."""
     words, kind = jax.random.key_data(batch.key), jax.random.key_impl(batch.key)
-    rows = {name: place_rows(getattr(batch, name)) for name in ("tokens", "lengths", "sequence_ids")}
-    return batch.replace(**rows, key=jax.random.wrap_key_data(place(words, "rollout", None), impl=kind))
+    return place_batch(batch).replace(key=jax.random.wrap_key_data(place(words, "rollout", None), impl=kind))
 
 
 def decoded(policy: Policy, draft: Draft | None, batch: PromptBatch, rows: int, **how: Any) -> Rollout:

@@ -41,15 +41,14 @@ class Trouble:
         return f"ALARM: {self.what}: {self.remedy}"
 
 
-def troubles(config: Config, state: TrainState, learned: dict[str, Any], rewardless: str, in_row: int,
-             kept: bool = False) -> list[Trouble]:
+def troubles(config: Config, state: TrainState, learned: dict[str, Any], rewardless: str, in_row: int
+             ) -> list[Trouble]:
     """What is wrong with the step that made `state`; the same on every process.
 
     Args:
       learned: the update's record.
       rewardless: why the step's rewards teach nothing; "": they may.
       in_row: of how many of the latest steps that is so.
-      kept: the state is about to be, so that what the update did to the policy must not wait for the next one to show.
     """
     found, limit = [], config.grpo.max_skipped
     if rewardless:
@@ -57,7 +56,7 @@ def troubles(config: Config, state: TrainState, learned: dict[str, Any], rewardl
         found.append(Trouble("reward", f"{rewardless} ({in_row} steps in a row)" if in_row > 1 else rewardless,
                              "look at reward.function and at data.source, not at the learning rate"
                              + f"; grpo.max_skipped={limit} such steps in a row: stopping" * waited, final=waited))
-    if learned["skipped_in_row"] or (kept and not float(largest(state.policy.weights)) < RUN_AWAY):
+    if learned["skipped_in_row"] or not float(largest(state.policy.weights)) < RUN_AWAY:
         found.append(_skipped(config, "policy", state.policy.weights, learned, "", int(state.updates)))
     if learned["draft_skipped_in_row"] or learned.get("draft_finite") is False:
         found.append(_skipped(config, "draft", state.draft.weights, learned, "draft_", int(state.updates)))

@@ -1,9 +1,9 @@
-"""When a run saves, where it goes on from, and what it does with weights that ran away."""
+"""When a run saves, and where it goes on from."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from jspec.base_model import BaseModel
 from jspec.checkpoint import Checkpoints
@@ -20,18 +20,17 @@ from jspec.rl.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Saver:
-    """Decides what of a run is kept. `say` prints a line."""
+    """Decides what of a run is kept."""
 
     config: Config
     checkpoints: Checkpoints
     data: PromptData
-    say: Callable[[str], None]
 
     def save(self, step: int, state: TrainState, plan: Plan, found: Sequence[Trouble], code: int) -> float:
         """Save where it is time to. Returns the seconds for which the loop had to wait.
 
-        Weights that ran away are finite at first: a checkpoint waits until the updates go through again. Where the run
-        ends before that, its last sound weights are saved, if they are not in a checkpoint already.
+        Weights that ran away are never saved. While updates are skipped a checkpoint waits until they go through again;
+        where the run ends before that, its last sound weights are saved, if they are not in a checkpoint already.
 
         Args:
           step: steps done in all.
@@ -39,7 +38,6 @@ class Saver:
         """
         lost = {trouble.side for trouble in found if trouble.lost}
         if "policy" in lost:
-            self.withdraw(step - 1, state)
             return 0.0
         last = step == self.config.steps or code > 1
         if not last and any(trouble.side != "reward" for trouble in found):
@@ -52,14 +50,6 @@ class Saver:
         with clock("checkpoint"):
             self.checkpoints.save(step, state, self.data.state(), plan)
         return clock.seconds["checkpoint"]
-
-    def withdraw(self, step: int, state: TrainState) -> None:
-        """Set the checkpoint of weights that ran away aside, where there is an earlier one to go on from."""
-        # else other weights began this step
-        skipped = int(state.skipped_in_row) >= self.config.grpo.updates_per_rollout
-        if skipped and self.checkpoints.newest() == step and len(self.checkpoints.manager.all_steps()) > 1:
-            self.say(f"the checkpoint of step {step} holds the weights that have run away: set aside")
-            self.checkpoints.set_aside(step)
 
 
 def begin(config: Config, base: BaseModel, checkpoints: Checkpoints, data: PromptData, specs: TrainState

@@ -80,7 +80,7 @@ def train(config: Config) -> int:
         done, state, reference = begin(config, base, checkpoints, data, specs)
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
-        run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data, metrics.say), metrics, stop)
+        run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data), metrics, stop)
         ending = loop(run, state, reference, done)
     console.print(table(metrics.records))
     console.print(phase_table(metrics.records))
@@ -139,8 +139,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         useless = all_failed(grades.rewards, grades.failed, grades.message)
         rewardless = rewardless + 1 if useless else 0
         last = done == config.steps
-        kept = last or done % config.checkpoint.every == 0
-        found = troubles(config, state, record, useless, rewardless, kept)
+        found = troubles(config, state, record, useless, rewardless)
         say(run, found)
         code = exit_code(run, found, last) or (0 if last else prompt_trouble(run))
         saving = run.saver.save(done, state, plan, found, code)
@@ -166,7 +165,7 @@ def as_it_ended(run: Run, state: TrainState) -> tuple[int, list[Trouble]]:
     written = run.metrics.records[-1:]  # of the process that writes them
     failed = any_process(any(record.get("reward_failures") == rows for record in written))
     found = troubles(run.config, state, {name: int(getattr(state, name)) for name in COUNTERS},
-                     all_failed(np.zeros(rows), rows) if failed else "", 1, kept=True)
+                     all_failed(np.zeros(rows), rows) if failed else "", 1)
     return exit_code(run, found, last=True), found
 
 

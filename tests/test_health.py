@@ -11,13 +11,13 @@ from jspec.health import SAME_STEPS, all_failed, never_varied, troubles
 SOUND = {"skipped": 0, "skipped_in_row": 0, "draft_skipped": 0, "draft_skipped_in_row": 0, "draft_finite": True}
 
 
-def found(learned=(), weights=1.0, draft=1.0, updates=8, rewardless="", in_row=0, *overrides, kept=False):
+def found(learned=(), weights=1.0, draft=1.0, updates=8, rewardless="", in_row=0, *overrides):
     def side(value):
         return types.SimpleNamespace(weights={"w": np.array([0.5, value], np.float32)})
 
     state = types.SimpleNamespace(policy=side(weights), draft=side(draft), updates=np.int32(updates))
     return troubles(load_config(None, ["draft.path=some/draft", *overrides]), state, SOUND | dict(learned), rewardless,
-                    in_row, kept)
+                    in_row)
 
 
 def test_a_sound_step_has_none():
@@ -52,11 +52,10 @@ def test_a_draft_that_ran_away_is_named_and_stops_the_run_only_in_a_row(learned)
 
 
 def test_what_the_last_update_did_to_the_policy_is_asked_of_its_weights():
-    assert found(weights=1e30) == []  # the next step shows it
-    (trouble,) = found(weights=1e30, kept=True)
+    (trouble,) = found(weights=1e30)
     assert trouble.final and trouble.lost and "lower grpo.learning_rate=1e-06" in str(trouble)
     assert "the policy's weights are of no use any more" in str(trouble) and "skipped" not in str(trouble)
-    assert found(kept=True) == []
+    assert found() == []
 
 
 def test_rewards_that_all_fail():

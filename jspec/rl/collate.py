@@ -27,8 +27,13 @@ def collate(config: Config, prompts: Sequence[Prompt], key: jax.Array) -> Prompt
     batch = PromptBatch.from_tokens([prompt.tokens for prompt in prompts], group_size=config.data.group_size,
                                     seed=key, buckets=(*(b for b in BUCKETS if b < longest), longest),
                                     expected_lengths=expected)
-    rows = ("tokens", "lengths", "sequence_ids", *(() if expected is None else ("expected_lengths",)))
-    return batch.replace(**{name: place_rows(getattr(batch, name)) for name in rows})
+    return place_batch(batch)
+
+
+def place_batch(batch: PromptBatch) -> PromptBatch:
+    """A batch that every process has whole, with its rows split over the mesh; its key is left as it is."""
+    rows = {name: getattr(batch, name) for name in ("tokens", "lengths", "sequence_ids", "expected_lengths")}
+    return batch.replace(**{name: place_rows(x) for name, x in rows.items() if x is not None})
 
 
 def place_rows(x: Any) -> jax.Array:

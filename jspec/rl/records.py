@@ -39,7 +39,7 @@ class Records(Protocol):
         """Where a record stands, for errors."""
         ...
 
-    def digest(self, numbers: Sequence[int]) -> str:
+    def digest(self, numbers: Sequence[int] | np.ndarray) -> str:
         """A digest of the records of these numbers: the same as long as they are."""
         ...
 
@@ -70,7 +70,7 @@ class JsonLines(Sequence):
     def where(self, number: int) -> str:
         return f"{self.path}:{self.lines[number]}"
 
-    def digest(self, numbers: Sequence[int]) -> str:
+    def digest(self, numbers: Sequence[int] | np.ndarray) -> str:
         return hashlib.sha256(self.digests[np.asarray(numbers, np.int64)].tobytes()).hexdigest()[:16]
 
 
@@ -89,7 +89,7 @@ class Selected(Sequence):
     def where(self, number: int) -> str:
         return self.records.where(int(self.numbers[number]))
 
-    def digest(self, numbers: Sequence[int]) -> str:
+    def digest(self, numbers: Sequence[int] | np.ndarray) -> str:
         return self.records.digest(self.numbers[np.asarray(numbers, np.int64)])
 
 

@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from jspec.errors import InputError, shortened
 from jspec.rl.processes import run_module
 
@@ -114,7 +112,7 @@ class ReasoningGym(Sequence):
     def where(self, number: int) -> str:
         return f"question {number} of {PREFIX}{self.task}"
 
-    def digest(self, numbers: Sequence[int] | np.ndarray) -> str:
+    def digest(self, numbers: Any) -> str:
         """Of the last few of these questions: to make them all may take minutes."""
         last = [self[int(number)] for number in numbers[-REMEMBERED:]]
         return hashlib.sha256(json.dumps([[r["prompt"], r["answer"]] for r in last]).encode()).hexdigest()[:16]

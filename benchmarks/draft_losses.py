@@ -1,11 +1,13 @@
-"""Which loss trains a draft best: acceptance after the same steps on the same samples, from the same start.
+"""Which loss trains a draft best: acceptance after the same steps on the same samples, from the
+same start.
 
-    python -m benchmarks.draft_losses runs/draft-smollm2 --steps 40 --seeds 3 --json FILE --plot FILE.png
+    python -m benchmarks.draft_losses runs/draft-smollm2 --steps 40 --seeds 3 --json FILE --plot PNG
 
-Reads the samples, the configuration and (unless --start names another) the head of a `jspec draft train` directory. A
-seed is an order of the samples; every loss goes through the same one. Each 16th answer is kept from training, and
-acceptance is computed on those: the overlap of both distributions at every depth, without the chance that rollouts of a
-few prompts have in them. Seconds of a step are in the records: the losses cost the same.
+Reads the samples, the configuration and (unless --start names another) the head of a
+`jspec draft train` directory. A seed is an order of the samples; every loss goes through the same
+one. Each 16th answer is kept from training, and acceptance is computed on those: the overlap of
+both distributions at every depth, without the chance that rollouts of a few prompts have in them.
+Seconds of a step are in the records: the losses cost the same.
 """
 
 from __future__ import annotations
@@ -41,17 +43,23 @@ from jspec.rl.optimizers import draft_optimizer
 from jspec.settings import refuse_changes
 
 HELD_OUT = 16
-FREE = ("model.dtype", "draft.learning_rate", "draft.optimizer", "draft.clip", "training.rows", "training.warmup_steps")
+FREE = ("model.dtype", "draft.learning_rate", "draft.optimizer", "draft.clip", "training.rows",
+        "training.warmup_steps")
 """What overrides may change: how losses are compared. The rest made the samples, or is compared."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m benchmarks.draft_losses", description=__doc__)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="output_dir of `jspec draft train`")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.learning_rate=3e-4")
-    parser.add_argument("--start", metavar="HEAD", help="the draft that all start from (default: DIR's)")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many orders of the samples (default: 3)")
+    parser.add_argument("directory", type=Path, metavar="DIR",
+                        help="output_dir of `jspec draft train`")
+    parser.add_argument("overrides", metavar="key=value", nargs="*",
+                        help="such as draft.learning_rate=3e-4")
+    parser.add_argument("--start", metavar="HEAD",
+                        help="the draft that all start from (default: DIR's)")
+    parser.add_argument("--steps", type=int, default=40,
+                        help="optimizer steps of each run (default: 40)")
+    parser.add_argument("--seeds", type=int, default=3,
+                        help="how many orders of the samples (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them there")
     args = parser.parse_intermixed_args(arguments)
@@ -59,10 +67,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def trained(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list, kind: str, steps: int,
-            seed: int) -> tuple[Draft, list[float]]:
+def trained(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list, kind: str,
+            steps: int, seed: int) -> tuple[Draft, list[float]]:
     """The draft after `steps` steps on loss `kind`, and the seconds that each of them took."""
-    optimizer = draft_optimizer(config.draft.optimizer, stages.schedule(config, steps), config.draft.clip)
+    optimizer = draft_optimizer(config.draft.optimizer, stages.schedule(config, steps),
+                                config.draft.clip)
     learn = jax.jit(partial(stages.step_of, draft.drafter, draft.config, optimizer, kind))
     saved, seconds = {"weights": draft.weights, "opt": jax.jit(optimizer.init)(draft.weights)}, []
     for chosen in itertools.islice(stages.order(rows, config.training.rows, seed), steps):
@@ -73,8 +82,10 @@ def trained(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: lis
 
 
 def measured(policy: Policy, draft: Draft, rows: list, size: int) -> dict[str, Any]:
-    """Mean overlap at every depth where these answers went, and the tokens a cycle that it promises at k = depths."""
-    overlaps = jax.jit(lambda draft, policy, batch: draft.drafter.loss(policy, draft, batch, "kl")[1:])
+    """Mean overlap at every depth where these answers went, and the tokens a cycle that it promises
+    at k = depths."""
+    overlaps = jax.jit(lambda draft, policy, batch: draft.drafter.loss(policy, draft, batch,
+                                                                       "kl")[1:])
     total, count = 0.0, 0.0
     for at in range(0, len(rows), size):
         batch = stages.pack(rows[at:at + size])
@@ -82,7 +93,8 @@ def measured(policy: Policy, draft: Draft, rows: list, size: int) -> dict[str, A
         tokens, metrics = jax.device_get(overlaps(draft, policy, batch))
         total, count = total + metrics["overlap"], count + tokens
     by_depth = np.asarray(total / count)
-    return {"overlap_by_depth": by_depth.tolist(), "acceptance_length": float(1 + np.cumprod(by_depth).sum())}
+    return {"overlap_by_depth": by_depth.tolist(),
+            "acceptance_length": float(1 + np.cumprod(by_depth).sum())}
 
 
 def show(records: list[dict[str, Any]], title: str) -> None:
@@ -90,7 +102,8 @@ def show(records: list[dict[str, Any]], title: str) -> None:
     for kind in dict.fromkeys(record["loss"] for record in records):
         mine = [record for record in records if record["loss"] == kind]
         lengths = [record["acceptance_length"] for record in mine]
-        table.add_row(kind, "  ".join(f"{x:.3f}" for x in lengths), f"{statistics.mean(lengths):.3f}",
+        table.add_row(kind, "  ".join(f"{x:.3f}" for x in lengths),
+                      f"{statistics.mean(lengths):.3f}",
                       f"{statistics.median(record['step_seconds'] for record in mine):.2f}")
     screen().print(table)
 
@@ -112,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, 0. Raises InputError for a user's mistake."""
     args = parse(arguments)
     if not (args.directory / "samples").is_dir():
-        raise InputError(f"{args.directory} has no samples: give the output_dir of `jspec draft train`")
+        raise InputError(f"{args.directory} has no samples: give the output_dir of `jspec draft "
+                         "train`")
     path = args.directory / "config.yaml"
     config = load_config(path, args.overrides, DraftTrainingConfig)
     refuse_changes(args.directory, load_config(path, kind=DraftTrainingConfig), config, FREE,
@@ -123,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draft = jspec.load_draft(policy, args.start or args.directory, named_drafter(config))
     every = samples.read(args.directory / "samples")
     if len(every) <= HELD_OUT:
-        raise InputError(f"{args.directory / 'samples'} has {len(every)} answers, and more than {HELD_OUT} are needed; "
-                         "give `jspec draft train` a larger samples.count")
+        raise InputError(f"{args.directory / 'samples'} has {len(every)} answers, and more than "
+                         f"{HELD_OUT} are needed; give `jspec draft train` a larger samples.count")
     held_out = sorted(every[::HELD_OUT], key=lambda row: int(row["start"] + row["mask"].sum()))
     rows = [row for i, row in enumerate(every) if i % HELD_OUT]
     size = config.training.rows
@@ -132,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 **measured(policy, draft, held_out, size)}]
     for seed, kind in itertools.product(range(args.seeds), DRAFT_LOSSES):
         better, seconds = trained(config, policy, draft, rows, kind, args.steps, seed)
-        records.append({"loss": kind, "seed": seed, "steps": args.steps, "step_seconds": statistics.median(seconds),
+        records.append({"loss": kind, "seed": seed, "steps": args.steps,
+                        "step_seconds": statistics.median(seconds),
                         **measured(policy, better, held_out, size)})
         title = f"{config.model.name}, {draft.name}, {args.steps} steps of {size} answers"
         measure.write_json(args.json, measure.report(records, overrides=args.overrides))

@@ -1,4 +1,5 @@
-"""What every benchmark shares: interleaved timing, the machine, its copy bandwidth, counted bytes, results as data."""
+"""What every benchmark shares: interleaved timing, the machine, its copy bandwidth, counted bytes,
+results as data."""
 
 import json
 import os
@@ -23,9 +24,11 @@ from jspec.progress import telling
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def in_turn(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> Iterator[tuple[Any, float, Any]]:
-    """(name, seconds, result) of `rounds` runs of each program, taken in turn, so that all of them see the same
-    drifting machine. Nothing is run before: what has not been compiled is compiled within its first seconds."""
+def in_turn(programs: Mapping[Any, Callable[[], Any]],
+            rounds: int) -> Iterator[tuple[Any, float, Any]]:
+    """(name, seconds, result) of `rounds` runs of each program, taken in turn, so that all of them
+    see the same drifting machine. Nothing is run before: what has not been compiled is compiled
+    within its first seconds."""
     for _ in range(rounds):
         for name, program in programs.items():
             begin = time.perf_counter()
@@ -34,8 +37,8 @@ def in_turn(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> Iterator[
 
 
 def interleaved(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of `rounds` runs of each program, `in_turn`. Each runs once before, which compiles it and is not
-    counted."""
+    """Seconds of `rounds` runs of each program, `in_turn`. Each runs once before, which compiles it
+    and is not counted."""
     with telling("compiling, and running once", total=len(programs)) as advance:
         for program in programs.values():
             jax.block_until_ready(program())
@@ -55,7 +58,8 @@ def median(values: list[float]) -> float:
 def copy_bandwidth(size: int | None = None) -> float:
     """Bytes per second of a plain copy of `size` bytes, read plus write, on the default device.
 
-    The CPU's is a memcpy by all cores into memory that is there already: XLA would pay for fresh pages instead.
+    The CPU's is a memcpy by all cores into memory that is there already: XLA would pay for fresh
+    pages instead.
     """
     on_cpu = jax.default_backend() == "cpu"
     size = size or (2**29 if on_cpu else 2**31)
@@ -72,7 +76,8 @@ def copy_bandwidth(size: int | None = None) -> float:
 
 
 def weight_bytes(policy: Policy) -> int:
-    """Bytes of weights that a decode step has to read: all but an untied embedding, of which it reads a row a token."""
+    """Bytes of weights that a decode step has to read: all but an untied embedding, of which it
+    reads a row a token."""
     total = sum(x.nbytes for x in jax.tree.leaves(policy.weights))
     return total if policy.config.tie_embeddings else total - policy.weights["embed"].nbytes
 
@@ -87,26 +92,30 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
+                 if "model name" in line]
         cpu = named[0] if named else cpu
     device = jax.devices()[0]
-    return {"cpu": cpu, "cores": os.cpu_count(), "device": device.device_kind, "devices": jax.device_count(),
-            "platform": device.platform, "jax": jax.__version__, "python": platform.python_version(),
-            "load_average": os.getloadavg()[0]}
+    return {"cpu": cpu, "cores": os.cpu_count(), "device": device.device_kind,
+            "devices": jax.device_count(), "platform": device.platform, "jax": jax.__version__,
+            "python": platform.python_version(), "load_average": os.getloadavg()[0]}
 
 
 def commit() -> str:
     """The checkout's commit, with a plus if files differ from it."""
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True,
+                              text=True).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    return (git("rev-parse", "--short=12",
+                "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""))
 
 
 def command() -> str:
     """What this process was started as: `jspec bench ...`, or `python -m benchmarks.NAME ...`."""
     script = Path(sys.argv[0])
-    module = f"python -m benchmarks.{script.stem}" if script.parent == ROOT / "benchmarks" else script.name
+    module = (f"python -m benchmarks.{script.stem}" if script.parent == ROOT / "benchmarks"
+              else script.name)
     return " ".join([module, *sys.argv[1:]])
 
 
@@ -122,6 +131,7 @@ def report(rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
 
 
 def write_json(written: Output | None, result: Any) -> None:
-    """Write a result to the file that `open_output` opened before there was one, if there is to be any."""
+    """Write a result to the file that `open_output` opened before there was one, if there is to be
+    any."""
     if written:
         written.write(json.dumps(result, indent=1) + "\n")

@@ -1,10 +1,12 @@
-"""A draft that learns beside the policy against the same draft frozen, on the same policies as they move.
+"""A draft that learns beside the policy against the same draft frozen, on the same policies as they
+move.
 
     python -m benchmarks.online configs/tiny.yaml --every 20 --json FILE --plot FILE.png
 
-One run of `jspec train`, stopped every so many steps. The frozen draft is the run's own as it was at the first stop;
-from then on both drafts continue the same prompts of the run's task under each stop's policy. One run is enough: under
-the coupled rule, which this sets, no draft changes what a policy learns.
+One run of `jspec train`, stopped every so many steps. The frozen draft is the run's own as it was
+at the first stop; from then on both drafts continue the same prompts of the run's task under each
+stop's policy. One run is enough: under the coupled rule, which this sets, no draft changes what a
+policy learns.
 """
 
 from __future__ import annotations
@@ -44,8 +46,10 @@ LEARNERS = [name for name in DRAFTERS if find(name).loss is not None]
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m benchmarks.online", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/tiny.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=1e-5")
-    parser.add_argument("--every", type=int, default=20, help="steps between two stops (default: 20)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*",
+                        help="such as grpo.learning_rate=1e-5")
+    parser.add_argument("--every", type=int, default=20,
+                        help="steps between two stops (default: 20)")
     parser.add_argument("--batches", type=int, default=4,
                         help="of prompts_per_step prompts, measured at each stop (default: 4)")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
@@ -57,7 +61,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict[str, Any]:
     """Tokens a cycle, and acceptance by position, over prompts of the run's task."""
-    data = PromptData(config.data, BaseModel.of(config).tokenizer, seed=purpose_seed(config.seed, BENCH_KEY))
+    data = PromptData(config.data, BaseModel.of(config).tokenizer,
+                      seed=purpose_seed(config.seed, BENCH_KEY))
     tokens, cycles = 0, 0
     drafted: Any = 0
     taken: Any = 0
@@ -70,7 +75,8 @@ def accepted(config: Config, policy: Policy, draft: Draft, batches: int) -> dict
                                            speculation=make_speculation(config)))
         tokens, cycles = tokens + int(out.lengths.sum()), cycles + int(out.stats.cycles.sum())
         drafted, taken = drafted + out.stats.drafted, taken + out.stats.accepted
-    return {"acceptance_length": tokens / cycles, "acceptance_by_position": (taken / drafted.clip(1)).tolist()}
+    return {"acceptance_length": tokens / cycles,
+            "acceptance_by_position": (taken / drafted.clip(1)).tolist()}
 
 
 def run(config: Config, every: int, batches: int) -> Iterator[dict[str, Any]]:
@@ -82,17 +88,20 @@ def run(config: Config, every: int, batches: int) -> Iterator[dict[str, Any]]:
         _, policy, draft = load_run(config.output_dir, drafter=named_drafter(config))
         frozen = draft if frozen is None else frozen
         policy = jspec.reshard(policy)
-        rewards = [record["reward"] for record in read_records(Path(config.output_dir) / "metrics.jsonl")]
+        rewards = [record["reward"]
+                   for record in read_records(Path(config.output_dir) / "metrics.jsonl")]
         rewards = rewards[(step - 1) // every * every:]  # since the stop before
         yield {"step": step, "reward": sum(rewards) / len(rewards),
-               "online": accepted(config, policy, draft, batches), "frozen": accepted(config, policy, frozen, batches)}
+               "online": accepted(config, policy, draft, batches),
+               "frozen": accepted(config, policy, frozen, batches)}
 
 
 def show(records: list[dict[str, Any]], title: str) -> None:
     table = Table("step", "reward", "online, tokens a cycle", "frozen, tokens a cycle", title=title)
     for record in records:
         table.add_row(str(record["step"]), f"{record['reward']:.3f}",
-                      *(f"{record[name]['acceptance_length']:.2f}" for name in ("online", "frozen")))
+                      *(f"{record[name]['acceptance_length']:.2f}"
+                        for name in ("online", "frozen")))
     screen().print(table)
 
 
@@ -104,12 +113,13 @@ def draw(records: list[dict[str, Any]], title: str, written: Output) -> None:
     axes = figure.subplots()
     steps = [record["step"] for record in records]
     for name, color in (("online", "C0"), ("frozen", "C3")):
-        axes.plot(steps, [record[name]["acceptance_length"] for record in records], marker="o", color=color,
-                  label=f"{name} draft")
+        axes.plot(steps, [record[name]["acceptance_length"] for record in records], marker="o",
+                  color=color, label=f"{name} draft")
     axes.set(xlabel="step", ylabel="tokens a cycle", title=title)
     axes.grid(alpha=0.3)
     right = axes.twinx()
-    right.plot(steps, [record["reward"] for record in records], color="0.6", linestyle="--", label="reward")
+    right.plot(steps, [record["reward"] for record in records], color="0.6", linestyle="--",
+               label="reward")
     right.set(ylabel="mean reward since the stop before", ylim=(0, 1))
     figure.legend(loc="outside lower center", ncols=3)
     written.save(figure)
@@ -123,21 +133,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"{text}: this benchmark sets it itself; leave it out")
     with tempfile.TemporaryDirectory() as directory:
         config = load_config(args.config, [*args.overrides, f"output_dir={directory}/run",
-                                           f"checkpoint.every={args.every}", "speculation.rule=coupled"])
+                                           f"checkpoint.every={args.every}",
+                                           "speculation.rule=coupled"])
         if not 1 <= args.every <= config.steps or args.batches < 1:
-            raise InputError(f"--every {args.every} --batches {args.batches}: give at least 1, and no more than the "
-                             f"{config.steps} steps of the run")
-        if not config.draft.train or config.draft.name == "none" or named_drafter(config).loss is None:
-            raise InputError(f"draft.name={config.draft.name} draft.train={str(config.draft.train).lower()}: nothing "
-                             f"learns; give one of {', '.join(LEARNERS)}, and draft.train=true")
+            raise InputError(f"--every {args.every} --batches {args.batches}: give at least 1, and "
+                             f"no more than the {config.steps} steps of the run")
+        if (not config.draft.train or config.draft.name == "none"
+            or named_drafter(config).loss is None):
+            raise InputError(f"draft.name={config.draft.name} "
+                             f"draft.train={str(config.draft.train).lower()}: nothing learns; give "
+                             f"one of {', '.join(LEARNERS)}, and draft.train=true")
         if config.speculation.k == "auto":  # the same for both drafts, whatever they are worth
-            config = dataclasses.replace(config, speculation=dataclasses.replace(config.speculation, k=3))
-        jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")  # every stretch compiles the same
+            config = dataclasses.replace(config,
+                                         speculation=dataclasses.replace(config.speculation, k=3))
+        # every stretch compiles the same
+        jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")
         records, name = [], Path(args.config).stem
         for record in run(config, args.every, args.batches):
             records.append(record)
-            measure.write_json(args.json, measure.report(records, config=name, overrides=args.overrides))
-    title = f"{name}: a draft trained beside its policy, and the same one frozen at step {args.every}"
+            measure.write_json(args.json,
+                               measure.report(records, config=name, overrides=args.overrides))
+    title = (f"{name}: a draft trained beside its policy, and the same one frozen at step "
+             f"{args.every}")
     show(records, title)
     if args.plot:
         draw(records, title, args.plot)

@@ -1,4 +1,5 @@
-"""What the benchmarks' command lines have in common: lists, drafters with options, and where results go."""
+"""What the benchmarks' command lines have in common: lists, drafters with options, and where
+results go."""
 
 import argparse
 import difflib
@@ -14,8 +15,8 @@ from jspec.errors import InputError
 from jspec.output import open_output
 
 PLAIN = "none"
-KERNELS_HELP = ("auto: the chip's own where it has them; reference: plain JAX; pallas: the kernels or an error "
-                "(default: auto)")
+KERNELS_HELP = ("auto: the chip's own where it has them; reference: plain JAX; pallas: the kernels "
+                "or an error (default: auto)")
 
 
 def one_of(what: str, known: Sequence[str]) -> Callable[[str], str]:
@@ -30,7 +31,8 @@ def one_of(what: str, known: Sequence[str]) -> Callable[[str], str]:
 
 
 def named_drafter(*others: str) -> Callable[[str], str]:
-    """A parser of drafters without options: jspec's own, a user's `path/to/file.py:NAME`, and `others`."""
+    """A parser of drafters without options: jspec's own, a user's `path/to/file.py:NAME`, and
+    `others`."""
     def parse(text: str) -> str:
         return text if user_code.split(text) else one_of("drafter", (*others, *DRAFTERS))(text)
     return parse
@@ -43,7 +45,8 @@ def _parts(draft: str) -> list[str]:
 
 
 def drafter(*others: str) -> Callable[[str], str]:
-    """A parser of drafters with or without options, as in self:bits=4, and of `others`, which have none."""
+    """A parser of drafters with or without options, as in self:bits=4, and of `others`, which have
+    none."""
     def parse(text: str) -> str:
         name, *options = _parts(text)
         named_drafter(*others)(name)
@@ -53,13 +56,15 @@ def drafter(*others: str) -> Callable[[str], str]:
         except InputError:
             wrong = True
         if wrong:
-            raise argparse.ArgumentTypeError(f"must be a drafter, or one with options as in self:bits=4, not {text!r}")
+            raise argparse.ArgumentTypeError("must be a drafter, or one with options as in "
+                                             f"self:bits=4, not {text!r}")
         return text
     return parse
 
 
 def split_options(draft: str) -> tuple[str, dict[str, Any]]:
-    """`self:bits=4` as ("self", {"bits": 4}). Raises InputError if an option is no key=value of YAML."""
+    """`self:bits=4` as ("self", {"bits": 4}). Raises InputError if an option is no key=value of
+    YAML."""
     name, *options = _parts(draft)
     made = {}
     for option in options:
@@ -84,17 +89,18 @@ class Listed(argparse.Action):
         setattr(namespace, self.dest, parsed)
 
 
-def add_listed(parser: argparse.ArgumentParser, option: str, item: Callable[[str], Any], default: list,
-               help: str) -> None:
+def add_listed(parser: argparse.ArgumentParser, option: str, item: Callable[[str], Any],
+               default: list, help: str) -> None:
     """An option that takes a list, its default told."""
     shown = " ".join(map(str, default))
     parser.add_argument(option, nargs="+", action=Listed, const=item, default=default,
-                        metavar=option.strip("-").rstrip("s").upper(), help=f"{help} (default: {shown})")
+                        metavar=option.strip("-").rstrip("s").upper(),
+                        help=f"{help} (default: {shown})")
 
 
 def open_results(args: argparse.Namespace) -> None:
-    """Open the files of --json and --plot. Raises InputError now for what would fail when they are written, after
-    hours."""
+    """Open the files of --json and --plot. Raises InputError now for what would fail when they are
+    written, after hours."""
     plot = getattr(args, "plot", None)
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install matplotlib")
@@ -106,7 +112,8 @@ def open_results(args: argparse.Namespace) -> None:
 
 
 def program(main: Callable[[], Any]) -> None:
-    """End the process with what `main` returns, or 0 if that is no exit code; mistakes of the user's are one line."""
+    """End the process with what `main` returns, or 0 if that is no exit code; mistakes of the
+    user's are one line."""
     def run() -> int:
         result = main()
         return result if isinstance(result, int) else 0

@@ -29,7 +29,8 @@ def draw(records: list[dict], title: str, out: Path) -> None:
     steps = [r["step"] for r in records]
     window = max(1, len(records) // 40)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.6), constrained_layout=True)
-    for axis, key, label in ((left, "reward", "mean reward"), (middle, "acceptance_length", "tokens a cycle")):
+    for axis, key, label in ((left, "reward", "mean reward"),
+                             (middle, "acceptance_length", "tokens a cycle")):
         values = [r[key] for r in records]
         axis.plot(steps, values, color="0.8", linewidth=1)
         axis.plot(steps, smooth(values, window), color="C0", linewidth=2)

@@ -1,8 +1,10 @@
-"""Acceptance given by hand, to ask what a draft of that quality would be worth. Of the benchmark alone.
+"""Acceptance given by hand, to ask what a draft of that quality would be worth. Of the benchmark
+alone.
 
-A rollout under this rule is not lossless and its text means nothing: the rule's uniforms are replaced by 0 (accept) or
-infinity (refuse), drawn with the given probability for each position of the block. All the arithmetic of the rejection
-rule still runs, and so does the drafter, so times are the real ones.
+A rollout under this rule is not lossless and its text means nothing: the rule's uniforms are
+replaced by 0 (accept) or infinity (refuse), drawn with the given probability for each position of
+the block. All the arithmetic of the rejection rule still runs, and so does the drafter, so times
+are the real ones.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ from pallas_kernels.noise import rejection_noise
 
 
 def add_rule(acceptance: Sequence[float]) -> str:
-    """A rule that accepts the draft at position j, given all before it, with probability acceptance[j].
+    """A rule that accepts the draft at position j, given all before it, with probability
+    acceptance[j].
 
     Positions beyond the list repeat its last. Returns the rule's name for `Speculation(rule=...)`.
     """
@@ -38,7 +41,8 @@ class FreeConfig:
 
 
 def init(policy: Policy, key=None) -> Draft:
-    """Of a drafter that costs nothing: it proposes token 1. What a cycle takes with it is the verification alone."""
+    """Of a drafter that costs nothing: it proposes token 1. What a cycle takes with it is the
+    verification alone."""
     return Draft(weights={}, state={}, config=FreeConfig(policy.config), drafter=free)
 
 

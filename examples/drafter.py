@@ -1,6 +1,6 @@
 """A drafter of your own, in one file: what followed a token when the row had it last.
 
-    jspec rollout smollm2-135m-instruct --draft examples/drafter.py:bigram --prompt "Count to twenty."
+    jspec rollout smollm2-135m-instruct --draft examples/drafter.py:bigram --prompt "Count to 20."
     jspec bench drafts smollm2-135m-instruct --drafts none,ngram,examples/drafter.py:bigram
     jspec train configs/tiny.yaml draft.name=examples/drafter.py:bigram
 
@@ -49,8 +49,9 @@ def init(policy: Policy, key: jax.Array | None = None, *, answer: bool = True) -
 
 
 def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[dict, tuple]:
-    """Of P prompts [P, L]: `seen` int32 [P, V], where each token of the vocabulary was last followed
-    by another (-1: nowhere), and `last` int32 [P], the last token. No keys and values are kept."""
+    """Of P prompts [P, L]: `seen` int32 [P, V], where each token of the vocabulary was last
+    followed by another (-1: nowhere), and `last` int32 [P], the last token. No keys and values are
+    kept."""
     prompts, length = prefill.tokens.shape
     at = jnp.broadcast_to(jnp.arange(length), (prompts, length))
     nowhere = jnp.full((prompts, policy.config.vocab_size), -1, jnp.int32)

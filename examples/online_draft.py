@@ -3,8 +3,8 @@
     python examples/online_draft.py
 
 The rollout keeps the states that the verifier computed, and the draft learns from those, without a
-further forward of the policy. In `jspec train` this is draft.features=rollout; there the policy moves
-too, and the draft follows it.
+further forward of the policy. In `jspec train` this is draft.features=rollout; there the policy
+moves too, and the draft follows it.
 """
 
 import jax

@@ -7,7 +7,8 @@ import jax
 
 import jspec
 
-params = jspec.load("smollm2-135m-instruct")  # or a hub id, a directory of safetensors, a .gguf file
+# or a hub id, a directory of safetensors, a .gguf file
+params = jspec.load("smollm2-135m-instruct")
 tokenizer = jspec.load_tokenizer("smollm2-135m-instruct")
 draft = jspec.drafts.ngram(params)  # or jspec.load_draft(params, "smollm2-135m-instruct"), or None
 prompts = tokenizer(["17+25=", "3+4="])["input_ids"]

@@ -3,9 +3,9 @@
     jspec train configs/quickstart.yaml data.source=examples/own_reward.jsonl \\
         reward.function=examples/own_reward.py:short_and_right output_dir=runs/mine
 
-Reward processes import this file once, and need no JAX. `answer` and the keys in `meta` are those of
-the prompt's line, but for `meta["finished"]` (the answer ended before the cap) and `meta["length"]`
-(its tokens), which are told of the response.
+Reward processes import this file once, and need no JAX. `answer` and the keys in `meta` are those
+of the prompt's line, but for `meta["finished"]` (the answer ended before the cap) and
+`meta["length"]` (its tokens), which are told of the response.
 """
 
 

@@ -1,4 +1,5 @@
-"""Reinforcement-learning post-training for language models in JAX, with lossless speculative rollouts.
+"""Reinforcement-learning post-training for language models in JAX, with lossless speculative
+rollouts.
 
 The names below are imported when first used: command-line help and reward workers need no JAX.
 """
@@ -12,13 +13,10 @@ _SURFACE = {
     "load": "jspec.hub", "load_tokenizer": "jspec.hub", "fetch": "jspec.hub", "export": "jspec.hub",
     "rollout": "jspec.speculate", "PromptBatch": "jspec.speculate", "Rollout": "jspec.speculate",
     "Batching": "jspec.speculate", "Sampling": "jspec.speculate", "Speculation": "jspec.speculate",
-    "Policy": "jspec.model", "ModelConfig": "jspec.model", "RopeConfig": "jspec.model", "init_policy": "jspec.model",
-    "reshard": "jspec.model",
-    "Draft": "jspec.drafts", "load_draft": "jspec.heads",
-    "TrainState": "jspec.rl.state",
-    "choose_k": "jspec.choosing",
-    "make_mesh": "jspec.sharding",
-    "InputError": "jspec.errors",
+    "Policy": "jspec.model", "ModelConfig": "jspec.model", "RopeConfig": "jspec.model",
+    "init_policy": "jspec.model", "reshard": "jspec.model",
+    "Draft": "jspec.drafts", "load_draft": "jspec.heads", "TrainState": "jspec.rl.state",
+    "choose_k": "jspec.choosing", "make_mesh": "jspec.sharding", "InputError": "jspec.errors",
 }
 
 __all__ = [*_SURFACE, "drafts", "__version__"]

@@ -1,8 +1,10 @@
-"""Checks of what a caller gives: every refusal is one line with the argument's name, what it is and what it must be.
+"""Checks of what a caller gives: every refusal is one line with the argument's name, what it is and
+what it must be.
 
-A check is a function (label, value) -> value, which returns the value in the one form that the program uses (a NumPy
-number as Python's, ids as a tuple, a seed as a key) and raises `InputError` where there is none. So it can be an entry
-of a table: `settle` goes through the fields of a frozen dataclass with one.
+A check is a function (label, value) -> value, which returns the value in the one form that the
+program uses (a NumPy number as Python's, ids as a tuple, a seed as a key) and raises `InputError`
+where there is none. So it can be an entry of a table: `settle` goes through the fields of a frozen
+dataclass with one.
 """
 
 from __future__ import annotations
@@ -55,20 +57,25 @@ def wrong(label: str, value: Any, expected: str, traceable: bool = False) -> Inp
     """The error for a value that is not `expected`; `traceable`: it may be traced."""
     shown = show(value)
     plain = not shown.startswith(("a ", "an "))
-    static = "; under jax.jit keep it static" if isinstance(value, jax.core.Tracer) and not traceable else ""
-    return InputError(f"{label} {'=' if plain else 'is'} {shown}{'' if plain else ', and'} must be {expected}{static}")
+    static = ("; under jax.jit keep it static"
+              if isinstance(value, jax.core.Tracer) and not traceable else "")
+    return InputError(f"{label} {'=' if plain else 'is'} {shown}{'' if plain else ', and'} must be "
+                      f"{expected}{static}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A question to end an error with: "; did you mean NAME?", or nothing where no known name is like the word."""
+    """A question to end an error with: "; did you mean NAME?", or nothing where no known name is
+    like the word."""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def whole(low: int = 0, high: int = INT32, hint: str = "") -> Check:
-    """A whole number from low to high, of Python's, NumPy's or a concrete array's, as an int; a bool is none."""
+    """A whole number from low to high, of Python's, NumPy's or a concrete array's, as an int; a
+    bool is none."""
     def check(label: str, value: Any) -> int:
-        is_flag = isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"  # which have an index too
+        # which have an index too
+        is_flag = isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
         try:
             number = None if is_flag else operator.index(value)
         except Exception:  # no number, one that is traced, or what an object's own __index__ raises
@@ -87,7 +94,8 @@ def whole(low: int = 0, high: int = INT32, hint: str = "") -> Check:
 def real(low: float, high: float = math.inf) -> Check:
     """A finite number from low to high, as a float; a bool is none."""
     def check(label: str, value: Any) -> float:
-        expected = f"a finite number and at least {low}" + (f" and at most {high}" if high < math.inf else "")
+        expected = (f"a finite number and at least {low}"
+                    + (f" and at most {high}" if high < math.inf else ""))
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise wrong(label, value, expected)
         try:
@@ -121,7 +129,8 @@ def one_of(choices: Iterable[str]) -> Check:
         if not isinstance(value, str):
             raise wrong(label, value, f"one of {', '.join(choices)}")
         if value not in choices:
-            raise InputError(f"{label} {show(value)} is unknown; known: {', '.join(choices)}{nearest(value, choices)}")
+            raise InputError(f"{label} {show(value)} is unknown; known: "
+                             f"{', '.join(choices)}{nearest(value, choices)}")
         return value
 
     return check
@@ -138,8 +147,8 @@ def instance(kind: type, example: str) -> Check:
 
 
 def whole_numbers(label: str, value: Any) -> tuple[int, ...]:
-    """Whole numbers of at least 0 in any collection (a list, tuple, set, range or array of one dimension), as a tuple;
-    those of a set ascending."""
+    """Whole numbers of at least 0 in any collection (a list, tuple, set, range or array of one
+    dimension), as a tuple; those of a set ascending."""
     expected = "a list of whole numbers of at least 0, such as (1, 2)"
     if isinstance(value, jax.core.Tracer | str | bytes | Mapping):
         raise wrong(label, value, expected)
@@ -155,9 +164,11 @@ def whole_numbers(label: str, value: Any) -> tuple[int, ...]:
 
 
 def unmasked(label: str, value: Any) -> Any:
-    """Anything but a masked array of NumPy's: JAX has none, and what is masked would count as if it were not."""
+    """Anything but a masked array of NumPy's: JAX has none, and what is masked would count as if it
+    were not."""
     if isinstance(value, np.ma.MaskedArray):
-        raise wrong(label, value, "an array without a mask, such as its .compressed() or .filled(...)")
+        raise wrong(label, value,
+                    "an array without a mask, such as its .compressed() or .filled(...)")
     return value
 
 
@@ -172,11 +183,13 @@ def random_key(label: str, value: Any) -> jax.Array:
     dtype = getattr(value, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if value.shape:
-            raise InputError(f"{label} is {value.size} keys of shape {value.shape}, and must be one; take one of them")
+            raise InputError(f"{label} is {value.size} keys of shape {value.shape}, and must be "
+                             "one; take one of them")
         return value
     if getattr(value, "shape", ()):
         raw = dtype == np.uint32 and value.shape == (2,)
-        raise wrong(label, value, expected + ("; jax.random.wrap_key_data makes one of this" if raw else ""))
+        raise wrong(label, value,
+                    expected + ("; jax.random.wrap_key_data makes one of this" if raw else ""))
     try:
         return seed_key(whole(0, 2**64 - 1)(label, value))
     except InputError:
@@ -195,12 +208,14 @@ def name(label: str, value: Any) -> str:
 
 
 def path(label: str, value: Any) -> Path:
-    """A path, `~` expanded, that the file system can be asked about, whether there is anything or not."""
+    """A path, `~` expanded, that the file system can be asked about, whether there is anything or
+    not."""
     text = name(label, value)
     try:
         found = Path(text).expanduser()
         found.exists()
-    except (OSError, RuntimeError) as error:  # too long, not ours to look into, or the home of nobody
+    except (OSError, RuntimeError) as error:
+        # too long, not ours to look into, or the home of nobody
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise InputError(f"{label} {show(text)} cannot be looked at: {reason}") from None
     return found
@@ -221,6 +236,7 @@ def compute_dtype(label: str, value: Any) -> str:
 
 
 def settle(arguments: Any, label: str, **checks: Check) -> None:
-    """Replace each named field of a frozen dataclass by what its check makes of it; `label` begins every error."""
+    """Replace each named field of a frozen dataclass by what its check makes of it; `label` begins
+    every error."""
     for field, check in checks.items():
         object.__setattr__(arguments, field, check(f"{label}{field}", getattr(arguments, field)))

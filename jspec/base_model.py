@@ -1,4 +1,5 @@
-"""The model that a configuration starts from: shape, tokenizer and weights, each read when it is asked for."""
+"""The model that a configuration starts from: shape, tokenizer and weights, each read when it is
+asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from jspec.purposes import POLICY_KEY, purpose_key
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """Of section `model` of a configuration; `seed` is the configuration's. A hub is asked once for all of it."""
+    """Of section `model` of a configuration; `seed` is the configuration's. A hub is asked once for
+    all of it."""
 
     section: ModelSection
     seed: int
@@ -42,24 +44,28 @@ class BaseModel:
     def tokenizer(self) -> Any:
         """The tokenizer that the section names."""
         name = self.section.tokenizer
-        return self._stored.tokenizer() if name in (None, self.section.name) else hub.load_tokenizer(name)
+        return (self._stored.tokenizer() if name in (None, self.section.name)
+                else hub.load_tokenizer(name))
 
     @functools.cached_property
     def shape(self) -> Policy:
-        """What `policy` gives, with `jax.ShapeDtypeStruct`s for weights: none are read. Raises InputError if the
-        tokenizer has ids that the policy has not."""
+        """What `policy` gives, with `jax.ShapeDtypeStruct`s for weights: none are read. Raises
+        InputError if the tokenizer has ids that the policy has not."""
         dtype = self.section.dtype
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        count = max(self.tokenizer.get_vocab().values()) + 1  # there may be holes, so more than it has
+        # there may be holes, so more than it has
+        count = max(self.tokenizer.get_vocab().values()) + 1
         if count > self.config.vocab_size:
             name = self.section.tokenizer or self.section.name
-            raise InputError(f"the tokenizer {name} has {count} tokens, the model {self.section.name} only "
-                             f"{self.config.vocab_size}; give the model its own, or a larger vocab_size")
+            raise InputError(f"the tokenizer {name} has {count} tokens, the model "
+                             f"{self.section.name} only {self.config.vocab_size}; give the model "
+                             "its own, or a larger vocab_size")
         return with_tokenizer(abstract_policy(self.config, dtype), self.tokenizer)
 
     def policy(self) -> Policy:
-        """The policy before the first step, on the current mesh, in the training layout. Raises as `shape` does."""
+        """The policy before the first step, on the current mesh, in the training layout. Raises as
+        `shape` does."""
         dtype = self.shape.dtype
         if self.section.name == "random":
             policy = init_policy(self.config, purpose_key(self.seed, POLICY_KEY), dtype)
@@ -69,20 +75,24 @@ class BaseModel:
 
 
 def with_tokenizer(policy: Policy, tokenizer: Any) -> Policy:
-    """The policy of a run: its end tokens and those of the tokenizer united, the ids that have no token left out."""
+    """The policy of a run: its end tokens and those of the tokenizer united, the ids that have no
+    token left out."""
     return policy.replace(config=with_vocabulary(policy.config, of_tokenizer(tokenizer)))
 
 
 def architecture(section: ModelSection) -> ModelConfig:
-    """The shape of a policy drawn at random, as `model.architecture` has it. Raises InputError if it is none."""
+    """The shape of a policy drawn at random, as `model.architecture` has it. Raises InputError if
+    it is none."""
     fields = dict(section.architecture or {})
-    known = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "tokenless"}  # the tokenizer says which
+    # the tokenizer says which
+    known = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "tokenless"}
     _check_names("model.architecture", fields, known)
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if missing:
         raise InputError(f"model.architecture needs {', '.join(missing)} too")
     rope, stops = fields.get("rope", {}), fields.get("stop_tokens", [])
-    for name, value, kind, what in (("rope", rope, dict, "mapping"), ("stop_tokens", stops, list | tuple, "list")):
+    for name, value, kind, what in (("rope", rope, dict, "mapping"),
+                                    ("stop_tokens", stops, list | tuple, "list")):
         if not isinstance(value, kind):
             raise InputError(f"model.architecture.{name} must be a {what}, not {value!r}")
     _check_names("model.architecture.rope", rope, [f.name for f in dataclasses.fields(RopeConfig)])

@@ -1,8 +1,10 @@
-"""Checkpoints of a run: all that training carries, saved in the background, kept by count, whole or not there at all.
+"""Checkpoints of a run: all that training carries, saved in the background, kept by count, whole or
+not there at all.
 
-`output_dir/checkpoints/STEP` holds the items `policy`, `draft`, `optimizer` (with counters and key) and `meta` (model
-config, position in the data), so that a policy can be read without the rest, and the checksums of their files, which
-are compared before they are read; `output_dir/config.yaml` is the run's configuration.
+`output_dir/checkpoints/STEP` holds the items `policy`, `draft`, `optimizer` (with counters and key)
+and `meta` (model config, position in the data), so that a policy can be read without the rest, and
+the checksums of their files, which are compared before they are read; `output_dir/config.yaml` is
+the run's configuration.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ def _items(state: TrainState) -> dict[str, Any]:
     """The arrays of a state, or their shapes, by item; those without any are left out."""
     items = {
         "policy": state.policy.weights,
-        "draft": None if state.draft is None else {"weights": state.draft.weights, "state": state.draft.state},
-        "optimizer": {"policy": state.opt_state, "draft": state.draft_opt_state, "key": _words(state.key),
+        "draft": None if state.draft is None else {"weights": state.draft.weights,
+                                                   "state": state.draft.state},
+        "optimizer": {"policy": state.opt_state, "draft": state.draft_opt_state,
+                      "key": _words(state.key),
                       **{name: getattr(state, name) for name in COUNTERS}},
     }
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
@@ -72,14 +76,17 @@ def _draft_meta(draft: Draft) -> dict:
 
 
 def drafter_name(meta: dict) -> Any:
-    """The name of a draft's drafter (of its `meta`, which may hold anything), which once was in its config."""
+    """The name of a draft's drafter (of its `meta`, which may hold anything), which once was in its
+    config."""
     return meta["drafter"] if "drafter" in meta else meta["config"]["name"]
 
 
 def to_restore(tree: Any) -> Any:
-    """What Orbax is asked for. It has to be told where: the default device, of what nobody places."""
+    """What Orbax is asked for. It has to be told where: the default device, of what nobody
+    places."""
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default), tree)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
+                                                       sharding=x.sharding or default), tree)
 
 
 class Checkpoints:
@@ -89,7 +96,8 @@ class Checkpoints:
             restored = checkpoints.restore(specs)           # (step, state, data position), or None
             checkpoints.save(step, state, data.state())     # copies now, writes in the background
 
-    Saving, waiting and leaving raise InputError where a checkpoint, perhaps an earlier one, could not be written.
+    Saving, waiting and leaving raise InputError where a checkpoint, perhaps an earlier one, could
+    not be written.
     """
 
     def __init__(self, output_dir: str | Path, keep: int) -> None:
@@ -106,8 +114,8 @@ class Checkpoints:
         return ocp.CheckpointManager(self.directory, options=options)
 
     def _add_checksums(self) -> None:
-        """Called when all processes have written their files, and before the folder gets its name: a checkpoint has
-        checksums or is not there."""
+        """Called when all processes have written their files, and before the folder gets its name:
+        a checkpoint has checksums or is not there."""
         for folder in self.directory.iterdir():
             if folder.is_dir() and not folder.name.isdigit():
                 checksums.write(folder)
@@ -118,36 +126,40 @@ class Checkpoints:
         return self.manager.latest_step() or 0
 
     def save(self, step: int, state: TrainState, data: dict, plan: Plan | None = None) -> None:
-        """Save the state after `step` steps. `data` is the position in the data, as JSON can hold it."""
+        """Save the state after `step` steps. `data` is the position in the data, as JSON can hold
+        it."""
         policy = state.policy
-        meta = {"format": formats.CHECKPOINT, "step": step, "model": dataclasses.asdict(policy.config),
-                "dtype": policy.dtype, "data": data,
+        meta = {"format": formats.CHECKPOINT, "step": step,
+                "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data,
                 "draft": None if state.draft is None else _draft_meta(state.draft),
                 "plan": plan and dataclasses.asdict(plan)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         self.check_room(state)
         with checkpoints_written(self.directory):
-            self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), force=True)
+            self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
+                              force=True)
 
     def check_room(self, state: TrainState) -> None:
-        """Raise InputError if the disk has no room for one more checkpoint of a state, of which the shapes will do:
-        Orbax finds out halfway, with many a stack trace from its threads."""
+        """Raise InputError if the disk has no room for one more checkpoint of a state, of which the
+        shapes will do: Orbax finds out halfway, with many a stack trace from its threads."""
         def check() -> None:
             needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_items(state)))
             with checkpoints_written(self.directory):  # the folder may have been removed
                 free = shutil.disk_usage(self.directory).free
             if free < needed:
-                raise InputError(f"{self.directory}: a checkpoint takes up to {_mebibytes(needed)}, and "
-                                 f"{_mebibytes(free)} are free; make room, and the same command goes on from the last "
-                                 "one")
+                raise InputError(f"{self.directory}: a checkpoint takes up to "
+                                 f"{_mebibytes(needed)}, and {_mebibytes(free)} are free; make "
+                                 "room, and the same command goes on from the last one")
 
         on_main(check)
 
     def restore(self, specs: TrainState) -> tuple[int, TrainState, dict] | None:
-        """The latest checkpoint that is as it was written, shaped and placed as `specs` (`rl.state.state_specs`) are.
+        """The latest checkpoint that is as it was written, shaped and placed as `specs`
+        (`rl.state.state_specs`) are.
 
-        One that is damaged is set aside with a warning, and the one before it is tried. Returns None if there is none
-        at all; raises InputError if all those there are are damaged, or the latest one is of another model or draft.
+        One that is damaged is set aside with a warning, and the one before it is tried. Returns
+        None if there is none at all; raises InputError if all those there are are damaged, or the
+        latest one is of another model or draft.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
@@ -155,10 +167,11 @@ class Checkpoints:
             if not any_process(items is None):
                 return step, _put_back(specs, items), items["meta"]["data"]
             if step == steps[-1]:
-                raise InputError(f"the checkpoint {self.directory / str(step)} cannot be read ({reason}), and there is "
-                                 f"no earlier one; remove it to start over, or choose another output_dir")
-            log.warning("the checkpoint %s cannot be read (%s): set aside, going back to the one before it",
-                        self.directory / str(step), reason)
+                raise InputError(f"the checkpoint {self.directory / str(step)} cannot be read "
+                                 f"({reason}), and there is no earlier one; remove it to start "
+                                 "over, or choose another output_dir")
+            log.warning("the checkpoint %s cannot be read (%s): set aside, going back to the one "
+                        "before it", self.directory / str(step), reason)
             self.set_aside(step)
         return None
 
@@ -175,22 +188,27 @@ class Checkpoints:
         if any_process(bool(reason)):
             return None, reason or "process 0 says why"
         try:
-            meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        except Exception as error:  # what is cut short raises whatever its reader comes to trip over
+            meta = self.manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        except Exception as error:
+            # what is cut short raises whatever its reader comes to trip over
             return None, brief(error)
-        formats.refuse_newer(meta, formats.CHECKPOINT, f"the checkpoint {folder}")  # it is sound: never set aside
+        # it is sound: never set aside
+        formats.refuse_newer(meta, formats.CHECKPOINT, f"the checkpoint {folder}")
         try:
             check_meta(meta, step)
         except InputError as error:
             return None, brief(error)
         _check_same(folder, meta, specs)
-        args = {name: ocp.args.StandardRestore(to_restore(tree)) for name, tree in _items(specs).items()}
+        args = {name: ocp.args.StandardRestore(to_restore(tree))
+                for name, tree in _items(specs).items()}
         try:
             return {**self.manager.restore(step, args=ocp.args.Composite(**args)), "meta": meta}, ""
         except Exception as error:
             if verified:
-                raise InputError(f"the checkpoint {folder} is whole, but not of this configuration ({brief(error)}); "
-                                 "give the one it was made with, or choose another output_dir") from error
+                raise InputError(f"the checkpoint {folder} is whole, but not of this configuration "
+                                 f"({brief(error)}); give the one it was made with, or choose "
+                                 "another output_dir") from error
             return None, brief(error)
 
     def set_aside(self, step: int) -> None:
@@ -229,7 +247,8 @@ def _mebibytes(count: int) -> str:
 
 def check_meta(meta: Any, step: int | None = None) -> None:
     """Raise InputError for what is not the `meta` of a checkpoint, of that step."""
-    kinds: dict[str, Any] = {"step": int, "model": dict, "dtype": str, "data": dict, "draft": (dict, type(None))}
+    kinds: dict[str, Any] = {"step": int, "model": dict, "dtype": str, "data": dict,
+                             "draft": (dict, type(None))}
     if not isinstance(meta, dict):
         raise InputError(f"its meta is not an object, but {type(meta).__name__}")
     for name, kind in kinds.items():
@@ -241,16 +260,18 @@ def check_meta(meta: Any, step: int | None = None) -> None:
 
 
 def _check_same(folder: Path, meta: dict, state: TrainState) -> None:
-    """Raise InputError if a checkpoint is of another model, or another drafter, than the state is."""
+    """Raise InputError if a checkpoint is of another model, or another drafter, than the state
+    is."""
     with meaning(folder.parent.parent):
         difference = unlike(model_config(meta["model"]), state.policy.config)
-        theirs = None if "draft" not in meta else drafter_name(meta["draft"]) if meta["draft"] else "none"
+        theirs = (None if "draft" not in meta else drafter_name(meta["draft"]) if meta["draft"]
+                  else "none")
     ours = "none" if state.draft is None else state.draft.name
     if not difference and theirs not in (None, ours):
         difference = f"its draft is {theirs}, the configuration's is {ours}"
     if difference:
-        raise InputError(f"the checkpoint {folder} is of another run: {difference}; give the configuration that it was "
-                         "made with, or choose another output_dir")
+        raise InputError(f"the checkpoint {folder} is of another run: {difference}; give the "
+                         "configuration that it was made with, or choose another output_dir")
 
 
 @contextmanager
@@ -259,5 +280,5 @@ def meaning(where: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it may hold anything
-        raise InputError(f"the latest checkpoint of {where} cannot be used: {brief(error)}; move it away, and the one "
-                         "before it is taken") from error
+        raise InputError(f"the latest checkpoint of {where} cannot be used: {brief(error)}; move "
+                         "it away, and the one before it is taken") from error

@@ -1,4 +1,5 @@
-"""Checksums of the files in a folder's folders: written when they are whole, compared before they are believed."""
+"""Checksums of the files in a folder's folders: written when they are whole, compared before they
+are believed."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CHUNK = 1 << 24
 
 
 def write(folder: Path) -> None:
-    """Write NAME into `folder`, in one move: how many bytes each file in its folders has, and their CRC-32."""
+    """Write NAME into `folder`, in one move: how many bytes each file in its folders has, and their
+    CRC-32."""
     paths = sorted(path for path in folder.glob("*/**/*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): _sum(path) for path in paths}
     work = folder / f".{NAME}"

@@ -1,5 +1,6 @@
-"""`speculation.k=auto`: before each step of a run the schedule that promises the most tokens a second, and what it
-rests on, as a value that goes from step to step and into checkpoints. `choose_k` is the same for callers of the API.
+"""`speculation.k=auto`: before each step of a run the schedule that promises the most tokens a
+second, and what it rests on, as a value that goes from step to step and into checkpoints.
+`choose_k` is the same for callers of the API.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from jspec.speculate.types import Batching, PromptBatch, Rollout, Sampling, Sche
 log = logging.getLogger(__name__)
 
 LOOK_AGAIN = 16
-"""Steps without drafts after which it is looked again at what would be accepted; each time in vain doubles them."""
+"""Steps without drafts after which it is looked again at what would be accepted; each time in vain
+doubles them."""
 SOME = 20
 """Drafts at a position from which on their acceptance is believed."""
 
@@ -37,7 +39,8 @@ class Plan:
       acceptance: by draft position, how often the drafts up to it were accepted of late.
       lengths: of the last rollout's sequences, in their order; (): there was none.
       costs: as measured; None: not yet.
-      look, wait: the step before which it is looked again while nothing is drafted, and the steps after that.
+      look, wait: the step before which it is looked again while nothing is drafted, and the steps
+        after that.
     """
 
     k: int | Schedule | None = None
@@ -52,7 +55,8 @@ class Plan:
         """From what `dataclasses.asdict` and JSON left of it."""
         k, costs = fields["k"], fields["costs"]
         return cls(**fields | {"k": tuple(map(tuple, k)) if isinstance(k, list) else k,
-                               "acceptance": tuple(fields["acceptance"]), "lengths": tuple(fields["lengths"]),
+                               "acceptance": tuple(fields["acceptance"]),
+                               "lengths": tuple(fields["lengths"]),
                                "costs": costs and Costs.from_json(costs)})
 
     def after(self, out: Rollout) -> Plan:
@@ -62,7 +66,8 @@ class Plan:
         now = taken[:known] / np.maximum(drafted[:known], 1)
         before = rates(self.acceptance, max(known, len(self.acceptance)))
         before[:known] = (before[:known] + now) / 2
-        return dataclasses.replace(self, acceptance=tuple(before.tolist()) if known else self.acceptance,
+        return dataclasses.replace(self,
+                                   acceptance=tuple(before.tolist()) if known else self.acceptance,
                                    lengths=tuple(np.asarray(out.lengths).tolist()))
 
 
@@ -76,11 +81,15 @@ class Chooser:
     steps: int
     say: Callable[[str], None]
 
-    def before(self, plan: Plan, step: int, params: Policy, draft: Draft, batch: PromptBatch) -> Plan:
-        """The plan for step `step`, from 0 on, whose policy (in its rollout layout), draft and prompts these are."""
+    def before(self, plan: Plan, step: int, params: Policy, draft: Draft,
+               batch: PromptBatch) -> Plan:
+        """The plan for step `step`, from 0 on, whose policy (in its rollout layout), draft and
+        prompts these are."""
         subject = Subject.of(params, draft, batch, self.sampling, self.speculation, self.batching)
-        if plan.costs is not None and (plan.costs.rows, plan.costs.shards) != (subject.rows, subject.shards):
-            plan = Plan(lengths=plan.lengths)  # of a run that goes on with other slots or on another mesh
+        if (plan.costs is not None and (plan.costs.rows, plan.costs.shards)
+            != (subject.rows, subject.shards)):
+            # of a run that goes on with other slots or on another mesh
+            plan = Plan(lengths=plan.lengths)
         looks = plan.costs is None or (plan.k == 0 and step >= plan.look)
         if looks:
             prompts = prompts_of(subject)
@@ -112,7 +121,8 @@ def missing(k: int | Schedule, costs: Costs) -> list[Point]:
     if not k or isinstance(k, int):
         return []
     first, last = costs.rows[0], costs.rows[-1]
-    wanted = {(at, drafted) for rows, drafted in k for at in ({rows} if rows in (first, last) else {first, last})}
+    wanted = {(at, drafted) for rows, drafted in k
+              for at in ({rows} if rows in (first, last) else {first, last})}
     return sorted(wanted - {(rows, drafted) for rows, drafted, _ in costs.drafting})
 
 
@@ -125,17 +135,19 @@ def spread(sequences: int, longest: int) -> tuple[int, ...]:
 def choose_k(params: Policy, draft: Draft, batch: PromptBatch, *, sampling: Sampling | None = None,
              speculation: Speculation | None = None, batching: Batching | None = None,
              lengths: Sequence[int] | None = None) -> int | Schedule:
-    """What `jspec.Speculation(k=...)` should be for rollouts like this one, on these devices: what a cycle costs is
-    measured for a few (rows, k), once for a device and shapes (`JSPEC_CACHE` keeps it), and what is accepted on these
-    prompts. Not for use inside a `jax.jit`.
+    """What `jspec.Speculation(k=...)` should be for rollouts like this one, on these devices: what
+    a cycle costs is measured for a few (rows, k), once for a device and shapes (`JSPEC_CACHE` keeps
+    it), and what is accepted on these prompts. Not for use inside a `jax.jit`.
 
     Args:
-      params, draft, batch, sampling, batching: as `jspec.rollout` is given them; params in a rollout layout
-        (`jspec.reshard`), else every measurement pays for that too.
+      params, draft, batch, sampling, batching: as `jspec.rollout` is given them; params in a
+        rollout layout (`jspec.reshard`), else every measurement pays for that too.
       speculation: its rule, kernels and states; its k is what is asked.
-      lengths: of answers as they are expected, in tokens, one for each sequence; None: evenly from short to the cap.
+      lengths: of answers as they are expected, in tokens, one for each sequence; None: evenly from
+        short to the cap.
 
-    Returns 0 where drafts do not pay. Raises InputError as `jspec.rollout` does, and without a draft.
+    Returns 0 where drafts do not pay. Raises InputError as `jspec.rollout` does, and without a
+    draft.
     """
     sampling = Sampling() if sampling is None else sampling
     speculation = Speculation() if speculation is None else speculation
@@ -144,6 +156,7 @@ def choose_k(params: Policy, draft: Draft, batch: PromptBatch, *, sampling: Samp
     check(params, draft, batch, sampling, speculation, batching)
     sequences = len(batch.sequence_ids)
     if lengths is not None and len(lengths) != sequences:
-        raise InputError(f"lengths must be one for each of the {sequences} sequences, and are {len(lengths)}")
+        raise InputError(f"lengths must be one for each of the {sequences} sequences, and are "
+                         f"{len(lengths)}")
     chooser = Chooser(sampling, speculation, batching, steps=1, say=log.info)
     return chooser.before(Plan(lengths=tuple(lengths or ())), 0, params, draft, batch).k

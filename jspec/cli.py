@@ -1,4 +1,5 @@
-"""The command line. Handlers import what they need when they run, so that `--help` and mistakes answer at once."""
+"""The command line. Handlers import what they need when they run, so that `--help` and mistakes
+answer at once."""
 
 import argparse
 import importlib
@@ -30,10 +31,12 @@ Handler = Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `keys` appends the keys of that class of `jspec.config` to the help."""
+    """Says what is wrong in one line; `keys` appends the keys of that class of `jspec.config` to
+    the help."""
 
     def __init__(self, *arguments, keys: str | None = None, **options) -> None:
-        super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **options)
         self.keys = keys
 
     def error(self, message: str) -> NoReturn:
@@ -52,8 +55,9 @@ def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], A
             value = math.nan
         if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} of at least {low} and at most {high}, not {text!r}"
-                                             if value > high else f"must be {what} of at least {low}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {what} of at least {low} and at most "
+                                             f"{high}, not {text!r}" if value > high
+                                             else f"must be {what} of at least {low}, not {text!r}")
         return value
     return parse
 
@@ -61,8 +65,8 @@ def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], A
 def drafter(text: str) -> str:
     """A parser of drafters' names and `none`."""
     if text not in (*DRAFTERS, "none") and user_code.split(text) is None:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DRAFTERS)}, none, {user_code.EXAMPLE}, not "
-                                         f"{text!r}")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DRAFTERS)}, none, "
+                                         f"{user_code.EXAMPLE}, not {text!r}")
     return text
 
 
@@ -82,109 +86,131 @@ def keys_help(kind: str) -> str:
 
 def parser() -> Parser:
     """The whole command line; each command's handler is its `run` default."""
-    top = Parser(prog="jspec", description="GRPO with lossless speculative rollouts, in one JAX program on one mesh.",
-                 epilog=EPILOG)
+    top = Parser(prog="jspec", description="GRPO with lossless speculative rollouts, in one JAX "
+                 "program on one mesh.", epilog=EPILOG)
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
     def command(name: str, run: Handler | None, summary: str, **options: Any) -> Parser:
-        made = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", **options)
+        made = commands.add_parser(name, help=summary,
+                                   description=summary[0].upper() + summary[1:] + ".", **options)
         made.set_defaults(run=run)
         return made
 
-    _add_train(command("train", _train, "train a policy with GRPO; the same command again resumes", keys="Config"))
+    _add_train(command("train", _train, "train a policy with GRPO; the same command again resumes",
+                       keys="Config"))
     _add_rollout(command("rollout", _computing("commands:rollout"),
                          "speculative and autoregressive decoding of one prompt, side by side"))
-    _add_eval(command("eval", _computing("evaluation:evaluate"), "mean reward of a policy over a task"))
+    _add_eval(command("eval", _computing("evaluation:evaluate"),
+                      "mean reward of a policy over a task"))
     fetch = command("fetch", _fetch, "download a model into the cache; a second time does nothing")
     fetch.add_argument("model", metavar="NAME", help="short name (smollm2-135m-instruct) or hub id")
-    export = command("export", _computing("commands:export"), "write a directory that transformers loads")
+    export = command("export", _computing("commands:export"),
+                     "write a directory that transformers loads")
     export.add_argument("source", metavar="SOURCE", help=MODEL)
     export.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty")
-    command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts MODEL` compares "
-            "drafters, `bench tail MODEL` times answers of natural lengths, `bench cost MODEL` what a cycle costs",
-            add_help=False)
+    command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts "
+            "MODEL` compares drafters, `bench tail MODEL` times answers of natural lengths, `bench "
+            "cost MODEL` what a cycle costs", add_help=False)
     draft = command("draft", None, "train a draft by itself, or write it as others read it")
     drafts = draft.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _add_draft_train(drafts)
     _add_draft_export(drafts)
-    profile = command("profile", _profile, "trace one step, and say where its time and memory go", keys="Config")
+    profile = command("profile", _profile, "trace one step, and say where its time and memory go",
+                      keys="Config")
     _add_config(profile)
-    profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: output_dir/profile)")
+    profile.add_argument("--out", metavar="DIR",
+                         help="where the trace goes (default: output_dir/profile)")
     return top
 
 
 def _add_config(made: Parser) -> None:
-    made.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-    made.add_argument("overrides", metavar="key=value", nargs="*", help="such as grpo.learning_rate=2e-6 "
-                      "steps=20; values are YAML, so text with [ { : # needs quotes, data.source='\"a: b.jsonl\"'")
+    made.add_argument("config", metavar="CONFIG",
+                      help="a YAML file, such as configs/quickstart.yaml")
+    made.add_argument("overrides", metavar="key=value", nargs="*",
+                      help="such as grpo.learning_rate=2e-6 steps=20; values are YAML, so text "
+                      "with [ { : # needs quotes, data.source='\"a: b.jsonl\"'")
 
 
 def _add_train(made: Parser) -> None:
     _add_config(made)
-    made.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML and stop")
+    made.add_argument("--print-config", action="store_true",
+                      help="print the whole configuration as YAML and stop")
 
 
 def _add_draft_train(drafts: Any) -> None:
-    made = drafts.add_parser("train", keys="DraftTrainingConfig", help="train one on the policy's own answers",
-                             description="Train a draft on the policy's own answers; the same command again goes on "
-                             "from where it was.")
+    made = drafts.add_parser("train", keys="DraftTrainingConfig", help="train one on the policy's "
+                             "own answers", description="Train a draft on the policy's own "
+                             "answers; the same command again goes on from where it was.")
     made.set_defaults(run=_train_draft)
     made.add_argument("model", metavar="MODEL", help=NAMED)
-    made.add_argument("overrides", metavar="key=value", nargs="*", help="such as draft.loss=overlap samples.count=512")
-    made.add_argument("--config", metavar="FILE", help="a YAML file of these keys, such as configs/draft-smollm2.yaml")
+    made.add_argument("overrides", metavar="key=value", nargs="*",
+                      help="such as draft.loss=overlap samples.count=512")
+    made.add_argument("--config", metavar="FILE",
+                      help="a YAML file of these keys, such as configs/draft-smollm2.yaml")
 
 
 def _add_draft_export(drafts: Any) -> None:
     made = drafts.add_parser("export", help="write one in the layout that others publish",
-                             description="Write a draft in the layout that others publish: an eagle3 draft "
-                             "as SpecForge does (vLLM and SGLang serve it), an mtp head with the conventions of a "
-                             "published architecture as that one's own.")
+                             description="Write a draft in the layout that others publish: an "
+                             "eagle3 draft as SpecForge does (vLLM and SGLang serve it), an mtp "
+                             "head with the conventions of a published architecture as that one's "
+                             "own.")
     made.set_defaults(run=_computing("commands:export_draft"))
     made.add_argument("model", metavar="MODEL", help=MODEL)
-    made.add_argument("draft", metavar="DRAFT", help="the output_dir of `jspec draft train` or of a run, a directory "
-                      "with a published draft, or the short name of a model whose draft ships with jspec")
-    made.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty (an mtp head also joins "
-                      "its policy in a directory of `jspec export`)")
-    made.add_argument("--layout", choices=("specforge", "speculators"), help="of an eagle3 draft: SpecForge's (the "
-                      "default), or that of the speculators library")
+    made.add_argument("draft", metavar="DRAFT", help="the output_dir of `jspec draft train` or of "
+                      "a run, a directory with a published draft, or the short name of a model "
+                      "whose draft ships with jspec")
+    made.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty (an "
+                      "mtp head also joins its policy in a directory of `jspec export`)")
+    made.add_argument("--layout", choices=("specforge", "speculators"), help="of an eagle3 draft: "
+                      "SpecForge's (the default), or that of the speculators library")
 
 
 def _add_rollout(made: Parser) -> None:
     made.add_argument("model", metavar="MODEL", help=MODEL)
     made.add_argument("--prompt", required=True, help="what to answer")
     made.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    made.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
-    made.add_argument("--draft", type=drafter, metavar="NAME", help=f"the drafter: {', '.join(DRAFTERS)}, none, or "
-                      f"your own, {user_code.EXAMPLE} (default: the trained one of a run's output_dir, or the one that "
-                      "ships for the model; ngram otherwise)")
+    made.add_argument("--raw", action="store_true",
+                      help="continue the prompt as plain text, without chat template")
+    made.add_argument("--draft", type=drafter, metavar="NAME",
+                      help=f"the drafter: {', '.join(DRAFTERS)}, none, or your own, "
+                      f"{user_code.EXAMPLE} (default: the trained one of a run's output_dir, or "
+                      "the one that ships for the model; ngram otherwise)")
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
-    made.add_argument("--rule", choices=RULES, default="coupled", help="coupled: the autoregressive tokens themselves, "
-                      "so that both texts are one; rejection, block: exact in distribution, drafts judged one by one "
-                      "or together, as training does (default: coupled)")
-    made.add_argument("--kernels", choices=KERNELS, default="auto", help="auto: the chip's "
-                      "own where it has them; reference: plain JAX; pallas: the kernels or an error (default: auto)")
+    made.add_argument("--rule", choices=RULES, default="coupled",
+                      help="coupled: the autoregressive tokens themselves, so that both texts are "
+                      "one; rejection, block: exact in distribution, drafts judged one by one or "
+                      "together, as training does (default: coupled)")
+    made.add_argument("--kernels", choices=KERNELS, default="auto",
+                      help="auto: the chip's own where it has them; reference: plain JAX; pallas: "
+                      "the kernels or an error (default: auto)")
     made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     made.add_argument("--top-k", type=int, default=0, help="0: off (default)")
     made.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
     made.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS,
                       help="longest answer (default: %(default)s)")
     made.add_argument("--samples", type=number(int, 1, MOST_SAMPLES), default=1, metavar="N",
-                      help="answers decoded together; one is shown (default: 1). They are split over the "
-                      "devices, and over those that are left the model's heads")
-    made.add_argument("--seed", type=number(int, 0, SEED_HIGH), default=0, help="of the sampling noise (default: 0)")
+                      help="answers decoded together; one is shown (default: 1). They are split "
+                      "over the devices, and over those that are left the model's heads")
+    made.add_argument("--seed", type=number(int, 0, SEED_HIGH), default=0,
+                      help="of the sampling noise (default: 0)")
     made.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on the CPU")
 
 
 def _add_eval(made: Parser) -> None:
-    made.add_argument("source", metavar="MODEL_OR_CONFIG", help=MODEL + ", or a config's .yaml file")
-    made.add_argument("overrides", metavar="key=value", nargs="*", help="of a config, such as data.source=my.jsonl")
-    made.add_argument("--prompts", type=int, help="how many prompts (default: 64, or all if there are fewer)")
+    made.add_argument("source", metavar="MODEL_OR_CONFIG",
+                      help=MODEL + ", or a config's .yaml file")
+    made.add_argument("overrides", metavar="key=value", nargs="*",
+                      help="of a config, such as data.source=my.jsonl")
+    made.add_argument("--prompts", type=int,
+                      help="how many prompts (default: 64, or all if there are fewer)")
     made.add_argument("--samples", type=int, default=4, help="answers to each (default: 4)")
-    made.add_argument("--temperature", type=float, help="instead of sampling.temperature; 0 is greedy")
+    made.add_argument("--temperature", type=float,
+                      help="instead of sampling.temperature; 0 is greedy")
     made.add_argument("--batch", type=int, default=8, help="prompts decoded together (default: 8)")
     made.add_argument("--json", metavar="FILE", help="write the result as JSON, '-' for stdout")
-    made.add_argument("--run-code", action="store_true", help="run the Python file that a run's own config names as "
-                      "its reward or its drafter")
+    made.add_argument("--run-code", action="store_true", help="run the Python file that a run's "
+                      "own config names as its reward or its drafter")
 
 
 def _computing(target: str) -> Handler:
@@ -203,8 +229,8 @@ def _import_jax() -> None:
         import jax  # noqa: F401
     except ValueError as error:
         said = re.sub(r"jax_\w+", lambda name: name[0].upper(), str(error))
-        raise InputError(f"JAX cannot read its settings from the environment: {said}; mend or unset that variable"
-                         ) from error
+        raise InputError(f"JAX cannot read its settings from the environment: {said}; mend or "
+                         "unset that variable") from error
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -256,8 +282,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     checkout = Path(__file__).resolve().parent.parent
     script = checkout / "benchmarks" / f"{name}.py"
     if not script.is_file():
-        raise InputError(f"there is no {script}: `jspec bench` needs a source checkout of jspec, not a wheel")
-    sys.argv = [f"jspec bench {name}" if named else "jspec bench", *rest]  # for usage lines and the results' command
+        raise InputError(f"there is no {script}: `jspec bench` needs a source checkout of jspec, "
+                         "not a wheel")
+    # for usage lines and the results' command
+    sys.argv = [f"jspec bench {name}" if named else "jspec bench", *rest]
     from jspec.session import session
 
     with session():
@@ -278,9 +306,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on stderr), 128 + n after
-    signal n, 1 where memory or room on a disk ran out; `train` has one more (see `jspec.train`)."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises
+    """Runs one command. Returns the exit code: 0, 2 for a mistake of the user's (one line on
+    stderr), 128 + n after signal n, 1 where memory or room on a disk ran out; `train` has one more
+    (see `jspec.train`)."""
+    # Orbax logs stack traces of what it then raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def run() -> int:
         chosen = _parse(arguments)

@@ -1,4 +1,5 @@
-"""What `jspec rollout`, `jspec export` and `jspec draft export` do; `jspec eval` is in `evaluation.py`."""
+"""What `jspec rollout`, `jspec export` and `jspec draft export` do; `jspec eval` is in
+`evaluation.py`."""
 
 import argparse
 import dataclasses
@@ -53,7 +54,8 @@ def time_rollout(policy: Policy, draft: Draft | None, batch, sampling, speculati
     for doing in ("compiling, then decoding", "timing: decoding"):
         with telling(f"{doing} {how}"):
             start = time.perf_counter()
-            out = jax.block_until_ready(jspec.rollout(policy, draft, batch, sampling=sampling, speculation=speculation))
+            out = jax.block_until_ready(jspec.rollout(policy, draft, batch, sampling=sampling,
+                                                      speculation=speculation))
             seconds = time.perf_counter() - start
     return Timed(fetch(out), seconds)
 
@@ -68,7 +70,8 @@ def side_by_side(arguments: argparse.Namespace, opened: Session) -> int:
     """`rollout`, once the session is open."""
     overrides = [(f"sampling.{key}", getattr(arguments, key))
                  for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
-    overrides += [(f"speculation.{name}", getattr(arguments, name)) for name in ("k", "rule", "kernels")]
+    overrides += [(f"speculation.{name}", getattr(arguments, name))
+                  for name in ("k", "rule", "kernels")]
     wanted = None if arguments.draft is None else (arguments.draft,)
     source = open_source(arguments.model, overrides, arguments.dtype, wanted)
     opened.use(mesh_for(source.shape.config, arguments.samples, "--samples"))
@@ -85,13 +88,15 @@ def side_by_side(arguments: argparse.Namespace, opened: Session) -> int:
     fast = None if draft is None else time_rollout(policy, draft, batch, sampling, speculation)
 
     def text(timed: Timed) -> Text:
-        return Text(answer_text(source.tokenizer, timed.rollout, 0))  # a model may write what looks like markup
+        # a model may write what looks like markup
+        return Text(answer_text(source.tokenizer, timed.rollout, 0))
 
     console = screen()
     console.print(Panel(text(plain), title="autoregressive", title_align="left"))
     if fast is not None:
         exact = arguments.rule == "coupled" or arguments.temperature == 0
-        same = f" ({compare(plain.rollout, fast.rollout)})" if exact else " (another sample of the same distribution)"
+        same = (f" ({compare(plain.rollout, fast.rollout)})" if exact
+                else " (another sample of the same distribution)")
         console.print(Panel(text(fast), title=draft.name + same, title_align="left"))
     console.print(speed_table(plain, fast, draft, arguments.k))
     return 0
@@ -107,7 +112,8 @@ def compare(plain, fast) -> str:
         length = min(len(one), len(other))
         apart = np.flatnonzero(one[:length] != other[:length])
         if len(apart) or len(one) != len(other):
-            return f"parts from it at token {int(apart[0]) if len(apart) else length} of answer {row}"
+            return (f"parts from it at token {int(apart[0]) if len(apart) else length} of answer "
+                    f"{row}")
     return SAME
 
 
@@ -115,7 +121,8 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
     """Speed and acceptance side by side."""
     def accepted(timed: Timed) -> str:
         stats = timed.rollout.stats
-        return "  ".join(f"{a / max(d, 1):.0%}" for a, d in zip(stats.accepted, stats.drafted, strict=True)) or "-"
+        return ("  ".join(f"{a / max(d, 1):.0%}"
+                          for a, d in zip(stats.accepted, stats.drafted, strict=True)) or "-")
 
     table = Table(show_edge=False)
     table.add_column("")
@@ -128,9 +135,11 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
         "tokens": lambda t: str(t.tokens),
         "seconds, compiling excluded": lambda t: f"{t.seconds:.3g}",
         "tokens/s": lambda t: f"{t.speed:.1f}",
-        "speed-up" if alike else "speed-up a token (other texts)": lambda t: f"{t.speed / plain.speed:.2f}x",
+        "speed-up" if alike
+        else "speed-up a token (other texts)": lambda t: f"{t.speed / plain.speed:.2f}x",
         "passes over the weights": lambda t: str(int(t.rollout.stats.cycles.max())),
-        "tokens a cycle": lambda t: f"{float(t.rollout.lengths.sum() / max(t.rollout.stats.cycles.sum(), 1)):.2f}",
+        "tokens a cycle": lambda t:
+        f"{float(t.rollout.lengths.sum() / max(t.rollout.stats.cycles.sum(), 1)):.2f}",
         "accepted, by draft position": accepted,
     }
     for name, show in rows.items():
@@ -139,7 +148,8 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """`jspec export`: a model, or a run's last checkpoint, as a directory that transformers loads."""
+    """`jspec export`: a model, or a run's last checkpoint, as a directory that transformers
+    loads."""
     with session() as opened:
         new_directory(arguments.directory)
         source = open_source(arguments.source, [], drafters=())
@@ -156,7 +166,8 @@ def export(arguments: argparse.Namespace) -> int:
 def export_draft(arguments: argparse.Namespace) -> int:
     """`jspec draft export`: a draft in the layout that others publish."""
     with session() as opened:
-        if not (path("directory", arguments.directory) / "config.json").exists():  # no model's, which a head may join
+        # no model's, which a head may join
+        if not (path("directory", arguments.directory) / "config.json").exists():
             new_directory(arguments.directory)
         source = open_source(arguments.model, [], drafters=())
         opened.use(mesh_of(source)[0])

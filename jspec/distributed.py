@@ -2,9 +2,11 @@
 
 Where the processes come from:
 
-- by hand, and `jspec.local`: JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-- SLURM (srun), Open MPI, Cloud TPU pods and indexed Kubernetes jobs: JAX detects them by itself. On Kubernetes it asks
-  the cluster's API, which needs the package `kubernetes` (extra k8s) and a service account that may read its pods.
+- by hand, and `jspec.local`: JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID;
+- SLURM (srun), Open MPI, Cloud TPU pods and indexed Kubernetes jobs: JAX detects them by itself. On
+  Kubernetes it asks the cluster's API, which needs the package `kubernetes` (extra k8s) and a
+  service account that may read its pods.
 """
 
 import glob
@@ -34,11 +36,12 @@ T = TypeVar("T")
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes, where the environment says that there are any and it has not yet been done. Call it
-    before any JAX computation.
+    """Joins the other processes, where the environment says that there are any and it has not yet
+    been done. Call it before any JAX computation.
 
-    Ends this process with one line and exit code 2 if the others have not come after WAIT_S, and at once by SIGINT or
-    SIGTERM. Raises InputError if what the environment says of the processes is incomplete or makes no sense.
+    Ends this process with one line and exit code 2 if the others have not come after WAIT_S, and at
+    once by SIGINT or SIGTERM. Raises InputError if what the environment says of the processes is
+    incomplete or makes no sense.
     """
     if jax.distributed.is_initialized():
         return
@@ -51,15 +54,18 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
             address, count, index = by_hand
             with _waiting_for_others(address, count):
                 jax.distributed.initialize(address, count, index, local_device_ids=devices,
-                                           cluster_detection_method="deactivate", initialization_timeout=_LONGER_S)
+                                           cluster_detection_method="deactivate",
+                                           initialization_timeout=_LONGER_S)
         else:
             with _waiting_for_others(f"the coordinator that {scheduler} names", None):
-                jax.distributed.initialize(local_device_ids=devices or _all_devices_of_the_node(environment),
-                                           initialization_timeout=_LONGER_S)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:  # of a port in use, of the cluster's API, ...
+                jax.distributed.initialize(local_device_ids=devices or _all_devices_of_the_node(
+                    environment), initialization_timeout=_LONGER_S)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        # of a port in use, of the cluster's API, ...
         how, remedy = ("given by hand", "give --coordinator another port") if by_hand else (
             _told_by(scheduler, environment), BY_HAND)
-        raise InputError(f"the processes cannot meet ({how}): {_one_line(error)}; {remedy}") from error
+        raise InputError(f"the processes cannot meet ({how}): {_one_line(error)}; "
+                         f"{remedy}") from error
 
 
 def check_platform() -> None:
@@ -68,9 +74,11 @@ def check_platform() -> None:
         return
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # CUDA without its plugin trips over an assertion
-        raise InputError(f"JAX_PLATFORMS={jax.config.jax_platforms} is not here, or jspec was installed without it "
-                         f"({_one_line(error)}); unset the variable, and JAX takes what there is") from error
+    except (RuntimeError, AssertionError) as error:
+        # CUDA without its plugin trips over an assertion
+        raise InputError(f"JAX_PLATFORMS={jax.config.jax_platforms} is not here, or jspec was "
+                         f"installed without it ({_one_line(error)}); unset the variable, and JAX "
+                         "takes what there is") from error
 
 
 def is_main() -> bool:
@@ -79,7 +87,8 @@ def is_main() -> bool:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process raised its flag. All processes must call it: they agree on when to stop, for example."""
+    """Whether any process raised its flag. All processes must call it: they agree on when to stop,
+    for example."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
@@ -88,8 +97,8 @@ def any_process(flag: bool) -> bool:
 
 
 def on_main(act: Callable[[], T]) -> T | None:
-    """What `act` gives on the main process, None on the others. All processes must call it: where it raises InputError
-    all of them do."""
+    """What `act` gives on the main process, None on the others. All processes must call it: where
+    it raises InputError all of them do."""
     made, refusal = None, None
     if is_main():
         try:
@@ -128,7 +137,8 @@ _LONGER_S = 2 * int(WAIT_S)  # JAX's own patience ends with a stack trace
 
 @contextmanager
 def _waiting_for_others(address: str, count: int | None) -> Iterator[None]:
-    """While JAX joins the processes, in C++, where no handler of Python's is heard and the end is an abort."""
+    """While JAX joins the processes, in C++, where no handler of Python's is heard and the end is
+    an abort."""
     def give_up() -> None:
         whom = "the other processes" if count is None else f"all {count} processes"
         say(f"error: {whom} have not met at {address} after {WAIT_S:.0f} s: {_answer(address)}")
@@ -155,8 +165,8 @@ def _answer(address: str) -> str:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
-        return (f"nobody answers there ({error.strerror or error}); process 0 must run on that machine, and the others "
-                "must reach the port")
+        return (f"nobody answers there ({error.strerror or error}); process 0 must run on that "
+                "machine, and the others must reach the port")
     return "process 0 answers, others are missing; start them, each with an id of its own"
 
 
@@ -164,30 +174,39 @@ def _answer(address: str) -> str:
 
 
 def _by_hand(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(coordinator's address, number of processes, index of this one), or None if nobody gave them."""
+    """(coordinator's address, number of processes, index of this one), or None if nobody gave
+    them."""
     address = environment.get("JAX_COORDINATOR_ADDRESS")
-    index = environment.get("JAX_PROCESS_ID") or (environment.get("JOB_COMPLETION_INDEX") if address else None)
+    index = (environment.get("JAX_PROCESS_ID")
+             or (environment.get("JOB_COMPLETION_INDEX") if address else None))
     given = {"coordinator (--coordinator, JAX_COORDINATOR_ADDRESS)": address,
-             "number of processes (--processes, JAX_NUM_PROCESSES)": environment.get("JAX_NUM_PROCESSES"),
-             "id of this process (--id, JAX_PROCESS_ID)": index}
-    there, missing = [name for name in given if given[name]], [name for name in given if not given[name]]
+             "number of processes (--processes, JAX_NUM_PROCESSES)": environment.get(
+                 "JAX_NUM_PROCESSES"), "id of this process (--id, JAX_PROCESS_ID)": index}
+    there, missing = [name for name in given
+                      if given[name]], [name for name in given if not given[name]]
     if not there:
         return None
     if missing:
         raise InputError(f"the {there[0]} is given, {given[there[0]]}, but not the {missing[0]}")
-    if not re.fullmatch(r".+:[0-9]{1,5}", address) or not 0 < int(address.rpartition(":")[2]) < 2**16:
-        raise InputError(f"the coordinator must be HOST:PORT (--coordinator, JAX_COORDINATOR_ADDRESS), not '{address}'")
+    if (not re.fullmatch(r".+:[0-9]{1,5}", address) or not 0 < int(address.rpartition(":")[2])
+        < 2**16):
+        raise InputError("the coordinator must be HOST:PORT (--coordinator, "
+                         f"JAX_COORDINATOR_ADDRESS), not '{address}'")
     count, index = (_number(f"the {name}", given[name]) for name in there[1:])
     if index >= count:
-        raise InputError(f"process id {index} is not below the number of processes, {count}: ids count from 0")
+        raise InputError(f"process id {index} is not below the number of processes, {count}: ids "
+                         "count from 0")
     return address, count, index
 
 
 SCHEDULERS = {
-    "SLURM": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST"),
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"),
+    "SLURM": ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID",
+              "SLURM_STEP_NODELIST"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK",
+                 "OMPI_MCA_orte_hnp_uri"),
 }
-"""The variables that JAX needs of each: number of processes, index, index on the node, and where the others are."""
+"""The variables that JAX needs of each: number of processes, index, index on the node, and where
+the others are."""
 
 
 def _scheduler(environment: Mapping[str, str]) -> str | None:
@@ -202,10 +221,11 @@ def _scheduler(environment: Mapping[str, str]) -> str | None:
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         _number("JOB_COMPLETION_INDEX", environment["JOB_COMPLETION_INDEX"])
         if not importlib.util.find_spec("kubernetes"):
-            raise InputError("in an indexed Kubernetes job JAX needs the package kubernetes, which is not installed: "
-                             f"pip install -e '.[k8s]', or {BY_HAND}")
+            raise InputError("in an indexed Kubernetes job JAX needs the package kubernetes, "
+                             f"which is not installed: pip install -e '.[k8s]', or {BY_HAND}")
         return "Kubernetes"
-    # JAX sets TPU_SKIP_MDS_QUERY on import where it sees no TPU; on a Cloud TPU it finds the other hosts by itself.
+    # JAX sets TPU_SKIP_MDS_QUERY on import where it sees no TPU; on a Cloud TPU it finds the other
+    # hosts by itself.
     if "TPU_SKIP_MDS_QUERY" not in environment and importlib.util.find_spec("libtpu"):
         return "Cloud TPU"
     return None
@@ -217,16 +237,18 @@ def _several(scheduler: str, environment: Mapping[str, str]) -> bool:
         return False
     for name in (rank, local, *where):
         if not environment.get(name):
-            raise InputError(f"{scheduler} started {environment[size]} processes ({size}), but {name} is not set; "
-                             f"{BY_HAND}")
-    if max(_number(rank, environment[rank]), _number(local, environment[local])) >= int(environment[size]):
-        raise InputError(f"{rank}={environment[rank]} and {local}={environment[local]} must be below {size}="
-                         f"{environment[size]}; {BY_HAND}")
+            raise InputError(f"{scheduler} started {environment[size]} processes ({size}), but "
+                             f"{name} is not set; {BY_HAND}")
+    if (max(_number(rank, environment[rank]), _number(local, environment[local]))
+        >= int(environment[size])):
+        raise InputError(f"{rank}={environment[rank]} and {local}={environment[local]} must be "
+                         f"below {size}={environment[size]}; {BY_HAND}")
     return True
 
 
 def _told_by(scheduler: str, environment: Mapping[str, str]) -> str:
-    """The scheduler, with what it says of where the processes are: JAX does not name what it cannot read of that."""
+    """The scheduler, with what it says of where the processes are: JAX does not name what it cannot
+    read of that."""
     _, _, _, *where = SCHEDULERS.get(scheduler, (None, None, None))
     return ", ".join([scheduler, *(f"{name}={shortened(environment[name])}" for name in where)])
 
@@ -238,7 +260,8 @@ def _number(name: str, text: str) -> int:
 
 
 def _all_devices_of_the_node(environment: Mapping[str, str]) -> list[int] | None:
-    # Under SLURM, JAX gives a process the one GPU that has its local index; alone on its node it should have all.
+    # Under SLURM, JAX gives a process the one GPU that has its local index; alone on its node it
+    # should have all.
     alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     if not alone:
         return None

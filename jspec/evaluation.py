@@ -40,11 +40,13 @@ from jspec.speculate.arguments import check, check_batching
 PROMPTS = 64
 """How many prompts, if nothing is said and the data has as many."""
 UNUSED = {"steps", "output_dir", "log_level", "draft", "grpo", "checkpoint", "profile"}
-"""Sections and keys of a config that an evaluation does not look at (but draft.name=none does go without a run's)."""
+"""Sections and keys of a config that an evaluation does not look at (but draft.name=none does go
+without a run's)."""
 
 
 def evaluate(arguments) -> int:
-    """`jspec eval`: samples answers to a task's prompts, grades them, and reports the mean reward."""
+    """`jspec eval`: samples answers to a task's prompts, grades them, and reports the mean
+    reward."""
     for name in ("prompts", "samples", "batch"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
@@ -72,7 +74,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: 
     data = prompts_of(source)
     count = check_count(source, data, arguments.prompts)
     speculation = speculation_of(source)
-    batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count), speculation, layout)
+    batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count),
+                         speculation, layout)
     with telling(f"loading {arguments.source}"):
         policy = jspec.reshard(source.load_finite(), layout)
     console = screen(stderr=arguments.json == "-")
@@ -81,7 +84,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: 
     table = Table(show_edge=False, show_header=False)
     for key, value in result.items():
         if isinstance(value, int | float):
-            table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+            table.add_row(key.replace("_", " "),
+                          f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
     if is_main() and written:
         written.write(json.dumps(result, indent=2) + "\n")
@@ -91,21 +95,22 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: 
 
 
 def check_code(source: Source, overrides: list[str], allowed: bool) -> None:
-    """A folder that is opened for its weights runs no code: raise InputError if a run's own config names a file as its
-    reward, unless that is allowed or the command line names one itself."""
+    """A folder that is opened for its weights runs no code: raise InputError if a run's own config
+    names a file as its reward, unless that is allowed or the command line names one itself."""
     function = source.config.reward.function
     if user_code.split(function) is None:
         return
     named = overridden("reward.function", overrides)
     if source.own is not None and function == source.own.reward.function and not (allowed or named):
-        raise InputError(f"the config of {source.name} has its answers graded by {function}, which would run that "
-                         "file: look at it, then give --run-code, or name a function with reward.function=...")
+        raise InputError(f"the config of {source.name} has its answers graded by {function}, which "
+                         "would run that file: look at it, then give --run-code, or name "
+                         "a function with reward.function=...")
     say(f"grading with {function}")
 
 
 def check_kept(source: Source) -> None:
-    """Raise InputError if the data of a run that kept prompts are no longer those that it was trained on: others would
-    be held out now, and what it was trained on among them."""
+    """Raise InputError if the data of a run that kept prompts are no longer those that it was
+    trained on: others would be held out now, and what it was trained on among them."""
     own = source.own
     if own is None or not own.data.held_out or not source.config.data.held_out or (
             source.config.data.source != own.data.source):
@@ -114,14 +119,15 @@ def check_kept(source: Source) -> None:
     try:
         training.restore(data_position(Path(source.name).expanduser()))
     except InputError:
-        raise InputError(f"{own.data.source} is no longer what {source.name} was trained on, so the prompts that it "
-                         "kept are not known any more; put it back as it was, or evaluate on a file of prompts that "
-                         "training never saw (data.source=..., data.held_out=0)") from None
+        raise InputError(f"{own.data.source} is no longer what {source.name} was trained on, so "
+                         "the prompts that it kept are not known any more; put it back as it was, "
+                         "or evaluate on a file of prompts that training never saw "
+                         "(data.source=..., data.held_out=0)") from None
 
 
 def prompts_of(source: Source) -> PromptData:
-    """The prompts to answer, one a step: those that the run kept from training, else its own, in an order of their own
-    (of procedural tasks: other questions), which is said of a run."""
+    """The prompts to answer, one a step: those that the run kept from training, else its own, in an
+    order of their own (of procedural tasks: other questions), which is said of a run."""
     config, own = source.config, source.own
     section = dataclasses.replace(config.data, prompts_per_step=1)
     held_out = bool(section.held_out)
@@ -129,10 +135,12 @@ def prompts_of(source: Source) -> PromptData:
         chosen = [(c.data.held_out, c.seed, c.data.options) for c in (config, own)]
         if held_out and chosen[0] != chosen[1]:
             options = f", of data.options={own.data.options}," if own.data.options else ""
-            raise InputError(f"{source.name} kept data.held_out={own.data.held_out} prompts by seed={own.seed}"
-                             f"{options} from its training, and others were trained on; leave that as it is")
+            raise InputError(f"{source.name} kept data.held_out={own.data.held_out} prompts by "
+                             f"seed={own.seed}{options} from its training, and others were trained "
+                             "on; leave that as it is")
         if not held_out:
-            say(f"{source.name} kept no prompts from training (data.held_out=0): these are its training's")
+            say(f"{source.name} kept no prompts from training (data.held_out=0): these are its "
+                "training's")
     seed = config.seed if held_out else purpose_seed(config.seed, EVAL_KEY)
     return PromptData(section, source.tokenizer, seed=seed, held_out=held_out,
                       check_answer=answer_check(config.reward.function, section.source))
@@ -143,58 +151,65 @@ def check_count(source: Source, data: PromptData, wanted: int | None) -> int:
     available = len(data.records)
     if wanted is not None and wanted > available:
         held_out = " held out (data.held_out)" if source.config.data.held_out else ""
-        raise InputError(f"--prompts {wanted} is more than {source.config.data.source} has{held_out}: {available}")
+        raise InputError(f"--prompts {wanted} is more than {source.config.data.source} "
+                         f"has{held_out}: {available}")
     return min(PROMPTS, available) if wanted is None else wanted
 
 
 def say_unused(overrides: Sequence[str]) -> None:
-    """Says which overrides change nothing: an evaluation neither trains nor makes a draft. (Those of a config's file
-    are its training's.)"""
-    keys = [text.partition("=")[0].strip() for text in overrides if text.replace(" ", "") != "draft.name=none"]
+    """Says which overrides change nothing: an evaluation neither trains nor makes a draft. (Those
+    of a config's file are its training's.)"""
+    keys = [text.partition("=")[0].strip() for text in overrides
+            if text.replace(" ", "") != "draft.name=none"]
     if unused := [key for key in keys if key.partition(".")[0] in UNUSED]:
         say(f"{', '.join(unused)}: no part of an evaluation, and left aside")
 
 
 def speculation_of(source: Source) -> jspec.Speculation:
-    """How answers are drafted; where speculation.k is auto, as a run did at last, and nothing where that is not known.
-    Raises InputError for a run whose checkpoint cannot be read."""
+    """How answers are drafted; where speculation.k is auto, as a run did at last, and nothing where
+    that is not known. Raises InputError for a run whose checkpoint cannot be read."""
     auto = source.draft is not None and source.config.speculation.k == "auto"
-    return make_speculation(source.config, (auto and run_plan(Path(source.name).expanduser()).k) or 0)
+    return make_speculation(source.config,
+                            (auto and run_plan(Path(source.name).expanduser()).k) or 0)
 
 
-def batches_of(source: Source, data: PromptData, count: int, samples: int, batch: int, speculation: jspec.Speculation,
+def batches_of(source: Source, data: PromptData, count: int, samples: int, batch: int,
+               speculation: jspec.Speculation,
                layout: str) -> list[tuple[list[Prompt], jspec.PromptBatch]]:
-    """The prompts to answer, `batch` at a time; the last batch is filled up with prompts that are not asked for, and
-    each with as many as the mesh needs to split its rows.
+    """The prompts to answer, `batch` at a time; the last batch is filled up with prompts that are
+    not asked for, and each with as many as the mesh needs to split its rows.
 
-    Raises InputError for what a rollout of them would refuse, so that it is said before any weights are read.
+    Raises InputError for what a rollout of them would refuse, so that it is said before any weights
+    are read.
     """
     config, key = source.config, purpose_key(source.config.seed, EVAL_KEY)
-    steps = [[prompt for _ in range(batch) for prompt in next(data)] for _ in range(math.ceil(count / batch))]
+    steps = [[prompt for _ in range(batch) for prompt in next(data)]
+             for _ in range(math.ceil(count / batch))]
     made = [batch_on_mesh([prompt.tokens for prompt in chosen], layout, group_size=samples,
                           seed=jax.random.fold_in(key, step)) for step, chosen in enumerate(steps)]
     sampling, batching = make_sampling(config), make_batching(config)
     for prompts in made:  # `check` would not name the setting
         rows, length = len(prompts.sequence_ids), prompts.tokens.shape[1]
-        check_batching("rollout.", batching, batch_shards(layout), rows, samples, length, sampling.max_new_tokens,
-                       0 if source.draft is None else speculation.most)
+        check_batching("rollout.", batching, batch_shards(layout), rows, samples, length,
+                       sampling.max_new_tokens, 0 if source.draft is None else speculation.most)
         check(source.shape, source.draft, prompts, sampling, speculation, batching)
     return list(zip(steps, made, strict=True))
 
 
-def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], jspec.PromptBatch]], prompts: int,
-          speculation: jspec.Speculation, console: Console) -> dict[str, Any]:
-    """Mean reward of the answers to the first `prompts` prompts of `batches`, with its standard error over prompts.
-    `policy` is in the rollout layout."""
+def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], jspec.PromptBatch]],
+          prompts: int, speculation: jspec.Speculation, console: Console) -> dict[str, Any]:
+    """Mean reward of the answers to the first `prompts` prompts of `batches`, with its standard
+    error over prompts. `policy` is in the rollout layout."""
     config, (batch, samples) = source.config, (len(batches[0][0]), batches[0][1].group_size)
     sampling, batching = make_sampling(config), make_batching(config)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
-    with (RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s) as pool,
+    with (RewardPool(config.reward.function, config.reward.workers,
+                     config.reward.timeout_s) as pool,
           telling("answering (the first batch compiles)", total=prompts) as advance):
         for step, (chosen, made) in enumerate(batches):
             start = time.perf_counter()
-            out = decoded(policy, source.draft, made, batch * samples, sampling=sampling, speculation=speculation,
-                          batching=batching)
+            out = decoded(policy, source.draft, made, batch * samples, sampling=sampling,
+                          speculation=speculation, batching=batching)
             seconds += time.perf_counter() - start
             graded = pool.grade(reward_inputs(source.tokenizer, chosen, out))
             keep = min(batch, prompts - step * batch)

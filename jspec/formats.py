@@ -1,5 +1,6 @@
-"""The numbers of the formats that jspec writes. A reader takes every number up to its own, and files from before there
-were any; whoever changes what a file holds, so that an older jspec would read it wrongly, counts its number up."""
+"""The numbers of the formats that jspec writes. A reader takes every number up to its own, and
+files from before there were any; whoever changes what a file holds, so that an older jspec would
+read it wrongly, counts its number up."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from jspec import __version__
 from jspec.errors import InputError
 
 CHECKPOINT = 2
-"""Of a run's checkpoints, in the item `meta`. 2: a draft's drafter stands beside its config, not in it."""
+"""Of a run's checkpoints, in the item `meta`. 2: a draft's drafter stands beside its config, not in
+it."""
 HEAD = 1
 """Of a trained draft (jspec/heads/files.py), in its config.json."""
 SAMPLES = 1
@@ -17,14 +19,16 @@ SAMPLES = 1
 
 
 def refuse_newer(found: Any, known: int, where: object) -> None:
-    """Raise InputError if what was read says under `format` that it is newer than `known`, which this jspec reads.
+    """Raise InputError if what was read says under `format` that it is newer than `known`, which
+    this jspec reads.
 
-    What has no such number is of before there were any, or damaged, which is for its reader to find.
+    What has no such number is of before there were any, or damaged, which is for its reader to
+    find.
     """
     try:
         number = int(found["format"])
     except (KeyError, TypeError, ValueError, OverflowError):
         return
     if number > known:
-        raise InputError(f"{where} has format {number}, and this jspec ({__version__}) reads formats up to {known}: a "
-                         "newer jspec wrote it; use that one")
+        raise InputError(f"{where} has format {number}, and this jspec ({__version__}) reads "
+                         f"formats up to {known}: a newer jspec wrote it; use that one")

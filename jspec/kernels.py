@@ -1,7 +1,9 @@
-"""The kernels as the model uses them: which implementation runs, and how it runs on the shards of a mesh.
+"""The kernels as the model uses them: which implementation runs, and how it runs on the shards of a
+mesh.
 
-The reference is plain JAX, which XLA partitions by itself. A Pallas kernel is a program for one device, so on a mesh it
-runs under `shard_map`, split as the rollout layout splits rows, heads and vocabulary.
+The reference is plain JAX, which XLA partitions by itself. A Pallas kernel is a program for one
+device, so on a mesh it runs under `shard_map`, split as the rollout layout splits rows, heads and
+vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def platform() -> str:
 
 
 def _is_hopper() -> bool:
-    """Whether the GPU has the kernels' matrix instructions: compute capability 9 does, older and newer ones do not."""
+    """Whether the GPU has the kernels' matrix instructions: compute capability 9 does, older and
+    newer ones do not."""
     if jax.default_backend() != "gpu":  # it is being compiled for a GPU that is not here
         return True
     return str(getattr(jax.local_devices()[0], "compute_capability", "")).startswith("9.")
@@ -43,7 +46,8 @@ def _is_hopper() -> bool:
 def choose(kernels: str | Implementation) -> Implementation:
     """The implementation that `speculation.kernels` stands for here. An `Implementation` is itself.
 
-    Raises InputError for a name that is not one of KERNELS, and for "pallas" on an accelerator that has no kernels.
+    Raises InputError for a name that is not one of KERNELS, and for "pallas" on an accelerator that
+    has no kernels.
     """
     if isinstance(kernels, Implementation):
         return kernels
@@ -66,15 +70,18 @@ def picked(kernels: str | Implementation) -> str:
     return f"{chosen.name} kernels" + (", interpreted" if chosen.interpret else "")
 
 
-def _or_reference(implementation: Implementation, kernel: Callable[[], Any], reference: Callable[[], Any]) -> Any:
+def _or_reference(implementation: Implementation, kernel: Callable[[], Any],
+                  reference: Callable[[], Any]) -> Any:
     if implementation.name == "reference":
         return reference()
     try:
         return kernel()
     except NotImplementedError as refusal:
         if not implementation.fall_back:
-            raise InputError(f"speculation.kernels=pallas: {refusal}; set speculation.kernels=auto") from None
-        log.warning("the reference takes the place of a %s kernel: %s", implementation.name, refusal)
+            raise InputError(f"speculation.kernels=pallas: {refusal}; set "
+                             "speculation.kernels=auto") from None
+        log.warning("the reference takes the place of a %s kernel: %s", implementation.name,
+                    refusal)
         return reference()
 
 
@@ -84,44 +91,51 @@ def _split(layout: str, x: jax.Array, *axes: str | None) -> PartitionSpec:
 
 
 def _one_device() -> bool:
-    """Whether nothing is left to be split: there is no mesh, or a `shard_map` around this has split it all."""
+    """Whether nothing is left to be split: there is no mesh, or a `shard_map` around this has split
+    it all."""
     mesh = current_mesh()
     return all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items())
 
 
 def _axes(entry: Any) -> tuple[str, ...] | None:
-    """The mesh axes of one entry of a PartitionSpec, which unwraps a tuple of one; None if there are none."""
+    """The mesh axes of one entry of a PartitionSpec, which unwraps a tuple of one; None if there
+    are none."""
     return (entry,) if isinstance(entry, str) else entry or None
 
 
 def whole_vocabulary(layout: str, x: jax.Array) -> jax.Array:
     """x [N, ..., V] with every row's vocabulary on its own shard of the batch.
 
-    What sorts, accumulates or cuts it into blocks is not left to XLA's partitioner: its blocks would cross the shards'
-    edges, and what is passed over them is a collective of all devices, where others may be at another cycle by then.
+    What sorts, accumulates or cuts it into blocks is not left to XLA's partitioner: its blocks
+    would cross the shards' edges, and what is passed over them is a collective of all devices,
+    where others may be at another cycle by then.
     """
     return constrain(x, layout, "batch", *(None,) * (x.ndim - 1))
 
 
-def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None) -> jax.Array:
-    """`rejection_sampling.draw` on the shards of a layout: int32 [N] from log_q float32 [N, Vd]. Where they share the
-    vocabulary no row of it is gathered."""
-    split = None if draft_vocab is not None or _one_device() else _split(layout, log_q, "batch", "vocab")
+def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int,
+         draft_vocab: jax.Array | None = None) -> jax.Array:
+    """`rejection_sampling.draw` on the shards of a layout: int32 [N] from log_q float32 [N, Vd].
+    Where they share the vocabulary no row of it is gathered."""
+    split = (None if draft_vocab is not None or _one_device()
+             else _split(layout, log_q, "batch", "vocab"))
     axis = None if split is None or isinstance(noise, CoupledNoise) else _axes(split[1])
     if axis is None:
         return _draw(log_q, noise, offset, draft_vocab)
     rows = PartitionSpec(split[0])
-    return jax.shard_map(lambda log_q, noise: _draw(log_q, noise, offset, axis=axis), in_specs=(split, rows),
-                         out_specs=rows, check_vma=False)(log_q, noise)
+    return jax.shard_map(lambda log_q, noise: _draw(log_q, noise, offset, axis=axis),
+                         in_specs=(split, rows), out_specs=rows, check_vma=False)(log_q, noise)
 
 
-def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
-           table: jax.Array, lengths: jax.Array, window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`: rows are a shard's own, heads are
-    split. q [B, T, H, D], k and v [B, T, H_kv, D], pools [blocks, H_kv, size, D], table int32 [B, M], lengths int32
-    [B].
+def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array,
+           pool_v: jax.Array, table: jax.Array, lengths: jax.Array,
+           window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`: rows are a
+    shard's own, heads are split. q [B, T, H, D], k and v [B, T, H_kv, D], pools [blocks, H_kv,
+    size, D], table int32 [B, M], lengths int32 [B].
 
-    Where KV heads are replicated, every shard computes all heads: the copies of the pool must stay equal.
+    Where KV heads are replicated, every shard computes all heads: the copies of the pool must stay
+    equal.
     """
     args = (q, k, v, pool_k, pool_v, table, lengths)
 
@@ -140,22 +154,27 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Ar
     return _or_reference(policy.kernels, kernel, lambda: verify_attention(*args, window=window))
 
 
-def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: Any,
-          temperature: jax.Array, top_p: jax.Array | None = None, *, draft_vocab: jax.Array | None = None,
-          top_k: int = 0, ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()) -> Verdict:
-    """`rejection_sampling` as `policy.kernels` says, on the shards of `policy.layout`: the verdict on draft_tokens
-    int32 [B, K], drawn from draft_log_q float32 [B, K, Vd], by logits [B, K + 1, V]."""
+def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
+          noise: Any, temperature: jax.Array, top_p: jax.Array | None = None, *,
+          draft_vocab: jax.Array | None = None, top_k: int = 0, ban: jax.Array | None = None,
+          banned_tokens: tuple[int, ...] = ()) -> Verdict:
+    """`rejection_sampling` as `policy.kernels` says, on the shards of `policy.layout`: the verdict
+    on draft_tokens int32 [B, K], drawn from draft_log_q float32 [B, K, Vd], by logits [B, K + 1,
+    V]."""
     args = (logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban)
 
     def run(logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban,
             **where) -> Verdict:
-        return rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p, draft_vocab=draft_vocab,
+        return rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p,
+                                  draft_vocab=draft_vocab,
                                   top_k=top_k, ban=ban, banned_tokens=banned_tokens, **where)
 
     def reference() -> Verdict:
-        if isinstance(noise, CoupledNoise) and not top_k and top_p is None:  # only reduces over the vocabulary
+        # only reduces over the vocabulary
+        if isinstance(noise, CoupledNoise) and not top_k and top_p is None:
             return run(*args)
-        scores, q = (x if x is None else whole_vocabulary(policy.layout, x) for x in (logits, draft_log_q))
+        scores, q = (x if x is None else whole_vocabulary(policy.layout, x)
+                     for x in (logits, draft_log_q))
         return run(scores, draft_tokens, q, *args[3:])
 
     def kernel() -> Verdict:
@@ -170,7 +189,8 @@ def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
                                                           "vocab" if draft_vocab is None else None)
         tokens, noises, temperatures, bans = rows
         split = jax.shard_map(partial(run, implementation=policy.kernels, axis=_axes(scores[2])),
-                              in_specs=(scores, tokens, q, noises, temperatures, PartitionSpec(), bans),
+                              in_specs=(scores, tokens, q, noises, temperatures, PartitionSpec(),
+                                        bans),
                               out_specs=Verdict(*(PartitionSpec(scores[0]),) * 4), check_vma=False)
         return split(*args)
 

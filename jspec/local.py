@@ -1,7 +1,9 @@
-"""Runs N processes of one jspec program on this machine: `python -m jspec.local N ARGUMENTS OF jspec...`.
+"""Runs N processes of one jspec program on this machine:
+`python -m jspec.local N ARGUMENTS OF jspec...`.
 
-Process 0 has the terminal; what the others print goes to stderr behind their number. SIGINT and SIGTERM are passed on
-to all. When one process fails, it is named, the others are stopped, and the exit code is that of the one that failed.
+Process 0 has the terminal; what the others print goes to stderr behind their number. SIGINT and
+SIGTERM are passed on to all. When one process fails, it is named, the others are stopped, and the
+exit code is that of the one that failed.
 """
 
 import os
@@ -17,11 +19,13 @@ from collections.abc import Sequence
 
 from jspec.progress import say
 
-GRACE_S = 5.0  # from the first failure to SIGKILL: the others may hang in a collective that will never finish
+# from the first failure to SIGKILL: the others may hang in a collective that will never finish
+GRACE_S = 5.0
 
 
 def run(count: int, command: Sequence[str]) -> int:
-    """Runs `command` in `count` processes that know each other; returns the exit code (128 + n for signal n)."""
+    """Runs `command` in `count` processes that know each other; returns the exit code (128 + n for
+    signal n)."""
     address = f"127.0.0.1:{_free_port()}"
     processes = [_start(index, count, address, command) for index in range(count)]
     relays = [threading.Thread(target=_relay, args=(index, process.stdout), daemon=True)
@@ -37,10 +41,12 @@ def run(count: int, command: Sequence[str]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward)
+                for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = _wait(processes, asked)
-        for relay in relays:  # what the processes said last; a grandchild may hold the pipe open for longer
+        # what the processes said last; a grandchild may hold the pipe open for longer
+        for relay in relays:
             relay.join(timeout=5)
         return code
     finally:
@@ -64,16 +70,19 @@ def _start(index: int, count: int, address: str, command: Sequence[str]) -> subp
     if _has_gpus(environment):
         environment["JAX_LOCAL_DEVICE_IDS"] = str(index)
     output = None if index == 0 else subprocess.PIPE
-    # If this process is killed, so are the others. Not by preexec_fn: to fork is unsafe once JAX has threads.
+    # If this process is killed, so are the others. Not by preexec_fn: to fork is unsafe once JAX
+    # has threads.
     prefix = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     # A session of its own: Ctrl-C in the terminal must reach a process once, by way of `forward`.
-    return subprocess.Popen([*prefix, *command], env=environment, stdout=output, stdin=subprocess.DEVNULL,
+    return subprocess.Popen([*prefix, *command], env=environment, stdout=output,
+                            stdin=subprocess.DEVNULL,
                             stderr=subprocess.STDOUT if output else None, start_new_session=True)
 
 
 def _has_gpus(environment) -> bool:
     platforms = environment.get("JAX_PLATFORMS", "")
-    return os.path.exists("/dev/nvidia0") and (not platforms or "cuda" in platforms or "gpu" in platforms)
+    return (os.path.exists("/dev/nvidia0")
+            and (not platforms or "cuda" in platforms or "gpu" in platforms))
 
 
 def _relay(index: int, stream) -> None:
@@ -99,7 +108,8 @@ def _wait(processes: Sequence[subprocess.Popen], asked: Sequence[int]) -> int:
 
 
 def _first_failure(codes: Sequence[int | None], asked: Sequence[int]) -> int:
-    """The exit code of what failed, 0 for nothing. Says which it was, unless it said itself what is wrong (2)."""
+    """The exit code of what failed, 0 for nothing. Says which it was, unless it said itself what is
+    wrong (2)."""
     failed = [(index, code) for index, code in enumerate(codes) if code]
     # of several that ended together, one that was killed is the reason why the others failed
     index, code = min(failed, key=lambda pair: pair[1] > 0, default=(0, 0))

@@ -1,4 +1,5 @@
-"""Where results go: files that are tried before the work begins, and a console whose reader may leave."""
+"""Where results go: files that are tried before the work begins, and a console whose reader may
+leave."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from jspec.errors import InputError
 
 
 class Output:
-    """A file to write a result to, whole or not at all. That it can be written is known since it was opened."""
+    """A file to write a result to, whole or not at all. That it can be written is known since it
+    was opened."""
 
     def __init__(self, path: str | Path, option: str) -> None:
         self.option, self.path = option, Path(path)
@@ -23,14 +25,16 @@ class Output:
             self.path = self.path.expanduser().resolve()  # a link stays one
             if self.path.is_dir():
                 raise InputError(f"{option} {path} is a directory; name a file in it")
-            self.special = self.path.exists() and not self.path.is_file()  # /dev/stdout, a pipe: written as it is
+            # /dev/stdout, a pipe: written as it is
+            self.special = self.path.exists() and not self.path.is_file()
             if self.special:
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.unlink(self._temporary())
 
     def write(self, data: str | bytes) -> None:
-        """Put `data` there in place of what was there. Raises InputError where that has become impossible."""
+        """Put `data` there in place of what was there. Raises InputError where that has become
+        impossible."""
         data = data.encode() if isinstance(data, str) else data
         with self._explained():
             if self.special:
@@ -60,23 +64,26 @@ class Output:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:  # no such user, a NUL in a name, a loop of links
+        except (OSError, ValueError, RuntimeError) as error:
+            # no such user, a NUL in a name, a loop of links
             if isinstance(error, InputError):
                 raise
             reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             if isinstance(error, FileExistsError | NotADirectoryError):
                 reason = "what should be its folder is a file"
-            raise InputError(f"{self.option} {self.path} cannot be written: {reason}; name another file") from None
+            raise InputError(f"{self.option} {self.path} cannot be written: {reason}; name another "
+                             "file") from None
 
 
 def open_output(path: str | None, option: str) -> Output | None:
-    """The file that an option names, None where it names none. Raises InputError, before there is anything to lose, if
-    nothing can be written there. Folders that are missing are made."""
+    """The file that an option names, None where it names none. Raises InputError, before there is
+    anything to lose, if nothing can be written there. Folders that are missing are made."""
     return None if path is None else Output(path, option)
 
 
 def open_directory(path: str | Path, option: str) -> Path:
-    """A folder to write into, made where it is missing. Raises InputError if nothing can be written there."""
+    """A folder to write into, made where it is missing. Raises InputError if nothing can be written
+    there."""
     Output(Path(path) / "result", option)
     return Path(path).expanduser()
 
@@ -88,10 +95,11 @@ def _umask() -> int:
 
 
 def screen(**options: Any) -> PlainConsole:
-    """What a command prints to, options as rich has them. When nobody reads any more (`jspec eval ... | head`) it goes
-    quiet, and what else the command was asked for, such as a file, is still made. Of several processes the first one
-    prints."""
+    """What a command prints to, options as rich has them. When nobody reads any more
+    (`jspec eval ... | head`) it goes quiet, and what else the command was asked for, such as a
+    file, is still made. Of several processes the first one prints."""
     import jax  # what only writes files needs none
 
-    joined = jax.distributed.is_initialized()  # asked first: a device is not to be woken before it is needed
+    # asked first: a device is not to be woken before it is needed
+    joined = jax.distributed.is_initialized()
     return PlainConsole(lambda: None, quiet=joined and jax.process_index() > 0, **options)

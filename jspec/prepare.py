@@ -1,4 +1,5 @@
-"""From a configuration to what a run starts from: checks, tokenizer, policy, reference, draft, sampling."""
+"""From a configuration to what a run starts from: checks, tokenizer, policy, reference, draft,
+sampling."""
 
 from __future__ import annotations
 
@@ -48,45 +49,52 @@ def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     check_draft(config, model)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > model.max_position_embeddings:
-        raise InputError(f"data.max_prompt_tokens + sampling.max_new_tokens = {longest} is more than the model's "
-                         f"{model.max_position_embeddings} positions; lower one of them")
+        raise InputError(f"data.max_prompt_tokens + sampling.max_new_tokens = {longest} is more "
+                         f"than the model's {model.max_position_embeddings} positions; lower one "
+                         "of them")
     if k >= model.max_position_embeddings:
         raise InputError(f"speculation.k = {k} must be below the model's "
                          f"{model.max_position_embeddings} positions")
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):
-        raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; choose another "
-                         "output_dir, or checkpoint.resume=true to go on from them")
+        raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; "
+                         "choose another output_dir, or checkpoint.resume=true to go on from them")
 
 
 def check_unbiased(config: Config) -> None:
-    """Raise InputError if answers are not drawn from the distribution that the update takes them to be drawn from, the
-    policy's own at a temperature above 0, and the configuration does not say that this is known."""
+    """Raise InputError if answers are not drawn from the distribution that the update takes them to
+    be drawn from, the policy's own at a temperature above 0, and the configuration does not say
+    that this is known."""
     sampling = config.sampling
-    cuts = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1, "min_new_tokens": sampling.min_new_tokens > 0,
-            "temperature": sampling.temperature == 0}
+    cuts = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1,
+            "min_new_tokens": sampling.min_new_tokens > 0, "temperature": sampling.temperature == 0}
     named = [f"sampling.{name}={str(getattr(sampling, name)).removesuffix('.0')}"
              for name, holds in cuts.items() if holds]
     if named and not config.grpo.biased_sampling:
-        raise InputError(f"{', '.join(named)}: answers would be drawn from another distribution than the one whose "
-                         "gradient the update takes, which biases it; leave that out, or say grpo.biased_sampling=true")
+        raise InputError(f"{', '.join(named)}: answers would be drawn from another distribution "
+                         "than the one whose gradient the update takes, which biases it; leave "
+                         "that out, or say grpo.biased_sampling=true")
 
 
 def ends(config: Config, policy: ModelConfig, tokenizer: Any) -> str:
     """In words what ends an answer in a run, and how many ids have no token."""
-    stops = policy.stop_tokens if config.sampling.stop_tokens is None else config.sampling.stop_tokens
-    names = [token or str(i) for token, i in zip(tokenizer.convert_ids_to_tokens(list(stops)), stops, strict=True)]
+    stops = (policy.stop_tokens if config.sampling.stop_tokens is None
+             else config.sampling.stop_tokens)
+    names = [token or str(i)
+             for token, i in zip(tokenizer.convert_ids_to_tokens(list(stops)), stops, strict=True)]
     lacking = sum(stop - start for start, stop in policy.tokenless)
-    return (f"answers end with {', '.join(names)}" if names else "nothing but the cap ends an answer") + (
-        f", {lacking} ids without a token are never sampled" if lacking else "")
+    return ((f"answers end with {', '.join(names)}" if names else "nothing but the cap ends an "
+             "answer") + (f", {lacking} ids without a token are never sampled" if lacking else ""))
 
 
 def make_reference(config: Config, policy: Policy) -> Policy | None:
-    """A frozen copy of the first policy, or of its shape, in its compute dtype, if the objective has a KL term."""
+    """A frozen copy of the first policy, or of its shape, in its compute dtype, if the objective
+    has a KL term."""
     if not config.grpo.kl_weight:
         return None
     if isinstance(policy.weights["embed"], jax.ShapeDtypeStruct):
         return policy.replace(weights=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, policy.dtype, sharding=x.sharding), policy.weights))
+            lambda x: jax.ShapeDtypeStruct(x.shape, policy.dtype, sharding=x.sharding),
+            policy.weights))
     # `+ 0` makes a buffer of its own: the policy's is donated
     copy = jax.jit(lambda weights: jax.tree.map(lambda x: (x + 0).astype(policy.dtype), weights),
                    out_shardings=jax.tree.map(lambda x: x.sharding, policy.weights))
@@ -94,7 +102,8 @@ def make_reference(config: Config, policy: Policy) -> Policy | None:
 
 
 def make_draft(config: AnyConfig, policy: Policy) -> Draft | None:
-    """The draft before the first step: fresh, or from `draft.path`. Raises InputError if it does not fit the policy."""
+    """The draft before the first step: fresh, or from `draft.path`. Raises InputError if it does
+    not fit the policy."""
     section = config.draft
     if section.name == "none":
         return None
@@ -102,21 +111,23 @@ def make_draft(config: AnyConfig, policy: Policy) -> Draft | None:
     if section.path is not None:
         draft = load_draft(policy, section.path, drafter)
         if draft.name != drafter.name:
-            raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.name}, and draft.name "
-                             f"is {section.name}; set draft.name={draft.name}")
+            raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.name}, "
+                             f"and draft.name is {section.name}; set draft.name={draft.name}")
         return draft
     key = purpose_key(config.seed, DRAFT_KEY)
     return fresh_draft(policy, key, drafter, section.options or {}, "draft.options")
 
 
 def named_drafter(config: AnyConfig) -> Drafter:
-    """The drafter that `draft.name` names; a user's own file is run. Raises InputError where there is none."""
+    """The drafter that `draft.name` names; a user's own file is run. Raises InputError where there
+    is none."""
     return find(config.draft.name, f"draft.name={config.draft.name!r}")
 
 
 def check_draft(config: AnyConfig, model: ModelConfig) -> Draft | None:
-    """The draft before the first step with `jax.ShapeDtypeStruct`s for weights that nobody has trained. Raises
-    InputError for options that a fresh draft refuses, or a trained one that is not there or does not fit."""
+    """The draft before the first step with `jax.ShapeDtypeStruct`s for weights that nobody has
+    trained. Raises InputError for options that a fresh draft refuses, or a trained one that is not
+    there or does not fit."""
     section, shape = config.draft, abstract_policy(model)
     if section.path is not None:
         return make_draft(config, shape)
@@ -131,27 +142,32 @@ def make_state(config: Config, policy: Policy) -> TrainState:
 
 
 def make_state_specs(config: Config, shape: Policy) -> TrainState:
-    """A run's state as `jax.ShapeDtypeStruct`s, each with its sharding: what it is restored to, compiled for and what a
-    checkpoint has to have room for, before any weights are read. shape: see `BaseModel.shape`."""
+    """A run's state as `jax.ShapeDtypeStruct`s, each with its sharding: what it is restored to,
+    compiled for and what a checkpoint has to have room for, before any weights are read. shape: see
+    `BaseModel.shape`."""
     return state_specs(shape, check_draft(config, shape.config), UpdateSettings.of(config))
 
 
-def fresh_draft(policy: Policy, key: jax.Array, drafter: Drafter, options: Mapping[str, Any], label: str) -> Draft:
-    """A draft with weights that nobody trained. Raises InputError, which begins with `label`, for options that its
-    drafter does not have or refuses."""
+def fresh_draft(policy: Policy, key: jax.Array, drafter: Drafter, options: Mapping[str, Any],
+                label: str) -> Draft:
+    """A draft with weights that nobody trained. Raises InputError, which begins with `label`, for
+    options that its drafter does not have or refuses."""
     _, _, *known = inspect.signature(drafter.init).parameters  # after policy and key
     for option in options.keys() - set(known):
-        raise InputError(f"{label}.{option}: {drafter.name} has no such option, but {', '.join(known) or 'none at all'}"
-                         "; remove it")
+        raise InputError(f"{label}.{option}: {drafter.name} has no such option, but "
+                         f"{', '.join(known) or 'none at all'}; remove it")
     try:
         return constructor(drafter)(policy, key, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"{label}: {error}") from error
 
 
-def check_fresh_draft(shape: Policy, drafter: Drafter, options: Mapping[str, Any], label: str) -> Draft:
-    """`fresh_draft` without computing anything: the draft with `jax.ShapeDtypeStruct`s. Raises as that does."""
-    return jax.eval_shape(lambda policy: fresh_draft(policy, purpose_key(0, DRAFT_KEY), drafter, options, label), shape)
+def check_fresh_draft(shape: Policy, drafter: Drafter, options: Mapping[str, Any],
+                      label: str) -> Draft:
+    """`fresh_draft` without computing anything: the draft with `jax.ShapeDtypeStruct`s. Raises as
+    that does."""
+    return jax.eval_shape(lambda policy: fresh_draft(policy, purpose_key(0, DRAFT_KEY), drafter,
+                                                     options, label), shape)
 
 
 def make_tokenizer(config: AnyConfig) -> Any:
@@ -160,7 +176,8 @@ def make_tokenizer(config: AnyConfig) -> Any:
 
 
 def make_policy(config: AnyConfig, tokenizer: Any) -> Policy:
-    """The policy before the first step, with this tokenizer's ids and ends. Raises as `BaseModel.policy` does."""
+    """The policy before the first step, with this tokenizer's ids and ends. Raises as
+    `BaseModel.policy` does."""
     return with_tokenizer(BaseModel.of(config).policy(), tokenizer)
 
 

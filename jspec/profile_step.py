@@ -1,6 +1,8 @@
-"""`jspec profile`: a training step, compiled as `jspec train` compiles it, timed, traced and split into phases.
+"""`jspec profile`: a training step, compiled as `jspec train` compiles it, timed, traced and split
+into phases.
 
-A draft that is trained at every n-th step has its n-th part in the figures: they are means over n steps.
+A draft that is trained at every n-th step has its n-th part in the figures: they are means over n
+steps.
 """
 
 import dataclasses
@@ -82,23 +84,24 @@ class Profiled:
 
     def take(self, clock: Clock) -> tuple["Profiled", Taken]:
         """Returns (the step after it, what this one did)."""
-        state, taken = self.step.take(self.state, self.reference, self.prompts, clock, choose=lambda *_: self.k,
-                                      grade=in_turn)
+        state, taken = self.step.take(self.state, self.reference, self.prompts, clock,
+                                      choose=lambda *_: self.k, grade=in_turn)
         return dataclasses.replace(self, state=state), taken
 
 
 def in_turn(out: Rollout) -> Grades:
-    """Rewards are the host's work and no part of a profile: here they are 1 and 0 in turn, so that every token is
-    trained."""
+    """Rewards are the host's work and no part of a profile: here they are 1 and 0 in turn, so that
+    every token is trained."""
     return Grades(np.resize(np.float32([1, 0]), out.lengths.shape), {}, "")
 
 
 def compile_step(config: Config, mesh: Mesh) -> Profiled:
-    """The step of a configuration, compiled as the training loop compiles it for its first prompts. Weights are read
-    when all has compiled; but with k=auto what cycles cost is measured first."""
+    """The step of a configuration, compiled as the training loop compiles it for its first prompts.
+    Weights are read when all has compiled; but with k=auto what cycles cost is measured first."""
     base = BaseModel.of(config)
     check(config, mesh, base)
-    prompts = collate(config, next(PromptData(config.data, base.tokenizer, seed=config.seed)), seed_key(config.seed))
+    prompts = collate(config, next(PromptData(config.data, base.tokenizer, seed=config.seed)),
+                      seed_key(config.seed))
     specs = make_state_specs(config, base.shape)
     step = declared(config, specs)
     k, policy = step.speculation.k, None
@@ -111,7 +114,8 @@ def compile_step(config: Config, mesh: Mesh) -> Profiled:
         with telling(f"compiling {name}"):
             return program.lower(*arguments).compile()
 
-    step, programs = compiled(step, specs, make_reference(config, specs.policy), prompts, k, compile)
+    step, programs = compiled(step, specs, make_reference(config, specs.policy), prompts, k,
+                              compile)
     policy = policy or load(base)
     reference = make_reference(config, policy)
     return Profiled(step, programs, make_state(config, policy), reference, prompts, k)
@@ -129,7 +133,8 @@ def profile(config: Config, directory: Path) -> int:
     clock = Clock()
     with session(config.log_level) as opened:
         console = screen(width=None if sys.stdout.isatty() else 120)
-        # else a program that was kept may come back with the scopes of the source that it was compiled from
+        # else a program that was kept may come back with the scopes of the source that it was
+        # compiled from
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
         mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
         profiled = compile_step(config, mesh)
@@ -149,7 +154,8 @@ def profile(config: Config, directory: Path) -> int:
         known = {}
         for name, program in programs.items():
             text = program.as_text()
-            known[module_name(text)] = phases_of_program(text, name if name in SCOPES else f"{name}, rest")
+            known[module_name(text)] = phases_of_program(text, name if name in SCOPES
+                                                         else f"{name}, rest")
         spans = spans_by_phase(directory, known)
         perfetto = name_phases(directory, spans)
     phases = {phase: length(found) / 1e9 / period for phase, found in spans.items()}
@@ -158,26 +164,30 @@ def profile(config: Config, directory: Path) -> int:
     report(console, config, seconds, phases, memory, tokens, updates, period)
     record = {"seconds": seconds, "memory_bytes": memory, "tokens": tokens, "updates": updates,
               "draft_share_of_update": draft_share(phases),
-              "phases": [dataclasses.asdict(phase) | {"seconds": spent} for phase, spent in phases.items()]}
+              "phases": [dataclasses.asdict(phase) | {"seconds": spent}
+                         for phase, spent in phases.items()]}
     (directory / "profile.json").write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"Perfetto (ui.perfetto.dev; the phases are its first tracks): {perfetto}\n"
                   f"XProf (pip install xprof): xprof {directory}", soft_wrap=True, markup=False)
     return 0
 
 
-def report(console: Console, config: Config, seconds: Mapping[str, float], phases: Mapping[Phase, float],
+def report(console: Console, config: Config, seconds: Mapping[str, float],
+           phases: Mapping[Phase, float],
            memory: Mapping[str, Mapping[str, int]], tokens: int, updates: int, period: int) -> None:
-    """Prints seconds of the step's programs, of the phases in them, and their memory: means over `period` steps."""
+    """Prints seconds of the step's programs, of the phases in them, and their memory: means over
+    `period` steps."""
     rows = config.data.prompts_per_step * config.data.group_size
-    console.print(f"One step of {config.model.name}: {rows} rows, {tokens} new tokens, draft {config.draft.name}, "
-                  f"k = {config.speculation.k}. Rewards are not part of it.", highlight=False)
+    console.print(f"One step of {config.model.name}: {rows} rows, {tokens} new tokens, draft "
+                  f"{config.draft.name}, k = {config.speculation.k}. Rewards are not part of it.",
+                  highlight=False)
     if period > 1:
         console.print(f"Means over {period} steps: the draft learns at one.", highlight=False)
     step = sum(seconds.values())
     table = Table("program", "seconds", "share", title="timed, without the profiler")
     for name, spent in seconds.items():
-        table.add_row(f"{updates} updates" if name == "update" and updates > 1 else name, f"{spent:.3f}",
-                      f"{spent / step:.1%}")
+        table.add_row(f"{updates} updates" if name == "update" and updates > 1 else name,
+                      f"{spent:.3f}", f"{spent / step:.1%}")
     table.add_row("whole step", f"{step:.3f}", "", style="bold")
     console.print(right_justified(table))
     console.print(right_justified(phase_table(phases)))
@@ -224,7 +234,8 @@ def loop_table(phases: Mapping[Phase, float]) -> Table:
 
 def draft_share(phases: Mapping[Phase, float]) -> float:
     """The draft's part of the seconds in which policy and draft learn."""
-    learning = {phase: spent for phase, spent in phases.items() if phase.name.split(",")[0] in LEARNING}
+    learning = {phase: spent
+                for phase, spent in phases.items() if phase.name.split(",")[0] in LEARNING}
     of_draft = sum(spent for phase, spent in learning.items() if phase.name.startswith("draft"))
     return of_draft / sum(learning.values())
 

@@ -1,7 +1,8 @@
 """Where a step's time and memory go: traces, and seconds by phase read from them.
 
-A phase is a `jax.named_scope`. XLA keeps the scope of every operation in the compiled program, and the profiler tells
-which operation ran when; the two are joined by the operation's name. The same on CPU, GPU and TPU.
+A phase is a `jax.named_scope`. XLA keeps the scope of every operation in the compiled program, and
+the profiler tells which operation ran when; the two are joined by the operation's name. The same on
+CPU, GPU and TPU.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ MEANING = {
     "pause": "the youngest rows' blocks to host memory, where the pool runs out",
     "resume": "and back",
     "admit": "slots, and what they share of their prompts, given to sequences that wait",
-    "decode": "blocks for rows that grow, rows moved together, the loop's test, and what the loop copies",
+    "decode": "blocks for rows that grow, rows moved together, the loop's test, and what the loop "
+    "copies",
     "collect": "the answers out of the rows",
     "remember": "what the drafter keeps of the rollout",
     "policy_loss": "the policy's loss on the answers",
@@ -42,20 +44,25 @@ MEANING = {
     "draft_optimizer": "the same of the draft",
     "rest": "what of that program belongs to no phase",
 }
-SCOPES = tuple(name for name in MEANING if name != "rest")  # the innermost first: all of decoding lies in "decode"
+# the innermost first: all of decoding lies in "decode"
+SCOPES = tuple(name for name in MEANING if name != "rest")
 PARTS = ("attention", "mlp", "head", "token_logprobs")
 OTHER = "other operations"
-BETWEEN_OPERATIONS_NS = 20_000.0  # what XLA needs to start the next one; a phase's track shows no hole there
+# what XLA needs to start the next one; a phase's track shows no hole there
+BETWEEN_OPERATIONS_NS = 20_000.0
 _LOOP = re.compile(r"loop_(\d+)")  # of the chain, by its rows
 # containers, whose time is that of what is in them, and what never runs
-_NO_WORK = {"while", "call", "conditional", "async-start", "async-done", "parameter", "tuple", "get-tuple-element"}
+_NO_WORK = {"while", "call", "conditional", "async-start", "async-done", "parameter", "tuple",
+            "get-tuple-element"}
 
 
 @contextlib.contextmanager
 def trace(directory: Path) -> Iterator[None]:
-    """Traces what runs inside, for XProf (`xprof DIRECTORY`) and Perfetto (ui.perfetto.dev: perfetto_trace.json.gz)."""
+    """Traces what runs inside, for XProf (`xprof DIRECTORY`) and Perfetto (ui.perfetto.dev:
+    perfetto_trace.json.gz)."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's own calls would slow the host down and bury the operations
+    # Python's own calls would slow the host down and bury the operations
+    options.python_tracer_level = 0
     with jax.profiler.trace(str(directory), create_perfetto_trace=True, profiler_options=options):
         yield
 
@@ -65,7 +72,8 @@ class Phase:
     """A phase of a step.
 
     Attributes:
-      part: what inside it, such as attention, or empty. loop: the rows of the decode loop that it is in, 0 outside.
+      part: what inside it, such as attention, or empty. loop: the rows of the decode loop that it
+        is in, 0 outside.
     """
 
     name: str
@@ -74,7 +82,8 @@ class Phase:
 
 
 def phase_of(op_name: str) -> Phase:
-    """The phase of an operation by its scopes, such as 'jit(update)/policy_loss/transpose(jvp(trunk))/mlp/dot'."""
+    """The phase of an operation by its scopes, such as
+    'jit(update)/policy_loss/transpose(jvp(trunk))/mlp/dot'."""
     scopes = re.split(r"[/();]+", op_name)
     name = next((scope for scope in SCOPES if scope in scopes), OTHER)
     if name == "decode":
@@ -87,10 +96,12 @@ def phase_of(op_name: str) -> Phase:
 
 
 def phases_of_program(hlo: str, default: str = OTHER) -> dict[str, Phase]:
-    """The phase of every operation in a compiled program's text (`compiled.as_text()`), containers left out.
+    """The phase of every operation in a compiled program's text (`compiled.as_text()`), containers
+    left out.
 
-    An operation that XLA made itself, without a scope, belongs with what is fused into it, else with the nearest of the
-    operations that it reads and that read it, else with the loop that it is in, else to `default`.
+    An operation that XLA made itself, without a scope, belongs with what is fused into it, else
+    with the nearest of the operations that it reads and that read it, else with the loop that it is
+    in, else to `default`.
     """
     found = instructions(hlo)
     neighbours: dict[str, list[str]] = {name: list(one.operands) for name, one in found.items()}
@@ -105,12 +116,14 @@ def phases_of_program(hlo: str, default: str = OTHER) -> dict[str, Phase]:
             inside.setdefault(one.computation, phase_of(one.scope))
 
     def own_phase(one: Instruction) -> Phase | None:
-        if one.opcode == "parameter":  # its scope is that of whatever else is computed from the argument
+        # its scope is that of whatever else is computed from the argument
+        if one.opcode == "parameter":
             return None
         phase = phase_of(one.scope)
         if phase.name != OTHER:
             return phase
-        return next((inside[called] for called in one.called if one.opcode == "fusion" and called in inside), None)
+        return next((inside[called] for called in one.called
+                     if one.opcode == "fusion" and called in inside), None)
 
     own = {name: own_phase(one) for name, one in found.items()}
 
@@ -120,28 +133,30 @@ def phases_of_program(hlo: str, default: str = OTHER) -> dict[str, Phase]:
             for other in level:
                 if own[other] is not None:
                     return own[other]
-            level = list(dict.fromkeys(other for one in level for other in neighbours[one] if other in found
-                                       and other not in seen))
+            level = list(dict.fromkeys(other for one in level for other in neighbours[one]
+                                       if other in found and other not in seen))
             seen.update(level)
         above = caller.get(found[name].computation)
         return None if above is None else nearest(above)
 
-    return {name: nearest(name) or Phase(default, phase_of(one.scope).part) for name, one in found.items()
-            if one.opcode not in _NO_WORK}
+    return {name: nearest(name) or Phase(default, phase_of(one.scope).part)
+            for name, one in found.items() if one.opcode not in _NO_WORK}
 
 
 Spans = list[tuple[float, float]]
 """(beginning, end) of stretches of time, in nanoseconds since the trace began."""
 
 
-def spans_by_phase(directory: Path, programs: Mapping[str, Mapping[str, Phase]]) -> dict[Phase, Spans]:
-    """When operations of each phase ran, from the newest trace under `directory`: stretches in order, apart.
+def spans_by_phase(directory: Path,
+                   programs: Mapping[str, Mapping[str, Phase]]) -> dict[Phase, Spans]:
+    """When operations of each phase ran, from the newest trace under `directory`: stretches in
+    order, apart.
 
     Args:
       programs: for each program traced, by its XLA module's name, what `phases_of_program` gives.
 
-    Operations that run at the same time, on several threads or streams, count once. Of several devices the busiest is
-    told; waiting is nobody's.
+    Operations that run at the same time, on several threads or streams, count once. Of several
+    devices the busiest is told; waiting is nobody's.
     """
     devices = []
     for plane in jax.profiler.ProfileData.from_file(str(newest(directory, "*.xplane.pb"))).planes:
@@ -161,8 +176,8 @@ def newest(directory: Path, pattern: str) -> Path:
 
 
 def name_phases(directory: Path, spans: Mapping[Phase, Spans]) -> Path:
-    """Writes the phases and the decode loops into the newest Perfetto trace under `directory`, a track for each.
-    Returns its path.
+    """Writes the phases and the decode loops into the newest Perfetto trace under `directory`, a
+    track for each. Returns its path.
 
     Operations have no scopes there, and those of a CPU in no other view either.
     """
@@ -179,8 +194,10 @@ def name_phases(directory: Path, spans: Mapping[Phase, Spans]) -> Path:
     added = [{"ph": "M", "pid": process, "name": "process_name", "args": {"name": "phases"}},
              {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": -1}}]
     for track, (name, found) in enumerate(tracks.items()):
-        added += [{"ph": "M", "pid": process, "tid": track, "name": "thread_name", "args": {"name": name}},
-                  {"ph": "M", "pid": process, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}}]
+        added += [{"ph": "M", "pid": process, "tid": track, "name": "thread_name",
+                   "args": {"name": name}},
+                  {"ph": "M", "pid": process, "tid": track, "name": "thread_sort_index",
+                   "args": {"sort_index": track}}]
         added += [{"ph": "X", "pid": process, "tid": track, "name": name, "ts": start / 1e3,
                    "dur": (end - start) / 1e3}
                   for start, end in _joined(itertools.chain(*found), gap=BETWEEN_OPERATIONS_NS)]
@@ -190,7 +207,8 @@ def name_phases(directory: Path, spans: Mapping[Phase, Spans]) -> Path:
 
 
 def meaning(name: str) -> str:
-    """What a phase of that name is, for people; 'update, rest' and 'policy_loss, forward' are names too."""
+    """What a phase of that name is, for people; 'update, rest' and 'policy_loss, forward' are names
+    too."""
     first, _, rest = name.partition(", ")
     return MEANING.get("rest" if rest == "rest" else first, "")
 
@@ -203,7 +221,8 @@ def loop_name(rows: int) -> str:
 def in_order(phase: Phase) -> tuple[int, bool, str]:
     """Phases as a step goes through them."""
     name = phase.name.split(",")[0]
-    return (SCOPES.index(name) if name in SCOPES else len(SCOPES)), "backward" in phase.name, phase.name
+    return ((SCOPES.index(name) if name in SCOPES else len(SCOPES)), "backward" in phase.name,
+            phase.name)
 
 
 def _phase_of_event(event: Any, programs: Mapping[str, Mapping[str, Phase]]) -> Phase | None:
@@ -238,8 +257,10 @@ def module_name(hlo: str) -> str:
 
 
 def memory_of(compiled: Any) -> dict[str, int]:
-    """Bytes that a compiled program needs on each device; `peak` is all of it, donated arguments counted once."""
+    """Bytes that a compiled program needs on each device; `peak` is all of it, donated arguments
+    counted once."""
     stats = compiled.memory_analysis()
     made = {"arguments": stats.argument_size_in_bytes, "results": stats.output_size_in_bytes,
             "donated": stats.alias_size_in_bytes, "temporaries": stats.temp_size_in_bytes}
-    return made | {"peak": made["arguments"] + made["results"] - made["donated"] + made["temporaries"]}
+    return (made
+            | {"peak": made["arguments"] + made["results"] - made["donated"] + made["temporaries"]})

@@ -1,4 +1,5 @@
-"""What a command is doing, on stderr: a moving line with its seconds on a terminal, lines in a log."""
+"""What a command is doing, on stderr: a moving line with its seconds on a terminal, lines in a
+log."""
 
 from __future__ import annotations
 
@@ -10,12 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from jspec.console import PlainConsole
 
 AFTER_S, EVERY_S = 2.0, 30.0
-"""In a log, seconds until the first line, for what is done or fails at once needs none, and from one to the next."""
+"""In a log, seconds until the first line, for what is done or fails at once needs none, and from
+one to the next."""
 
 
 @functools.cache
@@ -41,13 +50,15 @@ def telling(what: str, total: int | None = None) -> Iterator[Callable[..., None]
     """
     import jax  # the launcher of local processes, which only says things, needs none
 
-    if jax.distributed.is_initialized() and jax.process_index() > 0:  # not to wake a device before it is needed
+    # not to wake a device before it is needed
+    if jax.distributed.is_initialized() and jax.process_index() > 0:
         yield lambda parts=1: None
     elif stderr().is_terminal:
         counts = [] if total is None else [BarColumn(), MofNCompleteColumn()]
-        # what is printed meanwhile goes above the line, unless it goes elsewhere: then it must stay there
-        with Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), *counts, TimeElapsedColumn(),
-                      console=stderr(), transient=True, refresh_per_second=4,
+        # what is printed meanwhile goes above the line, unless it goes elsewhere: then it must stay
+        # there
+        with Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), *counts,
+                      TimeElapsedColumn(), console=stderr(), transient=True, refresh_per_second=4,
                       redirect_stdout=sys.stdout.isatty()) as bar:
             task = bar.add_task(what, total=total)
             yield lambda parts=1: bar.advance(task, parts)

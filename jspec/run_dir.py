@@ -1,4 +1,5 @@
-"""A run's output_dir, read without training: its configuration, and policy, draft and plan of its latest checkpoint."""
+"""A run's output_dir, read without training: its configuration, and policy, draft and plan of its
+latest checkpoint."""
 
 from __future__ import annotations
 
@@ -22,15 +23,16 @@ from jspec.output_dir import brief, written
 from jspec.rl.state import draft_specs
 from jspec.settings import Override, refuse_changes, to_yaml
 
-FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile", "reward.workers",
-                  "rollout", "speculation.kernels", "grpo.learning_rate", "grpo.clip", "grpo.max_skipped",
-                  "draft.learning_rate", "draft.clip")
-"""What a run may be resumed with another value of: what decides nothing that it computes, and what a run whose updates
-are not finite has to be rescued with."""
+FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile",
+                  "reward.workers", "rollout", "speculation.kernels", "grpo.learning_rate",
+                  "grpo.clip", "grpo.max_skipped", "draft.learning_rate", "draft.clip")
+"""What a run may be resumed with another value of: what decides nothing that it computes, and what
+a run whose updates are not finite has to be rescued with."""
 
 
 def keep_config(config: Config) -> None:
-    """Refuse to go on from checkpoints under another configuration. Without any, this one is the run's from now on.
+    """Refuse to go on from checkpoints under another configuration. Without any, this one is the
+    run's from now on.
 
     Raises InputError naming the key, and what it was.
     """
@@ -49,7 +51,8 @@ def keep_config(config: Config) -> None:
 
 
 def run_config(run_dir: str | Path, overrides: Sequence[Override] = ()) -> Config:
-    """The configuration of a run, with overrides (`settings.read`). Raises InputError if the directory is not one."""
+    """The configuration of a run, with overrides (`settings.read`). Raises InputError if the
+    directory is not one."""
     path = Path(run_dir) / "config.yaml"
     if not path.exists():
         raise InputError(f"{run_dir} is not the output_dir of a run: it has no config.yaml")
@@ -57,23 +60,27 @@ def run_config(run_dir: str | Path, overrides: Sequence[Override] = ()) -> Confi
 
 
 def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
-    """Items of a run's latest checkpoint. Raises InputError if there is none, or it cannot be read."""
+    """Items of a run's latest checkpoint. Raises InputError if there is none, or it cannot be
+    read."""
     directory = Path(run_dir).absolute() / "checkpoints"
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file, and a folder of checkpoints is needed there; give another run")
+        raise InputError(f"{directory} is a file, and a folder of checkpoints is needed there; "
+                         "give another run")
     if not has_checkpoints(run_dir):
         raise InputError(f"{run_dir} has no checkpoint yet; train with it first")
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(directory,
+                               options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()
         folder = directory / str(step)
         reason = checksums.damage(folder, tuple(items)) if checksums.known(folder) else ""
         try:
-            restored = {} if reason else dict(manager.restore(step, args=ocp.args.Composite(**items)))
+            restored = ({} if reason
+                        else dict(manager.restore(step, args=ocp.args.Composite(**items))))
         except Exception as error:  # as above
             reason = brief(error)
     if reason:
-        raise InputError(f"the checkpoint {folder} cannot be read ({reason}); move it away, and the one before it is "
-                         "taken")
+        raise InputError(f"the checkpoint {folder} cannot be read ({reason}); move it away, and "
+                         "the one before it is taken")
     return restored
 
 
@@ -86,22 +93,22 @@ def _meta(run_dir: str | Path) -> dict:
 
 
 def data_position(run_dir: str | Path) -> dict:
-    """Where a run's latest checkpoint stands in its data, as `PromptData.restore` takes it. Raises as `load_policy`
-    does."""
+    """Where a run's latest checkpoint stands in its data, as `PromptData.restore` takes it. Raises
+    as `load_policy` does."""
     return _meta(run_dir)["data"]
 
 
 def run_plan(run_dir: str | Path) -> Plan:
-    """What a run with speculation.k=auto drafts, as of its latest checkpoint; without one, or in another run, nothing
-    is chosen. Raises InputError if it cannot be read."""
+    """What a run with speculation.k=auto drafts, as of its latest checkpoint; without one, or in
+    another run, nothing is chosen. Raises InputError if it cannot be read."""
     fields = _meta(run_dir).get("plan") if has_checkpoints(run_dir) else None
     with meaning(run_dir):
         return Plan.from_json(fields) if fields else Plan()
 
 
 def policy_shape(run_dir: str | Path, dtype: str | None = None) -> Policy:
-    """The policy of a run's latest checkpoint with `jax.ShapeDtypeStruct`s for weights. Arguments and errors are those
-    of `load_policy`."""
+    """The policy of a run's latest checkpoint with `jax.ShapeDtypeStruct`s for weights. Arguments
+    and errors are those of `load_policy`."""
     run_config(run_dir)
     meta = _meta(run_dir)
     with meaning(run_dir):
@@ -109,7 +116,8 @@ def policy_shape(run_dir: str | Path, dtype: str | None = None) -> Policy:
 
 
 def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
-    """The policy of a run's latest checkpoint, in the training layout, on the mesh of `jax.set_mesh` if there is one.
+    """The policy of a run's latest checkpoint, in the training layout, on the mesh of
+    `jax.set_mesh` if there is one.
 
     Args:
       run_dir: a run's output_dir.
@@ -125,15 +133,16 @@ def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
 def load_draft(run_dir: str | Path, drafter: Drafter | None = None) -> Draft | None:
     """The draft of a run's latest checkpoint, or None if the run had none.
 
-    drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`). Raises as `load_policy` does, and
-    InputError for a draft of another drafter: no file is run because a checkpoint names it.
+    drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`). Raises as
+    `load_policy` does, and InputError for a draft of another drafter: no file is run because a
+    checkpoint names it.
     """
     if run_config(run_dir).draft.name == "none":
         return None
     meta = _meta(run_dir)
     if "draft" not in meta:
-        raise InputError(f"the draft of {run_dir} was saved by an earlier jspec, which did not say what it was; train "
-                         "it anew")
+        raise InputError(f"the draft of {run_dir} was saved by an earlier jspec, which did not say "
+                         "what it was; train it anew")
     with meaning(run_dir):
         fields, name = dict(meta["draft"]["config"]), drafter_name(meta["draft"])
     try:
@@ -143,7 +152,8 @@ def load_draft(run_dir: str | Path, drafter: Drafter | None = None) -> Draft | N
     with meaning(run_dir):
         config = config_from_fields(drafter, {**fields, "policy": meta["model"]})
         draft = Draft(weights={}, state={}, config=config, drafter=drafter)
-        state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(tuple(s["shape"]), s["dtype"]), meta["draft"]["state"],
+        state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(tuple(s["shape"]), s["dtype"]),
+                             meta["draft"]["state"],
                              is_leaf=lambda s: isinstance(s, dict) and "shape" in s)
     specs = draft_specs(draft.replace(state=state))
     if not jax.tree.leaves(specs):
@@ -154,11 +164,13 @@ def load_draft(run_dir: str | Path, drafter: Drafter | None = None) -> Draft | N
 
 def load_run(run_dir: str | Path, overrides: Sequence[Override] = (), dtype: str | None = None,
              drafter: Drafter | None = None) -> tuple:
-    """(Config, Policy, Draft or None) of a run's latest checkpoint; see `load_policy`, `load_draft` and `run_config`.
+    """(Config, Policy, Draft or None) of a run's latest checkpoint; see `load_policy`, `load_draft`
+    and `run_config`.
 
     Raises InputError for a draft that is not finite, too.
     """
-    config, policy, draft = run_config(run_dir, overrides), load_policy(run_dir, dtype), load_draft(run_dir, drafter)
+    config, policy, draft = (run_config(run_dir, overrides), load_policy(run_dir, dtype),
+                             load_draft(run_dir, drafter))
     if draft is not None:
         draft.check_finite(run_dir)
     return config, policy, draft

@@ -15,8 +15,8 @@ from jspec.kernels import picked
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How a run ended: its exit code, steps done in all, the step of its newest checkpoint (0: none), and what was
-    wrong with its last step."""
+    """How a run ended: its exit code, steps done in all, the step of its newest checkpoint (0:
+    none), and what was wrong with its last step."""
 
     code: int
     steps: int
@@ -27,17 +27,19 @@ class Ending:
 def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:
     """The first line of a run."""
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    draft = "no draft" if config.draft.name == "none" else f"{config.draft.name} drafts, k = {config.speculation.k}"
+    draft = ("no draft" if config.draft.name == "none"
+             else f"{config.draft.name} drafts, k = {config.speculation.k}")
     start = f"going on after step {done}" if done else "the first step compiles"
-    return (f"{config.model.name} on {mesh.size} {jax.default_backend()} device(s) ({shape}), {draft}, "
-            f"{picked(config.speculation.kernels)}, {ends}; {start}")
+    return (f"{config.model.name} on {mesh.size} {jax.default_backend()} device(s) ({shape}), "
+            f"{draft}, {picked(config.speculation.kernels)}, {ends}; {start}")
 
 
 def closing(config: Config, ending: Ending) -> str:
     """The last line of a run."""
     where = f"metrics and checkpoints are in {config.output_dir}"
     if ending.code > 1:
-        return f"stopped after step {ending.steps} of {config.steps}; {where}; the same command goes on"
+        return (f"stopped after step {ending.steps} of {config.steps}; {where}; the same command "
+                "goes on")
     if not ending.code:
         return f"all {config.steps} steps are done; {where}"
     begin = (f"stopped at step {ending.steps} of {config.steps}" if ending.steps < config.steps else

@@ -26,15 +26,18 @@ class Saver:
     checkpoints: Checkpoints
     data: PromptData
 
-    def save(self, step: int, state: TrainState, plan: Plan, found: Sequence[Trouble], code: int) -> float:
+    def save(self, step: int, state: TrainState, plan: Plan, found: Sequence[Trouble],
+             code: int) -> float:
         """Save where it is time to. Returns the seconds for which the loop had to wait.
 
-        Weights that ran away are never saved. While updates are skipped a checkpoint waits until they go through again;
-        where the run ends before that, its last sound weights are saved, if they are not in a checkpoint already.
+        Weights that ran away are never saved. While updates are skipped a checkpoint waits until
+        they go through again; where the run ends before that, its last sound weights are saved, if
+        they are not in a checkpoint already.
 
         Args:
           step: steps done in all.
-          found: what was wrong with the last one. code: the exit code that the run ends with now; 0: it goes on.
+          found: what was wrong with the last one. code: the exit code that the run ends with now;
+            0: it goes on.
         """
         lost = {trouble.side for trouble in found if trouble.lost}
         if "policy" in lost:
@@ -52,11 +55,13 @@ class Saver:
         return clock.seconds["checkpoint"]
 
 
-def begin(config: Config, base: BaseModel, checkpoints: Checkpoints, data: PromptData, specs: TrainState
-          ) -> tuple[int, TrainState, Policy | None]:
-    """(steps done, state, reference): from the latest checkpoint, with `data` set to its position, or from the start.
+def begin(config: Config, base: BaseModel, checkpoints: Checkpoints, data: PromptData,
+          specs: TrainState) -> tuple[int, TrainState, Policy | None]:
+    """(steps done, state, reference): from the latest checkpoint, with `data` set to its position,
+    or from the start.
 
-    specs: the state's (`prepare.make_state_specs`). A run that goes on loads no policy that it does not need.
+    specs: the state's (`prepare.make_state_specs`). A run that goes on loads no policy that it does
+    not need.
     """
     restarts = bool(checkpoints.newest())
     if checkpoints.newest() < config.steps:

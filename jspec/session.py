@@ -1,5 +1,5 @@
-"""What every command that computes opens, once and in one place: the other processes, the platform, the programs that
-were kept, signals, the log, and the mesh that all of its arrays are on."""
+"""What every command that computes opens, once and in one place: the other processes, the platform,
+the programs that were kept, signals, the log, and the mesh that all of its arrays are on."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ def log_console() -> Console:
 
 
 def mesh_for(model: ModelConfig, rows: int, option: str) -> Mesh:
-    """`sharding.mesh_of_rows`, with a word where it leaves devices out; option: what sets the number of rows.
+    """`sharding.mesh_of_rows`, with a word where it leaves devices out; option: what sets the
+    number of rows.
 
     Raises InputError where several processes would be left without a device.
     """
     mesh, there = mesh_of_rows(model, rows), jax.device_count()
     if mesh.size < there:
-        said = (f"{rows} row(s) and this model's {model.num_heads} heads can be split over {mesh.size} of {there} "
-                f"devices; {option} {there} uses them all")
+        said = (f"{rows} row(s) and this model's {model.num_heads} heads can be split over "
+                f"{mesh.size} of {there} devices; {option} {there} uses them all")
         if jax.process_count() > 1:
             raise InputError(said)
         say(said)
@@ -58,8 +59,10 @@ def mesh_for(model: ModelConfig, rows: int, option: str) -> Mesh:
 
 
 @contextmanager
-def session(level: str = "warning", console: Callable[[], Console] = log_console) -> Iterator[Session]:
-    """Joins the other processes and sets up what the commands share. Call it before any JAX computation.
+def session(level: str = "warning",
+            console: Callable[[], Console] = log_console) -> Iterator[Session]:
+    """Joins the other processes and sets up what the commands share. Call it before any JAX
+    computation.
 
     Args:
       level: how much is logged, see `Config.log_level`.
@@ -72,16 +75,19 @@ def session(level: str = "warning", console: Callable[[], Console] = log_console
         distributed.check_platform()
         keep_compiled()
         if threading.current_thread() is threading.main_thread():  # Python has signals there only
-            stack.enter_context(terminate_by_exception())  # JAX's service for several processes has its own handler
+            # JAX's service for several processes has its own handler
+            stack.enter_context(terminate_by_exception())
         opened = Session(console(), stack)
         set_up_logging(level, opened.console)
         yield opened
 
 
 def set_up_logging(level: str, console: Console) -> None:
-    """jspec's own log goes through the console, above the progress bar; libraries' only from warnings on."""
+    """jspec's own log goes through the console, above the progress bar; libraries' only from
+    warnings on."""
     ours = logging.getLogger("jspec")
     ours.setLevel(level.upper())
     ours.handlers = [RichHandler(console=console, show_path=False, show_time=False)]
     ours.propagate = False
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of what it then raises
+    # Orbax logs stack traces of what it then raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -1,5 +1,5 @@
-"""What a command looks at: a run, a config's model or any model by name, of which no weights are read before its input
-is known to be right."""
+"""What a command looks at: a run, a config's model or any model by name, of which no weights are
+read before its input is known to be right."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ class Source:
 
     @functools.cached_property
     def draft(self) -> Draft | None:
-        """The trained draft of a run that has one, where it is wanted and the overrides do not say draft.name=none, on
-        the mesh that is current when it is first asked for. Whether it is finite is asked where it is used."""
+        """The trained draft of a run that has one, where it is wanted and the overrides do not say
+        draft.name=none, on the mesh that is current when it is first asked for. Whether it is
+        finite is asked where it is used."""
         return self.read_draft()
 
     def holds(self, drafter: str | None) -> bool:
@@ -65,7 +66,8 @@ class Source:
             self.own is not None and user_code.same(drafter, self.own.draft.name)))
 
     def load_finite(self) -> Policy:
-        """The policy. Raises InputError where it holds NaN or infinity, of which come tokens of id 0, or ran away."""
+        """The policy. Raises InputError where it holds NaN or infinity, of which come tokens of id
+        0, or ran away."""
         policy = self.load()
         check_finite(self.name, policy.weights, "take a checkpoint from before, or another model")
         return policy
@@ -77,16 +79,18 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
 
     Args:
       drafters: of a run, the draft is read if it is of one of these; None: whichever it is of.
-      run_code: run a file that a run's own config names as its drafter. One that the command line names, as one of
-        `drafters` or in an override, is run in any case.
+      run_code: run a file that a run's own config names as its drafter. One that the command line
+        names, as one of `drafters` or in an override, is run in any case.
 
     Raises InputError for what cannot be found or read, or would run a file that may not be run.
     """
     path = arguments.path("model", name)
     if (path / "checkpoints").is_dir():
         config = run_config(path, overrides)
-        own, tokenizer, shape = run_config(path), BaseModel.of(config).tokenizer, policy_shape(path, dtype)
-        wanted = drafters is None or any(user_code.same(own.draft.name, drafter) for drafter in drafters)
+        own, tokenizer, shape = (run_config(path), BaseModel.of(config).tokenizer,
+                                 policy_shape(path, dtype))
+        wanted = (drafters is None
+                  or any(user_code.same(own.draft.name, drafter) for drafter in drafters))
         named = bool(drafters) or overridden("draft.name", overrides)
         return Source(name, config, own, tokenizer, with_tokenizer(shape, tokenizer),
                       lambda: with_tokenizer(load_policy(path, dtype), tokenizer),
@@ -94,7 +98,8 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
     if path.suffix in (".yaml", ".yml"):
         config = load_config(path, overrides)
         if config.model.name == "random":
-            raise InputError(f"{name} trains a policy drawn at random: give the output_dir of its run instead")
+            raise InputError(f"{name} trains a policy drawn at random: give the output_dir of its "
+                             "run instead")
     else:
         check_path(name)
         config = load_config(None, [("model.name", name), *overrides])
@@ -105,8 +110,9 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
 
 
 def mesh_of(source: Source) -> tuple[Mesh, str]:
-    """(mesh, rollout layout) for all devices: what the configuration says, where it says anything that these devices
-    fit; of a run that was trained on others `mesh_of_weights`, with a word about it.
+    """(mesh, rollout layout) for all devices: what the configuration says, where it says anything
+    that these devices fit; of a run that was trained on others `mesh_of_weights`, with a word about
+    it.
 
     Raises InputError for a mesh that does not fit and is not the run's own.
     """
@@ -119,27 +125,29 @@ def mesh_of(source: Source) -> tuple[Mesh, str]:
         if source.own is None or section != source.own.mesh:
             raise
         mesh = mesh_of_weights(model)
-        say(f"{source.name} was trained on another mesh ({error}): here it is on fsdp {mesh.shape['fsdp']} x data "
-            f"{mesh.shape['data']}")
+        say(f"{source.name} was trained on another mesh ({error}): here it is on fsdp "
+            f"{mesh.shape['fsdp']} x data {mesh.shape['data']}")
         return mesh, "rollout"
 
 
 def overridden(key: str, overrides: Sequence[Override]) -> bool:
     """Whether one of the overrides sets this key."""
-    return any((text.partition("=")[0].strip() if isinstance(text, str) else text[0]) == key for text in overrides)
+    return any((text.partition("=")[0].strip() if isinstance(text, str) else text[0]) == key
+               for text in overrides)
 
 
 def draft_of_run(name: str, config: Config, run_code: bool) -> Draft | None:
-    """The trained draft of a run. A folder that is opened for its weights runs no code: raises InputError if the
-    drafter is in a file, unless that may be run."""
+    """The trained draft of a run. A folder that is opened for its weights runs no code: raises
+    InputError if the drafter is in a file, unless that may be run."""
     drafter = config.draft.name
     if drafter == "none":
         return None
     if user_code.split(drafter) is None:
         return load_draft(arguments.path("model", name))
     if not run_code:
-        raise InputError(f"the draft of {name} is of {drafter}, which would run that file: look at it, then give "
-                         f"--run-code or name it (eval: draft.name={drafter}; else --draft {drafter}), or go without")
+        raise InputError(f"the draft of {name} is of {drafter}, which would run that file: look at "
+                         f"it, then give --run-code or name it (eval: draft.name={drafter}; else "
+                         f"--draft {drafter}), or go without")
     return load_draft(arguments.path("model", name), find(drafter, f"draft.name={drafter!r}"))
 
 
@@ -149,15 +157,17 @@ def check_path(name: str) -> None:
     looks_like_one = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or (
         len(path.parts) == 2 and path.parent.is_dir())
     if looks_like_one and not os.path.exists(path):
-        raise InputError(f"there is nothing at {name} (looked in {Path.cwd()}); give the output_dir of a run, a "
-                         "model's directory or .gguf file, or a model by name")
+        raise InputError(f"there is nothing at {name} (looked in {Path.cwd()}); give the "
+                         "output_dir of a run, a model's directory or .gguf file, or a model by "
+                         "name")
 
 
 def choose_draft(source: Source, name: str | None) -> Callable[[Policy], Draft] | None:
-    """What makes the draft asked for of the policy; None: without one. Where none is named: a run's own, the one that
-    ships for the model, else n-gram look-up.
+    """What makes the draft asked for of the policy; None: without one. Where none is named: a run's
+    own, the one that ships for the model, else n-gram look-up.
 
-    Raises InputError, before any weights of the policy are read, if there is no such draft or it does not fit.
+    Raises InputError, before any weights of the policy are read, if there is no such draft or it
+    does not fit.
     """
     if name == "none":
         return None
@@ -171,4 +181,5 @@ def choose_draft(source: Source, name: str | None) -> Callable[[Policy], Draft] 
     check_fresh_draft(source.shape, drafter, {}, "--draft")
     if drafter.loss is not None:
         say(f"this {drafter.name} draft is fresh, not trained: few of its tokens will be accepted")
-    return partial(fresh_draft, key=purpose_key(0, DRAFT_KEY), drafter=drafter, options={}, label="--draft")
+    return partial(fresh_draft, key=purpose_key(0, DRAFT_KEY), drafter=drafter, options={},
+                   label="--draft")

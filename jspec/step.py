@@ -1,8 +1,10 @@
 """A training step, declared once: its programs, and how they follow each other on the device.
 
-    reshard ─► rollout ─► draft (learning from the verifier's states) ─► remember ─► update, updates_per_rollout times
+    reshard ─► rollout ─► draft (learning from the verifier's states) ─► remember
+            ─► update, updates_per_rollout times
 
-`jspec train` takes it, `jspec profile` times it, and benchmarks and compilation for chips that are not here lower it.
+`jspec train` takes it, `jspec profile` times it, and benchmarks and compilation for chips that are
+not here lower it.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Taken(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The programs of a step: jits that have not run (`declare`), or what they were compiled to (`compiled`).
+    """The programs of a step: jits that have not run (`declare`), or what they were compiled to
+    (`compiled`).
 
     Attributes:
       settings, sampling: of the update, and of the rollout.
@@ -68,9 +71,10 @@ class Step:
       batching: of the rollout.
       reshard: policy -> policy in a rollout layout.
       rollout: (policy, draft, prompts, sampling, k) -> Rollout; k is static.
-      draft: (state, prompts, rollout) -> (state, metrics), the state donated: the draft learns from the verifier's
-        states. None: it learns in the update, or not at all.
-      remember: (draft, prompts, rollout) -> draft, the draft donated. None: the drafter remembers nothing.
+      draft: (state, prompts, rollout) -> (state, metrics), the state donated: the draft learns from
+        the verifier's states. None: it learns in the update, or not at all.
+      remember: (draft, prompts, rollout) -> draft, the draft donated. None: the drafter remembers
+        nothing.
       update: (state, reference, prompts, rollout, rewards) -> (state, metrics), the state donated.
     """
 
@@ -84,17 +88,18 @@ class Step:
     remember: Callable[..., Draft] | None
     update: Callable[..., tuple[TrainState, dict]]
 
-    def take(self, state: TrainState, reference: Policy | None, prompts: PromptBatch, clock: Clock, *,
-             choose: Callable[[Policy, Draft | None, PromptBatch], int | Schedule],
+    def take(self, state: TrainState, reference: Policy | None, prompts: PromptBatch, clock: Clock,
+             *, choose: Callable[[Policy, Draft | None, PromptBatch], int | Schedule],
              grade: Callable[[Rollout], Graded]) -> tuple[TrainState, Taken]:
-        """Takes the step. Returns (state, what it did); of `state` only what was returned is to be used again.
+        """Takes the step. Returns (state, what it did); of `state` only what was returned is to be
+        used again.
 
         Args:
           reference: what the KL term is taken against, or None.
           clock: gets the seconds of the programs, and of `choose` and `reward`.
           choose: k, given the policy in its rollout layout, the draft and the prompts.
-          grade: grades a rollout on the host, without the verifier's states. A draft that learns from them does so
-            meanwhile.
+          grade: grades a rollout on the host, without the verifier's states. A draft that learns
+            from them does so meanwhile.
         """
         with clock("reshard"):
             policy = jax.block_until_ready(self.reshard(state.policy))
@@ -105,11 +110,13 @@ class Step:
             on_host = fetch(out.replace(trunk=None))
             out = to_learn_from(out)
         del policy  # the rollout's copy of the policy is gone before the update needs the memory
-        due = trains_draft(state.draft, self.settings) and draft_due(self.settings, int(state.updates))
+        due = (trains_draft(state.draft, self.settings)
+               and draft_due(self.settings, int(state.updates)))
         of_draft = {}
         if self.draft is not None and due:
             with clock("draft"):
-                state, of_draft = self.draft(state, prompts, out)  # only begun here: the host goes on to the rewards
+                # only begun here: the host goes on to the rewards
+                state, of_draft = self.draft(state, prompts, out)
         with clock("reward"):
             graded = grade(on_host)
         with clock("draft"):
@@ -117,7 +124,8 @@ class Step:
         out = out.replace(trunk=None)
         with clock("remember"):
             if self.remember is not None:
-                state = state.replace(draft=jax.block_until_ready(self.remember(state.draft, prompts, out)))
+                state = state.replace(draft=jax.block_until_ready(self.remember(state.draft,
+                                                                                prompts, out)))
         with clock("update"):
             rewards, metrics = place(graded.rewards, "rollout", "batch"), []
             for _ in range(self.settings.updates_per_rollout):
@@ -128,17 +136,19 @@ class Step:
 
 
 def to_learn_from(out: Rollout) -> Rollout:
-    """A rollout without its statistics, whose shapes are those of k: no other program depends on that."""
+    """A rollout without its statistics, whose shapes are those of k: no other program depends on
+    that."""
     return out.replace(stats=None)
 
 
 def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling | None = None,
-            speculation: Speculation | None = None, batching: Batching | None = None, layout: str = "rollout",
-            advantage: AdvantageForm = "group") -> Step:
+            speculation: Speculation | None = None, batching: Batching | None = None,
+            layout: str = "rollout", advantage: AdvantageForm = "group") -> Step:
     """The step's programs as jits that have not run.
 
     Args:
-      state: arrays, or `jax.ShapeDtypeStruct`s with shardings: every program gives it back as it is placed here.
+      state: arrays, or `jax.ShapeDtypeStruct`s with shardings: every program gives it back as it is
+        placed here.
       speculation: its `depths` are set here: they follow from what the draft learns from.
       layout: of the rollout's weights. advantage: see `group_advantages`.
     """
@@ -148,8 +158,8 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
     def rollout(policy, draft, prompts, sampling, k) -> Rollout:
-        return jspec.rollout(policy, draft, prompts, sampling=sampling, speculation=speculation.replace(k=k),
-                             batching=batching)
+        return jspec.rollout(policy, draft, prompts, sampling=sampling,
+                             speculation=speculation.replace(k=k), batching=batching)
 
     def learn_draft(state, prompts, out) -> tuple[TrainState, Any]:
         return update_draft(state, make_batch(prompts, out, None), settings)
@@ -170,19 +180,23 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
 
 
 def declared(config: Config, state: TrainState) -> Step:
-    """`declare`, as a configuration has it. Where it says k=auto, the speculation's k is 0: `Step.take` asks for it."""
+    """`declare`, as a configuration has it. Where it says k=auto, the speculation's k is 0:
+    `Step.take` asks for it."""
     return declare(state, UpdateSettings.of(config), sampling=make_sampling(config),
-                   speculation=make_speculation(config), batching=make_batching(config), layout=rollout_layout(config),
+                   speculation=make_speculation(config), batching=make_batching(config),
+                   layout=rollout_layout(config),
                    advantage=cast(AdvantageForm, config.grpo.advantage))
 
 
-def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: PromptBatch, k: int | Schedule,
-             compile: Callable[[str, jax.stages.Wrapped, tuple], Any] | None = None) -> tuple[Step, dict[str, Any]]:
+def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: PromptBatch,
+             k: int | Schedule, compile: Callable[[str, jax.stages.Wrapped, tuple], Any]
+             | None = None) -> tuple[Step, dict[str, Any]]:
     """The step with every program compiled, for one k and one shape of the prompts. Nothing runs.
 
     Args:
       state, reference, prompts: arrays, or `jax.ShapeDtypeStruct`s with shardings.
-      compile: from a program's name, its jit and its arguments to a `jax.stages.Compiled`; None: for the devices here.
+      compile: from a program's name, its jit and its arguments to a `jax.stages.Compiled`; None:
+        for the devices here.
 
     Returns (step, the `jax.stages.Compiled`s by name).
     """
@@ -193,7 +207,8 @@ def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: P
         """What the program of that name gives, as shapes."""
         programs[name] = compile(name, getattr(step, name), arguments)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding,
-                                                           weak_type=x.weak_type), programs[name].out_info)
+                                                           weak_type=x.weak_type),
+                            programs[name].out_info)
 
     policy = made("reshard", state.policy)
     out = to_learn_from(made("rollout", policy, state.draft, prompts, step.sampling, k))

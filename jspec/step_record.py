@@ -20,13 +20,15 @@ def described(out: Rollout, rewards: np.ndarray, group_size: int, clock: Clock) 
     rewards = rewards.astype(np.float64)  # the squares of large ones are beyond float32
     record = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()),
               "reward_differs": float((np.ptp(rewards.reshape(-1, group_size), axis=1) > 0).mean()),
-              "length": float(out.lengths.mean()), "finished": float(out.finished.mean()), "tokens": tokens,
+              "length": float(out.lengths.mean()), "finished": float(out.finished.mean()),
+              "tokens": tokens,
               # of a rollout that was compiled first it would be no rate
-              "tokens_per_second": None if clock.compiling["rollout"] else round(tokens / clock.seconds["rollout"], 2),
-              "acceptance_length": tokens / int(stats.cycles.sum()), "occupancy": float(stats.occupancy),
-              "kv_blocks": int(stats.blocks.max()), "pauses": int(stats.pauses.sum()),
-              "loop_rows": list(stats.slots), "loop_k": list(stats.ks),
-              "loop_cycles": stats.loop_cycles.sum(0).tolist()}
+              "tokens_per_second": None if clock.compiling["rollout"]
+              else round(tokens / clock.seconds["rollout"], 2),
+              "acceptance_length": tokens / int(stats.cycles.sum()),
+              "occupancy": float(stats.occupancy), "kv_blocks": int(stats.blocks.max()),
+              "pauses": int(stats.pauses.sum()), "loop_rows": list(stats.slots),
+              "loop_k": list(stats.ks), "loop_cycles": stats.loop_cycles.sum(0).tolist()}
     if stats.drafted.sum():
         record["drafted"] = int(stats.drafted.sum())
         record["acceptance"] = float(stats.accepted.sum() / stats.drafted.sum())
@@ -37,9 +39,10 @@ def described(out: Rollout, rewards: np.ndarray, group_size: int, clock: Clock) 
 def learned(taken: Taken) -> dict[str, Any]:
     """What policy and draft learned: means over the step's updates, as plain numbers."""
     first, last = taken.updates[0], taken.updates[-1]
-    record = {name: np.mean([metrics[name] for metrics in taken.updates], axis=0).tolist() for name in first
-              if taken.draft_learned or not name.startswith("draft/")}
-    # counts are those of the last update; the gap to the verifier means something at the first one only
+    record = {name: np.mean([metrics[name] for metrics in taken.updates], axis=0).tolist()
+              for name in first if taken.draft_learned or not name.startswith("draft/")}
+    # counts are those of the last update; the gap to the verifier means something at the first one
+    # only
     record |= {name: float(first[name]) for name in ("logprob_gap", "logprob_gap_mean")}
     record |= {name: int(value) for name, value in last.items() if "skipped" in name}
     return record | {name: value.tolist() for name, value in taken.draft.items()}
@@ -47,4 +50,5 @@ def learned(taken: Taken) -> dict[str, Any]:
 
 def draft_health(draft: Draft | None, settings: UpdateSettings) -> dict[str, bool]:
     """Whether the weights of a draft that is trained are finite, and what they compute can be."""
-    return {"draft_finite": float(largest(draft.weights)) < RUN_AWAY} if trains_draft(draft, settings) else {}
+    return ({"draft_finite": float(largest(draft.weights)) < RUN_AWAY}
+            if trains_draft(draft, settings) else {})

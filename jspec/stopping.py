@@ -12,7 +12,8 @@ from typing import Any
 
 @contextmanager
 def terminate_by_exception() -> Iterator[None]:
-    """SIGTERM raises SystemExit while the block runs, so that pools are shut down and files closed on the way out."""
+    """SIGTERM raises SystemExit while the block runs, so that pools are shut down and files closed
+    on the way out."""
     def terminate(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
@@ -32,20 +33,22 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python has signals there only
-            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {number: signal.signal(number, self.handle)
+                           for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def handle(self, number: int, _frame: Any) -> None:
         if self.number is not None:
             raise SystemExit(128 + number)
-        self.ask(number, f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop "
-                         "at once")
+        self.ask(number, f"{signal.Signals(number).name}: stopping after this step, with "
+                 "a checkpoint; again to stop at once")
 
     def closed_output(self) -> None:
         """Nobody reads what is printed (`| head -2`): as SIGPIPE would, but with a checkpoint."""
         if self.number is None:
-            self.ask(signal.SIGPIPE, "nobody reads the output any more: stopping after this step, with a checkpoint; "
-                                     "the same command goes on (send the output to a file to keep it running)")
+            self.ask(signal.SIGPIPE, "nobody reads the output any more: stopping after this step, "
+                     "with a checkpoint; the same command goes on (send the output to a file to "
+                     "keep it running)")
 
     def ask(self, number: int, why: str) -> None:
         """Stop after the step as if signal `number` had come."""

@@ -1,6 +1,8 @@
-"""The training loop: data, the step (`jspec.step`) and the rewards in it, metrics, checkpoint, and again.
+"""The training loop: data, the step (`jspec.step`) and the rewards in it, metrics, checkpoint, and
+again.
 
-Everything that the user may have got wrong is looked for first, in the order of what it costs to look.
+Everything that the user may have got wrong is looked for first, in the order of what it costs to
+look.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from jspec.output_dir import claimed
 from jspec.prepare import check, ends, make_state_specs
 from jspec.profiling import trace
 from jspec.progress import telling
-from jspec.rl.answers import answer_text as answer_text  # what a run grades, for programs that ask it
+
+# what a run grades, for programs that ask it
+from jspec.rl.answers import answer_text as answer_text
 from jspec.rl.collate import collate, may_wait
 from jspec.rl.grading import grade
 from jspec.rl.prompts import PromptData
@@ -50,17 +54,20 @@ from jspec.stopping import StopSignal
 
 
 def train(config: Config) -> int:
-    """Run or resume the training that `config` describes, with metrics and checkpoints in its output_dir.
+    """Run or resume the training that `config` describes, with metrics and checkpoints in its
+    output_dir.
 
-    Returns the exit code: 0 when all steps are done, 1 when the last of them taught nothing (`jspec.health`), 2 when a
-    prompt of a later step cannot be used, 128 + n after signal n, with a checkpoint of sound weights to go on from
-    unless they ran away before the first one was due. Raises InputError for what the user can put right, before
-    anything expensive is done, and where the output_dir can no longer be written to.
+    Returns the exit code: 0 when all steps are done, 1 when the last of them taught nothing
+    (`jspec.health`), 2 when a prompt of a later step cannot be used, 128 + n after signal n, with a
+    checkpoint of sound weights to go on from unless they ran away before the first one was due.
+    Raises InputError for what the user can put right, before anything expensive is done, and where
+    the output_dir can no longer be written to.
     """
     stop = StopSignal()
 
     def make_console() -> PlainConsole:
-        return PlainConsole(stop.closed_output, quiet=not is_main(), width=None if sys.stdout.isatty() else 120)
+        return PlainConsole(stop.closed_output, quiet=not is_main(),
+                            width=None if sys.stdout.isatty() else 120)
 
     with session(config.log_level, make_console) as opened:
         console, stack = opened.console, opened.stack
@@ -68,7 +75,8 @@ def train(config: Config) -> int:
         base = BaseModel.of(config)
         check(config, mesh, base)
         stack.enter_context(stop)
-        pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers, config.reward.timeout_s))
+        pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers,
+                                              config.reward.timeout_s))
         with telling(f"reading {config.data.source}"):
             tokenizer = base.tokenizer
             data = PromptData(config.data, tokenizer, seed=config.seed,
@@ -78,7 +86,8 @@ def train(config: Config) -> int:
         checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))
         specs = make_state_specs(config, base.shape)
         done, state, reference = begin(config, base, checkpoints, data, specs)
-        metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console, write=is_main()))
+        metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console,
+                                              write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
         run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data), metrics, stop)
         ending = loop(run, state, reference, done)
@@ -134,8 +143,9 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         if may_wait(config):
             run.data.answered(out.lengths.reshape(len(prompts), -1).mean(1))
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
-        run.metrics.write({"step": done, **described(out, grades.rewards, config.data.group_size, clock),
-                           **grades.record(), **record, "compilations": clock.compilations(), **clock.record()})
+        run.metrics.write({"step": done, **described(out, grades.rewards, config.data.group_size,
+                                                     clock), **grades.record(), **record,
+                           "compilations": clock.compilations(), **clock.record()})
         useless = all_failed(grades.rewards, grades.failed, grades.message)
         rewardless = rewardless + 1 if useless else 0
         last = done == config.steps
@@ -148,11 +158,13 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
 
 def traced(config: Config, step: int) -> AbstractContextManager:
     """The profiler, around the one step that the configuration asks for."""
-    return trace(Path(config.output_dir) / "trace") if step == config.profile.trace_step else nullcontext()
+    return (trace(Path(config.output_dir) / "trace") if step == config.profile.trace_step
+            else nullcontext())
 
 
 def say(run: Run, found: Sequence[Trouble]) -> None:
-    """Say what is wrong with the step that was just written, and with the run's first steps together."""
+    """Say what is wrong with the step that was just written, and with the run's first steps
+    together."""
     for trouble in found:
         run.metrics.say(str(trouble), "bold red")
     if same := never_varied(run.metrics.records):
@@ -178,9 +190,11 @@ def exit_code(run: Run, found: Sequence[Trouble], last: bool) -> int:
 
 
 def prompt_trouble(run: Run) -> int:
-    """2, as of any input that is wrong, once a process has found a prompt that a later step could not use; else 0."""
+    """2, as of any input that is wrong, once a process has found a prompt that a later step could
+    not use; else 0."""
     trouble = run.data.trouble
     if not any_process(trouble is not None):
         return 0
-    run.metrics.say(f"{trouble or 'another process has found a prompt that cannot be used'}: stopping", "bold red")
+    run.metrics.say(f"{trouble or 'another process has found a prompt that cannot be used'}: "
+                    "stopping", "bold red")
     return 2

@@ -1,4 +1,5 @@
-"""YAML that a user wrote, as plain Python values: bounded, and whatever is wrong with it is one line."""
+"""YAML that a user wrote, as plain Python values: bounded, and whatever is wrong with it is one
+line."""
 
 import io
 import sys
@@ -11,27 +12,31 @@ from omegaconf import OmegaConf
 from jspec.errors import InputError
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 2**18, 32, 20_000
-"""Of a document; nodes are counted with aliases written out, for a few lines of those stand for a whole memory."""
+"""Of a document; nodes are counted with aliases written out, for a few lines of those stand for a
+whole memory."""
 
 
 def read(path: Path) -> Any:
-    """The value of a YAML file. Raises InputError for a file that cannot be read or is not valid."""
+    """The value of a YAML file. Raises InputError for a file that cannot be read or is not
+    valid."""
     try:
         if not path.is_file():
             raise InputError(f"config file {path} is no regular file")
         if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, and a config at most {MAX_BYTES}")
+            raise InputError(f"{path} has {path.stat().st_size} bytes, and a config at most "
+                             f"{MAX_BYTES}")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid YAML: it is not UTF-8 text ({error.reason} at byte {error.start})"
-                         ) from None
+        raise InputError(f"{path} is not valid YAML: it is not UTF-8 text ({error.reason} at byte "
+                         f"{error.start})") from None
     return _parsed(lambda: OmegaConf.load(io.StringIO(text)), text, f"{path} is not valid YAML: ")
 
 
 def value(text: str, label: str) -> Any:
-    """The value that YAML gives `text` after a key. Raises InputError, which begins with `label`."""
+    """The value that YAML gives `text` after a key. Raises InputError, which begins with
+    `label`."""
     return _parsed(lambda: OmegaConf.from_dotlist([f"value={text}"]), text, f"{label}: ")["value"]
 
 
@@ -44,13 +49,15 @@ def _parsed(load, text: str, label: str) -> Any:
         raise InputError(f"{label}{error}") from None
     except OSError:  # what OmegaConf says of a document that is one number
         return None
-    except Exception as error:  # the constructors of YAML's tags raise whatever their text trips over
+    except Exception as error:
+        # the constructors of YAML's tags raise whatever their text trips over
         where = _where(error) if "\n" in text else ""
         raise InputError(f"{label}{where}{first_line(error)}") from None
 
 
 def _check_size(text: str) -> None:
-    """Raise InputError for a document that would not end or not fit, before anything is made of it."""
+    """Raise InputError for a document that would not end or not fit, before anything is made of
+    it."""
     if len(text) > MAX_BYTES:
         raise InputError(f"{len(text)} characters, and at most {MAX_BYTES} are read")
     open_nodes: list[list[Any]] = []  # (anchor, nodes) of each collection that we are in

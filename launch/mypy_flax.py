@@ -13,7 +13,8 @@ from mypy.typevars import fill_typevars
 def with_replace(context: ClassDefContext) -> bool:
     anything = AnyType(TypeOfAny.explicit)
     changes = Argument(Var("changes", anything), anything, None, ARG_STAR2)
-    add_method_to_class(context.api, context.cls, "replace", [changes], fill_typevars(context.cls.info))
+    add_method_to_class(context.api, context.cls, "replace", [changes],
+                        fill_typevars(context.cls.info))
     return dataclass_class_maker_callback(context)
 
 

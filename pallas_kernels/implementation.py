@@ -1,4 +1,5 @@
-"""Which implementation of a kernel runs: the plain-JAX reference, or the Pallas kernel of a chip."""
+"""Which implementation of a kernel runs: the plain-JAX reference, or the Pallas kernel of a
+chip."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ class Implementation:
 
     Attributes:
       name: "reference", "tpu" (Mosaic) or "gpu" (Mosaic GPU, Hopper).
-      interpret: what `pallas_call` takes by that name: False on the chip itself, else a way to run without it.
-      fall_back: for the caller: whether the reference may take the place of a kernel that refuses a shape.
+      interpret: what `pallas_call` takes by that name: False on the chip itself, else a way to run
+        without it.
+      fall_back: for the caller: whether the reference may take the place of a kernel that refuses a
+        shape.
     """
 
     name: str = "reference"
@@ -23,7 +26,8 @@ class Implementation:
     fall_back: bool = False
 
     def load(self, package: str) -> ModuleType:
-        """The module of this implementation in a kernel's package. Imported when asked for: each needs its compiler."""
+        """The module of this implementation in a kernel's package. Imported when asked for: each
+        needs its compiler."""
         return importlib.import_module(f"{package}.{self.name}")
 
 

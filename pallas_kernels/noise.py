@@ -1,12 +1,16 @@
-"""Counter-based noise: threefry-2x32, the same bits on every platform, device count and implementation.
+"""Counter-based noise: threefry-2x32, the same bits on every platform, device count and
+implementation.
 
-Keys are `uint32 [..., 2]`, folded from the batch's key; `fold` and `random_bits` equal `jax.random.fold_in` and
-partitionable `jax.random.bits` (https://www.thesalmons.org/john/random123/papers/random123sc11.pdf), so that any
-program can make them again. A rule is which kind of noise it is given:
+Keys are `uint32 [..., 2]`, folded from the batch's key; `fold` and `random_bits` equal
+`jax.random.fold_in` and partitionable `jax.random.bits`
+(https://www.thesalmons.org/john/random123/papers/random123sc11.pdf), so that any program can make
+them again. A rule is which kind of noise it is given:
 
-- `CoupledNoise`: a key for every position of the sequence, whose counter is the global vocabulary id.
-- `RejectionNoise`, `BlockNoise`: a few uniforms for one cycle. They are keyed by what was committed when the cycle
-  began: what comes after the accepted drafts has been looked at when a block is judged, and the next cycle would know.
+- `CoupledNoise`: a key for every position of the sequence, whose counter is the global vocabulary
+  id.
+- `RejectionNoise`, `BlockNoise`: a few uniforms for one cycle. They are keyed by what was committed
+  when the cycle began: what comes after the accepted drafts has been looked at when a block is
+  judged, and the next cycle would know.
 """
 
 from __future__ import annotations
@@ -27,8 +31,9 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 def seed_key(seed: int) -> jax.Array:
     """A typed threefry key from a whole number 0 <= seed < 2**64, each of them another key.
 
-    Below 2**32 it is what `jax.random.key(seed)` is by default, but whatever `jax_default_prng_impl` and
-    `jax_enable_x64` say: noise that a setting of the process changes could not be made again.
+    Below 2**32 it is what `jax.random.key(seed)` is by default, but whatever
+    `jax_default_prng_impl` and `jax_enable_x64` say: noise that a setting of the process changes
+    could not be made again.
 
     Raises ValueError for any other number, TypeError for what is no whole number.
     """
@@ -42,8 +47,8 @@ def seed_key(seed: int) -> jax.Array:
 def key_words(key: jax.Array) -> jax.Array:
     """uint32 [..., 2], for `fold`, of typed keys [...] of any implementation.
 
-    Threefry's two words are as they are; of others (JAX's rbg has four) the words after the second are folded in, so
-    that keys which differ in any of them have noise of their own.
+    Threefry's two words are as they are; of others (JAX's rbg has four) the words after the second
+    are folded in, so that keys which differ in any of them have noise of their own.
     """
     words = jax.random.key_data(key)
     return fold(words[..., :2], *(words[..., i] for i in range(2, words.shape[-1])))
@@ -64,7 +69,8 @@ def threefry2x32(k0: jax.Array, k1: jax.Array, c0: jax.Array,
 
 
 def fold(key: jax.Array, *data: jax.Array | int) -> jax.Array:
-    """Fold integers into a key, one after the other: uint32 [..., 2] -> uint32 [..., 2], broadcasting with the data."""
+    """Fold integers into a key, one after the other: uint32 [..., 2] -> uint32 [..., 2],
+    broadcasting with the data."""
     k0, k1 = key[..., 0], key[..., 1]
     for d in data:
         k0, k1 = threefry2x32(k0, k1, jnp.uint32(0), jnp.asarray(d).astype(jnp.uint32))
@@ -72,7 +78,8 @@ def fold(key: jax.Array, *data: jax.Array | int) -> jax.Array:
 
 
 def random_bits(key: jax.Array, counter: jax.Array) -> jax.Array:
-    """uint32 bits for every counter, uint32; key [..., 2] and counter broadcast ([..., 1] keys against [V])."""
+    """uint32 bits for every counter, uint32; key [..., 2] and counter broadcast ([..., 1] keys
+    against [V])."""
     x0, x1 = threefry2x32(key[..., 0], key[..., 1], jnp.uint32(0), counter.astype(jnp.uint32))
     return x0 ^ x1
 
@@ -85,8 +92,9 @@ def uniform(bits: jax.Array) -> jax.Array:
 def gumbel(bits: jax.Array) -> jax.Array:
     """float32 g = -log(-log(u)) of bits uint32 [...], the standard Gumbel distribution; finite.
 
-    Computed from w = 1 - u in (0, 1): the draws that win an argmax have u near 1, where float32 holds u to 24 bits only
-    but w to its full relative precision. -log(1 - w) of a small w is its series, since not every kernel has a log1p.
+    Computed from w = 1 - u in (0, 1): the draws that win an argmax have u near 1, where float32
+    holds u to 24 bits only but w to its full relative precision. -log(1 - w) of a small w is its
+    series, since not every kernel has a log1p.
     """
     w = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32)
     w = jnp.minimum(w, jnp.float32(1 - 2**-24))
@@ -123,7 +131,8 @@ class BlockNoise(CycleNoise):
 
 @struct.dataclass
 class CoupledNoise:
-    """keys: uint32 [N, K + 1, 2], one for each position that the cycle may emit; [:, :K] are the drafts' too."""
+    """keys: uint32 [N, K + 1, 2], one for each position that the cycle may emit; [:, :K] are the
+    drafts' too."""
 
     keys: jax.Array
 
@@ -147,17 +156,22 @@ def _cycle_noise(kind: type[Kind], key: jax.Array, sequence_ids: jax.Array, comm
                 uniforms(jnp.zeros((1, 1), jnp.int32), RESIDUAL)[:, 0])
 
 
-def rejection_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> RejectionNoise:
-    """Noise of a cycle that begins with `committed` int32 [N] tokens (prompt included) in sequences `sequence_ids`."""
+def rejection_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array,
+                    k: int) -> RejectionNoise:
+    """Noise of a cycle that begins with `committed` int32 [N] tokens (prompt included) in sequences
+    `sequence_ids`."""
     return _cycle_noise(RejectionNoise, key, sequence_ids, committed, k)
 
 
-def block_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> BlockNoise:
+def block_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array,
+                k: int) -> BlockNoise:
     """The numbers of `rejection_noise`, [N, K, ...] as there."""
     return _cycle_noise(BlockNoise, key, sequence_ids, committed, k)
 
 
-def coupled_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array, k: int) -> CoupledNoise:
-    """Noise of the K + 1 positions from `committed` int32 [N] on; position 0 is the prompt's first token."""
+def coupled_noise(key: jax.Array, sequence_ids: jax.Array, committed: jax.Array,
+                  k: int) -> CoupledNoise:
+    """Noise of the K + 1 positions from `committed` int32 [N] on; position 0 is the prompt's first
+    token."""
     positions = committed[:, None] + jnp.arange(k + 1)[None]
     return CoupledNoise(fold(key, sequence_ids[:, None], positions, TARGET))

@@ -11,11 +11,14 @@ import pytest
 
 
 def pytest_configure(config):
-    """What one process of a session compiles, the others and those that tests start read back. The next session starts
-    anew; JAX_COMPILATION_CACHE_DIR in the environment names a folder that lasts, and empty none."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else set by the user, or for this worker by its controller
+    """What one process of a session compiles, the others and those that tests start read back. The
+    next session starts anew; JAX_COMPILATION_CACHE_DIR in the environment names a folder that
+    lasts, and empty none."""
+    # else set by the user, or for this worker by its controller
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         directory = tempfile.mkdtemp(prefix="jspec-tests-compiled-")
-        os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory,
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
@@ -53,8 +56,8 @@ def loosely(function):
 
 @pytest.fixture(scope="module", autouse=True)
 def strict_promotion(request):
-    """In the folders of `STRICT`, where two dtypes meet the code says which one it means; JAX never chooses. Elsewhere
-    the code is that of users, and so it is in the processes that tests start."""
+    """In the folders of `STRICT`, where two dtypes meet the code says which one it means; JAX never
+    chooses. Elsewhere the code is that of users, and so it is in the processes that tests start."""
     import jax
 
     strict = request.path.relative_to(Path(__file__).parent).parts[0] in STRICT
@@ -65,13 +68,16 @@ def strict_promotion(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly(request):
-    """Most tests compile for longer than they run, so by default they go without most of XLA's optimizations. Not so
-    modules marked `optimized`, which run for longer, and not the full checks: those see the code that users run."""
+    """Most tests compile for longer than they run, so by default they go without most of XLA's
+    optimizations. Not so modules marked `optimized`, which run for longer, and not the full checks:
+    those see the code that users run."""
     import jax
 
-    full = request.config.getoption("markexpr") != "not slow" or request.node.get_closest_marker("optimized")
+    full = (request.config.getoption("markexpr") != "not slow"
+            or request.node.get_closest_marker("optimized"))
     jax.config.update("jax_disable_most_optimizations", not full)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not full))  # of the processes that tests start
+    # of the processes that tests start
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not full))
     yield
     if resident_bytes() > 2e9:  # of what a module compiled nothing goes by itself
         jax.clear_caches()
@@ -88,7 +94,8 @@ def resident_bytes():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The embedded SmolLM2-135M-Instruct: float32, training layout. Fetched into the user's cache the first time."""
+    """The embedded SmolLM2-135M-Instruct: float32, training layout. Fetched into the user's cache
+    the first time."""
     import jspec.hub
 
     return jspec.hub.load("smollm2-135m-instruct", dtype="float32")
@@ -110,9 +117,10 @@ def model(tmp_path_factory):
     from jspec.hub import character_tokenizer
 
     tokenizer = character_tokenizer("0123456789+= ")
-    config = jspec.ModelConfig(family="llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-                               num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.2,
-                               stop_tokens=(tokenizer.eos_token_id,), pad_token=tokenizer.pad_token_id)
+    config = jspec.ModelConfig(
+        family="llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+        num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.2,
+        stop_tokens=(tokenizer.eos_token_id,), pad_token=tokenizer.pad_token_id)
     directory = tmp_path_factory.mktemp("model") / "tiny"
     jspec.export(jspec.init_policy(config, jax.random.key(0)), directory, tokenizer)
     return str(directory)

@@ -1,4 +1,5 @@
-"""Checkpoints: whole or not there, readable without the run, and clear about what is wrong with them."""
+"""Checkpoints: whole or not there, readable without the run, and clear about what is wrong with
+them."""
 
 import dataclasses
 import functools
@@ -22,8 +23,8 @@ from jspec.run_dir import data_position, keep_config, load_draft, load_policy, l
 from jspec.settings import to_yaml
 from jspec.sharding import make_mesh
 
-MODEL = ModelConfig(vocab_size=11, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1,
-                    head_dim=8, stop_tokens=(1, 2))
+MODEL = ModelConfig(vocab_size=11, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2,
+                    num_kv_heads=1, head_dim=8, stop_tokens=(1, 2))
 DATA = {"fingerprint": "abc", "iterator": {"next_index": 3}}
 
 
@@ -35,7 +36,8 @@ def first_state(draft):
 
 
 def make_state(draft="mtp", seed=0):
-    """A state of its own buffers, different for every seed, and nothing in it what a fresh state would have."""
+    """A state of its own buffers, different for every seed, and nothing in it what a fresh state
+    would have."""
     state = first_state(draft)
     key = jax.random.wrap_key_data(jax.random.key_data(state.key) + np.uint32(seed))
     moved = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + np.asarray(seed + 1, x.dtype)),
@@ -67,14 +69,16 @@ def test_everything_comes_back_as_it_was(tmp_path, draft):
         assert checkpoints.restore(make_state(draft, seed=5)) is None
         checkpoints.save(4, state, DATA)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        step, restored, data = checkpoints.restore(state_specs(state.policy, state.draft, UpdateSettings()))
+        step, restored, data = checkpoints.restore(state_specs(state.policy, state.draft,
+                                                               UpdateSettings()))
     assert step == 4 and data == DATA
     same(values(restored), expected)
 
 
 def test_what_happens_to_the_arrays_after_save_is_not_saved(tmp_path):
     expected = values(make_state())
-    state = jax.tree.map(jnp.copy, make_state())  # NumPy must hold no view of it, or nothing would be donated
+    # NumPy must hold no view of it, or nothing would be donated
+    state = jax.tree.map(jnp.copy, make_state())
     spend = jax.jit(lambda x: -x - 1, donate_argnums=0)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state, DATA)
@@ -117,7 +121,8 @@ def test_when_none_can_be_read_it_says_which_and_what_to_do(tmp_path):
     spoil(tmp_path / "checkpoints" / "6", "optimizer")
     with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError) as error:
         checkpoints.restore(make_state(seed=5))
-    assert "checkpoints/6 cannot be read" in str(error.value) and "choose another output_dir" in str(error.value)
+    assert ("checkpoints/6 cannot be read" in str(error.value)
+            and "choose another output_dir" in str(error.value))
     assert "\n" not in str(error.value)
 
 
@@ -148,7 +153,8 @@ def test_a_run_is_read_onto_the_mesh(tmp_path, draft):
     make_run(tmp_path, draft)
     with jax.set_mesh(make_mesh(1, 1, 1)):
         policy, draft = load_policy(tmp_path), load_draft(tmp_path)
-    assert all(isinstance(x.sharding, jax.sharding.NamedSharding) for x in jax.tree.leaves((policy, draft)))
+    assert all(isinstance(x.sharding, jax.sharding.NamedSharding)
+               for x in jax.tree.leaves((policy, draft)))
 
 
 def test_what_is_no_run_says_so(tmp_path):
@@ -167,11 +173,13 @@ def test_a_run_whose_checkpoint_is_cut_short_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("change, key", [
-    ({"seed": 1}, "seed=0, not 1"), ({"grpo": GrpoSection(clip_low=0.1)}, "grpo.clip_low=0.2, not 0.1"),
+    ({"seed": 1}, "seed=0, not 1"),
+    ({"grpo": GrpoSection(clip_low=0.1)}, "grpo.clip_low=0.2, not 0.1"),
     ({"draft": DraftSection(options={"depths": 3})}, "draft.options={}, not {'depths': 3}")])
 def test_a_run_is_not_resumed_under_another_configuration(tmp_path, change, key):
     config = Config(output_dir=str(tmp_path))
-    keep_config(dataclasses.replace(config, **change))  # a first try that never got to a checkpoint binds nobody
+    # a first try that never got to a checkpoint binds nobody
+    keep_config(dataclasses.replace(config, **change))
     keep_config(config)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     before = (tmp_path / "config.yaml").read_text()
@@ -200,7 +208,8 @@ def test_the_data_position_is_json(tmp_path):
 
 def flip(folder, item):
     """Change one byte of the item's largest file, whose size stays."""
-    path = max((path for path in (folder / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path = max((path for path in (folder / item).rglob("*") if path.is_file()),
+               key=lambda path: path.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -216,11 +225,13 @@ def test_changed_bytes_are_noticed(tmp_path, item, caplog):
     if item == "optimizer":  # of which a policy reads nothing
         load_policy(tmp_path)
     else:
-        with pytest.raises(InputError, match=f"checkpoints/2 cannot be read .{item}/.* is not what was written there"):
+        with pytest.raises(InputError, match=f"checkpoints/2 cannot be read .{item}/.* is not what "
+                           "was written there"):
             load_policy(tmp_path)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         assert checkpoints.restore(make_state(None, seed=5))[0] == 1
-    assert "is not what was written there" in caplog.text and (tmp_path / "broken_checkpoints" / "2-0").is_dir()
+    assert ("is not what was written there" in caplog.text
+            and (tmp_path / "broken_checkpoints" / "2-0").is_dir())
 
 
 def edit_meta(folder, change):
@@ -231,7 +242,8 @@ def edit_meta(folder, change):
 
 @pytest.mark.parametrize("change", [
     lambda meta: [], lambda meta: {}, lambda meta: None, lambda meta: meta | {"step": 9},
-    lambda meta: meta | {"model": []}, lambda meta: meta | {"data": 7}, lambda meta: meta | {"draft": "mtp"}])
+    lambda meta: meta | {"model": []}, lambda meta: meta | {"data": 7},
+    lambda meta: meta | {"draft": "mtp"}])
 def test_a_checkpoint_that_says_nothing_of_itself_is_set_aside(tmp_path, change):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(1, make_state(None), DATA)
@@ -245,9 +257,11 @@ def test_a_checkpoint_that_says_nothing_of_itself_is_set_aside(tmp_path, change)
 @pytest.mark.parametrize("change, message", [
     (lambda meta: [], "its meta is not an object"), (lambda meta: {}, "its meta has no step"),
     (lambda meta: meta | {"model": {}}, "checkpoint of .* cannot be used"),
-    (lambda meta: meta | {"draft": {"config": {"name": "../../evil"}, "state": {}}}, "drafter '../../evil' is unknown"),
-    (lambda meta: meta | {"draft": {"config": {"name": ["mtp"]}, "state": {}}}, "is unknown; known: "),
-    (lambda meta: meta | {"draft": {"config": {"name": "mtp", "x": 1}, "state": {}}}, "cannot be used")])
+    (lambda meta: meta | {"draft": {"config": {"name": "../../evil"}, "state": {}}},
+     "drafter '../../evil' is unknown"),
+    (lambda meta: meta | {"draft": {"config": {"name": ["mtp"]}, "state": {}}}, "is unknown; "
+     "known: "), (lambda meta: meta | {"draft": {"config": {"name": "mtp", "x": 1}, "state": {}}},
+                  "cannot be used")])
 def test_readers_say_what_they_cannot_use(tmp_path, change, message):
     make_run(tmp_path)
     edit_meta(tmp_path / "checkpoints" / "3", change)
@@ -262,7 +276,8 @@ def test_a_newer_checkpoint_is_named_and_stays(tmp_path):
     folder = tmp_path / "checkpoints" / "3"
     assert json.loads((folder / "meta" / "metadata").read_text())["format"] == formats.CHECKPOINT
     edit_meta(folder, lambda meta: {"format": 99, "elsewhere": meta})
-    said = r"checkpoint .* has format 99, and this jspec \(.*\) reads formats up to 2: a newer jspec wrote it"
+    said = (r"checkpoint .* has format 99, and this jspec \(.*\) reads formats up to 2: a newer "
+            r"jspec wrote it")
     with pytest.raises(InputError, match=said):
         load_policy(tmp_path)
     with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError, match=said):
@@ -275,7 +290,8 @@ def test_a_checkpoint_whose_drafter_is_named_in_its_config_is_read(tmp_path):
 
     def older(meta):
         draft = dict(meta["draft"])
-        return meta | {"format": 1, "draft": draft | {"config": draft["config"] | {"name": draft.pop("drafter")}}}
+        return (meta | {"format": 1, "draft": draft
+                        | {"config": draft["config"] | {"name": draft.pop("drafter")}}})
 
     edit_meta(tmp_path / "checkpoints" / "3", older)
     assert load_draft(tmp_path).config == state.draft.config
@@ -290,7 +306,8 @@ def test_checksums_of_nothing_vouch_for_nothing(tmp_path):
 
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(tmp_path):
     state, _ = make_run(tmp_path)
-    edit_meta(tmp_path / "checkpoints" / "3", lambda meta: {k: x for k, x in meta.items() if k != "format"})
+    edit_meta(tmp_path / "checkpoints" / "3",
+              lambda meta: {k: x for k, x in meta.items() if k != "format"})
     same(load_policy(tmp_path).weights, state.policy.weights)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.restore(make_state(seed=5))[0] == 3
@@ -302,14 +319,17 @@ def test_a_good_checkpoint_of_another_configuration_is_never_set_aside(tmp_path)
         checkpoints.save(3, make_state(), DATA)
     wider = init_policy(dataclasses.replace(MODEL, hidden_size=32), jax.random.key(0))
     other = init_state(wider, None, UpdateSettings(), seed=0)
-    muon = init_state(first_state("mtp").policy, jspec.drafts.mtp(first_state("mtp").policy, jax.random.key(1)),
+    muon = init_state(first_state("mtp").policy,
+                      jspec.drafts.mtp(first_state("mtp").policy, jax.random.key(1)),
                       UpdateSettings(draft_optimizer="muon"), seed=0)
     for state, message in ((other, "of another run: its hidden_size is 16, the policy's is 32"),
                            (make_state("ngram"), "its draft is mtp, the configuration's is ngram"),
-                           (jax.tree.map(jnp.copy, muon), "is whole, but not of this configuration")):
+                           (jax.tree.map(jnp.copy, muon),
+                            "is whole, but not of this configuration")):
         with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError, match=message):
             checkpoints.restore(state)
-    assert (tmp_path / "checkpoints" / "3").is_dir() and not (tmp_path / "broken_checkpoints").exists()
+    assert ((tmp_path / "checkpoints" / "3").is_dir()
+            and not (tmp_path / "broken_checkpoints").exists())
 
 
 def test_a_folder_of_somebody_elses_is_not_moved(tmp_path):
@@ -317,7 +337,8 @@ def test_a_folder_of_somebody_elses_is_not_moved(tmp_path):
         checkpoints.save(1, make_state(None), DATA)
     (tmp_path / "checkpoints" / "200").mkdir()
     (tmp_path / "checkpoints" / "200" / "model.pt").write_text("theirs")
-    with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError, match="200 is no checkpoint of a run"):
+    with (Checkpoints(tmp_path, keep=3) as checkpoints,
+          pytest.raises(InputError, match="200 is no checkpoint of a run")):
         checkpoints.restore(make_state(None, seed=5))
     assert (tmp_path / "checkpoints" / "200" / "model.pt").exists()
 
@@ -327,7 +348,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.checksums, "write", full)  # in Orbax's thread, after all else
-    with pytest.raises(InputError, match="cannot be written to .*No space left on device.*make room") as error:
+    with pytest.raises(InputError,
+                       match="cannot be written to .*No space left on device.*make room") as error:
         with Checkpoints(tmp_path, keep=1) as checkpoints:
             checkpoints.save(1, make_state(None), DATA)
     assert "\n" not in str(error.value)
@@ -337,8 +359,10 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
     needed = sum(x.nbytes for x in jax.tree.leaves(make_state(None)))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=needed // 2))
-        with pytest.raises(InputError, match="a checkpoint takes up to .* MiB, and .* MiB are free; make room"):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage",
+                            lambda path: types.SimpleNamespace(free=needed // 2))
+        with pytest.raises(InputError,
+                           match="a checkpoint takes up to .* MiB, and .* MiB are free; make room"):
             checkpoints.save(1, make_state(None), DATA)
         assert not list((tmp_path / "checkpoints").iterdir())
         monkeypatch.undo()

@@ -1,4 +1,5 @@
-"""What a run drafts by itself: planted costs decide, what is known goes into checkpoints, measured costs are kept."""
+"""What a run drafts by itself: planted costs decide, what is known goes into checkpoints, measured
+costs are kept."""
 
 import dataclasses
 import json
@@ -44,16 +45,19 @@ def test_only_what_a_schedule_rests_on_is_measured():
 
 
 def test_lengths_to_begin_with_are_spread_up_to_the_cap():
-    assert sorted(spread(4, 100)) == [25, 50, 75, 100] and max(spread(7, 3)) == 3 and min(spread(7, 3)) == 1
+    assert (sorted(spread(4, 100)) == [25, 50, 75, 100] and max(spread(7, 3))
+            == 3 and min(spread(7, 3)) == 1)
 
 
 def test_it_is_looked_again_ever_less_often_while_nothing_is_drafted(monkeypatch):
     looked, said = [], []
     monkeypatch.setattr(choosing, "prompts_of", lambda subject: None)
-    monkeypatch.setattr(choosing, "accepted", lambda subject, prompts: looked.append(step) or acceptance)
+    monkeypatch.setattr(choosing, "accepted",
+                        lambda subject, prompts: looked.append(step) or acceptance)
     monkeypatch.setattr(choosing, "kept", lambda subject: FREE)
     chooser = Chooser(Sampling(max_new_tokens=64), Speculation(), Batching(), 1000, said.append)
-    of = policy(), table_draft(policy()), jspec.PromptBatch.from_tokens([[1, 2]], group_size=4, seed=0)
+    of = policy(), table_draft(policy()), jspec.PromptBatch.from_tokens([[1, 2]], group_size=4,
+                                                                        seed=0)
     plan, acceptance = Plan(), (0.0, 0.0, 0.0)
     for step in range(150):
         acceptance = (0.9, 0.8, 0.7) if step == 7 * LOOK_AGAIN else acceptance
@@ -66,14 +70,16 @@ def test_it_is_looked_again_ever_less_often_while_nothing_is_drafted(monkeypatch
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("JSPEC_CACHE", str(tmp_path))
     model = jspec.reshard(policy())
-    of = model, table_draft(policy()), jspec.PromptBatch.from_tokens([[1, 2]] * 2, group_size=1, seed=0)
+    of = model, table_draft(policy()), jspec.PromptBatch.from_tokens([[1, 2]] * 2, group_size=1,
+                                                                     seed=0)
     sampling = Sampling(max_new_tokens=8)
     monkeypatch.setattr(choosing, "missing", lambda *_: [])  # or it might be asked for more points
     chosen = jspec.choose_k(*of, sampling=sampling)
     assert chosen == 0 or [rows for rows, _ in chosen] == [2]
     (path,) = (tmp_path / "costs").iterdir()
     costs = Costs.from_json(json.loads(path.read_text())["costs"])
-    assert costs.rows == (2,) and costs.shards == 1 and all(s > 0 for *_, s in (*costs.plain, *costs.drafting))
+    assert (costs.rows == (2,) and costs.shards
+            == 1 and all(s > 0 for *_, s in (*costs.plain, *costs.drafting)))
     monkeypatch.setattr(choosing, "measured", lambda *_: pytest.fail("it was kept"))
     jspec.choose_k(*of, sampling=sampling, lengths=[8, 2])
     path.write_text("{")
@@ -87,11 +93,13 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
 
 def test_a_cycle_is_what_more_of_them_take_longer():
     assert cycle_costs._split(0.3, 1, 1.1, 9) == pytest.approx((0.1, 0.2))
-    cycle, rest = cycle_costs._split(0.011, 1, 0.010, 8)  # noise, and nothing that could be said to cost nothing
+    # noise, and nothing that could be said to cost nothing
+    cycle, rest = cycle_costs._split(0.011, 1, 0.010, 8)
     assert cycle == pytest.approx(0.1 * 0.010 / 8) and rest > 0
 
 
 def test_what_is_accepted_is_asked_under_other_noise_than_that_which_judges():
     batch = jspec.PromptBatch.from_tokens([[1, 2]], group_size=2, seed=0)
-    subject = cycle_costs.Subject.of(policy(), table_draft(policy()), batch, Sampling(), Speculation(), Batching())
+    subject = cycle_costs.Subject.of(policy(), table_draft(policy()), batch, Sampling(),
+                                     Speculation(), Batching())
     assert not np.array_equal(*map(jax.random.key_data, (subject.batch.key, batch.key)))

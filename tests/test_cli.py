@@ -35,7 +35,8 @@ def test_help_lists_every_command_and_a_first_thing_to_try(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert all(command in out for command in ("train", "rollout", "eval", "fetch", "export", "bench", "profile"))
+    assert all(command in out
+               for command in ("train", "rollout", "eval", "fetch", "export", "bench", "profile"))
     assert 'jspec rollout smollm2-135m-instruct --prompt "' in out
 
 
@@ -47,7 +48,8 @@ def test_train_help_lists_the_keys(capsys):
 
 
 def test_help_does_not_wait_for_jax():
-    code = "import sys, jspec.cli\ntry: jspec.cli.main(['train', '-h'])\nfinally: assert 'jax' not in sys.modules"
+    code = ("import sys, jspec.cli\ntry: jspec.cli.main(['train', '-h'])\n"
+            "finally: assert 'jax' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -55,12 +57,14 @@ def test_the_whole_configuration_can_be_printed(capsys, config, tmp_path):
     code, out, _ = run(capsys, "train", config, "--print-config", "grpo.learning_rate=3e-6")
     assert code == 0
     (tmp_path / "printed.yaml").write_text(out)
-    assert load_config(tmp_path / "printed.yaml") == load_config(config, ["grpo.learning_rate=3e-6"])
+    assert (load_config(tmp_path / "printed.yaml")
+            == load_config(config, ["grpo.learning_rate=3e-6"]))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "the following arguments are required: COMMAND (see `jspec --help`)"),
-    (["rollout", "m"], "the following arguments are required: --prompt (see `jspec rollout --help`)"),
+    (["rollout", "m"],
+     "the following arguments are required: --prompt (see `jspec rollout --help`)"),
     (["rollout", "m", "--prompt", "x", "--k", "two"],
      "argument --k: invalid int value: 'two' (see `jspec rollout --help`)"),
     (["fetch", "m", "--fast"], "unrecognized arguments: --fast (see `jspec --help`)"),
@@ -69,7 +73,8 @@ def test_the_whole_configuration_can_be_printed(capsys, config, tmp_path):
      "override 'sampling.temperature=-1.0': 'sampling.temperature' must be at least 0, not -1.0"),
     (["rollout", "m", "--prompt", "x", "--k", "0"],
      "override 'speculation.k=0': 'speculation.k' must be at least 1, not 0"),
-    (["eval", "m", "data.sorce=x"], "override 'data.sorce=x': unknown key 'data.sorce'; did you mean 'data.source'?"),
+    (["eval", "m", "data.sorce=x"],
+     "override 'data.sorce=x': unknown key 'data.sorce'; did you mean 'data.source'?"),
     (["eval", "m", "--prompts", "0"], "--prompts must be at least 1, not 0"),
 ])
 def test_mistakes_are_one_line(capsys, arguments, message):
@@ -77,8 +82,8 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 
 
 def test_a_variable_that_jax_does_not_understand_is_one_line():
-    done = subprocess.run([sys.executable, "-m", "jspec", "eval", "x"], capture_output=True, text=True,
-                          env=os.environ | {"JAX_NUM_CPU_DEVICES": "two"})
+    done = subprocess.run([sys.executable, "-m", "jspec", "eval", "x"], capture_output=True,
+                          text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "two"})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert '"two" for JAX flag JAX_NUM_CPU_DEVICES; mend or unset that variable' in done.stderr
 
@@ -113,11 +118,14 @@ def test_interrupted(capsys, monkeypatch, config):
 
 @pytest.mark.parametrize("error, code, line", [
     (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore"), 1,
-     "jspec: error: out of memory (Out of memory allocating 8 bytes.); take a smaller model, more devices, or fewer"),
+     "jspec: error: out of memory (Out of memory allocating 8 bytes.); take a smaller model, more "
+     "devices, or fewer"),
     (MemoryError(), 1, "jspec: error: out of memory (no more is said); take"),
-    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, f"jspec: error: {'x' * 97}...: File name too"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2,
+     f"jspec: error: {'x' * 97}...: File name too"),
 ])
-def test_what_the_machine_has_no_room_for_is_one_line(capsys, monkeypatch, config, error, code, line):
+def test_what_the_machine_has_no_room_for_is_one_line(capsys, monkeypatch, config, error, code,
+                                                      line):
     def fail(*_):
         raise error
 
@@ -127,5 +135,7 @@ def test_what_the_machine_has_no_room_for_is_one_line(capsys, monkeypatch, confi
 
 
 def test_no_traceback_from_the_program_itself():
-    done = subprocess.run([sys.executable, "-m", "jspec", "train", "nope.yaml"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "jspec: error: config file nope.yaml does not exist\n")
+    done = subprocess.run([sys.executable, "-m", "jspec", "train", "nope.yaml"],
+                          capture_output=True, text=True)
+    assert ((done.returncode, done.stderr)
+            == (2, "jspec: error: config file nope.yaml does not exist\n"))

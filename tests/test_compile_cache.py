@@ -26,7 +26,8 @@ def test_programs_are_kept_where_the_user_set_nothing(unset):
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir == str(unset / kind_of_machine())
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
-    assert [path.name for path in unset.rglob("*")] == [kind_of_machine()]  # and nobody else may write there
+    # and nobody else may write there
+    assert [path.name for path in unset.rglob("*")] == [kind_of_machine()]
     assert (unset / kind_of_machine()).stat().st_mode & 0o777 == 0o700
 
 
@@ -49,17 +50,18 @@ def test_a_folder_that_cannot_be_made_is_a_warning(unset, capsys):
     unset.parent.write_text("a file")
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir is None
-    assert capsys.readouterr().err == (
-        f"jspec: warning: {unset / kind_of_machine()} cannot be used (Not a directory): compiled programs are not "
-        "kept; name another folder with JSPEC_CACHE\n")
+    assert (capsys.readouterr().err == (
+        f"jspec: warning: {unset / kind_of_machine()} cannot be used (Not a directory): compiled "
+        "programs are not kept; name another folder with JSPEC_CACHE\n"))
 
 
 def test_a_home_of_nobody_is_a_warning(unset, monkeypatch, capsys):
     monkeypatch.setenv("JSPEC_CACHE", "~nobody-/cache")
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir is None
-    assert capsys.readouterr().err == ("jspec: warning: JSPEC_CACHE '~nobody-/cache' cannot be looked at: Could not "
-                                       "determine home directory: compiled programs are not kept\n")
+    assert (capsys.readouterr().err
+            == ("jspec: warning: JSPEC_CACHE '~nobody-/cache' cannot be looked at: Could not "
+                "determine home directory: compiled programs are not kept\n"))
 
 
 def test_a_folder_that_others_may_write_to_is_a_warning(unset, capsys):
@@ -90,7 +92,8 @@ PROGRAM = """
 import jax, sys
 from jspec.compile_cache import keep_compiled
 hits = []
-jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
+jax.monitoring.register_event_listener(
+    lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
 keep_compiled()
 for _ in range(2):
     print(jax.jit(lambda x: x * 3)(14.0), len(hits))

@@ -13,7 +13,8 @@ RANDOM = ["model.name=random", "model.tokenizer=chars:ab", "model.architecture.h
 
 def test_later_layers_win_and_the_rest_are_defaults(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("steps: 9\ngrpo:\n  learning_rate: 2e-6\nsampling: {temperature: 1, stop_tokens: [1, 2]}\n")
+    path.write_text("steps: 9\ngrpo:\n  learning_rate: 2e-6\n"
+                    "sampling: {temperature: 1, stop_tokens: [1, 2]}\n")
     config = load_config(path, ["steps=11", "sampling.temperature=0.5", "output_dir=runs/${seed}"])
     assert (config.steps, config.grpo.learning_rate, config.sampling.temperature) == (11, 2e-6, 0.5)
     assert config.sampling.stop_tokens == (1, 2)
@@ -38,8 +39,8 @@ def test_yaml_round_trip(tmp_path):
     assert load_config(tmp_path / "copy.yaml") == config
 
 
-ODD = ["it's", 'a "b"', "${x}", "\\${x}", "${seed}", "a\\", "[red]", "{a: 1}", "# no", "null", "7", "1e-6", "é\n ",
-       ": -", "&a *b", "a~"]
+ODD = ["it's", 'a "b"', "${x}", "\\${x}", "${seed}", "a\\", "[red]", "{a: 1}", "# no", "null", "7",
+       "1e-6", "é\n ", ": -", "&a *b", "a~"]
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -52,9 +53,11 @@ def test_a_value_is_taken_as_it_is_and_survives_the_file(tmp_path, text):
 
 def test_references_are_to_keys_and_to_nothing_else(monkeypatch):
     monkeypatch.setenv("SECRET", "told")
-    config = load_config(None, [("model.name", "my/model"), "output_dir='runs/${model.name}/${seed}/\\${x}'"])
+    config = load_config(None, [("model.name", "my/model"),
+                                "output_dir='runs/${model.name}/${seed}/\\${x}'"])
     assert config.output_dir == "runs/my/model/0/${x}"
-    for text in ("${oc.env:SECRET}", "${oc.decode:1}", "a ${", "${}", "${${seed}}", "${output_dir}"):
+    for text in ("${oc.env:SECRET}", "${oc.decode:1}", "a ${", "${}", "${${seed}}",
+                 "${output_dir}"):
         with pytest.raises(InputError) as caught:
             load_config(None, [f"output_dir='{text}'"])
         assert "told" not in str(caught.value) and "\n" not in str(caught.value)
@@ -63,7 +66,8 @@ def test_references_are_to_keys_and_to_nothing_else(monkeypatch):
 def test_overrides_merge_into_mappings_and_replace_the_rest(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("draft: {options: {depths: 2, blocks: 1}}\nsampling: {stop_tokens: [1, 2]}\n")
-    config = load_config(path, ["draft.options.blocks=2", "sampling.stop_tokens=[3]", f"seed={2**64 - 1}"])
+    config = load_config(path, ["draft.options.blocks=2", "sampling.stop_tokens=[3]",
+                                f"seed={2**64 - 1}"])
     assert (config.draft.options, config.sampling.stop_tokens) == ({"depths": 2, "blocks": 2}, (3,))
     assert config.seed == 2**64 - 1
 
@@ -90,10 +94,13 @@ def test_every_field_has_a_meaning():
 @pytest.mark.parametrize(("override", "message"), [
     ("grpo.learnig_rate=3", "override 'grpo.learnig_rate=3': unknown key 'grpo.learnig_rate'; "
                             "did you mean 'grpo.learning_rate'?"),
-    ("grpo.lr=3", "override 'grpo.lr=3': unknown key 'grpo.lr'; did you mean 'grpo.learning_rate'?"),
+    ("grpo.lr=3",
+     "override 'grpo.lr=3': unknown key 'grpo.lr'; did you mean 'grpo.learning_rate'?"),
     ("k=3", "override 'k=3': unknown key 'k'; did you mean 'speculation.k'?"),
-    ("temprature=3", "override 'temprature=3': unknown key 'temprature'; did you mean 'sampling.temperature'?"),
-    ("model=gpt", "override 'model=gpt': 'model' is a section, not a value; set its keys, such as 'model.name'"),
+    ("temprature=3",
+     "override 'temprature=3': unknown key 'temprature'; did you mean 'sampling.temperature'?"),
+    ("model=gpt",
+     "override 'model=gpt': 'model' is a section, not a value; set its keys, such as 'model.name'"),
     ("steps", "override 'steps' must be key=value, such as grpo.learning_rate=1e-6"),
     ("seed=[1", "override 'seed=[1': did not find expected ',' or ']'"),
     ("steps=many", "override 'steps=many': 'steps' must be a whole number, not 'many'"),
@@ -103,56 +110,65 @@ def test_every_field_has_a_meaning():
     ("grpo.clip=.nan", "override 'grpo.clip=.nan': 'grpo.clip' must be a number, not nan"),
     ("model.remat=1", "override 'model.remat=1': 'model.remat' must be true or false, not 1"),
     ("model.name=7", "override 'model.name=7': 'model.name' must be text, not 7"),
-    ("sampling.stop_tokens=[a]", "override 'sampling.stop_tokens=[a]': 'sampling.stop_tokens' must be "
-                                 "a list of whole numbers or null, not ['a']"),
+    ("sampling.stop_tokens=[a]", "override 'sampling.stop_tokens=[a]': 'sampling.stop_tokens' must "
+     "be a list of whole numbers or null, not ['a']"),
     ("draft.name=mpt", "override 'draft.name=mpt': 'draft.name' must be one of "
                        f"{', '.join(DRAFTERS)}, none, path/to/file.py:NAME, not 'mpt'"),
     ("speculation.k=0", "override 'speculation.k=0': 'speculation.k' must be at least 1, not 0"),
-    ("speculation.k=often", "override 'speculation.k=often': 'speculation.k' must be a whole number or a list of lists "
-                            "of whole numbers or auto, not 'often'"),
-    ("speculation.k=[[4,7],[4,3]]", "speculation.k=[[4, 7], [4, 3]] is no schedule: pairs of [rows, k], with k from 0 "
-                                    "to 64 and no number of rows twice, such as [[4, 7], [16, 3]]"),
-    ("speculation.k=[]", "speculation.k=[] is no schedule: pairs of [rows, k], with k from 0 to 64 and no number of "
-                         "rows twice, such as [[4, 7], [16, 3]]"),
+    ("speculation.k=often", "override 'speculation.k=often': 'speculation.k' must be a whole "
+     "number or a list of lists of whole numbers or auto, not 'often'"),
+    ("speculation.k=[[4,7],[4,3]]", "speculation.k=[[4, 7], [4, 3]] is no schedule: pairs of "
+     "[rows, k], with k from 0 to 64 and no number of rows twice, such as [[4, 7], [16, 3]]"),
+    ("speculation.k=[]", "speculation.k=[] is no schedule: pairs of [rows, k], with k from 0 to 64 "
+     "and no number of rows twice, such as [[4, 7], [16, 3]]"),
     ("sampling.top_p=0", "override 'sampling.top_p=0': 'sampling.top_p' must be above 0, not 0"),
-    ("sampling.top_p=1.5", "override 'sampling.top_p=1.5': 'sampling.top_p' must be at most 1, not 1.5"),
-    ("grpo.clip_high=-1", "override 'grpo.clip_high=-1': 'grpo.clip_high' must be at least 0, not -1"),
-    ("output_dir=${nope}", "override 'output_dir=${nope}': 'output_dir': Interpolation key 'nope' not found"),
-    ("data.group_size=1", "data.group_size must be at least 2, not 1: an answer's advantage is measured against "
-                          "the others of its group"),
-    ("sampling.min_new_tokens=129", "sampling.min_new_tokens (129) is above sampling.max_new_tokens (128)"),
+    ("sampling.top_p=1.5",
+     "override 'sampling.top_p=1.5': 'sampling.top_p' must be at most 1, not 1.5"),
+    ("grpo.clip_high=-1",
+     "override 'grpo.clip_high=-1': 'grpo.clip_high' must be at least 0, not -1"),
+    ("output_dir=${nope}",
+     "override 'output_dir=${nope}': 'output_dir': Interpolation key 'nope' not found"),
+    ("data.group_size=1", "data.group_size must be at least 2, not 1: an answer's advantage is "
+     "measured against the others of its group"),
+    ("sampling.min_new_tokens=129",
+     "sampling.min_new_tokens (129) is above sampling.max_new_tokens (128)"),
     ("grpo.micro_batch=5", "grpo.micro_batch (5) must divide the rows of a step, "
                            "data.prompts_per_step x data.group_size = 16"),
-    ("grpo.widths=[32,129]", "grpo.widths is [32, 129], and no answer is longer than sampling.max_new_tokens = 128: "
-                             "leave out what is above it"),
-    ("model.name=random", "model.name is 'random' and model.architecture is not set: an architecture goes with "
-                          "the name 'random', which needs one"),
-    ("draft={path: p, options: {longest: 4}}", "draft.options are a fresh draft's, and the one at draft.path=p has its "
-                                               "own; set draft.options=null"),
-    ("draft.options=[1]", "override 'draft.options=[1]': 'draft.options' must be a mapping of names to texts, finite "
-                          "numbers, lists and mappings or null, not [1]"),
-    ("data.options={1: 2}", "override 'data.options={1: 2}': 'data.options' must be a mapping of names to texts, "
-                            "finite numbers, lists and mappings, not {1: 2}"),
-    ("data.options={size:5}", "override 'data.options={size:5}': 'data.options' has the key 'size:5' without a value; "
-                              "write a blank after the colon, as in {size: 1}"),
-    ("data.options={a:[5]}", "override 'data.options={a:[5]}': found unexpected ':'; write a blank after the colon"),
-    ("output_dir=[a]", "override 'output_dir=[a]': 'output_dir' must be text, not ['a']; text with such characters "
-                       "needs quotes, as in output_dir='\"...\"'"),
-    ('output_dir=""', "override 'output_dir=\"\"': 'output_dir' must be text with one character at least, not ''"),
-    ('output_dir="a\\0b"', "override 'output_dir=\"a\\0b\"': 'output_dir' must be text, not 'a\\x00b'"),
+    ("grpo.widths=[32,129]", "grpo.widths is [32, 129], and no answer is longer than "
+     "sampling.max_new_tokens = 128: leave out what is above it"),
+    ("model.name=random", "model.name is 'random' and model.architecture is not set: an "
+     "architecture goes with the name 'random', which needs one"),
+    ("draft={path: p, options: {longest: 4}}", "draft.options are a fresh draft's, and the one at "
+     "draft.path=p has its own; set draft.options=null"),
+    ("draft.options=[1]", "override 'draft.options=[1]': 'draft.options' must be a mapping of "
+     "names to texts, finite numbers, lists and mappings or null, not [1]"),
+    ("data.options={1: 2}", "override 'data.options={1: 2}': 'data.options' must be a mapping of "
+     "names to texts, finite numbers, lists and mappings, not {1: 2}"),
+    ("data.options={size:5}", "override 'data.options={size:5}': 'data.options' has the key "
+     "'size:5' without a value; write a blank after the colon, as in {size: 1}"),
+    ("data.options={a:[5]}",
+     "override 'data.options={a:[5]}': found unexpected ':'; write a blank after the colon"),
+    ("output_dir=[a]", "override 'output_dir=[a]': 'output_dir' must be text, not ['a']; text with "
+     "such characters needs quotes, as in output_dir='\"...\"'"),
+    ('output_dir=""',
+     "override 'output_dir=\"\"': 'output_dir' must be text with one character at least, not ''"),
+    ('output_dir="a\\0b"',
+     "override 'output_dir=\"a\\0b\"': 'output_dir' must be text, not 'a\\x00b'"),
     ("seed=-1", "override 'seed=-1': 'seed' must be at least 0, not -1"),
     (f"seed={2**64}", f"override 'seed={2**64}': 'seed' must be at most {2**64 - 1}, not {2**64}"),
-    ("steps=3000000000", "override 'steps=3000000000': 'steps' must be at most 2147483647, not 3000000000"),
-    ("grpo.clip=1e39", "override 'grpo.clip=1e39': 'grpo.clip' must be 0, or between 1.2e-38 and 3.4e+38 in size, "
-                       "which is what float32 holds, not 1e+39"),
-    ("grpo.clip=9" + "0" * 400, f"override 'grpo.clip=9{'0' * 86}...': 'grpo.clip' must be a number, not "
-                                f"9{'0' * 96}..."),
-    ("seed=9" + "0" * 5000, f"override 'seed=9{'0' * 91}...': a whole number of more than 4300 digits"),
+    ("steps=3000000000",
+     "override 'steps=3000000000': 'steps' must be at most 2147483647, not 3000000000"),
+    ("grpo.clip=1e39", "override 'grpo.clip=1e39': 'grpo.clip' must be 0, or between 1.2e-38 and "
+     "3.4e+38 in size, which is what float32 holds, not 1e+39"),
+    ("grpo.clip=9" + "0" * 400,
+     f"override 'grpo.clip=9{'0' * 86}...': 'grpo.clip' must be a number, not 9{'0' * 96}..."),
+    ("seed=9" + "0" * 5000,
+     f"override 'seed=9{'0' * 91}...': a whole number of more than 4300 digits"),
     ("seed=" + "[" * 99, f"override 'seed={'[' * 92}...': nested more than 32 deep"),
     ("seed=&a [*a]", "override 'seed=&a [*a]': *a stands inside of itself"),
     ("seed=!!int x", "override 'seed=!!int x': invalid literal for int() with base 10: 'x'"),
-    ("seed=!!python/object:os.system x", "override 'seed=!!python/object:os.system x': could not determine a "
-                                         "constructor for the tag 'tag:yaml.org,2002:python/object:os.system'"),
+    ("seed=!!python/object:os.system x", "override 'seed=!!python/object:os.system x': could not "
+     "determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'"),
     ("grpo..clip=1", "override 'grpo..clip=1' must be key=value, such as grpo.learning_rate=1e-6"),
     ("seed=1\n2", "override 'seed=1\\n2': 'seed' must be a whole number, not '1 2'"),
     ("mesh.fsdp=-1", "mesh.data, mesh.fsdp and mesh.tensor are (-1, -1, 1): each at least 1, "
@@ -165,7 +181,8 @@ def test_a_bad_override_is_named(override, message):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("steps: 3\nsampling:\n  topk: 3\n", "unknown key 'sampling.topk'; did you mean 'sampling.top_k'?"),
+    ("steps: 3\nsampling:\n  topk: 3\n",
+     "unknown key 'sampling.topk'; did you mean 'sampling.top_k'?"),
     ("steps: many\n", "'steps' must be a whole number, not 'many'"),
     ("model:\n", "'model' is a section, not a value; set its keys, such as 'model.name'"),
     ("- steps\n", "must hold key: value pairs, such as 'steps: 10'"),
@@ -192,8 +209,9 @@ def test_a_few_aliases_are_read_and_many_are_refused(tmp_path):
         load_config(path)
 
 
-@pytest.mark.parametrize("content", [b"steps: \xff", b"steps: 3\0", b"# " + b"x" * 2**18, b"steps: 3\n--- 4",
-                                     b"data: {options: {a: .nan}}", b"data: {options: {a: !!set {x}}}"])
+@pytest.mark.parametrize("content",
+                         [b"steps: \xff", b"steps: 3\0", b"# " + b"x" * 2**18, b"steps: 3\n--- 4",
+                          b"data: {options: {a: .nan}}", b"data: {options: {a: !!set {x}}}"])
 def test_hostile_files_get_one_line_each(tmp_path, content):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
@@ -228,11 +246,14 @@ def test_an_override_of_a_bad_file_value_repairs_it(tmp_path):
 
 def test_the_home_is_where_a_path_says_so(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    config = load_config(None, ["output_dir=~/run", "data.source=~/p.jsonl", "data.system_prompt=~/as it is"])
-    assert (config.output_dir, config.data.source) == ("/home/somebody/run", "/home/somebody/p.jsonl")
+    config = load_config(None, ["output_dir=~/run", "data.source=~/p.jsonl",
+                                "data.system_prompt=~/as it is"])
+    assert ((config.output_dir, config.data.source)
+            == ("/home/somebody/run", "/home/somebody/p.jsonl"))
     assert config.data.system_prompt == "~/as it is"
     draft = load_config(None, ["samples.sources=[self, ~/p.jsonl]"], DraftTrainingConfig)
     assert draft.samples.sources == ("self", "/home/somebody/p.jsonl")
     assert load_config(None, ["output_dir='~'"]).output_dir == "/home/somebody"
-    with pytest.raises(InputError, match="'output_dir': ~nobody_at_all/x names the home of a user who is not there"):
+    with pytest.raises(InputError, match="'output_dir': ~nobody_at_all/x names the home of a user "
+                       "who is not there"):
         load_config(None, ["output_dir=~nobody_at_all/x"])

@@ -36,4 +36,5 @@ def test_a_closed_output_asks_the_loop_to_stop_once(capsys):
         os.close(before)
     assert stop.number == signal.SIGPIPE
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "nobody reads the output any more: stopping after this step" in said
+    assert (said.count("\n")
+            == 1 and "nobody reads the output any more: stopping after this step" in said)

@@ -46,7 +46,8 @@ def test_every_link_leads_somewhere(path):
 
 def test_a_link_to_nowhere_is_noticed(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# A title, here\n[a](b.md) [c](#a-title-here) [d](#else)\n\n    [code](x.md)\n")
+    page.write_text("# A title, here\n[a](b.md) [c](#a-title-here) [d](#else)\n"
+                    "\n    [code](x.md)\n")
     assert missing(page) == ["b.md", "#else"]
 
 

@@ -39,7 +39,8 @@ slow = pytest.mark.slow
     *(pytest.param(*case, marks=slow) for case in (
         ("ngram", "rejection", 2, GREEDY), ("mtp", "block", 3, MIXED), ("ngram", "block", 3, MIXED),
         ("mtp", "block", 2, {"top_p": 0.9}), (None, "block", 0, {}),
-        ("ngram", "coupled", 7, {}), ("ngram", "rejection", 3, MIXED), ("mtp", "rejection", 7, MIXED),
+        ("ngram", "coupled", 7, {}), ("ngram", "rejection", 3, MIXED),
+        ("mtp", "rejection", 7, MIXED),
         (None, "coupled", 0, {}), (None, "rejection", 0, MIXED), ("mtp", "coupled", 1, GREEDY),
         ("mtp", "rejection", 2, {"top_k": 4}), ("mtp", "coupled", 2, {"top_p": 0.9})))])
 def test_a_rollout_emits_the_same_tokens(draft, rule, k, sampling):
@@ -50,7 +51,8 @@ def test_a_rollout_emits_the_same_tokens(draft, rule, k, sampling):
     else:  # the same noise; what is not a tie is equal, and of 32 rows no more than one is
         assert (np.asarray(want.tokens) == got.tokens).all(1).sum() >= 31
     same = (np.asarray(want.tokens) == got.tokens) & np.asarray(want.mask)
-    np.testing.assert_allclose(np.asarray(got.logprobs)[same], np.asarray(want.logprobs)[same], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(got.logprobs)[same], np.asarray(want.logprobs)[same],
+                               atol=1e-5)
 
 
 def test_the_platform_chooses(monkeypatch):
@@ -79,7 +81,8 @@ def test_a_gpu_that_is_no_hopper(monkeypatch, capability):
     monkeypatch.setattr(jax, "devices", lambda: [Other()])
     monkeypatch.setattr(jax, "local_devices", lambda: [Other()])
     assert kernels.choose("auto") == REFERENCE
-    with pytest.raises(InputError, match=r"needs a TPU or a Hopper GPU, and this is another GPU; set"):
+    with pytest.raises(InputError,
+                       match=r"needs a TPU or a Hopper GPU, and this is another GPU; set"):
         kernels.choose("pallas")
     monkeypatch.setattr(jax, "local_devices", lambda: [Hopper()])
     assert kernels.choose("auto").name == "gpu"
@@ -92,20 +95,24 @@ def test_what_was_picked_is_logged(caplog):
 
 
 def test_an_unknown_name():
-    with pytest.raises(InputError, match="kernels 'triton' is unknown; known: auto, reference, pallas"):
+    with pytest.raises(InputError,
+                       match="kernels 'triton' is unknown; known: auto, reference, pallas"):
         run("triton")
 
 
 def test_a_kernel_that_refuses(caplog):
-    """Asked for by name it is an error; where the platform chose it, the reference runs and the log says so."""
+    """Asked for by name it is an error; where the platform chose it, the reference runs and the log
+    says so."""
     x = jnp.zeros((1, 1, 1, 8), jnp.float16)
     cache, lengths = jnp.zeros((1, 1, 16, 8), jnp.float16), jnp.zeros(1, jnp.int32)
     table = jnp.zeros((1, 1), jnp.int32)
     policy = tiny.policy(11)
     with pytest.raises(InputError, match="not float16 and float16; set speculation.kernels=auto"):
-        kernels.attend(policy.replace(kernels=Implementation("tpu")), x, x, x, cache, cache, table, lengths)
+        kernels.attend(policy.replace(kernels=Implementation("tpu")), x, x, x, cache, cache, table,
+                       lengths)
     with caplog.at_level(logging.WARNING, "jspec"):
-        out, *_ = kernels.attend(policy.replace(kernels=Implementation("tpu", fall_back=True)), x, x, x, cache, cache,
-                                 table, lengths)
+        out, *_ = kernels.attend(policy.replace(kernels=Implementation("tpu", fall_back=True)), x,
+                                 x, x, cache, cache, table, lengths)
     assert out.shape == x.shape
-    assert "the reference takes the place of a tpu kernel" in caplog.text and "float16" in caplog.text
+    assert ("the reference takes the place of a tpu kernel" in caplog.text
+            and "float16" in caplog.text)

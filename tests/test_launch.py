@@ -1,4 +1,5 @@
-"""The launchers, with a stand-in for uv that makes an environment whose Python tells what it was run with."""
+"""The launchers, with a stand-in for uv that makes an environment whose Python tells what it was
+run with."""
 
 import os
 import re
@@ -32,13 +33,15 @@ echo "ran $$ in $PWD: $*; $JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCE
 
 @pytest.fixture
 def machine(tmp_path):
-    """Environment variables of a machine whose uv is the stand-in, which logs its calls in the file LOG."""
+    """Environment variables of a machine whose uv is the stand-in, which logs its calls in the file
+    LOG."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in (("uv", UV), ("telltale", TELLTALE)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "JSPEC_", "KUBERNETES_"))}
+    clean = {key: value for key, value in os.environ.items()
+             if not key.startswith(("JAX_", "JSPEC_", "KUBERNETES_"))}
     return clean | {"PATH": f"{tools}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"),
                     "TELLTALE": str(tools / "telltale"), "PYTHON": sys.executable,
                     "JSPEC_VENV": str(tmp_path / "venv"), "JSPEC_ACCELERATOR": "cpu"}
@@ -63,7 +66,8 @@ def test_without_arguments_the_quickstart_is_trained(machine):
 def test_config_and_overrides_are_passed_on(machine, tmp_path):
     (tmp_path / "mine.yaml").write_text("steps: 1\n")
     done = launch(machine, "steps=2", "mine.yaml", "data.system_prompt=be brief", cwd=tmp_path)
-    assert f"-m jspec train {tmp_path}/mine.yaml steps=2 data.system_prompt=be brief;" in done.stdout
+    assert (f"-m jspec train {tmp_path}/mine.yaml steps=2 data.system_prompt=be brief;"
+            in done.stdout)
 
 
 def test_the_workflow_pins_the_oldest_jax_named(machine, tmp_path):
@@ -99,7 +103,8 @@ def test_a_second_run_installs_nothing(machine):
 
 def test_a_failed_installation_is_tried_again(machine):
     failed = launch(machine | {"FAIL": "1"})
-    assert failed.returncode == 2 and "the installation failed" in failed.stderr and "ran" not in failed.stdout
+    assert (failed.returncode == 2 and "the installation failed" in failed.stderr
+            and "ran" not in failed.stdout)
     assert launch(machine).returncode == 0
 
 
@@ -110,16 +115,19 @@ def test_a_place_that_cannot_be_written_to_is_one_line(machine, tmp_path, place)
     done = launch(machine | {"JSPEC_VENV": str(tmp_path / place)})
     assert done.returncode == 2 and done.stdout == ""
     culprit = tmp_path / ("file" if place == "file/venv" else "locked.lock")
-    assert re.fullmatch(rf"jspec: error: {culprit} cannot be written to \(\d+ MB free in {tmp_path}\); make room, or "
+    assert re.fullmatch(rf"jspec: error: {culprit} cannot be written to \(\d+ MB free in "
+                        rf"{tmp_path}\); make room, or "
                         r"name another place: JSPEC_VENV=/path bash launch/\.\.\.\n", done.stderr)
 
 
 def test_a_disk_that_is_full_in_the_end_is_said(machine, tmp_path):
     (tmp_path / "venv").mkdir()
-    (tmp_path / "venv" / ".jspec-cpu").symlink_to(tmp_path / "nowhere" / "stamp")  # writing fails, as on a full disk
+    # writing fails, as on a full disk
+    (tmp_path / "venv" / ".jspec-cpu").symlink_to(tmp_path / "nowhere" / "stamp")
     done = launch(machine)
     assert done.returncode == 2 and "ran" not in done.stdout
-    assert f"jspec: error: {tmp_path}/venv/.jspec-cpu cannot be written to (" in done.stderr.splitlines()[-1]
+    assert (f"jspec: error: {tmp_path}/venv/.jspec-cpu cannot be written to ("
+            in done.stderr.splitlines()[-1])
 
 
 def test_what_is_installed_need_not_be_written_to(machine, tmp_path):
@@ -130,7 +138,8 @@ def test_what_is_installed_need_not_be_written_to(machine, tmp_path):
 
 
 def test_launches_at_the_same_time_install_once(machine):
-    running = [subprocess.Popen(["bash", LAUNCHER], env=machine, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [subprocess.Popen(["bash", LAUNCHER], env=machine, stdout=subprocess.PIPE, text=True)
+               for _ in range(3)]
     assert all("ran" in process.communicate(timeout=60)[0] for process in running)
     assert len(Path(machine["LOG"]).read_text().splitlines()) == 2
 
@@ -147,7 +156,8 @@ def test_processes_by_hand(machine):
 
 
 def test_local_processes(machine):
-    assert "-m jspec.local 2 train configs/quickstart.yaml;" in launch(machine, "--local", "2").stdout
+    assert ("-m jspec.local 2 train configs/quickstart.yaml;" in launch(machine, "--local",
+                                                                        "2").stdout)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -175,7 +185,8 @@ def test_an_unknown_accelerator_is_said(machine):
         2, "jspec: error: JSPEC_ACCELERATOR must be cpu, cuda, cuda12 or tpu, not 'abacus'\n")
 
 
-@pytest.mark.parametrize(("driver", "accelerator"), [("580.65.06", "cuda"), ("575.51.03", "cuda12")])
+@pytest.mark.parametrize(("driver", "accelerator"),
+                         [("580.65.06", "cuda"), ("575.51.03", "cuda12")])
 def test_the_gpu_driver_decides_which_cuda(machine, tmp_path, driver, accelerator):
     smi = tmp_path / "tools" / "nvidia-smi"
     smi.write_text(f'#!/bin/sh\n[ "$1" = -L ] && echo "GPU 0: H200" || echo {driver}\n')
@@ -187,7 +198,8 @@ def test_the_gpu_driver_decides_which_cuda(machine, tmp_path, driver, accelerato
 def test_a_tpu_is_found_by_its_environment(machine):
     if os.path.exists("/dev/nvidia0"):
         pytest.skip("this machine has a GPU, which is looked for first")
-    assert find_accelerator(machine | {"JSPEC_ACCELERATOR": "", "TPU_WORKER_HOSTNAMES": "a,b"}) == "tpu"
+    assert (find_accelerator(machine | {"JSPEC_ACCELERATOR": "", "TPU_WORKER_HOSTNAMES": "a,b"})
+            == "tpu")
     assert find_accelerator(machine | {"JSPEC_ACCELERATOR": "", "JAX_PLATFORMS": "cpu"}) == "cpu"
 
 
@@ -197,7 +209,8 @@ def find_accelerator(environment):
 
 
 def test_pip_brings_uv_where_there_is_none(machine, tmp_path):
-    """With neither uv nor an importable pip the launcher says so; this machine's own uv is hidden from the path."""
+    """With neither uv nor an importable pip the launcher says so; this machine's own uv is hidden
+    from the path."""
     fake = tmp_path / "tools" / "python3"
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)

@@ -11,7 +11,8 @@ import pytest
 from jspec import local
 from jspec.local import run
 
-TELL = "import os, json; print(json.dumps({k: v for k, v in os.environ.items() if k.startswith('JAX_')}))"
+TELL = ("import os, json; print(json.dumps({k: v for k, v in os.environ.items() if "
+        "k.startswith('JAX_')}))")
 
 
 def python(code):
@@ -29,23 +30,27 @@ def test_processes_know_each_other_and_output_is_told_apart(capfd):
 
 def test_when_one_fails_it_is_named_and_the_others_are_stopped(capfd):
     start = time.monotonic()
-    code = "import os, sys, time; sys.exit(3) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(60)"
+    code = ("import os, sys, time; sys.exit(3) if os.environ['JAX_PROCESS_ID'] == '1' else "
+            "time.sleep(60)")
     assert run(3, python(code)) == 3
     assert time.monotonic() - start < 10
-    assert capfd.readouterr().err == "jspec: process 1 of 3 ended with exit code 3; the others are stopped\n"
+    assert (capfd.readouterr().err
+            == "jspec: process 1 of 3 ended with exit code 3; the others are stopped\n")
 
 
 def test_a_killed_process_is_told_as_a_shell_would(capfd):
     code = ("import os, signal, time\n"
-            "os.kill(os.getpid(), signal.SIGKILL) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(60)")
+            "os.kill(os.getpid(), signal.SIGKILL) if os.environ['JAX_PROCESS_ID'] == '1' else "
+            "time.sleep(60)")
     assert run(2, python(code)) == 128 + signal.SIGKILL
-    assert capfd.readouterr().err == ("jspec: process 1 of 2 was ended by SIGKILL (out of memory? the kernel's log "
-                                      "says); the others are stopped\n")
+    assert (capfd.readouterr().err == ("jspec: process 1 of 2 was ended by SIGKILL (out of memory? "
+                                       "the kernel's log says); the others are stopped\n"))
 
 
 def test_of_those_that_end_together_the_killed_one_is_named(capsys):
     assert local._first_failure([1, -11, None], asked=[]) == -11
-    assert capsys.readouterr().err == "jspec: process 1 of 3 was ended by SIGSEGV; the others are stopped\n"
+    assert (capsys.readouterr().err
+            == "jspec: process 1 of 3 was ended by SIGSEGV; the others are stopped\n")
 
 
 def test_mistakes_and_ends_that_were_asked_for_are_not_named(capsys):
@@ -67,7 +72,8 @@ def test_signals_reach_every_process(tmp_path):
         "signal.signal(signal.SIGTERM, lambda *_: (here.write_text('stopped'), sys.exit(0)))\n"
         "here.write_text('ready'); time.sleep(60)\n"
     )
-    parent = f"import sys; from jspec.local import run; sys.exit(run(2, [sys.executable, '-c', {child!r}]))"
+    parent = ("import sys; from jspec.local import run; sys.exit(run(2, [sys.executable, '-c', "
+              f"{child!r}]))")
     process = subprocess.Popen(python(parent))
     files = [tmp_path / "0", tmp_path / "1"]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))
@@ -80,9 +86,11 @@ def test_signals_reach_every_process(tmp_path):
 def test_when_the_launcher_is_killed_nothing_stays_behind(tmp_path):
     child = (
         "import os, pathlib, time\n"
-        f"pathlib.Path({str(tmp_path)!r}, os.environ['JAX_PROCESS_ID']).write_text(str(os.getpid())); time.sleep(60)\n"
+        f"pathlib.Path({str(tmp_path)!r}, "
+        "os.environ['JAX_PROCESS_ID']).write_text(str(os.getpid())); time.sleep(60)\n"
     )
-    parent = f"import sys; from jspec.local import run; sys.exit(run(2, [sys.executable, '-c', {child!r}]))"
+    parent = ("import sys; from jspec.local import run; sys.exit(run(2, [sys.executable, '-c', "
+              f"{child!r}]))")
     process = subprocess.Popen(python(parent))
     files = [tmp_path / "0", tmp_path / "1"]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))

@@ -16,9 +16,8 @@ from jspec.metrics import Metrics, acceptance_alarm, read_records, untimed
 
 def record(step, **more):
     return {"step": step, "reward": 0.5, "length": 3.0, "finished": 1.0, "tokens_per_second": 10.0,
-            "acceptance_length": 2.0, "acceptance": 0.5, "drafted": 300, "acceptance_by_position": [0.6, 0.4],
-            "logprob_gap": 1e-6,
-            "seconds/step": 1.0, **more}
+            "acceptance_length": 2.0, "acceptance": 0.5, "drafted": 300,
+            "acceptance_by_position": [0.6, 0.4], "logprob_gap": 1e-6, "seconds/step": 1.0, **more}
 
 
 def console():
@@ -37,7 +36,8 @@ def test_a_record_a_step_flushed_as_it_is_written(tmp_path):
     with Metrics(tmp_path, 0, 3, console()) as opened:
         opened.write(record(1))
         (first,) = read_records(tmp_path / "metrics.jsonl")
-        age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(first.pop("time"))
+        age = (datetime.datetime.now(datetime.UTC)
+               - datetime.datetime.fromisoformat(first.pop("time")))
         assert first == record(1) and datetime.timedelta(0) <= age < datetime.timedelta(hours=1)
         opened.write(record(2, loss=float("nan")))
     second = read_records(tmp_path / "metrics.jsonl")[1]
@@ -56,9 +56,12 @@ def test_tensorboard_has_the_scalars_and_forgets_what_was_taken_back(tmp_path):
 
     write(tmp_path, 0, [1, 2])
     write(tmp_path, 1, [2])
-    first, second = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name.rsplit(".", 1)[1])
-    values = {(event.step, value.tag): value.simple_value for event in events(first) for value in event.summary.value}
-    assert values[2, "acceptance_by_position/2"] == pytest.approx(0.4) and values[1, "reward"] == 0.5
+    first, second = sorted((tmp_path / "tensorboard").iterdir(),
+                           key=lambda path: path.name.rsplit(".", 1)[1])
+    values = {(event.step, value.tag): value.simple_value for event in events(first)
+              for value in event.summary.value}
+    assert (values[2, "acceptance_by_position/2"] == pytest.approx(0.4) and values[1, "reward"]
+            == 0.5)
     (start,) = [event for event in events(second) if event.HasField("session_log")]
     assert start.step == 2 and start.session_log.status == event_pb2.SessionLog.START
 
@@ -77,8 +80,9 @@ def test_a_cut_line_ends_the_file_for_its_readers(tmp_path):
     assert read_records(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.parametrize("broken", [b'{"step": 2, "rew', b"\xff\xfe", b"[1]", b'{"reward": 1}', b'{"step": "2"}',
-                                    b'{"step": 2, "x": ' + b"9" * 5000 + b"}", b"[" * 5000])
+@pytest.mark.parametrize("broken",
+                         [b'{"step": 2, "rew', b"\xff\xfe", b"[1]", b'{"reward": 1}',
+                          b'{"step": "2"}', b'{"step": 2, "x": ' + b"9" * 5000 + b"}", b"[" * 5000])
 def test_a_broken_line_costs_no_other_line(tmp_path, broken, caplog):
     lines = [json.dumps(record(1)).encode(), broken, json.dumps(record(3)).encode(), b""]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
@@ -95,13 +99,15 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path):
     opened = Metrics(tmp_path / "full", 0, 3, console())
     opened.file.close()
     opened.file = open("/dev/full", "a")
-    with pytest.raises(InputError, match="the metrics of step 1: No space left on device; make room"), opened:
+    with pytest.raises(InputError,
+                       match="the metrics of step 1: No space left on device; make room"), opened:
         opened.write(record(1))
 
 
 def test_only_timings_differ_between_equal_runs():
     left = untimed(record(1, **{"seconds/rollout": 2.0}))
-    assert left == untimed(record(1, **{"seconds/rollout": 5.0, "tokens_per_second": 3.0, "time": "now"}))
+    assert (left == untimed(record(1, **{"seconds/rollout": 5.0, "tokens_per_second": 3.0,
+                                         "time": "now"})))
     assert "reward" in left and not any(key.startswith("seconds") for key in left)
 
 
@@ -109,14 +115,17 @@ def test_only_timings_differ_between_equal_runs():
     ([0.8, 0.8, 0.8], 0.39, True), ([0.8, 0.8, 0.8], 0.41, False), ([0.8, 0.8], 0.0, False),
     ([None, None, None], None, False), ([0.8] * 3, 0.0, True)])
 def test_alarm_when_acceptance_falls_under_half_of_its_running_mean(before, now, alarms):
-    said = acceptance_alarm([record(i, acceptance=a) for i, a in enumerate(before)], record(9, acceptance=now))
+    said = acceptance_alarm([record(i, acceptance=a) for i, a in enumerate(before)],
+                            record(9, acceptance=now))
     assert bool(said) == alarms
     assert not alarms or ("step 9" in said and "80.0%" in said)
 
 
 def test_no_alarm_about_chance():
-    assert acceptance_alarm([record(i, acceptance=0.02) for i in range(9)], record(9, acceptance=0.0)) is None
-    assert acceptance_alarm([record(i, acceptance=0.02) for i in range(9)], record(9, acceptance=0.0, drafted=3000))
+    assert (acceptance_alarm([record(i, acceptance=0.02) for i in range(9)],
+                             record(9, acceptance=0.0)) is None)
+    assert acceptance_alarm([record(i, acceptance=0.02) for i in range(9)],
+                            record(9, acceptance=0.0, drafted=3000))
 
 
 def test_the_alarm_is_printed_and_its_mean_survives_a_resume(tmp_path):
@@ -129,21 +138,25 @@ def test_the_alarm_is_printed_and_its_mean_survives_a_resume(tmp_path):
 
 def test_lines_and_tables_for_people(tmp_path):
     text = write(tmp_path, 0, range(1, 10))
-    assert "step 9/9" in text and "reward 0.500" in text and "2.00 tok/cycle  acceptance 50%" in text
-    assert "logprob_gap 1.0e-06" in text and not {"reward_failures", "NOT FINITE", "compiling"} & set(text.split())
+    assert ("step 9/9" in text and "reward 0.500" in text
+            and "2.00 tok/cycle  acceptance 50%" in text)
+    assert ("logprob_gap 1.0e-06" in text and not {"reward_failures", "NOT FINITE", "compiling"}
+            & set(text.split()))
     bad = metrics.line(record(1, reward_failures=3, draft_skipped_in_row=1, tokens_per_second=None,
                               **{"seconds/compile": 2.5}), 9)
-    assert "reward_failures 3" in bad and "draft NOT FINITE" in bad and "- tok/s" in bad and "(compiling 2.5 s)" in bad
+    assert ("reward_failures 3" in bad and "draft NOT FINITE" in bad and "- tok/s" in bad
+            and "(compiling 2.5 s)" in bad)
     assert "draft NOT FINITE" in metrics.line(record(1, draft_finite=False), 9)
     plain = metrics.line(record(1) | {"acceptance": None}, 9)  # autoregressive
     assert "tok/cycle" not in plain
     out = console()
     out.print(metrics.table([record(i) for i in range(1, 101)]))
-    shown = [line.split()[0] for line in out.file.getvalue().splitlines() if line.split() and line.split()[0].isdigit()]
+    shown = [line.split()[0] for line in out.file.getvalue().splitlines()
+             if line.split() and line.split()[0].isdigit()]
     assert len(shown) == metrics.TABLE_ROWS and shown[0] == "1" and shown[-1] == "100"
     out.print(metrics.table([]))
-    columns = {"step", "reward", "length", "finished", "tok/s", "tok/cycle", "acceptance", "logprob_gap", "grad_norm",
-               "draft/loss", "seconds"}
+    columns = {"step", "reward", "length", "finished", "tok/s", "tok/cycle", "acceptance",
+               "logprob_gap", "grad_norm", "draft/loss", "seconds"}
     assert columns <= set(out.file.getvalue().split())  # whole, in a log of 120 columns
 
 
@@ -155,7 +168,8 @@ def test_the_steps_that_compile_are_left_out_of_the_medians():
 
     warm = record(2, **{"seconds/rollout": 3.0, "seconds/update": 1.0, "seconds/compile": 0.0})
     cold = record(1, **{"seconds/rollout": 90.0, "seconds/update": 10.0, "seconds/compile": 80.0})
-    assert "75%" in shown(cold, cold, warm) and "of the steps that compiled nothing" in shown(cold, cold, warm)
+    assert ("75%" in shown(cold, cold, warm)
+            and "of the steps that compiled nothing" in shown(cold, cold, warm))
     assert "90%" in shown(cold) and "compiling included" in shown(cold)
 
 
@@ -167,7 +181,8 @@ def test_compiling_is_counted_by_phase():
         with clock("update"):
             pass
         assert clock.compiling["rollout"] > 0 == clock.compiling["update"]
-        assert clock.record()["seconds/compile"] == pytest.approx(clock.compiling["rollout"], abs=1e-3)
+        assert (clock.record()["seconds/compile"]
+                == pytest.approx(clock.compiling["rollout"], abs=1e-3))
         assert clock.compilations() > 0 == metrics.Clock(compiling).compilations()
     before = compiling()
     jax.jit(lambda x: x * 1.2345 + 7)(jnp.ones(3))

@@ -52,13 +52,15 @@ def test_names_are_no_markup(capsys):
 def test_a_full_disk_under_stdout_is_one_line():
     program = "import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: print('x') or 0))"
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE,
+                              text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "jspec: error: what is printed: No space left on device; make room" in done.stderr
 
 
 def test_an_output_that_is_closed_is_no_trouble():
-    program = "import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: print(sys.stdout.isatty(), sys.stderr) or 3))"
+    program = ("import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: "
+               "print(sys.stdout.isatty(), sys.stderr) or 3))")
     done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", program])
     assert done.returncode == 3
 
@@ -69,11 +71,13 @@ def test_what_the_terminal_has_no_character_for_is_escaped(encoding):
                "jspec.cli.guarded(lambda: screen().print('r\\u00e9 \\udcff', soft_wrap=True) or 0)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True,
                           env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert done.stdout.decode(encoding) == {"ascii": "r\\xe9 \\udcff\n", "utf-8": "r\u00e9 \\udcff\n"}[encoding], done
+    assert (done.stdout.decode(encoding)
+            == {"ascii": "r\\xe9 \\udcff\n", "utf-8": "r\u00e9 \\udcff\n"}[encoding]), done
 
 
 @pytest.mark.parametrize("program", [
-    "from jspec.output import screen; c = screen(); [c.print('x' * 60) for _ in range(9000)]; open('done', 'w')",
+    "from jspec.output import screen; c = screen(); [c.print('x' * 60) for _ in range(9000)]; "
+    "open('done', 'w')",
     "import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: print('x' * 600_000) or 0))",
     "import jspec.cli, sys; sys.exit(jspec.cli.guarded(lambda: print('x') or 0))",
 ])
@@ -81,8 +85,8 @@ def test_a_pipe_that_nobody_reads_is_no_trouble(tmp_path, program):
     """The reading end is closed before anything is written."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "done").exists() == ("done" in program)

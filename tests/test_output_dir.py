@@ -1,4 +1,5 @@
-"""A run's folder: whose it is, one run at a time, and what the operating system says of it in one line."""
+"""A run's folder: whose it is, one run at a time, and what the operating system says of it in one
+line."""
 
 import errno
 import fcntl
@@ -23,7 +24,8 @@ def refused(directory, **options) -> str:
 
 
 def listing(directory):
-    return {path.relative_to(directory): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+    return {path.relative_to(directory): path.read_bytes() if path.is_file() else None
+            for path in directory.rglob("*")}
 
 
 def test_the_second_run_in_a_folder_is_refused_and_the_next_one_is_not(tmp_path):
@@ -37,14 +39,16 @@ def test_the_second_run_in_a_folder_is_refused_and_the_next_one_is_not(tmp_path)
 @pytest.mark.parametrize("name, text", [
     ("config.yaml", "# mine\nsteps: 3\n"), ("config.yaml", to_yaml(Config()) + "# and a note\n"),
     ("metrics.jsonl", "{}\n"), (LOCK, "pid 7\n"), (f"{LOCK}/x", ""),
-    ("checkpoints/200/optimizer/state.pt", "weights"), ("checkpoints/200/_CHECKPOINT_METADATA", "{}"),
+    ("checkpoints/200/optimizer/state.pt", "weights"),
+    ("checkpoints/200/_CHECKPOINT_METADATA", "{}"),
     ("tensorboard/events", "x"), ("broken_checkpoints/1", "x")])
 def test_what_is_not_a_runs_own_is_left_alone(tmp_path, name, text):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
     before = listing(tmp_path)
     said = refused(tmp_path)
-    assert f"holds {name.split('/')[0]}, which no run of jspec has made" in said and f"{tmp_path / 'run'}" in said
+    assert (f"holds {name.split('/')[0]}, which no run of jspec has made" in said
+            and f"{tmp_path / 'run'}" in said)
     assert listing(tmp_path) == before
 
 
@@ -52,7 +56,8 @@ def test_what_is_not_a_runs_own_is_left_alone(tmp_path, name, text):
     ("config.yaml", to_yaml(Config())), ("config.yaml", to_yaml(DraftTrainingConfig())),
     ("config.yaml", "seed: 3\nsteps: 4\nof_an_earlier_version: 1\n"), (LOCK, ""),
     (f"checkpoints/4/{checksums.NAME}", "{}"),
-    ("checkpoints/4/_CHECKPOINT_METADATA", json.dumps({"item_handlers": {"meta": "", "policy": "", "optimizer": ""}}))])
+    ("checkpoints/4/_CHECKPOINT_METADATA",
+     json.dumps({"item_handlers": {"meta": "", "policy": "", "optimizer": ""}}))])
 def test_a_run_of_an_earlier_version_is_known_by_what_it_left(tmp_path, name, text):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
@@ -68,7 +73,8 @@ def test_what_another_run_removes_is_no_place_for_a_run(tmp_path, name):
     (tmp_path / "link").symlink_to(tmp_path / "run")
     before = listing(tmp_path)
     for way in ("run", "link"):
-        assert f"lies in {tmp_path / 'run' / name.split('/')[0]}, where the run of" in refused(tmp_path / way / name)
+        assert (f"lies in {tmp_path / 'run' / name.split('/')[0]}, where the run of"
+                in refused(tmp_path / way / name))
     assert listing(tmp_path) == before
     with claimed(tmp_path / "run" / "eval"), claimed(tmp_path / "checkpoints" / "mine"):
         pass
@@ -93,7 +99,8 @@ def test_a_folder_that_cannot_be(tmp_path):
     assert "file is no folder" in refused(tmp_path / "file")
     for path in (tmp_path / "file" / "run", "/proc/jspec/run"):
         said = refused(path)
-        assert f"output_dir={path} cannot be written to" in said and "choose another output_dir" in said
+        assert (f"output_dir={path} cannot be written to" in said
+                and "choose another output_dir" in said)
 
 
 def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch):

@@ -28,12 +28,15 @@ def test_no_two_purposes_share_noise_and_none_is_a_step_s(seed):
     keys = [seed_key(seed), *steps, *(purposes.purpose_key(seed, number) for number in numbers)]
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == len(keys)
     seeds = {purposes.purpose_seed(seed, number) for number in numbers}
-    assert len(seeds) == len(numbers) and all(0 <= value < 2**32 and value != seed for value in seeds)
+    assert (len(seeds)
+            == len(numbers) and all(0 <= value < 2**32 and value != seed for value in seeds))
 
 
-@pytest.mark.parametrize("cut", ["top_k=2", "top_p=0.99999999", "top_p=0.6", "min_new_tokens=2", "temperature=0"])
+@pytest.mark.parametrize("cut", ["top_k=2", "top_p=0.99999999", "top_p=0.6", "min_new_tokens=2",
+                                 "temperature=0"])
 def test_training_on_answers_of_another_distribution_has_to_be_asked_for(cut):
-    with pytest.raises(InputError, match=f"sampling.{cut}: .* biases it; .* grpo.biased_sampling=true"):
+    with pytest.raises(InputError,
+                       match=f"sampling.{cut}: .* biases it; .* grpo.biased_sampling=true"):
         prepare.check_unbiased(load_config(None, [f"sampling.{cut}"]))
     prepare.check_unbiased(load_config(None, [f"sampling.{cut}", "grpo.biased_sampling=true"]))
 
@@ -53,7 +56,8 @@ def test_what_the_model_has_not_is_refused_without_weights(override, message):
 
 def test_a_pool_too_small_is_refused_without_weights():
     config = load_config("configs/tiny.yaml", ["rollout.kv_tokens=16"])
-    with pytest.raises(InputError, match="rollout.kv_tokens = 16 are .* blocks of .* give at least ") as caught:
+    with pytest.raises(InputError,
+                       match="rollout.kv_tokens = 16 are .* blocks of .* give at least ") as caught:
         check(config)
     least = int(str(caught.value).split()[-1])
     check(load_config("configs/tiny.yaml", [f"rollout.kv_tokens={least}"]))
@@ -74,10 +78,12 @@ def test_drafts_that_cannot_be_are_refused_without_weights(override, message):
 
 
 @pytest.mark.parametrize(("wrong", "name"), [
-    ({"hidden_size": "x"}, "hidden_size"), ({"rope": "text"}, "rope"), ({"rope": {"theta": -1}}, "theta"),
+    ({"hidden_size": "x"}, "hidden_size"), ({"rope": "text"}, "rope"),
+    ({"rope": {"theta": -1}}, "theta"),
     ({"rope": {"thet": 1}}, "unknown key 'model.architecture.rope.thet'; did you mean 'theta'"),
-    ({"num_layers": 10**30}, "num_layers"), ({"stop_tokens": 5}, "stop_tokens"), ({"hidden": 1}, "hidden"),
-    ({"stop_tokens": ["a"]}, "stop_tokens"), ({"num_heads": True}, "num_heads"), ({"family": []}, "family"),
+    ({"num_layers": 10**30}, "num_layers"), ({"stop_tokens": 5}, "stop_tokens"),
+    ({"hidden": 1}, "hidden"), ({"stop_tokens": ["a"]}, "stop_tokens"),
+    ({"num_heads": True}, "num_heads"), ({"family": []}, "family"),
 ])
 def test_an_architecture_that_is_none_is_named(wrong, name):
     right = load_config("configs/tiny.yaml").model.architecture

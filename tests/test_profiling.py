@@ -24,11 +24,13 @@ from tests.test_train import SMALL
 
 
 @pytest.mark.parametrize(("op_name", "name", "part"), [
-    ("jit(rollout)/jit(_rollout)/decode/while/body/verify/attention/dot_general", "verify", "attention"),
+    ("jit(rollout)/jit(_rollout)/decode/while/body/verify/attention/dot_general", "verify",
+     "attention"),
     ("jit(rollout)/decode/while/body/accept/head/dot_general", "accept", "head"),
     ("jit(rollout)/decode/while/cond/not", "decode, between phases", ""),
     ("jit(update)/policy_loss/jvp(trunk)/while/body/mlp/dot", "policy_loss, forward", "mlp"),
-    ("jit(update)/policy_loss/transpose(jvp(trunk))/while/body/mlp/dot", "policy_loss, backward", "mlp"),
+    ("jit(update)/policy_loss/transpose(jvp(trunk))/while/body/mlp/dot", "policy_loss, backward",
+     "mlp"),
     ("jit(update)/optimizer/mul", "optimizer", ""),
     ("jit(update)/draft_optimizer/mul", "draft_optimizer", ""),
     ("jit(update)/reduce_sum", "other operations", ""),
@@ -39,9 +41,11 @@ def test_phase_of_scopes(op_name, name, part):
 
 @pytest.mark.parametrize(("op_name", "phase"), [
     ("jit(rollout)/decode/loop_32/while/body/verify/mlp/dot", Phase("verify", "mlp", 32)),
-    ("jit(rollout)/decode/shard_map/loop_4/while/body/admit/while/body/add", Phase("admit", loop=4)),
+    ("jit(rollout)/decode/shard_map/loop_4/while/body/admit/while/body/add",
+     Phase("admit", loop=4)),
     ("jit(rollout)/decode/loop_4/while/cond/not", Phase("decode, between phases", loop=4)),
-    ("jit(rollout)/decode/loop_4/while/body/pause/while/body/while/body/copy", Phase("pause", loop=4)),
+    ("jit(rollout)/decode/loop_4/while/body/pause/while/body/while/body/copy",
+     Phase("pause", loop=4)),
     ("jit(rollout)/decode/gather", Phase("decode, between phases")),
 ])
 def test_phase_in_a_loop_of_the_chain(op_name, phase):
@@ -49,13 +53,16 @@ def test_phase_in_a_loop_of_the_chain(op_name, phase):
 
 
 def test_loops_have_a_table_of_their_own():
-    phases = {Phase("verify", "mlp", 32): 3.0, Phase("verify", "mlp", 4): 1.0, Phase("verify", "attention", 4): 0.5,
+    phases = {Phase("verify", "mlp", 32): 3.0, Phase("verify", "mlp", 4): 1.0,
+              Phase("verify", "attention", 4): 0.5,
               Phase("admit", loop=4): 0.25, Phase("prefill"): 0.25}
     tables = phase_table(phases), loop_table(phases)
-    rows = [row for table in tables for row in zip(*(column.cells for column in table.columns[:3]), strict=True)]
-    assert rows == [("prefill", "0.250", "5.0%"), ("verify", "4.500", "90.0%"), ("  attention", "0.500", "10.0%"),
-                    ("  mlp", "4.000", "80.0%"), ("admit", "0.250", "5.0%"), ("operations, all", "5.000", ""),
-                    ("loop of 32 rows", "3.000", "60.0%"), ("loop of 4 rows", "1.750", "35.0%")]
+    rows = [row for table in tables
+            for row in zip(*(column.cells for column in table.columns[:3]), strict=True)]
+    assert (rows == [("prefill", "0.250", "5.0%"), ("verify", "4.500", "90.0%"),
+                     ("  attention", "0.500", "10.0%"), ("  mlp", "4.000", "80.0%"),
+                     ("admit", "0.250", "5.0%"), ("operations, all", "5.000", ""),
+                    ("loop of 32 rows", "3.000", "60.0%"), ("loop of 4 rows", "1.750", "35.0%")])
 
 
 def step(x):
@@ -82,25 +89,33 @@ def test_a_trace_is_split_by_phase(tmp_path):
 
 
 def assert_named(path, spans):
-    """The Perfetto trace has a track for each phase, whose spans hold those of its operations and no other's."""
-    events = [e for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"] if "name" in e]
-    process = next(e["pid"] for e in events if e["name"] == "process_name" and e["args"]["name"] == "phases")
-    tracks = {e["tid"]: e["args"]["name"] for e in events if e["pid"] == process and e["name"] == "thread_name"}
+    """The Perfetto trace has a track for each phase, whose spans hold those of its operations and
+    no other's."""
+    events = [e for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+              if "name" in e]
+    process = next(e["pid"] for e in events
+                   if e["name"] == "process_name" and e["args"]["name"] == "phases")
+    tracks = {e["tid"]: e["args"]["name"] for e in events
+              if e["pid"] == process and e["name"] == "thread_name"}
     assert set(tracks.values()) == {phase.name for phase in spans}
     drawn = [e for e in events if e["pid"] == process and e["ph"] == "X"]
     assert all(e["name"] == tracks[e["tid"]] for e in drawn)
     for phase, found in spans.items():
-        mine = [(e["ts"] * 1e3, (e["ts"] + e["dur"]) * 1e3) for e in drawn if e["name"] == phase.name]
+        mine = [(e["ts"] * 1e3, (e["ts"] + e["dur"]) * 1e3) for e in drawn
+                if e["name"] == phase.name]
         assert all(any(start - 1 <= a and b <= end + 1 for start, end in mine) for a, b in found)
-    assert any(e["pid"] != process and e["ph"] == "X" for e in events)  # what was recorded is still there
+    # what was recorded is still there
+    assert any(e["pid"] != process and e["ph"] == "X" for e in events)
 
 
 def test_spans_that_touch_are_one(tmp_path):
     recorded = {"traceEvents": [{"ph": "X", "pid": 7, "tid": 1, "ts": 0, "dur": 1, "name": "x"}]}
     (tmp_path / "perfetto_trace.json.gz").write_bytes(gzip.compress(json.dumps(recorded).encode()))
-    spans = {Phase("accept"): [(3e6, 4e6)], Phase("verify"): [(1e6, 2e6), (2.01e6, 3e6), (5e6, 6e6)],
+    spans = {Phase("accept"): [(3e6, 4e6)],
+             Phase("verify"): [(1e6, 2e6), (2.01e6, 3e6), (5e6, 6e6)],
              Phase("verify", "mlp", 4): [(6e6, 7e6)]}
-    drawn = [e for e in json.loads(gzip.decompress(name_phases(tmp_path, spans).read_bytes()))["traceEvents"]
+    drawn = [e for e in json.loads(gzip.decompress(name_phases(tmp_path,
+                                                               spans).read_bytes()))["traceEvents"]
              if e["ph"] == "X" and e["pid"] == 8]
     assert [(e["name"], e["tid"], e["ts"], e["dur"]) for e in drawn] == [
         ("verify", 0, 1000, 2000), ("verify", 0, 5000, 2000), ("accept", 1, 3000, 1000),
@@ -124,7 +139,8 @@ def test_time_on_several_threads_counts_once(tmp_path):
         jax.block_until_ready(compiled(x))
         wall = time.perf_counter() - start
     text = compiled.as_text()
-    total = sum(map(length, spans_by_phase(tmp_path, {module_name(text): phases_of_program(text)}).values())) / 1e9
+    total = (sum(map(length, spans_by_phase(tmp_path, {module_name(text): phases_of_program(text)})
+                     .values())) / 1e9)
     assert 0.5 * wall < total <= wall * 1.05
 
 
@@ -153,7 +169,8 @@ ENTRY %main.9 (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0), metadata={op_name="x"}
   %copy.1 = f32[8]{0} copy(%x)
   %tuple.2 = (f32[8]{0}) tuple(%copy.1)
-  %while.1 = (f32[8]{0}) while(%tuple.2), condition=%cond, body=%body, metadata={op_name="jit(f)/decode/while"}
+  %while.1 = (f32[8]{0}) while(%tuple.2), condition=%cond, body=%body, \
+metadata={op_name="jit(f)/decode/while"}
   %gte.1 = f32[8]{0} get-tuple-element(%while.1), index=0
   ROOT %add.1 = f32[8]{0} add(%gte.1, %gte.1), metadata={op_name="jit(f)/commit/mlp/add"}
 }
@@ -173,7 +190,8 @@ def test_what_xla_made_itself_belongs_with_its_neighbours(operation, phase):
 
 def test_an_operation_without_a_scope_has_the_programs_phase():
     text = jax.jit(lambda x: x * 2).lower(jnp.ones(4)).compile().as_text()
-    assert {phase.name for phase in phases_of_program(text, default="reshard").values()} == {"reshard"}
+    assert ({phase.name for phase in phases_of_program(text, default="reshard").values()}
+            == {"reshard"})
 
 
 def test_memory_counts_donated_arguments_once():
@@ -187,12 +205,14 @@ def test_memory_counts_donated_arguments_once():
 def test_the_profile_is_of_the_step_that_training_takes(tmp_path, capsys):
     """With all of its updates, and with what the drafter remembers."""
     overrides = [text for text in SMALL if "draft." not in text]
-    assert main(["profile", "configs/tiny.yaml", "--out", str(tmp_path), *overrides, "draft.name=suffix",
-                 "grpo.updates_per_rollout=4", "profile.repeats=1"]) == 0
+    assert (main(["profile", "configs/tiny.yaml", "--out", str(tmp_path), *overrides,
+                  "draft.name=suffix", "grpo.updates_per_rollout=4", "profile.repeats=1"]) == 0)
     out, record = capsys.readouterr().out, json.loads((tmp_path / "profile.json").read_text())
-    assert list(record["seconds"]) == list(record["memory_bytes"]) == ["reshard", "rollout", "remember", "update"]
+    assert (list(record["seconds"]) == list(record["memory_bytes"])
+            == ["reshard", "rollout", "remember", "update"])
     assert record["updates"] == 4 and "4 updates" in out
-    assert {"remember", "optimizer", "policy_loss, backward"} <= {phase["name"] for phase in record["phases"]}
+    assert ({"remember", "optimizer", "policy_loss, backward"}
+            <= {phase["name"] for phase in record["phases"]})
 
 
 @pytest.mark.slow
@@ -205,9 +225,9 @@ def test_profile_of_a_step(tmp_path, capsys):
     record = json.loads((tmp_path / "profile.json").read_text())
     assert set(record["seconds"]) == set(record["memory_bytes"]) == {"reshard", "rollout", "update"}
     names = {phase["name"] for phase in record["phases"]}
-    assert names >= {"prefill", "admit", "propose", "verify", "accept", "commit", "observe", "retire",
-                     "policy_loss, forward",
-                     "policy_loss, backward", "draft_loss, backward", "optimizer", "draft_optimizer"}
+    assert (names >= {"prefill", "admit", "propose", "verify", "accept", "commit", "observe",
+                      "retire", "policy_loss, forward", "policy_loss, backward",
+                      "draft_loss, backward", "optimizer", "draft_optimizer"})
     assert all(name in out for name in names)
     loops = {phase["loop"] for phase in record["phases"]}
     assert len(loops) > 1 and all(f"loop of {rows} rows" in out for rows in loops if rows)

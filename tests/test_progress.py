@@ -70,7 +70,8 @@ class Terminal(io.StringIO):
 
 
 def test_on_a_terminal_bars_lie_inside_one_another_and_stdout_stays_apart(monkeypatch, capsys):
-    """As a download inside of loading. What goes to a file or a pipe must not land on the terminal."""
+    """As a download inside of loading. What goes to a file or a pipe must not land on the
+    terminal."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     console = Console(stderr=True)

@@ -1,4 +1,5 @@
-"""The rooms of the README's tree are those on disk, imports go up it, and no room grows past what a reader holds."""
+"""The rooms of the README's tree are those on disk, imports go up it, and no room grows past what a
+reader holds."""
 
 import ast
 import graphlib
@@ -19,7 +20,8 @@ ENTRY = re.compile(r"[\w.]+(?:\.py|/)(?= |$)")
 
 
 def tree() -> Iterator[tuple[int, list[str], str]]:
-    """The lines of the README's tree: how far each is indented, the names that it begins with, and what it says."""
+    """The lines of the README's tree: how far each is indented, the names that it begins with, and
+    what it says."""
     block = (ROOT / "README.md").read_text().split("## The tree\n", 1)[1].split("\n## ", 1)[0]
     for line in block.splitlines():
         if line.startswith("    "):
@@ -54,8 +56,8 @@ MODULES = sources("jspec", "pallas_kernels")
 
 
 def imported(path: Path, everywhere: bool = True) -> set[str]:
-    """The modules that a file imports, those outside the project by their full name too, and of `jspec.NAME` the room
-    that NAME is from. everywhere: inside functions as well."""
+    """The modules that a file imports, those outside the project by their full name too, and of
+    `jspec.NAME` the room that NAME is from. everywhere: inside functions as well."""
     found = set()
     nodes = [ast.parse(path.read_text())]
     while nodes:
@@ -87,21 +89,23 @@ def test_the_tree_of_the_readme_is_the_tree():
             place = ROOT / name if (ROOT / name).exists() else ROOT / "jspec" / name
             assert place.exists(), f"the tree names {name}"
             inside = {path.name for path in place.rglob("*.py")} if place.is_dir() else set()
-            mentioned = set(re.findall(r"\w+\.py\b", said)) if len(names) == 1 and place.is_dir() else set()
+            mentioned = (set(re.findall(r"\w+\.py\b", said)) if len(names) == 1 and place.is_dir()
+                         else set())
             assert mentioned <= inside, f"of {name} the tree mentions {mentioned - inside}"
 
 
 def test_imports_go_up_the_tree():
     order = {name: i for i, name in enumerate(rooms())}
-    wrong = {f"{module} imports {other}" for module, path in MODULES.items() for other in imported(path)
-             if module.startswith("jspec.") and other.startswith("jspec.") and other in MODULES
+    wrong = {f"{module} imports {other}" for module, path in MODULES.items() for other in imported(
+        path) if module.startswith("jspec.") and other.startswith("jspec.") and other in MODULES
              and order.get(room(module), len(order)) < order.get(room(other), len(order))}
     assert not wrong
 
 
 def test_kernels_know_nothing_of_jspec():
-    assert not {f"{module} imports {other}" for module, path in MODULES.items() for other in imported(path)
-                if module.startswith("pallas_kernels") and other.split(".")[0] == "jspec"}
+    assert (not {f"{module} imports {other}" for module, path in MODULES.items()
+                 for other in imported(path)
+                if module.startswith("pallas_kernels") and other.split(".")[0] == "jspec"})
 
 
 def test_no_module_is_imported_by_what_it_imports():
@@ -109,14 +113,16 @@ def test_no_module_is_imported_by_what_it_imports():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names them
 
 
-@pytest.mark.parametrize("module", sorted({"jspec.config", "jspec.choices", "jspec.cli"} & MODULES.keys()))
+@pytest.mark.parametrize("module",
+                         sorted({"jspec.config", "jspec.choices", "jspec.cli"} & MODULES.keys()))
 def test_what_is_read_before_anything_starts_imports_no_jax(module):
     found, waiting = {}, {module: "the test"}
     while waiting:
         name, by = waiting.popitem()
         found[name] = by
         if name in MODULES:
-            waiting |= {other: name for other in imported(MODULES[name], everywhere=False) if other not in found}
+            waiting |= {other: name for other in imported(MODULES[name], everywhere=False)
+                        if other not in found}
     heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "transformers"}
     assert not {f"{by} imports {name}" for name, by in found.items() if name.split(".")[0] in heavy}
 
@@ -136,8 +142,10 @@ def test_what_a_reader_does_not_scroll():
 
 
 @pytest.mark.parametrize("room, names", [
-    ("jspec.rl.update", ["UpdateSettings", "init_state", "make_batch", "update"]), ("jspec.train", ["answer_text"]),
-    ("jspec.prepare", ["make_tokenizer", "make_policy", "make_sampling"]), ("jspec.drafts.suffix", ["remember"])])
+    ("jspec.rl.update", ["UpdateSettings", "init_state", "make_batch", "update"]),
+    ("jspec.train", ["answer_text"]),
+    ("jspec.prepare", ["make_tokenizer", "make_policy", "make_sampling"]),
+    ("jspec.drafts.suffix", ["remember"])])
 def test_a_loop_of_ones_own_finds_what_it_takes(room, names):
     package, _, name = room.rpartition(".")  # jspec.drafts.suffix is the function
     found = getattr(importlib.import_module(package), name, None) or importlib.import_module(room)

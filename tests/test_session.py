@@ -1,4 +1,5 @@
-"""Every command opens the same session: its arrays are on all devices, and rows are filled up for them to divide."""
+"""Every command opens the same session: its arrays are on all devices, and rows are filled up for
+them to divide."""
 
 import contextlib
 import importlib
@@ -16,7 +17,8 @@ from jspec.cli import main
 from jspec.hub import eagle3
 from tests.test_sharding import on_devices
 
-TINY = jspec.ModelConfig(family="llama", vocab_size=16, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=8,
+TINY = jspec.ModelConfig(family="llama", vocab_size=16, hidden_size=16, intermediate_size=16,
+                         num_layers=1, num_heads=8,
                          num_kv_heads=8, head_dim=8, initializer_range=0.2, stop_tokens=(1,))
 
 
@@ -27,29 +29,33 @@ def write_inputs(folder: Path) -> list[str]:
     eagle3.write(jspec.drafts.eagle3(policy, jax.random.key(0)), folder / "eagle3")
     (folder / "sums.jsonl").write_text("".join(
         json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(24)))
-    (folder / "reward.py").write_text("def even(prompt, response, answer, **meta):\n    return len(response) % 2.0\n")
-    return [f"data.source={folder}/sums.jsonl", f"reward.function={folder}/reward.py:even", "reward.workers=1",
-            "sampling.max_new_tokens=4"]
+    (folder / "reward.py").write_text("def even(prompt, response, answer, **meta):\n"
+                                      "    return len(response) % 2.0\n")
+    return [f"data.source={folder}/sums.jsonl", f"reward.function={folder}/reward.py:even",
+            "reward.workers=1", "sampling.max_new_tokens=4"]
 
 
 def run_commands(folder: Path, used: dict[str, list], wanted: list[str]) -> None:
     """The wanted commands, at their smallest; `used` gets what `watched` sees of each."""
     task, model, run = write_inputs(folder), str(folder / "model"), str(folder / "run")
-    (folder / "run.yaml").write_text(f"output_dir: {run}\nsteps: 1\nmodel: {{name: {model}}}\nmesh: {{fsdp: 2}}\n"
-                                     "speculation: {k: 1}\ndata: {group_size: 2}\nprofile: {repeats: 1}\n")
-    drafts = [f"output_dir={folder}/draft", f"samples.sources=[{folder}/sums.jsonl]", "samples.count=12",
-              "samples.batch=6", "sampling.max_new_tokens=4", "training.state_steps=1", "training.steps=1",
-              "training.rows=6", "report.count=1", "report.k=1", "report.temperatures=[1.0]", "report.rules=[coupled]"]
+    (folder / "run.yaml").write_text(
+        f"output_dir: {run}\nsteps: 1\nmodel: {{name: {model}}}\nmesh: {{fsdp: 2}}\n"
+        "speculation: {k: 1}\ndata: {group_size: 2}\nprofile: {repeats: 1}\n")
+    drafts = [f"output_dir={folder}/draft", f"samples.sources=[{folder}/sums.jsonl]",
+              "samples.count=12", "samples.batch=6", "sampling.max_new_tokens=4",
+              "training.state_steps=1", "training.steps=1", "training.rows=6", "report.count=1",
+              "report.k=1", "report.temperatures=[1.0]", "report.rules=[coupled]"]
     trained = run if "train" in wanted else model
     commands = {
-        "train": ["train", f"{folder}/run.yaml", *task], "profile": ["profile", f"{folder}/run.yaml", *task],
+        "train": ["train", f"{folder}/run.yaml", *task],
+        "profile": ["profile", f"{folder}/run.yaml", *task],
         "eval": ["eval", trained, *task, "--run-code", "--prompts", "3", "--samples", "1"],
-        "rollout": ["rollout", model, "--prompt", "1+1=", "--raw", "--draft", "none", "--max-new-tokens", "4"],
-        "export": ["export", trained, f"{folder}/exported"],
+        "rollout": ["rollout", model, "--prompt", "1+1=", "--raw", "--draft", "none",
+                    "--max-new-tokens", "4"], "export": ["export", trained, f"{folder}/exported"],
         "draft train": ["draft", "train", model, *drafts],
         "draft export": ["draft", "export", model, f"{folder}/eagle3", f"{folder}/published"],
-        "bench": ["bench", "--shape", "tiny", "--batch", "8", "--prompt-tokens", "4", "--new-tokens", "2", "--rounds",
-                  "1"],
+        "bench": ["bench", "--shape", "tiny", "--batch", "8", "--prompt-tokens", "4",
+                  "--new-tokens", "2", "--rounds", "1"],
     }
     for name in wanted:
         seen.clear()
@@ -59,11 +65,13 @@ def run_commands(folder: Path, used: dict[str, list], wanted: list[str]) -> None
 
 
 seen: set = set()
-"""(what, devices, whether it is more than copies) of the arrays that `watched` functions of a command gave."""
+"""(what, devices, whether it is more than copies) of the arrays that `watched` functions of a
+command gave."""
 
 
 def watched(owner: object, name: str, arrays) -> None:
-    """Have a function note, of the arrays that `arrays` picks of its result and arguments, what holds them."""
+    """Have a function note, of the arrays that `arrays` picks of its result and arguments, what
+    holds them."""
     kept = getattr(owner, name)
 
     def watching(*arguments, **options):
@@ -81,7 +89,8 @@ def worker(folder: str, wanted: list[str]) -> None:
     from jspec.draft_training import stages
     from jspec.hub import exporter
 
-    rollout = importlib.import_module("jspec.speculate.rollout")  # the package has the function of that name
+    # the package has the function of that name
+    rollout = importlib.import_module("jspec.speculate.rollout")
     watched(rollout, "_rollout", lambda out, policy, *_: (out.tokens, policy.weights))
     watched(step.Step, "take", lambda made, *_: made)
     watched(exporter, "host_value", lambda made, weights, tensor: weights)
@@ -92,16 +101,17 @@ def worker(folder: str, wanted: list[str]) -> None:
     print(json.dumps(used))
 
 
-EXPECTED = {
-    "train": [["take", 8]], "profile": [["take", 8]], "eval": [["_rollout", 8]], "rollout": [["_rollout", 8]],
-    "export": [["host_value", 8]], "draft train": [["_rollout", 8], ["run_stage", 8]],
-    "draft export": [["publish", 8]], "bench": [["_rollout", 8]]}
+EXPECTED = {"train": [["take", 8]], "profile": [["take", 8]], "eval": [["_rollout", 8]],
+            "rollout": [["_rollout", 8]],
+            "export": [["host_value", 8]], "draft train": [["_rollout", 8], ["run_stage", 8]],
+            "draft export": [["publish", 8]], "bench": [["_rollout", 8]]}
 FEW = ["eval", "rollout", "export", "draft export"]  # that compile next to nothing
 
 
 @pytest.mark.parametrize("wanted", [FEW, pytest.param(list(EXPECTED), marks=pytest.mark.slow)])
 def test_every_command_uses_all_devices(tmp_path, wanted):
-    used = on_devices(8, f"from tests.test_session import worker; worker({str(tmp_path)!r}, {wanted!r})")
+    used = on_devices(8, f"from tests.test_session import worker; worker({str(tmp_path)!r}, "
+                      f"{wanted!r})")
     assert used == {name: EXPECTED[name] for name in wanted}
 
 
@@ -109,7 +119,8 @@ def sizes(mesh):
     return tuple(mesh.shape.values())
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(8, (1, 8, 1)), (1, (1, 1, 8)), (6, (1, 2, 4)), (4, (1, 4, 2))])
+@pytest.mark.parametrize(("rows", "expected"),
+                         [(8, (1, 8, 1)), (1, (1, 1, 8)), (6, (1, 2, 4)), (4, (1, 4, 2))])
 def test_the_mesh_of_so_many_rows(rows, expected, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", lambda *sizes: (*sizes[:3], len(sizes[3])))
     assert sharding.mesh_of_rows(TINY, rows, list(range(8))) == (*expected, 8)
@@ -118,8 +129,8 @@ def test_the_mesh_of_so_many_rows(rows, expected, monkeypatch):
 def test_devices_that_neither_rows_nor_heads_can_use_are_named(monkeypatch, capsys):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     session.mesh_for(TINY, 3, "--samples")
-    assert ("3 row(s) and this model's 8 heads can be split over 1 of 8 devices; --samples 8 uses them all"
-            in capsys.readouterr().err)
+    assert ("3 row(s) and this model's 8 heads can be split over 1 of 8 devices; --samples 8 uses "
+            "them all" in capsys.readouterr().err)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(jspec.InputError, match="1 of 8 devices"):
         session.mesh_for(TINY, 3, "--samples")

@@ -1,4 +1,5 @@
-"""The same tokens on one device and on eight, and the mesh's refusals. Eight virtual devices need their own process."""
+"""The same tokens on one device and on eight, and the mesh's refusals. Eight virtual devices need
+their own process."""
 
 import dataclasses
 import json
@@ -63,11 +64,13 @@ def run(policy, name, kernels="auto", rule="coupled"):
 def run_and_read(policy, mesh, kv_heads):
     """`run` with the draft that learns, and what is in the loops of its compiled program."""
     draft, tensor = jspec.drafts.mtp(policy, jax.random.key(1)), mesh.shape["tensor"]
-    rollout = jax.jit(partial(jspec.rollout, sampling=SAMPLING, speculation=jspec.Speculation(k=2, rule="coupled")))
+    rollout = jax.jit(partial(jspec.rollout, sampling=SAMPLING,
+                              speculation=jspec.Speculation(k=2, rule="coupled")))
     compiled = rollout.lower(policy, draft, make_batch()).compile()
     heads = kv_heads if kv_heads % tensor else kv_heads // tensor
     shards = [device // tensor for device in range(mesh.size)]
-    return compiled(policy, draft, make_batch()), compiled_text.read(compiled.as_text(), (heads, 32, 8), shards)
+    return compiled(policy, draft,
+                    make_batch()), compiled_text.read(compiled.as_text(), (heads, 32, 8), shards)
 
 
 def loop_over(mesh, axis):
@@ -76,7 +79,8 @@ def loop_over(mesh, axis):
         with jax.named_scope("loop_4"):
             return jax.lax.while_loop(lambda x: x[0] < 9, lambda x: x + jax.lax.psum(x, axis), x)
 
-    split = jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False))
+    split = jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"),
+                                  check_vma=False))
     return split.lower(jnp.ones(8)).compile().as_text()
 
 
@@ -87,29 +91,32 @@ def crossing(mesh, axis):
 
 
 def verdicts(mesh, axis, coupled, uniforms=RejectionNoise):
-    """Whether kernels on a vocabulary in eight parts, whose blocks cross their edges, judge as the reference does."""
+    """Whether kernels on a vocabulary in eight parts, whose blocks cross their edges, judge as the
+    reference does."""
     args = case(7, 16, 2, 8 * 200, "sampled", coupled, uniforms=uniforms)
     names, reference = list(args), verdict(banned_tokens=(5, 17))
 
     def judge(*args):
-        return rejection_sampling(**dict(zip(names, args, strict=True)), banned_tokens=(5, 17), implementation=PLAIN,
-                                  axis=axis)
+        return rejection_sampling(**dict(zip(names, args, strict=True)), banned_tokens=(5, 17),
+                                  implementation=PLAIN, axis=axis)
 
-    specs = tuple(P(None, None, axis) if name in ("logits", "draft_log_q") else P() for name in names)
+    specs = tuple(P(None, None, axis) if name in ("logits", "draft_log_q") else P()
+                  for name in names)
     split = jax.jit(jax.shard_map(judge, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
     for some in (args, chilled(args), ruined(args)):
         assert_same_verdicts(jax.device_get(split(*some.values())), some, reference)
 
 
 def draws(mesh, axis):
-    """Whether a vocabulary in eight parts, whose blocks cross their edges, is drawn from as in one."""
+    """Whether a vocabulary in eight parts, whose blocks cross their edges, is drawn from as in
+    one."""
     rng = np.random.default_rng(0)
     scores = jnp.asarray(4 * rng.standard_normal((64, 8 * 200)), jnp.float32)
     log_q = jax.nn.log_softmax(scores.at[:, ::3].set(-jnp.inf))
     uniforms = jnp.asarray(rng.random((64, 1, 2)), jnp.float32)
     noise = RejectionNoise(uniforms, None, None)
-    split = jax.shard_map(lambda log_q: draw(log_q, noise, 0, axis=axis), mesh=mesh, in_specs=P(None, axis),
-                          out_specs=P(), check_vma=False)
+    split = jax.shard_map(lambda log_q: draw(log_q, noise, 0, axis=axis), mesh=mesh,
+                          in_specs=P(None, axis), out_specs=P(), check_vma=False)
     split = jax.jit(split)
     for some in (log_q, log_q.at[::2].set(jnp.nan)):
         np.testing.assert_array_equal(split(some), draw(some, noise, 0))
@@ -121,14 +128,17 @@ def learned(policy, **options):
     settings = UpdateSettings(**options)
     state = init_state(policy, jspec.drafts.mtp(policy, jax.random.key(1), depths=1), settings, 0)
     batch = TrainBatch(
-        prompts=rng.integers(0, 16, (prompts, 8), np.int32), prompt_lengths=rng.integers(1, 9, prompts, np.int32),
-        tokens=rng.integers(0, 16, (n, 6), np.int32), logprobs=rng.normal(-3, 0.3, (n, 6)).astype(np.float32),
-        mask=np.arange(6) < rng.integers(1, 7, (n, 1)), advantages=rng.normal(0, 1, n).astype(np.float32))
+        prompts=rng.integers(0, 16, (prompts, 8), np.int32),
+        prompt_lengths=rng.integers(1, 9, prompts, np.int32),
+        tokens=rng.integers(0, 16, (n, 6), np.int32),
+        logprobs=rng.normal(-3, 0.3, (n, 6)).astype(np.float32), mask=np.arange(6)
+        < rng.integers(1, 7, (n, 1)), advantages=rng.normal(0, 1, n).astype(np.float32))
     if (mesh := jax.sharding.get_mesh()).size > 1:
         batch = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, partition(
             mesh, "rollout", x.shape, ("batch", *(None,) * (x.ndim - 1))))), batch)
     found = jax.jit(lambda state, batch: up.gradients(state, None, batch, settings))(state, batch)
-    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(found))}
+    return {jax.tree_util.keystr(path): x
+            for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(found))}
 
 
 def shard_shapes(*arrays):
@@ -136,41 +146,52 @@ def shard_shapes(*arrays):
 
 
 def worker(folder, cases):
-    """One npz of tokens and log-probabilities for each policy and mesh; prints how weights were placed, as JSON."""
+    """One npz of tokens and log-probabilities for each policy and mesh; prints how weights were
+    placed, as JSON."""
     placed = {}
     for kv_heads, sizes in cases:
         policy, mesh = make(kv_heads), make_mesh(*sizes)
         with jax.set_mesh(mesh):
-            sharded = policy.replace(weights=jax.device_put(policy.weights, policy_sharding(policy.config, mesh)))
-            (out, placed["loops"]), kernels = run_and_read(sharded, mesh, kv_heads), run(sharded, "mtp", "pallas")
+            sharded = policy.replace(weights=jax.device_put(policy.weights,
+                                                            policy_sharding(policy.config, mesh)))
+            (out, placed["loops"]), kernels = run_and_read(sharded, mesh,
+                                                           kv_heads), run(sharded, "mtp", "pallas")
             assert not placed["loops"]["crossing"] + placed["loops"]["copied"], placed["loops"]
             own, ready = run(sharded, "self"), jspec.reshard(sharded)
             prepare = jspec.drafts.self(sharded).drafter.prepare
-            rounded = [jax.jit(prepare)(ready, jspec.drafts.self(sharded, bits=bits)) for bits in (8, 4)]
-            mlps = "".join(jax.jit(layers.mlp).lower(x.weights["layers"][0], jnp.ones((1, 2, 64))).compile().as_text()
-                           for x in (ready, *rounded))
+            rounded = [jax.jit(prepare)(ready, jspec.drafts.self(sharded, bits=bits))
+                       for bits in (8, 4)]
+            mlps = "".join(jax.jit(layers.mlp).lower(x.weights["layers"][0], jnp.ones((1, 2, 64)))
+                           .compile().as_text() for x in (ready, *rounded))
             for x in rounded:  # a shard's own digits are nearer than the whole row's
-                layer, hidden = x.weights["layers"][0], jax.random.normal(jax.random.key(2), (8, 2, 64))
-                exact = {name: dequantize(w) if isinstance(w, Quantized) else w for name, w in layer.items()}
-                np.testing.assert_allclose(jax.jit(layers.mlp)(layer, hidden), layers.mlp(exact, hidden), atol=1e-2)
+                layer, hidden = x.weights["layers"][0], jax.random.normal(jax.random.key(2),
+                                                                          (8, 2, 64))
+                exact = {name: dequantize(w) if isinstance(w, Quantized) else w
+                         for name, w in layer.items()}
+                np.testing.assert_allclose(jax.jit(layers.mlp)(layer, hidden),
+                                           layers.mlp(exact, hidden), atol=1e-2)
             sampled = run(sharded, "mtp", rule="rejection") if kv_heads == 8 else out
-            if kv_heads == 8:  # of the meshes, some split four prompts as they split rows, and some do not
+            # of the meshes, some split four prompts as they split rows, and some do not
+            if kv_heads == 8:
                 np.savez(Path(folder) / f"learned-{'x'.join(map(str, sizes))}.npz",
                          **learned(sharded, micro_batch=8, widths=(3,)))
         name = f"{kv_heads}-{'x'.join(map(str, sizes))}"
-        np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths, logprobs=out.logprobs,
+        np.savez(Path(folder) / f"{name}.npz", tokens=out.tokens, lengths=out.lengths,
+                 logprobs=out.logprobs,
                  sampled_tokens=sampled.tokens, sampled_accepted=sampled.stats.accepted,
-                 kernel_tokens=kernels.tokens, kernel_lengths=kernels.lengths, self_tokens=own.tokens,
-                 self_lengths=own.lengths, self_accepted=own.stats.accepted)
+                 kernel_tokens=kernels.tokens, kernel_lengths=kernels.lengths,
+                 self_tokens=own.tokens, self_lengths=own.lengths, self_accepted=own.stats.accepted)
         stacked = sharded.weights["layers"]
         placed[name] = shard_shapes(stacked["q"], stacked["k"], ready.weights["layers"][0]["o"])
         placed["gathers"] = placed.get("gathers", 0) + mlps.count("all-gather(")
     with jax.set_mesh(make_mesh(8, 1, 1)):
         try:
-            jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0), sampling=SAMPLING)
+            jspec.rollout(make(8), None, jspec.PromptBatch.from_tokens([[1]], group_size=4, seed=0),
+                          sampling=SAMPLING)
         except jspec.InputError as error:
             placed["refused"] = str(error)
-    placed["planted"] = {axis: crossing(make_mesh(2, 2, 2), axis) for axis in ("data", "fsdp", "tensor")}
+    placed["planted"] = {axis: crossing(make_mesh(2, 2, 2), axis)
+                         for axis in ("data", "fsdp", "tensor")}
     draws(make_mesh(1, 1, -1), ("tensor",))
     draws(make_mesh(1, 4, -1), ("fsdp", "tensor"))
     verdicts(make_mesh(1, 1, -1), ("tensor",), True)
@@ -184,14 +205,16 @@ def on_devices(count, code):
     root = Path(__file__).parents[1]
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={count}"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=5500)
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True,
+                          text=True, timeout=5500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
-    placed = on_devices(8, f"from tests.test_sharding import worker; worker({str(tmp_path)!r}, {cases!r})")
+    placed = on_devices(8, f"from tests.test_sharding import worker; worker({str(tmp_path)!r}, "
+                        f"{cases!r})")
     for kv_heads in sorted({n for n, _ in cases}):
         policy = make(kv_heads)
         one, plain, own = run(policy, "mtp"), run(policy, None), run(policy, "self")
@@ -202,39 +225,49 @@ def test_eight_devices_give_the_tokens_of_one(cases, tmp_path):
                 sharded = one.replace(tokens=data["tokens"], lengths=data["lengths"])
                 assert_same(policy, make_batch(), SAMPLING, one, sharded)
                 for name in ("kernel", "self"):
-                    other = one.replace(tokens=data[f"{name}_tokens"], lengths=data[f"{name}_lengths"])
+                    other = one.replace(tokens=data[f"{name}_tokens"],
+                                        lengths=data[f"{name}_lengths"])
                     assert_same(policy, make_batch(), SAMPLING, one, other)
-                np.testing.assert_allclose(data["self_accepted"], own.stats.accepted, atol=2)  # a tie or two
+                # a tie or two
+                np.testing.assert_allclose(data["self_accepted"], own.stats.accepted, atol=2)
                 np.testing.assert_allclose(data["sampled_accepted"], drawn.stats.accepted, atol=2)
                 assert (data["sampled_tokens"] == np.asarray(drawn.tokens)).mean() > 0.9
                 same = data["tokens"] == np.asarray(one.tokens)
-                np.testing.assert_allclose(np.where(same, data["logprobs"] - one.logprobs, 0), 0, atol=1e-5)
+                np.testing.assert_allclose(np.where(same, data["logprobs"] - one.logprobs, 0), 0,
+                                           atol=1e-5)
     whole = learned(make(8), widths=(6,))
     for sizes in [sizes for n, sizes in cases if n == 8]:
         with np.load(tmp_path / f"learned-{'x'.join(map(str, sizes))}.npz") as data:
             assert data.keys() == whole.keys()
             for name, x in whole.items():
-                np.testing.assert_allclose(data[name], x, rtol=0, atol=1e-5 * (1e-3 + np.abs(x).max()), err_msg=name)
-    # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor alone
+                np.testing.assert_allclose(data[name], x, rtol=0,
+                                           atol=1e-5 * (1e-3 + np.abs(x).max()), err_msg=name)
+    # q and k [1, heads x 8, 64] in training, o [64, 64] in the rollout: (tensor, fsdp), then tensor
+    # alone
     assert placed["8-2x2x2"] == [[1, 32, 32], [1, 32, 32], [64, 32]]
     if (2, (1, 1, 8)) in cases:  # KV heads on several shards each
         assert placed["2-1x1x8"] == [[1, 8, 64], [1, 16, 64], [64, 8]]
     assert placed["gathers"] == 0  # of weights, in a layer
-    assert placed["loops"]["pools"] and placed["loops"]["loops"]  # something was looked at, and nothing found
-    assert {axis: len(found) for axis, found in placed["planted"].items()} == {"data": 1, "fsdp": 1, "tensor": 0}
+    # something was looked at, and nothing found
+    assert placed["loops"]["pools"] and placed["loops"]["loops"]
+    assert ({axis: len(found) for axis, found in placed["planted"].items()}
+            == {"data": 1, "fsdp": 1, "tensor": 0})
     assert "4 sequences" in placed["refused"] and "8 batch shards" in placed["refused"]
 
 
 def pod_rollout():
-    """Prints what is in the decode loops of configs/qwen3-8b-pod.yaml's rollout, of two layers, with the kernels."""
+    """Prints what is in the decode loops of configs/qwen3-8b-pod.yaml's rollout, of two layers,
+    with the kernels."""
     mesh_section = load_config(Path(__file__).parents[1] / "configs" / "qwen3-8b-pod.yaml").mesh
     mesh = make_mesh(mesh_section.data, mesh_section.fsdp, mesh_section.tensor)
     model = dataclasses.replace(SHAPES["qwen3-8b"], num_layers=2)
     with jax.set_mesh(mesh):
         policy = abstract_policy(model, "bfloat16")
-        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 8] * 8, group_size=1, seed=0, buckets=(8,)))
+        batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * 8] * 8, group_size=1,
+                                                                     seed=0, buckets=(8,)))
         everywhere = jax.NamedSharding(mesh, P())
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), batch)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+                             batch)
         rollout = jax.jit(partial(jspec.rollout, sampling=jspec.Sampling(max_new_tokens=8),
                                   speculation=jspec.Speculation(kernels="pallas")))
         compiled = rollout.lower(policy, None, batch).compile()
@@ -243,7 +276,8 @@ def pod_rollout():
 
 
 def test_attention_of_the_pod_config_is_tensor_parallel():
-    """8 KV heads on fsdp 8 x tensor 4: a device has 2 of them in its pool, and nothing is gathered to attend."""
+    """8 KV heads on fsdp 8 x tensor 4: a device has 2 of them in its pool, and nothing is gathered
+    to attend."""
     found = on_devices(32, "from tests.test_sharding import pod_rollout; pod_rollout()")
     assert found["loops"] == [1] and len(found["pools"]) == 1
     assert not found["gathered"] + found["crossing"], found
@@ -269,7 +303,8 @@ def test_one_device_is_a_mesh():
 
 
 @pytest.mark.parametrize("sizes, words", [((2, 2, 2), ("2 x 2 x 2", "1 devices", "mesh.data")),
-                                          ((-1, -1, 1), ("at most one",)), ((0, 1, 1), ("positive",)),
+                                          ((-1, -1, 1), ("at most one",)),
+                                          ((0, 1, 1), ("positive",)),
                                           ((-1, 3, 1), ("-1 x 3 x 1",))])
 def test_a_mesh_that_the_devices_do_not_fill(sizes, words):
     text = message(lambda: make_mesh(*sizes, devices=jax.devices()[:1]))
@@ -278,11 +313,13 @@ def test_a_mesh_that_the_devices_do_not_fill(sizes, words):
 
 def test_every_parameter_has_a_row_in_the_table():
     shardings = policy_sharding(config(8), abstract(2, 2, 2))
-    specs = {jax.tree_util.keystr(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
+    specs = {jax.tree_util.keystr(p): s.spec
+             for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
     assert specs["['embed']"] == P(("tensor",), ("fsdp",))
     assert specs["['layers']['down']"] == P(None, ("fsdp",), ("tensor",))
     assert specs["['layers']['attn_norm']"] == P(None, None)
-    assert len(specs) == len(jax.tree.leaves(param_specs(config(8)), is_leaf=lambda s: hasattr(s, "axes")))
+    assert (len(specs)
+            == len(jax.tree.leaves(param_specs(config(8)), is_leaf=lambda s: hasattr(s, "axes"))))
 
 
 def test_key_value_heads_beyond_the_tensor_axis_are_replicated():
@@ -306,4 +343,5 @@ def test_rows_that_the_mesh_does_not_divide():
 
 def test_partition_leaves_out_axes_that_do_not_divide():
     assert partition(abstract(2, 2, 2), "train", (6, 5), ("batch", None)) == P(("data",), None)
-    assert partition(abstract(2, 2, 2), "rollout_wide", (8, 5), ("q_heads", "embed")) == P(("fsdp", "tensor"), None)
+    assert (partition(abstract(2, 2, 2), "rollout_wide", (8, 5), ("q_heads", "embed"))
+            == P(("fsdp", "tensor"), None))

@@ -1,4 +1,5 @@
-"""The whole loop on a tiny policy: that it says, learns, resumes to the same numbers, and stops as it should."""
+"""The whole loop on a tiny policy: that it says, learns, resumes to the same numbers, and stops as
+it should."""
 
 import dataclasses
 import io
@@ -30,11 +31,12 @@ from jspec.speculate.schedule import Costs
 from jspec.stopping import StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
-# smaller than tiny.yaml, for tests that ask for sameness and not for learning; eight devices divide its vocabulary
+# smaller than tiny.yaml, for tests that ask for sameness and not for learning; eight devices divide
+# its vocabulary
 SMALL = ["model.tokenizer=chars:0123456789abcd", "model.architecture.vocab_size=16",
          "model.architecture.hidden_size=32", "model.architecture.intermediate_size=32",
-         "model.architecture.num_layers=1", "draft.every_n_steps=1", "data.prompts_per_step=4", "data.group_size=4",
-         "reward.workers=1", "checkpoint.every=2"]
+         "model.architecture.num_layers=1", "draft.every_n_steps=1", "data.prompts_per_step=4",
+         "data.group_size=4", "reward.workers=1", "checkpoint.every=2"]
 COUPLED = ["steps=5", "speculation.rule=coupled"]
 
 
@@ -42,7 +44,8 @@ COUPLED = ["steps=5", "speculation.rule=coupled"]
 def compile_once(tmp_path_factory):
     """A cache of compiled programs for this module, and for the processes that it starts."""
     directory = str(tmp_path_factory.mktemp("compiled"))
-    names = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.0,
+    names = {"jax_compilation_cache_dir": directory,
+             "jax_persistent_cache_min_compile_time_secs": 0.0,
              "jax_persistent_cache_min_entry_size_bytes": -1}
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
@@ -76,31 +79,36 @@ def whole(tmp_path_factory):
 def test_a_run_says_everything_that_is_asked_of_it(whole):
     every = read_records(whole / "metrics.jsonl")
     assert [record["step"] for record in every] == list(range(1, 11))
-    wanted = {"reward", "length", "finished", "tokens_per_second", "acceptance_length", "acceptance",
-              "acceptance_by_position", "logprob_gap", "logprob_gap_mean", "entropy", "clip_fraction", "grad_norm",
-              "draft/grad_norm", "draft/loss", "reward_failures", "skipped", "draft_skipped",
-              *(f"seconds/{phase}" for phase in PHASES)}
+    wanted = {"reward", "length", "finished", "tokens_per_second", "acceptance_length",
+              "acceptance", "acceptance_by_position", "logprob_gap", "logprob_gap_mean", "entropy",
+              "clip_fraction", "grad_norm", "draft/grad_norm", "draft/loss", "reward_failures",
+              "skipped", "draft_skipped", *(f"seconds/{phase}" for phase in PHASES)}
     for record in every:
         assert wanted <= record.keys()
         assert record["logprob_gap"] < 1e-4 and record["reward_failures"] == record["skipped"] == 0
         assert len(record["acceptance_by_position"]) == 3
-    assert every[0]["seconds/compile"] > 0 and every[0]["tokens_per_second"] is None  # no rate: it was compiled
+    # no rate: it was compiled
+    assert every[0]["seconds/compile"] > 0 and every[0]["tokens_per_second"] is None
     assert every[-1]["seconds/compile"] == 0 and every[-1]["tokens_per_second"] > 0
-    assert every[0]["compilations"] > 0 == every[-1]["compilations"]  # whatever lengths answers have
+    # whatever lengths answers have
+    assert every[0]["compilations"] > 0 == every[-1]["compilations"]
     assert (whole / "config.yaml").exists() and list((whole / "tensorboard").iterdir())
     assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [8, 10]
 
 
 def test_every_key_of_the_metrics_is_documented(whole):
     section = (ROOT / "docs" / "metrics.md").read_text().split("## The fields")[1].split("##")[0]
-    known = {key for row in re.findall(r"^\| (`.*?) \|", section, re.M) for key in re.findall("`([^`]+)`", row)}
+    known = {key for row in re.findall(r"^\| (`.*?) \|", section, re.M)
+             for key in re.findall("`([^`]+)`", row)}
     keys = {key for record in read_records(whole / "metrics.jsonl") for key in record}
     assert not {key for key in keys if key not in known and re.sub("/.*", "/*", key) not in known}
 
 
 def test_the_draft_learns_while_rewards_are_computed(whole, tmp_path):
-    """The policy's side does not notice, and the draft comes out as from the update's own states, where it is due."""
-    assert train.train(tiny(tmp_path, "steps=4", "draft.features=rollout", "draft.every_n_steps=2")) == 0
+    """The policy's side does not notice, and the draft comes out as from the update's own states,
+    where it is due."""
+    assert (train.train(tiny(tmp_path, "steps=4", "draft.features=rollout",
+                             "draft.every_n_steps=2")) == 0)
     every, plain = read_records(tmp_path / "metrics.jsonl"), records(whole)
     assert [("draft/loss" in record) for record in every] == [True, False, True, False]
     assert all("seconds/draft" in record for record in every)
@@ -124,17 +132,20 @@ def test_the_next_start_goes_on_where_the_last_one_ended(whole, tmp_path):
 
 
 def test_what_a_drafter_remembers_is_in_the_checkpoint(tmp_path):
-    """Four prompts, so that every step is an epoch; a history that was lost would show in what is accepted."""
+    """Four prompts, so that every step is an epoch; a history that was lost would show in what is
+    accepted."""
     lines = (ROOT / "configs/data/count_up.jsonl").read_text().splitlines()
     (tmp_path / "four.jsonl").write_text("\n".join(lines[:4]) + "\n")
     overrides = [*(text for text in SMALL if "draft." not in text), "draft.name=suffix",
                  f"data.source={tmp_path}/four.jsonl"]
     for directory, steps in (("whole", 5), ("parts", 2), ("parts", 5)):
-        assert train.train(tiny(tmp_path / directory, *overrides, f"steps={steps}", small=False)) == 0
+        assert (train.train(tiny(tmp_path / directory, *overrides, f"steps={steps}", small=False))
+                == 0)
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     whole, parts = (load_draft(tmp_path / directory).state for directory in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
-    assert np.sort(whole["written"])[-5:].tolist() == [0, 17, 18, 19, 20]  # four prompts, last of all at step 5
+    # four prompts, last of all at step 5
+    assert np.sort(whole["written"])[-5:].tolist() == [0, 17, 18, 19, 20]
 
 
 def test_sigterm_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkeypatch, capsys):
@@ -149,7 +160,8 @@ def test_sigterm_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkeyp
         patch.setattr(Metrics, "write", interrupted)
         assert train.train(tiny(tmp_path, "steps=10")) == 128 + signal.SIGTERM
     said = capsys.readouterr()
-    assert "stopping after this step, with a checkpoint" in said.err and "stopped after step 3 of 10" in said.out
+    assert ("stopping after this step, with a checkpoint" in said.err
+            and "stopped after step 3 of 10" in said.out)
     assert (tmp_path / "checkpoints" / "3").is_dir()  # though 2 is what checkpoint.every says
     assert train.train(tiny(tmp_path, "steps=10")) == 0
     assert records(tmp_path) == records(whole)
@@ -163,7 +175,8 @@ def test_an_output_that_nobody_reads_stops_the_run_with_a_checkpoint(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Closed())
         assert train.train(tiny(tmp_path, "steps=10")) == 128 + signal.SIGPIPE
-    said = [line for line in capsys.readouterr().err.splitlines() if "nobody reads the output" in line]
+    said = [line for line in capsys.readouterr().err.splitlines()
+            if "nobody reads the output" in line]
     assert len(said) == 1 and "the same command goes on" in said[0]
     assert len(records(tmp_path)) == 1 and (tmp_path / "checkpoints" / "1").is_dir()
 
@@ -191,7 +204,8 @@ def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path
     command = [sys.executable, "-m", "jspec", "train", "configs/tiny.yaml", *arguments]
 
     def start(directory):
-        return subprocess.Popen([*command, f"output_dir={directory}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+        return subprocess.Popen([*command, f"output_dir={directory}"], cwd=ROOT,
+                                stdout=subprocess.DEVNULL)
 
     assert start(tmp_path / "whole").wait(300) == 0
     expected = records(tmp_path / "whole")
@@ -199,7 +213,8 @@ def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path
     rng = random.Random(0)
     for kill in range(kills):
         process = start(tmp_path / "killed")
-        goal = max((r["step"] for r in records(tmp_path / "killed")), default=0) + rng.randrange(1, 9)
+        goal = (max((r["step"] for r in records(tmp_path / "killed")),
+                    default=0) + rng.randrange(1, 9))
         if kill:  # the first time there is nothing to go on from yet
             goal = min(goal, steps - 2)
         while len(records(tmp_path / "killed")) < goal and process.poll() is None:
@@ -235,26 +250,30 @@ def same_run(expected, got):
         assert b["logprob_gap"] < 1e-4
 
 
-def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(coupled, tmp_path, monkeypatch):
-    plain, described = recorded(tiny(tmp_path, *COUPLED, "draft.name=none", "draft.options={}"), monkeypatch)
+def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(coupled, tmp_path,
+                                                                           monkeypatch):
+    plain, described = recorded(tiny(tmp_path, *COUPLED, "draft.name=none", "draft.options={}"),
+                                monkeypatch)
     for slow, fast in zip(plain, coupled[0], strict=True):
         np.testing.assert_array_equal(slow.tokens, fast.tokens)
         assert slow.stats.cycles.sum() > fast.stats.cycles.sum()
     same_run(coupled[1], described)
-    assert all("acceptance" not in record and record["acceptance_length"] == 1 for record in described)
+    assert all("acceptance" not in record and record["acceptance_length"] == 1
+               for record in described)
 
 
 def test_a_drafter_in_a_file_changes_nothing_either_and_its_run_resumes(coupled, tmp_path):
     for steps in (1, 3):
-        assert train.train(tiny(tmp_path, *COUPLED, f"draft.name={ROOT}/examples/drafter.py:bigram", "draft.options={}",
-                                f"steps={steps}")) == 0
+        assert train.train(tiny(tmp_path, *COUPLED, f"draft.name={ROOT}/examples/drafter.py:bigram",
+                                "draft.options={}", f"steps={steps}")) == 0
     same_run(coupled[1][:3], records(tmp_path))
     assert all(record["acceptance_length"] > 1 for record in records(tmp_path))
 
 
 def test_a_run_drafts_what_pays_and_goes_on_with_it(coupled, tmp_path, monkeypatch, capsys):
     """Under the coupled rule nothing else shows; what was measured is the run's from then on."""
-    costs = Costs((16,), 1, ((16, 0.01),), ((16, 1, 0.01), (16, 2, 0.01), (16, 3, 0.01), (16, 4, 0.1)), compiling=1e9)
+    costs = Costs((16,), 1, ((16, 0.01),),
+                  ((16, 1, 0.01), (16, 2, 0.01), (16, 3, 0.01), (16, 4, 0.1)), compiling=1e9)
     monkeypatch.setattr(choosing, "kept", lambda subject: costs)
     monkeypatch.setattr(choosing, "prompts_of", lambda subject: None)
     monkeypatch.setattr(choosing, "accepted", lambda subject, prompts: (0.8, 0.6, 0.4))
@@ -272,8 +291,10 @@ def test_a_run_drafts_what_pays_and_goes_on_with_it(coupled, tmp_path, monkeypat
 
 
 def jspec_train(module, *overrides, **environment):
-    command = [sys.executable, "-m", *module, "train", "configs/tiny.yaml", *SMALL, *COUPLED, *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-m", *module, "train", "configs/tiny.yaml", *SMALL, *COUPLED,
+               *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True,
+                          text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -283,15 +304,18 @@ KV_HEADS = "model.architecture.num_kv_heads=2"  # fewer than the tensor axis has
 @pytest.mark.slow  # tests/test_sharding.py has the small version
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
 def test_eight_devices_compute_what_one_does(coupled, tmp_path, shape):
-    axes = [f"mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), shape, strict=True)]
-    jspec_train(["jspec"], f"output_dir={tmp_path}", *axes, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    axes = [f"mesh.{name}={size}"
+            for name, size in zip(("data", "fsdp", "tensor"), shape, strict=True)]
+    jspec_train(["jspec"], f"output_dir={tmp_path}", *axes,
+                XLA_FLAGS="--xla_force_host_platform_device_count=8")
     same_run(coupled[1], records(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
 def test_eight_devices_with_two_kv_heads(tmp_path, shape):
-    axes = [f"mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), shape, strict=True)]
+    axes = [f"mesh.{name}={size}"
+            for name, size in zip(("data", "fsdp", "tensor"), shape, strict=True)]
     jspec_train(["jspec"], f"output_dir={tmp_path}/one", KV_HEADS)
     jspec_train(["jspec"], f"output_dir={tmp_path}/eight", KV_HEADS, *axes,
                 XLA_FLAGS="--xla_force_host_platform_device_count=8")
@@ -309,12 +333,14 @@ def test_two_processes_compute_what_one_does(coupled, tmp_path, starts):
 def check_learning(every, last, reward):
     assert every[0]["reward"] < 0.2
     assert np.mean([r["reward"] for r in every[-last:]]) > reward
-    first, final = (np.mean([r["acceptance_length"] for r in part]) for part in (every[:5], every[-last:]))
+    first, final = (np.mean([r["acceptance_length"] for r in part])
+                    for part in (every[:5], every[-last:]))
     assert final > first + 0.5, (first, final)
 
 
 def test_the_tiny_policy_learns_and_its_draft_with_it(tmp_path):
-    assert train.train(tiny(tmp_path, "steps=40", "checkpoint.every=40", "draft.every_n_steps=4", small=False)) == 0
+    assert (train.train(tiny(tmp_path, "steps=40", "checkpoint.every=40", "draft.every_n_steps=4",
+                             small=False)) == 0)
     check_learning(records(tmp_path), 5, 0.6)
 
 
@@ -327,30 +353,37 @@ def test_the_tiny_run_ends_above_four_fifths_within_three_minutes(tmp_path):
 
 
 @pytest.mark.slow  # when a run ends is in test_health.py
-def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path, monkeypatch, capsys):
+def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path, monkeypatch,
+                                                                capsys):
     assert train.train(tiny(tmp_path, "steps=2")) == 0
     shutil.copytree(tmp_path, tmp_path / "other")
     real = step.group_advantages
     with monkeypatch.context() as patch:
         patch.setattr(step, "group_advantages", lambda *a: real(*a) * np.nan)
-        assert train.train(tiny(tmp_path / "other", "steps=4")) == 1  # fewer in a row, but the last of all
+        # fewer in a row, but the last of all
+        assert train.train(tiny(tmp_path / "other", "steps=4")) == 1
         said = " ".join(capsys.readouterr().out.split())
         assert "all 4 steps are done, but the last one taught nothing" in said
         assert "not the learning rate" in said and "the newest of step 4" in said
-        assert train.train(tiny(tmp_path / "other", "steps=4")) == 1  # and says so whenever it is asked
+        # and says so whenever it is asked
+        assert train.train(tiny(tmp_path / "other", "steps=4")) == 1
         assert train.train(tiny(tmp_path, "steps=10")) == 1
     every = records(tmp_path)
-    assert [record["skipped_in_row"] for record in every] == [0, 0, 1, 2, 3, 4, 5] and every[-1]["loss"] is None
+    assert ([record["skipped_in_row"] for record in every]
+            == [0, 0, 1, 2, 3, 4, 5] and every[-1]["loss"] is None)
     assert every[-1]["draft_skipped"] == 0  # the draft was trained all the same
     said = " ".join(capsys.readouterr().out.split())
-    assert "update skipped (5 in a row" in said and "grpo.max_skipped=5" in said and "stopped at step 7 of 10" in said
-    assert train.train(tiny(tmp_path, "steps=10")) == 0  # from the checkpoint of step 2, which is intact
+    assert ("update skipped (5 in a row" in said and "grpo.max_skipped=5" in said
+            and "stopped at step 7 of 10" in said)
+    # from the checkpoint of step 2, which is intact
+    assert train.train(tiny(tmp_path, "steps=10")) == 0
     assert records(tmp_path) == records(whole)
 
 
 def test_weights_that_run_away_end_the_run_at_the_first_step_that_shows_it(tmp_path, capsys):
     """Step 1 blows them up, at which a checkpoint is due: there is none of such weights."""
-    assert train.train(tiny(tmp_path, "steps=10", "grpo.learning_rate=1e30", "checkpoint.every=1")) == 1
+    assert (train.train(tiny(tmp_path, "steps=10", "grpo.learning_rate=1e30", "checkpoint.every=1"))
+            == 1)
     assert [record["skipped_in_row"] for record in records(tmp_path)] == [0]
     said = " ".join(capsys.readouterr().out.split())
     assert "its weights have run away (up to 1e+30); lower grpo.learning_rate=1e+30" in said
@@ -358,7 +391,8 @@ def test_weights_that_run_away_end_the_run_at_the_first_step_that_shows_it(tmp_p
 
 
 def test_a_prompt_that_a_later_step_cannot_use(tmp_path, monkeypatch, capsys):
-    """It is named before its step, with what was computed saved; once it is mended the same command goes on."""
+    """It is named before its step, with what was computed saved; once it is mended the same command
+    goes on."""
     lines = (ROOT / "configs/data/count_up.jsonl").read_text().splitlines()[:16]
     path = tmp_path / "late.jsonl"
     path.write_text("\n".join([*lines[:13], '{"prompt": "x", "answer": "1"}', *lines[14:]]))
@@ -367,23 +401,30 @@ def test_a_prompt_that_a_later_step_cannot_use(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(PromptData, "look_on", lambda self, numbers: None)
     assert train.train(config) == 2
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{path}:14: the tokenizer cannot encode the prompt 'x'" in said and "stopped after step 3 of 4" in said
-    assert said.count("compiling the rollout") == said.count("compiling the update") == 1  # of three steps, the first
+    assert (f"{path}:14: the tokenizer cannot encode the prompt 'x'" in said
+            and "stopped after step 3 of 4" in said)
+    # of three steps, the first
+    assert said.count("compiling the rollout") == said.count("compiling the update") == 1
     assert (tmp_path / "run/checkpoints/3").is_dir()
-    assert "late.jsonl:14: the tokenizer cannot encode the prompt 'x': 'x' is not in its alphabet" in refused(config)
+    assert ("late.jsonl:14: the tokenizer cannot encode the prompt 'x': 'x' is not in its alphabet"
+            in refused(config))
     path.write_text("\n".join(lines))
     assert train.train(config) == 0
 
 
 def test_a_reward_that_fails_for_every_answer_is_named_at_once_and_is_no_success(tmp_path, capsys):
-    (tmp_path / "bad.py").write_text("def bad(prompt, response, answer, **meta):\n    raise RuntimeError('no')\n")
+    (tmp_path / "bad.py").write_text("def bad(prompt, response, answer, **meta):\n"
+                                     "    raise RuntimeError('no')\n")
     config = tiny(tmp_path / "run", "steps=1", f"reward.function={tmp_path}/bad.py:bad")
     assert train.train(config) == 1
     (record,) = records(tmp_path / "run")
-    assert record["reward"] == 0 and record["reward_failures"] == record["reward_failures/raised"] == 16
+    assert (record["reward"] == 0 and record["reward_failures"] == record["reward_failures/raised"]
+            == 16)
     said = " ".join(capsys.readouterr().out.split())
-    assert "reward_failures 16" in said and "ALARM: the reward failed for every one of the step's 16 answers" in said
-    assert "RuntimeError: no" in said and "all 1 steps are done, but the last one taught nothing" in said
+    assert ("reward_failures 16" in said
+            and "ALARM: the reward failed for every one of the step's 16 answers" in said)
+    assert ("RuntimeError: no" in said
+            and "all 1 steps are done, but the last one taught nothing" in said)
     assert "the newest of step 1" in said and "lower" not in said
     assert train.train(config) == 1  # and says so whenever it is asked
 
@@ -400,9 +441,11 @@ def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
         mesh = jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "tensor"))
         prepare.check(config, mesh, BaseModel.of(config))
 
-    with pytest.raises(InputError, match="16 sequences is not divided by the mesh's 3 batch shards"):
+    with pytest.raises(InputError,
+                       match="16 sequences is not divided by the mesh's 3 batch shards"):
         check(tiny(tmp_path), (3, 1, 1))
-    with pytest.raises(InputError, match="a batch of 1 sequences is not divided by the mesh's 2 batch shards"):
+    with pytest.raises(InputError,
+                       match="a batch of 1 sequences is not divided by the mesh's 2 batch shards"):
         check(tiny(tmp_path, "grpo.micro_batch=1"), (2, 1, 1))
 
 
@@ -447,9 +490,11 @@ def test_the_reference_is_a_frozen_copy_in_the_compute_dtype(tmp_path):
 
 @pytest.mark.slow
 def test_the_policy_moves_away_from_the_reference(tmp_path):
-    assert train.train(tiny(tmp_path, "steps=2", "grpo.kl_weight=0.1", "grpo.updates_per_rollout=2")) == 0
+    assert (train.train(tiny(tmp_path, "steps=2", "grpo.kl_weight=0.1",
+                             "grpo.updates_per_rollout=2")) == 0)
     first, second = records(tmp_path)
-    assert first["kl"] > 1e-4 and second["kl"] > 1e-4  # means over two updates; at the very first they are the same
+    # means over two updates; at the very first they are the same
+    assert first["kl"] > 1e-4 and second["kl"] > 1e-4
 
 
 def test_config_sections_reach_the_update():

@@ -1,4 +1,5 @@
-"""What the policy answers: prompts of the configured sources, and instructions that it writes itself."""
+"""What the policy answers: prompts of the configured sources, and instructions that it writes
+itself."""
 
 from __future__ import annotations
 
@@ -28,14 +29,17 @@ log = logging.getLogger(__name__)
 
 SELF = "self"
 HELD_OUT = 16
-"""Each HELD_OUT-th prompt of a source is kept from training, for the report where that has no file of its own."""
+"""Each HELD_OUT-th prompt of a source is kept from training, for the report where that has no file
+of its own."""
 INSTRUCTION_TOKENS, INSTRUCTION_ROWS = 64, 64
-TURN = "\ue000"  # stands for the user's turn in a rendered chat; of the private use area, so in no template
+# stands for the user's turn in a rendered chat; of the private use area, so in no template
+TURN = "\ue000"
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Token ids of the prompts to learn from, `samples.count` of them, and of those to measure on."""
+    """Token ids of the prompts to learn from, `samples.count` of them, and of those to measure
+    on."""
 
     training: list[list[int]]
     held_out: list[list[int]]
@@ -55,53 +59,67 @@ def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, director
         prompts = [tokens for tokens in prompts if len(tokens) <= config.samples.max_prompt_tokens]
         if len(prompts) < 2:
             raise InputError(f"samples.sources: {source} has {len(prompts)} prompts of at most "
-                             f"samples.max_prompt_tokens={config.samples.max_prompt_tokens} tokens; two are needed")
+                             f"samples.max_prompt_tokens={config.samples.max_prompt_tokens} "
+                             "tokens; two are needed")
         held_out[source] = prompts[::HELD_OUT]
         training[source] = [tokens for i, tokens in enumerate(prompts) if i % HELD_OUT]
     if config.report.prompts is not None:
-        records = read_jsonl(Path(config.report.prompts), keys=("prompt",), setting="report.prompts")
-        held_out = {config.report.prompts: [encode(config, tokenizer, record["prompt"]) for record in records]}
+        records = read_jsonl(Path(config.report.prompts), keys=("prompt",),
+                             setting="report.prompts")
+        held_out = {config.report.prompts: [encode(config, tokenizer, record["prompt"])
+                                            for record in records]}
     held_out = unseen(held_out, training)
     if not held_out:
-        raise InputError("every prompt that could be held out is trained on too; name others with report.prompts")
+        raise InputError("every prompt that could be held out is trained on too; name others with "
+                         "report.prompts")
     distinct = sum(map(len, held_out.values()))
     return Prompts(in_turn(sources, training, config.samples.count),
                    in_turn(held_out, held_out, min(config.report.count, distinct)))
 
 
-def unseen(held_out: dict[str, list[list[int]]], training: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+def unseen(held_out: dict[str, list[list[int]]],
+           training: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
     """Of each source the prompts that no source trains on; sources without any left out."""
     seen = {tuple(tokens) for prompts in training.values() for tokens in prompts}
-    left = {name: [tokens for tokens in prompts if tuple(tokens) not in seen] for name, prompts in held_out.items()}
+    left = {name: [tokens for tokens in prompts if tuple(tokens) not in seen]
+            for name, prompts in held_out.items()}
     return {name: prompts for name, prompts in left.items() if prompts}
 
 
 def in_turn(turns: Iterable[str], items: dict[str, list[Any]], count: int) -> list[Any]:
-    """`count` items by name, one at each of the turns, which go round; a list that is at its end begins again."""
+    """`count` items by name, one at each of the turns, which go round; a list that is at its end
+    begins again."""
     lists = {name: itertools.cycle(values) for name, values in items.items()}
     return [next(lists[name]) for name in itertools.islice(itertools.cycle(turns), count)]
 
 
 def encode(config: DraftTrainingConfig, tokenizer: Any, text: str) -> list[int]:
     """A prompt's token ids. Raises InputError for a text that the tokenizer refuses."""
-    return encode_prompt(tokenizer, text, config.samples.system_prompt, config.samples.chat_template)
+    return encode_prompt(tokenizer, text, config.samples.system_prompt,
+                         config.samples.chat_template)
 
 
-def source_texts(config: DraftTrainingConfig, source: str, times: int, policy: Policy, tokenizer: Any,
-                 directory: Path) -> list[str]:
-    """A source's prompts as text, as many as its `times` shares of the samples need, or all that it has."""
-    share = math.ceil(config.samples.count * times / len(config.samples.sources)) * HELD_OUT // (HELD_OUT - 1) + 1
+def source_texts(config: DraftTrainingConfig, source: str, times: int, policy: Policy,
+                 tokenizer: Any, directory: Path) -> list[str]:
+    """A source's prompts as text, as many as its `times` shares of the samples need, or all that it
+    has."""
+    share = (math.ceil(config.samples.count * times / len(config.samples.sources)) * HELD_OUT
+             // (HELD_OUT - 1) + 1)
     if source == SELF:
         return instructions(config, policy, tokenizer, share, directory / "instructions.json")
     options = {"size": share} if source.startswith("reasoning_gym:") else {}
-    records = load_records(DataSection(source=source, options=options), config.seed, "samples.sources")
+    records = load_records(DataSection(source=source, options=options), config.seed,
+                           "samples.sources")
     return [records[i]["prompt"] for i in range(min(share, len(records)))]
 
 
-def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, count: int, path: Path) -> list[str]:
-    """Instructions that the policy writes when it is given the opening of a user's turn and nothing else.
+def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, count: int,
+                 path: Path) -> list[str]:
+    """Instructions that the policy writes when it is given the opening of a user's turn and nothing
+    else.
 
-    https://arxiv.org/abs/2406.08464. Kept in `path`. Raises InputError for a tokenizer without a chat template.
+    https://arxiv.org/abs/2406.08464. Kept in `path`. Raises InputError for a tokenizer without a
+    chat template.
     """
     if path.exists():
         return json.loads(path.read_text())
@@ -111,8 +129,8 @@ def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, co
     sampling = jspec.Sampling(max_new_tokens=INSTRUCTION_TOKENS)
     key = purpose_key(config.seed, INSTRUCTIONS_KEY)
     for call in itertools.count():
-        batch = batch_on_mesh([opening], layout, group_size=INSTRUCTION_ROWS, buckets=(len(opening),),
-                              seed=jax.random.fold_in(key, call))
+        batch = batch_on_mesh([opening], layout, group_size=INSTRUCTION_ROWS,
+                              buckets=(len(opening),), seed=jax.random.fold_in(key, call))
         out = decoded(weights, None, batch, INSTRUCTION_ROWS, sampling=sampling)
         ended = [tokenizer.decode(tokens[:length - 1]).strip() for tokens, length, finished in
                  zip(out.tokens, out.lengths, out.finished, strict=True) if finished]
@@ -121,8 +139,8 @@ def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, co
         if len(texts) >= count:
             break
         if call == 20 and len(texts) < INSTRUCTION_ROWS:
-            raise InputError("samples.sources: this policy writes hardly any instructions that end by themselves; name "
-                             "prompts of your own instead of 'self'")
+            raise InputError("samples.sources: this policy writes hardly any instructions that end "
+                             "by themselves; name prompts of your own instead of 'self'")
     path.write_text(json.dumps(texts[:count], indent=0))
     return texts[:count]
 
@@ -130,6 +148,7 @@ def instructions(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, co
 def turn_opening(config: DraftTrainingConfig, tokenizer: Any) -> list[int]:
     """The rendered chat up to where the user's message begins."""
     if not (config.samples.chat_template and has_template(tokenizer)):
-        raise InputError("samples.sources: 'self' needs a tokenizer with a chat template; name prompts of your own")
+        raise InputError("samples.sources: 'self' needs a tokenizer with a chat template; name "
+                         "prompts of your own")
     rendered = render(tokenizer, TURN, config.samples.system_prompt, add_generation_prompt=False)
     return list(tokenizer.encode(rendered.split(TURN)[0], add_special_tokens=False))

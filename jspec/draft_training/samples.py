@@ -1,4 +1,5 @@
-"""The policy's answers as files: tokens, log-probabilities, and the states that the verifier computed."""
+"""The policy's answers as files: tokens, log-probabilities, and the states that the verifier
+computed."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def trunk_features(config: DraftTrainingConfig, policy: Policy) -> tuple[int, ..
 
 
 def files_of(prompts: list[list[int]], rows: int) -> Iterator[tuple[int, list[list[int]]]]:
-    """(bucket, prompts) of one file after the other: `rows` prompts of one bucket each, the last of a bucket perhaps
-    filled up with its own prompts again."""
+    """(bucket, prompts) of one file after the other: `rows` prompts of one bucket each, the last of
+    a bucket perhaps filled up with its own prompts again."""
     waiting: dict[int, list[list[int]]] = {}
     for tokens in prompts:
         bucket = next((b for b in BUCKETS if b >= len(tokens)), None)
@@ -51,8 +52,10 @@ def files_of(prompts: list[list[int]], rows: int) -> Iterator[tuple[int, list[li
         yield bucket, list(itertools.islice(itertools.cycle(group), rows))
 
 
-def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]], directory: Path) -> None:
-    """One answer to every prompt, in files of `samples.batch` rows; those that are there already stay."""
+def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]],
+           directory: Path) -> None:
+    """One answer to every prompt, in files of `samples.batch` rows; those that are there already
+    stay."""
     directory.mkdir(exist_ok=True)
     layout, sampling = rollout_layout(config), make_sampling(config)
     weights = jspec.reshard(policy, layout)
@@ -65,7 +68,8 @@ def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]]
         if path.exists():
             continue
         begin = time.perf_counter()
-        batch = batch_on_mesh(group, layout, group_size=1, seed=jax.random.fold_in(key, index), buckets=(bucket,))
+        batch = batch_on_mesh(group, layout, group_size=1, seed=jax.random.fold_in(key, index),
+                              buckets=(bucket,))
         temperature = temperatures[index % len(temperatures)]
         out = decoded(weights, None, batch, len(group), speculation=speculation,
                       sampling=sampling.replace(temperature=temperature))
@@ -81,13 +85,14 @@ def write(path: Path, prompts: list[list[int]], out: Any, temperature: float) ->
     tokens = np.zeros((len(prompts), size), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, :lengths[row]] = prompt
-        tokens[row, lengths[row]:lengths[row] + out.lengths[row]] = out.tokens[row, :out.lengths[row]]
+        tokens[row,
+               lengths[row]:lengths[row] + out.lengths[row]] = out.tokens[row, :out.lengths[row]]
     states = {f"state{i}": x[:, :size].astype(ml_dtypes.bfloat16).view(np.uint16)
               for i, x in enumerate((out.trunk.hidden, *out.trunk.features))}
     work = path.with_suffix(".tmp")
     with written(path.parent), work.open("wb") as file:
-        np.savez(file, format=formats.SAMPLES, tokens=tokens, start=lengths, mask=out.mask[:, :answer],
-                 logprobs=out.logprobs[:, :answer],
+        np.savez(file, format=formats.SAMPLES, tokens=tokens, start=lengths,
+                 mask=out.mask[:, :answer], logprobs=out.logprobs[:, :answer],
                  temperature=np.full(len(prompts), temperature, np.float32), **states)
     work.replace(path)
 
@@ -107,16 +112,16 @@ def read(directory: Path) -> list[dict[str, np.ndarray]]:
             with np.load(path) as file:
                 columns = {name: file[name] for name in file.files}
         except Exception as error:  # what is cut short raises whatever its reader trips over
-            raise InputError(f"{path} cannot be read ({type(error).__name__}); remove it, and it is sampled again"
-                             ) from None
+            raise InputError(f"{path} cannot be read ({type(error).__name__}); remove it, and it "
+                             "is sampled again") from None
         formats.refuse_newer(columns, formats.SAMPLES, path)
         columns.pop("format", None)
         if missing := COLUMNS - columns.keys():
-            raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is of an earlier jspec, or no file of "
-                             "samples; remove it, and it is sampled again")
+            raise InputError(f"{path} has no {', '.join(sorted(missing))}: it is of an earlier "
+                             "jspec, or no file of samples; remove it, and it is sampled again")
         rows += [{name: x[i] for name, x in columns.items()} for i in range(len(columns["start"]))]
     rows = [row for row in rows if row["mask"].sum() > 1]
     if not rows:
-        raise InputError(f"{directory} has no answer of two tokens or more: `jspec draft train` has sampled none there "
-                         "yet, or the policy ends its answers at once")
+        raise InputError(f"{directory} has no answer of two tokens or more: `jspec draft train` "
+                         "has sampled none there yet, or the policy ends its answers at once")
     return rows

@@ -1,4 +1,5 @@
-"""From samples to a trained draft: least squares, then steps on the next states, then steps on the draft's loss."""
+"""From samples to a trained draft: least squares, then steps on the next states, then steps on the
+draft's loss."""
 
 from __future__ import annotations
 
@@ -55,13 +56,13 @@ class Stage:
 def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
     """The trained draft, float32 masters. Goes on from the last checkpoint under `directory`.
 
-    SIGINT and SIGTERM end it after the step, with a checkpoint, by SystemExit. Raises InputError if the loss or its
-    gradient is not finite.
+    SIGINT and SIGTERM end it after the step, with a checkpoint, by SystemExit. Raises InputError if
+    the loss or its gradient is not finite.
     """
     rows = read(directory / "samples")
     if config.training.rows % (shards := batch_shards("rollout")):
-        log.warning("training.rows=%d are not divided by the mesh's %d shards of a batch: each computes them all",
-                    config.training.rows, shards)
+        log.warning("training.rows=%d are not divided by the mesh's %d shards of a batch: each "
+                    "computes them all", config.training.rows, shards)
     draft = untrained(config, policy, rows)
     stages = (Stage("states", config.training.state_steps, before=0),
               Stage(config.draft.loss, config.training.steps, before=config.training.state_steps))
@@ -74,17 +75,20 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
         for stage in stages:
             if done >= stage.before + stage.steps:
                 continue
-            optimizer = draft_optimizer(config.draft.optimizer, schedule(config, stage.steps), config.draft.clip)
+            optimizer = draft_optimizer(config.draft.optimizer, schedule(config, stage.steps),
+                                        config.draft.clip)
             if saved is None:
                 with telling("solving for what a fresh draft can start from"):
                     weights = solved(config, policy, draft, rows).weights
                 # what was solved for is not yet where the draft was
-                weights = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), weights, draft.weights)
+                weights = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), weights,
+                                       draft.weights)
                 saved = {"weights": weights, "opt": begin_moments(optimizer, weights)}
             elif done == stage.before:  # the stage before ended here: the moments are its own
                 saved["opt"] = begin_moments(optimizer, saved["weights"])
             with telling(f"training on {stage.kind} (the first step of each length compiles)"):
-                saved = run_stage(stage, done, config, policy, draft, rows, checkpoints, saved, optimizer, stop)
+                saved = run_stage(stage, done, config, policy, draft, rows, checkpoints, saved,
+                                  optimizer, stop)
             if stop.number is not None:
                 break
             done = stage.before + stage.steps
@@ -101,8 +105,10 @@ def untrained(config: DraftTrainingConfig, policy: Policy, rows: list[Row]) -> D
         return make_draft(config, policy)
     options = dict(config.draft.options or {})
     if config.training.vocab_size:
-        emitted = np.concatenate([row["tokens"][row["start"]:row["start"] + row["mask"].sum()] for row in rows])
-        options["vocab"] = most_frequent(emitted, config.training.vocab_size, policy.config.vocab_size)
+        emitted = np.concatenate([row["tokens"][row["start"]:row["start"] + row["mask"].sum()]
+                                  for row in rows])
+        options["vocab"] = most_frequent(emitted, config.training.vocab_size,
+                                         policy.config.vocab_size)
         log.info("vocabulary of %d tokens: %.1f%% of those sampled", len(options["vocab"]),
                  100 * np.isin(emitted, options["vocab"]).mean())
     section = dataclasses.replace(config.draft, options=options)
@@ -110,11 +116,13 @@ def untrained(config: DraftTrainingConfig, policy: Policy, rows: list[Row]) -> D
 
 
 def solved(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list[Row]) -> Draft:
-    """A fresh draft with what its drafter can solve for by least squares; one from `draft.path` as it is."""
+    """A fresh draft with what its drafter can solve for by least squares; one from `draft.path` as
+    it is."""
     if config.draft.path is not None or draft.drafter.least_squares is None:
         return draft
     some = rows[:LEAST_SQUARES_ROWS]
-    batches = (on_mesh(some[i:i + config.training.rows]) for i in range(0, len(some), config.training.rows))
+    batches = (on_mesh(some[i:i + config.training.rows])
+               for i in range(0, len(some), config.training.rows))
     return draft.drafter.least_squares(policy, draft, batches)
 
 
@@ -131,30 +139,33 @@ def begin_moments(optimizer: optax.GradientTransformation, weights: Any) -> Any:
     return jax.jit(optimizer.init, out_shardings=shardings)(weights)
 
 
-def restore(checkpoints: ocp.CheckpointManager, draft: Draft, config: DraftTrainingConfig) -> tuple[int, Any]:
+def restore(checkpoints: ocp.CheckpointManager, draft: Draft,
+            config: DraftTrainingConfig) -> tuple[int, Any]:
     """(steps done, weights and moments) of the last checkpoint, or (0, None)."""
     step = checkpoints.latest_step()
     if step is None:
         return 0, None
     # a schedule, for a constant rate has no counter among its state
     optimizer = draft_optimizer(config.draft.optimizer, lambda count: 1.0, config.draft.clip)
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), draft.weights)
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                           draft.weights)
     shapes = {"weights": weights, "opt": moments(optimizer, weights)}
     try:
         return step, checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
     except Exception as error:  # what is cut short raises whatever its reader trips over
-        raise InputError(f"the checkpoint {checkpoints.directory / str(step)} cannot be read ({type(error).__name__}); "
-                         "remove it, and the one before it is taken") from error
+        raise InputError(f"the checkpoint {checkpoints.directory / str(step)} cannot be read "
+                         f"({type(error).__name__}); remove it, and the one before it is "
+                         "taken") from error
 
 
-def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list[Row],
-              checkpoints: ocp.CheckpointManager, saved: dict[str, Any],
+def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Policy, draft: Draft,
+              rows: list[Row], checkpoints: ocp.CheckpointManager, saved: dict[str, Any],
               optimizer: optax.GradientTransformation, stop: StopSignal) -> dict[str, Any]:
-    """The steps of one stage from `done` on (of all stages), with a checkpoint every so often and at its end, which a
-    signal brings nearer."""
+    """The steps of one stage from `done` on (of all stages), with a checkpoint every so often and
+    at its end, which a signal brings nearer."""
     shardings = jax.tree.map(lambda x: x.sharding, saved)
-    learn = jax.jit(partial(step_of, draft.drafter, draft.config, optimizer, stage.kind), donate_argnums=0,
-                    out_shardings=(shardings, None))
+    learn = jax.jit(partial(step_of, draft.drafter, draft.config, optimizer, stage.kind),
+                    donate_argnums=0, out_shardings=(shardings, None))
     begin, tokens = time.perf_counter(), 0
     for index, chosen in enumerate(order(rows, config.training.rows, config.seed + stage.before)):
         if index >= stage.steps:
@@ -165,14 +176,16 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
         saved, metrics = learn(saved, policy, draft.state, batch)
         tokens += int(batch.mask.sum())
         step = stage.before + index + 1
-        due = index + 1 == stage.steps or step % config.training.checkpoint_every == 0 or stop.number is not None
+        due = (index + 1 == stage.steps or step % config.training.checkpoint_every == 0
+               or stop.number is not None)
         if due or step % SAY_EVERY == 0:
             if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
-                raise InputError(f"the draft's loss or gradient is not finite at step {step}; lower "
-                                 "draft.learning_rate or draft.clip, and the same command goes on from the last "
-                                 "checkpoint")
+                raise InputError(f"the draft's loss or gradient is not finite at step {step}; "
+                                 "lower draft.learning_rate or draft.clip, and the same command "
+                                 "goes on from the last checkpoint")
             overlap = " ".join(f"{x:.3f}" for x in np.asarray(metrics.get("overlap", ())))
-            log.info("%s  step %d/%d  loss %.4f  %s%.0f tok/s", stage.kind, index + 1, stage.steps, metrics["loss"],
+            log.info("%s  step %d/%d  loss %.4f  %s%.0f tok/s", stage.kind, index + 1, stage.steps,
+                     metrics["loss"],
                      overlap and f"overlap {overlap}  ", tokens / (time.perf_counter() - begin))
         if due:
             with checkpoints_written(checkpoints.directory):
@@ -182,13 +195,15 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
     return saved
 
 
-def step_of(drafter: Drafter, config: Any, optimizer: optax.GradientTransformation, kind: str, saved: dict[str, Any],
-            policy: Policy, state: Any, batch: DraftBatch) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+def step_of(drafter: Drafter, config: Any, optimizer: optax.GradientTransformation, kind: str,
+            saved: dict[str, Any], policy: Policy, state: Any,
+            batch: DraftBatch) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """One optimizer step on the mean loss of a batch. Jittable."""
     batch = batch.replace(trunk=jax.tree.map(lambda x: x.astype(policy.dtype), batch.trunk))
 
     def mean(weights) -> tuple[jax.Array, dict]:
-        total, count, metrics = drafter.loss(policy, Draft(weights, state, config, drafter), batch, kind)
+        total, count, metrics = drafter.loss(policy, Draft(weights, state, config, drafter), batch,
+                                             kind)
         count = jnp.maximum(count, 1.0)
         return total / count, jax.tree.map(lambda x: x / count, metrics)
 
@@ -213,7 +228,8 @@ def order(rows: list[Row], size: int, seed: int) -> Iterator[list[int]]:
 
 
 def on_mesh(rows: list[Row]) -> DraftBatch:
-    """Rows as one batch, split over the current mesh where it divides them; else every device computes them all."""
+    """Rows as one batch, split over the current mesh where it divides them; else every device
+    computes them all."""
     return jax.tree.map(place_rows, pack(rows))
 
 
@@ -227,7 +243,9 @@ def pack(rows: list[Row]) -> DraftBatch:
         cut = [row[name][:length] for row in rows]
         return np.stack([np.pad(x, ((0, length - len(x)), *((0, 0),) * (x.ndim - 1))) for x in cut])
 
-    states = [stack(name, size).view(ml_dtypes.bfloat16) for name in sorted(rows[0]) if name.startswith("state")]
+    states = [stack(name, size).view(ml_dtypes.bfloat16) for name in sorted(rows[0])
+              if name.startswith("state")]
     return DraftBatch(Trunk(states[0], tuple(states[1:])), stack("tokens", size),
                       np.array([row["start"] for row in rows], np.int32), stack("mask", answer),
-                      stack("logprobs", answer), np.array([row["temperature"] for row in rows], np.float32))
+                      stack("logprobs", answer),
+                      np.array([row["temperature"] for row in rows], np.float32))

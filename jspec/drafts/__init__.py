@@ -45,9 +45,9 @@ def known(name: Any, given: Drafter | None = None) -> Drafter:
     if given is not None and given.name == name:
         return given
     if not isinstance(name, str) or name not in _OWN:
-        raise InputError(f"drafter {show(name)} is unknown; known: {', '.join(DRAFTERS)}; one of your "
-                         f"own is named by its file, draft.name={user_code.EXAMPLE}, or given, "
-                         "drafter=jspec.drafts.find('...')")
+        raise InputError(f"drafter {show(name)} is unknown; known: {', '.join(DRAFTERS)}; one of "
+                         f"your own is named by its file, draft.name={user_code.EXAMPLE}, or "
+                         "given, drafter=jspec.drafts.find('...')")
     return _OWN[name]
 
 
@@ -64,8 +64,8 @@ def constructor(drafter: Drafter) -> Callable[..., Draft]:
     def checked(policy: Policy, key: Any = None, **given: Any) -> Draft:
         check_policy(f"the policy of {called}", policy)
         if key is None and key_parameter.default is inspect.Parameter.empty:
-            raise InputError(f"{name} draft: its weights are drawn at random; give a seed or a key, "
-                             f"such as {called}(policy, 0)")
+            raise InputError(f"{name} draft: its weights are drawn at random; give a seed or "
+                             f"a key, such as {called}(policy, 0)")
         for option in given:
             if option not in names:
                 raise InputError(f"{name} draft: it has no option {option!r}"
@@ -79,7 +79,8 @@ def constructor(drafter: Drafter) -> Callable[..., Draft]:
 
     if drafter.remember is not None:  # for a loop of one's own
         checked.__dict__["remember"] = drafter.remember
-    checked.__name__ = checked.__qualname__ = name  # which is what Python says of a call that it refuses
+    # which is what Python says of a call that it refuses
+    checked.__name__ = checked.__qualname__ = name
     return checked
 
 

@@ -301,7 +301,8 @@ class Draft:
 
     def check_finite(self, source: Any) -> None:
         """Raise InputError if a weight is NaN, infinite or has run away: every draft would be
-        refused, and a rollout slower than without. source: what the draft was read from, for the message."""
+        refused, and a rollout slower than without. source: what the draft was read from, for the
+        message."""
         check_finite(f"the {self.name} draft of {source}", self.weights,
                      "take a checkpoint from before, go without a draft, or train it again with a "
                      "lower learning rate")

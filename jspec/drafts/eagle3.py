@@ -1,12 +1,14 @@
 """EAGLE-3: a decoder block on three layers of the policy's trunk, with an output head of its own
 (https://arxiv.org/abs/2503.01840).
 
-The residual streams at three depths are fused into one hidden state by a projection. At position p the block reads that
-of position p - 1 and the embedding of token p, and predicts token p + 1; its attention sees both, normed and side by
-side, and its residual is the hidden state alone. The next depth reads the block's own state in the fused one's place.
-The first token has no hidden state before it and no entry in the block's cache: entry i belongs to token i + 1.
+The residual streams at three depths are fused into one hidden state by a projection. At position p
+the block reads that of position p - 1 and the embedding of token p, and predicts token p + 1; its
+attention sees both, normed and side by side, and its residual is the hidden state alone. The next
+depth reads the block's own state in the fused one's place. The first token has no hidden state
+before it and no entry in the block's cache: entry i belongs to token i + 1.
 
-Published checkpoints are read and written by `jspec.hub.eagle3`, whose names for the variants are the options here.
+Published checkpoints are read and written by `jspec.hub.eagle3`, whose names for the variants are
+the options here.
 """
 
 from __future__ import annotations
@@ -59,14 +61,18 @@ class Eagle3Config:
     """Which of the published variants this is.
 
     Attributes:
-      block: the block as a model of one layer: its heads, rope, widths and biases, which need not be the policy's.
-      aux_depths: what is fused; depth i is the policy's residual stream after i layers (0: the embeddings).
+      block: the block as a model of one layer: its heads, rope, widths and biases, which need not
+        be the policy's.
+      aux_depths: what is fused; depth i is the policy's residual stream after i layers (0: the
+        embeddings).
       vocab_size: of the reduced vocabulary, 0: the policy's.
       depths: how many are unrolled in training; at inference k may be larger.
-      norm_before_residual: the block's residual is the normed hidden state. norm_before_fc: one norm over the
-        concatenated streams. fc_norm: one norm for each of them. norm_output: the next depth reads the normed state.
+      norm_before_residual: the block's residual is the normed hidden state. norm_before_fc: one
+        norm over the concatenated streams. fc_norm: one norm for each of them. norm_output: the
+        next depth reads the normed state.
       window: of the trunk's entries the block's attention sees the last `window`; 0: all of them.
-      own_embed: the draft has an embedding of its own, which training leaves as it is; else it is the policy's.
+      own_embed: the draft has an embedding of its own, which training leaves as it is; else it is
+        the policy's.
       dtype: in which a checkpoint is written.
     """
 
@@ -85,57 +91,64 @@ class Eagle3Config:
 
     def __post_init__(self) -> None:
         flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "own_embed")
-        settle(self, "eagle3 draft: ", aux_depths=whole_numbers, vocab_size=whole(), depths=whole(1, 32),
-               window=whole(), **dict.fromkeys(flags, flag))
+        settle(self, "eagle3 draft: ", aux_depths=whole_numbers, vocab_size=whole(),
+               depths=whole(1, 32), window=whole(), **dict.fromkeys(flags, flag))
         n, hidden = self.policy.num_layers, self.policy.hidden_size
         if self.norm_before_fc and self.fc_norm:
-            raise InputError("eagle3 draft: norm_before_fc and fc_norm exclude each other; set one of them")
+            raise InputError("eagle3 draft: norm_before_fc and fc_norm exclude each other; set one "
+                             "of them")
         if self.block.hidden_size != hidden:
-            raise InputError(f"eagle3 draft: its hidden size is {self.block.hidden_size}, the policy's is {hidden}; "
-                             "take a draft made for this policy")
-        if not self.aux_depths or len(set(self.aux_depths) & set(range(n + 1))) < len(self.aux_depths):
-            raise InputError(f"eagle3 draft: auxiliary layers at depths {list(self.aux_depths)} of a policy of {n} "
-                             f"layers; they must be distinct and from 0 (the embeddings) to {n}; set aux_depths, "
-                             "or take a draft made for this policy")
+            raise InputError(f"eagle3 draft: its hidden size is {self.block.hidden_size}, the "
+                             f"policy's is {hidden}; take a draft made for this policy")
+        if (not self.aux_depths or len(set(self.aux_depths) & set(range(n + 1)))
+            < len(self.aux_depths)):
+            raise InputError(f"eagle3 draft: auxiliary layers at depths {list(self.aux_depths)} of "
+                             f"a policy of {n} layers; they must be distinct and from 0 (the "
+                             f"embeddings) to {n}; set aux_depths, or take a draft made for this "
+                             "policy")
 
 
 def default_depths(num_layers: int) -> tuple[int, ...]:
-    """The depths that are fused where nothing else is said: as published, where the policy has as many; else its
-    embeddings, its middle and its last."""
+    """The depths that are fused where nothing else is said: as published, where the policy has as
+    many; else its embeddings, its middle and its last."""
     published = (2, num_layers // 2, num_layers - 3)
     if min(published) >= 0 and len(set(published)) == 3 and max(published) <= num_layers:
         return published
     return tuple(sorted({0, num_layers // 2, num_layers}))
 
 
-def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequence[int] | None = None,
-         vocab: Sequence[int] | np.ndarray | None = None, norm_before_residual: bool = False,
-         norm_before_fc: bool = False, fc_norm: bool = False, norm_output: bool = False,
-         own_embed: bool = False) -> Draft:
-    """A drafter from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there is one.
+def init(policy: Policy, key: jax.Array, *, depths: int = 3,
+         aux_depths: Sequence[int] | None = None, vocab: Sequence[int] | np.ndarray | None = None,
+         norm_before_residual: bool = False, norm_before_fc: bool = False, fc_norm: bool = False,
+         norm_output: bool = False, own_embed: bool = False) -> Draft:
+    """A drafter from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there
+    is one.
 
-    The block has the policy's sizes and rope, and none of its biases and query and key norms, so that vLLM and SGLang
-    serve it. It starts as the identity (its two output projections are zero) on an even mix of the fused streams; the
-    output norm, the output head and an own embedding start as the policy's.
+    The block has the policy's sizes and rope, and none of its biases and query and key norms, so
+    that vLLM and SGLang serve it. It starts as the identity (its two output projections are zero)
+    on an even mix of the fused streams; the output norm, the output head and an own embedding start
+    as the policy's.
 
     Args:
       policy: in the training layout.
       aux_depths: the depths to fuse; None: `default_depths`.
-      vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own rollouts), or None
-        for all of them.
-      depths, norm_before_residual, norm_before_fc, fc_norm, norm_output, own_embed: see `Eagle3Config`.
+      vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own
+        rollouts), or None for all of them.
+      depths, norm_before_residual, norm_before_fc, fc_norm, norm_output, own_embed: see
+      `Eagle3Config`.
 
-    Raises InputError for depths that the policy does not have, options that exclude each other, a vocabulary that is
-    none, or a policy in a rollout layout.
+    Raises InputError for depths that the policy does not have, options that exclude each other, a
+    vocabulary that is none, or a policy in a rollout layout.
     """
     check_policy("the policy of an eagle3 draft", policy, stacked=True)
     made = policy.config
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, "eagle3")
-    block = dataclasses.replace(made, family="llama", num_layers=1, tie_embeddings=False, qkv_bias=False,
-                                out_bias=False, mlp_bias=False, qk_norm=False, stop_tokens=(), pad_token=0,
-                                tokenless=())
+    block = dataclasses.replace(made, family="llama", num_layers=1, tie_embeddings=False,
+                                qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False,
+                                stop_tokens=(), pad_token=0, tokenless=())
     fused = default_depths(made.num_layers) if aux_depths is None else cast(tuple, aux_depths)
-    config = Eagle3Config(made, block, fused, 0 if ids is None else len(ids), depths, norm_before_residual,
+    config = Eagle3Config(made, block, fused, 0 if ids is None else len(ids), depths,
+                          norm_before_residual,
                           norm_before_fc, fc_norm, norm_output, own_embed=own_embed)
 
     def fresh(key: jax.Array, theirs: dict) -> dict:
@@ -149,8 +162,8 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3, aux_depths: Sequenc
                 "head": (table if ids is None else table[ids]) + 0}
 
     theirs = {name: x for name, x in policy.weights.items() if name != "layers"}
-    return Draft(weights=place_on_mesh(fresh, specs(config), block)(key, theirs), config=config, drafter=eagle3,
-                 state={} if ids is None else {"vocab": jnp.asarray(ids)})
+    return Draft(weights=place_on_mesh(fresh, specs(config), block)(key, theirs), config=config,
+                 drafter=eagle3, state={} if ids is None else {"vocab": jnp.asarray(ids)})
 
 
 def features(config: Eagle3Config) -> tuple[int, ...]:
@@ -158,7 +171,8 @@ def features(config: Eagle3Config) -> tuple[int, ...]:
 
 
 def specs(config: Eagle3Config) -> dict:
-    """The drafter's parameters. A reduced vocabulary's rows lie on every device, as every device draws from all."""
+    """The drafter's parameters. A reduced vocabulary's rows lie on every device, as every device
+    draws from all."""
     d, n = config.block.hidden_size, len(config.aux_depths)
     norm = ParamSpec((d,), ("norm",), "ones")
     layer = layer_specs(config.block)
@@ -167,7 +181,8 @@ def specs(config: Eagle3Config) -> dict:
         layer[name] = dataclasses.replace(layer[name], shape=(layer[name].shape[0], 2 * d))
     for name in ("o", "down"):
         layer[name] = dataclasses.replace(layer[name], init="zeros")
-    out = {"fc": ParamSpec((d, n * d), ("embed", None)), "embed_norm": norm, "hidden_norm": norm, "layer": layer,
+    out = {"fc": ParamSpec((d, n * d), ("embed", None)), "embed_norm": norm, "hidden_norm": norm,
+           "layer": layer,
            "norm": norm, "head": ParamSpec((config.vocab_size or config.policy.vocab_size, d),
                                            (None if config.vocab_size else "vocab", "embed"))}
     if config.norm_before_fc:
@@ -180,7 +195,8 @@ def specs(config: Eagle3Config) -> dict:
 
 
 def prepare(policy: Policy, draft: Draft) -> Draft:
-    """Cast to the policy's compute dtype, shard as the policy is, and fuse the block's projections."""
+    """Cast to the policy's compute dtype, shard as the policy is, and fuse the block's
+    projections."""
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     weights = constrain_tree(weights, specs(draft.config), draft.config.block, policy.layout)
     layer = fuse(draft.config.block, weights["layer"], policy.layout)
@@ -188,7 +204,8 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
 
 
 def _inside(policy: Policy, config: Eagle3Config) -> Policy:
-    """The policy with the block's config in its own's place: what the block's heads and rope are read from."""
+    """The policy with the block's config in its own's place: what the block's heads and rope are
+    read from."""
     return policy.replace(config=config.block)
 
 
@@ -206,18 +223,19 @@ def _block(policy: Policy, config: Eagle3Config, w: dict) -> recursion.Block:
     eps = config.block.rms_norm_eps
 
     def block(hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
-        embedded = embed(policy.replace(weights={"embed": jax.lax.stop_gradient(w["embed"])}) if config.own_embed
-                         else policy, tokens)
+        embedded = embed(policy.replace(weights={"embed": jax.lax.stop_gradient(w["embed"])})
+                         if config.own_embed else policy, tokens)
         normed = rms_norm(hidden, w["hidden_norm"], eps)
         inputs = jnp.concatenate([rms_norm(embedded, w["embed_norm"], eps), normed], axis=-1)
-        x, cache = decoder_layer(config.block, w["layer"], normed if config.norm_before_residual else hidden, rope,
-                                 attend, inputs)
+        x, cache = decoder_layer(config.block, w["layer"], normed if config.norm_before_residual
+                                 else hidden, rope, attend, inputs)
         return (rms_norm(x, w["norm"], eps) if config.norm_output else x), cache
 
     return block
 
 
-def logits(policy: Policy, config: Eagle3Config, w: dict, vocab: jax.Array | None, states: jax.Array) -> jax.Array:
+def logits(policy: Policy, config: Eagle3Config, w: dict, vocab: jax.Array | None,
+           states: jax.Array) -> jax.Array:
     """Logits float32 [..., Vd] of the block's states [..., D], over the draft's vocabulary."""
     return table_logits(policy, w["head"].astype(policy.dtype), vocab, _normed(config, w, states))
 
@@ -227,32 +245,38 @@ def _normed(config: Eagle3Config, w: dict, states: jax.Array) -> jax.Array:
 
 
 def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Rows, KeyValues]:
-    """The block's state at each prompt's last token, and its keys and values over the prompts; after a prompt of one
-    token the state is zeros, and the first draft's distribution is flat."""
+    """The block's state at each prompt's last token, and its keys and values over the prompts;
+    after a prompt of one token the state is zeros, and the first draft's distribution is flat."""
     config, w = draft.config, draft.weights
-    return recursion.start(_inside(policy, config), [_block(policy, config, w)], _fused(config, w, prefill.trunk),
-                           recursion.next_tokens(prefill.tokens), prefill.lengths - 1,
-                           config.window or None)
+    return recursion.start(_inside(policy, config), [_block(policy, config, w)],
+                           _fused(config, w, prefill.trunk), recursion.next_tokens(prefill.tokens),
+                           prefill.lengths - 1, config.window or None)
 
 
 def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
             sampler: Sampler) -> tuple[Proposal, DraftState]:
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
-    return recursion.propose(_inside(policy, config), [_block(policy, config, w)], state, committed.lengths - 1,
-                             sampler, partial(logits, policy, config, w, vocab), vocab, config.window or None)
+    return recursion.propose(
+        _inside(policy, config), [_block(policy, config, w)], state, committed.lengths - 1,
+        sampler, partial(logits, policy, config, w, vocab), vocab, config.window or None)
 
 
-def observe(policy: Policy, draft: Draft, state: DraftState, observation: Observation) -> DraftState:
-    """Rewrite the cache of the committed positions from the verifier's states; keep the state at the last one."""
+def observe(policy: Policy, draft: Draft, state: DraftState,
+            observation: Observation) -> DraftState:
+    """Rewrite the cache of the committed positions from the verifier's states; keep the state at
+    the last one."""
     config, w = draft.config, draft.weights
-    return recursion.observe(_inside(policy, config), [_block(policy, config, w)], state, observation.lengths - 1,
-                             _fused(config, w, observation.trunk), observation, config.window or None)
+    return recursion.observe(_inside(policy, config), [_block(policy, config, w)], state,
+                             observation.lengths - 1, _fused(config, w, observation.trunk),
+                             observation, config.window or None)
 
 
-def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array, depths: int) -> list[jax.Array]:
-    """The states [B, S, D] of each of the depths, of a trunk with this draft's features over tokens int32 [B, S]. Those
-    at position p predict token p + 1; at position 0 they are zeros, as `start` has them."""
+def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array,
+           depths: int) -> list[jax.Array]:
+    """The states [B, S, D] of each of the depths, of a trunk with this draft's features over tokens
+    int32 [B, S]. Those at position p predict token p + 1; at position 0 they are zeros, as `start`
+    has them."""
     config = draft.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     states = recursion.unroll(_inside(policy, config), [_block(policy, config, weights)],
@@ -265,15 +289,18 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
          kind: str) -> tuple[jax.Array, jax.Array, Metrics]:
     """`parts.losses.loss_over_depths` of this drafter, its depths unrolled as at inference.
 
-    policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
-    float32 masters. kind: one of `choices.DRAFT_LOSSES`, or "states": `parts.losses.state_loss` of the first depth.
+    policy: any layout; only its embedding and output head are read. Detach it before the call.
+    draft: unprepared, float32 masters. kind: one of `choices.DRAFT_LOSSES`, or "states":
+    `parts.losses.state_loss` of the first depth.
     """
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
-    states = unroll(policy, draft, batch.trunk, batch.tokens, 1 if kind == "states" else config.depths)
+    states = unroll(policy, draft, batch.trunk, batch.tokens,
+                    1 if kind == "states" else config.depths)
     if kind == "states":
         return state_loss(policy, batch, [_normed(config, w, x) for x in states])
     return loss_over_depths(policy, batch, [batch.predicting(x) for x in states],
                             partial(logits, policy, config, w, vocab), vocab, kind)
 
 
-eagle3 = Drafter("eagle3", Eagle3Config, init, propose, features, specs, prepare, start, observe, loss)
+eagle3 = Drafter("eagle3", Eagle3Config, init, propose, features, specs, prepare, start, observe,
+                 loss)

@@ -1,10 +1,12 @@
-"""Multi-token-prediction heads: decoder blocks of their own on the policy's trunk, embedding and output head.
+"""Multi-token-prediction heads: decoder blocks of their own on the policy's trunk, embedding and
+output head.
 
-At position p a block reads the trunk's hidden state of position p - 1 and the embedding of token p, and predicts token
-p + 1. The next depth reads the state of the depth before in the trunk's place: with a block of its own
-(https://arxiv.org/abs/2404.19737, https://arxiv.org/abs/2412.19437), or, where there are fewer blocks than depths, with
-the last block once more (unrolled in training as at inference, https://arxiv.org/abs/2503.01840). After each cycle the
-keys and values of committed positions are rewritten from the verifier's states.
+At position p a block reads the trunk's hidden state of position p - 1 and the embedding of token p,
+and predicts token p + 1. The next depth reads the state of the depth before in the trunk's place:
+with a block of its own (https://arxiv.org/abs/2404.19737, https://arxiv.org/abs/2412.19437), or,
+where there are fewer blocks than depths, with the last block once more (unrolled in training as at
+inference, https://arxiv.org/abs/2503.01840). After each cycle the keys and values of committed
+positions are rewritten from the verifier's states.
 """
 
 from __future__ import annotations
@@ -65,8 +67,9 @@ class MtpConfig:
       vocab_size: of the reduced vocabulary, 0: the policy's.
       hidden_first: the order in which hidden state and embedding are concatenated.
       normed_trunk: the first depth reads the trunk's state after its final norm; False: before it.
-      first: the first position that later ones attend to; 1 (with one block only): position 0, which has no state
-        before it, is left out, as in a head that was trained on pairs of a state and the next token.
+      first: the first position that later ones attend to; 1 (with one block only): position 0,
+        which has no state before it, is left out, as in a head that was trained on pairs of a state
+        and the next token.
       dtype: in which a published layout stores the weights; here they are float32 masters.
     """
 
@@ -80,29 +83,33 @@ class MtpConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        settle(self, "mtp draft: ", depths=whole(1, 32), blocks=whole(1), vocab_size=whole(), hidden_first=flag,
-               normed_trunk=flag, first=whole(0, 1))
+        settle(self, "mtp draft: ", depths=whole(1, 32), blocks=whole(1), vocab_size=whole(),
+               hidden_first=flag, normed_trunk=flag, first=whole(0, 1))
         if self.blocks > self.depths:
-            raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most depths = {self.depths}")
+            raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most "
+                             f"depths = {self.depths}")
         if self.first and self.blocks > 1:  # every further block would begin one position later
             raise InputError(f"mtp draft: first = {self.first} needs blocks = 1, not {self.blocks}")
 
 
 def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
          vocab: Sequence[int] | np.ndarray | None = None) -> Draft:
-    """A head from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there is one.
+    """A head from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there is
+    one.
 
-    A block starts as the identity (its two output projections are zero, its other weights those of the policy's last
-    layer) on an even mix of both inputs; `least_squares` finds a better one.
+    A block starts as the identity (its two output projections are zero, its other weights those of
+    the policy's last layer) on an even mix of both inputs; `least_squares` finds a better one.
 
     Args:
       policy: in the training layout.
       depths: how many are unrolled in training.
-      blocks: the first depths that have a block of their own; the last one serves the depths after it too.
-      vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own rollouts), or None
-        for all of them.
+      blocks: the first depths that have a block of their own; the last one serves the depths after
+        it too.
+      vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own
+        rollouts), or None for all of them.
 
-    Raises InputError if not 1 <= blocks <= depths, for a vocabulary that is none, or a policy in a rollout layout.
+    Raises InputError if not 1 <= blocks <= depths, for a vocabulary that is none, or a policy in a
+    rollout layout.
     """
     check_policy("the policy of an mtp draft", policy, stacked=True)
     ids = None if vocab is None else check_vocab(vocab, policy.config.vocab_size, "mtp")
@@ -145,19 +152,22 @@ def specs(config: MtpConfig) -> dict:
     layer = layer_specs(config.policy)
     for name in ("o", "down"):
         layer[name] = dataclasses.replace(layer[name], init="zeros")
-    block = {"embed_norm": ParamSpec((d,), ("norm",), "ones"), "hidden_norm": ParamSpec((d,), ("norm",), "ones"),
+    block = {"embed_norm": ParamSpec((d,), ("norm",), "ones"),
+             "hidden_norm": ParamSpec((d,), ("norm",), "ones"),
              "proj": ParamSpec((d, 2 * d), ("embed", None)), "layer": layer,
              "final_norm": ParamSpec((d,), ("norm",), "ones")}
     return {"blocks": (block,) * config.blocks}
 
 
 def prepare(policy: Policy, draft: Draft) -> Draft:
-    """Cast to the policy's compute dtype, shard as the policy is, fuse the blocks' projections, and gather the rows of
-    the output head that are drafted from."""
+    """Cast to the policy's compute dtype, shard as the policy is, fuse the blocks' projections, and
+    gather the rows of the output head that are drafted from."""
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     weights = constrain_tree(weights, specs(draft.config), policy.config, policy.layout)
-    blocks = tuple({**w, "layer": fuse(policy.config, w["layer"], policy.layout)} for w in weights["blocks"])
-    return draft.replace(weights={"blocks": blocks, "table": output_table(policy, draft.state.get("vocab"))})
+    blocks = tuple({**w, "layer": fuse(policy.config, w["layer"], policy.layout)}
+                   for w in weights["blocks"])
+    return draft.replace(weights={"blocks": blocks,
+                                  "table": output_table(policy, draft.state.get("vocab"))})
 
 
 def _blocks(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[recursion.Block]:
@@ -165,7 +175,8 @@ def _blocks(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[
     eps = policy.config.rms_norm_eps
 
     def block(w, hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
-        inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps), rms_norm(hidden, w["hidden_norm"], eps)]
+        inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps),
+                  rms_norm(hidden, w["hidden_norm"], eps)]
         x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
         x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
         return rms_norm(x, w["final_norm"], eps), cache
@@ -174,10 +185,11 @@ def _blocks(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[
 
 
 def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Rows, KeyValues]:
-    """Of every block, its state at each prompt's last token, and its keys and values over the prompts."""
+    """Of every block, its state at each prompt's last token, and its keys and values over the
+    prompts."""
     hidden, tokens = _inputs(draft.config, prefill.trunk, prefill.tokens)
-    return recursion.start(policy, _blocks(policy, draft.config, draft.weights["blocks"]), hidden, tokens,
-                           prefill.lengths - draft.config.first)
+    return recursion.start(policy, _blocks(policy, draft.config, draft.weights["blocks"]), hidden,
+                           tokens, prefill.lengths - draft.config.first)
 
 
 def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
@@ -189,25 +201,29 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
                              committed.lengths - draft.config.first, sampler, head, vocab)
 
 
-def observe(policy: Policy, draft: Draft, state: DraftState, observation: Observation) -> DraftState:
-    """Rewrite the caches of the committed positions from the verifier's states; keep the states at the last one."""
+def observe(policy: Policy, draft: Draft, state: DraftState,
+            observation: Observation) -> DraftState:
+    """Rewrite the caches of the committed positions from the verifier's states; keep the states at
+    the last one."""
     return recursion.observe(policy, _blocks(policy, draft.config, draft.weights["blocks"]), state,
-                             observation.lengths - draft.config.first, _trunk_states(draft.config, observation.trunk),
-                             observation)
+                             observation.lengths - draft.config.first,
+                             _trunk_states(draft.config, observation.trunk), observation)
 
 
 def loss(policy: Policy, draft: Draft, batch: DraftBatch,
          kind: str) -> tuple[jax.Array, jax.Array, Metrics]:
     """`parts.losses.loss_over_depths` of this head, its depths unrolled as at inference.
 
-    policy: any layout; only its embedding and output head are read. Detach it before the call. draft: unprepared,
-    float32 masters. kind: one of `choices.DRAFT_LOSSES`, or "states": `parts.losses.state_loss` of every block's first
-    depth (what comes near the policy's states serves the depths after it too, and they would cost as much again).
+    policy: any layout; only its embedding and output head are read. Detach it before the call.
+    draft: unprepared, float32 masters. kind: one of `choices.DRAFT_LOSSES`, or "states":
+    `parts.losses.state_loss` of every block's first depth (what comes near the policy's states
+    serves the depths after it too, and they would cost as much again).
     """
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     blocks = _blocks(policy, draft.config, weights["blocks"])
     depths = draft.config.blocks if kind == "states" else draft.config.depths
-    states = recursion.unroll(policy, blocks, *_inputs(draft.config, batch.trunk, batch.tokens), depths)
+    states = recursion.unroll(policy, blocks, *_inputs(draft.config, batch.trunk, batch.tokens),
+                              depths)
     states = [shift(x) for x in states] if draft.config.first else states
     if kind == "states":
         return state_loss(policy, batch, states)
@@ -216,32 +232,38 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     return loss_over_depths(policy, batch, [batch.predicting(x) for x in states], head, vocab, kind)
 
 
-def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch], ridge: float = 1e-3) -> Draft:
-    """The draft with every block's projection solved for: the linear map of its two inputs to the policy's next state.
+def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch],
+                  ridge: float = 1e-3) -> Draft:
+    """The draft with every block's projection solved for: the linear map of its two inputs to the
+    policy's next state.
 
-    Ridge regression over all positions of the batches, `ridge` relative to the inputs' mean square. Where a gradient
-    needs a hundred thousand tokens to come, this starts.
+    Ridge regression over all positions of the batches, `ridge` relative to the inputs' mean square.
+    Where a gradient needs a hundred thousand tokens to come, this starts.
     """
     d = policy.config.hidden_size
 
     @jax.jit
     def sums(policy, batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        hidden, target = (x.astype(jnp.float32) for x in (_trunk_states(draft.config, batch.trunk), batch.trunk.hidden))
+        hidden, target = (x.astype(jnp.float32)
+                          for x in (_trunk_states(draft.config, batch.trunk), batch.trunk.hidden))
         embedded = embed(policy, batch.tokens).astype(jnp.float32)
         x = jnp.concatenate([unit(embedded[:, 1:]), unit(hidden[:, :-1])], axis=-1)
         y = unit(target[:, 1:] / policy.weights["final_norm"])
-        known = jnp.arange(1, hidden.shape[1]) < (batch.response_start + batch.mask.sum(1) - 1)[:, None]
+        known = (jnp.arange(1, hidden.shape[1])
+                 < (batch.response_start + batch.mask.sum(1) - 1)[:, None])
         x = jnp.where(known[..., None], x, 0.0).reshape(-1, 2 * d)
         return x.T @ x, x.T @ y.reshape(-1, d), known.sum()
 
-    gram, cross, count = (sum(parts) for parts in zip(*(sums(policy, batch) for batch in batches), strict=True))
+    gram, cross, count = (sum(parts) for parts in zip(*(sums(policy, batch) for batch in batches),
+                                                      strict=True))
     solution = np.linalg.solve(np.asarray(gram, np.float64) + ridge * float(count) * np.eye(2 * d),
                                np.asarray(cross, np.float64))
     ones, proj = np.ones(d, np.float32), solution.T.astype(np.float32)
     if draft.config.hidden_first:
         proj = np.concatenate([proj[:, d:], proj[:, :d]], axis=1)
     fitted = {"proj": proj, "embed_norm": ones, "hidden_norm": ones}
-    blocks = tuple({**w, **{name: jnp.asarray(x) for name, x in fitted.items()}} for w in draft.weights["blocks"])
+    blocks = tuple({**w, **{name: jnp.asarray(x) for name, x in fitted.items()}}
+                   for w in draft.weights["blocks"])
     return draft.replace(weights={"blocks": blocks})
 
 

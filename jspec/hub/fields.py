@@ -1,4 +1,5 @@
-"""Values of a config that came from outside (config.json, a GGUF's metadata): each of its type, or one line says which.
+"""Values of a config that came from outside (config.json, a GGUF's metadata): each of its type, or
+one line says which.
 
 A key that is there and null counts as not there, as in transformers. `where` begins every message.
 """
@@ -15,8 +16,10 @@ from jspec.errors import InputError
 CONFIG = "config.json"
 
 
-def whole(fields: Mapping[str, Any], key: str, default: int | None = None, where: str = CONFIG, least: int = 1) -> int:
-    """A whole number of at least `least`. Raises InputError where it is none, or is not there and has no default."""
+def whole(fields: Mapping[str, Any], key: str, default: int | None = None, where: str = CONFIG,
+          least: int = 1) -> int:
+    """A whole number of at least `least`. Raises InputError where it is none, or is not there and
+    has no default."""
     value = _given(fields, key, default)
     if not _is_number(value) or value != int(value) or not least <= value <= INT32:
         kinds = {0: "a whole number", 1: "a positive integer"}
@@ -24,7 +27,8 @@ def whole(fields: Mapping[str, Any], key: str, default: int | None = None, where
     return int(value)
 
 
-def number(fields: Mapping[str, Any], key: str, default: float | None = None, where: str = CONFIG) -> float:
+def number(fields: Mapping[str, Any], key: str, default: float | None = None,
+           where: str = CONFIG) -> float:
     """A finite number. Raises InputError as `whole` does."""
     value = _given(fields, key, default)
     if not _is_number(value):
@@ -64,7 +68,8 @@ def _given(fields: Mapping[str, Any], key: str, default: Any) -> Any:
 def _is_number(value: Any) -> bool:
     """Whether it is one and float64 holds it."""
     try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return (isinstance(value, int | float) and not isinstance(value, bool)
+                and math.isfinite(value))
     except OverflowError:
         return False
 

@@ -19,7 +19,8 @@ from jspec.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies in the file. `shape` is logical (rows first); `heads` > 0: rows to reorder."""
+    """Where a tensor lies in the file. `shape` is logical (rows first); `heads` > 0: rows to
+    reorder."""
 
     offset: int
     kind: gguf.GGMLQuantizationType
@@ -30,7 +31,8 @@ class GgufTensor:
 
 @dataclasses.dataclass(frozen=True)
 class GgufSource:
-    """The tensors of a GGUF file under transformers' names; `rows` reads and dequantizes any range to float32."""
+    """The tensors of a GGUF file under transformers' names; `rows` reads and dequantizes any range
+    to float32."""
 
     label: str
     path: Path
@@ -44,7 +46,8 @@ class GgufSource:
         tensor = self.tensors[name]
         if not tensor.heads:
             return self._read(tensor, start, stop)
-        # llama.cpp stores a head's rows as (0, half, 1, half + 1, ...); whole heads put them back in halves
+        # llama.cpp stores a head's rows as (0, half, 1, half + 1, ...); whole heads put them back
+        # in halves
         size = tensor.shape[0] // tensor.heads
         first = start - start % size
         out = self._read(tensor, first, -(-stop // size) * size)
@@ -63,18 +66,21 @@ class GgufSource:
         if len(raw) != count * tensor.row_bytes:
             raise InputError(f"{self.path}: cut short while it was being read")
         try:
-            rows = gguf.quants.dequantize(np.frombuffer(raw, np.uint8).reshape(count, -1), tensor.kind)
+            rows = gguf.quants.dequantize(np.frombuffer(raw, np.uint8).reshape(count, -1),
+                                          tensor.kind)
         except NotImplementedError:
-            raise InputError(f"{self.path}: tensors quantized as {tensor.kind.name} are not supported; take a GGUF of "
-                             "another quantization, or the model's safetensors") from None
+            raise InputError(f"{self.path}: tensors quantized as {tensor.kind.name} are not "
+                             "supported; take a GGUF of another quantization, or the model's "
+                             "safetensors") from None
         return rows[0, start:stop] if flat else rows
 
 
 class _Reader(gguf.GGUFReader):
-    """The library's reader, bounded: by itself it takes what lies beyond the file's end for empty, and so would read an
-    array of 10^9 entries to its end, or the machine's."""
+    """The library's reader, bounded: by itself it takes what lies beyond the file's end for empty,
+    and so would read an array of 10^9 entries to its end, or the machine's."""
 
-    values_left = 4_000_000  # tokens, merges and types of the largest published vocabularies are half as many
+    # tokens, merges and types of the largest published vocabularies are half as many
+    values_left = 4_000_000
 
     def _get(self, offset, dtype, count=1, **options) -> np.ndarray:
         self.values_left -= 1
@@ -85,41 +91,48 @@ class _Reader(gguf.GGUFReader):
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
-    """(metadata fields, tensors by llama.cpp's names). Raises InputError if the file is cut short or no GGUF."""
+    """(metadata fields, tensors by llama.cpp's names). Raises InputError if the file is cut short
+    or no GGUF."""
     try:
         size = path.stat().st_size
         reader = _Reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {t.name: t for t in reader.tensors}
-    except Exception as e:  # the reader meets bad bytes with whatever numpy or struct raises on them
+    except Exception as e:
+        # the reader meets bad bytes with whatever numpy or struct raises on them
         reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{path}: cannot be read as GGUF, it is cut short or corrupt ({reason}); fetch it "
-                         "again") from e
+        raise InputError(f"{path}: cannot be read as GGUF, it is cut short or corrupt ({reason}); "
+                         "fetch it again") from e
     end = max((int(t.data_offset) + int(t.n_bytes) for t in tensors.values()), default=0)
     if end > size:
-        raise InputError(f"{path}: cut short: {size} bytes where its tensors end at {end}; fetch it again")
+        raise InputError(f"{path}: cut short: {size} bytes where its tensors end at {end}; fetch "
+                         "it again")
     if whole(fields, "split.count", 1, str(path), least=0) > 1:
-        raise InputError(f"{path}: one part of a split GGUF; merge the parts first (llama-gguf-split --merge)")
+        raise InputError(f"{path}: one part of a split GGUF; merge the parts first "
+                         "(llama-gguf-split --merge)")
     return fields, tensors
 
 
-def gguf_source(path: Path, opened: tuple[dict[str, Any], dict[str, gguf.ReaderTensor]] | None = None
-                ) -> tuple[GgufSource, ModelConfig, dict[str, Any]]:
-    """(tensors under transformers' names, config, metadata) of a GGUF file. opened: what `open_gguf` gave, if it has
-    been asked. Raises InputError as that does."""
+def gguf_source(path: Path, opened: tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]
+                | None = None) -> tuple[GgufSource, ModelConfig, dict[str, Any]]:
+    """(tensors under transformers' names, config, metadata) of a GGUF file. opened: what
+    `open_gguf` gave, if it has been asked. Raises InputError as that does."""
     fields, found = opened or open_gguf(path)
     shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in found.items()}
     factors = found.get(ROPE_FACTORS)
     config = config_from_gguf(fields, shapes, None if factors is None else np.array(factors.data))
     check_layers(str(path), config, len(found))
     names = {t.gguf: t.name for t in stored_tensors(config)}
-    reordered = {"q": config.num_heads, "k": config.num_kv_heads} if config.family == "llama" else {}
-    heads = {t.name: reordered.get(str(t.key[-1]).removesuffix("_bias"), 0) for t in stored_tensors(config)}
+    reordered = ({"q": config.num_heads, "k": config.num_kv_heads} if config.family == "llama"
+                 else {})
+    heads = {t.name: reordered.get(str(t.key[-1]).removesuffix("_bias"), 0)
+             for t in stored_tensors(config)}
     tensors = {}
     for name, t in found.items():
         if name == ROPE_FACTORS:
             continue
         shape, hf = shapes[name], names.get(name, name)
         rows = 1 if len(shape) == 1 else max(1, shape[0])
-        tensors[hf] = GgufTensor(int(t.data_offset), t.tensor_type, shape, int(t.n_bytes) // rows, heads.get(hf, 0))
+        tensors[hf] = GgufTensor(int(t.data_offset), t.tensor_type, shape, int(t.n_bytes) // rows,
+                                 heads.get(hf, 0))
     return GgufSource(str(path), path, tensors), config, fields

@@ -1,4 +1,5 @@
-"""JSON that came from outside: whatever is in its place is read whole and bounded, or refused in one line."""
+"""JSON that came from outside: whatever is in its place is read whole and bounded, or refused in
+one line."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from typing import Any
 from jspec.errors import InputError
 
 MAX_BYTES = 256 << 20  # the largest published tokenizer.json has a tenth of it
-MAX_DEPTH = 64  # published files have 10; far below what Python's own recursion takes, here and in later readers
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # what may be half of a character beyond 16 bits, without its other half
+# published files have 10; far below what Python's own recursion takes, here and in later readers
+MAX_DEPTH = 64
+# what may be half of a character beyond 16 bits, without its other half
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 _KINDS: dict[type, str] = {dict: "object", list: "list"}
 
@@ -22,8 +25,8 @@ _KINDS: dict[type, str] = {dict: "object", list: "list"}
 def read_json(path: Path, required: bool = True, kind: type = dict) -> Any:
     """The JSON object (or other `kind`) in a file; None if it is not there and not `required`.
 
-    Raises InputError for a file that is missing, is none (a folder, a pipe), cannot be read or is larger than
-    MAX_BYTES, and where `parse_json` does.
+    Raises InputError for a file that is missing, is none (a folder, a pipe), cannot be read or is
+    larger than MAX_BYTES, and where `parse_json` does.
     """
     data = read_bytes(path, required)
     return None if data is None else parse_json(data, path, kind)
@@ -49,17 +52,20 @@ def read_bytes(path: Path, required: bool = True) -> bytes | None:
             raise InputError(f"{path}: not a file; {path.name} must be one")
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise InputError(f"{path}: {size} bytes are more than the {MAX_BYTES} that are read of such a file")
+            raise InputError(f"{path}: {size} bytes are more than the {MAX_BYTES} that are read of "
+                             "such a file")
         return path.read_bytes()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
 
 
 def parse_json(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
-    """The JSON object (or other `kind`: list) that `text` is; `where` it stands begins every message.
+    """The JSON object (or other `kind`: list) that `text` is; `where` it stands begins every
+    message.
 
-    Raises InputError for text that is not UTF-8, not valid JSON (NaN and numbers beyond float64 are not), of another
-    kind, nested more than MAX_DEPTH deep, or that has an integer of thousands of digits or half a character in it.
+    Raises InputError for text that is not UTF-8, not valid JSON (NaN and numbers beyond float64 are
+    not), of another kind, nested more than MAX_DEPTH deep, or that has an integer of thousands of
+    digits or half a character in it.
     """
     try:
         text = text if isinstance(text, str) else text.decode()
@@ -68,11 +74,14 @@ def parse_json(text: str | bytes, where: str | Path, kind: type = dict) -> Any:
         if _HALF.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise InputError(f"{where}: not valid JSON ({_TOO_DEEP}); mend it, or make it again") from None
+        raise InputError(f"{where}: not valid JSON ({_TOO_DEEP}); mend it, or make it "
+                         "again") from None
     except ValueError as e:
-        raise InputError(f"{where}: not valid JSON ({str(e).split(';')[0]}); mend it, or make it again") from None
+        raise InputError(f"{where}: not valid JSON ({str(e).split(';')[0]}); mend it, or make it "
+                         "again") from None
     if not isinstance(value, kind):
-        raise InputError(f"{where}: not a JSON {_KINDS[kind]}, but {type(value).__name__}; mend it, or make it again")
+        raise InputError(f"{where}: not a JSON {_KINDS[kind]}, but {type(value).__name__}; mend "
+                         "it, or make it again")
     return value
 
 

@@ -1,6 +1,8 @@
-"""Native multi-token-prediction heads of published checkpoints, read as `mtp` drafts and written back.
+"""Native multi-token-prediction heads of published checkpoints, read as `mtp` drafts and written
+back.
 
-What a head is called and which conventions it was trained with is a row of `architectures.MTP_LAYOUTS`.
+What a head is called and which conventions it was trained with is a row of
+`architectures.MTP_LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ from jspec.hub.assemble import assemble, check_none_left, check_shapes
 from jspec.hub.exporter import host_value, whole_directory
 from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json, write_json
-from jspec.hub.safetensors_io import INDEX, SafetensorsSource, open_directory, read_header, write_file
+from jspec.hub.safetensors_io import (
+    INDEX,
+    SafetensorsSource,
+    open_directory,
+    read_header,
+    write_file,
+)
 from jspec.model import ModelConfig, Policy
 from jspec.sharding import spec_sharding
 
@@ -38,41 +46,45 @@ HEAD_FILE = "mtp.safetensors"
 
 
 def read(path: str | Path, policy: Policy, *, depths: int = 2) -> Draft:
-    """The native MTP head of a checkpoint as an `mtp` draft: float32 masters, on the mesh of `jax.set_mesh` if any.
+    """The native MTP head of a checkpoint as an `mtp` draft: float32 masters, on the mesh of
+    `jax.set_mesh` if any.
 
     Args:
-      path: a directory with config.json and safetensors: the whole model's, or the head's own (see `write`).
+      path: a directory with config.json and safetensors: the whole model's, or the head's own (see
+        `write`).
       policy: that it drafts for, in any layout; embedding and output head are read from it.
       depths: how many are unrolled in training.
 
-    Raises InputError if the architecture has no known layout, the config speaks of no head or of several, the head was
-    made for another policy (hidden size, vocabulary or anything else that it shares), a file is cut short, or a tensor
-    is missing, left over or of the wrong shape.
+    Raises InputError if the architecture has no known layout, the config speaks of no head or of
+    several, the head was made for another policy (hidden size, vocabulary or anything else that it
+    shares), a file is cut short, or a tensor is missing, left over or of the wrong shape.
     """
     path = arguments.path("draft", path)
     hf = read_json(path / "config.json")
     layout = _layout(path, hf)
     difference = unlike(config_from_hf(hf), policy.config)
     if difference:
-        raise InputError(f"{path}: this MTP head was made for another policy: {difference}; take the head and the "
-                         "policy of one checkpoint")
+        raise InputError(f"{path}: this MTP head was made for another policy: {difference}; take "
+                         "the head and the policy of one checkpoint")
     source, tensors = open_directory(path), mtp_tensors(layout, policy.config)
     left = set(check_shapes(source, tensors)) - {t.name for t in stored_tensors(policy.config)}
     check_none_left(source, sorted(left), f"the MTP head of {layout.architecture}")
-    config = MtpConfig(policy.config, depths, dtype=_dtype(source, [t.name for t in tensors]), **_conventions(layout))
+    config = MtpConfig(policy.config, depths, dtype=_dtype(source, [t.name for t in tensors]),
+                       **_conventions(layout))
     return Draft(weights=_weights(source, tensors, config), state={}, config=config, drafter=mtp)
 
 
 def _layout(path: Path, hf: dict) -> MtpLayout:
     name = (texts(hf, "architectures") or ["an unnamed architecture"])[0]
     if name not in MTP_LAYOUTS:
-        raise InputError(f"{path}: no layout of MTP heads is known for {name}; known: {', '.join(MTP_LAYOUTS)}")
+        raise InputError(f"{path}: no layout of MTP heads is known for {name}; known: "
+                         f"{', '.join(MTP_LAYOUTS)}")
     count = mtp_count(hf)
     if count != 1:
         what = "has no MTP head" if count == 0 else "has several MTP heads, and one is supported"
-        raise InputError(f"{path}: the checkpoint {what} (num_nextn_predict_layers in config.json is "
-                         f"{hf.get('num_nextn_predict_layers')}); take one with one head, or make a head with "
-                         "jspec.drafts.mtp(policy, ...)")
+        raise InputError(f"{path}: the checkpoint {what} (num_nextn_predict_layers in config.json "
+                         f"is {hf.get('num_nextn_predict_layers')}); take one with one head, or "
+                         "make a head with jspec.drafts.mtp(policy, ...)")
     return MTP_LAYOUTS[name]
 
 
@@ -82,7 +94,8 @@ def _conventions(row: MtpLayout | MtpConfig) -> dict:
 
 
 def _dtype(source: SafetensorsSource, names: list[str]) -> str:
-    """In which the head can be stored without loss of what float32 masters hold: its own, if it has only one."""
+    """In which the head can be stored without loss of what float32 masters hold: its own, if it has
+    only one."""
     found = {source.locations[name].dtype.name for name in names}
     return found.pop() if len(found) == 1 and found <= {"bfloat16", "float16"} else "float32"
 
@@ -93,7 +106,8 @@ def _weights(source: SafetensorsSource, tensors: list, config: MtpConfig) -> dic
     by_key = {tensor.key: tensor for tensor in tensors}
 
     def assembled(path: tuple, spec: Any) -> jax.Array:
-        tensor, sharding = by_key[tuple(getattr(p, "key", getattr(p, "idx", None)) for p in path)], shardings
+        tensor, sharding = (by_key[tuple(getattr(p, "key", getattr(p, "idx", None)) for p in path)],
+                            shardings)
         for part in tensor.key:
             sharding = sharding[part]
         return assemble(source, [tensor], spec.shape, sharding)
@@ -102,17 +116,19 @@ def _weights(source: SafetensorsSource, tensors: list, config: MtpConfig) -> dic
 
 
 def write(draft: Draft, directory: str | Path) -> Path:
-    """Write an `mtp` draft as the native head of the published architecture that has its conventions.
+    """Write an `mtp` draft as the native head of the published architecture that has its
+    conventions.
 
-    Into a new or empty directory: the head alone, its tensors in model.safetensors with the config.json of the model
-    that it belongs to; `read` takes it. Into a directory that `jspec.export` wrote of its policy: the head joins the
-    trunk (mtp.safetensors, the index, config.json), and the whole is a checkpoint of that architecture, from which
-    `jspec.load` takes the policy and `read` the head. (The modelling code that publishers put beside their weights is
-    not written.) Tensors are stored in the dtype that the head was read in. With several processes all call this and
-    the first writes.
+    Into a new or empty directory: the head alone, its tensors in model.safetensors with the
+    config.json of the model that it belongs to; `read` takes it. Into a directory that
+    `jspec.export` wrote of its policy: the head joins the trunk (mtp.safetensors, the index,
+    config.json), and the whole is a checkpoint of that architecture, from which `jspec.load` takes
+    the policy and `read` the head. (The modelling code that publishers put beside their weights is
+    not written.) Tensors are stored in the dtype that the head was read in. With several processes
+    all call this and the first writes.
 
-    Raises InputError if no published architecture has such a head, or the directory has other files in it, another
-    policy or a head already.
+    Raises InputError if no published architecture has such a head, or the directory has other files
+    in it, another policy or a head already.
     """
     config, target = draft.config, arguments.path("directory", directory).absolute()
     layout = _written_as(config)
@@ -120,7 +136,8 @@ def write(draft: Draft, directory: str | Path) -> Path:
     if joins:
         _check_trunk(target, config.policy)
     elif target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"{target} exists and is neither empty nor a model's directory; choose a new one")
+        raise InputError(f"{target} exists and is neither empty nor a model's directory; choose "
+                         "a new one")
     tensors = mtp_tensors(layout, config.policy)
     values = {tensor.name: host_value(draft.weights, tensor) for tensor in tensors}
     if jax.process_index() == 0:
@@ -142,18 +159,20 @@ def _written_as(config: MtpConfig) -> MtpLayout:
             return layout
     raise InputError(f"no published architecture has an mtp head with blocks={config.blocks}, "
                      f"vocab_size={config.vocab_size}, hidden_first={config.hidden_first}, "
-                     f"normed_trunk={config.normed_trunk}, first={config.first}; such a head cannot be written as one "
-                     f"of {', '.join(MTP_LAYOUTS)}; an eagle3 draft can, of whatever size")
+                     f"normed_trunk={config.normed_trunk}, first={config.first}; such a head "
+                     f"cannot be written as one of {', '.join(MTP_LAYOUTS)}; an eagle3 draft can, "
+                     "of whatever size")
 
 
 def _check_trunk(target: Path, policy: ModelConfig) -> None:
     hf = read_json(target / "config.json")
     if mtp_count(hf):
-        raise InputError(f"{target} has an MTP head already; export the policy into a new directory first")
+        raise InputError(f"{target} has an MTP head already; export the policy into a new "
+                         "directory first")
     difference = unlike(config_from_hf(hf), policy)
     if difference:
-        raise InputError(f"{target} is not of the policy that the head drafts for: {difference}; export that one, or "
-                         "write the head into a new directory")
+        raise InputError(f"{target} is not of the policy that the head drafts for: {difference}; "
+                         "export that one, or write the head into a new directory")
 
 
 def _with_head(hf: dict, layout: MtpLayout) -> dict:
@@ -162,15 +181,19 @@ def _with_head(hf: dict, layout: MtpLayout) -> dict:
 
 
 def _write_tensors(path: Path, values: dict[str, np.ndarray], dtype: str) -> None:
-    write_file(path, {name: (value.shape, dtype) for name, value in values.items()}, values.__getitem__)
+    write_file(path, {name: (value.shape, dtype) for name, value in values.items()},
+               values.__getitem__)
 
 
 def _join(target: Path, layout: MtpLayout, values: dict[str, np.ndarray], dtype: str) -> None:
-    """Config before index: cut short between them, the directory still loads as the policy alone."""
+    """Config before index: cut short between them, the directory still loads as the policy
+    alone."""
     trunk = open_directory(target).locations
     _write_tensors(target / HEAD_FILE, values, dtype)
     write_json(target / "config.json", _with_head(read_json(target / "config.json"), layout))
     whole = {**trunk, **read_header(target / HEAD_FILE)}
-    size = sum(int(np.prod(place.shape, dtype=np.int64)) * place.dtype.itemsize for place in whole.values())
-    write_json(target / INDEX, {"metadata": {"total_size": size},
-                                "weight_map": {name: place.path.name for name, place in whole.items()}})
+    size = sum(int(np.prod(place.shape, dtype=np.int64)) * place.dtype.itemsize
+               for place in whole.values())
+    write_json(target / INDEX,
+               {"metadata": {"total_size": size},
+                "weight_map": {name: place.path.name for name, place in whole.items()}})

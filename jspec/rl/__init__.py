@@ -1,1 +1,2 @@
-"""Reinforcement learning: prompts, rewards, advantages, losses, the update. Import what you need from the modules."""
+"""Reinforcement learning: prompts, rewards, advantages, losses, the update. Import what you need
+from the modules."""

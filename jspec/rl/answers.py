@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 def reward_inputs(tokenizer: Any, prompts: Sequence[Prompt], out: Rollout,
                   rows: Iterable[int] | None = None) -> list[RewardInput]:
-    """What a reward function is told of each of `rows` (all where none are named) of a rollout on the host.
+    """What a reward function is told of each of `rows` (all where none are named) of a rollout on
+    the host.
 
     Row i answers prompt i // group_size, group_size being the rollout's rows over `prompts`.
     """
     group = len(out.lengths) // len(prompts)
-    asked = ((row, prompts[row // group]) for row in (range(len(out.lengths)) if rows is None else rows))
+    asked = ((row, prompts[row // group])
+             for row in (range(len(out.lengths)) if rows is None else rows))
     return [RewardInput(prompt.text, answer_text(tokenizer, out, row), prompt.answer, prompt.meta,
                         bool(out.finished[row]), int(out.lengths[row])) for row, prompt in asked]
 
@@ -28,11 +30,12 @@ def reward_inputs(tokenizer: Any, prompts: Sequence[Prompt], out: Rollout,
 def answer_text(tokenizer: Any, out: Rollout, row: int) -> str:
     """A row's answer as text, without the token that ended it.
 
-    Special tokens stand in it as the tokenizer writes them, and ids for which it has no token as U+FFFD: what the
-    policy wrote on either side of them does not become one word, or one number.
+    Special tokens stand in it as the tokenizer writes them, and ids for which it has no token as
+    U+FFFD: what the policy wrote on either side of them does not become one word, or one number.
     """
     tokens = out.tokens[row][out.mask[row]]
     tokens = tokens[: len(tokens) - int(out.finished[row])].tolist()
     known = [token is not None for token in tokenizer.convert_ids_to_tokens(tokens)]
     runs = itertools.groupby(zip(tokens, known, strict=True), key=lambda pair: pair[1])
-    return "".join(tokenizer.decode([token for token, _ in run]) if has_token else "\ufffd" for has_token, run in runs)
+    return "".join(tokenizer.decode([token for token, _ in run]) if has_token else "\ufffd"
+                   for has_token, run in runs)

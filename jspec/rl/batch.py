@@ -1,4 +1,5 @@
-"""What an update learns from: prompts and the sequences that continue them, with their advantages."""
+"""What an update learns from: prompts and the sequences that continue them, with their
+advantages."""
 
 from __future__ import annotations
 
@@ -40,16 +41,19 @@ class TrainBatch:
 
 def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array | None) -> TrainBatch:
     """What a rollout gives the update to learn from. Jittable."""
-    return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs, rollout.loss_mask, advantages,
-                      rollout.trunk)
+    return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs,
+                      rollout.loss_mask, advantages, rollout.trunk)
 
 
 def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Array:
-    """Prompts [P, L, ...] and responses [N, T, ...] as rows [N, L + T, ...] without a gap, zeros after them."""
+    """Prompts [P, L, ...] and responses [N, T, ...] as rows [N, L + T, ...] without a gap, zeros
+    after them."""
     group, length = responses.shape[0] // prompts.shape[0], prompts.shape[1]
     start, position = jnp.repeat(lengths, group)[:, None], jnp.arange(length + responses.shape[1])
     rows = jnp.concatenate([jnp.repeat(prompts, group, axis=0), responses], axis=1)
-    rows = jnp.pad(rows, ((0, 0), (0, 1), *((0, 0),) * (rows.ndim - 2)))  # one column of padding, to read from
-    source = jnp.where(position < start, position, jnp.minimum(length + position - start, rows.shape[1] - 1))
+    # one column of padding, to read from
+    rows = jnp.pad(rows, ((0, 0), (0, 1), *((0, 0),) * (rows.ndim - 2)))
+    source = jnp.where(position < start, position,
+                       jnp.minimum(length + position - start, rows.shape[1] - 1))
     rows = jnp.take_along_axis(rows, source.reshape(*source.shape, *(1,) * (rows.ndim - 2)), axis=1)
     return constrain(rows, "train", "batch", *(None,) * (rows.ndim - 1))

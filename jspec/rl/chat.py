@@ -1,4 +1,5 @@
-"""Chat templates: programs that come with a model, rendered here only after they have shown that they end.
+"""Chat templates: programs that come with a model, rendered here only after they have shown that
+they end.
 
 `python -m jspec.rl.chat` renders one, within bounds of processor time, memory and output.
 """
@@ -16,7 +17,8 @@ from jspec.errors import InputError
 from jspec.rl.processes import run_module
 
 SECONDS, MEMORY, CHARACTERS = 10, 1 << 30, 1 << 20
-"""What rendering one short message may take: of processor time and of memory, and how long its text may be."""
+"""What rendering one short message may take: of processor time and of memory, and how long its text
+may be."""
 TOO_MUCH = b"too much"
 
 
@@ -24,8 +26,10 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render(tokenizer: Any, text: str, system_prompt: str | None = None, add_generation_prompt: bool = True) -> str:
-    """A user's message, after the system prompt if there is one, as the tokenizer's chat template writes it.
+def render(tokenizer: Any, text: str, system_prompt: str | None = None,
+           add_generation_prompt: bool = True) -> str:
+    """A user's message, after the system prompt if there is one, as the tokenizer's chat template
+    writes it.
 
     Raises:
         InputError: the template does not end, or writes without end.
@@ -33,10 +37,11 @@ def render(tokenizer: Any, text: str, system_prompt: str | None = None, add_gene
     template = tokenizer.chat_template
     if isinstance(template, dict):  # templates by name
         template = template.get("default", "")
-    if not ends(template, json.dumps(getattr(tokenizer, "special_tokens_map", {}), default=str), system_prompt):
-        raise InputError(f"the tokenizer's chat template does not end: a short message took more than {SECONDS} s, "
-                         f"{MEMORY >> 20} MiB or {CHARACTERS} characters; mend the template, or go without it "
-                         "(data.chat_template=false, --raw)")
+    if (not ends(template, json.dumps(getattr(tokenizer, "special_tokens_map", {}), default=str),
+                 system_prompt)):
+        raise InputError("the tokenizer's chat template does not end: a short message took more "
+                         f"than {SECONDS} s, {MEMORY >> 20} MiB or {CHARACTERS} characters; mend "
+                         "the template, or go without it (data.chat_template=false, --raw)")
     return tokenizer.apply_chat_template(conversation(text, system_prompt), tokenize=False,
                                          add_generation_prompt=add_generation_prompt)
 
@@ -48,9 +53,11 @@ def conversation(text: str, system_prompt: str | None) -> list[dict[str, str]]:
 
 @functools.lru_cache(maxsize=16)
 def ends(template: str, special_tokens: str, system_prompt: str | None) -> bool:
-    """Whether a template writes a short message within the bounds: in a process of its own, which the system kills."""
+    """Whether a template writes a short message within the bounds: in a process of its own, which
+    the system kills."""
     child = run_module(__name__)
-    said, _ = child.communicate(json.dumps([template, special_tokens, system_prompt, SECONDS]).encode())
+    said, _ = child.communicate(json.dumps([template, special_tokens, system_prompt,
+                                            SECONDS]).encode())
     return child.returncode >= 0 and said != TOO_MUCH
 
 
@@ -61,7 +68,8 @@ def main() -> None:
     template, special_tokens, system_prompt, seconds = json.load(sys.stdin)
     limit(seconds)
     try:
-        rendered = render_jinja_template([conversation("Hello", system_prompt)], chat_template=template,
+        rendered = render_jinja_template([conversation("Hello", system_prompt)],
+                                         chat_template=template,
                                          add_generation_prompt=True, **json.loads(special_tokens))
     except MemoryError:
         return too_much()

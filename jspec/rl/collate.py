@@ -16,23 +16,27 @@ from jspec.speculate.types import BUCKETS
 
 
 def collate(config: Config, prompts: Sequence[Prompt], key: jax.Array) -> PromptBatch:
-    """The step's prompts on the mesh. Every process has them all and makes the rows that its devices hold.
+    """The step's prompts on the mesh. Every process has them all and makes the rows that its
+    devices hold.
 
     key: the step's typed key.
     """
     longest, expected = config.data.max_prompt_tokens, None
     if may_wait(config):  # an answer of which nothing is known may become as long as any
-        expected = [config.sampling.max_new_tokens if prompt.expected_length is None else prompt.expected_length
-                    for prompt in prompts]
-    batch = PromptBatch.from_tokens([prompt.tokens for prompt in prompts], group_size=config.data.group_size,
-                                    seed=key, buckets=(*(b for b in BUCKETS if b < longest), longest),
+        expected = [config.sampling.max_new_tokens if prompt.expected_length is None
+                    else prompt.expected_length for prompt in prompts]
+    batch = PromptBatch.from_tokens([prompt.tokens for prompt in prompts],
+                                    group_size=config.data.group_size, seed=key,
+                                    buckets=(*(b for b in BUCKETS if b < longest), longest),
                                     expected_lengths=expected)
     return place_batch(batch)
 
 
 def place_batch(batch: PromptBatch) -> PromptBatch:
-    """A batch that every process has whole, with its rows split over the mesh; its key is left as it is."""
-    rows = {name: getattr(batch, name) for name in ("tokens", "lengths", "sequence_ids", "expected_lengths")}
+    """A batch that every process has whole, with its rows split over the mesh; its key is left as
+    it is."""
+    rows = {name: getattr(batch, name)
+            for name in ("tokens", "lengths", "sequence_ids", "expected_lengths")}
     return batch.replace(**{name: place_rows(x) for name, x in rows.items() if x is not None})
 
 
@@ -42,5 +46,6 @@ def place_rows(x: Any) -> jax.Array:
 
 
 def may_wait(config: Config) -> bool:
-    """Whether answers of a step may have to wait for others to end: then those that will be long begin first."""
+    """Whether answers of a step may have to wait for others to end: then those that will be long
+    begin first."""
     return config.rollout.slots is not None or config.rollout.kv_tokens is not None

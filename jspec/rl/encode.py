@@ -1,4 +1,5 @@
-"""How prompts become tokens: through the tokenizer's chat template where it has one, as plain text otherwise."""
+"""How prompts become tokens: through the tokenizer's chat template where it has one, as plain text
+otherwise."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from jspec.errors import InputError
 from jspec.rl.chat import has_template, render
 
 
-def encode_prompt(tokenizer: Any, text: str, system_prompt: str | None = None, chat_template: bool = True) -> list[int]:
+def encode_prompt(tokenizer: Any, text: str, system_prompt: str | None = None,
+                  chat_template: bool = True) -> list[int]:
     """Token ids of a prompt, as `encode_prompts` makes them.
 
     Raises:
@@ -20,16 +22,20 @@ def encode_prompt(tokenizer: Any, text: str, system_prompt: str | None = None, c
     except InputError:
         raise
     except Exception as error:  # tokenizers and templates raise anything
-        reason = outside_alphabet(tokenizer, plain(text, system_prompt)) or " ".join(str(error).split())
-        raise InputError(f"the tokenizer cannot encode the prompt {shown(text)!r}: {reason}") from error
+        reason = (outside_alphabet(tokenizer, plain(text, system_prompt))
+                  or " ".join(str(error).split()))
+        raise InputError(f"the tokenizer cannot encode the prompt {shown(text)!r}: "
+                         f"{reason}") from error
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str], system_prompt: str | None = None,
                    chat_template: bool = True) -> list[list[int]]:
-    """Token ids of prompts, many at once. Raises whatever the tokenizer does, and InputError as `render` does.
+    """Token ids of prompts, many at once. Raises whatever the tokenizer does, and InputError as
+    `render` does.
 
-    A chat template writes all special tokens itself. Plain text has those that the tokenizer puts before it (its begin
-    token, once), and none of those that it puts behind: the policy is not to go on after its own end token.
+    A chat template writes all special tokens itself. Plain text has those that the tokenizer puts
+    before it (its begin token, once), and none of those that it puts behind: the policy is not to
+    go on after its own end token.
     """
     if chat_template and has_template(tokenizer):
         rendered = [render(tokenizer, text, system_prompt) for text in texts]
@@ -56,9 +62,11 @@ def shown(text: str) -> str:
 
 
 def outside_alphabet(tokenizer: Any, text: str) -> str | None:
-    """Which character of a text a tokenizer of single characters does not have; None if that is not what is wrong."""
+    """Which character of a text a tokenizer of single characters does not have; None if that is not
+    what is wrong."""
     vocabulary = tokenizer.get_vocab()
-    alphabet = "".join(sorted((token for token in vocabulary if len(token) == 1), key=vocabulary.get))
+    alphabet = "".join(sorted((token for token in vocabulary if len(token) == 1),
+                              key=vocabulary.get))
     strange = next((character for character in text if character not in vocabulary), None)
     if strange is None or len(alphabet) + len(tokenizer.all_special_tokens) != len(vocabulary):
         return None

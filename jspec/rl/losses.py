@@ -1,8 +1,9 @@
-"""The losses of the update, as pure functions of hidden states: nothing here knows how they were computed.
+"""The losses of the update, as pure functions of hidden states: nothing here knows how they were
+computed.
 
 The papers: GRPO (https://arxiv.org/abs/2402.03300), DAPO's token-level mean and separate clips
-(https://arxiv.org/abs/2503.14476), Dr. GRPO (https://arxiv.org/abs/2503.20783), and J. Schulman's note on
-approximating KL divergence for the k3 estimator (http://joschu.net/blog/kl-approx.html).
+(https://arxiv.org/abs/2503.14476), Dr. GRPO (https://arxiv.org/abs/2503.20783), and J. Schulman's
+note on approximating KL divergence for the k3 estimator (http://joschu.net/blog/kl-approx.html).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pallas_kernels.rejection_sampling import scaled
 
 
 def predicting_states(last: jax.Array, response_hidden: jax.Array) -> jax.Array:
-    """The hidden states that predict the responses' tokens, [N, T, D]: each token's is that of the token before it.
+    """The hidden states that predict the responses' tokens, [N, T, D]: each token's is that of the
+    token before it.
 
     last: [N, D], at the last tokens of their prompts. response_hidden: [N, T, D].
     """
@@ -25,7 +27,8 @@ def predicting_states(last: jax.Array, response_hidden: jax.Array) -> jax.Array:
 
 def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, temperature: jax.Array,
                    chunk_tokens: int = CHUNK_TOKENS) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of `tokens` and entropy of what they were drawn from, the output head applied in chunks.
+    """Log-probability of `tokens` and entropy of what they were drawn from, the output head applied
+    in chunks.
 
     Logits [N, T, V] never exist at once, neither forward nor backward: see `model.chunks`.
 
@@ -35,8 +38,8 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
       temperature: float32 scalar or [N]; 0 counts as 1, as in the rollout.
 
     Returns:
-      (logprobs, entropy), float32 [N, T], of softmax(logits / temperature) over the whole vocabulary. The entropy
-      carries no gradient.
+      (logprobs, entropy), float32 [N, T], of softmax(logits / temperature) over the whole
+      vocabulary. The entropy carries no gradient.
     """
     n, t, _ = hidden.shape
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (n,))[:, None]
@@ -56,12 +59,13 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
         return tuple(x.swapaxes(0, 1).reshape(n, -1)[:, :t] for x in out)
 
 
-def clipped_objective(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array,
+def clipped_objective(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array,
+                      mask: jax.Array,
                       clip_low: float, clip_high: float) -> tuple[jax.Array, jax.Array]:
     """The clipped surrogate of every token, to be maximised, and where the clip is what decides.
 
-    min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs): PPO's surrogate with a
-    group-relative advantage (GRPO), and the two sides of the clip apart (DAPO).
+    min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs): PPO's
+    surrogate with a group-relative advantage (GRPO), and the two sides of the clip apart (DAPO).
 
     Args:
       logprobs, old_logprobs: float32 [N, T]; the latter are the verifier's.
@@ -79,7 +83,8 @@ def clipped_objective(logprobs: jax.Array, old_logprobs: jax.Array, advantages: 
 
 
 def k3(logprobs: jax.Array, reference_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Schulman's k3 estimate of KL(policy || reference) for each token, float32 [N, T], 0 outside the mask.
+    """Schulman's k3 estimate of KL(policy || reference) for each token, float32 [N, T], 0 outside
+    the mask.
 
     exp(d) - d - 1 with d = reference - policy at the sampled token: unbiased, and never negative.
     """

@@ -1,6 +1,8 @@
-"""What a written answer says: numbers, numerals, words, equations, lists, sets, intervals, and formulas for all else.
+"""What a written answer says: numbers, numerals, words, equations, lists, sets, intervals, and
+formulas for all else.
 
-Text in, values out; nothing is calculated. Reward processes import this module, so it imports nothing heavy.
+Text in, values out; nothing is calculated. Reward processes import this module, so it imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Answer:
 
 
 class Formula(Answer):
-    """What only computer algebra understands, expressions that are still to be worked out included."""
+    """What only computer algebra understands, expressions that are still to be worked out
+    included."""
 
 
 class Words(Answer):
@@ -37,8 +40,8 @@ class Words(Answer):
 
 @dataclasses.dataclass(frozen=True)
 class Number(Answer):
-    """A plain number. `unit` is "" where there is none; `reduced` is false for a fraction such as 2/4 or 3 / 4, which
-    may be a division that the prompt asks for."""
+    """A plain number. `unit` is "" where there is none; `reduced` is false for a fraction such as
+    2/4 or 3 / 4, which may be a division that the prompt asks for."""
 
     value: Fraction
     unit: str = ""
@@ -47,7 +50,8 @@ class Number(Answer):
 
 @dataclasses.dataclass(frozen=True)
 class Numeral(Answer):
-    """Digits that equal only themselves: a ratio 3:4, a time 12:30, 213_4 to the base 4. `parts` has them in turn."""
+    """Digits that equal only themselves: a ratio 3:4, a time 12:30, 213_4 to the base 4. `parts`
+    has them in turn."""
 
     parts: tuple[str, ...]
     unit: str = ""
@@ -64,8 +68,8 @@ class Equation(Answer):
 
 @dataclasses.dataclass(frozen=True)
 class Group(Answer):
-    """Several answers within brackets: a tuple, an interval, a set; "" for the brackets of a list, "∪" of a union, ":"
-    of a ratio."""
+    """Several answers within brackets: a tuple, an interval, a set; "" for the brackets of a list,
+    "∪" of a union, ":" of a ratio."""
 
     opening: str
     items: tuple[Answer, ...]
@@ -76,7 +80,8 @@ PLAIN = re.compile(r"-?[0-9]{1,99}(?:\.[0-9]{1,99})?")
 
 
 def read(text: str) -> Answer | None:
-    """What `text` says, or None where it says nothing. Never raises; a Formula may turn out to be none."""
+    """What `text` says, or None where it says nothing. Never raises; a Formula may turn out to be
+    none."""
     if PLAIN.fullmatch(text):  # most answers: a file may have a hundred thousand
         return Number(text, Fraction(text))
     if len(text) > MAX_CHARACTERS or nesting(text) > MAX_NESTING:
@@ -94,44 +99,48 @@ def read_clean(text: str) -> Answer | None:
 
 def leaves(answer: Answer) -> Iterator[Answer]:
     """The answers that `answer` is made of, down to those that are made of nothing else."""
-    parts = answer.items if isinstance(answer, Group) else (answer.right,) if isinstance(answer, Equation) else ()
+    parts = (answer.items if isinstance(answer, Group) else (answer.right,)
+             if isinstance(answer, Equation) else ())
     for part in parts:
         yield from leaves(part)
     if not parts:
         yield answer
 
 
-# -------------------------------------------------------------------------------------------------------- structure
+# ---------------------------------------------------------------------------------------- structure
 
 CONNECTOR = re.compile(r",? ?\\text ?\{ ?(?:and|or) ?\}|,? (?:and|or) ")
 MEMBER = re.compile(r"[A-Za-z] ?\\in(?![A-Za-z]) ?")
-NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text ?\{[^{}]*\}|[A-Za-z][a-z]+)(?: ?_ ?(?:\w|\{\w+\}))?'*"
-                  r"(?: ?\([a-z, ]+\))?")
+NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]+|\\text ?\{[^{}]*\}|[A-Za-z][a-z]+)(?: ?_ "
+                  r"?(?:\w|\{\w+\}))?'*(?: ?\([a-z, ]+\))?")
 
 
 def read_structure(text: str) -> Answer | None:
-    """A list, a chain of equations, a union, a ratio of letters, what one pair of brackets encloses, or else a
-    formula."""
+    """A list, a chain of equations, a union, a ratio of letters, what one pair of brackets
+    encloses, or else a formula."""
     inside = unwrapped(text)
     if inside:
         return inside
     member = MEMBER.match(text)
     if member:
         return read_clean(text[member.end():])
-    for opening, separators, whole in (("", ",;", CONNECTOR.sub(",", text)), ("∪", "∪", text.replace(r"\cup", "∪"))):
+    for opening, separators, whole in (("", ",;", CONNECTOR.sub(",", text)),
+                                       ("∪", "∪", text.replace(r"\cup", "∪"))):
         items = list(split(whole, separators))
         if len(items) > 1:
             return group(text, opening, items, opening)
     sides = list(split(text.replace(r"\approx", "="), "="))
     if len(sides) > 1 and not re.search(r"[<>!]$", sides[0]):
         right, left = read_clean(sides[-1]), sides[0].strip()
-        return right and Equation(text, squeeze(left), right, not left or bool(NAME.fullmatch(left)))
+        return (right and Equation(text, squeeze(left), right,
+                                   not left or bool(NAME.fullmatch(left))))
     terms = list(split(text, ":"))
     if len(terms) > 1:
         return group(text, ":", terms, ":")
     if r"\pm" in text:
         signs = (("+", "-"), ("-", "+"))
-        items = [text.replace(r"\pm", upper).replace(r"\mp", lower).removeprefix("+") for upper, lower in signs]
+        items = [text.replace(r"\pm", upper).replace(r"\mp", lower).removeprefix("+")
+                 for upper, lower in signs]
         return group(text, "", items, "")
     within = enclosed(text)
     if within:
@@ -147,8 +156,8 @@ def read_structure(text: str) -> Answer | None:
 def unwrapped(text: str) -> Answer | None:
     """What stands in braces or in a font that enclose all of `text`; None for what is not enclosed.
 
-    LaTeX does not show the braces; as text {1, 2} is a set, and no set but a list is read: they are the same. As text
-    H2O and 2020-01-02 are no formulas, but words.
+    LaTeX does not show the braces; as text {1, 2} is a set, and no set but a list is read: they are
+    the same. As text H2O and 2020-01-02 are no formulas, but words.
     """
     within = enclosed(text.removeprefix(r"\text").lstrip())
     if not within or within[::2] != ("{", "}"):
@@ -157,7 +166,8 @@ def unwrapped(text: str) -> Answer | None:
     read_as = inside.opening if isinstance(inside, Group) else type(inside)
     if read_as not in (Formula, ":") or not text.startswith(r"\text"):
         return inside
-    words = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}|'", inside.text) or not re.search(ALGEBRA, inside.text)
+    words = (re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}|'", inside.text)
+             or not re.search(ALGEBRA, inside.text))
     return Words(inside.text.casefold().strip(" .")) if words else inside
 
 
@@ -167,19 +177,21 @@ ALGEBRA = r"\\|[A-Za-z].*[-+*/^=<>(]|[-+*/^=<>(].*[A-Za-z]"
 
 def group(text: str, opening: str, items: list[str], closing: str) -> Group | None:
     answers = [read_clean(item) for item in items if item.strip()]
-    return Group(text, opening, tuple(answers), closing) if answers and None not in answers else None
+    return (Group(text, opening, tuple(answers), closing) if answers and None not in answers
+            else None)
 
 
-# ---------------------------------------------------------------------------------------------------- words, numerals
+# ---------------------------------------------------------------------------------- words, numerals
 
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 WORDS = re.compile(r"[^\W\d_]+(?:(?:[ '’-]|, )[^\W\d_]+)*")
-FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "max", "min", "gcd", "lcm", "mod"}
+FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "max", "min", "gcd", "lcm",
+             "mod"}
 
 
 def read_words(text: str) -> Words | None:
-    """What stands in \\text{}, one capital letter with or without parentheses, or bare words of three letters or more
-    ("no" too): shorter ones are products of letters."""
+    """What stands in \\text{}, one capital letter with or without parentheses, or bare words of
+    three letters or more ("no" too): shorter ones are products of letters."""
     words = TEXT.sub(r"\1", text).strip(" .")
     wrapped = not TEXT.sub("", text).strip(" .")
     choice = re.fullmatch(r"\(([A-Z])\)" if not wrapped else r"\(?([A-Za-z])\)?", words)
@@ -188,7 +200,8 @@ def read_words(text: str) -> Words | None:
     if not WORDS.fullmatch(words):
         return None
     longest = max(re.split(r"[^\w]+", words), key=len)
-    said = wrapped or re.fullmatch("[A-Z]|[Nn]o|NO", words) or (len(longest) > 2 and longest not in FUNCTIONS)
+    said = (wrapped or re.fullmatch("[A-Z]|[Nn]o|NO", words)
+            or (len(longest) > 2 and longest not in FUNCTIONS))
     return Words(" ".join(words.casefold().split())) if said else None
 
 
@@ -203,7 +216,7 @@ def read_numeral(text: str) -> Numeral | None:
     return Numeral(text, tuple(part.strip().lstrip("0") for part in match[0].split(":")), tail[1])
 
 
-# ---------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 MONEY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 SIGN = re.compile(rf"(?P<sign>-|\+(?! ))? ?(?:(?P<money>[{''.join(MONEY)}]) ?(?P<inner>[-+]?))? ?")
@@ -214,12 +227,14 @@ FORMS = [re.compile(form) for form in (
     rf"(?:(?P<whole>{WHOLE}) )?(?P<top>\d+) ?/ ?(?P<bottom>\d+)",
     POWER,
     r"(?P<decimal>\d*\.\d*) ?\\(?:overline|bar) ?\{ ?(?P<period>\d+) ?\}",
-    rf"(?P<decimal>{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE](?P<e>[-+]?\d+)(?!\w)|(?: ?(?:\\times|\\cdot|\*) ?| x |x){POWER})?",
+    rf"(?P<decimal>{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE](?P<e>[-+]?\d+)(?!\w)|(?: ?(?:\\times|\\cdot|\*) "
+    rf"?| x |x){POWER})?",
 )]
 
 
 def read_number(text: str) -> Number | None:
-    """A plain number, exactly: 1,234, 1e-7, 2.5 \\times 10^{3}, 3/4, 1 \\frac{1}{2}, 0.\\overline{3}, 50%, $5, 5 cm."""
+    """A plain number, exactly: 1,234, 1e-7, 2.5 \\times 10^{3}, 3/4, 1 \\frac{1}{2},
+    0.\\overline{3}, 50%, $5, 5 cm."""
     start = SIGN.match(text)
     form = next(filter(None, (form.match(text, start.end()) for form in FORMS)), None)
     if not form or (start["sign"] and start["inner"]):
@@ -233,12 +248,15 @@ def read_number(text: str) -> Number | None:
     negative = "-" in (start["sign"], start["inner"])
     divided = " /" in form[0] or "/ " in form[0]
     reduced = "top" not in found or (size.denominator == int(found["bottom"]) and not divided)
-    return Number(text, (-size if negative else size) * scale, unit or MONEY.get(start["money"], ""), reduced)
+    return Number(text, (-size if negative else size) * scale,
+                  unit or MONEY.get(start["money"], ""), reduced)
 
 
 def fraction(found: dict[str, str | None]) -> Fraction | None:
-    """None for a division that is still to be done (84/2 is an expression, not 42) and for 1 3/2."""
-    whole, top, bottom = (int((found[part] or "0").replace(",", "")) for part in ("whole", "top", "bottom"))
+    """None for a division that is still to be done (84/2 is an expression, not 42) and for 1
+    3/2."""
+    whole, top, bottom = (int((found[part] or "0").replace(",", ""))
+                          for part in ("whole", "top", "bottom"))
     if bottom == 0 or top % bottom == 0 or (found["whole"] and not 0 < top < bottom):
         return None
     return whole + Fraction(top, bottom)
@@ -254,12 +272,13 @@ def decimal(found: dict[str, str | None]) -> Fraction | None:
     return (Fraction(f"0{shown}0" if period else shown) + repeating) * Fraction(10) ** exponent
 
 
-SCALES = {"": 1, "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-          "trillion": 10**12}
+SCALES = {"": 1, "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6,
+          "billion": 10**9, "trillion": 10**12}
 PERCENT = re.compile(r"\\?%|percent|pct|per cent|\\text ?\{ ?(?:percent|\\?%) ?\}")
 DEGREE = re.compile(r"(?:\^ ?\{? ?\\circ ?\}?|\\degree|degrees?)(?: ?(?:\\text ?\{ ?)?([CF])\}?)?")
 UNIT = re.compile(r"(?P<word>[^\W\d_][^\W\d_.]*)(?:[ ./-]+[^\W\d_]+)*\.?(?: ?\^ ?\{?[23]\}?|[23])?")
-SHORT = set("mm cm m km in ft yd mi mg g kg lb oz ms s h hr ml mL l L am pm AM PM J kJ W kW V N Pa Hz K sq cu".split())
+SHORT = set("mm cm m km in ft yd mi mg g kg lb oz ms s h hr ml mL l L am pm AM PM J kJ W kW V N Pa "
+            "Hz K sq cu".split())
 
 
 def scale_and_unit(rest: str) -> tuple[Fraction, str] | None:
@@ -289,4 +308,5 @@ def scale_and_unit(rest: str) -> tuple[Fraction, str] | None:
 
 def unit_name(words: str) -> str:
     """One name for a unit's singular and plural; a mere key for comparison."""
-    return " ".join(word.rstrip("es") if len(word) > 3 else word for word in words.casefold().strip(" .").split())
+    return " ".join(word.rstrip("es") if len(word) > 3 else word
+                    for word in words.casefold().strip(" .").split())

@@ -1,14 +1,15 @@
 """Micro-batches of rows of like length, so that the update pays for tokens and not for padding.
 
-Rows are ordered by length, longest first, and a short chain of loops goes over them. Each loop is compiled for one
-width, to which it trims the responses, and for a number of rows, and leaves off where the longest row that is left fits
-the next one's. All of it is one program: how many micro-batches each loop takes is data, and other lengths compile
-nothing anew.
+Rows are ordered by length, longest first, and a short chain of loops goes over them. Each loop is
+compiled for one width, to which it trims the responses, and for a number of rows, and leaves off
+where the longest row that is left fits the next one's. All of it is one program: how many
+micro-batches each loop takes is data, and other lengths compile nothing anew.
 
-`optax.microbatching` and `optax.MultiSteps` take parts of one shape; here the widths are what saves the time.
+`optax.microbatching` and `optax.MultiSteps` take parts of one shape; here the widths are what saves
+the time.
 
-On a mesh each shard orders its own rows, so that a row stays where its prompt is; a loop goes on while any shard has a
-row for it.
+On a mesh each shard orders its own rows, so that a row stays where its prompt is; a loop goes on
+while any shard has a row for it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from flax import struct
 from jspec.rl.batch import TrainBatch
 from jspec.sharding import batch_shards, block_rows, constrain
 
-MOST, RATIO, SHORTEST = 6, 1.5, 64  # widths: how many, one over the next, and the least that is worth compiling
+# widths: how many, one over the next, and the least that is worth compiling
+MOST, RATIO, SHORTEST = 6, 1.5, 64
 
 
 @struct.dataclass
@@ -32,8 +34,8 @@ class MicroBatch:
 
     Attributes:
       rows: groups of one; a row that fills the micro-batch up has nothing in its mask.
-      prompts: int32 [blocks, rows // blocks], which of the batch's prompts each row continues, within its block
-        (`sharding.block_rows`).
+      prompts: int32 [blocks, rows // blocks], which of the batch's prompts each row continues,
+        within its block (`sharding.block_rows`).
     """
 
     rows: TrainBatch
@@ -41,40 +43,44 @@ class MicroBatch:
 
 
 def blocks_of(batch: TrainBatch) -> int:
-    """Into how many blocks of rows a batch is cut, each of which is ordered by itself: the mesh's shards where they
-    divide the prompts; else one, for then prompts are not split as rows are."""
+    """Into how many blocks of rows a batch is cut, each of which is ordered by itself: the mesh's
+    shards where they divide the prompts; else one, for then prompts are not split as rows are."""
     shards = batch_shards("train")
     return shards if batch.prompts.shape[0] % shards == 0 else 1
 
 
 def usual_widths(longest: int) -> tuple[int, ...]:
-    """`longest`, and what comes of dividing it by RATIO again and again: whole tiles, not below SHORTEST."""
+    """`longest`, and what comes of dividing it by RATIO again and again: whole tiles, not below
+    SHORTEST."""
     tile = 16 if longest < 2048 else 128
     shorter = (round(longest / RATIO**i / tile) * tile for i in range(1, MOST))
     return longest, *(width for width in shorter if width >= SHORTEST)
 
 
 def least_tokens() -> int:
-    """Tokens of a micro-batch on a device, below which it would wait for its weights' bytes: fewer tokens cost as much,
-    and more of them mean rows of less like length."""
+    """Tokens of a micro-batch on a device, below which it would wait for its weights' bytes: fewer
+    tokens cost as much, and more of them mean rows of less like length."""
     return 512 if jax.default_backend() == "cpu" else 4096
 
 
-def shapes(batch: TrainBatch, micro_batch: int, widths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def shapes(batch: TrainBatch, micro_batch: int,
+           widths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """(rows of a block, width) of the micro-batches that a batch is cut into, the widest first.
 
-    micro_batch: rows of all blocks; 0: as many as make `least_tokens`. Of narrower ones more, up to the same number of
-    tokens, where a device had fewer than `least_tokens`. widths: what responses are trimmed to besides their full
-    width; none named: `usual_widths`.
+    micro_batch: rows of all blocks; 0: as many as make `least_tokens`. Of narrower ones more, up to
+    the same number of tokens, where a device had fewer than `least_tokens`. widths: what responses
+    are trimmed to besides their full width; none named: `usual_widths`.
     """
     (n, full), shards, blocks = batch.tokens.shape, batch_shards("train"), blocks_of(batch)
     asked = micro_batch // shards  # of a device
-    names = sorted({full, *(width for width in widths if width < full)}, reverse=True) if widths else usual_widths(full)
+    names = (sorted({full, *(width for width in widths if width < full)}, reverse=True) if widths
+             else usual_widths(full))
 
     def rows(width: int) -> int:
         fewest = min(least_tokens(), asked * full) if asked else least_tokens()
         each = max(1, asked, fewest // width)
-        times = -(-n // (shards * each))  # that many take all rows: alike, so that the last is as full as the others
+        # that many take all rows: alike, so that the last is as full as the others
+        times = -(-n // (shards * each))
         return -(-n // (shards * times)) * shards // blocks
 
     return tuple((rows(width), width) for width in names)
@@ -82,8 +88,8 @@ def shapes(batch: TrainBatch, micro_batch: int, widths: Sequence[int]) -> tuple[
 
 def accumulate(one: Callable[[MicroBatch], tuple[Any, Any]], batch: TrainBatch,
                shapes: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
-    """`one` gives (sums, maxima >= 0) of a micro-batch: those of all rows that have a trained token, in micro-batches
-    of `shapes`."""
+    """`one` gives (sums, maxima >= 0) of a micro-batch: those of all rows that have a trained
+    token, in micro-batches of `shapes`."""
     order, longest = by_length(batch)
     longest = jnp.pad(longest, (0, max(rows for rows, _ in shapes)))  # 0: no row is left
 
@@ -91,22 +97,28 @@ def accumulate(one: Callable[[MicroBatch], tuple[Any, Any]], batch: TrainBatch,
         return take(batch, order, done, rows, width)
 
     narrowest = shapes[-1]
-    of_one = jax.eval_shape(lambda done: one(micro_batch(done, *narrowest)), jax.ShapeDtypeStruct((), jnp.int32))
+    of_one = jax.eval_shape(lambda done: one(micro_batch(done, *narrowest)),
+                            jax.ShapeDtypeStruct((), jnp.int32))
     carry = (jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_one))
-    for (rows, width), shorter in zip(shapes, (*(width for _, width in shapes[1:]), 0), strict=True):
+    for (rows, width), shorter in zip(shapes, (*(width for _, width in shapes[1:]), 0),
+                                      strict=True):
         def body(carry, rows=rows, width=width) -> tuple[Any, Any]:
             done, (sums, maxima) = carry
             more, others = one(micro_batch(done, rows, width))
-            return done + rows, (jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, others))
+            return (done + rows,
+                    (jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, others)))
 
-        carry = jax.lax.while_loop(lambda carry, shorter=shorter: longest[carry[0]] > shorter, body, carry)
+        carry = jax.lax.while_loop(lambda carry, shorter=shorter: longest[carry[0]] > shorter, body,
+                                   carry)
     return carry[1]
 
 
 def by_length(batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
-    """(order int32 [blocks, n], of every block's rows, the longest first; int32 [n], how long the longest of the i-th
-    rows of all blocks is). A row is as long as up to its last trained token: what comes after changes nothing."""
-    ends = jnp.max(jnp.where(batch.mask, 1 + jnp.arange(batch.mask.shape[1], dtype=jnp.int32), 0), axis=1)
+    """(order int32 [blocks, n], of every block's rows, the longest first; int32 [n], how long the
+    longest of the i-th rows of all blocks is). A row is as long as up to its last trained token:
+    what comes after changes nothing."""
+    ends = jnp.max(jnp.where(batch.mask, 1 + jnp.arange(batch.mask.shape[1], dtype=jnp.int32), 0),
+                   axis=1)
     ends = ends.reshape(blocks_of(batch), -1)
     order = jnp.argsort(-ends, axis=1, stable=True).astype(jnp.int32)
     return order, jnp.take_along_axis(ends, order, axis=1).max(axis=0)
@@ -126,7 +138,8 @@ def take(batch: TrainBatch, order: jax.Array, done: jax.Array, rows: int, width:
 
     live = jnp.broadcast_to(place < order.shape[1], index.shape).reshape(-1, 1)
     trunk = jax.tree.map(lambda x: by_row(x[:, :batch.prompts.shape[1] + width]), batch.trunk)
-    rows = TrainBatch(by_prompt(batch.prompts), by_prompt(batch.prompt_lengths), by_row(batch.tokens[:, :width]),
+    rows = TrainBatch(by_prompt(batch.prompts), by_prompt(batch.prompt_lengths),
+                      by_row(batch.tokens[:, :width]),
                       by_row(batch.logprobs[:, :width]), by_row(batch.mask[:, :width]) & live,
                       None if batch.advantages is None else by_row(batch.advantages), trunk)
     return MicroBatch(rows, prompts)

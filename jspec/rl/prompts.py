@@ -13,10 +13,11 @@ import numpy as np
 
 from jspec.errors import InputError
 from jspec.rl.encode import encode_prompt, encode_prompts, shown
-from jspec.rl.records import ARITHMETIC, load_records, parse_line  # noqa: F401 - two are imported from here
+from jspec.rl.records import ARITHMETIC, load_records, parse_line  # noqa: F401 - as from here
 
 EPOCHS = 2**31
-"""As good as endless: grain's own endless is longer than Python's longest sequence, and fails in steps of one."""
+"""As good as endless: grain's own endless is longer than Python's longest sequence, and fails in
+steps of one."""
 CHUNK = 256
 """Prompts that are checked together."""
 
@@ -29,8 +30,10 @@ class Prompt:
         text: the prompt as its source has it; this is what a reward function is shown.
         tokens: what the policy reads: the text within system prompt and chat template.
         answer: what the response is graded against.
-        meta: everything else the source says about it; handed to the reward function as keyword arguments.
-        expected_length: tokens of an answer to it, as `PromptData.answered` was told last; None: never.
+        meta: everything else the source says about it; handed to the reward function as keyword
+          arguments.
+        expected_length: tokens of an answer to it, as `PromptData.answered` was told last; None:
+          never.
     """
 
     text: str
@@ -43,16 +46,18 @@ class Prompt:
 class PromptData:
     """An endless, deterministic stream of the prompts of each step, one process's share of them.
 
-    The order is that of a grain pipeline: all prompts, shuffled anew at every epoch, in steps of `prompts_per_step`. Of
-    each step process i of n gets the i-th n-th, in order: n processes together see what one would.
+    The order is that of a grain pipeline: all prompts, shuffled anew at every epoch, in steps of
+    `prompts_per_step`. Of each step process i of n gets the i-th n-th, in order: n processes
+    together see what one would.
 
         data = PromptData(config.data, tokenizer, seed=config.seed)
         prompts = next(data)                         # list[Prompt]
         checkpoint["data"] = data.state()            # a dict that JSON can hold
         data.restore(checkpoint["data"])             # the next step is the one after that
 
-    Every prompt is looked at, the first ones here and the rest in the background. `trouble` is an InputError as soon as
-    one is found that cannot be used, at the latest when the step before its own is drawn; until then it is None.
+    Every prompt is looked at, the first ones here and the rest in the background. `trouble` is an
+    InputError as soon as one is found that cannot be used, at the latest when the step before its
+    own is drawn; until then it is None.
     """
 
     def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1,
@@ -61,22 +66,24 @@ class PromptData:
         Args:
             config: `jspec.config.DataSection`.
             tokenizer: of `jspec.load_tokenizer`.
-            seed: of the run; decides the order, which prompts are held out, and reasoning_gym's questions unless
-                `config.options` has a seed.
+            seed: of the run; decides the order, which prompts are held out, and reasoning_gym's
+                questions unless `config.options` has a seed.
             process_index: of this process, as `jax.process_index()` says.
             process_count: of all, as `jax.process_count()` says.
-            held_out: the `config.held_out` prompts that are kept from training, instead of all others.
+            held_out: the `config.held_out` prompts that are kept from training, instead of all
+              others.
             check_answer: raises ValueError for an answer that the reward cannot grade against.
 
         Raises:
-            InputError: the source is missing or malformed, has fewer prompts than a step or `config.held_out` wants, or
-                one that cannot be encoded or is over `config.max_prompt_tokens`; or `config.prompts_per_step` cannot be
-                shared among the processes.
+            InputError: the source is missing or malformed, has fewer prompts than a step or
+                `config.held_out` wants, or one that cannot be encoded or is over
+                `config.max_prompt_tokens`; or `config.prompts_per_step` cannot be shared among the
+                processes.
         """
         if config.prompts_per_step % process_count:
             raise InputError(
-                f"data.prompts_per_step={config.prompts_per_step} cannot be shared by {process_count} processes; "
-                f"make it a multiple of {process_count}"
+                f"data.prompts_per_step={config.prompts_per_step} cannot be shared by "
+                f"{process_count} processes; make it a multiple of {process_count}"
             )
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self.check_answer = check_answer or (lambda answer: None)
@@ -84,11 +91,13 @@ class PromptData:
         self.first = process_index * self.share
         self.records = load_records(config, seed, held_out=held_out)
         if config.prompts_per_step > len(self.records):
-            kept = f" beside the {config.held_out} of data.held_out" if config.held_out and not held_out else ""
-            raise InputError(f"data.prompts_per_step={config.prompts_per_step} is more than data.source="
-                             f"{config.source} has: {len(self.records)}{kept}; lower it, or give more prompts")
-        # Not grain's shuffle: for small data sets it takes milliseconds a prompt, and its epoch e of seed s is epoch
-        # e - 1 of seed s + 1.
+            kept = (f" beside the {config.held_out} of data.held_out"
+                    if config.held_out and not held_out else "")
+            raise InputError(f"data.prompts_per_step={config.prompts_per_step} is more than "
+                             f"data.source={config.source} has: {len(self.records)}{kept}; lower "
+                             "it, or give more prompts")
+        # Not grain's shuffle: for small data sets it takes milliseconds a prompt, and its epoch e
+        # of seed s is epoch e - 1 of seed s + 1.
         self.order = functools.lru_cache(maxsize=2)(functools.partial(
             shuffled if config.shuffle else unshuffled, len(self.records), seed))
         self.steps, self.iterator = 0, iter(self.pipeline())
@@ -122,11 +131,14 @@ class PromptData:
         return prompts
 
     def answered(self, lengths: Sequence[float]) -> None:
-        """Remembers, until the prompts come again, how many tokens an answer to each prompt of the latest step had."""
-        self.expected |= {number: round(float(length)) for number, length in zip(self.latest, lengths, strict=True)}
+        """Remembers, until the prompts come again, how many tokens an answer to each prompt of the
+        latest step had."""
+        self.expected |= {number: round(float(length))
+                          for number, length in zip(self.latest, lengths, strict=True)}
 
     def prompt(self, number: int) -> Prompt:
-        """The prompt of a record. Raises InputError, naming where it stands, for one that cannot be used."""
+        """The prompt of a record. Raises InputError, naming where it stands, for one that cannot be
+        used."""
         record, where = self.records[number], self.records.where(number)
         text, config = record["prompt"], self.config
         try:
@@ -148,19 +160,21 @@ class PromptData:
         return Prompt(text, tuple(tokens), record["answer"], meta, self.expected.get(number))
 
     def check(self, numbers: Sequence[int]) -> None:
-        """Looks at the records of these numbers. Raises InputError, naming where it stands, for the first that cannot
-        be used."""
+        """Looks at the records of these numbers. Raises InputError, naming where it stands, for the
+        first that cannot be used."""
         for begin in range(0, len(numbers), CHUNK):
             if not self.fit(numbers[begin : begin + CHUNK]):
                 for number in numbers[begin : begin + CHUNK]:
                     self.prompt(number)
 
     def fit(self, numbers: Sequence[int]) -> bool:
-        """Whether all of these records can be used, at a fraction of what `prompt` costs for each."""
+        """Whether all of these records can be used, at a fraction of what `prompt` costs for
+        each."""
         config = self.config
         try:
             texts = [self.records[number]["prompt"] for number in numbers]
-            encoded = encode_prompts(self.tokenizer, texts, config.system_prompt, config.chat_template)
+            encoded = encode_prompts(self.tokenizer, texts, config.system_prompt,
+                                     config.chat_template)
             for number in numbers:
                 self.check_answer(self.records[number]["answer"])
         except Exception:  # whatever it is, it is said of the one that it is the matter with
@@ -180,43 +194,52 @@ class PromptData:
             threading.Thread(target=self.look, args=(numbers,), name="prompts", daemon=True).start()
 
     def sequence_ids(self, group_size: int) -> np.ndarray:
-        """int32 [share x group_size]: a step's numbers of this process's answers, unique over all processes."""
-        return np.arange(self.first * group_size, (self.first + self.share) * group_size, dtype=np.int32)
+        """int32 [share x group_size]: a step's numbers of this process's answers, unique over all
+        processes."""
+        return np.arange(self.first * group_size, (self.first + self.share) * group_size,
+                         dtype=np.int32)
 
     def state(self) -> dict:
         """Where the stream stands, the same on every process: a dict that JSON can hold."""
         state = self.state_after(self.steps)
-        return state | {"expected": {str(n): length for n, length in self.expected.items()}} if self.expected else state
+        return (state | {"expected": {str(n): length for n, length in self.expected.items()}}
+                if self.expected else state)
 
     def state_after(self, steps: int) -> dict:
         # what decides the order of the records; how many processes share them does not
-        order = [len(self.records), self.config.shuffle, self.seed, self.config.prompts_per_step, self.config.held_out]
+        order = [len(self.records), self.config.shuffle, self.seed, self.config.prompts_per_step,
+                 self.config.held_out]
         return {"order": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
-                "drawn": self.records.digest(self.drawn(steps)), "steps": steps}  # type: ignore[arg-type]
+                "drawn": self.records.digest(self.drawn(steps)),
+                "steps": steps}  # type: ignore[arg-type]
 
     def drawn(self, steps: int) -> np.ndarray:
-        """int64: the numbers of the records that so many steps have had, each once, the latest ones last."""
+        """int64: the numbers of the records that so many steps have had, each once, the latest ones
+        last."""
         epoch, inside = divmod(steps * self.config.prompts_per_step, len(self.records))
-        now, before = self.order(epoch)[:inside], self.order(epoch - 1) if epoch else np.zeros(0, np.int64)
+        now, before = (self.order(epoch)[:inside],
+                       self.order(epoch - 1) if epoch else np.zeros(0, np.int64))
         return np.concatenate([before[~np.isin(before, now)], now])
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken. Records that no step had until then may have changed since.
+        """Goes to where `state` was taken. Records that no step had until then may have changed
+        since.
 
         Raises:
-            InputError: it was taken from other prompts, another order or another number of prompts a step, or it is no
-                state at all.
+            InputError: it was taken from other prompts, another order or another number of prompts
+                a step, or it is no state at all.
         """
         state = dict(state) if isinstance(state, Mapping) else {}
         steps, expected = state.get("steps"), state.pop("expected", {})
         if not isinstance(steps, int) or not 0 <= steps < 2**40 or not is_lengths(expected):
-            raise InputError("the checkpoint's data position is none; move that checkpoint away, and the one before it "
-                             "is taken")
+            raise InputError("the checkpoint's data position is none; move that checkpoint away, "
+                             "and the one before it is taken")
         if state != self.state_after(steps):
             raise InputError(
-                "the checkpoint's data position belongs to other prompts (data.source, its content, data.options, "
-                "data.prompts_per_step, data.held_out, data.shuffle or seed has changed, or the version of "
-                "reasoning_gym); undo the change or choose another output_dir"
+                "the checkpoint's data position belongs to other prompts (data.source, its "
+                "content, data.options, data.prompts_per_step, data.held_out, data.shuffle or seed "
+                "has changed, or the version of reasoning_gym); undo the change or choose another "
+                "output_dir"
             )
         self.iterator.set_state({"next_index": steps})
         self.steps, self.latest, self.coming = steps, [], next(self.iterator)
@@ -226,8 +249,9 @@ class PromptData:
 
 def is_lengths(expected: Any) -> bool:
     """Whether these are lengths by the number of a record, as JSON has them."""
-    return isinstance(expected, Mapping) and all(
-        isinstance(number, str) and number.isdecimal() and type(length) is int for number, length in expected.items())
+    return (isinstance(expected, Mapping) and all(
+        isinstance(number, str) and number.isdecimal() and type(length) is int
+        for number, length in expected.items()))
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:

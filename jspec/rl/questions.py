@@ -1,9 +1,10 @@
-"""Makes the questions of a reasoning_gym task, in a process in which nothing but seed and number decides them.
+"""Makes the questions of a reasoning_gym task, in a process in which nothing but seed and number
+decides them.
 
-`python -m jspec.rl.questions` reads (task, options), then numbers, from standard input, and writes what became of each,
-all as pickles. Several tasks iterate over sets, whose order follows Python's hash seed, and some draw from the global
-generators: so `jspec.rl.tasks` starts this process with one and the same hash seed, and the generators are seeded here
-for every question anew.
+`python -m jspec.rl.questions` reads (task, options), then numbers, from standard input, and writes
+what became of each, all as pickles. Several tasks iterate over sets, whose order follows Python's
+hash seed, and some draw from the global generators: so `jspec.rl.tasks` starts this process with
+one and the same hash seed, and the generators are seeded here for every question anew.
 """
 
 import os
@@ -44,7 +45,8 @@ def main() -> None:
 
 
 def outcome(make: Callable[[], Any], *seed: Any) -> bytes:
-    """(True, what is made) with Python's and NumPy's own generators seeded, or (False, why it cannot be), pickled."""
+    """(True, what is made) with Python's and NumPy's own generators seeded, or (False, why it
+    cannot be), pickled."""
     random.seed(repr(seed))
     np.random.seed(random.getrandbits(32))
     try:

@@ -1,4 +1,5 @@
-"""Records of {prompt, answer, ...}: from files and tasks, each with the place that it comes from."""
+"""Records of {prompt, answer, ...}: from files and tasks, each with the place that it comes
+from."""
 
 from __future__ import annotations
 
@@ -71,14 +72,16 @@ class JsonLines(Sequence):
         return f"{self.path}:{self.lines[number]}"
 
     def digest(self, numbers: Sequence[int] | np.ndarray) -> str:
-        return hashlib.sha256(self.digests[np.asarray(numbers, np.int64)].tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.digests[np.asarray(numbers, np.int64)]
+                              .tobytes()).hexdigest()[:16]
 
 
 class Selected(Sequence):
     """Some of the records of `records`, by their numbers."""
 
     def __init__(self, records: Records, numbers: Sequence[int]) -> None:
-        self.records, self.numbers, self.at_once = records, np.asarray(numbers, np.int64), records.at_once
+        self.records, self.numbers, self.at_once = records, np.asarray(numbers,
+                                                                       np.int64), records.at_once
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -93,69 +96,80 @@ class Selected(Sequence):
         return self.records.digest(self.numbers[np.asarray(numbers, np.int64)])
 
 
-def load_records(config, seed: int, setting: str = "data.source", held_out: bool = False) -> Records:
+def load_records(config, seed: int, setting: str = "data.source",
+                 held_out: bool = False) -> Records:
     """The records that a `jspec.config.DataSection` trains on.
 
     Args:
         config: the section.
-        seed: of the run; decides which prompts are held out, and a task's questions unless its options have a seed.
+        seed: of the run; decides which prompts are held out, and a task's questions unless its
+          options have a seed.
         setting: what named the source, for errors.
         held_out: the `config.held_out` records that are not trained on, instead.
 
     Raises:
-        InputError: the source is missing or malformed, or has no more prompts than are to be held out.
+        InputError: the source is missing or malformed, or has no more prompts than are to be held
+          out.
     """
     if config.source.startswith(PREFIX):
         options = {"seed": task_seed(seed)} | dict(config.options)
         tasks = ReasoningGym(config.source.removeprefix(PREFIX), options, further=config.held_out)
         return tasks if not config.held_out else split_task(tasks, config.held_out, held_out)
     if config.options:
-        raise InputError(f"data.options are for reasoning_gym tasks; data.source={config.source!r} takes none")
+        raise InputError(f"data.options are for reasoning_gym tasks; data.source={config.source!r} "
+                         "takes none")
     if config.source != "arithmetic" and not config.source.endswith(".jsonl"):
         raise InputError(
-            f"{setting}={config.source!r} is none of 'arithmetic', a .jsonl file, 'reasoning_gym:TASK'"
+            f"{setting}={config.source!r} is none of 'arithmetic', a .jsonl file, "
+            "'reasoning_gym:TASK'"
         )
-    records = read_jsonl(ARITHMETIC if config.source == "arithmetic" else Path(config.source), setting=setting)
+    records = read_jsonl(ARITHMETIC if config.source == "arithmetic" else Path(config.source),
+                         setting=setting)
     return records if not config.held_out else split_file(records, config.held_out, seed, held_out)
 
 
 def split_file(records: JsonLines, count: int, seed: int, held_out: bool) -> Selected:
-    """The records to train on, or those of the `count` prompts that are held out. No prompt is on both sides, however
-    often the file has it."""
+    """The records to train on, or those of the `count` prompts that are held out. No prompt is on
+    both sides, however often the file has it."""
     first = {}
     for number, record in enumerate(records):
         first.setdefault(record["prompt"], number)
     if count >= len(first):
-        raise InputError(f"data.held_out={count} leaves nothing to train on: {records.path} has {len(first)} different "
-                         "prompts")
+        raise InputError(f"data.held_out={count} leaves nothing to train on: {records.path} has "
+                         f"{len(first)} different prompts")
     drawn = np.random.default_rng([seed, HELD_OUT]).permutation(len(first))[:count]
     numbers = np.fromiter(first.values(), np.int64)[np.sort(drawn)]
     if held_out:
         return Selected(records, numbers)
     kept = {records[number]["prompt"] for number in numbers}
-    return Selected(records, [number for number, record in enumerate(records) if record["prompt"] not in kept])
+    return Selected(records, [number for number, record in enumerate(records)
+                              if record["prompt"] not in kept])
 
 
 def split_task(tasks: ReasoningGym, count: int, held_out: bool) -> Selected:
-    """The questions to train on, or those of the `count` numbers behind them that are none of these."""
+    """The questions to train on, or those of the `count` numbers behind them that are none of
+    these."""
     size = len(tasks) - count
     if not held_out:
         return Selected(tasks, range(size))
     trained = {tasks[number]["prompt"] for number in range(size)}
     left = [number for number in range(size, len(tasks)) if tasks[number]["prompt"] not in trained]
     if not left:
-        raise InputError(f"data.held_out: {PREFIX}{tasks.task} repeats itself, and training has all of its questions; "
-                         "lower data.options.size")
+        raise InputError(f"data.held_out: {PREFIX}{tasks.task} repeats itself, and training has "
+                         "all of its questions; lower data.options.size")
     return Selected(tasks, left)
 
 
 def task_seed(seed: int) -> int:
-    """A seed that tasks take: NumPy's, which some use, have 32 bits, and the question's number is added."""
+    """A seed that tasks take: NumPy's, which some use, have 32 bits, and the question's number is
+    added."""
     return seed if seed < 2**31 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:3])
 
 
-def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer"), setting: str = "data.source") -> JsonLines:
-    """Reads a file of one {"prompt": ..., "answer": ...} a line; further keys are kept, blank lines are skipped.
+def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer"),
+               setting: str = "data.source") -> JsonLines:
+    """Reads a file of one {"prompt": ..., "answer": ...} a line; further keys are kept, blank lines
+    are skipped.
 
     Args:
         path: the file.
@@ -177,7 +191,8 @@ def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer"), setting: 
 
 
 def read_lines(path: Path, setting: str) -> Iterable[tuple[int, str]]:
-    """The lines of a text file, with their numbers. Only \\n ends one: a JSON string may hold other line ends."""
+    """The lines of a text file, with their numbers. Only \\n ends one: a JSON string may hold other
+    line ends."""
     number = 0
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without end
@@ -186,13 +201,15 @@ def read_lines(path: Path, setting: str) -> Iterable[tuple[int, str]]:
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
-                    raise InputError(f"{path}:{number}: longer than {LONGEST_LINE} bytes; end every record with a "
-                                     "line end")
+                    raise InputError(f"{path}:{number}: longer than {LONGEST_LINE} bytes; end "
+                                     "every record with a line end")
                 yield number, line.decode("utf-8").rstrip("\r\n")
     except OSError as error:
-        raise InputError(f"cannot read the prompts {path}: {error.strerror}; check {setting}") from error
+        raise InputError(f"cannot read the prompts {path}: {error.strerror}; check "
+                         f"{setting}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read the prompts {path}:{number}: it is not UTF-8 text; check {setting}") from error
+        raise InputError(f"cannot read the prompts {path}:{number}: it is not UTF-8 text; check "
+                         f"{setting}") from error
 
 
 def shape_of(keys: Sequence[str]) -> str:
@@ -200,16 +217,19 @@ def shape_of(keys: Sequence[str]) -> str:
 
 
 def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
-    """The record that a line says; `where` begins every message. Raises InputError for one that is none."""
+    """The record that a line says; `where` begins every message. Raises InputError for one that is
+    none."""
     record = parse_json(line, where)
     for key in keys:
         if key not in record:
-            raise InputError(f"{where}: no {key!r} (it has {shortened(', '.join(map(repr, record))) or 'no keys'})")
+            raise InputError(f"{where}: no {key!r} (it has "
+                             f"{shortened(', '.join(map(repr, record))) or 'no keys'})")
     for key in OF_THE_RESPONSE & record.keys():
-        raise InputError(f"{where}: the key {key!r} is taken: reward functions are told the response's own by it; "
-                         "rename it")
+        raise InputError(f"{where}: the key {key!r} is taken: reward functions are told the "
+                         "response's own by it; rename it")
     if isinstance(record.get("answer"), float):
-        record["answer"] = json.loads(line, parse_float=str)["answer"]  # as it is written, no digit lost
+        # as it is written, no digit lost
+        record["answer"] = json.loads(line, parse_float=str)["answer"]
     elif isinstance(record.get("answer"), int) and not isinstance(record["answer"], bool):
         record["answer"] = str(record["answer"])
     for key in keys:

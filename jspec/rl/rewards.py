@@ -1,7 +1,8 @@
-"""Rewards: functions of a response's text, run in processes of their own that may hang or die without harm.
+"""Rewards: functions of a response's text, run in processes of their own that may hang or die
+without harm.
 
-The processes are spawned and import this module, so neither it nor what it imports may import jax: that would cost
-each of them seconds and memory, and on some machines the accelerator.
+The processes are spawned and import this module, so neither it nor what it imports may import jax:
+that would cost each of them seconds and memory, and on some machines the accelerator.
 """
 
 import dataclasses
@@ -35,10 +36,12 @@ from jspec.user_code import one_line
 log = logging.getLogger(__name__)
 LARGEST = float(np.finfo(np.float32).max)
 ORPHAN_S = 5.0
-"""Seconds past its time-out that a hung reward process may outlive a training process that was killed."""
+"""Seconds past its time-out that a hung reward process may outlive a training process that was
+killed."""
 
 READY_S = 300.0
-"""Seconds that the processes may take to import the function before the first of them begins to grade."""
+"""Seconds that the processes may take to import the function before the first of them begins to
+grade."""
 
 ATTEMPTS = 3
 """How often a response is handed to processes that die before they begin with it."""
@@ -49,8 +52,8 @@ Grade = tuple[float, str | None, str]
 Task = tuple[pebble.ProcessPool, pebble.ProcessFuture | None]
 """A response handed to a pool; None if it took no more."""
 FAILURES = ("raised", "timed_out", "invalid", "died")
-"""Why a response scores 0 unjudged: the function raised, ran past the time-out, returned what is no finite number, or
-its process ended."""
+"""Why a response scores 0 unjudged: the function raised, ran past the time-out, returned what is no
+finite number, or its process ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +92,10 @@ class RewardResult:
     messages: dict[str, str]
 
 
-def reasoning_gym(prompt: str, response: str, answer: str, *, task: str, options: dict, entry: dict, **meta) -> float:
-    """The verdict of the reasoning_gym task that the prompt is from; a response may put it in <answer></answer>."""
+def reasoning_gym(prompt: str, response: str, answer: str, *, task: str, options: dict, entry: dict,
+                  **meta) -> float:
+    """The verdict of the reasoning_gym task that the prompt is from; a response may put it in
+    <answer></answer>."""
     return tasks.score(response, task, options, entry)
 
 
@@ -114,8 +119,8 @@ def check_reward(function: str, source: str | None = None) -> None:
 
 
 def answer_check(function: str, source: str) -> Callable[[str], None] | None:
-    """What raises ValueError for an answer that this reward cannot grade against; None where all will do, and for
-    tasks, which make their own."""
+    """What raises ValueError for an answer that this reward cannot grade against; None where all
+    will do, and for tasks, which make their own."""
     return check_gold if function == "math_verify" and not source.startswith(tasks.PREFIX) else None
 
 
@@ -129,17 +134,21 @@ def load_reward(function: str) -> Reward:
     parts = user_code.split(function)
     if parts is None:
         raise InputError(
-            f"reward.function={function!r} is none of 'math_verify', 'reasoning_gym', 'path/to/file.py:function'"
+            f"reward.function={function!r} is none of 'math_verify', 'reasoning_gym', "
+            "'path/to/file.py:function'"
         )
-    reward = user_code.load(f"reward.function={function!r}", function, "function", inspect.isfunction)
+    reward = user_code.load(f"reward.function={function!r}", function, "function",
+                            inspect.isfunction)
     if not callable(reward):
-        raise InputError(f"reward.function={function!r}: {parts[1]!r} is not a function, but {type(reward).__name__}")
+        raise InputError(f"reward.function={function!r}: {parts[1]!r} is not a function, but "
+                         f"{type(reward).__name__}")
     try:
         inspect.signature(reward).bind(prompt="", response="", answer="", finished=True, length=0,
                                         any_other_key=None)
     except TypeError as error:
         raise InputError(
-            f"reward.function={function!r} must take (prompt, response, answer, **meta) by name: {error}"
+            f"reward.function={function!r} must take (prompt, response, answer, **meta) by name: "
+            f"{error}"
         ) from error
     return reward
 
@@ -149,7 +158,8 @@ nowhere = functools.cache(functools.partial(open, os.devnull, "w"))
 
 
 class Unheard(io.FileIO):
-    """Where a reward function prints to: that nobody reads it, or the disk is full, is no response's fault."""
+    """Where a reward function prints to: that nobody reads it, or the disk is full, is no
+    response's fault."""
 
     def write(self, data) -> int:
         try:
@@ -159,33 +169,38 @@ class Unheard(io.FileIO):
 
 
 def start_process(function: str) -> None:
-    """Prepares a reward process: no accelerator for it, nothing that it prints can fail, and the function imported
-    before the first response."""
+    """Prepares a reward process: no accelerator for it, nothing that it prints can fail, and the
+    function imported before the first response."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is not None:
             raw = Unheard(number, "w", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), errors="backslashreplace", line_buffering=True))
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), errors="backslashreplace",
+                                                line_buffering=True))
     try:
         reward = cached_reward(function)
         if reward is math_verify:
-            math_verify("", "x", r"\sqrt{2}")  # imports sympy and builds the parsers: seconds, no response's
-    except BaseException:  # noqa: B036 - what is wrong will be said by the first response that is graded
-        return
+            # imports sympy and builds the parsers: seconds, no response's
+            math_verify("", "x", r"\sqrt{2}")
+    except BaseException:  # noqa: B036
+        return  # what is wrong will be said by the first response that is graded
 
 
 def grade_one(function: str, item: RewardInput, timeout_s: float) -> Grade:
     """In a reward process."""
-    # The pool kills what hangs. Should the pool itself be killed, the process must still not hang for ever, and this
-    # is the one timer that works while C code holds the interpreter.
+    # The pool kills what hangs. Should the pool itself be killed, the process must still not hang
+    # for ever, and this is the one timer that works while C code holds the interpreter.
     faulthandler.dump_traceback_later(timeout_s + ORPHAN_S, exit=True, file=nowhere())
     try:
-        value = cached_reward(function)(prompt=item.prompt, response=item.response, answer=item.answer,
+        value = cached_reward(function)(prompt=item.prompt, response=item.response,
+                                        answer=item.answer,
                                         finished=item.finished, length=item.length, **item.meta)
         if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST:
             return float(value), None, ""
-        return 0.0, "invalid", f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32"
-    except BaseException as error:  # noqa: B036 - SystemExit included: nothing that a reward does may stop the run
+        return (0.0, "invalid",
+                f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32")
+    # SystemExit included: nothing that a reward does may stop the run
+    except BaseException as error:  # noqa: B036
         return 0.0, "raised", one_line(error)
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -199,18 +214,21 @@ class RewardPool:
             pending = pool.submit(items)              # does not
             result = pending()
 
-    A response whose grading raises, hangs, dies or returns no finite number scores 0, is counted, and stops nothing;
-    the first of each kind is logged with what it said. What was waiting when a process died is graded by another. Check
-    the function with `check_reward` beforehand.
+    A response whose grading raises, hangs, dies or returns no finite number scores 0, is counted,
+    and stops nothing; the first of each kind is logged with what it said. What was waiting when a
+    process died is graded by another. Check the function with `check_reward` beforehand.
     """
 
-    def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0, ready_s: float = READY_S) -> None:
-        self.function, self.workers, self.timeout_s, self.ready_s = function, workers, timeout_s, ready_s
+    def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0,
+                 ready_s: float = READY_S) -> None:
+        self.function, self.workers, self.timeout_s, self.ready_s = (function, workers, timeout_s,
+                                                                     ready_s)
         self.logged: set[str] = set()
         self.pool = self.start()
 
     def living(self) -> pebble.ProcessPool:
-        """A pool that takes work: pebble gives one up when a process of it dies between two tasks."""
+        """A pool that takes work: pebble gives one up when a process of it dies between two
+        tasks."""
         if not self.pool.active:
             self.close()
             self.pool = self.start()
@@ -241,7 +259,8 @@ class RewardPool:
         tasks = []
         for item in items:
             try:
-                tasks.append((pool, pool.schedule(grade_one, (self.function, item, timeout), timeout=timeout)))
+                tasks.append((pool, pool.schedule(grade_one, (self.function, item, timeout),
+                                                  timeout=timeout)))
             except RuntimeError:  # it was given up this very moment
                 tasks.append((pool, None))
         return tasks
@@ -258,13 +277,15 @@ class RewardPool:
             again = self.begin([items[index] for index in left]) if left else ()
             for index, task in zip(left, again, strict=True):
                 grades[index] = self.wait(*task)
-        return self.count([grade or (0.0, "died", "no process lived until it was its turn") for grade in grades])
+        return self.count([grade or (0.0, "died", "no process lived until it was its turn")
+                           for grade in grades])
 
     def ready(self, tasks: Sequence[Task]) -> bool:
-        """Waits until a process has begun with one of the tasks, from when pebble's own time-outs count; false if none
-        has in time."""
+        """Waits until a process has begun with one of the tasks, from when pebble's own time-outs
+        count; false if none has in time."""
         deadline = time.monotonic() + self.ready_s
-        while tasks and not any(future is None or future.running() or future.done() for _, future in tasks):
+        while (tasks and not any(future is None or future.running() or future.done()
+                                 for _, future in tasks)):
             if not tasks[0][0].active:
                 break
             if time.monotonic() > deadline:
@@ -275,7 +296,8 @@ class RewardPool:
     def wait(self, pool: pebble.ProcessPool, future: pebble.ProcessFuture | None) -> Grade | None:
         """A grade, or None if no process began with it."""
         while future and not future.done() and pool.active:
-            wait_for([future], timeout=1.0)  # a pool that is given up forgets what it had not yet sent
+            # a pool that is given up forgets what it had not yet sent
+            wait_for([future], timeout=1.0)
         if not (future and future.done()):
             return None
         try:
@@ -283,7 +305,8 @@ class RewardPool:
         except BrokenProcessPool:
             return None
         except Expired:
-            return 0.0, "timed_out", f"took longer than reward.timeout_s={self.timeout_s:g} seconds and was killed"
+            return (0.0, "timed_out",
+                    f"took longer than reward.timeout_s={self.timeout_s:g} seconds and was killed")
         except pebble.ProcessExpired as error:
             return 0.0, "died", f"its process ended with exit code {error.exitcode}"
         except Exception as error:  # no process could be sent the response
@@ -294,7 +317,8 @@ class RewardPool:
         counts = Counter(kind for _, kind, _ in grades if kind)
         messages = {kind: message for _, kind, message in reversed(grades) if kind}
         for kind in messages.keys() - self.logged:
-            log.warning("reward %s scored a response 0 (%s): %s", self.function, kind, messages[kind])
+            log.warning("reward %s scored a response 0 (%s): %s", self.function, kind,
+                        messages[kind])
         self.logged |= messages.keys()
         rewards = np.asarray([reward for reward, _, _ in grades], dtype=np.float32)
         return RewardResult(rewards, {kind: counts[kind] for kind in FAILURES}, messages)

@@ -1,4 +1,5 @@
-"""Everything that training carries from one step to the next, as one pytree: its shape, and how it begins."""
+"""Everything that training carries from one step to the next, as one pytree: its shape, and how it
+begins."""
 
 from __future__ import annotations
 
@@ -27,9 +28,10 @@ class TrainState:
     Attributes:
       policy: training layout, float32 masters.
       draft: float32 masters, or None for autoregressive rollouts.
-      opt_state, draft_opt_state: of the two optimizers, which share nothing; the latter is () for a draft without
-        weights to train.
-      updates: int32 scalar, optimizer updates so far, skipped ones included; `updates_per_rollout` of them are a step.
+      opt_state, draft_opt_state: of the two optimizers, which share nothing; the latter is () for a
+        draft without weights to train.
+      updates: int32 scalar, optimizer updates so far, skipped ones included; `updates_per_rollout`
+        of them are a step.
       skipped, draft_skipped: int32 scalars, updates left out for a non-finite loss or gradient.
       skipped_in_row, draft_skipped_in_row: int32 scalars, how many of the latest updates in a row.
       key: the run's typed key. It never changes: a step folds its number into it.
@@ -51,10 +53,12 @@ COUNTERS = ("updates", "skipped", "skipped_in_row", "draft_skipped", "draft_skip
 
 
 def state_specs(policy: Policy, draft: Draft | None, settings: UpdateSettings) -> TrainState:
-    """The state's shape: `jax.ShapeDtypeStruct`s, each with its sharding on the mesh of `jax.set_mesh` (None without
-    one). The moments are placed as the weights they belong to; what is no weight is everywhere.
+    """The state's shape: `jax.ShapeDtypeStruct`s, each with its sharding on the mesh of
+    `jax.set_mesh` (None without one). The moments are placed as the weights they belong to; what is
+    no weight is everywhere.
 
-    policy, draft: arrays, or `jax.ShapeDtypeStruct`s, of which only static config, shapes and dtypes are looked at.
+    policy, draft: arrays, or `jax.ShapeDtypeStruct`s, of which only static config, shapes and
+    dtypes are looked at.
     """
     policy, draft = abstract_policy(policy.config, policy.dtype), draft_specs(draft)
     optimizer, draft_optimizer = optimizers(settings)
@@ -66,7 +70,8 @@ def state_specs(policy: Policy, draft: Draft | None, settings: UpdateSettings) -
 
 
 def draft_specs(draft: Draft | None) -> Draft | None:
-    """A draft's shape, of which only its static config and the shapes of its state are looked at."""
+    """A draft's shape, of which only its static config and the shapes of its state are looked
+    at."""
     if draft is None:
         return None
     block = getattr(draft.config, "block", None)  # eagle3's: its heads are what is split
@@ -78,11 +83,13 @@ def draft_specs(draft: Draft | None) -> Draft | None:
 
 def everywhere(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """An array that every device holds whole."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement(shape, "train", *(None,) * len(shape)))
+    return jax.ShapeDtypeStruct(shape, dtype,
+                                sharding=placement(shape, "train", *(None,) * len(shape)))
 
 
 def moments(optimizer: optax.GradientTransformation, weights: Any) -> Any:
-    """The shape of an optimizer's state: of moments each where its weight is, of all else everywhere."""
+    """The shape of an optimizer's state: of moments each where its weight is, of all else
+    everywhere."""
     placed, shape = [], jax.eval_shape(optimizer.init, weights)
     whole = placement((), "train")
 
@@ -97,11 +104,13 @@ def moments(optimizer: optax.GradientTransformation, weights: Any) -> Any:
             optimizer, lambda x, weight: place(x, weight.sharding), shape, weights,
             transform_non_params=lambda x: place(x, whole), is_leaf=masked))
 
-    jax.eval_shape(place_all)  # optax initialises a placeholder, which devices that are not here cannot do
+    # optax initialises a placeholder, which devices that are not here cannot do
+    jax.eval_shape(place_all)
     return placed[0]
 
 
-def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, seed: int) -> TrainState:
+def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings,
+               seed: int) -> TrainState:
     """The state before the first update, as `state_specs` has it."""
     specs = state_specs(policy, draft, settings)
 
@@ -111,14 +120,15 @@ def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings, se
 
     if draft is not None:  # what a drafter keeps may lie on one device yet
         draft = draft.replace(state=jax.tree.map(
-            lambda x, spec: x if spec.sharding is None else jax.device_put(x, spec.sharding), draft.state,
-            specs.draft.state))
+            lambda x, spec: x if spec.sharding is None else jax.device_put(x, spec.sharding),
+            draft.state, specs.draft.state))
     optimizer, draft_optimizer = optimizers(settings)
     draft_opt_state = () if specs.draft_opt_state == () else made(
         draft_optimizer.init, specs.draft_opt_state, draft.weights)
     # one buffer each, since the update donates them all
-    counters = {name: made(lambda: jnp.zeros((), jnp.int32), getattr(specs, name)) for name in COUNTERS}
+    counters = {name: made(lambda: jnp.zeros((), jnp.int32), getattr(specs, name))
+                for name in COUNTERS}
     words = np.asarray(key_words(seed_key(seed)))
     key = jax.random.wrap_key_data(made(lambda: jnp.asarray(words), specs.key), impl="threefry2x32")
-    return TrainState(policy, draft, made(optimizer.init, specs.opt_state, policy.weights), draft_opt_state,
-                      **counters, key=key)
+    return TrainState(policy, draft, made(optimizer.init, specs.opt_state, policy.weights),
+                      draft_opt_state, **counters, key=key)

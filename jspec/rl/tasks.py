@@ -1,6 +1,7 @@
 """Procedural tasks of reasoning-gym: their questions, and the verifiers that grade the answers.
 
-Reward processes import this module, so it imports nothing heavy; reasoning-gym itself only when a task is asked for.
+Reward processes import this module, so it imports nothing heavy; reasoning-gym itself only when a
+task is asked for.
 """
 
 import difflib
@@ -33,10 +34,11 @@ REMEMBERED = 16
 
 
 class ReasoningGym(Sequence):
-    """The questions of a task, each made when asked for, from the task's seed and the question's own number.
+    """The questions of a task, each made when asked for, from the task's seed and the question's
+    own number.
 
-    They are made by `jspec.rl.questions`, in a process of its own: there they are the same at every start. One thread
-    at a time is answered.
+    They are made by `jspec.rl.questions`, in a process of its own: there they are the same at every
+    start. One thread at a time is answered.
     """
 
     at_once = 32  # some tasks search for a good question
@@ -49,8 +51,8 @@ class ReasoningGym(Sequence):
             further: questions after those of `size`.
 
         Raises:
-            InputError: reasoning_gym is not installed, knows no such task, the task refuses the options, or its
-                questions are others at every start.
+            InputError: reasoning_gym is not installed, knows no such task, the task refuses the
+                options, or its questions are others at every start.
         """
         self.task, self.options = task, {"size": DEFAULT_SIZE} | dict(options)
         if further and isinstance(self.options["size"], int):
@@ -58,16 +60,20 @@ class ReasoningGym(Sequence):
         check_repeatable(task, self.options)
         for name in ("seed", "size"):  # what a task says of another type names neither
             if not isinstance(value := self.options.get(name, 0), int) or isinstance(value, bool):
-                raise InputError(f"data.options.{name}={value!r} of {task!r} must be a whole number")
+                raise InputError(f"data.options.{name}={value!r} of {task!r} must be a whole "
+                                 "number")
         if self.options["size"] > MOST_QUESTIONS:
-            raise InputError(f"data.options.size={self.options['size']} of {task!r} must be at most {MOST_QUESTIONS}")
+            raise InputError(f"data.options.size={self.options['size']} of {task!r} must be at "
+                             f"most {MOST_QUESTIONS}")
         if importlib.util.find_spec("reasoning_gym") is None:
             import_gym()
         self.lock = threading.Lock()
         self.start()
-        self.entry = functools.lru_cache(maxsize=64)(self.make)  # a step's are asked for again when it is saved
+        # a step's are asked for again when it is saved
+        self.entry = functools.lru_cache(maxsize=64)(self.make)
         if self.size < 1:
-            raise InputError(f"data.options.size={self.options['size']!r} leaves {task!r} without questions")
+            raise InputError(f"data.options.size={self.options['size']!r} leaves {task!r} without "
+                             "questions")
 
     def start(self) -> None:
         """Starts the process, which ends with its input."""
@@ -83,7 +89,8 @@ class ReasoningGym(Sequence):
             made, answer = pickle.load(self.process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             self.process.kill()
-            made, answer = False, f"the process that makes its questions ended with exit code {self.process.wait()}"
+            made, answer = (False, "the process that makes its questions ended with exit code "
+                            f"{self.process.wait()}")
         if not made:
             raise InputError(answer)
         return answer
@@ -115,7 +122,8 @@ class ReasoningGym(Sequence):
     def digest(self, numbers: Any) -> str:
         """Of the last few of these questions: to make them all may take minutes."""
         last = [self[int(number)] for number in numbers[-REMEMBERED:]]
-        return hashlib.sha256(json.dumps([[r["prompt"], r["answer"]] for r in last]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([[r["prompt"], r["answer"]] for r in last])
+                              .encode()).hexdigest()[:16]
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -124,29 +132,35 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def check_repeatable(task: str, options: Mapping[str, Any]) -> None:
-    """Refuses a task whose questions the seed does not decide, or a part of `composite` of which that is so."""
+    """Refuses a task whose questions the seed does not decide, or a part of `composite` of which
+    that is so."""
     if task in UNREPEATABLE:
-        raise InputError(f"the reasoning_gym task {task!r} asks other questions at every start: {UNREPEATABLE[task]}; "
-                         "save some as a .jsonl file of {prompt, answer} and name that as data.source")
+        raise InputError(f"the reasoning_gym task {task!r} asks other questions at every start: "
+                         f"{UNREPEATABLE[task]}; "
+                         "save some as a .jsonl file of {prompt, answer} and name that as "
+                         "data.source")
     if options.get("seed", 0) is None:
-        raise InputError(f"data.options: the seed of {task!r} is null, and it asks other questions at every start; "
-                         "give a number, or leave it out for the run's own")
+        raise InputError(f"data.options: the seed of {task!r} is null, and it asks other questions "
+                         "at every start; give a number, or leave it out for the run's own")
     for part in parts_of(task, options):
         check_repeatable(part["name"], part["config"])
 
 
 def parts_of(task: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tasks that `composite` is made of, and none of any other: of each name, weight and config. Raises InputError
-    for what describes none."""
+    """The tasks that `composite` is made of, and none of any other: of each name, weight and
+    config. Raises InputError for what describes none."""
     given = options.get("datasets", []) if task == "composite" else []
-    parts = [{"weight": 1.0, "config": {}} | part if isinstance(part, dict) else {} for part in given] if isinstance(
-        given, list | tuple) else [{}]
+    parts = ([{"weight": 1.0, "config": {}} | part if isinstance(part, dict) else {}
+              for part in given] if isinstance(given, list | tuple) else [{}])
     if any(part.keys() != {"name", "weight", "config"} or not isinstance(part["name"], str)
            or not isinstance(part["config"], dict) for part in parts):
-        raise InputError(f"the reasoning_gym task {task!r} refuses data.options={shortened(str(options))}: datasets "
-                         "must be a list of {name: a task, weight: 1, config: {...}}, the last two as needed")
+        raise InputError(f"the reasoning_gym task {task!r} refuses "
+                         f"data.options={shortened(str(options))}: datasets "
+                         "must be a list of {name: a task, weight: 1, config: {...}}, the last two "
+                         "as needed")
     if task in [part["name"] for part in parts]:
-        raise InputError(f"data.options.datasets: {task!r} cannot be a part of itself; name its parts one by one")
+        raise InputError(f"data.options.datasets: {task!r} cannot be a part of itself; name its "
+                         "parts one by one")
     return parts
 
 
@@ -155,25 +169,31 @@ def create(task: str, options: Mapping[str, Any]) -> Any:
     gym = import_gym()
     if task not in gym.factory.DATASETS:
         close = difflib.get_close_matches(task, gym.factory.DATASETS, n=1)
-        raise InputError(f"reasoning_gym has no task {task!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise InputError(f"reasoning_gym has no task {task!r}"
+                         + (f"; did you mean {close[0]!r}?" if close else ""))
     parts = parts_of(task, options)
     try:
-        own = {"datasets": [gym.composite.DatasetSpec(**part) for part in parts]} if parts else {}  # their own class
+        # their own class
+        own = {"datasets": [gym.composite.DatasetSpec(**part) for part in parts]} if parts else {}
         return gym.create_dataset(task, **{**options, **own})
-    except Exception as error:  # every task checks its options in its own way: TypeError, AssertionError, ValueError
-        raise InputError(f"the reasoning_gym task {task!r} refuses data.options={dict(options)}: {error}") from error
+    except Exception as error:
+        # every task checks its options in its own way: TypeError, AssertionError, ValueError
+        raise InputError(f"the reasoning_gym task {task!r} refuses data.options={dict(options)}: "
+                         f"{error}") from error
 
 
 def import_gym() -> ModuleType:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise InputError(f"reasoning_gym is not installed ({error}); run: pip install 'jspec[tasks]'") from error
+        raise InputError(f"reasoning_gym is not installed ({error}); run: pip install "
+                         "'jspec[tasks]'") from error
     return reasoning_gym
 
 
 def score(response: str, task: str, options: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
-    """The task's own verdict, in [0, 1], on what stands in the last <answer></answer>, or on the whole response."""
+    """The task's own verdict, in [0, 1], on what stands in the last <answer></answer>, or on the
+    whole response."""
     tagged = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
     answer = (tagged[-1] if tagged else response).strip()
     return verifier(task, json.dumps(options, sort_keys=True))(answer, entry)

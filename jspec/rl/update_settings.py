@@ -12,7 +12,8 @@ from jspec.drafts import Draft
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
-    """What an update needs to know and what is fixed for a run; `jspec.config` says what each of them means."""
+    """What an update needs to know and what is fixed for a run; `jspec.config` says what each of
+    them means."""
 
     temperature: float = 1.0
     clip_low: float = 0.2
@@ -38,13 +39,13 @@ class UpdateSettings:
     def of(cls, config: Config) -> UpdateSettings:
         """The settings that a run's configuration gives."""
         grpo, draft = config.grpo, config.draft
-        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch", "widths", "learning_rate",
-                "clip", "weight_decay", "warmup_steps")
-        return cls(temperature=config.sampling.temperature, remat=config.model.remat, train_draft=draft.train,
-                   draft_every=draft.every_n_steps, draft_features=draft.features, draft_loss=draft.loss,
-                   draft_optimizer=draft.optimizer,
-                   draft_learning_rate=draft.learning_rate, draft_clip=draft.clip,
-                   **{name: getattr(grpo, name) for name in same})
+        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch",
+                "widths", "learning_rate", "clip", "weight_decay", "warmup_steps")
+        return cls(temperature=config.sampling.temperature, remat=config.model.remat,
+                   train_draft=draft.train, draft_every=draft.every_n_steps,
+                   draft_features=draft.features, draft_loss=draft.loss,
+                   draft_optimizer=draft.optimizer, draft_learning_rate=draft.learning_rate,
+                   draft_clip=draft.clip, **{name: getattr(grpo, name) for name in same})
 
 
 def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:
@@ -53,12 +54,14 @@ def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:
 
 
 def learned_from(draft: Draft | None, settings: UpdateSettings) -> tuple[int, ...] | None:
-    """The features that a rollout keeps (`Speculation.depths`) for `update_draft`; None: nothing learns from it."""
+    """The features that a rollout keeps (`Speculation.depths`) for `update_draft`; None: nothing
+    learns from it."""
     if not trains_draft(draft, settings) or settings.draft_features == "update":
         return None
     return draft.drafter.features(draft.config)
 
 
 def draft_due(settings: UpdateSettings, updates: jax.Array | int) -> jax.Array | bool:
-    """Whether this update is of a step that trains the draft: the first, and every `draft_every`-th after it."""
+    """Whether this update is of a step that trains the draft: the first, and every `draft_every`-th
+    after it."""
     return updates // settings.updates_per_rollout % settings.draft_every == 0

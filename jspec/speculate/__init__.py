@@ -1,6 +1,14 @@
 """Lossless speculative decoding inside one jitted program."""
 
 from jspec.speculate.rollout import rollout
-from jspec.speculate.types import Batching, PromptBatch, Rollout, RolloutStats, Sampling, Speculation
+from jspec.speculate.types import (
+           Batching,
+           PromptBatch,
+           Rollout,
+           RolloutStats,
+           Sampling,
+           Speculation,
+)
 
-__all__ = ["Batching", "PromptBatch", "Rollout", "RolloutStats", "Sampling", "Speculation", "rollout"]
+__all__ = ["Batching", "PromptBatch", "Rollout", "RolloutStats", "Sampling", "Speculation",
+           "rollout"]

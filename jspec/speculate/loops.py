@@ -1,5 +1,5 @@
-"""The chain of decode loops: each is compiled for a number of rows and drafts its own k; the next is entered when the
-live rows fit. A cycle so costs what its live rows cost, in steps.
+"""The chain of decode loops: each is compiled for a number of rows and drafts its own k; the next
+is entered when the live rows fit. A cycle so costs what its live rows cost, in steps.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from jspec.speculate.state import State, admit, compact, grow, retire, rows_in_s
 from jspec.speculate.types import NOISE, Sampling, Schedule
 
 FEWEST, FEWEST_ON_CHIPS = 1, 16
-"""Rows of the last loop, on a CPU and on accelerators: on chips fewer cost the same, the weights' bytes; on a CPU a
-cycle of four rows takes 1.5 times as long as one of a single row."""
+"""Rows of the last loop, on a CPU and on accelerators: on chips fewer cost the same, the weights'
+bytes; on a CPU a cycle of four rows takes 1.5 times as long as one of a single row."""
 SHRINK, MOST = 3, 4
-"""By what the rows of a loop shrink, about, and how many loops there are at most: each one is compiled, and the first
-few save most of what dead rows cost."""
+"""By what the rows of a loop shrink, about, and how many loops there are at most: each one is
+compiled, and the first few save most of what dead rows cost."""
 LONG = 128
 """Generated tokens from which on more than one loop is worth compiling."""
 
 
 def loops(slots: int, k: int | Schedule, cap: int) -> tuple[tuple[int, int], ...]:
-    """(rows, k) of every loop, of ever fewer rows. A schedule's own bounds are the loops; for one k they are chosen.
+    """(rows, k) of every loop, of ever fewer rows. A schedule's own bounds are the loops; for one k
+    they are chosen.
 
     cap: the most that a sequence generates.
     """
     if not isinstance(k, int):
         bounds = dict(k)
         sizes = sorted({slots, *(rows for rows in bounds if rows < slots)}, reverse=True)
-        return tuple((rows, next((bounds[b] for b in sorted(bounds) if b >= rows), 0)) for rows in sizes)
+        return tuple((rows, next((bounds[b] for b in sorted(bounds) if b >= rows), 0))
+                     for rows in sizes)
     fewest = FEWEST if platform() == "cpu" else FEWEST_ON_CHIPS
     worth_it = cap >= LONG and slots > 2 * fewest
     steps = min(MOST - 1, round(math.log(slots / fewest, SHRINK))) if worth_it else 0
@@ -44,8 +46,9 @@ def loops(slots: int, k: int | Schedule, cap: int) -> tuple[tuple[int, int], ...
     return tuple((math.ceil(slots / ratio**i - 1e-9), k) for i in range(steps + 1))
 
 
-def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, chain: tuple[tuple[int, int], ...], *,
-           sampling: Sampling, stop_tokens: tuple[int, ...], rule: str, depths: tuple[int, ...] | None) -> State:
+def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array,
+           chain: tuple[tuple[int, int], ...], *, sampling: Sampling, stop_tokens: tuple[int, ...],
+           rule: str, depths: tuple[int, ...] | None) -> State:
     """Run the loops until every sequence is done.
 
     Args:
@@ -66,8 +69,8 @@ def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array, ch
                 at = rows_in_slots(state)
                 noise = NOISE[rule](key, at.ids, at.lengths, k)
             live = state.live.sum(dtype=jnp.int32)
-            state, *_ = cycle(policy, draft, state, noise, sampling=sampling, stop_tokens=stop_tokens, k=k,
-                              depths=depths)
+            state, *_ = cycle(policy, draft, state, noise, sampling=sampling,
+                              stop_tokens=stop_tokens, k=k, depths=depths)
             counts = state.counts
             counts = counts.replace(loop_cycles=counts.loop_cycles.at[i].add(1),
                                     loop_live=counts.loop_live.at[i].add(live))

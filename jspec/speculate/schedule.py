@@ -1,8 +1,10 @@
-"""`k = auto`: the schedule that promises the most tokens a second. Pure, on the host, in seconds that were measured.
+"""`k = auto`: the schedule that promises the most tokens a second. Pure, on the host, in seconds
+that were measured.
 
-A schedule is judged by playing the chain of loops through (`played`): rows of the lengths that the last answers had,
-each advanced in every cycle by one token and as many drafts as chance accepts at the rates seen. So what speculation
-loses to rows that wait for the unluckiest one is in the account.
+A schedule is judged by playing the chain of loops through (`played`): rows of the lengths that the
+last answers had, each advanced in every cycle by one token and as many drafts as chance accepts at
+the rates seen. So what speculation loses to rows that wait for the unluckiest one is in the
+account.
 """
 
 from __future__ import annotations
@@ -18,22 +20,23 @@ from jspec.speculate.types import Schedule
 MOST = 7
 """The most that is drafted by choice."""
 MARGIN = 0.03
-"""By what share another schedule has to be faster than the one there is, or than no draft: each one is compiled, and
-costs and acceptance are estimates."""
+"""By what share another schedule has to be faster than the one there is, or than no draft: each one
+is compiled, and costs and acceptance are estimates."""
 LONGEST = 512
 """Longer answers are played at a smaller scale: a choice takes milliseconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What was measured on a device, of one policy, draft and way of sampling. Rows are those of one shard of the
-    batch.
+    """What was measured on a device, of one policy, draft and way of sampling. Rows are those of
+    one shard of the batch.
 
     Attributes:
       rows: of each loop of the chain, ever fewer.
       shards: of the batch axes, each of which goes through its own chain.
       plain: (rows, seconds) of a cycle without a draft.
-      drafting: (rows, k, seconds) of a cycle with one; k = 0: it drafts nothing, and is kept up to date.
+      drafting: (rows, k, seconds) of a cycle with one; k = 0: it drafts nothing, and is kept up to
+        date.
       start: seconds that a rollout with a draft takes beside its cycles, more than one without.
       compiling: seconds, about, that a rollout's program takes to compile.
     """
@@ -48,7 +51,8 @@ class Costs:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Costs:
         """From what `dataclasses.asdict` and JSON left of it."""
-        return cls(**fields | {"rows": tuple(fields["rows"]), "plain": tuple(map(tuple, fields["plain"])),
+        return cls(**fields | {"rows": tuple(fields["rows"]),
+                               "plain": tuple(map(tuple, fields["plain"])),
                                "drafting": tuple(map(tuple, fields["drafting"]))})
 
     def of_plain(self, rows: int) -> float:
@@ -56,16 +60,19 @@ class Costs:
         return _line(rows, self.plain)
 
     def of_drafting(self, rows: int, k: int) -> float:
-        """Seconds of a cycle with a draft. Where k = 0 was not measured, it takes what no draft takes."""
+        """Seconds of a cycle with a draft. Where k = 0 was not measured, it takes what no draft
+        takes."""
         by_rows = []
         for measured in sorted({r for r, _, _ in self.drafting}):
-            points = {0: self.of_plain(measured)} | {j: s for r, j, s in self.drafting if r == measured}
+            points = ({0: self.of_plain(measured)}
+                      | {j: s for r, j, s in self.drafting if r == measured})
             by_rows.append((measured, _line(k, tuple(points.items()))))
         return _line(rows, tuple(by_rows))
 
 
 def _line(x: float, points: Sequence[tuple[float, float]]) -> float:
-    """The value at x of the line through points, straight on beyond the last one, level before the first."""
+    """The value at x of the line through points, straight on beyond the last one, level before the
+    first."""
     xs, ys = map(np.array, zip(*sorted(points), strict=True))
     if x > xs[-1] and len(xs) > 1:
         return float(ys[-1] + (x - xs[-1]) * max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])))
@@ -92,8 +99,8 @@ class Choice:
 
 
 def rates(acceptance: Sequence[float], k: int) -> np.ndarray:
-    """float [k]: how often all drafts up to each position are accepted. Beyond what is known, as often after one
-    another as at last."""
+    """float [k]: how often all drafts up to each position are accepted. Beyond what is known, as
+    often after one another as at last."""
     known = list(np.minimum.accumulate(np.clip(acceptance, 0.0, 1.0))) if len(acceptance) else [0.0]
     before = known[-2] if len(known) > 1 else 1.0
     ratio = known[-1] / before if before else 0.0
@@ -102,9 +109,10 @@ def rates(acceptance: Sequence[float], k: int) -> np.ndarray:
     return np.array(known[:k])
 
 
-def played(lengths: np.ndarray, chain: Sequence[tuple[int, int]], acceptance: Sequence[float]) -> list[int]:
-    """Cycles of every loop of a chain of (rows, k), for sequences of these lengths on one shard: what `loops.decode`
-    would go through."""
+def played(lengths: np.ndarray, chain: Sequence[tuple[int, int]],
+           acceptance: Sequence[float]) -> list[int]:
+    """Cycles of every loop of a chain of (rows, k), for sequences of these lengths on one shard:
+    what `loops.decode` would go through."""
     chance, waiting = np.random.default_rng(0), np.asarray(lengths)
     slots = chain[0][0]
     left, waiting = waiting[:slots], waiting[slots:]
@@ -130,17 +138,19 @@ def choose_schedule(costs: Costs, acceptance: Sequence[float], lengths: Sequence
     Args:
       acceptance: by draft position, how often that draft and all before it were accepted.
       lengths: of all sequences of a rollout, in their order.
-      current: the schedule there is; another one has to be worth its compilation in the `steps` that are left.
-        None: there is none yet.
+      current: the schedule there is; another one has to be worth its compilation in the `steps`
+        that are left. None: there is none yet.
 
     Returns what promises the least, and `current` or no draft where that is not less by `MARGIN`.
     """
     scale = max(1.0, max(lengths) / LONGEST)
-    parts = np.array_split(np.maximum(np.ceil(np.asarray(lengths) / scale), 1).astype(int), costs.shards)
+    parts = np.array_split(np.maximum(np.ceil(np.asarray(lengths) / scale), 1).astype(int),
+                           costs.shards)
 
     def plain(part: np.ndarray) -> float:
         cycles = played(part, [(rows, 0) for rows in costs.rows], ())
-        return scale * sum(n * costs.of_plain(rows) for n, rows in zip(cycles, costs.rows, strict=True))
+        return (scale * sum(n * costs.of_plain(rows)
+                            for n, rows in zip(cycles, costs.rows, strict=True)))
 
     slowest = max(parts, key=plain)  # the others are there before it
     without = plain(slowest)
@@ -150,7 +160,8 @@ def choose_schedule(costs: Costs, acceptance: Sequence[float], lengths: Sequence
             return without
         chain = sorted(k, reverse=True)
         cycles = played(slowest, chain, acceptance)
-        return costs.start + scale * sum(n * costs.of_drafting(*at) for n, at in zip(cycles, chain, strict=True))
+        return (costs.start + scale * sum(n * costs.of_drafting(*at)
+                                          for n, at in zip(cycles, chain, strict=True)))
 
     best = min(_candidates(costs, acceptance), key=seconds, default=0)
     if seconds(best) > (1 - MARGIN) * without:
@@ -163,8 +174,8 @@ def choose_schedule(costs: Costs, acceptance: Sequence[float], lengths: Sequence
 
 
 def _candidates(costs: Costs, acceptance: Sequence[float]) -> set[Schedule]:
-    """Schedules worth a trial: of each loop the k that is best for itself; fewer, for the rows that wait for the last;
-    and none in the loops of many rows."""
+    """Schedules worth a trial: of each loop the k that is best for itself; fewer, for the rows that
+    wait for the last; and none in the loops of many rows."""
     expected = 1 + np.cumsum([0.0, *rates(acceptance, MOST)])
     best = [min(range(MOST + 1), key=lambda k, rows=rows: costs.of_drafting(rows, k) / expected[k])
             for rows in costs.rows]
@@ -189,8 +200,9 @@ def reason(choice: Choice, costs: Costs, acceptance: Sequence[float]) -> str:
     rows = max((rows for rows, _ in drafting), default=costs.rows[0])
     ks = sorted({k for _, k in drafting}) or [1, 3]
     plain = costs.of_plain(rows)
-    cycles = ", ".join(f"{costs.of_drafting(rows, k) / plain:.2f} times that with k = {k}" for k in ks)
+    cycles = ", ".join(f"{costs.of_drafting(rows, k) / plain:.2f} times that with k = {k}"
+                       for k in ks)
     accepted = " ".join(f"{rate:.0%}" for rate in rates(acceptance, max(3, *ks)))
     worth = f"{choice.speedup:.2f}x of no draft is expected" if choice.k else "drafts do not pay"
-    return (f"{in_words(choice.k)}: {worth} (accepted by position {accepted}; at {rows} rows a plain cycle takes "
-            f"{1e3 * plain:.3g} ms, {cycles})")
+    return (f"{in_words(choice.k)}: {worth} (accepted by position {accepted}; at {rows} rows "
+            f"a plain cycle takes {1e3 * plain:.3g} ms, {cycles})")

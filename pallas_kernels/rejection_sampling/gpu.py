@@ -1,8 +1,9 @@
 """One pass over the logits on a GPU: Mosaic GPU, Hopper.
 
-A row is cut into tiles of a few neighbouring chunks, contiguous in memory, and a warpgroup owns a run of tiles. One
-bulk copy brings a tile to shared memory, 16-byte reads bring it to registers, and while it is reduced there the next
-STAGES tiles are on their way. A chunk lies inside one warp: it is reduced by shuffles. No warpgroup waits for another.
+A row is cut into tiles of a few neighbouring chunks, contiguous in memory, and a warpgroup owns a
+run of tiles. One bulk copy brings a tile to shared memory, 16-byte reads bring it to registers, and
+while it is reduced there the next STAGES tiles are on their way. A chunk lies inside one warp: it
+is reduced by shuffles. No warpgroup waits for another.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import noise
 from pallas_kernels.rejection_sampling.summary import CHUNK, Summary
 
-# One program a multiprocessor. 4 warpgroups may have 128 registers a thread, which is what the kernel wants. 2 tiles on
-# their way to each make 64 (bfloat16) or 128 KB in flight a multiprocessor, where about 40 KB saturate an H200.
+# One program a multiprocessor. 4 warpgroups may have 128 registers a thread, which is what the
+# kernel wants. 2 tiles on their way to each make 64 (bfloat16) or 128 KB in flight a
+# multiprocessor, where about 40 KB saturate an H200.
 PROGRAMS, WARPGROUPS, STAGES = 132, 4, 2
 LINE = 128  # bytes; a warpgroup's copy is a multiple of it
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 
 
-def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | None, keys: jax.Array | None,
-              ban: jax.Array | None, offset: jax.Array | None, *, banned_tokens: tuple[int, ...] = (),
-              interpret: Any = False) -> Summary:
+def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | None,
+              keys: jax.Array | None, ban: jax.Array | None, offset: jax.Array | None, *,
+              banned_tokens: tuple[int, ...] = (), interpret: Any = False) -> Summary:
     """The `Summary` of R rows.
 
     Args:
-      logits: [R, V], float32 or bfloat16. A row is a multiple of 16 bytes, or of 128 if it is no longer than a tile.
+      logits: [R, V], float32 or bfloat16. A row is a multiple of 16 bytes, or of 128 if it is no
+        longer than a tile.
       temperature: float32 [R]; 0 counts as 1.
       drafted: int32 [R], a global id or -1; None where keys are given.
       keys: uint32 [R, 2], or None for the rejection rule.
@@ -45,36 +48,38 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
     rows, vocab = logits.shape
     if logits.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"logits must be float32 or bfloat16, not {logits.dtype}")
-    plan = _Plan(vocab, logits.dtype, keys is not None, offset is not None, banned_tokens if ban is not None else (),
-                 bool(interpret))
+    plan = _Plan(vocab, logits.dtype, keys is not None, offset is not None,
+                 banned_tokens if ban is not None else (), bool(interpret))
     multiple = LINE if plan.tiles == 1 else 16
     if vocab * logits.dtype.itemsize % multiple:
-        raise NotImplementedError(f"a row of {vocab} {logits.dtype} logits is not a multiple of {multiple} bytes")
+        raise NotImplementedError(f"a row of {vocab} {logits.dtype} logits is not a multiple of "
+                                  f"{multiple} bytes")
     programs = min(PROGRAMS, rows * plan.tiles)
     shape = rows, plan.tiles * plan.chunks
     out = plgpu.kernel(
         partial(_body, plan=plan, workers=programs * WARPGROUPS),
-        out_type=[jax.ShapeDtypeStruct(shape, jnp.int32 if name == "best_id" else jnp.float32) for name in plan.fields],
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.int32 if name == "best_id" else jnp.float32)
+                  for name in plan.fields],
         scratch_types=[plgpu.SMEM((WARPGROUPS * STAGES, plan.pad + plan.tile), logits.dtype),
                        plgpu.Barrier(num_barriers=WARPGROUPS * STAGES)],
-        grid=(programs,), grid_names=("program",),
-        num_threads=WARPGROUPS, thread_name="warpgroup",
-        # Without barriers of its own: a warpgroup only writes what it does not read, and `_body` has one before a copy.
-        # Approximate: 2^x in one instruction, to 2 ulp, and the noise's logarithms to about 1e-6.
+        grid=(programs,), grid_names=("program",), num_threads=WARPGROUPS, thread_name="warpgroup",
+        # Without barriers of its own: a warpgroup only writes what it does not read, and `_body`
+        # has one before a copy. Approximate: 2^x in one instruction, to 2 ulp, and the noise's
+        # logarithms to about 1e-6.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True,
                                              lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name=f"summarize_{'coupled' if plan.coupled else 'rejection'}",
-        interpret=interpret,
+        kernel_name=f"summarize_{'coupled' if plan.coupled else 'rejection'}", interpret=interpret,
     )(logits, temperature, drafted if keys is None else keys,
       jnp.zeros(rows, jnp.int32) if ban is None else ban.astype(jnp.int32),
       jnp.zeros(1, jnp.int32) if offset is None else jnp.reshape(offset, 1))
-    return Summary(**{name: x[:, :pl.cdiv(vocab, CHUNK)] for name, x in zip(plan.fields, out, strict=True)})
+    return Summary(**{name: x[:, :pl.cdiv(vocab, CHUNK)]
+                      for name, x in zip(plan.fields, out, strict=True)})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static, and how a tile lies in registers: as [chunks, parts, width], where a part is a vector of 16 bytes
-    for each of the lanes that share a chunk.
+    """What is static, and how a tile lies in registers: as [chunks, parts, width], where a part is
+    a vector of 16 bytes for each of the lanes that share a chunk.
     """
 
     vocab: int
@@ -94,7 +99,8 @@ class _Plan:
 
     @property
     def chunks(self) -> int:
-        """Of a tile. Hashing is long: small tiles share it out better; without it, what is done once a tile matters."""
+        """Of a tile. Hashing is long: small tiles share it out better; without it, what is done
+        once a tile matters."""
         return 4 if self.coupled else 8
 
     @property
@@ -142,9 +148,10 @@ class _Plan:
 
 
 def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers) -> None:
-    """References in global memory: logits [R, V], temperature float32 [R], row_data (drafted ids int32 [R], or keys
-    uint32 [R, 2]), ban int32 [R], offset int32 [1], outputs [R, tiles * chunks] each. In shared memory: a ring of tiles
-    [WARPGROUPS * STAGES, pad + tile], and their barriers."""
+    """References in global memory: logits [R, V], temperature float32 [R], row_data (drafted ids
+    int32 [R], or keys uint32 [R, 2]), ban int32 [R], offset int32 [1], outputs [R, tiles * chunks]
+    each. In shared memory: a ring of tiles [WARPGROUPS * STAGES, pad + tile], and their
+    barriers."""
     *out, ring, arrived = refs
     tile, tiles, pad = plan.tile, plan.tiles, plan.pad
     warpgroup = lax.axis_index("warpgroup")
@@ -164,7 +171,8 @@ def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers) -> N
         row, at = place(i)
 
         def copy(columns, to) -> None:
-            plgpu.copy_gmem_to_smem(logits.at[row, columns], ring.at[slot(i), to], arrived.at[slot(i)],
+            plgpu.copy_gmem_to_smem(logits.at[row, columns], ring.at[slot(i), to],
+                                    arrived.at[slot(i)],
                                     oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
         @pl.when(at < tiles - 1)
@@ -192,7 +200,8 @@ def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers) -> N
         first = at * tile + offset[0]
 
         def write(plain) -> None:
-            fields = _summaries(x, temperature[row], row_data.at[row], ban[row], first, offset[0], plan, plain)
+            fields = _summaries(x, temperature[row], row_data.at[row], ban[row], first, offset[0],
+                                plan, plain)
             for ref, field in zip(out, fields, strict=True):
                 _store(ref.at[row, pl.ds(at * plan.chunks, plan.chunks)], field, plan)
 
@@ -213,7 +222,8 @@ def _body(logits, temperature, row_data, ban, offset, *refs, plan, workers) -> N
 
 
 def _store(ref, x, plan) -> None:
-    if hasattr(plgpu, "store") and not plan.interpret:  # JAX 0.12 wants to be told of a store that is not whole sectors
+    # JAX 0.12 wants to be told of a store that is not whole sectors
+    if hasattr(plgpu, "store") and not plan.interpret:
         plgpu.store(ref, x, optimized=False)
     else:
         ref[...] = x
@@ -234,7 +244,8 @@ def _summaries(x, t, row_data, ban, first, offset, plan, plain) -> tuple[jax.Arr
         return jnp.where(leader > -jnp.inf, leader, 0.0)  # of a chunk of -inf any number will do
 
     scale = 1 / jnp.where(t > 0, t, 1.0)
-    # in this order: what is the same for every tile would be kept from one to the next, in a register for each logit
+    # in this order: what is the same for every tile would be kept from one to the next, in a
+    # register for each logit
     ids = first + plan.iota(2) + plan.iota(0) * CHUNK + plan.iota(1) * plan.width
     if not plain:
         x = jnp.where(ids - offset < plan.vocab, x, -jnp.inf)
@@ -251,19 +262,23 @@ def _summaries(x, t, row_data, ban, first, offset, plan, plain) -> tuple[jax.Arr
     scores, highest = candidates, leader
     if plan.coupled:  # most of the work, and none of it for a greedy row
         under = candidates - plan.spread(finite(leader))
-        scores = lax.cond(t > 0, lambda: under * scale + noise.gumbel(noise.random_bits(row_data, ids)), lambda: under)
+        scores = lax.cond(t > 0, lambda: under * scale
+                          + noise.gumbel(noise.random_bits(row_data, ids)), lambda: under)
         highest = largest(scores)
-    # the lowest id of the largest score: the lowest part first, which is a constant, then the lowest column
+    # the lowest id of the largest score: the lowest part first, which is a constant, then the
+    # lowest column
     part = jnp.where(scores == plan.spread(highest), plan.iota(1), plan.shape[1]).min(1)
     flat = (plan.chunks, plan.width)
-    chunk, lane = (plan.cast(lax.broadcasted_iota(jnp.int32, flat, i), plan.layout.reduce(1)) for i in (0, 1))
+    chunk, lane = (plan.cast(lax.broadcasted_iota(jnp.int32, flat, i), plan.layout.reduce(1))
+                   for i in (0, 1))
     best_id = (part * plan.width + (lane + chunk * CHUNK + first)).min(1)
     fields = top, total(e), weighted
     if plan.coupled:
         best = largest(jnp.where(ids == plan.spread(best_id), candidates, -jnp.inf))
         drawn = highest - (best - finite(leader)) * scale
         return *fields, best, best_id, jnp.where(best > -jnp.inf, drawn, 0.0)
-    drafted_x = jnp.minimum(top, -jnp.inf)  # in the layout of the others: a constant has none, and is not stored
+    # in the layout of the others: a constant has none, and is not stored
+    drafted_x = jnp.minimum(top, -jnp.inf)
     if not plain:
         drafted = ids == row_data[()]
         drafted_x = largest(jnp.where(drafted, x, -jnp.inf))

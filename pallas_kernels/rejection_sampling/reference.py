@@ -9,15 +9,17 @@ import numpy as np
 from pallas_kernels import noise as noise_lib
 from pallas_kernels.noise import BlockNoise, CoupledNoise, CycleNoise, Noise
 
-# the inverse transform picks a block by one uniform and a token inside it by another, so that neither the noise nor
-# the cumulative sums span the vocabulary
+# the inverse transform picks a block by one uniform and a token inside it by another, so that
+# neither the noise nor the cumulative sums span the vocabulary
 VOCAB_BLOCK = 512
 
-SMALLEST = float(np.finfo(np.float32).tiny)  # below it is what chips flush to 0, and what has no reciprocal
+# below it is what chips flush to 0, and what has no reciprocal
+SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def flushed(temperature: jax.Array) -> jax.Array:
-    """The temperature [...] as it counts, float32: 0 where it is below float32's smallest normal number, 1.2e-38."""
+    """The temperature [...] as it counts, float32: 0 where it is below float32's smallest normal
+    number, 1.2e-38."""
     temperature = jnp.asarray(temperature, jnp.float32)
     return jnp.where(temperature < SMALLEST, 0.0, temperature)
 
@@ -35,28 +37,33 @@ def _top_k(log_p: jax.Array, k: int) -> jax.Array:
 
 
 def _top_p(log_p: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Keep the smallest set of most likely tokens whose mass reaches top_p; the one that crosses is kept."""
+    """Keep the smallest set of most likely tokens whose mass reaches top_p; the one that crosses is
+    kept."""
     order = jnp.argsort(-log_p, axis=-1, stable=True)
     ranked = jnp.take_along_axis(log_p, order, axis=-1)
     mass = jnp.exp(ranked)
-    # rank 0 by name: at top_p = 0 no mass is below it; top_p >= 1 keeps all, whatever the sums round to
-    keep = (jnp.cumsum(mass, axis=-1) - mass < top_p) | (jnp.arange(mass.shape[-1]) == 0) | (top_p >= 1)
+    # rank 0 by name: at top_p = 0 no mass is below it; top_p >= 1 keeps all, whatever the sums
+    # round to
+    keep = ((jnp.cumsum(mass, axis=-1) - mass < top_p) | (jnp.arange(mass.shape[-1]) == 0)
+            | (top_p >= 1))
     kept = jnp.where(keep, ranked, -jnp.inf)
     return jnp.put_along_axis(jnp.full_like(log_p, -jnp.inf), order, kept, axis=-1, inplace=False)
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """The lowest index of the largest value, int32 [...] from [..., V]: a quarter of `jnp.argmax`'s time on a CPU."""
+    """The lowest index of the largest value, int32 [...] from [..., V]: a quarter of `jnp.argmax`'s
+    time on a CPU."""
     largest = x == jnp.max(x, -1, keepdims=True)
     last = jnp.int32(x.shape[-1] - 1)
     return jnp.min(jnp.where(largest, jnp.arange(x.shape[-1], dtype=jnp.int32), last), -1)
 
 
 def scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """(logits - the largest) / T, float32 [..., V], at most 0; temperature broadcasts to [...], and 0 counts as 1.
+    """(logits - the largest) / T, float32 [..., V], at most 0; temperature broadcasts to [...], and
+    0 counts as 1.
 
-    In this order: the difference of near logits is exact, and rounding the quotients of a small T by themselves would
-    outweigh it.
+    In this order: the difference of near logits is exact, and rounding the quotients of a small T
+    by themselves would outweigh it.
     """
     logits = logits.astype(jnp.float32)
     largest = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
@@ -64,21 +71,23 @@ def scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def scaled_logprobs(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """log-softmax(logits / T), float32 [..., V], over the whole vocabulary; as `scaled`, and differentiable."""
+    """log-softmax(logits / T), float32 [..., V], over the whole vocabulary; as `scaled`, and
+    differentiable."""
     z = scaled(logits, temperature)
     return z - jnp.log(jnp.sum(jnp.exp(z), -1, keepdims=True))
 
 
-def _process(logits: jax.Array, raw: jax.Array, temperature: jax.Array, top_p: jax.Array | None, top_k: int,
-             ban: jax.Array | None, banned_tokens: tuple[int, ...]) -> jax.Array:
-    """`process_logits`, float32 [..., V], given `raw = scaled_logprobs(logits, temperature)`, which callers need for
-    itself too. temperature, top_p: float32 [...]."""
+def _process(logits: jax.Array, raw: jax.Array, temperature: jax.Array, top_p: jax.Array | None,
+             top_k: int, ban: jax.Array | None, banned_tokens: tuple[int, ...]) -> jax.Array:
+    """`process_logits`, float32 [..., V], given `raw = scaled_logprobs(logits, temperature)`, which
+    callers need for itself too. temperature, top_p: float32 [...]."""
     scores, log_p = logits.astype(jnp.float32), raw
     if ban is not None and banned_tokens:
         banned = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(banned_tokens)) & ban[..., None]
         scores = jnp.where(banned, -jnp.inf, scores)
         log_p = scaled_logprobs(scores, temperature)
-    greedy = jnp.where(jnp.arange(logits.shape[-1]) == _argmax(scores)[..., None], jnp.float32(0), -jnp.inf)
+    greedy = jnp.where(jnp.arange(logits.shape[-1]) == _argmax(scores)[..., None], jnp.float32(0),
+                       -jnp.inf)
     log_p = jnp.where(temperature[..., None] > 0, log_p, greedy)
     if top_k:
         log_p = jax.nn.log_softmax(_top_k(log_p, top_k))
@@ -87,20 +96,23 @@ def _process(logits: jax.Array, raw: jax.Array, temperature: jax.Array, top_p: j
     return log_p
 
 
-def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array | None = None, *, top_k: int = 0,
+def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array | None = None, *,
+                   top_k: int = 0,
                    ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()) -> jax.Array:
     """See `api.process_logits`: float32 [..., V] from logits [..., V]."""
     temperature = jnp.broadcast_to(flushed(temperature), logits.shape[:-1])
     top_p = None if top_p is None else jnp.broadcast_to(top_p, logits.shape[:-1])
-    return _process(logits, scaled_logprobs(logits, temperature), temperature, top_p, top_k, ban, banned_tokens)
+    return _process(logits, scaled_logprobs(logits, temperature), temperature, top_p, top_k, ban,
+                    banned_tokens)
 
 
 def first_above(mass: jax.Array, u: jax.Array, ids: jax.Array,
                 axis: tuple[str, ...] | None = None) -> jax.Array:
-    """The first id, int32 [B], whose cumulative mass exceeds u [B] times the total; never one without mass, if any has.
+    """The first id, int32 [B], whose cumulative mass exceeds u [B] times the total; never one
+    without mass, if any has.
 
-    mass: float32 [B, n], of ascending ids int32 [n] or [B, n]. `axis`: mesh axes over which both are split, in order; a
-    sum and two ids a row cross them.
+    mass: float32 [B, n], of ascending ids int32 [n] or [B, n]. `axis`: mesh axes over which both
+    are split, in order; a sum and two ids a row cross them.
     """
     cumulative, positive = jnp.cumsum(mass, -1), mass > 0
     total = cumulative[:, -1]
@@ -113,7 +125,8 @@ def first_above(mass: jax.Array, u: jax.Array, ids: jax.Array,
         cumulative, total = prefix[:, None] + cumulative, prefixes[-1]
     ids = jnp.broadcast_to(ids, mass.shape)
     none = jnp.iinfo(jnp.int32).max
-    # parallel sums are not quite monotone: an id without mass may be the first above, or none may be
+    # parallel sums are not quite monotone: an id without mass may be the first above, or none may
+    # be
     first = jnp.where((cumulative > u[:, None] * total[:, None]) & positive, ids, none).min(-1)
     last = jnp.where(positive, ids, 0).max(-1)
     if axis is not None:
@@ -122,22 +135,26 @@ def first_above(mass: jax.Array, u: jax.Array, ids: jax.Array,
 
 
 def inverse_transform(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """Draw int32 [B] from unnormalised probabilities float32 [B, V] with two uniforms each, [B, 2]."""
+    """Draw int32 [B] from unnormalised probabilities float32 [B, V] with two uniforms each, [B,
+    2]."""
     size = mass.shape[-1]
-    padded = jnp.pad(mass, ((0, 0), (0, -size % VOCAB_BLOCK))).reshape(mass.shape[0], -1, VOCAB_BLOCK)
+    padded = jnp.pad(mass,
+                     ((0, 0), (0, -size % VOCAB_BLOCK))).reshape(mass.shape[0], -1, VOCAB_BLOCK)
     block = first_above(padded.sum(-1), u[:, 0], jnp.arange(padded.shape[1]))
     inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
     return block * VOCAB_BLOCK + first_above(inside, u[:, 1], jnp.arange(VOCAB_BLOCK))
 
 
 def _coupled_argmax(log_p: jax.Array, keys: jax.Array, ids: jax.Array | None = None) -> jax.Array:
-    """Where log p + g is largest over the last axis, log_p [..., V], keys uint32 [..., 2], of ids int32 [V]."""
+    """Where log p + g is largest over the last axis, log_p [..., V], keys uint32 [..., 2], of ids
+    int32 [V]."""
     ids = jnp.arange(log_p.shape[-1]) if ids is None else ids
     bits = noise_lib.random_bits(keys[..., None, :], ids)
     return _argmax(log_p + noise_lib.gumbel(bits))
 
 
-def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None) -> jax.Array:
+def draw(log_q: jax.Array, noise: Noise, offset: int,
+         draft_vocab: jax.Array | None = None) -> jax.Array:
     """See `api.draw`: int32 [B] from log_q float32 [B, V]."""
     if isinstance(noise, CoupledNoise):
         at = _coupled_argmax(log_q, noise.keys[:, offset], draft_vocab)
@@ -147,17 +164,21 @@ def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | N
 
 
 def draft_logprobs(log_q: jax.Array, tokens: jax.Array, draft_vocab: jax.Array | None) -> jax.Array:
-    """log q of tokens int32 [B, K], float32 [B, K], from log_q [B, K, Vd]; -inf outside the draft's vocabulary."""
+    """log q of tokens int32 [B, K], float32 [B, K], from log_q [B, K, Vd]; -inf outside the draft's
+    vocabulary."""
     if draft_vocab is None:
         return _pick(log_q, tokens)
     return jnp.where(draft_vocab == tokens[..., None], log_q, -jnp.inf).max(-1)
 
 
-def spread(log_q: jax.Array, draft_vocab: jax.Array, vocab: int, first: jax.Array | int = 0) -> jax.Array:
-    """log_q [B, Vd] of a reduced vocabulary over the `vocab` ids from `first` on, [B, vocab]; -inf outside it."""
+def spread(log_q: jax.Array, draft_vocab: jax.Array, vocab: int,
+           first: jax.Array | int = 0) -> jax.Array:
+    """log_q [B, Vd] of a reduced vocabulary over the `vocab` ids from `first` on, [B, vocab]; -inf
+    outside it."""
     column = draft_vocab - first
     column = jnp.where((column >= 0) & (column < vocab), column, vocab)
-    return jnp.full((log_q.shape[0], vocab), -jnp.inf, log_q.dtype).at[:, column].set(log_q, mode="drop")
+    return jnp.full((log_q.shape[0], vocab), -jnp.inf,
+                    log_q.dtype).at[:, column].set(log_q, mode="drop")
 
 
 def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -170,27 +191,32 @@ def leading(flags: jax.Array) -> jax.Array:
     return jnp.cumprod(flags, axis=-1, dtype=jnp.int32).sum(-1, dtype=jnp.int32)
 
 
-def _coupled(log_p: jax.Array, draft_tokens: jax.Array, noise: CoupledNoise) -> tuple[jax.Array, jax.Array]:
-    """Accepted int32 [B] and tokens int32 [B, K + 1], from log p float32 [B, K + 1, V] and drafts int32 [B, K]."""
+def _coupled(log_p: jax.Array, draft_tokens: jax.Array,
+             noise: CoupledNoise) -> tuple[jax.Array, jax.Array]:
+    """Accepted int32 [B] and tokens int32 [B, K + 1], from log p float32 [B, K + 1, V] and drafts
+    int32 [B, K]."""
     target = _coupled_argmax(log_p, noise.keys)
     return leading(target[:, :-1] == draft_tokens), target
 
 
 def draft_mass(log_q: jax.Array) -> jax.Array:
-    """q, float32 [..., V], of log q; 0 where that is no number: nothing can be said to have been drawn from it."""
+    """q, float32 [..., V], of log q; 0 where that is no number: nothing can be said to have been
+    drawn from it."""
     q = jnp.exp(log_q)
     return jnp.where(jnp.isfinite(q), q, 0.0)
 
 
 def residual(log_p: jax.Array, log_q: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
-    """(weight p - q)+, unnormalised, float32 [B, V]; p itself where rounding leaves nothing. weight: [B, 1]."""
+    """(weight p - q)+, unnormalised, float32 [B, V]; p itself where rounding leaves nothing.
+    weight: [B, 1]."""
     p = jnp.exp(log_p)
     mass = jnp.maximum(weight * p - draft_mass(log_q), 0.0)
     return jnp.where(mass.sum(-1, keepdims=True) > 0, mass, p)
 
 
 def log_ratio(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """log p(y) - log q(y) of every draft, float32 [B, K]; -inf, which no test passes, where log q(y) is not finite."""
+    """log p(y) - log q(y) of every draft, float32 [B, K]; -inf, which no test passes, where log
+    q(y) is not finite."""
     return jnp.where(jnp.isfinite(log_q), log_p - log_q, -jnp.inf)
 
 
@@ -203,10 +229,11 @@ def _log_ratio(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array
     return log_ratio(drafted, draft_logprobs(draft_log_q, draft_tokens, draft_vocab))
 
 
-def _emit(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, draft_vocab: jax.Array | None,
+def _emit(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
+          draft_vocab: jax.Array | None,
           accepted: jax.Array, noise: CycleNoise, weight: jax.Array | float) -> jax.Array:
-    """Tokens int32 [B, K + 1]: the drafts, with one drawn after those that are accepted int32 [B], from (weight p - q)+
-    or, if all are, from p. weight: float32 [B, 1]."""
+    """Tokens int32 [B, K + 1]: the drafts, with one drawn after those that are accepted int32 [B],
+    from (weight p - q)+ or, if all are, from p. weight: float32 [B, 1]."""
     k = draft_tokens.shape[1]
     last = jnp.take_along_axis(log_p, accepted[:, None, None], axis=1)[:, 0]
     if k:
@@ -225,8 +252,8 @@ def _emit(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | No
     return jnp.where(jnp.arange(k + 1) == accepted[:, None], drawn[:, None], padded)
 
 
-def _rejection(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: CycleNoise,
-               draft_vocab: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _rejection(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
+               noise: CycleNoise, draft_vocab: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """As `_coupled`, with draft_log_q float32 [B, K, Vd]."""
     ratio = _log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab)
     accepted = leading(jnp.log(noise.accept) < ratio)
@@ -234,7 +261,8 @@ def _rejection(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array
 
 
 def block_weights(ratio: jax.Array) -> jax.Array:
-    """w_0 = 1, w_i = min(1, w_{i - 1} p(y_i) / q(y_i)), float32 [B, K + 1] from log p(y) - log q(y) [B, K]."""
+    """w_0 = 1, w_i = min(1, w_{i - 1} p(y_i) / q(y_i)), float32 [B, K + 1] from log p(y) - log q(y)
+    [B, K]."""
     log_w = [jnp.zeros(ratio.shape[0], jnp.float32)]
     for column in ratio.T:
         log_w.append(jnp.minimum(log_w[-1] + column, 0.0))  # logarithms: a ratio may overflow
@@ -243,8 +271,8 @@ def block_weights(ratio: jax.Array) -> jax.Array:
 
 def block_left(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
                draft_vocab: jax.Array | None, weights: jax.Array) -> jax.Array:
-    """r_i, the mass of (w_i p - q)+ of the draft after the first i, float32 [B, K] of i = 0 .. K - 1. weights:
-    `block_weights`, [B, K + 1]."""
+    """r_i, the mass of (w_i p - q)+ of the draft after the first i, float32 [B, K] of i = 0 .. K -
+    1. weights: `block_weights`, [B, K + 1]."""
     b, k = draft_tokens.shape
     log_p, w = log_p[:, :k], weights[:, :k]
     if draft_log_q is None:  # q is all on the draft, and w p no more than that
@@ -256,30 +284,35 @@ def block_left(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array
 
 
 def block_chances(weights: jax.Array, left: jax.Array) -> jax.Array:
-    """h_i = r_i / (r_i + 1 - w_i), and h_K = w_K, float32 [B, K] of i = 1 .. K; weights [B, K + 1], left [B, K].
+    """h_i = r_i / (r_i + 1 - w_i), and h_K = w_K, float32 [B, K] of i = 1 .. K; weights [B, K + 1],
+    left [B, K].
 
-    Where r_i = 1 - w_i = 0 the next draft's q is p: more than i are accepted for certain, and what test i says is of no
-    account but for rounding.
+    Where r_i = 1 - w_i = 0 the next draft's q is p: more than i are accepted for certain, and what
+    test i says is of no account but for rounding.
     """
     k = left.shape[1]
     left, whole = left[:, 1:], left[:, 1:] + (1.0 - weights[:, 1:k])
-    h = jnp.where(whole == 0, 1.0, left / jnp.where(whole == 0, 1.0, whole))  # of NaN it is NaN, which is refused
+    # of NaN it is NaN, which is refused
+    h = jnp.where(whole == 0, 1.0, left / jnp.where(whole == 0, 1.0, whole))
     return jnp.concatenate([h, weights[:, k:]], axis=1)[:, :k]
 
 
 def last_true(flags: jax.Array) -> jax.Array:
-    """The number, from 1, of the last flag that is true, and 0 if none is; int32 [B] from bool [B, K]."""
-    return jnp.where(flags, jnp.arange(1, flags.shape[1] + 1), 0).max(-1, initial=0).astype(jnp.int32)
+    """The number, from 1, of the last flag that is true, and 0 if none is; int32 [B] from bool [B,
+    K]."""
+    return jnp.where(flags, jnp.arange(1, flags.shape[1] + 1),
+                     0).max(-1, initial=0).astype(jnp.int32)
 
 
-def _block(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: CycleNoise,
-           draft_vocab: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _block(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
+           noise: CycleNoise, draft_vocab: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """As `_rejection`.
 
-    Why it is exact: given y_1 .. y_i, the chance that i drafts or more are accepted is w_i, by induction from K
-    down. It is h_i + (1 - h_i) E[w_{i+1}] over y_{i+1} ~ q, where E[w_{i+1}] = sum(min(q, w_i p)) = w_i - r_i, and h_i
-    makes it w_i. So exactly i are accepted with r_i, and x is the next token with min(q, w_i p)(x) as a draft, and with
-    r_i (w_i p - q)+(x) / r_i as the one drawn after i: together w_i p(x).
+    Why it is exact: given y_1 .. y_i, the chance that i drafts or more are accepted is w_i, by
+    induction from K down. It is h_i + (1 - h_i) E[w_{i+1}] over y_{i+1} ~ q, where E[w_{i+1}] =
+    sum(min(q, w_i p)) = w_i - r_i, and h_i makes it w_i. So exactly i are accepted with r_i, and x
+    is the next token with min(q, w_i p)(x) as a draft, and with r_i (w_i p - q)+(x) / r_i as the
+    one drawn after i: together w_i p(x).
     """
     weights = block_weights(_log_ratio(log_p, draft_tokens, draft_log_q, draft_vocab))
     left = block_left(log_p, draft_tokens, draft_log_q, draft_vocab, weights)
@@ -288,13 +321,13 @@ def _block(log_p: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | N
     return accepted, _emit(log_p, draft_tokens, draft_log_q, draft_vocab, accepted, noise, weight)
 
 
-def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None, noise: Noise,
-                       temperature: jax.Array, top_p: jax.Array | None = None, *,
-                       draft_vocab: jax.Array | None = None, top_k: int = 0, ban: jax.Array | None = None,
-                       banned_tokens: tuple[int, ...] = ()
+def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
+                       noise: Noise, temperature: jax.Array, top_p: jax.Array | None = None, *,
+                       draft_vocab: jax.Array | None = None, top_k: int = 0,
+                       ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()
                        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """See `api.rejection_sampling`; returns the fields of `api.Verdict`: accepted int32 [B], and of [B, K + 1] tokens
-    int32, logprobs and entropy float32."""
+    """See `api.rejection_sampling`; returns the fields of `api.Verdict`: accepted int32 [B], and of
+    [B, K + 1] tokens int32, logprobs and entropy float32."""
     temperature = jnp.broadcast_to(flushed(temperature)[:, None], logits.shape[:-1])
     top_p = None if top_p is None else jnp.broadcast_to(top_p[:, None], logits.shape[:-1])
     raw = scaled_logprobs(logits, temperature)

@@ -1,4 +1,5 @@
-"""The shapes that are run for real: tests, ahead-of-time compilation and benchmarks read this list."""
+"""The shapes that are run for real: tests, ahead-of-time compilation and benchmarks read this
+list."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Shape:
 
     @property
     def name(self) -> str:
-        return f"{self.model}-b{self.batch}-k{self.k}-{self.dtype}" + (f"-{self.shards}way" if self.shards > 1 else "")
+        return (f"{self.model}-b{self.batch}-k{self.k}-{self.dtype}"
+                + (f"-{self.shards}way" if self.shards > 1 else ""))
 
     @property
     def rows(self) -> int:

@@ -1,9 +1,10 @@
 """One pass over the logits on a TPU (Mosaic).
 
-A program takes a few rows and up to CHUNKS neighbouring chunks of them, 2 MB of float32, which the pipeline fetches
-while the last block is reduced. Inside, it goes chunk by chunk, a few vector registers at a time, and every chunk's
-numbers take a lane of their own in the outputs. With one exponential and about 15 other operations a logit the
-rejection rule is bound by memory on every TPU; the coupled rule's hash is about 110 operations.
+A program takes a few rows and up to CHUNKS neighbouring chunks of them, 2 MB of float32, which the
+pipeline fetches while the last block is reduced. Inside, it goes chunk by chunk, a few vector
+registers at a time, and every chunk's numbers take a lane of their own in the outputs. With one
+exponential and about 15 other operations a logit the rejection rule is bound by memory on every
+TPU; the coupled rule's hash is about 110 operations.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from pallas_kernels.rejection_sampling.summary import CHUNK, Summary
 CHUNKS = 128  # of a program: each is a lane of its outputs
 
 
-def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | None, keys: jax.Array | None,
-              ban: jax.Array | None, offset: jax.Array | None, *, banned_tokens: tuple[int, ...] = (),
-              interpret: Any = False) -> Summary:
+def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | None,
+              keys: jax.Array | None, ban: jax.Array | None, offset: jax.Array | None, *,
+              banned_tokens: tuple[int, ...] = (), interpret: Any = False) -> Summary:
     """The `Summary` of R rows.
 
     Args:
@@ -41,7 +42,8 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
         raise NotImplementedError(f"logits must be float32 or bfloat16, not {logits.dtype}")
     coupled, sharded = keys is not None, offset is not None
     names = ["top", "total", "weighted", "best", "best_id"]
-    names += ["best_noise"] if coupled else ["drafted", "mass", "spill"] if sharded else ["drafted", "mass"]
+    names += (["best_noise"] if coupled else ["drafted", "mass", "spill"] if sharded
+              else ["drafted", "mass"])
     count = pl.cdiv(vocab, CHUNK)
     chunks, height = min(CHUNKS, count), min(32 // logits.dtype.itemsize, rows)
     # one array for all that is known of a row: each would be padded to 128 lanes by itself
@@ -55,31 +57,34 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
         partial(_body, vocab=vocab, chunks=chunks, names=names,
                 banned_tokens=banned_tokens if ban is not None else ()),
         grid=(pl.cdiv(rows, height), pl.cdiv(count, chunks)),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec((height, chunks * CHUNK), lambda i, j: (i, j)),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM),
+                  pl.BlockSpec((height, chunks * CHUNK), lambda i, j: (i, j)),
                   by_row(1), by_row(len(of_row))],
         out_specs=[pl.BlockSpec((height, chunks), lambda i, j: (i, j))] * len(names),
-        out_shape=[jax.ShapeDtypeStruct((rows, pl.cdiv(count, chunks) * chunks),
-                                        jnp.int32 if name == "best_id" else jnp.float32) for name in names],
+        out_shape=[jax.ShapeDtypeStruct((rows, pl.cdiv(count, chunks) * chunks), jnp.int32
+                                        if name == "best_id" else jnp.float32) for name in names],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name=f"summarize_{'coupled' if coupled else 'rejection'}",
         interpret=interpret,
-    )(jnp.zeros(1, jnp.int32) if offset is None else jnp.reshape(offset, 1).astype(jnp.int32), logits,
-      temperature[:, None], jnp.stack(of_row, 1))
+    )(jnp.zeros(1, jnp.int32) if offset is None else jnp.reshape(offset, 1).astype(jnp.int32),
+      logits, temperature[:, None], jnp.stack(of_row, 1))
     return Summary(**{name: x[:, :count] for name, x in zip(names, out, strict=True)})
 
 
 def _body(offset, logits, temperature, of_row, *out, vocab, chunks, names, banned_tokens) -> None:
-    """References: offset int32 [1], logits [height, chunks * CHUNK], temperature float32 [height, 1], of_row int32
-    [height, 2 or 3] (banned or not, then the drafted id or the key's two words), out [height, chunks] each."""
+    """References: offset int32 [1], logits [height, chunks * CHUNK], temperature float32 [height,
+    1], of_row int32 [height, 2 or 3] (banned or not, then the drafted id or the key's two words),
+    out [height, chunks] each."""
     begin = pl.program_id(1) * chunks
     lane = jax.lax.broadcasted_iota(jnp.int32, out[0].shape, 1)
 
     def step(c, fields) -> tuple[jax.Array, ...]:
         at = pl.multiple_of(c * CHUNK, CHUNK)
         x = logits[:, pl.ds(at, CHUNK)].astype(jnp.float32)
-        values = _summaries(x, (begin + c) * CHUNK, offset[0], temperature[...], of_row[...], vocab, names,
-                            banned_tokens)
-        return tuple(jnp.where(lane == c, value, field) for value, field in zip(values, fields, strict=True))
+        values = _summaries(x, (begin + c) * CHUNK, offset[0], temperature[...], of_row[...], vocab,
+                            names, banned_tokens)
+        return tuple(jnp.where(lane == c, value, field)
+                     for value, field in zip(values, fields, strict=True))
 
     # the chunks beyond the vocabulary, of a row's last program, are not there
     live = jnp.minimum(chunks, pl.cdiv(vocab, CHUNK) - begin)
@@ -88,10 +93,12 @@ def _body(offset, logits, temperature, of_row, *out, vocab, chunks, names, banne
         ref[...] = field
 
 
-def _summaries(x: jax.Array, column: jax.Array, offset: jax.Array, temperature: jax.Array, of_row: jax.Array,
+def _summaries(x: jax.Array, column: jax.Array, offset: jax.Array, temperature: jax.Array,
+               of_row: jax.Array,
                vocab: int, names: list[str], banned_tokens: tuple[int, ...]) -> list[jax.Array]:
     """The fields `names`, each [rows, 1], of one chunk x [rows, CHUNK] that begins at `column`."""
-    total, largest = partial(jnp.sum, axis=1, keepdims=True), partial(jnp.max, axis=1, keepdims=True)
+    total, largest = partial(jnp.sum, axis=1,
+                             keepdims=True), partial(jnp.max, axis=1, keepdims=True)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     ids = lane + (column + offset)
     if vocab % CHUNK:
@@ -100,7 +107,8 @@ def _summaries(x: jax.Array, column: jax.Array, offset: jax.Array, temperature: 
     top = largest(x)
     d = (x - _finite(top)) * scale
     e = jnp.exp(d)
-    fields = {"top": top, "total": total(e), "weighted": total(e * jnp.maximum(d, -200.0))}  # exp(-200) is 0; not NaN
+    # exp(-200) is 0; not NaN
+    fields = {"top": top, "total": total(e), "weighted": total(e * jnp.maximum(d, -200.0))}
     candidates, leader = x, top
     if banned_tokens:
         banned = jnp.zeros(x.shape, bool)
@@ -112,8 +120,8 @@ def _summaries(x: jax.Array, column: jax.Array, offset: jax.Array, temperature: 
 
     def lowest(scores, best) -> jax.Array:
         # lanes as floats, which every TPU can reduce
-        return jnp.min(jnp.where(scores == best, lane.astype(jnp.float32), CHUNK - 1.0), axis=1, keepdims=True).astype(
-            jnp.int32)
+        return jnp.min(jnp.where(scores == best, lane.astype(jnp.float32), CHUNK - 1.0), axis=1,
+                       keepdims=True).astype(jnp.int32)
 
     if "best_noise" in names:
         key = of_row[:, 1:2].astype(jnp.uint32), of_row[:, 2:3].astype(jnp.uint32)

@@ -1,19 +1,20 @@
 """Attention of a few new positions against blocks of a pool on a GPU: Mosaic GPU, Hopper.
 
-A split is SPLIT cached positions of one KV head of one row, or more where a row may be so long that it had over
-MOST_SPLITS. As many programs as the GPU holds at once go through the splits that the live rows' lengths cover
-(`schedule`), whatever else a table has room for. A split goes in steps of STEP positions: TMA brings their keys
-and values by turns from the row's blocks to a ring in shared memory, 64 KB of it in each of the two programs that a
-multiprocessor holds, where about 40 KB on their way saturate an H200. The new positions are one more step of the row's
-last split, whose program also writes them into the row's blocks once all that it reads has arrived.
+A split is SPLIT cached positions of one KV head of one row, or more where a row may be so long that
+it had over MOST_SPLITS. As many programs as the GPU holds at once go through the splits that the
+live rows' lengths cover (`schedule`), whatever else a table has room for. A split goes in steps of
+STEP positions: TMA brings their keys and values by turns from the row's blocks to a ring in shared
+memory, 64 KB of it in each of the two programs that a multiprocessor holds, where about 40 KB on
+their way saturate an H200. The new positions are one more step of the row's last split, whose
+program also writes them into the row's blocks once all that it reads has arrived.
 
-More than ROWS query rows are two warpgroups that read the same ring; their registers leave room for one such program,
-whose ring is 128 KB. Still more are taken in turns, each of which reads the positions again. What is float32 goes
-through registers to three bfloat16 tiles, which hold its 24 bits; of the nine products of parts, the three below 2^-24
-are left out.
+More than ROWS query rows are two warpgroups that read the same ring; their registers leave room for
+one such program, whose ring is 128 KB. Still more are taken in turns, each of which reads the
+positions again. What is float32 goes through registers to three bfloat16 tiles, which hold its 24
+bits; of the nine products of parts, the three below 2^-24 are left out.
 
-A split's sums, unnormalised, are T x group rows of float32: for 16 rows of 128 they are 3% of what was read, for 64
-rows 12%, written and read again by XLA, which puts them together.
+A split's sums, unnormalised, are T x group rows of float32: for 16 rows of 128 they are 3% of what
+was read, for 64 rows 12%, written and read again by XLA, which puts them together.
 """
 
 from __future__ import annotations
@@ -50,14 +51,16 @@ NEW = 16  # new positions are padded to what a matrix instruction contracts at o
 SMALLEST = 16  # block in positions, and what larger ones are multiples of
 
 
-@partial(jax.jit, static_argnames=("window", "interpret"))  # references to GPU memory want a jit around them
+# references to GPU memory want a jit around them
+@partial(jax.jit, static_argnames=("window", "interpret"))
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
                      table: jax.Array, lengths: jax.Array, *, window: int | None = None,
                      interpret: Any = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.verify_attention`. interpret: False, or an InterpretGPUParams.
 
-    Raises NotImplementedError for queries and a pool that are not both float32 or both bfloat16, head sizes other than
-    64 and 128, more than NEW new positions, and blocks whose size is no multiple of SMALLEST.
+    Raises NotImplementedError for queries and a pool that are not both float32 or both bfloat16,
+    head sizes other than 64 and 128, more than NEW new positions, and blocks whose size is no
+    multiple of SMALLEST.
     """
     b, new, _, d = q.shape
     blocks, kv_heads, size = pool_k.shape[:3]
@@ -66,8 +69,8 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     if new > NEW:
         raise NotImplementedError(f"{new} new positions a row are more than {NEW}")
     if q.dtype not in (jnp.float32, jnp.bfloat16) or pool_k.dtype != q.dtype:
-        raise NotImplementedError("queries and pool that are not both float32 must be bfloat16, not "
-                                  f"{q.dtype} and {pool_k.dtype}")
+        raise NotImplementedError("queries and pool that are not both float32 must be bfloat16, "
+                                  f"not {q.dtype} and {pool_k.dtype}")
     if size % SMALLEST:
         raise NotImplementedError(f"blocks of {size} positions are not a multiple of {SMALLEST}")
     group = q.shape[2] // kv_heads
@@ -80,7 +83,8 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     split = SPLIT * pl.cdiv(table.shape[1] * size, SPLIT * MOST_SPLITS)
     splits = pl.cdiv(table.shape[1] * size, split)
     at_once = FEW if interpret else MULTIPROCESSORS * (2 if warpgroups == 1 else 1)
-    plan = Plan(group, new, window, kv_heads, blocks, size, split, splits, min(at_once, b * kv_heads * splits),
+    plan = Plan(group, new, window, kv_heads, blocks, size, split, splits,
+                min(at_once, b * kv_heads * splits),
                  warpgroups, tiles, packed.shape[2] // tiles, d, q.dtype, bool(interpret))
     first, last = _splits(lengths, plan)
     row_of, begin, count = schedule(first, last, table[:, 0] < blocks, b * splits)
@@ -92,12 +96,14 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
                   jax.ShapeDtypeStruct((*shape[:3], tiles, 2, ROWS), jnp.float32)],
         mesh=plgpu.Mesh(grid=(plan.programs,), grid_names=("program",),
                         num_threads=warpgroups, thread_name="warpgroup"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(approx_math=True,
+                                             lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         name="verify_attention",
     )(jnp.stack(list(parts_of(packed))), _pad(k.swapaxes(1, 2), NEW), _pad(v.swapaxes(1, 2), NEW),
       row_of, begin, first, count, table, lengths, *pools)
-    out = _combine(sums, stats, first, last, table[:, 0] < blocks, plan)[:, :, :new * group].astype(q.dtype)
+    out = _combine(sums, stats, first, last, table[:, 0] < blocks,
+                   plan)[:, :, :new * group].astype(q.dtype)
     return unpack(out, new), *map(jax.freeze, pools)
 
 
@@ -116,7 +122,8 @@ def _splits(lengths: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
 
 def _combine(sums: jax.Array, stats: jax.Array, first: jax.Array, last: jax.Array, live: jax.Array,
              plan: Plan) -> jax.Array:
-    """Sums of the splits [B, H_kv, splits, rows, D] to the output, one after the other: XLA chooses no order."""
+    """Sums of the splits [B, H_kv, splits, rows, D] to the output, one after the other: XLA chooses
+    no order."""
     top, total = (stats[..., i, :plan.rows].reshape(*sums.shape[:4]) for i in (0, 1))
     splits = jnp.arange(plan.splits)
     ran = (live[:, None] & (splits >= first[:, None]) & (splits <= last[:, None]))[:, None, :, None]
@@ -134,54 +141,63 @@ def _scoped(*refs, plan) -> None:
     n, d = plan.warpgroups, plan.head_dim
 
     def lines(dtype, *shape) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)),
-                                                    plgpu.SwizzleTransform(128)))
+        return plgpu.SMEM(shape, dtype,
+                          transforms=(plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)),
+                                      plgpu.SwizzleTransform(128)))
 
     pl.run_scoped(partial(_body, *refs, plan=plan), lines(jnp.bfloat16, n * plan.parts, ROWS, d),
                   lines(plan.dtype, plan.slots, STEP, d),
                   lines(jnp.bfloat16, plan.parts, STEP, d) if plan.parts > 1 else None,
-                  plgpu.SMEM((2, plan.new, d), plan.dtype), plgpu.SMEM((n, ROWS, COLUMNS), jnp.float32),
+                  plgpu.SMEM((2, plan.new, d), plan.dtype),
+                  plgpu.SMEM((n, ROWS, COLUMNS), jnp.float32),
                   plgpu.SMEM((n, 2, ROWS), jnp.float32), plgpu.Barrier(num_barriers=n * plan.parts),
                   plgpu.Barrier(num_barriers=plan.slots, num_arrivals=STEP // plan.run),
                   plgpu.Barrier(num_barriers=plan.slots, num_arrivals=n),
-                  plgpu.Barrier(num_arrivals=n), plgpu.Barrier(num_barriers=2), collective_axes="warpgroup")
+                  plgpu.Barrier(num_arrivals=n), plgpu.Barrier(num_barriers=2),
+                  collective_axes="warpgroup")
 
 
-def _body(q, new_k, new_v, row_of, begin_of, first_of, count, table, lengths, pool_k, pool_v, sums, stats, *scratch,
-          plan) -> None:
+def _body(q, new_k, new_v, row_of, begin_of, first_of, count, table, lengths, pool_k, pool_v, sums,
+          stats, *scratch, plan) -> None:
     program = lax.axis_index("program")
 
     def take(n, _) -> None:
-        """The n-th of this program's splits: heads lie beside each other, then splits, then rows."""
+        """The n-th of this program's splits: heads lie beside each other, then splits, then
+        rows."""
         number = n * plan.programs + program
         head, at = lax.rem(number, plan.kv_heads), lax.div(number, plan.kv_heads)
         row = row_of[at]
-        _split(q, new_k, new_v, table, lengths[row], pool_k, pool_v, sums, stats, *scratch, row=row, head=head,
-               split=first_of[row] + at - begin_of[row], plan=plan)
+        _split(q, new_k, new_v, table, lengths[row], pool_k, pool_v, sums, stats, *scratch, row=row,
+               head=head, split=first_of[row] + at - begin_of[row], plan=plan)
 
-    lax.fori_loop(0, lax.div(count[0] * plan.kv_heads - program + plan.programs - 1, plan.programs), take, None)
+    lax.fori_loop(0, lax.div(count[0] * plan.kv_heads - program + plan.programs - 1, plan.programs),
+                  take, None)
 
 
-def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles, ring, tiles, rows, staged, numbers,
+def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles, ring, tiles, rows,
+           staged, numbers,
            q_arrived, arrived, used, meet, rows_arrived, *, row, head, split, plan) -> None:
     """One split of one head of a row.
 
-    References in global memory: q bfloat16 [parts, B, H_kv, rows, D], new_k and new_v [B, H_kv, NEW, D], table int32
-    [B, M], the pools, sums float32 [B, H_kv, splits, rows, D], stats float32 [B, H_kv, splits, tiles, 2, ROWS]: the
-    largest score and the sum of weights. In shared memory: q_tiles [warpgroups * parts, ROWS, D], ring
-    [slots, STEP, D], tiles [parts, STEP, D], rows [2, new, D], staged [warpgroups, ROWS, COLUMNS], numbers
-    [warpgroups, 2, ROWS], and barriers. length: int32 scalar.
+    References in global memory: q bfloat16 [parts, B, H_kv, rows, D], new_k and new_v [B, H_kv,
+    NEW, D], table int32 [B, M], the pools, sums float32 [B, H_kv, splits, rows, D], stats float32
+    [B, H_kv, splits, tiles, 2, ROWS]: the largest score and the sum of weights. In shared memory:
+    q_tiles [warpgroups * parts, ROWS, D], ring [slots, STEP, D], tiles [parts, STEP, D], rows [2,
+    new, D], staged [warpgroups, ROWS, COLUMNS], numbers [warpgroups, 2, ROWS], and barriers.
+    length: int32 scalar.
     """
     warpgroup = lax.axis_index("warpgroup")
     last = split == lax.div(jnp.maximum(length - 1, 0), plan.split)
 
     def place(pool, position, count) -> Any:
         """Where `count` positions of the row lie, all in one block."""
-        return pool.at[table[row, lax.div(position, plan.size)], head, pl.ds(lax.rem(position, plan.size), count)]
+        return pool.at[table[row, lax.div(position, plan.size)], head,
+                       pl.ds(lax.rem(position, plan.size), count)]
 
     begin, stop = split * plan.split, jnp.minimum((split + 1) * plan.split, length)
     if plan.window is not None:
-        begin = jnp.maximum(begin, lax.div(jnp.maximum(length - plan.window + 1, 0), plan.run) * plan.run)
+        begin = jnp.maximum(begin,
+                            lax.div(jnp.maximum(length - plan.window + 1, 0), plan.run) * plan.run)
     cached = lax.div(jnp.maximum(stop - begin, 0) + STEP - 1, STEP)
     steps = cached + last.astype(jnp.int32)
 
@@ -196,10 +212,12 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
         @pl.when(step < cached)
         def _() -> None:
             for at in range(0, STEP, plan.run):
-                # not beyond the last run, where the row may have no block: what is masked may be any
-                position = jnp.minimum(begin + step * STEP + at, lax.div(stop - 1, plan.run) * plan.run)
-                plgpu.copy_gmem_to_smem(place(pool, position, plan.run), ring.at[to, pl.ds(at, plan.run)],
-                                        arrived.at[to])
+                # not beyond the last run, where the row may have no block: what is masked may be
+                # any
+                position = jnp.minimum(begin + step * STEP + at,
+                                       lax.div(stop - 1, plan.run) * plan.run)
+                plgpu.copy_gmem_to_smem(place(pool, position, plan.run),
+                                        ring.at[to, pl.ds(at, plan.run)], arrived.at[to])
 
         @pl.when((step == cached) & last)
         def _() -> None:
@@ -239,12 +257,14 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
 
         def step(i, carry) -> tuple[Any, ...]:
             old = i < cached
-            start, end = jnp.where(old, begin + i * STEP, length), jnp.where(old, stop, length + plan.new)
+            start, end = jnp.where(old, begin + i * STEP,
+                                   length), jnp.where(old, stop, length + plan.new)
             top, total, out = carry
             plgpu.barrier_wait(arrived.at[slot(i, 0)])
             keys = cut(ring.at[slot(i, 0)], tiles, end - start, plan)
             scores = product(mine, keys, plan, transposed=True)
-            top, total, scale, weights = softmax_step(scores, top, total, tile, start, length, end, plan)
+            top, total, scale, weights = softmax_step(scores, top, total, tile, start, length, end,
+                                                      plan)
             refill(i, 0)
             plgpu.barrier_wait(arrived.at[slot(i, 1)])
             # of what is masked keys may be anything, but 0 times NaN is not 0: values may not
@@ -277,7 +297,8 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
     @pl.when(writes)
     def _() -> None:
         for i, new in enumerate((new_k, new_v)):
-            plgpu.copy_gmem_to_smem(new.at[row, head, pl.ds(0, plan.new)], rows.at[i], rows_arrived.at[i])
+            plgpu.copy_gmem_to_smem(new.at[row, head, pl.ds(0, plan.new)], rows.at[i],
+                                    rows_arrived.at[i])
 
     lax.fori_loop(0, plan.tiles // plan.warpgroups, turn, None)
 

@@ -72,12 +72,14 @@ class Plan:
 
 
 def parts_of(x: jax.Array) -> Iterator[jax.Array]:
-    """bfloat16 numbers whose sum is x, the largest first. Cut off, not rounded: no compiler takes that for nothing."""
+    """bfloat16 numbers whose sum is x, the largest first. Cut off, not rounded: no compiler takes
+    that for nothing."""
     if x.dtype == jnp.bfloat16:
         yield x
         return
     for _ in range(3):
-        high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
+        high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32)
+                                        & jnp.uint32(0xFFFF0000), jnp.float32)
         yield high.astype(jnp.bfloat16)
         x -= high
 
@@ -89,8 +91,8 @@ def wait_for_all(barrier, plan) -> None:
 
 
 def cut(held, tiles, count, plan) -> list[Any]:
-    """What matrix instructions take of a step's keys or values [STEP, D]: float32 is cut into tiles [3, STEP, D], of
-    which the rows from `count` on are zeros.
+    """What matrix instructions take of a step's keys or values [STEP, D]: float32 is cut into tiles
+    [3, STEP, D], of which the rows from `count` on are zeros.
     """
     if plan.parts == 1:
         return [held]
@@ -105,9 +107,11 @@ def cut(held, tiles, count, plan) -> list[Any]:
 def product(a, b, plan, *, transposed=False) -> jax.Array:
     """float32 a @ b, or a @ b.T, of lists of parts; a: references or registers."""
     pairs = [(x, y) for i, x in enumerate(a) for y in b[:len(b) - i]]
-    if plan.interpret:  # knows no transposed references; plain loads want a fence before TMA writes where they read
+    # knows no transposed references; plain loads want a fence before TMA writes where they read
+    if plan.interpret:
         dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
-        out = sum(lax.dot_general(x[...], y[...], dimensions, preferred_element_type=jnp.float32) for x, y in pairs)
+        out = sum(lax.dot_general(x[...], y[...], dimensions, preferred_element_type=jnp.float32)
+                  for x, y in pairs)
         plgpu.commit_smem()
         return out
 
@@ -116,7 +120,8 @@ def product(a, b, plan, *, transposed=False) -> jax.Array:
             plgpu.wgmma(acc, x, plgpu.transpose_ref(y, (1, 0)) if transposed else y)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC((ROWS, b[0].shape[0] if transposed else b[0].shape[1]), jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((ROWS, b[0].shape[0] if transposed else b[0].shape[1]),
+                                        jnp.float32))
 
 
 def softmax_step(scores, top, total, tile, start, length, end,
@@ -131,11 +136,13 @@ def softmax_step(scores, top, total, tile, start, length, end,
     highest = jnp.maximum(top, scores.max(1))
     weights = jnp.exp2(scores - lax.broadcast_in_dim(highest, scores.shape, (0,)))
     scale = jnp.exp2(top - highest)
-    return highest, total * scale + weights.sum(1), scale, list(parts_of(weights.astype(plan.dtype)))
+    return (highest, total * scale + weights.sum(1), scale,
+            list(parts_of(weights.astype(plan.dtype))))
 
 
 def clear_rows(values, count, warpgroup, meet, plan) -> None:
-    """Zero the rows of bfloat16 values [STEP, D] from `count` on, before any warpgroup reads them."""
+    """Zero the rows of bfloat16 values [STEP, D] from `count` on, before any warpgroup reads
+    them."""
     @pl.when(warpgroup == 0)
     def _() -> None:
         for chunk in plan.chunks:

@@ -1,4 +1,5 @@
-"""Queries as rows of the matrix unit: the query heads of a group beside each other, for every new position."""
+"""Queries as rows of the matrix unit: the query heads of a group beside each other, for every new
+position."""
 
 from __future__ import annotations
 

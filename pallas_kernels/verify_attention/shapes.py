@@ -1,4 +1,5 @@
-"""The shapes that are run for real: tests, ahead-of-time compilation and benchmarks read this list."""
+"""The shapes that are run for real: tests, ahead-of-time compilation and benchmarks read this
+list."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One device's heads: `batch` rows with `t` new positions each, a cache of `size` positions a row."""
+    """One device's heads: `batch` rows with `t` new positions each, a cache of `size` positions a
+    row."""
 
     model: str
     heads: int
@@ -24,12 +26,13 @@ class Shape:
     @property
     def name(self) -> str:
         window = f"-w{self.window}" if self.window else ""
-        return (f"{self.model}-h{self.heads}:{self.kv_heads}-b{self.batch}-t{self.t}-s{self.size}-{self.dtype}"
-                f"{window}")
+        return (f"{self.model}-h{self.heads}:{self.kv_heads}-b{self.batch}-t{self.t}-s{self.size}"
+                f"-{self.dtype}{window}")
 
     def kv_bytes(self, length: int) -> int:
         """Keys and values of `length` cached positions in every row."""
-        return 2 * self.batch * self.kv_heads * length * self.head_dim * jnp.dtype(self.dtype).itemsize
+        return (2 * self.batch * self.kv_heads * length * self.head_dim * jnp.dtype(self.dtype)
+                .itemsize)
 
 
 SHAPES = (

@@ -16,7 +16,8 @@ from jspec.hlo import instructions
 COLLECTIVE = """
 %body (param: f32[8]) -> f32[8] {{
   %param = f32[8]{{0:T(128)}} parameter(0)
-  %sum = f32[8]{{0:T(128)S(1)}} {}, metadata={{op_name="jit(f)/decode/loop_16/while/body/verify/add"}}
+  %sum = f32[8]{{0:T(128)S(1)}} {}, \
+metadata={{op_name="jit(f)/decode/loop_16/while/body/verify/add"}}
   ROOT %out = f32[8]{{0:T(128)}} add(%sum, %param)
 }}
 
@@ -29,7 +30,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 
 @pytest.mark.parametrize(("collective", "joined"), [
     ("all-reduce(%param), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add", []),
-    ("all-reduce(%param), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add", [(0, 4)]),
+    ("all-reduce(%param), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add",
+     [(0, 4)]),
     ("all-reduce-start(%param), replica_groups={}, to_apply=%add", [tuple(range(8))]),
     ("all-gather(%param), replica_groups=[2,4]<=[8], dimensions={0}", []),
     ("all-gather(%param), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", [(0, 4)]),
@@ -67,7 +69,8 @@ def write(pool, i):
 def test_a_pool_that_a_loop_copies_is_seen(body, copies):
     def decode(pool):
         with jax.named_scope("loop_16"):
-            return jax.lax.fori_loop(0, pool[0, 0, 0, 0].astype(jnp.int32), lambda i, pool: body(pool, i), pool)
+            return jax.lax.fori_loop(0, pool[0, 0, 0, 0].astype(jnp.int32),
+                                     lambda i, pool: body(pool, i), pool)
 
     text = jax.jit(decode, donate_argnums=0).lower(jnp.zeros(POOL)).compile().as_text()
     found = compiled_text.read(text, BLOCK, [0])
@@ -77,22 +80,27 @@ def test_a_pool_that_a_loop_copies_is_seen(body, copies):
 TRANSFERS = """
 %body (param: bf16[648,2,128,128]) -> bf16[648,2,128,128] {
   %param = bf16[648,2,128,128]{3,2,1,0:T(8,128)(2,1)} parameter(0)
-  %a = ((bf16[648,2,128,128]{3,2,1,0}), bf16[1,2,128,128]{3,2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%param)
-  %b = (bf16[648,2,128,128]{3,2,1,0:S(1)}, bf16[648,2,128,128]{3,2,1,0}, u32[]{:S(2)}) copy-start(%param)
+  %a = ((bf16[648,2,128,128]{3,2,1,0}), bf16[1,2,128,128]{3,2,1,0:S(1)}, s32[]{:S(2)}) \
+slice-start(%param)
+  %b = (bf16[648,2,128,128]{3,2,1,0:S(1)}, bf16[648,2,128,128]{3,2,1,0}, u32[]{:S(2)}) \
+copy-start(%param)
   %c = bf16[648,2,128,128]{3,2,1,0:S(1)} copy-done(%b)
-  %d = (bf16[648,2,128,128]{3,2,1,0}) custom-call(%c), custom_call_target="f", output_to_operand_aliasing={{0}: (0, {})}
+  %d = (bf16[648,2,128,128]{3,2,1,0}) custom-call(%c), custom_call_target="f", \
+output_to_operand_aliasing={{0}: (0, {})}
   ROOT %e = bf16[648,2,128,128]{3,2,1,0} custom-call(%c), custom_call_target="ConcatBitcast"
 }
 
 ENTRY %main (x: bf16[648,2,128,128]) -> bf16[648,2,128,128] {
   %x = bf16[648,2,128,128]{3,2,1,0} parameter(0)
-  ROOT %w = bf16[648,2,128,128]{3,2,1,0} while(%x), body=%body, metadata={op_name="jit(f)/decode/loop_16/while"}
+  ROOT %w = bf16[648,2,128,128]{3,2,1,0} while(%x), body=%body, \
+metadata={op_name="jit(f)/decode/loop_16/while"}
 }
 """
 
 
 def test_a_pool_that_a_tpu_moves_into_its_vector_memory_is_seen():
-    """As the compiler did with one of 42 MB; a transfer of one block, and a kernel that writes in place, are none."""
+    """As the compiler did with one of 42 MB; a transfer of one block, and a kernel that writes in
+    place, are none."""
     found = compiled_text.read(TRANSFERS, (2, 128, 128), [0])
     assert [line.split(":")[0] for line in found["copied"]] == ["b", "e"]
 
@@ -108,7 +116,8 @@ ENTRY %main (x: bf16[374,2,128,128]) -> bf16[374,2,128,128] {{
   ROOT %w = bf16[374,2,128,128]{{3,2,1,0:S(5)}} while(%x), body=%body
 }}
 """
-HOST, DEVICE = "bf16[374,2,128,128]{3,2,1,0:T(8,128)(2,1)S(5)}", "bf16[1,2,128,128]{3,2,1,0:T(8,128)(2,1)}"
+HOST, DEVICE = ("bf16[374,2,128,128]{3,2,1,0:T(8,128)(2,1)S(5)}",
+                "bf16[1,2,128,128]{3,2,1,0:T(8,128)(2,1)}")
 
 
 @pytest.mark.parametrize(("made", "opcode", "shape"), [
@@ -122,15 +131,18 @@ def test_what_is_moved_to_host_memory_is_seen(made, opcode, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU's compiler: pip install -e '.[aot]'")
-@pytest.mark.parametrize(("shape", "options"), [("qwen3-8b", []), ("qwen3-8b", ["--pausing"]), ("llama-3.2-1b", [])])
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"),
+                    reason="needs the TPU's compiler: pip install -e '.[aot]'")
+@pytest.mark.parametrize(("shape", "options"),
+                         [("qwen3-8b", []), ("qwen3-8b", ["--pausing"]), ("llama-3.2-1b", [])])
 def test_decode_loops_for_eight_tpus(shape, options, tmp_path):
-    """Heads of 128 and of 64, pools of a real size, two layers: exit code 0 is no collective across the batch, no copy
-    of a pool, and no more than a block moved to host memory at a time."""
+    """Heads of 128 and of 64, pools of a real size, two layers: exit code 0 is no collective across
+    the batch, no copy of a pool, and no more than a block moved to host memory at a time."""
     path = tmp_path / "found.json"
-    command = [sys.executable, "-m", "benchmarks.compile", "--what", "rollout", "--chip", "v5e", "--drafts", "mtp",
-               "--shape", shape, "--layers", "2", "--json", str(path), *options]
-    done = subprocess.run(command, cwd=measure.ROOT, env=dict(os.environ), capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.compile", "--what", "rollout", "--chip", "v5e",
+               "--drafts", "mtp", "--shape", shape, "--layers", "2", "--json", str(path), *options]
+    done = subprocess.run(command, cwd=measure.ROOT, env=dict(os.environ), capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     row, = json.loads(path.read_text())["rows"]
     assert row["crossing"] == row["copied"] == [] and row["loops"] == [64, 16]

@@ -21,7 +21,8 @@ def test_times_what_it_has_checked(tmp_path, capsys):
     assert [(r["kernel"], r["rule"]) for r in result["rows"]] == [
         *(("rejection_sampling", rule) for rule in kernel_cases.CASES), ("verify_attention", None)]
     assert all(r["of_floor"] > 0 and set(r["seconds"]) >= {"kernel", "xla"} for r in result["rows"])
-    assert "hash" in result["rows"][2]["seconds"] and result["kernels"] == "tpu kernels, interpreted"
+    assert ("hash" in result["rows"][2]["seconds"] and result["kernels"]
+            == "tpu kernels, interpreted")
     assert result["rows"][0]["bytes"] == 2 * 2 * 1024 * 2
     assert "of floor" in capsys.readouterr().out
 
@@ -47,7 +48,8 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         kernels.check_verdicts("toy", PLAIN, case)
     coupled = kernel_cases.judging(shape, "coupled", jax.random.key(0))
     coupled["temperature"] = jnp.zeros(16)
-    monkeypatch.setattr(kernels, "judge", lambda i, a: true(i, {**a, "temperature": a["temperature"] + (i == PLAIN)}))
+    monkeypatch.setattr(kernels, "judge",
+                        lambda i, a: true(i, {**a, "temperature": a["temperature"] + (i == PLAIN)}))
     with pytest.raises(SystemExit, match="of a flat distribution are others"):
         kernels.check_noise("toy", PLAIN, coupled)
 
@@ -57,8 +59,10 @@ def test_compiling_without_compilers(tmp_path):
     code = ("import runpy, sys; from jax.experimental import topologies\n"
             "def missing(**_): raise RuntimeError('no plugin\\nat all')\n"
             "topologies.get_topology_desc = missing\n"
-            "sys.argv = ['compile', '--chip', 'v5e']; runpy.run_module('benchmarks.compile', run_name='__main__')")
+            "sys.argv = ['compile', '--chip', 'v5e']; runpy.run_module('benchmarks.compile', "
+            "run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == (
-        "no compiler for v5e: no plugin; pip install -e '.[aot]', and let one process use libtpu at a time")
+    assert (done.stderr.strip().splitlines()[-1] == (
+        "no compiler for v5e: no plugin; pip install -e '.[aot]', and let one process use libtpu "
+        "at a time"))

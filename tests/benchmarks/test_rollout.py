@@ -23,7 +23,8 @@ def no_rule_stays():
 
 def test_times_every_variant_and_writes_data(tmp_path, capsys):
     path = tmp_path / "result.json"
-    rollout.main(["--shape", "tiny", "--batch", "2", "--prompt-tokens", "16", "--new-tokens", "8", "--drafts", "ngram",
+    rollout.main(["--shape", "tiny", "--batch", "2", "--prompt-tokens", "16", "--new-tokens", "8",
+                  "--drafts", "ngram",
                   "--k", "2", "--acceptance", "1.0", "--rounds", "1", "--json", str(path)])
     result = json.loads(path.read_text())
     plain, free, ngram = result["rows"]

@@ -15,7 +15,8 @@ def test_the_tables_of_a_document_are_those_of_the_results(name):
 
 def test_every_table_stands_in_a_document():
     texts = [(tables.ROOT / name).read_text(encoding="utf-8") for name in tables.DOCUMENTS]
-    assert {found[1] for text in texts for found in tables.MARKED.findall(text)} == set(tables.TABLES)
+    assert ({found[1] for text in texts for found in tables.MARKED.findall(text)}
+            == set(tables.TABLES))
 
 
 def test_a_figure_that_was_changed_by_hand_is_noticed():

@@ -1,4 +1,5 @@
-"""What must hold of every drafter that recurses over depths: checks of a (policy, draft) of vocabulary 11."""
+"""What must hold of every drafter that recurses over depths: checks of a (policy, draft) of
+vocabulary 11."""
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,10 @@ def of_draft(draft, logits):
 
 def lesson(policy, draft, tokens, start, mask, temperature=1.0):
     """A DraftBatch of the policy's own states and log-probabilities."""
-    made = base.DraftBatch(trunk_states(policy, draft, tokens), tokens, start, mask, None, jnp.asarray(temperature))
-    logprobs, _ = token_logprobs(policy, made.predicting(made.trunk.hidden), made.response(), made.temperature)
+    made = base.DraftBatch(trunk_states(policy, draft, tokens), tokens, start, mask, None,
+                           jnp.asarray(temperature))
+    logprobs, _ = token_logprobs(policy, made.predicting(made.trunk.hidden), made.response(),
+                                 made.temperature)
     return made.replace(logprobs=logprobs)
 
 
@@ -45,7 +48,8 @@ def spied_loss(policy, draft, batch):
     """(log p, log q) of every depth that the loss compares, [B, T, Vd]."""
     seen, original = [], losses.divergence
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "divergence", lambda p, q, kind: seen.append((p, q)) or original(p, q, kind))
+        patch.setattr(losses, "divergence",
+                      lambda p, q, kind: seen.append((p, q)) or original(p, q, kind))
         patch.setattr(losses, "sum_over_chunks", lambda fn, tree, size: fn(tree))
         draft.drafter.loss(policy, draft, batch, "kl")
     return seen
@@ -73,13 +77,15 @@ def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0)
     of, table = state.sequences, state.cache.table
     lengths = np.asarray(of.lengths)
     assert len(set(lengths.tolist())) > 2  # rows have advanced by different steps
-    # one token is pending: states reach to the last committed token, the policy's cache to the one before
+    # one token is pending: states reach to the last committed token, the policy's cache to the one
+    # before
     tokens = jnp.where(jnp.arange(of.tokens.shape[1]) < of.lengths[:, None], of.tokens, 0)
 
     @jax.jit
     def scratch(tokens, lengths):
         trunk, key_values = prefill(ready, tokens, depths=draft.drafter.features(draft.config))
-        return draft.drafter.start(ready, prepared, base.Prefill(trunk, tokens, lengths)), key_values
+        return draft.drafter.start(ready, prepared,
+                                   base.Prefill(trunk, tokens, lengths)), key_values
 
     (rows, of_draft), of_policy = scratch(tokens, of.lengths)
     for got, expected in zip(state.draft.rows, rows, strict=True):
@@ -116,7 +122,8 @@ def check_the_loss_unrolls_what_propose_computes(policy, draft, first=2):
         state = base.DraftState.of_prompts(*state, 16)
         noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, K)
         sampler = Forced(noise, jnp.ones(len(starts)), None, 0, K)
-        return draft.drafter.propose(ready, prepared, state, base.Committed(tokens, lengths), sampler)[0].log_q
+        return draft.drafter.propose(ready, prepared, state, base.Committed(tokens, lengths),
+                                     sampler)[0].log_q
 
     log_q = infer(ready, prepared)
     whole = jnp.array([sequence], jnp.int32)
@@ -142,11 +149,13 @@ def check_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind
     scale = np.array([1.0, 0.5, 1.0])[:, None, None]
     at = start[:, None] - 1 + np.arange(5)
     target = of_draft(draft, jax.nn.log_softmax(logits(policy, batch.trunk.hidden) / scale))
-    target = np.asarray(jnp.take_along_axis(target, at[..., None], axis=1, mode="clip"), np.float64)[np.asarray(mask)]
+    target = np.asarray(jnp.take_along_axis(target, at[..., None], axis=1, mode="clip"),
+                        np.float64)[np.asarray(mask)]
     log_q = [np.asarray(q, np.float64)[np.asarray(mask)] for _, q in seen]
     overlaps = [np.minimum(np.exp(target), np.exp(q)).sum(-1) for q in log_q]
     want = {"kl": [(np.exp(target) * (target - q)).sum() for q in log_q],
-            "tv": [(1 - a).sum() for a in overlaps], "overlap": [-np.log(a).sum() for a in overlaps]}
+            "tv": [(1 - a).sum() for a in overlaps],
+            "overlap": [-np.log(a).sum() for a in overlaps]}
     loss = jax.jit(draft.drafter.loss, static_argnums=3)
     total, count, metrics = loss(policy, draft, batch, kind)
     np.testing.assert_allclose(total, np.mean(want[kind]), rtol=1e-5)
@@ -156,8 +165,8 @@ def check_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind
 
 
 def check_a_trained_draft_is_accepted_more_often(policy, draft):
-    """A few steps of its own loss on the policy's own samples raise the acceptance that rollouts measure. Returns the
-    trained draft."""
+    """A few steps of its own loss on the policy's own samples raise the acceptance that rollouts
+    measure. Returns the trained draft."""
     prompts = jspec.PromptBatch.from_tokens(PROMPTS, group_size=8, seed=0, buckets=(8,))
     sampling = Sampling(max_new_tokens=12, stop_tokens=())
     before = jspec.rollout(policy, draft, prompts, sampling=sampling)

@@ -1,4 +1,5 @@
-"""EAGLE-3's cache follows the committed tokens, its loss trains what inference computes, and q is what it says."""
+"""EAGLE-3's cache follows the committed tokens, its loss trains what inference computes, and q is
+what it says."""
 
 import dataclasses
 
@@ -16,9 +17,10 @@ from tests.drafts import recursive
 from tests.speculate import tiny
 from tests.speculate.enumeration import enumerate_sequences
 
-REDUCED = dict(vocab=[0, 2, 3, 5, 7, 10], norm_before_residual=True, norm_before_fc=True, own_embed=True, window=3)
-OWN_SIZES = dict(num_heads=6, num_kv_heads=3, head_dim=4, intermediate_size=24, rope=RopeConfig(theta=300.0),
-                 qkv_bias=True, qk_norm=True)
+REDUCED = dict(vocab=[0, 2, 3, 5, 7, 10], norm_before_residual=True, norm_before_fc=True,
+               own_embed=True, window=3)
+OWN_SIZES = dict(num_heads=6, num_kv_heads=3, head_dim=4, intermediate_size=24,
+                 rope=RopeConfig(theta=300.0), qkv_bias=True, qk_norm=True)
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +29,25 @@ def policy():
 
 
 def make(policy, block=None, window=0, **options):
-    """A draft with noise on every weight, a block of other sizes than the policy's, and a window, as checkpoints have
-    one."""
+    """A draft with noise on every weight, a block of other sizes than the policy's, and a window,
+    as checkpoints have one."""
     draft = jspec.drafts.eagle3(policy, jax.random.key(1), **{"aux_depths": (0, 1, 3), **options})
     draft = draft.replace(config=dataclasses.replace(draft.config, window=window))
     if block:
-        config = dataclasses.replace(draft.config, block=dataclasses.replace(draft.config.block, **block))
-        draft = draft.replace(config=config, weights=init_weights(draft.drafter.specs(config), jax.random.key(2), 0.2))
+        config = dataclasses.replace(draft.config,
+                                     block=dataclasses.replace(draft.config.block, **block))
+        draft = draft.replace(config=config, weights=init_weights(draft.drafter.specs(config),
+                                                                  jax.random.key(2), 0.2))
     return tiny.shaken(draft, scale=0.15)
 
 
-VARIANTS = {"plain": {}, "reduced": REDUCED, "own-sizes": dict(block=OWN_SIZES, fc_norm=True, norm_output=True)}
+VARIANTS = {"plain": {}, "reduced": REDUCED,
+            "own-sizes": dict(block=OWN_SIZES, fc_norm=True, norm_output=True)}
 
 
 def variants(*quick):
-    return pytest.mark.parametrize("variant", [x if x in quick else pytest.param(x, marks=pytest.mark.slow)
-                                               for x in VARIANTS])
+    return pytest.mark.parametrize(
+        "variant", [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in VARIANTS])
 
 
 @variants("reduced")
@@ -53,13 +58,15 @@ def test_state_depends_on_committed_tokens_only(policy, variant):
 
 @variants("reduced", "own-sizes")
 def test_the_loss_unrolls_what_propose_computes(policy, variant):
-    recursive.check_the_loss_unrolls_what_propose_computes(policy, make(policy, **VARIANTS[variant]), first=1)
+    recursive.check_the_loss_unrolls_what_propose_computes(
+        policy, make(policy, **VARIANTS[variant]), first=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFT_LOSSES)
 def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, kind):
-    recursive.check_the_loss_is_what_its_name_says_over_trained_tokens(policy, make(policy, **REDUCED), kind)
+    recursive.check_the_loss_is_what_its_name_says_over_trained_tokens(
+        policy, make(policy, **REDUCED), kind)
 
 
 @pytest.mark.slow
@@ -76,9 +83,11 @@ def test_training_reaches_every_weight_but_the_embedding(policy):
 
     @jax.jit
     def gradient(weights):
-        return jax.grad(lambda w: draft.drafter.loss(policy, draft.replace(weights=w), batch, "kl")[0])(weights)
+        return jax.grad(lambda w: draft.drafter.loss(policy, draft.replace(weights=w), batch,
+                                                     "kl")[0])(weights)
 
-    reached = jax.tree.map(lambda g: bool(jnp.isfinite(g).all() & (g != 0).any()), gradient(draft.weights))
+    reached = jax.tree.map(lambda g: bool(jnp.isfinite(g).all() & (g != 0).any()),
+                           gradient(draft.weights))
     assert reached.pop("embed") is False
     assert all(jax.tree.leaves(reached)), reached
 
@@ -104,13 +113,15 @@ def test_it_starts_from_the_policys_head_and_norm():
     assert draft.state["vocab"].tolist() == [2, 7]
     np.testing.assert_array_equal(draft.weights["head"], policy.weights["embed"][jnp.array([2, 7])])
     np.testing.assert_array_equal(draft.weights["norm"], policy.weights["final_norm"])
-    assert not draft.config.block.qkv_bias and not draft.config.block.qk_norm and draft.config.block.num_layers == 1
+    assert (not draft.config.block.qkv_bias and not draft.config.block.qk_norm
+            and draft.config.block.num_layers == 1)
     assert draft.weights["layer"]["q"].shape == (16, 32) and "embed" not in draft.weights
     draft.check(policy)
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(aux_depths=(0, 1, 4)), r"depths \[0, 1, 4\] of a policy of 3 layers; they must be distinct and from 0"),
+    (dict(aux_depths=(0, 1, 4)),
+     r"depths \[0, 1, 4\] of a policy of 3 layers; they must be distinct and from 0"),
     (dict(aux_depths=(1, 1, 2)), r"depths \[1, 1, 2\] of a policy of 3 layers"),
     (dict(aux_depths=()), r"depths \[\] of a policy of 3 layers"),
     (dict(depths=0), "depths = 0 must be at least 1"),
@@ -122,6 +133,7 @@ def test_it_refuses(policy, options, message):
         jspec.drafts.eagle3(policy, jax.random.key(0), **{"aux_depths": (0, 1, 3), **options})
 
 
-@pytest.mark.parametrize("layers, depths", [(1, (0, 1)), (4, (0, 2, 4)), (5, (0, 2, 5)), (30, (2, 15, 27))])
+@pytest.mark.parametrize("layers, depths",
+                         [(1, (0, 1)), (4, (0, 2, 4)), (5, (0, 2, 5)), (30, (2, 15, 27))])
 def test_the_default_depths_are_there(layers, depths):
     assert default_depths(layers) == depths

@@ -21,15 +21,18 @@ LACKING = (3, 4, 10)
 
 
 def make_lesson(temperature):
-    """A policy without tokens for LACKING, a batch whose padding is one of them, and a draft's states of two depths."""
+    """A policy without tokens for LACKING, a batch whose padding is one of them, and a draft's
+    states of two depths."""
     policy = tiny.policy(11, tokenless=((3, 5), (10, 11)))
     a, b, c = jax.random.split(jax.random.key(0), 3)
     tokens = jnp.array([[1, 2, 5, 6, 7, 8, 9], [0, 1, 2, 10, 10, 10, 10]], jnp.int32)
     mask = jnp.array([[True] * 4, [True, True, False, False]])
-    batch = DraftBatch(Trunk(jax.random.normal(a, (B, S, 16))), tokens, jnp.array([3, 1]), mask, None,
-                       jnp.float32(temperature))
-    logprobs, _ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(), temperature)
-    return policy, batch.replace(logprobs=logprobs), [jax.random.normal(key, (B, T, 16)) for key in (b, c)]
+    batch = DraftBatch(Trunk(jax.random.normal(a, (B, S, 16))), tokens, jnp.array([3, 1]), mask,
+                       None, jnp.float32(temperature))
+    logprobs, _ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(),
+                                 temperature)
+    return policy, batch.replace(logprobs=logprobs), [jax.random.normal(key, (B, T, 16))
+                                                      for key in (b, c)]
 
 
 @partial(jax.jit, static_argnames="vocab")
@@ -57,7 +60,8 @@ def test_ids_without_a_token_are_no_ones(vocab):
         logits(policy, batch.predicting(batch.trunk.hidden)), np.float64))))[..., kept]
     q = [np.exp(log_softmax(np.asarray(x, np.float64) @ table[kept].T)) for x in states]
     overlaps = [np.minimum(p, x).sum(-1)[trained] for x in q]
-    want = {"kl": [(p * np.log(p / x)).sum(-1)[trained].sum() for x in q], "tv": [(1 - a).sum() for a in overlaps],
+    want = {"kl": [(p * np.log(p / x)).sum(-1)[trained].sum() for x in q],
+            "tv": [(1 - a).sum() for a in overlaps],
             "overlap": [-np.log(a).sum() for a in overlaps]}
     for kind, ((loss, (_, metrics)), _) in got.items():
         np.testing.assert_allclose(loss, np.mean(want[kind]), rtol=1e-4)

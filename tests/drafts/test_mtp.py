@@ -27,12 +27,14 @@ REDUCED = {"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}
                 ids=["recursive", "blocks", "two-blocks-reduced", "mimo"])
 def draft(policy, request):
     options, conventions = request.param
-    draft = tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **options), scale=0.15)
+    draft = tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **options),
+                        scale=0.15)
     return draft.replace(config=dataclasses.replace(draft.config, **conventions))
 
 
 def test_state_depends_on_committed_tokens_only(policy, draft):
-    recursive.check_state_depends_on_committed_tokens_only(policy, draft, without_entry=draft.config.first)
+    recursive.check_state_depends_on_committed_tokens_only(policy, draft,
+                                                           without_entry=draft.config.first)
 
 
 def test_the_loss_unrolls_what_propose_computes(policy, draft):
@@ -46,4 +48,5 @@ def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind)
 
 @pytest.mark.slow  # eagle3 shows it of the same mechanism
 def test_a_trained_head_is_accepted_more_often(policy):
-    recursive.check_a_trained_draft_is_accepted_more_often(policy, jspec.drafts.mtp(policy, jax.random.key(1)))
+    recursive.check_a_trained_draft_is_accepted_more_often(
+        policy, jspec.drafts.mtp(policy, jax.random.key(1)))

@@ -13,7 +13,8 @@ POLICY = tiny.policy(5)
 
 
 def search(tokens, k, max_ngram):
-    """The rule in words: the longest suffix that occurred before, its latest occurrence, and what followed it."""
+    """The rule in words: the longest suffix that occurred before, its latest occurrence, and what
+    followed it."""
     end = len(tokens) - 1
     best = None
     for n in range(1, max_ngram + 1):
@@ -36,7 +37,8 @@ def test_equals_a_plain_search(max_ngram):
     draft = jspec.drafts.ngram(POLICY, max_ngram=max_ngram)
     sampler = base.Sampler(None, jnp.ones(200), None, 0, 4)
     empty = base.DraftState({})
-    propose = jax.jit(lambda t, n: draft.drafter.propose(POLICY, draft, empty, base.Committed(t, n), sampler)[0])
+    propose = jax.jit(lambda t, n: draft.drafter.propose(POLICY, draft, empty, base.Committed(t, n),
+                                                         sampler)[0])
     proposal = propose(padded, jnp.asarray(lengths))
     got, log_q = proposal.tokens, proposal.log_q
     assert log_q is None  # deterministic: judged as q = 1
@@ -46,7 +48,8 @@ def test_equals_a_plain_search(max_ngram):
 def test_a_repeating_sequence_is_drafted_whole():
     draft = jspec.drafts.ngram(POLICY)
     tokens = jnp.array([[1, 2, 3, 1, 2, 3, 1, 0, 0, 0]])
-    got, _ = draft.drafter.propose(POLICY, draft, base.DraftState({}), base.Committed(tokens, jnp.array([7])),
+    got, _ = draft.drafter.propose(POLICY, draft, base.DraftState({}),
+                                   base.Committed(tokens, jnp.array([7])),
                                   base.Sampler(None, jnp.ones(1), None, 0, 7))
     assert got.tokens.tolist() == [[2, 3, 1, 2, 3, 1, 2]]
 
@@ -56,5 +59,6 @@ def test_every_drafter_is_whole(name):
     draft = getattr(jspec.drafts, name)(POLICY, jax.random.key(0))
     assert base.check_drafter(name, draft.drafter) is jspec.drafts.find(name) and draft.name == name
     assert hash((draft.config, draft.drafter)) is not None
-    shapes = jax.tree.map(lambda s: s.shape, draft.drafter.specs(draft.config), is_leaf=lambda s: hasattr(s, "axes"))
+    shapes = jax.tree.map(lambda s: s.shape, draft.drafter.specs(draft.config),
+                          is_leaf=lambda s: hasattr(s, "axes"))
     assert jax.tree.map(jnp.shape, draft.weights) == shapes

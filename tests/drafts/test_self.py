@@ -1,4 +1,5 @@
-"""The policy drafts for itself: what rounding costs, whose cache it is, and that nothing of it is kept."""
+"""The policy drafts for itself: what rounding costs, whose cache it is, and that nothing of it is
+kept."""
 
 import dataclasses
 import importlib
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.optimized
 
 MODULE = importlib.import_module("jspec.drafts.self")
 PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6], [4, 4, 4]]
-SAMPLING = Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0]), 8), stop_tokens=(3,))
+SAMPLING = Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0]), 8),
+                    stop_tokens=(3,))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,8 @@ def plain(policy):
 @pytest.mark.parametrize("options, least", [pytest.param({}, 0.9, marks=pytest.mark.slow),
                                             ({"bits": 4, "vocab": [0, 1, 2, 4, 5, 6, 7, 8]}, 0.2)])
 def test_sampled_and_greedy_rows_equal_autoregressive(policy, plain, options, least):
-    """Eight bits are nearly the policy; four, without a part of the vocabulary, are not, and it shows in speed only."""
+    """Eight bits are nearly the policy; four, without a part of the vocabulary, are not, and it
+    shows in speed only."""
     out = run(policy, jspec.drafts.self(policy, **options))
     assert_same(policy, make_batch(), SAMPLING, plain, out)
     assert acceptance(out) > least
@@ -92,20 +95,23 @@ def test_it_follows_the_policy(policy):
 @pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_policy_of_other_parts(bits):
     """Biases, norms of queries and keys, and an untied head, in bfloat16."""
-    odd = tiny.policy(11, heads=4, kv_heads=2, hidden=32, scale=0.25, tie_embeddings=False, qkv_bias=True,
-                      out_bias=True, mlp_bias=True, qk_norm=True)
+    odd = tiny.policy(11, heads=4, kv_heads=2, hidden=32, scale=0.25, tie_embeddings=False,
+                      qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
     odd = odd.replace(weights=jax.tree.map(lambda x: x + 0.05, odd.weights), dtype="bfloat16")
     ready = jspec.reshard(odd)
     weights = jax.jit(MODULE.prepare)(ready, jspec.drafts.self(odd, bits=bits)).weights
     rounded = {n for n, x in weights["layers"][0].items() if isinstance(x, Quantized)}
     assert rounded == {"qkv", "o", "gate_up", "down"} and isinstance(weights["table"], Quantized)
-    error = dequantize(weights["table"]).astype(jnp.float32) - ready.weights["head"].astype(jnp.float32)
+    error = (dequantize(weights["table"]).astype(jnp.float32)
+             - ready.weights["head"].astype(jnp.float32))
     assert 0 < float(jnp.abs(error).max()) < (0.01 if bits == 8 else 0.12)
-    assert acceptance(run(odd, jspec.drafts.self(odd, bits=bits), rule="rejection")) > (0.85 if bits == 8 else 0.4)
+    assert (acceptance(run(odd, jspec.drafts.self(odd, bits=bits), rule="rejection"))
+            > (0.85 if bits == 8 else 0.4))
 
 
 def test_the_cache_is_the_policys_and_nothing_of_the_draft_stays(policy):
-    """After several cycles the cache is what the policy makes of the committed tokens, and there is no state."""
+    """After several cycles the cache is what the policy makes of the committed tokens, and there is
+    no state."""
     sampling = Sampling(max_new_tokens=16, stop_tokens=())
     batch = jspec.PromptBatch.from_tokens(PROMPTS, group_size=2, seed=3, buckets=(8,))
     ready, draft = jspec.reshard(policy), jspec.drafts.self(policy, bits=4)
@@ -117,7 +123,8 @@ def test_the_cache_is_the_policys_and_nothing_of_the_draft_stays(policy):
         at = rows_in_slots(state)
         noise = NOISE["rejection"](jax.random.key_data(batch.key), at.ids, at.lengths, 3)
         sampler = base.Sampler(noise, at.temperature, None, 0, 3)
-        proposal, after = MODULE.propose(ready, prepared, state.draft, committed(state, at), sampler)
+        proposal, after = MODULE.propose(ready, prepared, state.draft, committed(state, at),
+                                         sampler)
         assert after == base.DraftState({})
         new, *_ = cycle(ready, prepared, state, noise, sampling=sampling, stop_tokens=(), k=3)
         return new, proposal.cache, state.cache
@@ -140,7 +147,8 @@ def test_the_cache_is_the_policys_and_nothing_of_the_draft_stays(policy):
     want = [pair[i] for i in (0, 1) for pair in want]
     for got, expected in zip(pools(state.cache), want, strict=True):
         for i, n in enumerate(lengths):
-            np.testing.assert_allclose(got[i].swapaxes(0, 1)[:n - 1], expected[i, :n - 1], atol=2e-5)
+            np.testing.assert_allclose(got[i].swapaxes(0, 1)[:n - 1], expected[i, :n - 1],
+                                       atol=2e-5)
 
 
 def test_the_draft_attends_to_the_cache_of_the_policy(policy):
@@ -154,8 +162,8 @@ def test_the_draft_attends_to_the_cache_of_the_policy(policy):
         cache = cache_of(prefill(ready, tokens)[1], 16)
         noise = NOISE["rejection"](jnp.zeros(2, jnp.uint32), lengths, lengths, 2)
         sampler = base.Sampler(noise, jnp.ones(1), None, 0, 2)
-        proposal, _ = MODULE.propose(ready, prepared, base.DraftState({}), base.Committed(tokens, lengths, cache),
-                                     sampler)
+        proposal, _ = MODULE.propose(ready, prepared, base.DraftState({}),
+                                     base.Committed(tokens, lengths, cache), sampler)
         rounded = ready.replace(weights={**ready.weights, "layers": prepared.weights["layers"]})
         block = jnp.concatenate([tokens[:, 4:5], proposal.tokens[:, :1]], axis=1)
         out = []
@@ -169,11 +177,14 @@ def test_the_draft_attends_to_the_cache_of_the_policy(policy):
     assert float(jnp.abs(log_q - own).max()) > 1e-2
 
 
-@pytest.mark.parametrize("bits, width, outliers", [(8, 96, 0), (4, 96, 12), (4, 72, 9), (4, 37, 37), (4, 14, 2)])
+@pytest.mark.parametrize("bits, width, outliers",
+                         [(8, 96, 0), (4, 96, 12), (4, 72, 9), (4, 37, 37), (4, 14, 2)])
 def test_rounding_is_half_a_step(bits, width, outliers):
-    """Of the largest weight that shares a scale; the product adds no more than the second digit's rounding."""
+    """Of the largest weight that shares a scale; the product adds no more than the second digit's
+    rounding."""
     rng = np.random.default_rng(bits)
-    w = jnp.asarray(rng.standard_normal((2, 5, width)) * np.exp(rng.standard_normal((2, 5, 1))), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((2, 5, width)) * np.exp(rng.standard_normal((2, 5, 1))),
+                    jnp.float32)
     made = jax.jit(quantize, static_argnums=1)(w, bits)
     assert made.array.qvalue.dtype == {8: jnp.int8, 4: jnp.int4}[bits]
     rounded = dequantize(made)
@@ -183,35 +194,41 @@ def test_rounding_is_half_a_step(bits, width, outliers):
     for part, steps in ((chosen, 254), (~chosen, {8: 254, 4: 14}[bits])):
         if part.any():
             half = np.abs(np.asarray(w)[..., part]).max(-1, keepdims=True) / steps
-            assert (error[..., part] <= half * 1.0001).all() and (error[..., part] / half).max() > 0.8
+            assert ((error[..., part] <= half * 1.0001).all() and (error[..., part] / half).max()
+                    > 0.8)
     if bits == 4:
         largest = np.abs(np.asarray(w)).max((0, 1)).reshape(made.chosen.shape[0], -1)
         groups = chosen.reshape(largest.shape)
         assert all(x[c].min() >= x[~c].max(initial=0) for x, c in zip(largest, groups, strict=True))
-    x = jnp.asarray(rng.standard_normal((3, 4, width)), jnp.float32).at[0, 0, 0].set(50.0).at[1, 1].set(0.0)
+    x = jnp.asarray(rng.standard_normal((3, 4, width)),
+                    jnp.float32).at[0, 0, 0].set(50.0).at[1, 1].set(0.0)
     b = jnp.asarray(rng.standard_normal((2, 5)), jnp.float32)
-    want = np.einsum("abi,cdi->abcd", np.asarray(x, np.float64), np.asarray(rounded, np.float64)) + np.asarray(b)
-    digit = np.abs(np.asarray(x)).max(-1)[..., None, None] / 64_516 * np.abs(np.asarray(rounded)).sum(-1)
+    want = (np.einsum("abi,cdi->abcd", np.asarray(x, np.float64), np.asarray(rounded, np.float64))
+            + np.asarray(b))
+    digit = (np.abs(np.asarray(x)).max(-1)[..., None, None] / 64_516 * np.abs(np.asarray(rounded))
+             .sum(-1))
     got = linear(x, made, b, jnp.float32)
     assert got.shape == (3, 4, 2, 5)
     assert (np.abs(got - want) <= digit + 2e-6 * np.abs(want).max()).all()
     np.testing.assert_array_equal(got[1, 1], b)  # zeros stay zero
     half = linear(x.astype(jnp.bfloat16), made)
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), want - np.asarray(b), atol=0.02 * np.abs(want).max())
+    np.testing.assert_allclose(half.astype(jnp.float32), want - np.asarray(b),
+                               atol=0.02 * np.abs(want).max())
 
 
 CASES = [(3, 1, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
          pytest.param(3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,)), marks=pytest.mark.slow),
-         pytest.param(4, 1, 3, dict(max_new_tokens=3, stop_tokens=(1,), temperature=0.7, top_k=3, min_new_tokens=2),
-                      marks=pytest.mark.slow),
+         pytest.param(4, 1, 3, dict(max_new_tokens=3, stop_tokens=(1,), temperature=0.7, top_k=3,
+                                    min_new_tokens=2), marks=pytest.mark.slow),
          pytest.param(3, 3, 4, dict(max_new_tokens=4, stop_tokens=(0,)), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("vocab, k, cycles, sampling", CASES)
 def test_emitted_sequences_have_the_autoregressive_distribution(vocab, k, cycles, sampling):
     policy = tiny.policy(vocab, seed=vocab)
-    got, seen = enumerate_sequences(policy, jspec.drafts.self(policy, bits=4), [1, 0, 1, 0], k=k, **sampling)
+    got, seen = enumerate_sequences(policy, jspec.drafts.self(policy, bits=4), [1, 0, 1, 0], k=k,
+                                    **sampling)
     want = tiny.autoregressive(policy, [1, 0, 1, 0], **sampling)
     assert seen >= cycles and set(got) <= set(want)
     assert tiny.distance(got, want) < 5e-6

@@ -1,4 +1,5 @@
-"""History drafts: against a plain search, what they may see, what they remember, and that they change no token."""
+"""History drafts: against a plain search, what they may see, what they remember, and that they
+change no token."""
 
 import itertools
 import json
@@ -25,7 +26,8 @@ remember = jax.jit(jspec.drafts.suffix(POLICY).drafter.remember)
 
 
 def occurrence(row, ends, suffix, max_match):
-    """(tokens that match, end) of the longest, then latest, place in `row` where the suffix occurred."""
+    """(tokens that match, end) of the longest, then latest, place in `row` where the suffix
+    occurred."""
     def length(at):
         pairs = zip(reversed(row[:at + 1]), reversed(suffix[-max_match:]), strict=False)
         return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
@@ -45,7 +47,8 @@ def search(own, others, k, max_match):
     for j in range(k):
         alive = [x for x in alive if len(x) > j]
         if alive:
-            token = Counter(x[j] for x in alive).most_common(1)[0][0]  # of equals the first that was counted
+            # of equals the first that was counted
+            token = Counter(x[j] for x in alive).most_common(1)[0][0]
         alive = [x for x in alive if x[j] == token]
         out.append(token)
     return out
@@ -56,18 +59,22 @@ def drafted(draft, rows, prompt_lengths, history=None, k=4, group_size=1):
     width = max(map(len, rows)) + 2
     rng = np.random.default_rng(0)
     padded = jnp.array([r + rng.integers(0, 4, width - len(r)).tolist() for r in rows], jnp.int32)
-    rows_state = {"prompt_lengths": jnp.asarray(prompt_lengths)} | ({} if history is None else {"history": history})
+    rows_state = ({"prompt_lengths": jnp.asarray(prompt_lengths)}
+                  | ({} if history is None else {"history": history}))
     state = base.DraftState(rows_state)
     committed = base.Committed(padded, jnp.array([len(r) for r in rows]), group_size=group_size)
     sampler = base.Sampler(None, jnp.ones(len(rows)), None, 0, k)
-    proposal, after = jax.jit(lambda *args: draft.drafter.propose(POLICY, draft, *args))(state, committed, sampler)
-    assert proposal.log_q is None and after.rows.keys() == rows_state.keys()  # deterministic: judged as q = 1
+    proposal, after = jax.jit(lambda *args: draft.drafter.propose(POLICY, draft,
+                                                                  *args))(state, committed, sampler)
+    # deterministic: judged as q = 1
+    assert proposal.log_q is None and after.rows.keys() == rows_state.keys()
     return proposal.tokens.tolist()
 
 
 @pytest.mark.parametrize("max_match, siblings", [(1, 8), (4, 1)])
 def test_equals_a_plain_search(max_match, siblings):
-    """Groups of three that share a prompt; each row with two histories, made of the prompt's end and an output."""
+    """Groups of three that share a prompt; each row with two histories, made of the prompt's end
+    and an output."""
     rng = np.random.default_rng(max_match)
     rows, starts, others, history = [], [], [], []
     for _ in range(60):
@@ -103,7 +110,8 @@ def test_what_a_sibling_wrote_is_drafted_whole_and_what_another_prompt_wrote_is_
 def recalled(draft, prompt, seed=9, length=16):
     """The outputs that `start` finds for a prompt in a rollout with another key, newest first."""
     tokens = jnp.array([prompt + [3] * (length - len(prompt))], jnp.int32)
-    prefill = base.Prefill(None, tokens, jnp.array([len(prompt)]), jax.random.key_data(jax.random.key(seed)))
+    prefill = base.Prefill(None, tokens, jnp.array([len(prompt)]),
+                           jax.random.key_data(jax.random.key(seed)))
     state, key_values = draft.drafter.start(POLICY, draft, prefill)
     assert key_values == ()
     assert state["prompt_lengths"].tolist() == [len(prompt)]
@@ -144,8 +152,9 @@ def test_without_a_history_there_is_none():
     assert draft.state == {} and remember(draft, *tiny.finished([[1]], [[[1]]])).state == {}
 
 
-@pytest.mark.parametrize("name, value, least", [("max_match", 0, 1), ("siblings", -1, 0), ("history_prompts", -1, 0),
-                                                ("history_rows", 0, 1), ("history_tokens", 0, 1)])
+@pytest.mark.parametrize("name, value, least",
+                         [("max_match", 0, 1), ("siblings", -1, 0), ("history_prompts", -1, 0),
+                          ("history_rows", 0, 1), ("history_tokens", 0, 1)])
 def test_arguments_out_of_range(name, value, least):
     with pytest.raises(jspec.InputError) as error:
         jspec.drafts.suffix(POLICY, **{name: value})
@@ -164,16 +173,19 @@ def policy():
 
 def run(policy, draft, seed, temperature, rule="coupled"):
     batch = jspec.PromptBatch.from_tokens(PROMPTS, group_size=4, seed=seed, buckets=(8,))
-    sampling = jspec.Sampling(max_new_tokens=16, temperature=jnp.tile(jnp.asarray(temperature, jnp.float32), 8),
+    sampling = jspec.Sampling(max_new_tokens=16,
+                              temperature=jnp.tile(jnp.asarray(temperature, jnp.float32), 8),
                               stop_tokens=(3,))
-    out = jspec.rollout(policy, draft, batch, sampling=sampling, speculation=jspec.Speculation(k=3, rule=rule))
+    out = jspec.rollout(policy, draft, batch, sampling=sampling,
+                        speculation=jspec.Speculation(k=3, rule=rule))
     return out, batch, sampling
 
 
 MIXED, GREEDY = (1.0, 0.0), (0.0, 0.0)  # of a group's rows in turn
 
 
-def test_rollouts_are_autoregressive_token_for_token_and_a_second_one_is_drafted_from_the_first(policy):
+def test_rollouts_are_autoregressive_token_for_token_and_a_second_one_is_drafted_from_the_first(
+    policy):
     draft = jspec.drafts.suffix(policy)
     plain, batch, sampling = run(policy, None, 0, MIXED)
     first, *_ = run(policy, draft, 0, MIXED)
@@ -186,10 +198,12 @@ def test_rollouts_are_autoregressive_token_for_token_and_a_second_one_is_drafted
     greedy = np.arange(16) % 2 == 1
     cycles = [np.asarray(out.stats.cycles)[greedy].sum() for out in (first, second)]
     tokens = np.asarray(second.lengths)[greedy]
-    assert tokens.sum() > 60 and cycles[1] < 0.8 * cycles[0] and cycles[1] <= 1.1 * np.ceil(tokens / 4).sum()
+    assert (tokens.sum() > 60 and cycles[1] < 0.8 * cycles[0] and cycles[1]
+            <= 1.1 * np.ceil(tokens / 4).sum())
     # with the key of what is remembered it is as if nothing were
     again, *_ = run(policy, draft, 0, MIXED)
-    assert again.stats.cycles.tolist() == first.stats.cycles.tolist() and generated(again) == generated(first)
+    assert (again.stats.cycles.tolist() == first.stats.cycles.tolist() and generated(again)
+            == generated(first))
 
 
 def test_greedy_under_the_rejection_rule(policy):
@@ -201,7 +215,8 @@ def test_greedy_under_the_rejection_rule(policy):
 
 
 def pairs(share_noise):
-    """(Counter of both sequences of each group of two, their probabilities if they are independent)."""
+    """(Counter of both sequences of each group of two, their probabilities if they are
+    independent)."""
     policy = tiny.policy(4, seed=2, scale=0.2, stop_tokens=(3,))
     prompt, count = [1, 0, 1, 0], 20_000
     draft = jspec.drafts.suffix(policy, **SMALL)
@@ -234,7 +249,8 @@ def twice(policy):
 
 
 def worker():
-    """On eight devices, whose rows cut the groups (a device sees the siblings it has): prints what came out."""
+    """On eight devices, whose rows cut the groups (a device sees the siblings it has): prints what
+    came out."""
     with jax.set_mesh(make_mesh(8, 1, 1)):
         policy = tiny.policy(11, layers=2, heads=4, kv_heads=2, hidden=32, scale=0.25)
         out, *_ = twice(policy)

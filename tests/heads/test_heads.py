@@ -1,4 +1,5 @@
-"""Trained drafts from directories, runs and what ships; and what is said of those that do not fit."""
+"""Trained drafts from directories, runs and what ships; and what is said of those that do not
+fit."""
 
 import json
 import shutil
@@ -36,14 +37,16 @@ def test_a_round_trip_is_bit_exact(policy, directory, tmp_path_factory):
         assert (directory / name).read_bytes() == (second / name).read_bytes()
     exact = tmp_path_factory.mktemp("exact")
     files.write(first, exact, dtype="float32")
-    jax.tree.map(np.testing.assert_array_equal, first.weights, jspec.load_draft(policy, exact).weights)
+    jax.tree.map(np.testing.assert_array_equal, first.weights,
+                 jspec.load_draft(policy, exact).weights)
 
 
 def test_a_newer_head_is_named_and_an_older_one_read(policy, directory):
     path = directory / files.CONFIG
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"format": config["format"] + 1, "drafter": "of tomorrow"}))
-    with pytest.raises(jspec.InputError, match=r"config.json has format 2, and this jspec .* reads formats up to 1"):
+    with pytest.raises(jspec.InputError,
+                       match=r"config.json has format 2, and this jspec .* reads formats up to 1"):
         jspec.load_draft(policy, directory)
     path.write_text(json.dumps({key: value for key, value in config.items() if key != "format"}))
     assert jspec.load_draft(policy, directory).name == config["drafter"]
@@ -57,12 +60,16 @@ def change(directory, edit):
 
 @pytest.mark.parametrize("edit, message", [
     (lambda t: t.pop("weights.blocks.1.proj"), "tensor weights.blocks.1.proj is missing"),
-    (lambda t: t.update({"weights.more": np.zeros(2, np.float32)}), "tensor weights.more has no place in a mtp draft"),
+    (lambda t: t.update({"weights.more": np.zeros(2, np.float32)}),
+     "tensor weights.more has no place in a mtp draft"),
     (lambda t: t.update({"weights.blocks.0.proj": np.zeros((2, 2), np.float32)}),
      "tensor weights.blocks.0.proj has shape [2, 2], but the config says [32, 64]"),
-    (lambda t: t.pop("state.vocab"), "the config says vocab_size 4, and tensor state.vocab is missing"),
-    (lambda t: t.update({"state.vocab": np.int32([1, 2, 5])}), "vocab_size 4, and tensor state.vocab has 3 tokens"),
-    (lambda t: t.update({"state.vocab": np.int32([1, 2, 5, 11])}), "vocab holds token 11, outside the policy's 11"),
+    (lambda t: t.pop("state.vocab"),
+     "the config says vocab_size 4, and tensor state.vocab is missing"),
+    (lambda t: t.update({"state.vocab": np.int32([1, 2, 5])}),
+     "vocab_size 4, and tensor state.vocab has 3 tokens"),
+    (lambda t: t.update({"state.vocab": np.int32([1, 2, 5, 11])}),
+     "vocab holds token 11, outside the policy's 11"),
     (lambda t: t.update({"state.vocab": np.int32([1, 2, 5, 5])}), "vocab holds a token twice"),
 ])
 def test_tensors_that_do_not_fit_are_named(policy, directory, edit, message):
@@ -77,15 +84,20 @@ def test_a_draft_that_is_not_finite_is_refused(policy, directory, value):
         tensors["weights.blocks.1.proj"][3, 4] = value
 
     change(directory, spoil)
-    with pytest.raises(jspec.InputError, match=r"is not finite: its weight blocks\.1\.proj holds NaN or infinity"):
+    with pytest.raises(jspec.InputError,
+                       match=r"is not finite: its weight blocks\.1\.proj holds NaN or infinity"):
         jspec.load_draft(policy, directory)
 
 
 @pytest.mark.parametrize("edit, message", [
-    ({"drafter": "../../x"}, "drafter '../../x' is unknown"), ({"drafter": ["mtp"]}, "is unknown; known: "),
-    ({"drafter": "base"}, "drafter 'base' is unknown"), ({"options": "many"}, "has 'many' as options; expected an"),
-    ({"options": {"depths": "many"}}, "is not the config of a draft"), ({"options": {"wide": 1}}, "unexpected keyword"),
-    ({"policy": 3}, "is not the config of a draft"), ({"policy": {"vocab_size": 11}}, "is not the config of a draft"),
+    ({"drafter": "../../x"}, "drafter '../../x' is unknown"),
+    ({"drafter": ["mtp"]}, "is unknown; known: "),
+    ({"drafter": "base"}, "drafter 'base' is unknown"),
+    ({"options": "many"}, "has 'many' as options; expected an"),
+    ({"options": {"depths": "many"}}, "is not the config of a draft"),
+    ({"options": {"wide": 1}}, "unexpected keyword"),
+    ({"policy": 3}, "is not the config of a draft"),
+    ({"policy": {"vocab_size": 11}}, "is not the config of a draft"),
 ])
 def test_a_config_that_is_none_of_a_draft(policy, directory, edit, message):
     config = json.loads((directory / files.CONFIG).read_text())

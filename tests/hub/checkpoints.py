@@ -1,4 +1,5 @@
-"""Small checkpoints for the tests of this folder: copies of golden models, and GGUF files written as llama.cpp does."""
+"""Small checkpoints for the tests of this folder: copies of golden models, and GGUF files written
+as llama.cpp does."""
 
 import json
 import shutil
@@ -39,15 +40,16 @@ def _permute(weights, heads):
 
 _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }
 
 
 def _gguf_name(name):
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-           "lm_head.weight": "output.weight"}
+    top = {"model.embed_tokens.weight": "token_embd.weight",
+           "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
     if name in top:
         return top[name]
     _, _, layer, rest = name.split(".", 3)
@@ -56,11 +58,14 @@ def _gguf_name(name):
 
 
 def write_gguf(case, path, fields=None, extra_tensors=None, tokenizer=False):
-    """The golden model `case` as llama.cpp's converter would write it: vectors float32, matrices as stored."""
+    """The golden model `case` as llama.cpp's converter would write it: vectors float32, matrices as
+    stored."""
     directory = GOLDEN / case
     config = json.loads((directory / "config.json").read_text())
-    arch, heads, kv_heads = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
-    rope = config.get("rope_parameters") or {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
+    arch, heads, kv_heads = (config["model_type"], config["num_attention_heads"],
+                             config["num_key_value_heads"])
+    rope = (config.get("rope_parameters")
+            or {**config["rope_scaling"], "rope_theta": config["rope_theta"]})
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 
 from jspec.errors import InputError
-from jspec.hub.architectures import config_from_hf, config_to_hf, end_tokens, layer_tensors, stored_tensors
+from jspec.hub.architectures import (
+    config_from_hf,
+    config_to_hf,
+    end_tokens,
+    layer_tensors,
+    stored_tensors,
+)
 from jspec.hub.assemble import assemble
 from jspec.model.config import ModelConfig, RopeConfig
 from jspec.model.params import ParamSpec
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32,
-         "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 2}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128,
+         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "eos_token_id": 2}
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
@@ -24,13 +31,15 @@ def rope(**config):
 def test_defaults_are_those_of_transformers():
     config = config_from_hf(LLAMA)
     assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (4, 8, 1e-6)
-    assert (config.tie_embeddings, config.qkv_bias, config.rope) == (False, False, RopeConfig(theta=10000.0))
+    assert ((config.tie_embeddings, config.qkv_bias, config.rope)
+            == (False, False, RopeConfig(theta=10000.0)))
     assert (config_from_hf(QWEN2).qkv_bias, config_from_hf(QWEN2).out_bias) == (True, False)
     assert (config_from_hf(QWEN3).qk_norm, config_from_hf(QWEN3).head_dim) == (True, 128)
 
 
 def test_both_spellings_of_rope_are_the_same():
-    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 512}
     want = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_max_position=512)
     assert rope(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **llama3}) == want
     assert rope(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **llama3}) == want
@@ -39,7 +48,8 @@ def test_both_spellings_of_rope_are_the_same():
 
 
 def test_yarn_defaults():
-    config = rope(rope_scaling={"type": "yarn", "original_max_position_embeddings": 1024, "beta_fast": None})
+    config = rope(rope_scaling={"type": "yarn", "original_max_position_embeddings": 1024,
+                                "beta_fast": None})
     assert config == RopeConfig(scaling="yarn", factor=4.0, original_max_position=1024)
     # without an original length the scaled one stands for it, as in transformers
     assert rope(rope_scaling={"type": "yarn", "factor": 2.0}).original_max_position == 4096
@@ -60,13 +70,15 @@ def test_padding_token():
 @pytest.mark.parametrize("base", [LLAMA, QWEN2, QWEN3])
 @pytest.mark.parametrize("scaling", [
     RopeConfig(theta=1e4), RopeConfig(theta=1e5, scaling="linear", factor=2.0),
-    RopeConfig(theta=1e5, scaling="llama3", factor=8.0, low_freq_factor=2.0, original_max_position=64),
-    RopeConfig(theta=1e5, scaling="yarn", factor=4.0, original_max_position=64, beta_fast=16.0, attention_factor=1.25),
-    RopeConfig(theta=1e5, scaling="yarn", factor=4.0, original_max_position=64, mscale=1.0, mscale_all_dim=0.5,
-               truncate=False)])
+    RopeConfig(theta=1e5, scaling="llama3", factor=8.0, low_freq_factor=2.0,
+               original_max_position=64),
+    RopeConfig(theta=1e5, scaling="yarn", factor=4.0, original_max_position=64, beta_fast=16.0,
+               attention_factor=1.25),
+    RopeConfig(theta=1e5, scaling="yarn", factor=4.0, original_max_position=64, mscale=1.0,
+               mscale_all_dim=0.5, truncate=False)])
 def test_config_round_trip(base, scaling):
-    config = dataclasses.replace(config_from_hf({**base, "tie_word_embeddings": True}, {"eos_token_id": 9}),
-                                 rope=scaling, pad_token=3)
+    config = dataclasses.replace(config_from_hf({**base, "tie_word_embeddings": True},
+                                                {"eos_token_id": 9}), rope=scaling, pad_token=3)
     assert config_from_hf(*config_to_hf(config)) == config
 
 
@@ -89,12 +101,14 @@ def test_a_config_of_no_published_architecture_is_not_exported():
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
     ({"hidden_size": "many"}, "has 'many' as hidden_size; expected a positive integer"),
     ({"num_attention_heads": 0}, "has 0 as num_attention_heads; expected a positive integer"),
-    ({"rope_scaling": {"type": "yarn", "beta_fast": "x"}}, "has 'x' as beta_fast; expected a number"),
+    ({"rope_scaling": {"type": "yarn", "beta_fast": "x"}},
+     "has 'x' as beta_fast; expected a number"),
     ({"eos_token_id": "</s>"}, "eos_token_id must be an integer or a list of them"),
     ({"num_hidden_layers": None}, "has no num_hidden_layers"),
     ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-    ({"architectures": "LlamaForCausalLM"}, "has 'LlamaForCausalLM' as architectures; expected a list of texts"),
+    ({"architectures": "LlamaForCausalLM"},
+     "has 'LlamaForCausalLM' as architectures; expected a list of texts"),
     ({"architectures": [["LlamaForCausalLM"]]}, "as architectures; expected a list of texts"),
     ({"rope_scaling": "yarn"}, "has 'yarn' as rope_scaling; expected an object"),
     ({"rope_parameters": [1]}, "as rope_parameters; expected an object"),
@@ -120,21 +134,25 @@ def test_unsupported_configs_are_named(changes, text):
 
 
 def test_sliding_windows_matter_only_where_they_are_used():
-    window = {**QWEN2, "use_sliding_window": True, "sliding_window": 512, "max_position_embeddings": 4096}
+    window = {**QWEN2, "use_sliding_window": True, "sliding_window": 512,
+              "max_position_embeddings": 4096}
     with pytest.raises(InputError, match="sliding-window attention .window 512. is not supported"):
         config_from_hf({**window, "max_window_layers": 1})
     with pytest.raises(InputError, match="sliding-window"):
         config_from_hf({**window, "layer_types": ["full_attention", "sliding_attention"]})
-    for unused in ({"max_window_layers": 2}, {"use_sliding_window": False}, {"sliding_window": 4096},
+    for unused in ({"max_window_layers": 2}, {"use_sliding_window": False},
+                   {"sliding_window": 4096},
                    {"layer_types": ["full_attention"] * 2}, {"sliding_window": None}):
         assert config_from_hf({**window, "max_window_layers": 1, **unused}).family == "qwen2"
 
 
 def test_every_parameter_has_a_stored_name():
-    config = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1,
-                         head_dim=2, tie_embeddings=False, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
+    config = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=2,
+                         num_heads=2, num_kv_heads=1, head_dim=2, tie_embeddings=False,
+                         qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
     tensors = stored_tensors(config)
-    assert len({t.name for t in tensors}) == len({t.gguf for t in tensors}) == len(tensors) == 3 + 2 * 18
+    assert (len({t.name for t in tensors}) == len({t.gguf for t in tensors}) == len(tensors)
+            == 3 + 2 * 18)
     assert [t.shape for t in tensors if t.name == "model.layers.1.mlp.down_proj.weight"] == [(4, 6)]
 
 
@@ -151,11 +169,14 @@ class Stored:
 
 
 def test_tensors_are_addressed_by_layer_and_expert():
-    """A parameter with an axis of experts is stored in one tensor for each; a dense one has none."""
+    """A parameter with an axis of experts is stored in one tensor for each; a dense one has
+    none."""
     names = ("mlp.experts.{expert}.up_proj.weight", "ffn_up.{expert}.weight")
     spec = ParamSpec((3, 4, 2), ("expert", "mlp", "embed"))
-    stored = [tensor for layer in range(2) for tensor in layer_tensors(names, ("layers", "up"), layer, spec)]
-    assert [(t.layer, t.expert, t.shape) for t in stored] == [(i, j, (4, 2)) for i in range(2) for j in range(3)]
+    stored = [tensor for layer in range(2)
+              for tensor in layer_tensors(names, ("layers", "up"), layer, spec)]
+    assert ([(t.layer, t.expert, t.shape) for t in stored]
+            == [(i, j, (4, 2)) for i in range(2) for j in range(3)])
     assert stored[4].name == "model.layers.1.mlp.experts.1.up_proj.weight"
     whole = np.random.default_rng(0).random((2, 3, 4, 2), np.float32)
     source = Stored({tensor.name: whole[tensor.place] for tensor in stored})

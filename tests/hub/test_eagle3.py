@@ -1,4 +1,5 @@
-"""EAGLE-3 checkpoints: the logits of the reference implementation, bit-exact round trips, one line for every fault."""
+"""EAGLE-3 checkpoints: the logits of the reference implementation, bit-exact round trips, one line
+for every fault."""
 
 import dataclasses
 import importlib
@@ -26,7 +27,8 @@ from tests.speculate import tiny
 CASES = ["eagle3_specforge", "eagle3_vllm", "eagle3_speculators", "eagle3_speculators_qwen3",
          "eagle3_speculators_window"]
 AUX = "eagle_aux_hidden_state_layer_ids"
-module = importlib.import_module("jspec.drafts.eagle3")  # the package has the function under this name
+# the package has the function under this name
+module = importlib.import_module("jspec.drafts.eagle3")
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +69,16 @@ def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
     for flag in (*FLAGS, "own_embed"):
         assert {getattr(c, flag) for c in configs} == {False, True}
     assert [c.vocab_size for c in configs] == [20, 0, 12, 25, 0]
-    assert [c.aux_depths for c in configs] == [(1, 4, 6), (0, 3, 5), (2, 3, 6), (2, 3, 4), (2, 3, 4)]
+    assert ([c.aux_depths for c in configs]
+            == [(1, 4, 6), (0, 3, 5), (2, 3, 6), (2, 3, 4), (2, 3, 4)])
     assert [c.dtype for c in configs] == ["bfloat16", "float16", "bfloat16", "bfloat16", "bfloat16"]
     assert [c.block.qk_norm for c in configs] == [False, False, False, True, True]
     assert [c.window for c in configs] == [0, 0, 0, 0, 5]
     assert {c.block.qkv_bias for c in configs} == {False, True}
     assert {c.block.rope.scaling for c in configs} == {"default", "linear", "llama3"}
     stored = {case: load_file(GOLDEN / case / "model.safetensors") for case in CASES}
-    assert "midlayer.mlp.up_proj.weight" in stored[CASES[0]] and "layers.0.mlp.up_proj.weight" in stored[CASES[1]]
+    assert ("midlayer.mlp.up_proj.weight" in stored[CASES[0]]
+            and "layers.0.mlp.up_proj.weight" in stored[CASES[1]])
     ids = np.arange(20) + stored[CASES[0]]["d2t"]
     np.testing.assert_array_equal(drafts[CASES[0]].state["vocab"], ids)
     assert not np.array_equal(ids, np.arange(20))
@@ -82,54 +86,63 @@ def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case, changes", [
-    (CASES[0], {"norm_before_residual": True}), (CASES[0], {"norm_output": True}), (CASES[0], {"own_embed": False}),
+    (CASES[0], {"norm_before_residual": True}), (CASES[0], {"norm_output": True}),
+    (CASES[0], {"own_embed": False}),
     (CASES[0], {"aux_depths": (0, 3, 5)}), (CASES[2], {"norm_before_residual": False}),
-    (CASES[2], {"norm_before_fc": False}), (CASES[1], {"norm_output": False}), (CASES[1], {"fc_norm": False}),
-    (CASES[4], {"window": 0}), (CASES[4], {"window": 6})])
+    (CASES[2], {"norm_before_fc": False}), (CASES[1], {"norm_output": False}),
+    (CASES[1], {"fc_norm": False}), (CASES[4], {"window": 0}), (CASES[4], {"window": 6})])
 def test_the_golden_files_would_show_a_flag_that_is_not_honoured(policy, case, changes):
     draft = eagle3.read(GOLDEN / case, policy)
     wrong = draft.replace(config=dataclasses.replace(draft.config, **changes))
     assert largest_difference(policy, wrong, case) > 0.01
 
 
-@pytest.mark.parametrize("layout, block", [("specforge", "midlayer."), ("speculators", "layers.0.")])
+@pytest.mark.parametrize("layout, block",
+                         [("specforge", "midlayer."), ("speculators", "layers.0.")])
 @pytest.mark.parametrize("case", CASES)
 def test_read_write_read_is_bit_exact(policy, case, layout, block, tmp_path):
     draft = eagle3.read(GOLDEN / case, policy)
     assert eagle3.write(draft, tmp_path / "out", layout=layout) == tmp_path / "out"
     same(eagle3.read(tmp_path / "out", policy), draft)
-    want, got = load_file(GOLDEN / case / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    want = {name.replace("layers.0.", block).replace("midlayer.", block): x for name, x in want.items()}
+    want, got = (load_file(GOLDEN / case / "model.safetensors"),
+                 load_file(tmp_path / "out" / "model.safetensors"))
+    want = {name.replace("layers.0.", block).replace("midlayer.", block): x
+            for name, x in want.items()}
     assert set(got) == set(want)
     for name, x in want.items():
         assert got[name].dtype == x.dtype and got[name].tobytes() == x.tobytes(), name
 
 
 def test_a_new_draft_is_written_as_both_servers_read_it(policy, tmp_path):
-    draft = tiny.shaken(jspec.drafts.eagle3(policy, jax.random.key(0), vocab=[3, 5, 8, 30], own_embed=True, depths=2))
+    draft = tiny.shaken(jspec.drafts.eagle3(policy, jax.random.key(0), vocab=[3, 5, 8, 30],
+                                            own_embed=True, depths=2))
     eagle3.write(draft, tmp_path / "out")
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
     assert hf["architectures"] == ["LlamaForCausalLMEagle3"] and hf["model_type"] == "llama"
     assert hf[AUX] == [2, 3, 4] and hf["eagle_config"][AUX] == [1, 2, 3]
     assert (hf["draft_vocab_size"], hf["vocab_size"], hf["torch_dtype"]) == (4, 32, "bfloat16")
     assert hf["num_hidden_layers"] == 1 and hf["tie_word_embeddings"] is False
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044 == 0o044  # another user may serve it
+    # another user may serve it
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044 == 0o044
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["d2t"].tolist() == [3, 4, 6, 27] and tensors["d2t"].dtype == np.int64
     assert np.flatnonzero(tensors["t2d"]).tolist() == [3, 5, 8, 30] and tensors["t2d"].dtype == bool
-    assert tensors["fc.weight"].dtype == ml_dtypes.bfloat16 and tensors["fc.weight"].shape == (16, 48)
+    assert (tensors["fc.weight"].dtype == ml_dtypes.bfloat16 and tensors["fc.weight"].shape
+            == (16, 48))
     assert tensors["midlayer.self_attn.q_proj.weight"].shape[1] == 32
     again = eagle3.read(tmp_path / "out", policy)
     assert again.config == draft.config
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16).astype(jnp.float32)),
-                 again.weights, draft.weights)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(
+        a, b.astype(jnp.bfloat16).astype(jnp.float32)), again.weights, draft.weights)
     eagle3.write(draft, tmp_path / "exact", dtype="float32")
-    jax.tree.map(np.testing.assert_array_equal, eagle3.read(tmp_path / "exact", policy).weights, draft.weights)
+    jax.tree.map(np.testing.assert_array_equal, eagle3.read(tmp_path / "exact", policy).weights,
+                 draft.weights)
 
 
 def test_the_configs_that_are_written_name_what_servers_look_for(policy, tmp_path):
     drafts = {case: eagle3.read(GOLDEN / case, policy) for case in CASES[2:]}
-    for case, served_as in zip(CASES[2:], ["LlamaForCausalLMEagle3", *["Eagle3Qwen3ForCausalLM"] * 2], strict=True):
+    for case, served_as in zip(CASES[2:], ["LlamaForCausalLMEagle3",
+                                           *["Eagle3Qwen3ForCausalLM"] * 2], strict=True):
         eagle3.write(drafts[case], tmp_path / case)
         hf = json.loads((tmp_path / case / "config.json").read_text())
         assert hf["architectures"] == [served_as] and "window" not in hf
@@ -142,38 +155,49 @@ def test_the_configs_that_are_written_name_what_servers_look_for(policy, tmp_pat
     layer, want = hf["transformer_layer_config"], golden.pop("transformer_layer_config")
     assert {key: hf[key] for key in same_keys - {"transformer_layer_config"}} == {
         key: golden[key] for key in same_keys - {"transformer_layer_config"}}
-    assert {key: layer[key] for key in want if key in layer and key not in ("bos_token_id", "pad_token_id")} == {
-        key: x for key, x in want.items() if key in layer and key not in ("bos_token_id", "pad_token_id")}
-    assert hf["speculators_config"]["verifier"] == {"name_or_path": "org/policy", "architectures": ["LlamaForCausalLM"]}
+    assert ({key: layer[key] for key in want
+             if key in layer and key not in ("bos_token_id", "pad_token_id")}
+            == {key: x for key, x in want.items()
+                if key in layer and key not in ("bos_token_id", "pad_token_id")})
+    assert (hf["speculators_config"]["verifier"]
+            == {"name_or_path": "org/policy", "architectures": ["LlamaForCausalLM"]})
     with pytest.raises(InputError, match="layout 'vllm' is unknown; known: specforge, speculators"):
         eagle3.write(drafts[CASES[2]], tmp_path / "x", layout="vllm")
-    with pytest.raises(InputError, match="a block of the kind qwen2 has no name in published drafts"):
+    with pytest.raises(InputError,
+                       match="a block of the kind qwen2 has no name in published drafts"):
         block = dataclasses.replace(drafts[CASES[2]].config.block, family="qwen2", out_bias=False)
-        eagle3.write(drafts[CASES[2]].replace(config=dataclasses.replace(drafts[CASES[2]].config, block=block)),
-                     tmp_path / "x")
+        eagle3.write(drafts[CASES[2]].replace(
+            config=dataclasses.replace(drafts[CASES[2]].config, block=block)), tmp_path / "x")
 
 
 @pytest.mark.parametrize("config, window", [
     ({"layer_types": ["sliding_attention"], "sliding_window": 8}, 8),
-    ({"layer_types": ["sliding_attention"], "sliding_window": 64}, 0),  # as long as the policy's context
-    ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, 0),  # of the policy's layers
+    # as long as the policy's context
+    ({"layer_types": ["sliding_attention"], "sliding_window": 64}, 0),
+    # of the policy's layers
+    ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, 0),
     ({"layer_types": ["sliding_attention"], "sliding_window": None}, 0),
     ({"sliding_window": 8}, 0), ({"sliding_window": 8, "use_sliding_window": True}, 0),
     ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8)])
 def test_which_window_a_config_asks_for(policy, tmp_path, config, window):
-    assert eagle3.read(edit_config(copy(CASES[0], tmp_path / "x"), **config), policy).config.window == window
+    assert (eagle3.read(edit_config(copy(CASES[0], tmp_path / "x"), **config), policy).config.window
+            == window)
 
 
 def test_a_draft_that_was_read_rolls_out(policy):
     draft = eagle3.read(GOLDEN / CASES[4], policy)
     batch = jspec.PromptBatch.from_tokens([[1, 5, 9], [7]], group_size=1, seed=0, buckets=(4,))
-    out = jspec.rollout(policy, draft, batch, sampling=jspec.Sampling(max_new_tokens=6, stop_tokens=()))
+    out = jspec.rollout(policy, draft, batch,
+                        sampling=jspec.Sampling(max_new_tokens=6, stop_tokens=()))
     assert out.lengths.tolist() == [6, 6]
 
 
 def test_two_conventions_of_auxiliary_layers(policy, tmp_path):
     directory = copy(CASES[1], tmp_path / "x")
-    depths = lambda **options: eagle3.read(directory, policy, **options).config.aux_depths  # noqa: E731
+
+    def depths(**options):
+        return eagle3.read(directory, policy, **options).config.aux_depths
+
     assert depths() == (0, 3, 5) and depths(aux_convention="output") == (1, 4, 6)
     edit_config(directory, **{AUX: None, "eagle_config": {AUX: [0, 3, 5]}})
     assert depths() == (1, 4, 6) and depths(aux_convention="input") == (0, 3, 5)
@@ -184,7 +208,8 @@ def test_two_conventions_of_auxiliary_layers(policy, tmp_path):
 
 
 def test_other_spellings_are_read(policy, tmp_path):
-    """Weights in several files and under a model's prefix, the older name of fc_norm, what trainers leave behind."""
+    """Weights in several files and under a model's prefix, the older name of fc_norm, what trainers
+    leave behind."""
     directory = copy(CASES[1], tmp_path / "x")
     old = {"fc_norm.0": "aux_norm_low", "fc_norm.1": "aux_norm_mid", "fc_norm.2": "aux_norm_high",
            "layers.0": "model.layers.0"}
@@ -207,7 +232,8 @@ def drop(*names):
 
 
 def put(**values):
-    return lambda tensors: tensors.update({name.replace("__", "."): x for name, x in values.items()})
+    return lambda tensors: tensors.update({name.replace("__", "."): x
+                                           for name, x in values.items()})
 
 
 def moved(name, at, by):
@@ -222,46 +248,59 @@ def flip(tensors):
 
 
 @pytest.mark.parametrize("config, tensors, message", [
-    ({"hidden_size": 32}, None, "its hidden size is 32, the policy's is 16; take one made for this policy"),
+    ({"hidden_size": 32}, None,
+     "its hidden size is 32, the policy's is 16; take one made for this policy"),
     ({"target_hidden_size": 64}, None, "its hidden size is 64, the policy's is 16"),
     ({"vocab_size": 40}, None, "its vocabulary size is 40, the policy's is 32"),
     ({}, drop("fc.weight", "midlayer.hidden_norm.weight"),
      "these tensors are missing: fc.weight, midlayer.hidden_norm.weight"),
     ({"norm_before_fc": True}, None, "these tensors are missing: input_norm.weight"),
-    ({"norm_before_fc": True, "fc_norm": True}, None, "norm_before_fc and fc_norm exclude each other"),
+    ({"norm_before_fc": True, "fc_norm": True}, None,
+     "norm_before_fc and fc_norm exclude each other"),
     ({}, put(midlayer__extra__weight=np.ones(2, np.float32), fc__bias=np.ones(16, np.float32)),
      "no place in an EAGLE-3 draft of this config: fc.bias, midlayer.extra.weight"),
-    ({}, put(layers__0__hidden_norm__weight=np.ones(16, np.float32)), "midlayer.hidden_norm.weight is there twice"),
+    ({}, put(layers__0__hidden_norm__weight=np.ones(16, np.float32)),
+     "midlayer.hidden_norm.weight is there twice"),
     ({"intermediate_size": 12}, None,
      "tensor midlayer.mlp.down_proj.weight has shape [16, 20], but the config says [16, 12]"),
-    ({"eagle_config": {AUX: [1, 3, 7]}}, None, "auxiliary layers at depths [2, 4, 8] of a policy of 7 layers"),
+    ({"eagle_config": {AUX: [1, 3, 7]}}, None,
+     "auxiliary layers at depths [2, 4, 8] of a policy of 7 layers"),
     ({"eagle_config": {AUX: [1, 3, 3]}}, None, "auxiliary layers at depths [2, 4, 4]"),
-    ({"eagle_config": {AUX: [1, 2, 3]}, AUX: [1, 2, 3]}, None, "names two sets of auxiliary layers"),
+    ({"eagle_config": {AUX: [1, 2, 3]}, AUX: [1, 2, 3]}, None,
+     "names two sets of auxiliary layers"),
     ({"eagle_config": {AUX: "1,2,3"}}, None, "must be a list of integers, not '1,2,3'"),
     ({"eagle_config": {"use_aux_hidden_state": False}}, None, "without auxiliary hidden states"),
-    ({}, drop("d2t"), "tensor d2t is missing, and the draft's vocabulary is of 20 tokens, the policy's of 32"),
+    ({}, drop("d2t"),
+     "tensor d2t is missing, and the draft's vocabulary is of 20 tokens, the policy's of 32"),
     ({}, moved("d2t", 19, 32), "d2t makes draft token 19 token"),
     ({}, moved("d2t", 0, -9), "outside the policy's 32; it holds offsets: token i is i + d2t[i]"),
     ({}, put(d2t=np.array([1, 0] * 10)), "d2t makes two draft tokens one token"),
-    ({}, put(d2t=np.zeros(5, np.int64)), "d2t must hold 20 integers (draft_vocab_size), not int64 of shape [5]"),
+    ({}, put(d2t=np.zeros(5, np.int64)),
+     "d2t must hold 20 integers (draft_vocab_size), not int64 of shape [5]"),
     ({}, flip, "t2d does not agree with d2t"),
     ({"num_hidden_layers": 2}, None, "a draft of 2 blocks is not supported"),
-    ({"layer_types": ["chunked_attention"]}, None, "'chunked_attention' is not supported; supported: full_attention"),
+    ({"layer_types": ["chunked_attention"]}, None,
+     "'chunked_attention' is not supported; supported: full_attention"),
     ({"layer_types": "sliding_attention"}, None, "as layer_types; expected a list of texts"),
     ({"sliding_window": "8"}, None, "has '8' as sliding_window"),
-    ({"norm_before_residual": "false"}, None, "has 'false' as norm_before_residual; expected true or false"),
+    ({"norm_before_residual": "false"}, None,
+     "has 'false' as norm_before_residual; expected true or false"),
     ({"eagle_config": [1]}, None, "has [1] as eagle_config; expected an object"),
     ({"eagle_config": {"use_aux_hidden_state": "no"}}, None, "has 'no' as use_aux_hidden_state"),
     ({"jspec": 3}, None, "has 3 as jspec; expected an object"),
     ({"jspec": {"depths": "3"}}, None, "has '3' as depths"),
     ({"draft_vocab_size": "20"}, None, "has '20' as draft_vocab_size"),
     ({"target_hidden_size": [16]}, None, "has [16] as target_hidden_size"),
-    ({"transformer_layer_config": "llama"}, None, "has 'llama' as transformer_layer_config; expected an object"),
+    ({"transformer_layer_config": "llama"}, None,
+     "has 'llama' as transformer_layer_config; expected an object"),
     ({"transformer_layer_config": {"hidden_size": "many"}}, None, "is refused by transformers"),
-    ({"architectures": "LlamaForCausalLMEagle3"}, None, "as architectures; expected a list of texts"),
+    ({"architectures": "LlamaForCausalLMEagle3"}, None,
+     "as architectures; expected a list of texts"),
     ({"architectures": ["LlamaForCausalLM"]}, None, "LlamaForCausalLM is not an EAGLE-3 draft"),
-    ({"model_type": "mistral"}, None, "a block of model_type 'mistral' is not supported; supported: llama, qwen3"),
-    ({}, put(fc__weight=np.ones((16, 48), np.int8)), "tensor fc.weight is stored as int8; supported: float32"),
+    ({"model_type": "mistral"}, None,
+     "a block of model_type 'mistral' is not supported; supported: llama, qwen3"),
+    ({}, put(fc__weight=np.ones((16, 48), np.int8)),
+     "tensor fc.weight is stored as int8; supported: float32"),
 ])
 def test_one_line_for_every_fault(policy, tmp_path, config, tensors, message):
     directory = edit_config(copy(CASES[0], tmp_path / "x"), **config)
@@ -284,7 +323,8 @@ def test_files_that_are_not_there_or_not_whole(policy, tmp_path):
     with pytest.raises(InputError, match="no safetensors; pickled weights are never loaded"):
         eagle3.read(directory, policy)
     (directory / "config.json").write_text('{"architectures": null}')
-    with pytest.raises(InputError, match="no layout of MTP heads is known for an unnamed architecture"):
+    with pytest.raises(InputError,
+                       match="no layout of MTP heads is known for an unnamed architecture"):
         jspec.load_draft(policy, directory)
     (directory / "config.json").unlink()
     with pytest.raises(InputError, match="no config.json"):
@@ -295,7 +335,8 @@ def test_writing_refuses(policy, tmp_path):
     draft = eagle3.read(GOLDEN / CASES[0], policy)
     with pytest.raises(InputError, match="a ngram draft cannot be written as EAGLE-3"):
         eagle3.write(jspec.drafts.ngram(policy), tmp_path / "out")
-    with pytest.raises(InputError, match="dtype 'int8' is not supported; supported: float32, float16, bfloat16"):
+    with pytest.raises(InputError, match="dtype 'int8' is not supported; supported: float32, "
+                       "float16, bfloat16"):
         eagle3.write(draft, tmp_path / "out", dtype="int8")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not an empty directory"):

@@ -1,4 +1,5 @@
-"""Export: the directory holds the same tensors, loads back as the same policy, and appears whole or not at all."""
+"""Export: the directory holds the same tensors, loads back as the same policy, and appears whole or
+not at all."""
 
 import dataclasses
 import json
@@ -30,7 +31,8 @@ def test_an_exported_directory_has_identical_tensors(case, tmp_path):
     policy = hub.load(str(GOLDEN / case))
     hub.export(policy, tmp_path / "out")
     want, got = tensors(GOLDEN / case), tensors(tmp_path / "out")
-    want = {name: value for name, value in want.items() if "mtp_layers" not in name}  # a head is no part of the policy
+    # a head is no part of the policy
+    want = {name: value for name, value in want.items() if "mtp_layers" not in name}
     assert set(got) == set(want)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
@@ -46,7 +48,8 @@ def test_shards_and_their_index(tmp_path):
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(policy.weights))
-    jax.tree.map(np.testing.assert_array_equal, hub.load(str(tmp_path / "out")).weights, policy.weights)
+    jax.tree.map(np.testing.assert_array_equal, hub.load(str(tmp_path / "out")).weights,
+                 policy.weights)
 
 
 def test_the_tokenizer_goes_along(tmp_path):
@@ -59,7 +62,8 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path):
     policy = hub.load(str(GOLDEN / "llama"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="exists and is not an empty directory; export into a new one"):
+    with pytest.raises(InputError,
+                       match="exists and is not an empty directory; export into a new one"):
         hub.export(policy, tmp_path / "full")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
@@ -88,7 +92,8 @@ def test_the_slower_of_two_writers_changes_nothing(tmp_path):
 def test_what_cannot_be_exported(tmp_path):
     policy = hub.load(str(GOLDEN / "llama"))
     with pytest.raises(InputError, match="no published llama architecture"):
-        hub.export(policy.replace(config=dataclasses.replace(policy.config, qk_norm=True)), tmp_path / "a")
+        hub.export(policy.replace(config=dataclasses.replace(policy.config, qk_norm=True)),
+                   tmp_path / "a")
     with pytest.raises(InputError, match="training layout"):
         hub.export(to_rollout(policy), tmp_path / "b")
     assert not list(tmp_path.iterdir())
@@ -102,7 +107,8 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(case, tmp_path):
     from transformers import AutoModelForCausalLM
 
     hub.export(hub.load(str(GOLDEN / case)), tmp_path / "out")
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32,
+                                                       output_loading_info=True)
     assert not any(info.values()), info
     with np.load(GOLDEN / case / "expected.npz") as data, torch.no_grad():
         got = model.eval()(torch.from_numpy(data["tokens"]).long()).logits.numpy()

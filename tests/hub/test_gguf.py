@@ -15,7 +15,8 @@ from jspec.model.config import RopeConfig
 from jspec.model.layers import rope_frequencies
 from tests.hub.checkpoints import GOLDEN, write_gguf
 
-YARN = {"{}.rope.scaling.type": "yarn", "{}.rope.scaling.factor": 4.0, "{}.rope.scaling.original_context_length": 16}
+YARN = {"{}.rope.scaling.type": "yarn", "{}.rope.scaling.factor": 4.0,
+        "{}.rope.scaling.original_context_length": 16}
 
 
 def same(a, b):
@@ -24,7 +25,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("case", ["llama", "qwen2_tied_sharded", "qwen3"])
 def test_gguf_equals_the_safetensors(case, tmp_path):
-    policy, want = hub.load(str(write_gguf(case, tmp_path / "model.gguf"))), hub.load(str(GOLDEN / case))
+    policy, want = (hub.load(str(write_gguf(case, tmp_path / "model.gguf"))),
+                    hub.load(str(GOLDEN / case)))
     same(policy, want)
     assert policy.config.stop_tokens == (2,)
     assert policy.config.rms_norm_eps == 1e-6
@@ -38,16 +40,17 @@ def test_gguf_biases_and_yarn(tmp_path):
     want = hub.load(str(GOLDEN / "llama_yarn_bias"))
     same(policy, want)
     # the betas are not in this one, and llama.cpp has YaRN's own
-    assert policy.config.rope == dataclasses.replace(want.config.rope, beta_fast=32.0, beta_slow=1.0)
+    assert (policy.config.rope
+            == dataclasses.replace(want.config.rope, beta_fast=32.0, beta_slow=1.0))
     own = {"yarn_beta_fast": 8.0, "yarn_beta_slow": 2.0, "yarn_ext_factor": 1.0}
     fields |= {f"llama.rope.scaling.{name}": value for name, value in own.items()}
     config = hub.read_config(str(write_gguf("llama_yarn_bias", tmp_path / "whole.gguf", fields)))
     assert config.rope == want.config.rope  # whose logits are those of transformers (test_parity)
 
 
-BASE = {"general.architecture": "llama", "llama.attention.head_count": 4, "llama.embedding_length": 32,
-        "llama.feed_forward_length": 48, "llama.block_count": 2, "llama.context_length": 4096,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5}
+BASE = {"general.architecture": "llama", "llama.attention.head_count": 4,
+        "llama.embedding_length": 32, "llama.feed_forward_length": 48, "llama.block_count": 2,
+        "llama.context_length": 4096, "llama.attention.layer_norm_rms_epsilon": 1e-5}
 
 
 def read(factors=None, **scaling):
@@ -57,10 +60,12 @@ def read(factors=None, **scaling):
 
 @pytest.mark.parametrize("scaling, want", [
     (dict(type="yarn", factor=4.0), dict(scaling="yarn", factor=4.0, original_max_position=4096)),
-    (dict(type="yarn", factor=4.0, original_context_length=1024, yarn_attn_factor=1.25, finetuned=True),
+    (dict(type="yarn", factor=4.0, original_context_length=1024, yarn_attn_factor=1.25,
+          finetuned=True),
      dict(scaling="yarn", factor=4.0, original_max_position=1024, attention_factor=1.25)),
     (dict(type="yarn", factor=4.0, yarn_ext_factor=-1.0, attn_factor=2.0),
-     dict(scaling="yarn", factor=4.0, original_max_position=4096, attention_factor=2 * (0.1 * np.log(4) + 1))),
+     dict(scaling="yarn", factor=4.0, original_max_position=4096,
+          attention_factor=2 * (0.1 * np.log(4) + 1))),
     (dict(type="yarn", factor=4.0, yarn_attn_factor=1.5, attn_factor=2.0),
      dict(scaling="yarn", factor=4.0, original_max_position=4096, attention_factor=3.0)),
     (dict(factor=2.0), dict(scaling="linear", factor=2.0)),  # llama.cpp's default type
@@ -71,14 +76,20 @@ def test_the_scaling_of_a_gguf(scaling, want):
 
 
 @pytest.mark.parametrize("scaling, text", [
-    (dict(type="yarn", factor=4.0, yarn_ext_factor=0.5), "yarn_ext_factor 0.5 is not supported; supported: 1"),
-    (dict(type="yarn", factor=4.0, yarn_log_multiplier=0.1), "rope.scaling.yarn_log_multiplier is not supported"),
+    (dict(type="yarn", factor=4.0, yarn_ext_factor=0.5),
+     "yarn_ext_factor 0.5 is not supported; supported: 1"),
+    (dict(type="yarn", factor=4.0, yarn_log_multiplier=0.1),
+     "rope.scaling.yarn_log_multiplier is not supported"),
     (dict(type="linear", factor=2.0, attn_factor=1.2), "attn_factor is supported with yarn only"),
-    (dict(type="linear", factor=2.0, yarn_ext_factor=1.0), "yarn_ext_factor is supported with yarn only"),
-    (dict(attn_factor=2.0, factors=np.full(4, 2, np.float32)), "attn_factor is supported with yarn only"),
-    (dict(type="longrope", factors=np.full(4, 2, np.float32)), "rope scaling 'longrope' of a GGUF is not supported"),
+    (dict(type="linear", factor=2.0, yarn_ext_factor=1.0),
+     "yarn_ext_factor is supported with yarn only"),
+    (dict(attn_factor=2.0, factors=np.full(4, 2, np.float32)),
+     "attn_factor is supported with yarn only"),
+    (dict(type="longrope", factors=np.full(4, 2, np.float32)),
+     "rope scaling 'longrope' of a GGUF is not supported"),
     (dict(type="yarn", factor="4"), "the GGUF has '4' as rope.scaling.factor; expected a number"),
-    (dict(type="yarn", factor=4.0, yarn_beta_fast=[8.0]), "as rope.scaling.yarn_beta_fast; expected a number"),
+    (dict(type="yarn", factor=4.0, yarn_beta_fast=[8.0]),
+     "as rope.scaling.yarn_beta_fast; expected a number"),
     (dict(type=["yarn"]), "rope scaling .'yarn'. of a GGUF is not supported"),
     (dict(type="yarn", factor=4.0, factors=np.full(4, 2, np.float32)), "scales its rope twice"),
 ])
@@ -88,13 +99,16 @@ def test_a_scaling_that_is_not_followed_is_refused(scaling, text):
 
 
 @pytest.mark.parametrize("changes, text", [
-    ({"llama.attention.head_count": [4, 4]}, "the GGUF has .4, 4. as attention.head_count; expected a positive"),
+    ({"llama.attention.head_count": [4, 4]},
+     "the GGUF has .4, 4. as attention.head_count; expected a positive"),
     ({"llama.attention.head_count": 0}, "the GGUF has 0 as attention.head_count"),
     ({"llama.block_count": None}, "the GGUF has no block_count; expected a positive integer"),
     ({"llama.context_length": "long"}, "has 'long' as context_length"),
-    ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "has nan as attention.layer_norm_rms_epsilon"),
+    ({"llama.attention.layer_norm_rms_epsilon": float("nan")},
+     "has nan as attention.layer_norm_rms_epsilon"),
     ({"llama.rope.dimension_count": 4}, "rotates 4 of 8 dimensions"),
-    ({"llama.attention.sliding_window": 8}, "sliding-window attention .window 8. of a GGUF is not supported"),
+    ({"llama.attention.sliding_window": 8},
+     "sliding-window attention .window 8. of a GGUF is not supported"),
     ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id must be an integer"),
     ({"tokenizer.ggml.padding_token_id": "x"}, "has 'x' as tokenizer.ggml.padding_token_id"),
     ({"general.architecture": 7}, "GGUF architecture 7 is not supported"),
@@ -131,7 +145,8 @@ def _llama3_divisors(theta, head_dim, factor, high=4.0, original=8192):
         wavelength = 2 * np.pi / freq
         smooth = (original / wavelength - 1.0) / (high - 1.0)
         inside = original / high <= wavelength <= original
-        out.append(1 / ((1 - smooth) / factor + smooth) if inside else 1.0 if wavelength < original / high else factor)
+        out.append(1 / ((1 - smooth) / factor + smooth) if inside else 1.0
+                   if wavelength < original / high else factor)
     return np.array(out, np.float32)
 
 
@@ -143,19 +158,24 @@ def test_llama3_scaling_is_recognised_by_its_divisors(factor):
 
 
 @pytest.mark.parametrize("head_dim, original, high", [
-    (64, 4096, 4.0), (128, 131072, 4.0), (64, 8192, 2.0), (128, 2048, 8.0), (8, 1024, 4.0), (4, 100, 4.0)])
+    (64, 4096, 4.0), (128, 131072, 4.0), (64, 8192, 2.0), (128, 2048, 8.0), (8, 1024, 4.0),
+    (4, 100, 4.0)])
 def test_llama3_scaling_of_another_length(head_dim, original, high):
-    """Found from the divisors alone; what counts is that the frequencies are those of the model that was converted."""
+    """Found from the divisors alone; what counts is that the frequencies are those of the model
+    that was converted."""
     want = RopeConfig(theta=500000.0, scaling="llama3", factor=8.0, high_freq_factor=high,
                       original_max_position=original)
     divisors = _llama3_divisors(500000.0, head_dim, 8.0, high, original)
     got = llama3_rope(500000.0, head_dim, divisors)
-    np.testing.assert_allclose(rope_frequencies(got, head_dim)[0], rope_frequencies(want, head_dim)[0], rtol=1e-4)
+    np.testing.assert_allclose(rope_frequencies(got, head_dim)[0],
+                               rope_frequencies(want, head_dim)[0], rtol=1e-4)
     assert head_dim < 64 or (got.original_max_position, got.high_freq_factor) == (original, high)
-    assert llama3_rope(500000.0, head_dim, divisors, original).original_max_position == original or high != 4.0
+    assert (llama3_rope(500000.0, head_dim, divisors, original).original_max_position == original
+            or high != 4.0)
 
 
-@pytest.mark.parametrize("divisors", [[1, 2, 3, 4], [1, np.nan, 8, 8], [0, 1, 8, 8], [8, 8, 1, 1], [1, 1, 8]])
+@pytest.mark.parametrize("divisors",
+                         [[1, 2, 3, 4], [1, np.nan, 8, 8], [0, 1, 8, 8], [8, 8, 1, 1], [1, 1, 8]])
 def test_divisors_that_are_no_llama3_scaling(divisors):
     with pytest.raises(InputError, match="rope_freqs.weight is not Llama 3's scaling"):
         llama3_rope(500000.0, 8, np.array(divisors, np.float32))
@@ -184,7 +204,8 @@ def test_more_layers_than_tensors(tmp_path):
     raw, key = path.read_bytes(), b"llama.block_count"
     at = raw.index(key) + len(key) + 4  # after the value's type
     path.write_bytes(raw[:at] + (10**9).to_bytes(4, "little") + raw[at + 4:])
-    with pytest.raises(InputError, match="the config says 1000000000 layers, and there are only 21 tensors"):
+    with pytest.raises(InputError,
+                       match="the config says 1000000000 layers, and there are only 21 tensors"):
         hub.load(str(path))
 
 
@@ -206,9 +227,12 @@ def test_bad_gguf_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("extra, text", [
-    ({"tensors": {"blk.0.ffn_gate_exps.weight": np.zeros((2, 4), np.float32)}}, "blk.0.ffn_gate_exps.weight has no"),
-    ({"tensors": {"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}}, "rope_freqs.weight is not Llama 3's"),
-    ({"fields": {"llama.rope.scaling.type": "longrope"}}, "rope scaling 'longrope'.* supported: none, linear, yarn"),
+    ({"tensors": {"blk.0.ffn_gate_exps.weight": np.zeros((2, 4), np.float32)}},
+     "blk.0.ffn_gate_exps.weight has no"),
+    ({"tensors": {"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}},
+     "rope_freqs.weight is not Llama 3's"),
+    ({"fields": {"llama.rope.scaling.type": "longrope"}},
+     "rope scaling 'longrope'.* supported: none, linear, yarn"),
     ({"fields": {"split.count": 2}}, "merge the parts"),
     ({"fields": {"llama.expert_count": 8}}, "mixture of experts"),
 ])
@@ -225,5 +249,6 @@ def test_gguf_of_another_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(InputError, match="architecture 'mamba' is not supported; supported: llama, qwen2, qwen3"):
+    with pytest.raises(InputError, match="architecture 'mamba' is not supported; supported: llama, "
+                       "qwen2, qwen3"):
         hub.load(str(tmp_path / "model.gguf"))

@@ -10,7 +10,8 @@ from jspec.hub.json_io import parse_json, read_json
 
 
 def test_what_is_right_is_read(tmp_path):
-    text = '{"a": [1, 2.5, null, true, {"b": "\\ud83d\\ude42 \\u00e9"}], "n": 1000000000000000019884624838656}'
+    text = ('{"a": [1, 2.5, null, true, {"b": "\\ud83d\\ude42 \\u00e9"}], "n": '
+            '1000000000000000019884624838656}')
     want = {"a": [1, 2.5, None, True, {"b": "🙂 é"}], "n": 1000000000000000019884624838656}
     assert parse_json(text, "x") == parse_json(text.encode(), "x") == want
     (tmp_path / "x").write_text(text)
@@ -47,8 +48,10 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "large").write_text('{"a": 1}')
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     monkeypatch.setattr(json_io, "MAX_BYTES", 7)
-    for name, message in (("folder", "not a file"), ("pipe", "not a file"), ("large", "8 bytes are more than the 7"),
-                          ("missing", "no missing; give a directory that has one"), ("loop", "no loop|cannot be read"),
-                          ("x" * 300, "cannot be read .*too long"), ("large/x", "no x|cannot be read")):
+    for name, message in (
+        ("folder", "not a file"), ("pipe", "not a file"), ("large", "8 bytes are more than the 7"),
+        ("missing", "no missing; give a directory that has one"),
+        ("loop", "no loop|cannot be read"),
+        ("x" * 300, "cannot be read .*too long"), ("large/x", "no x|cannot be read")):
         with pytest.raises(InputError, match=message):
             read_json(tmp_path / name)

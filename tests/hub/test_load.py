@@ -1,4 +1,5 @@
-"""Loading a directory: what breaks is named, memory stays bounded, and a mesh gets exactly its shards."""
+"""Loading a directory: what breaks is named, memory stays bounded, and a mesh gets exactly its
+shards."""
 
 import json
 import os
@@ -42,9 +43,11 @@ def test_a_file_cut_short(tmp_path):
 def test_a_corrupt_header(tmp_path):
     path = copy("llama", tmp_path / "m") / "model.safetensors"
     whole = path.read_bytes()
-    replaced = [whole.replace(b'"data_offsets":[', b'"data_offsets":{', 1), whole.replace(b"[48,16]", b"[49,16]", 1),
-                whole.replace(b"[48,16]", b"[48,1.]", 1), whole.replace(b'"dtype":"F32"', b'"dtype":["F2"]', 1),
-                whole.replace(b"[48,16]", b'["",16]', 1), whole.replace(b"[3072,6144]", b"[0000,3072]", 1),
+    replaced = [whole.replace(b'"data_offsets":[', b'"data_offsets":{', 1),
+                whole.replace(b"[48,16]", b"[49,16]", 1), whole.replace(b"[48,16]", b"[48,1.]", 1),
+                whole.replace(b'"dtype":"F32"', b'"dtype":["F2"]', 1),
+                whole.replace(b"[48,16]", b'["",16]', 1),
+                whole.replace(b"[3072,6144]", b"[0000,3072]", 1),
                 whole.replace(b"[3072,6144]", b"[0,3072]   ", 1)]
     for broken in (whole[:8] + b"{{" + whole[10:], whole[:8] + b"[]" + b" " * 5000, *replaced):
         path.write_bytes(broken)
@@ -52,16 +55,19 @@ def test_a_corrupt_header(tmp_path):
 
 
 def test_a_dtype_that_is_not_read(tmp_path):
-    directory = edit_tensors(copy("llama", tmp_path / "m"), lambda t: t.update({NORM: np.ones(16, np.int8)}))
+    directory = edit_tensors(copy("llama", tmp_path / "m"),
+                             lambda t: t.update({NORM: np.ones(16, np.int8)}))
     assert f"tensor {NORM} is stored as I8; supported: F32, F16, BF16, F64" in message(directory)
 
 
 def test_tensors_missing_left_over_or_misshapen(tmp_path):
     missing = edit_tensors(copy("llama", tmp_path / "a"), lambda t: t.pop(NORM))
     assert f"tensor {NORM} is missing" in message(missing)
-    left = edit_tensors(copy("llama", tmp_path / "b"), lambda t: t.update({"model.extra": np.ones(1, np.float32)}))
+    left = edit_tensors(copy("llama", tmp_path / "b"),
+                        lambda t: t.update({"model.extra": np.ones(1, np.float32)}))
     assert "tensor model.extra has no place in a llama model" in message(left)
-    shape = edit_tensors(copy("llama", tmp_path / "c"), lambda t: t.update({NORM: np.ones(15, np.float32)}))
+    shape = edit_tensors(copy("llama", tmp_path / "c"),
+                         lambda t: t.update({NORM: np.ones(15, np.float32)}))
     assert f"tensor {NORM} has shape [15], but the config says [16]" in message(shape)
 
 
@@ -72,7 +78,8 @@ def test_more_layers_than_tensors_are_not_even_listed(tmp_path):
     assert "1000000000 as num_nextn_predict_layers; expected at most 64" in message(directory)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json",
+                                  "model.safetensors"])
 def test_a_folder_where_a_file_is_expected(tmp_path, name):
     directory = copy("llama", tmp_path / "m")
     (directory / name).unlink(missing_ok=True)
@@ -82,7 +89,8 @@ def test_a_folder_where_a_file_is_expected(tmp_path, name):
 
 def test_a_tied_head_may_be_stored_twice_but_must_agree(tmp_path):
     def head(change):
-        return lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + np.float32(change)})
+        return lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]
+                                   + np.float32(change)})
 
     same = edit_tensors(copy("llama_linear_tied", tmp_path / "a"), head(0))
     assert "head" not in hub.load(str(same)).weights
@@ -92,7 +100,8 @@ def test_a_tied_head_may_be_stored_twice_but_must_agree(tmp_path):
 
 def test_old_rotary_buffers_are_ignored(tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    hub.load(str(edit_tensors(copy("llama", tmp_path / "m"), lambda t: t.update({name: np.ones(4, np.float32)}))))
+    hub.load(str(edit_tensors(copy("llama", tmp_path / "m"),
+                              lambda t: t.update({name: np.ones(4, np.float32)}))))
 
 
 def test_directories_that_are_no_model(tmp_path):
@@ -102,7 +111,8 @@ def test_directories_that_are_no_model(tmp_path):
     (directory / "model.safetensors").rename(directory / "elsewhere")
     assert "no model.safetensors and no model.safetensors.index.json" in message(directory)
     (directory / "pytorch_model.bin").write_bytes(b"")
-    pickled = "only pickled weights (pytorch_model.bin), which are never loaded; convert the model to safetensors"
+    pickled = ("only pickled weights (pytorch_model.bin), which are never loaded; convert the "
+               "model to safetensors")
     assert pickled in message(directory)
     (directory / "config.json").write_text("{")
     assert "config.json: not valid JSON" in message(directory)
@@ -125,9 +135,10 @@ def test_an_index_that_does_not_hold(tmp_path):
 
 @pytest.mark.parametrize("file, text", [
     (7, "is in 7, which is not the name"), ("", "is in '', which is not the name"),
-    ("../other.safetensors", "which is not the name of a file beside it"), ("..", "not the name of a file beside it"),
-    ("/etc/passwd", "not the name of a file beside it"), ("gone\0", "not the name of a file beside it"),
-    ("sub", "sub: not a file"), ("config.json", "config.json: not a safetensors file"), ("pipe", "pipe: not a file")])
+    ("../other.safetensors", "which is not the name of a file beside it"),
+    ("..", "not the name of a file beside it"), ("/etc/passwd", "not the name of a file beside it"),
+    ("gone\0", "not the name of a file beside it"), ("sub", "sub: not a file"),
+    ("config.json", "config.json: not a safetensors file"), ("pipe", "pipe: not a file")])
 def test_an_index_names_files_beside_it(tmp_path, file, text):
     directory = copy("qwen2_tied_sharded", tmp_path / "m")
     (tmp_path / "other.safetensors").write_bytes((directory / "config.json").read_bytes())
@@ -151,7 +162,8 @@ def test_the_index_says_which_of_two_shards_holds_a_tensor(tmp_path):
     np.testing.assert_array_equal(hub.load(str(directory)).weights["final_norm"], want)
     del good["model.norm.weight"]
     index.write_text(json.dumps({"weight_map": good}))
-    assert "model.norm.weight is in " in message(directory) and "does not say which" in message(directory)
+    assert ("model.norm.weight is in " in message(directory)
+            and "does not say which" in message(directory))
 
 
 def test_the_hubs_cache_links_to_its_files(tmp_path):
@@ -167,17 +179,20 @@ def test_dtype_and_architecture(tmp_path):
     policy = hub.load(str(GOLDEN / "llama"), dtype="bfloat16")
     assert policy.dtype == "bfloat16" and policy.weights["embed"].dtype == np.float32
     assert hub.load(str(GOLDEN / "llama")).dtype == "float32"  # the tests run on the CPU
-    with pytest.raises(InputError, match="dtype 'float16' is not supported; supported: float32, bfloat16"):
+    with pytest.raises(InputError,
+                       match="dtype 'float16' is not supported; supported: float32, bfloat16"):
         hub.load(str(GOLDEN / "llama"), dtype="float16")
     other = edit_config(copy("llama", tmp_path / "m"), architectures=["GPT2LMHeadModel"])
-    assert "architecture GPT2LMHeadModel is not supported; supported: LlamaForCausalLM" in message(other)
+    assert ("architecture GPT2LMHeadModel is not supported; supported: LlamaForCausalLM"
+            in message(other))
 
 
 def run(code, *args, devices=1):
     flags = f"--xla_force_host_platform_device_count={devices}"
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], cwd=ROOT, text=True,
-                         capture_output=True, timeout=300,
-                         env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], cwd=ROOT,
+                         text=True, capture_output=True, timeout=300,
+                         env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "JAX_PLATFORMS": "cpu",
+                              "XLA_FLAGS": flags})
     assert out.returncode == 0, out.stderr
     return json.loads(out.stdout.splitlines()[-1])
 
@@ -216,10 +231,11 @@ PEAK = """
 
 def test_peak_memory_is_the_arrays_and_little_more(tmp_path):
     # a large untied vocabulary: the embedding and the head are a third of the model each
-    config = ModelConfig(vocab_size=20000, hidden_size=512, intermediate_size=1024, num_layers=4, num_heads=8,
-                         num_kv_heads=4, head_dim=64, tie_embeddings=False)
+    config = ModelConfig(vocab_size=20000, hidden_size=512, intermediate_size=1024, num_layers=4,
+                         num_heads=8, num_kv_heads=4, head_dim=64, tie_embeddings=False)
     random = np.random.default_rng(0)
-    write_checkpoint(tmp_path, config, lambda t: random.random(t.shape, np.float32), max_shard_bytes=10**8)
+    write_checkpoint(tmp_path, config, lambda t: random.random(t.shape, np.float32),
+                     max_shard_bytes=10**8)
     plain, sharded = run(PEAK, tmp_path, devices=4)
     assert 0.5 < plain < 1.3
     assert 0.5 < sharded < 1.3
@@ -242,7 +258,8 @@ SHARDED = """
         with jax.set_mesh(mesh):
             found = hub.load("tests/golden/qwen2_tied_sharded")
         for got in (policy, found):
-            assert jax.tree.map(lambda x: x.sharding, got.weights) == policy_sharding(policy.config, mesh)
+            shardings = jax.tree.map(lambda x: x.sharding, got.weights)
+            assert shardings == policy_sharding(policy.config, mesh)
             jax.tree.map(np.testing.assert_array_equal, got.weights, plain.weights)
         shards.append(policy.weights["layers"]["gate"].addressable_shards[0].data.shape)
     try:

@@ -1,4 +1,5 @@
-"""Native MTP heads: the published code's logits, bit-exact round trips, lossless rollouts, and what breaks is named."""
+"""Native MTP heads: the published code's logits, bit-exact round trips, lossless rollouts, and what
+breaks is named."""
 
 import dataclasses
 import json
@@ -39,7 +40,8 @@ def draft(policy):
 
 
 def tensors(directory):
-    return {name: value for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {name: value for file in sorted(directory.glob("*.safetensors"))
+            for name, value in load_file(file).items()}
 
 
 def same(a, b):
@@ -47,7 +49,8 @@ def same(a, b):
 
 
 def drafted_logits(policy, draft, tokens):
-    """Logits [S - 2, 2, V] at both depths after the first 2 .. S - 1 tokens [S], the first draft being the next one."""
+    """Logits [S - 2, 2, V] at both depths after the first 2 .. S - 1 tokens [S], the first draft
+    being the next one."""
     rows = jnp.broadcast_to(tokens, (len(tokens) - 2, len(tokens)))
     lengths = jnp.arange(2, len(tokens))
 
@@ -72,7 +75,8 @@ def drafted_logits(policy, draft, tokens):
 def error_against_golden(case, policy, draft):
     with np.load(GOLDEN / case / "expected.npz") as data:
         got = drafted_logits(policy, draft, jnp.asarray(data["tokens"][0]))
-        return [np.abs(got[:, 0] - data["depth1"][:-1]).max(), np.abs(got[:, 1] - data["depth2"]).max()]
+        return [np.abs(got[:, 0] - data["depth1"][:-1]).max(),
+                np.abs(got[:, 1] - data["depth2"]).max()]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,19 +85,23 @@ def test_logits_are_those_of_the_published_code_at_both_depths(case):
     assert max(error_against_golden(case, policy, mtp_heads.read(GOLDEN / case, policy))) < 1e-4
 
 
-@pytest.mark.parametrize("change", [{"hidden_first": False}, {"normed_trunk": True}, {"first": 0}], ids=str)
+@pytest.mark.parametrize("change", [{"hidden_first": False}, {"normed_trunk": True}, {"first": 0}],
+                         ids=str)
 def test_the_golden_files_would_show_another_convention(change, policy, draft):
     other = draft.replace(config=dataclasses.replace(draft.config, **change))
     assert min(error_against_golden("mimo", policy, other)) > 0.01
 
 
 def test_the_trunk_is_a_qwen2_and_its_head_no_part_of_it(policy, tmp_path):
-    assert policy.config.family == "qwen2" and policy.config.qkv_bias and not policy.config.tie_embeddings
+    assert (policy.config.family == "qwen2" and policy.config.qkv_bias
+            and not policy.config.tie_embeddings)
     hub.export(policy, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    assert (json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
+            == ["Qwen2ForCausalLM"])
     assert not [name for name in tensors(tmp_path / "out") if "mtp" in name]
     directory = edit_config(copy("mimo", tmp_path / "m"), num_nextn_predict_layers=0)
-    with pytest.raises(InputError, match="tensor model.mtp_layers.0.* has no place in a qwen2 model"):
+    with pytest.raises(InputError,
+                       match="tensor model.mtp_layers.0.* has no place in a qwen2 model"):
         load(directory)
 
 
@@ -103,16 +111,19 @@ def test_a_head_written_alone_is_read_back_bit_for_bit(case, dtype, tmp_path):
     draft = mtp_heads.read(GOLDEN / case, policy)
     assert mtp_heads.write(draft, tmp_path / "head") == tmp_path / "head"
     assert json.loads((tmp_path / "head" / "config.json").read_text())["torch_dtype"] == dtype
-    want = {name: value for name, value in tensors(GOLDEN / case).items() if name.startswith(PREFIX)}
+    want = {name: value
+            for name, value in tensors(GOLDEN / case).items() if name.startswith(PREFIX)}
     got = tensors(tmp_path / "head")
     assert got.keys() == want.keys() and {str(x.dtype) for x in got.values()} == {dtype}
     same(got, want)
     again = mtp_heads.read(tmp_path / "head", policy)
-    assert again.config == draft.config and all(x.dtype == np.float32 for x in jax.tree.leaves(again.weights))
+    assert (again.config
+            == draft.config and all(x.dtype == np.float32 for x in jax.tree.leaves(again.weights)))
     same(again.weights, draft.weights)
 
 
-@pytest.mark.parametrize("shard", [hub.exporter.MAX_SHARD_BYTES, 10_000], ids=["one file", "sharded"])
+@pytest.mark.parametrize("shard", [hub.exporter.MAX_SHARD_BYTES, 10_000],
+                         ids=["one file", "sharded"])
 def test_a_head_joins_the_policy_that_was_exported(shard, policy, draft, tmp_path):
     hub.export(policy, tmp_path / "out", max_shard_bytes=shard)
     mtp_heads.write(draft, tmp_path / "out")
@@ -121,7 +132,8 @@ def test_a_head_joins_the_policy_that_was_exported(shard, policy, draft, tmp_pat
         ["MiMoForCausalLM"], "mimo", 1)
     same(tensors(tmp_path / "out"), tensors(GOLDEN / "mimo"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(GOLDEN / "mimo").values())
+    assert (index["metadata"]["total_size"]
+            == sum(x.nbytes for x in tensors(GOLDEN / "mimo").values()))
     again = load(tmp_path / "out")
     assert again.config == policy.config
     same(again.weights, policy.weights)
@@ -129,17 +141,20 @@ def test_a_head_joins_the_policy_that_was_exported(shard, policy, draft, tmp_pat
 
 
 def test_a_further_layout_is_a_row(policy, tmp_path, monkeypatch):
-    """Names and conventions as DeepSeek-V3 has them, on a trunk that there is: the head is one more layer."""
-    row = MtpLayout("FurtherForCausalLM", "further", prefix="model.layers.{layer}.", embed_norm="enorm.weight",
-                    hidden_norm="hnorm.weight", proj="eh_proj.weight", block="inner.",
-                    final_norm="shared_head.norm.weight", hidden_first=False, normed_trunk=True, first=0)
+    """Names and conventions as DeepSeek-V3 has them, on a trunk that there is: the head is one more
+    layer."""
+    row = MtpLayout("FurtherForCausalLM", "further", prefix="model.layers.{layer}.",
+                    embed_norm="enorm.weight", hidden_norm="hnorm.weight", proj="eh_proj.weight",
+                    block="inner.", final_norm="shared_head.norm.weight", hidden_first=False,
+                    normed_trunk=True, first=0)
     monkeypatch.setitem(MTP_LAYOUTS, row.architecture, row)
     monkeypatch.setitem(ARCHITECTURES, row.architecture, "qwen2")
     draft = jspec.drafts.mtp(policy, jax.random.key(0))
     hub.export(policy, tmp_path / "out")
     mtp_heads.write(draft, tmp_path / "out")
     names = {name for name in tensors(tmp_path / "out") if name.startswith("model.layers.2.")}
-    assert {"model.layers.2.eh_proj.weight", "model.layers.2.inner.self_attn.q_proj.bias"} < names and len(names) == 16
+    assert ({"model.layers.2.eh_proj.weight", "model.layers.2.inner.self_attn.q_proj.bias"}
+            < names and len(names) == 16)
     again = load(tmp_path / "out")
     same(again.weights, policy.weights)
     head = mtp_heads.read(tmp_path / "out", again)
@@ -157,7 +172,8 @@ def test_mixed_dtypes_lose_nothing(policy, tmp_path):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_greedy_speculation_with_the_head_changes_nothing(k, policy, draft):
-    batch = jspec.PromptBatch.from_tokens([[7, 3, 9, 11, 2, 30], [5], [4, 8]], group_size=2, seed=0, buckets=(8,))
+    batch = jspec.PromptBatch.from_tokens([[7, 3, 9, 11, 2, 30], [5], [4, 8]], group_size=2, seed=0,
+                                          buckets=(8,))
     sampling = Sampling(max_new_tokens=20, temperature=0.0, stop_tokens=())
     plain = jspec.rollout(policy, None, batch, sampling=sampling)
     out = jspec.rollout(policy, draft, batch, sampling=sampling, speculation=Speculation(k=k))
@@ -174,19 +190,25 @@ def message(call, *args, **options):
 
 
 @pytest.mark.parametrize("change, text", [
-    ({"hidden_size": 24}, "made for another policy: its hidden_size is 24, the policy's is 16; take the head and"),
+    ({"hidden_size": 24},
+     "made for another policy: its hidden_size is 24, the policy's is 16; take the head and"),
     ({"vocab_size": 50}, "made for another policy: its vocab_size is 50, the policy's is 48"),
     ({"rope_theta": 1e4}, "made for another policy: its rope is "),
-    ({"num_nextn_predict_layers": 0}, "the checkpoint has no MTP head (num_nextn_predict_layers in config.json is 0)"),
-    ({"num_nextn_predict_layers": None}, "has no MTP head (num_nextn_predict_layers in config.json is None)"),
+    ({"num_nextn_predict_layers": 0},
+     "the checkpoint has no MTP head (num_nextn_predict_layers in config.json is 0)"),
+    ({"num_nextn_predict_layers": None},
+     "has no MTP head (num_nextn_predict_layers in config.json is None)"),
     ({"num_nextn_predict_layers": 2}, "has several MTP heads, and one is supported"),
-    ({"num_nextn_predict_layers": "1"}, "has '1' as num_nextn_predict_layers; expected a whole number"),
+    ({"num_nextn_predict_layers": "1"},
+     "has '1' as num_nextn_predict_layers; expected a whole number"),
     ({"architectures": ["Qwen2ForCausalLM"]},
      "no layout of MTP heads is known for Qwen2ForCausalLM; known: MiMoForCausalLM"),
-    ({"architectures": None}, "no layout of MTP heads is known for an unnamed architecture; known: MiMoForCausalLM"),
+    ({"architectures": None},
+     "no layout of MTP heads is known for an unnamed architecture; known: MiMoForCausalLM"),
 ])
 def test_configs_that_do_not_fit(change, text, policy, tmp_path):
-    assert text in message(mtp_heads.read, edit_config(copy("mimo", tmp_path / "m"), **change), policy)
+    assert (text in message(mtp_heads.read, edit_config(copy("mimo", tmp_path / "m"), **change),
+                            policy))
 
 
 def _without_count(directory):
@@ -203,17 +225,20 @@ def test_a_config_without_the_count(policy, tmp_path):
 
 
 @pytest.mark.parametrize("change, text", [
-    (lambda t: t.pop(PREFIX + "input_proj.weight"), "tensor model.mtp_layers.0.input_proj.weight is missing"),
-    (lambda t: t.pop(PREFIX + "self_attn.q_proj.bias"), "tensor model.mtp_layers.0.self_attn.q_proj.bias is missing"),
+    (lambda t: t.pop(PREFIX + "input_proj.weight"),
+     "tensor model.mtp_layers.0.input_proj.weight is missing"),
+    (lambda t: t.pop(PREFIX + "self_attn.q_proj.bias"),
+     "tensor model.mtp_layers.0.self_attn.q_proj.bias is missing"),
     (lambda t: t.update({PREFIX + "enorm.weight": np.ones(16, np.float32)}),
      "tensor model.mtp_layers.0.enorm.weight has no place in the MTP head of MiMoForCausalLM"),
     (lambda t: t.update({"model.mtp_layers.1.input_proj.weight": np.ones(16, np.float32)}),
      "tensor model.mtp_layers.1.input_proj.weight has no place in"),
-    (lambda t: t.update({PREFIX + "input_proj.weight": np.ones((16, 16), np.float32)}),
-     "tensor model.mtp_layers.0.input_proj.weight has shape [16, 16], but the config says [16, 32]"),
+    (lambda t: t.update({PREFIX + "input_proj.weight": np.ones((16, 16), np.float32)}), "tensor "
+     "model.mtp_layers.0.input_proj.weight has shape [16, 16], but the config says [16, 32]"),
 ], ids=["missing", "bias missing", "left over", "second layer", "shape"])
 def test_tensors_that_do_not_fit(change, text, policy, tmp_path):
-    assert text in message(mtp_heads.read, edit_tensors(copy("mimo", tmp_path / "m"), change), policy)
+    assert (text in message(mtp_heads.read, edit_tensors(copy("mimo", tmp_path / "m"), change),
+                            policy))
 
 
 def test_other_things_that_cannot_be_read(policy, tmp_path):
@@ -229,18 +254,19 @@ def test_other_things_that_cannot_be_read(policy, tmp_path):
 
 def test_what_cannot_be_written(policy, draft, tmp_path):
     other = jspec.drafts.mtp(policy, jax.random.key(0))
-    assert "no published architecture has an mtp head with blocks=1, vocab_size=0, hidden_first=False" in message(
-        mtp_heads.write, other, tmp_path / "a")
+    assert ("no published architecture has an mtp head with blocks=1, vocab_size=0, "
+            "hidden_first=False" in message(mtp_heads.write, other, tmp_path / "a"))
     reduced = draft.replace(config=dataclasses.replace(draft.config, vocab_size=4))
     assert "vocab_size=4" in message(mtp_heads.write, reduced, tmp_path / "a")
     assert not list(tmp_path.iterdir())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    assert "exists and is neither empty nor a model's directory" in message(mtp_heads.write, draft, tmp_path / "full")
+    assert ("exists and is neither empty nor a model's directory" in message(mtp_heads.write, draft,
+                                                                             tmp_path / "full"))
     assert "has an MTP head already; export the policy into a new directory first" in message(
         mtp_heads.write, draft, copy("mimo", tmp_path / "m"))
-    assert "is not of the policy that the head drafts for: its family is llama, the policy's is qwen2" in message(
-        mtp_heads.write, draft, copy("llama", tmp_path / "l"))
+    assert ("is not of the policy that the head drafts for: its family is llama, the policy's is "
+            "qwen2" in message(mtp_heads.write, draft, copy("llama", tmp_path / "l")))
 
 
 def test_the_head_goes_where_the_mesh_has_it(policy):
@@ -248,4 +274,5 @@ def test_the_head_goes_where_the_mesh_has_it(policy):
 
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         draft = mtp_heads.read(GOLDEN / "mimo", policy)
-        assert {type(x.sharding).__name__ for x in jax.tree.leaves(draft.weights)} == {"NamedSharding"}
+        assert ({type(x.sharding).__name__ for x in jax.tree.leaves(draft.weights)}
+                == {"NamedSharding"})

@@ -1,4 +1,5 @@
-"""Logits and log-probabilities against what transformers gave: the golden files and the recorded greedy decoding."""
+"""Logits and log-probabilities against what transformers gave: the golden files and the recorded
+greedy decoding."""
 
 import dataclasses
 import json
@@ -34,7 +35,8 @@ def test_the_golden_files_cover_every_family_and_rope_scaling():
     assert {c.family for c in configs} == {"llama", "qwen2", "qwen3"}
     assert {c.rope.scaling for c in configs} == {"default", "linear", "llama3", "yarn"}
     assert {c.tie_embeddings for c in configs} == {True, False}
-    assert {(c.qkv_bias, c.qk_norm) for c in configs} == {(False, False), (True, False), (False, True)}
+    assert ({(c.qkv_bias, c.qk_norm) for c in configs}
+            == {(False, False), (True, False), (False, True)})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,7 +47,8 @@ def test_logits_match_transformers(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in CASES if "linear" in c or "llama3" in c or "yarn" in c])
+@pytest.mark.parametrize("case",
+                         [c for c in CASES if "linear" in c or "llama3" in c or "yarn" in c])
 def test_the_golden_files_would_show_a_scaling_that_is_not_applied(case):
     tokens, want = expected(case)
     policy = hub.load(str(GOLDEN / case), dtype="float32")

@@ -16,7 +16,8 @@ RECORDED = json.loads((GOLDEN / "smollm2_greedy.json").read_text())
 @pytest.mark.parametrize("entry", RECORDED, ids=[e["prompt"][:12] for e in RECORDED])
 def test_smollm2_gives_the_recorded_ids_and_text(smollm2_tokenizer, entry):
     chat = [{"role": "user", "content": entry["prompt"]}]
-    assert smollm2_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == entry["rendered"]
+    assert (smollm2_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            == entry["rendered"])
     assert smollm2_tokenizer(entry["rendered"]).input_ids == entry["prompt_tokens"]
     assert smollm2_tokenizer.decode(entry["greedy_tokens"]) == entry["text"]
 
@@ -29,27 +30,32 @@ def test_smollm2_special_tokens_and_digits(smollm2_tokenizer, smollm2):
     text = "Naïve café — 東京\n\n  def f(x):\n\treturn x**2 🙂"
     assert smollm2_tokenizer.decode(smollm2_tokenizer(text).input_ids) == text
     text = "<|im_start|>user\nhi<|im_end|>"
-    assert smollm2_tokenizer.decode(smollm2_tokenizer(text).input_ids, skip_special_tokens=True) == "user\nhi"
+    assert (smollm2_tokenizer.decode(smollm2_tokenizer(text).input_ids, skip_special_tokens=True)
+            == "user\nhi")
 
 
 def _fields(**changes):
     letters = ["a", "b", "ab", "1", "11", "Ġ", "Ġa", "<|x|>", "<|end|>"]
-    base = {"model": "gpt2", "pre": "qwen2", "tokens": letters, "token_type": [1, 1, 1, 1, 1, 1, 1, 4, 3],
+    base = {"model": "gpt2", "pre": "qwen2", "tokens": letters,
+            "token_type": [1, 1, 1, 1, 1, 1, 1, 4, 3],
             "merges": ["a b", "1 1", "Ġ a"], "eos_token_id": 8}
     return {f"tokenizer.ggml.{k}": v for k, v in {**base, **changes}.items()}
 
 
-@pytest.mark.parametrize("pre, ids", [("qwen2", [2, 6, 3, 3, 3, 7, 8]), ("llama-bpe", [2, 6, 4, 3, 7, 8]),
-                                      ("smollm", [2, 6, 3, 3, 3, 7, 8])])
+@pytest.mark.parametrize("pre, ids",
+                         [("qwen2", [2, 6, 3, 3, 3, 7, 8]), ("llama-bpe", [2, 6, 4, 3, 7, 8]),
+                          ("smollm", [2, 6, 3, 3, 3, 7, 8])])
 def test_pre_tokenizers_split_as_llama_cpp_does(pre, ids):
     tokenizer = tokenizer_from_gguf(_fields(pre=pre))
     assert tokenizer("ab a111<|x|><|end|>").input_ids == ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab a111<|x|>"  # user-defined tokens are text
+    # user-defined tokens are text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab a111<|x|>"
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 8
 
 
 def test_a_begin_token_is_added_where_the_file_says_so():
-    assert tokenizer_from_gguf(_fields(bos_token_id=7, add_bos_token=True))("ab").input_ids == [7, 2]
+    assert (tokenizer_from_gguf(_fields(bos_token_id=7, add_bos_token=True))("ab").input_ids
+            == [7, 2])
     assert tokenizer_from_gguf(_fields(bos_token_id=7, add_bos_token=False))("ab").input_ids == [2]
 
 
@@ -62,19 +68,22 @@ def test_a_begin_token_is_added_where_llama_cpp_adds_one_by_default(pre, begins)
 
 
 def test_a_corrupt_gguf_tokenizer():
-    for broken in ({"merges": ["a x"]}, {"merges": [3]}, {"merges": ["ab"]}, {"tokens": 3}, {"eos_token_id": 99},
-                   {"token_type": [1]}, {"eos_token_id": "x"}, {"tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9]}):
+    for broken in ({"merges": ["a x"]}, {"merges": [3]}, {"merges": ["ab"]}, {"tokens": 3},
+                   {"eos_token_id": 99}, {"token_type": [1]}, {"eos_token_id": "x"},
+                   {"tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9]}):
         with pytest.raises(InputError, match="tokenizer is corrupt: .*; fetch the file again"):
             tokenizer_from_gguf(_fields(**broken))
     without = _fields()
     del without["tokenizer.ggml.merges"]
-    with pytest.raises(InputError, match="tokenizer is corrupt: KeyError: 'merges'; fetch the file again"):
+    with pytest.raises(InputError,
+                       match="tokenizer is corrupt: KeyError: 'merges'; fetch the file again"):
         tokenizer_from_gguf(without)
 
 
 @pytest.mark.parametrize("changes", [{"pre": "deepseek-coder"}, {"model": "llama", "pre": None}])
 def test_another_gguf_tokenizer_is_named(changes):
-    with pytest.raises(InputError, match="is not supported; supported: gpt2 with smollm, qwen2, llama-bpe"):
+    with pytest.raises(InputError,
+                       match="is not supported; supported: gpt2 with smollm, qwen2, llama-bpe"):
         tokenizer_from_gguf(_fields(**changes))
 
 

@@ -1,4 +1,5 @@
-"""What a policy knows of its tokenizer, wherever it stands: the end token, and which ids have no token."""
+"""What a policy knows of its tokenizer, wherever it stands: the end token, and which ids have no
+token."""
 
 import dataclasses
 import json
@@ -21,12 +22,14 @@ from tests.speculate import tiny
 LETTERS = {letter: i for i, letter in enumerate("abcdefgh")}
 
 
-def tokenizer_files(directory, vocab=LETTERS, added=((20, "<x>"),), decoder=((22, "<|im_end|>"),), eos="<|im_end|>"):
+def tokenizer_files(directory, vocab=LETTERS, added=((20, "<x>"),), decoder=((22, "<|im_end|>"),),
+                    eos="<|im_end|>"):
     (directory / "tokenizer.json").write_text(json.dumps({
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
         "added_tokens": [{"id": i, "content": text} for i, text in added]}))
     (directory / "tokenizer_config.json").write_text(json.dumps({
-        "eos_token": eos, "added_tokens_decoder": {str(i): {"content": text} for i, text in decoder}}))
+        "eos_token": eos,
+        "added_tokens_decoder": {str(i): {"content": text} for i, text in decoder}}))
     return directory
 
 
@@ -34,14 +37,16 @@ def test_a_directory_says_which_ids_have_a_token_and_which_ends_a_text(tmp_path)
     directory = tokenizer_files(copy("llama", tmp_path / "m"))
     config = jspec.load(str(directory)).config
     plain = hub.read_config(str(GOLDEN / "llama"))
-    assert plain.tokenless == () and plain.stop_tokens == (2, 3)  # with no tokenizer beside it nothing is known
-    assert config == dataclasses.replace(plain, stop_tokens=(2, 3, 22), tokenless=((8, 20), (21, 22), (23, 48)))
+    # with no tokenizer beside it nothing is known
+    assert plain.tokenless == () and plain.stop_tokens == (2, 3)
+    assert (config == dataclasses.replace(plain, stop_tokens=(2, 3, 22),
+                                          tokenless=((8, 20), (21, 22), (23, 48))))
     assert hub.read_config(str(directory)) == config
 
 
 @pytest.mark.parametrize("eos, special, end", [
-    ("<x>", None, 20), ({"content": "b", "lstrip": False}, None, 1), (None, {"eos_token": "<|im_end|>"}, 22),
-    (None, None, None), ("not there", None, None)])
+    ("<x>", None, 20), ({"content": "b", "lstrip": False}, None, 1),
+    (None, {"eos_token": "<|im_end|>"}, 22), (None, None, None), ("not there", None, None)])
 def test_where_an_end_token_may_stand(tmp_path, eos, special, end):
     tokenizer_files(tmp_path, eos=eos)
     if special:
@@ -58,17 +63,20 @@ def test_a_unigram_vocabulary_is_a_list(tmp_path):
 def test_nothing_of_transformers_is_imported_for_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails from here on
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert hub.read_config(str(tokenizer_files(copy("llama", tmp_path / "m")))).stop_tokens == (2, 3, 22)
+    assert (hub.read_config(str(tokenizer_files(copy("llama", tmp_path / "m")))).stop_tokens
+            == (2, 3, 22))
 
 
 @pytest.mark.parametrize("name, text", [
-    ("tokenizer.json", '{"model": {}}'), ("tokenizer.json", '{"model": 3}'), ("tokenizer.json", "[]"),
-    ("tokenizer.json", '{"model": {"vocab": [1]}}'), ("tokenizer.json", '{"model": {"vocab": {"a": "b"}}}'),
-    ("tokenizer.json", '{"model": {"vocab": {"a": 1.5}}}'), ("tokenizer_config.json", '{"eos_token": [1]}'),
+    ("tokenizer.json", '{"model": {}}'), ("tokenizer.json", '{"model": 3}'),
+    ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {"vocab": [1]}}'),
+    ("tokenizer.json", '{"model": {"vocab": {"a": "b"}}}'),
+    ("tokenizer.json", '{"model": {"vocab": {"a": 1.5}}}'),
+    ("tokenizer_config.json", '{"eos_token": [1]}'),
     ("tokenizer.json", '{"model": {"vocab": {"a": 1}}, "added_tokens": [3]}'),
     ("tokenizer.json", '{"model": {"vocab": {"a": 123456789012345678901234567890}}}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'), ("special_tokens_map.json", "3"),
-    ("tokenizer_config.json", '{"added_tokens_decoder": [1]}')])
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'),
+    ("special_tokens_map.json", "3"), ("tokenizer_config.json", '{"added_tokens_decoder": [1]}')])
 def test_files_that_are_no_tokenizers_are_one_line(tmp_path, name, text):
     directory = tokenizer_files(copy("llama", tmp_path / "m"), eos=None)
     (directory / name).write_text(text)
@@ -83,8 +91,10 @@ def test_ranges_of_ids():
     assert qwen.tokenless == ((151_665, 151_936),) and qwen.stop_tokens == (151_645,)
     config = tiny.config(9, stop_tokens=(6,))
     for ids, end, stops, tokenless in (
-            (range(9), 6, (6,), ()), (range(30), None, (6,), ()), ([3], 99, (6,), ((0, 3), (4, 6), (7, 9))),
-            ([0, 1, 8], 0, (6, 0), ((2, 6), (7, 8)))):  # an end token is one, whatever its tokenizer says
+            (range(9), 6, (6,), ()), (range(30), None, (6,), ()),
+            ([3], 99, (6,), ((0, 3), (4, 6), (7, 9))),
+            # an end token is one, whatever its tokenizer says
+            ([0, 1, 8], 0, (6, 0), ((2, 6), (7, 8)))):
         got = with_vocabulary(config, Vocabulary(np.array(ids), end))
         assert (got.stop_tokens, got.tokenless) == (stops, tokenless)
     assert with_vocabulary(config, None) == config
@@ -98,17 +108,20 @@ def test_a_gguf_marks_what_only_fills_its_vocabulary_up(tmp_path):
     assert vocabulary.of_gguf({}) is None
     policy = jspec.load(str(write_gguf("llama", tmp_path / "model.gguf", tokenizer=True)))
     assert policy.config.tokenless == ((4, 48),)
-    assert set(hub.load_tokenizer(str(tmp_path / "model.gguf")).get_vocab().values()) == {0, 1, 2, 3}
+    assert (set(hub.load_tokenizer(str(tmp_path / "model.gguf")).get_vocab().values())
+            == {0, 1, 2, 3})
 
 
 def test_a_run_takes_both_from_its_own_tokenizer(tmp_path):
     hub.export(hub.load(str(GOLDEN / "llama")), tmp_path / "m", hub.character_tokenizer("0123"))
-    config = load_config(None, [f"model.name={tmp_path / 'm'}", "model.tokenizer='chars:0123456789'"])
+    config = load_config(None,
+                         [f"model.name={tmp_path / 'm'}", "model.tokenizer='chars:0123456789'"])
     base = BaseModel.of(config)
     tokenizer, policy = base.tokenizer, base.policy().config
     assert policy.stop_tokens == (2, 3, 1) and policy.tokenless == ((12, 48),)
     assert with_vocabulary(hub.read_config(str(tmp_path / "m")), of_tokenizer(tokenizer)) == policy
-    assert ends(config, policy, tokenizer) == "answers end with 0, 1, <end>, 36 ids without a token are never sampled"
+    assert (ends(config, policy, tokenizer)
+            == "answers end with 0, 1, <end>, 36 ids without a token are never sampled")
     whole = dataclasses.replace(policy, stop_tokens=(40,), tokenless=())
     assert ends(config, whole, tokenizer) == "answers end with 40"
     config = load_config(None, [f"model.name={tmp_path / 'm'}", "sampling.stop_tokens=[]"])

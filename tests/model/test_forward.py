@@ -1,4 +1,5 @@
-"""All ways through the transformer are one function. (Families and rope scalings: golden files in tests/hub.)"""
+"""All ways through the transformer are one function. (Families and rope scalings: golden files in
+tests/hub.)"""
 
 import dataclasses
 
@@ -31,11 +32,13 @@ KINDS = {
 
 
 def make(kind, **options):
-    policy = tiny.policy(13, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.2, **KINDS[kind], **options)
+    policy = tiny.policy(13, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.2, **KINDS[kind],
+                         **options)
     # biases and norms begin as zeros and ones, which would hide them
     leaves, tree = jax.tree.flatten(policy.weights)
     keys = jax.random.split(jax.random.key(9), len(leaves))
-    weights = tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    weights = tree.unflatten([x + 0.05 * jax.random.normal(k, x.shape)
+                              for x, k in zip(leaves, keys, strict=True)])
     return policy.replace(weights=weights)
 
 
@@ -51,10 +54,12 @@ def test_train_prefill_and_verify_agree(kind):
         whole = train_forward(policy, tokens, depths=(0, 2, 3))
         first, key_values = prefill(ready, tokens[:, :6], depths=(0, 2, 3))
         cache = cache_of(key_values, 16)
-        # the prompt is right-padded: what lies beyond each length is garbage that the next write replaces
-        a, cache = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + jnp.arange(4), 1), cache, lengths)
-        b, _ = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + 2 + jnp.arange(4), 1), cache, lengths + 2,
-                      depths=(0, 2, 3))
+        # the prompt is right-padded: what lies beyond each length is garbage that the next write
+        # replaces
+        a, cache = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + jnp.arange(4), 1),
+                          cache, lengths)
+        b, _ = verify(ready, jnp.take_along_axis(tokens, lengths[:, None] + 2 + jnp.arange(4), 1),
+                      cache, lengths + 2, depths=(0, 2, 3))
         return whole, first, a, b
 
     whole, first, a, b = ways(policy, tokens, lengths)
@@ -71,7 +76,8 @@ def test_padding_influences_nothing_before_it():
     policy = make("llama")
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 13, (2, 8)), jnp.int32)
     score = jax.jit(lambda p, t: train_forward(p, t).hidden)
-    np.testing.assert_array_equal(score(policy, tokens)[:, :5], score(policy, tokens.at[:, 5:].set(0))[:, :5])
+    np.testing.assert_array_equal(score(policy, tokens)[:, :5],
+                                  score(policy, tokens.at[:, 5:].set(0))[:, :5])
 
 
 def test_remat_changes_no_value_and_no_gradient():
@@ -104,7 +110,8 @@ def test_attention_in_blocks_of_queries(monkeypatch):
     rng = np.random.default_rng(3)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 11, h, 8)), jnp.float32) for h in (4, 2, 2))
     blocked = attention.causal_attention(q, k, v)
-    np.testing.assert_allclose(blocked, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+    np.testing.assert_allclose(blocked, jax.nn.dot_product_attention(q, k, v, is_causal=True),
+                               atol=1e-6)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -119,12 +126,14 @@ def test_responses_continue_prompts_that_are_computed_once(blocks, monkeypatch):
     @jax.jit
     def forward(policy):
         trunk, keys_values = prompt_forward(policy, prompts, depths=(0, 2, 3))
-        return trunk, response_forward(policy, responses, lengths[own], keys_values, own[None], depths=(0, 2, 3))
+        return trunk, response_forward(policy, responses, lengths[own], keys_values, own[None],
+                                       depths=(0, 2, 3))
 
     prompt, response = forward(policy)
     for i, row in enumerate(responses):
         n = int(lengths[own[i]])
-        whole = train_forward(policy, jnp.concatenate([prompts[own[i], :n], row])[None], depths=(0, 2, 3))
+        whole = train_forward(policy, jnp.concatenate([prompts[own[i], :n], row])[None],
+                              depths=(0, 2, 3))
         for both, a, b in zip(*map(jax.tree.leaves, (whole, prompt, response)), strict=True):
             np.testing.assert_allclose(a[own[i], :n], both[0, :n], atol=1e-5)
             np.testing.assert_allclose(b[i], both[0, n:], atol=1e-5)
@@ -134,7 +143,8 @@ def test_responses_continue_prompts_that_are_computed_once(blocks, monkeypatch):
 def test_products_by_core_are_products(rows, monkeypatch):
     monkeypatch.setattr(layers.os, "cpu_count", lambda: 3)
     rng = np.random.default_rng(6)
-    x, w, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((rows, 1, 7), (2, 3, 257, 7), (2, 3, 257)))
+    x, w, b = (jnp.asarray(rng.normal(size=s), jnp.float32)
+               for s in ((rows, 1, 7), (2, 3, 257, 7), (2, 3, 257)))
 
     def plain(x, w, b):
         return jnp.einsum("bti,xyoi->btxyo", x, w, precision="highest") + b
@@ -143,7 +153,8 @@ def test_products_by_core_are_products(rows, monkeypatch):
         gradients = jax.grad(lambda *arguments: jnp.sin(product(*arguments)).sum(), (0, 1, 2))
         return jax.jit(lambda *arguments: (product(*arguments), gradients(*arguments)))(x, w, b)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), of(layers.linear), of(plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), of(layers.linear),
+                 of(plain))
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 7, 100])
@@ -152,7 +163,8 @@ def test_sums_over_chunks(chunk):
     mask = jnp.arange(9)[None] < jnp.array([9, 4])[:, None]
 
     def total(x):
-        return chunks.sum_over_chunks(lambda c: jnp.sum(jnp.square(c[0]), where=c[1][..., None]), (x, mask), chunk)
+        return chunks.sum_over_chunks(lambda c: jnp.sum(jnp.square(c[0]), where=c[1][..., None]),
+                                      (x, mask), chunk)
 
     np.testing.assert_allclose(total(x), jnp.sum(jnp.square(x), where=mask[..., None]), rtol=1e-6)
     np.testing.assert_allclose(jax.grad(total)(x), jnp.where(mask[..., None], 2 * x, 0), rtol=1e-6)
@@ -160,7 +172,8 @@ def test_sums_over_chunks(chunk):
 
 def test_ids_without_a_token_are_no_part_of_the_policy():
     policy = make("llama")
-    lacking = policy.replace(config=dataclasses.replace(policy.config, tokenless=((2, 4), (11, 13))))
+    lacking = policy.replace(config=dataclasses.replace(policy.config,
+                                                        tokenless=((2, 4), (11, 13))))
     hidden = jax.random.normal(jax.random.key(0), (3, 32))
     got, whole = np.asarray(logits(lacking, hidden)), np.asarray(logits(policy, hidden))
     has = np.isin(np.arange(13), [2, 3, 11, 12], invert=True)
@@ -181,4 +194,5 @@ def test_tokenless_ranges_that_are_none_are_refused(tokenless, message):
 
 
 def test_tokenless_as_json_has_it():
-    assert hash(tiny.config(13, tokenless=[[11, 13]])) == hash(tiny.config(13, tokenless=((11, 13),)))
+    assert (hash(tiny.config(13, tokenless=[[11, 13]]))
+            == hash(tiny.config(13, tokenless=((11, 13),))))

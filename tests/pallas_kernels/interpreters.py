@@ -11,9 +11,11 @@ PLAIN = Implementation("tpu", interpret=True)
 """Operations one after the other: fast, and jittable."""
 
 CHIPS = {"tpu": Implementation("tpu", interpret=pltpu.InterpretParams(detect_races=True)),
-         "gpu": Implementation("gpu", interpret=InterpretGPUParams(detect_races=True,
-                                                                   out_of_bounds_reads="uninitialized"))}
-"""Memory spaces, copies in flight, threads, and races between them. Memory that nothing was written to is NaN."""
+         "gpu": Implementation("gpu",
+                               interpret=InterpretGPUParams(detect_races=True,
+                                                            out_of_bounds_reads="uninitialized"))}
+"""Memory spaces, copies in flight, threads, and races between them. Memory that nothing was written
+to is NaN."""
 
 
 def races_found(chip):

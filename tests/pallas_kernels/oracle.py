@@ -1,4 +1,5 @@
-"""What the kernels' references are compared to: the same rules again, one row at a time, in float64 numpy."""
+"""What the kernels' references are compared to: the same rules again, one row at a time, in float64
+numpy."""
 
 import numpy as np
 
@@ -30,14 +31,16 @@ def process(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
 
 
 def crossing_margin(logits, temperature, top_k, top_p, banned=()):
-    """How close the mass before any token comes to top_p: below float32's rounding, the cut is a matter of taste."""
+    """How close the mass before any token comes to top_p: below float32's rounding, the cut is a
+    matter of taste."""
     p = process(logits, temperature, top_k, 1.0, banned)
     before = np.cumsum(np.sort(p)[::-1])
     return np.abs(before - top_p).min()
 
 
 def inverse_transform(mass, u, block):
-    """The token that two uniforms u [2] draw from unnormalised mass [V]: a block of the vocabulary, then inside it."""
+    """The token that two uniforms u [2] draw from unnormalised mass [V]: a block of the vocabulary,
+    then inside it."""
     mass = np.asarray(mass, np.float64)
     blocks = [mass[i:i + block] for i in range(0, len(mass), block)]
     sums = np.array([b.sum() for b in blocks])
@@ -47,8 +50,8 @@ def inverse_transform(mass, u, block):
 
 
 def reject(p, drafts, q, accept, residual_u, block):
-    """One row of the rejection rule. p [K + 1, V], drafts [K], q [K, V] or None, accept [K], residual_u [2].
-    Returns (accepted, last token)."""
+    """One row of the rejection rule. p [K + 1, V], drafts [K], q [K, V] or None, accept [K],
+    residual_u [2]. Returns (accepted, last token)."""
     for j, y in enumerate(drafts):
         one = np.eye(p.shape[1])[y] if q is None else q[j]
         if one[y] > 0 and accept[j] * one[y] < p[j][y]:
@@ -59,8 +62,8 @@ def reject(p, drafts, q, accept, residual_u, block):
 
 
 def block_tests(p, drafts, q):
-    """One row of the block rule: w [K + 1] and h [K + 1] of accepting the first 0 .. K drafts; h[0] is 1.
-    p [K + 1, V], drafts [K], q [K, V]."""
+    """One row of the block rule: w [K + 1] and h [K + 1] of accepting the first 0 .. K drafts; h[0]
+    is 1. p [K + 1, V], drafts [K], q [K, V]."""
     w, h = [1.0], [1.0]
     for j, y in enumerate(drafts):
         w.append(min(1.0, w[-1] * p[j][y] / q[j][y]))
@@ -84,8 +87,8 @@ def block(p, drafts, q, accept, residual_u, block):
 
 
 def attention(q, k, v, length, window=None):
-    """Dense attention of one row: q [T, H, D] at positions length.., k and v [S, H_kv, D] with the new ones written;
-    a position sees itself and the window - 1 before it."""
+    """Dense attention of one row: q [T, H, D] at positions length.., k and v [S, H_kv, D] with the
+    new ones written; a position sees itself and the window - 1 before it."""
     t, h, d = q.shape
     out = np.zeros((t, h, d))
     for i in range(t):
@@ -100,14 +103,15 @@ def attention(q, k, v, length, window=None):
 
 
 def summary(logits, temperature, drafted, gumbel, ban, banned_tokens, offset, chunk):
-    """One row of `rejection_sampling.summary.Summary` as a dict of float64 [C]; gumbel [V] or None, drafted a global
-    id or -1."""
+    """One row of `rejection_sampling.summary.Summary` as a dict of float64 [C]; gumbel [V] or None,
+    drafted a global id or -1."""
     x = np.asarray(logits, np.float64)
     ids = offset + np.arange(len(x))
     banned = np.isin(ids, banned_tokens) & bool(ban)
     g = gumbel if gumbel is not None and temperature > 0 else np.zeros(len(x))
     score = np.where(banned, -np.inf, x / (temperature or 1.0) + g)
-    names = ("top", "total", "weighted", "best", "best_id", "best_noise", "drafted", "mass", "spill")
+    names = ("top", "total", "weighted", "best", "best_id", "best_noise", "drafted", "mass",
+             "spill")
     out = {name: [] for name in names}
     for start in range(0, len(x), chunk):
         part = slice(start, start + chunk)
@@ -123,8 +127,8 @@ def summary(logits, temperature, drafted, gumbel, ban, banned_tokens, offset, ch
         first = ids[part] < (ids[start] // chunk + 1) * chunk
         drafted_x = x[part][ids[part] == drafted].max(initial=-np.inf)
         left = np.exp(above(np.where(candidate, x[part], -np.inf), x[at] if some else 0.0))
-        values = (top, e.sum(), (e * np.where(e > 0, d, 0.0)).sum(), x[at] if some else -np.inf, ids[at],
-                  g[at] if some else 0.0, drafted_x, left[first].sum(), left[~first].sum())
+        values = (top, e.sum(), (e * np.where(e > 0, d, 0.0)).sum(), x[at] if some else -np.inf,
+                  ids[at], g[at] if some else 0.0, drafted_x, left[first].sum(), left[~first].sum())
         for name, value in zip(names, values, strict=True):
             out[name].append(value)
     return {name: np.array(value) for name, value in out.items()}

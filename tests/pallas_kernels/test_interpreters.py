@@ -15,8 +15,8 @@ from tests.pallas_kernels.interpreters import CHIPS, forget, races_found
 
 def _tpu(body, x, shape, scratch):
     spec = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(body, in_specs=[spec], out_specs=spec, out_shape=shape, scratch_shapes=scratch,
-                          interpret=CHIPS["tpu"].interpret)(x)
+    return pl.pallas_call(body, in_specs=[spec], out_specs=spec, out_shape=shape,
+                          scratch_shapes=scratch, interpret=CHIPS["tpu"].interpret)(x)
 
 
 def _tpu_copy(wait):
@@ -64,12 +64,13 @@ def test_a_copy_that_is_not_waited_for_is_a_race(chip, run, wait):
 
 def _bits_tpu(keys, ids):
     def body(keys, ids, out):
-        x0, x1 = noise.threefry2x32(*(keys[:, i:i + 1].astype(jnp.uint32) for i in (0, 1)), jnp.uint32(0),
-                                    ids[...].astype(jnp.uint32))
+        x0, x1 = noise.threefry2x32(*(keys[:, i:i + 1].astype(jnp.uint32) for i in (0, 1)),
+                                    jnp.uint32(0), ids[...].astype(jnp.uint32))
         out[...] = (x0 ^ x1).astype(jnp.int32)
 
     shape = jax.ShapeDtypeStruct((len(keys), ids.shape[1]), jnp.int32)
-    return pl.pallas_call(body, out_shape=shape, interpret=CHIPS["tpu"].interpret)(keys.astype(jnp.int32), ids)
+    return pl.pallas_call(body, out_shape=shape,
+                          interpret=CHIPS["tpu"].interpret)(keys.astype(jnp.int32), ids)
 
 
 def _bits_gpu(keys, ids):

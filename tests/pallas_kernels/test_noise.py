@@ -10,7 +10,8 @@ from pallas_kernels import noise
 
 KEY = jax.random.key(7, impl="threefry2x32")
 DATA = jax.random.key_data(KEY)
-rejection_noise, coupled_noise = (jax.jit(f, static_argnames="k") for f in (noise.rejection_noise, noise.coupled_noise))
+rejection_noise, coupled_noise = (jax.jit(f, static_argnames="k")
+                                  for f in (noise.rejection_noise, noise.coupled_noise))
 
 
 @pytest.mark.parametrize("key, counter, out", [
@@ -29,10 +30,12 @@ def test_seed_key_is_jax_key_below_32_bits(seed):
     assert (noise.seed_key(seed) == jax.random.key(seed, impl="threefry2x32")).all()
 
 
-@pytest.mark.parametrize("impl, wide", [("rbg", False), ("unsafe_rbg", False), ("threefry2x32", True)])
+@pytest.mark.parametrize("impl, wide",
+                         [("rbg", False), ("unsafe_rbg", False), ("threefry2x32", True)])
 def test_seed_key_is_one_key_whatever_the_process_is_set_to(impl, wide):
     with jax.default_prng_impl(impl), jax.enable_x64(wide):
-        for seed, words in ((5, (0, 5)), (np.int64(5 + 2**32), (1, 5)), (2**64 - 1, (2**32 - 1, 2**32 - 1))):
+        for seed, words in ((5, (0, 5)), (np.int64(5 + 2**32), (1, 5)),
+                            (2**64 - 1, (2**32 - 1, 2**32 - 1))):
             assert tuple(map(int, noise.key_words(noise.seed_key(seed)))) == words
 
 
@@ -54,18 +57,21 @@ def test_key_words_has_every_word_of_a_key():
 def test_fold_is_jax_fold_in():
     ids = jnp.array([0, 1, 17, 2**31 - 1])
     got = noise.fold(DATA, ids, 5)
-    want = [jax.random.key_data(jax.random.fold_in(jax.random.fold_in(KEY, int(i)), 5)) for i in ids]
+    want = [jax.random.key_data(jax.random.fold_in(jax.random.fold_in(KEY, int(i)), 5))
+            for i in ids]
     np.testing.assert_array_equal(got, jnp.stack(want))
 
 
 def test_bits_are_partitionable_jax_bits():
     assert jax.config.jax_threefry_partitionable
-    np.testing.assert_array_equal(noise.random_bits(DATA, jnp.arange(1000)), jax.random.bits(KEY, (1000,), jnp.uint32))
+    np.testing.assert_array_equal(noise.random_bits(DATA, jnp.arange(1000)),
+                                  jax.random.bits(KEY, (1000,), jnp.uint32))
 
 
 def test_uniform_is_below_one_and_exact():
     bits = jnp.array([0, 255, 256, 2**31, 2**32 - 1], jnp.uint32)
-    np.testing.assert_array_equal(noise.uniform(bits), np.array([0, 0, 2.0**-24, 0.5, 1 - 2.0**-24], np.float32))
+    np.testing.assert_array_equal(noise.uniform(bits),
+                                  np.array([0, 0, 2.0**-24, 0.5, 1 - 2.0**-24], np.float32))
 
 
 def test_gumbel_is_finite_at_the_ends():
@@ -87,8 +93,10 @@ def test_rejection_noise_never_repeats():
     """Over sequences, cycles, offsets, tags and the two uniforms of a draw."""
     ids, committed = (jnp.asarray(x.ravel()) for x in np.meshgrid(np.arange(40), np.arange(50)))
     made = rejection_noise(DATA, ids, committed, 3)
-    values = np.concatenate([np.asarray(x).ravel() for x in (made.draft, made.accept, made.residual)])
-    # 24 bits: n values collide by chance n^2 / 2^25 times; one that is used twice would repeat 2,000 times at once
+    values = np.concatenate([np.asarray(x).ravel()
+                             for x in (made.draft, made.accept, made.residual)])
+    # 24 bits: n values collide by chance n^2 / 2^25 times; one that is used twice would repeat
+    # 2,000 times at once
     expected = len(values) ** 2 / 2**25
     repeats = len(values) - len(np.unique(values))
     assert abs(repeats - expected) < 6 * np.sqrt(expected)
@@ -98,8 +106,8 @@ def test_rejection_noise_never_repeats():
 
 def test_keys_never_collide_between_tags_and_offsets():
     fold = jax.jit(noise.fold)
-    keys = fold(DATA, jnp.arange(30)[:, None, None, None], jnp.arange(30)[:, None, None], jnp.arange(8)[:, None],
-                jnp.arange(4))
+    keys = fold(DATA, jnp.arange(30)[:, None, None, None], jnp.arange(30)[:, None, None],
+                jnp.arange(8)[:, None], jnp.arange(4))
     positions = fold(DATA, jnp.arange(30)[:, None], jnp.arange(200), noise.TARGET)
     keys = np.concatenate([np.asarray(keys).reshape(-1, 2), np.asarray(positions).reshape(-1, 2)])
     assert len(np.unique(keys, axis=0)) == len(keys)
@@ -115,9 +123,11 @@ def test_rejection_noise_is_of_its_cycle_and_row_alone():
 
 
 def test_block_noise_is_the_numbers_of_rejection_noise():
-    block = jax.jit(noise.block_noise, static_argnames="k")(DATA, jnp.arange(6), jnp.arange(6) + 3, 3)
+    block = jax.jit(noise.block_noise,
+                    static_argnames="k")(DATA, jnp.arange(6), jnp.arange(6) + 3, 3)
     assert type(block) is noise.BlockNoise
-    for a, b in zip(jax.tree.leaves(block), jax.tree.leaves(rejection_noise(DATA, jnp.arange(6), jnp.arange(6) + 3, 3)),
+    for a, b in zip(jax.tree.leaves(block),
+                    jax.tree.leaves(rejection_noise(DATA, jnp.arange(6), jnp.arange(6) + 3, 3)),
                     strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -127,6 +137,7 @@ def test_coupled_noise_is_of_the_position_alone():
     whole = coupled_noise(DATA, ids, jnp.array([10]), 7).keys[0]
     assert whole.shape == (8, 2)
     for at in range(8):
-        np.testing.assert_array_equal(coupled_noise(DATA, ids, jnp.array([10 + at]), 0).keys[0, 0], whole[at])
+        np.testing.assert_array_equal(coupled_noise(DATA, ids, jnp.array([10 + at]), 0).keys[0, 0],
+                                      whole[at])
     want = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(KEY, 5), 10), noise.TARGET)
     np.testing.assert_array_equal(whole[0], jax.random.key_data(want))

@@ -15,8 +15,8 @@ from tests.pallas_kernels import oracle
 VOCAB = 7
 few = settings(max_examples=150, deadline=None, derandomize=True)
 # a coarse grid makes ties common
-logit_rows = st.lists(st.sampled_from([-np.inf, -3.0, -1.0, 0.0, 0.5, 2.0]), min_size=VOCAB, max_size=VOCAB).filter(
-    lambda x: max(x) > -np.inf)
+logit_rows = st.lists(st.sampled_from([-np.inf, -3.0, -1.0, 0.0, 0.5, 2.0]), min_size=VOCAB,
+                      max_size=VOCAB).filter(lambda x: max(x) > -np.inf)
 unit = st.floats(0, 1, exclude_max=True, width=32)
 temperatures = st.sampled_from([0.0, 0.3, 0.7, 1.0, 2.5])
 coupled_noise = jax.jit(noise_lib.coupled_noise, static_argnames="k")
@@ -26,19 +26,21 @@ _process = jax.jit(process_logits, static_argnames=STATIC)
 
 def judge(*args, **options):
     """Compiled anew each time: some tests change the size of a block."""
-    return jax.jit(lambda *a, **o: rejection_sampling(*a, **o), static_argnames=STATIC)(*args, **options)
+    return jax.jit(lambda *a, **o: rejection_sampling(*a, **o),
+                   static_argnames=STATIC)(*args, **options)
 
 
 @few
-@given(logit_rows, temperatures, st.sampled_from([0, 1, 2, 3, 6, 7, 9]), st.sampled_from([0.0, 0.05, 0.35, 0.62, 0.93]),
-       st.booleans(), st.booleans())
+@given(logit_rows, temperatures, st.sampled_from([0, 1, 2, 3, 6, 7, 9]),
+       st.sampled_from([0.0, 0.05, 0.35, 0.62, 0.93]), st.booleans(), st.booleans())
 def test_process_logits(row, temperature, top_k, top_p, truncate, banned):
     ban = (1, 4) if banned else ()
     assume(not banned or max(x for i, x in enumerate(row) if i not in ban) > -np.inf)
     top_p = top_p if truncate else 1.0
-    assume(top_p == 0 or top_p == 1 or oracle.crossing_margin(row, temperature, top_k, top_p, ban) > 1e-5)
-    got = _process(jnp.array(row, jnp.float32), jnp.float32(temperature), jnp.float32(top_p) if truncate else None,
-                   top_k=top_k, ban=jnp.array(banned), banned_tokens=(1, 4))
+    assume(top_p == 0 or top_p == 1 or oracle.crossing_margin(row, temperature, top_k, top_p, ban)
+           > 1e-5)
+    got = _process(jnp.array(row, jnp.float32), jnp.float32(temperature), jnp.float32(top_p)
+                   if truncate else None, top_k=top_k, ban=jnp.array(banned), banned_tokens=(1, 4))
     want = oracle.process(row, temperature, top_k, top_p, ban)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(got) > -np.inf, want > 0)
@@ -48,19 +50,22 @@ def test_process_logits(row, temperature, top_k, top_p, truncate, banned):
 def test_ties_go_to_the_lowest_id():
     row = jnp.array([0.0, 1.0, 1.0, 1.0, 0.0])
     one = jnp.float32(1)
-    for kept, options in [((1, 2), dict(top_k=2)), ((1,), dict(top_k=1)), ((1,), dict(top_p=jnp.float32(0.1))),
+    for kept, options in [((1, 2), dict(top_k=2)), ((1,), dict(top_k=1)),
+                          ((1,), dict(top_p=jnp.float32(0.1))),
                           ((1, 2), dict(top_p=jnp.float32(0.4)))]:
         assert tuple(np.flatnonzero(np.isfinite(_process(row, one, **options)))) == kept
     assert int(jnp.argmax(_process(row, jnp.float32(0)))) == 1
 
 
 def test_the_order_of_processing():
-    """Ban, temperature, top-k, renormalised, then top-p: a top-p before any of these would keep other tokens."""
+    """Ban, temperature, top-k, renormalised, then top-p: a top-p before any of these would keep
+    other tokens."""
     row = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
     one = jnp.float32(1)
 
     def kept(**options):
-        return tuple(np.flatnonzero(np.isfinite(_process(row, options.pop("temperature", one), **options))))
+        return tuple(np.flatnonzero(np.isfinite(_process(row, options.pop("temperature", one),
+                                                         **options))))
 
     assert kept(top_p=jnp.float32(0.65)) == (0, 1)
     assert kept(top_p=jnp.float32(0.55), top_k=2) == (0,)  # 0.4 / 0.7 reaches 0.55 on its own
@@ -81,8 +86,8 @@ _transform = {size: _with_block(size) for size in (2, 3, 512)}
 
 
 @few
-@given(st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=1, max_size=11).filter(lambda x: max(x) > 0),
-       unit, unit, st.sampled_from(list(_transform)))
+@given(st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=1, max_size=11)
+       .filter(lambda x: max(x) > 0), unit, unit, st.sampled_from(list(_transform)))
 def test_inverse_transform(mass, u0, u1, block):
     got = int(_transform[block](jnp.array([[*mass, *[0.0] * (11 - len(mass))]], jnp.float32),
                                 jnp.array([[u0, u1]], jnp.float32))[0])
@@ -105,13 +110,16 @@ def random_case(rng, rows, k, vocab, sampled, kind=RejectionNoise):
     q_logits = rng.normal(0, 1.5, (rows, k, vocab))
     log_q = oracle.log_softmax(q_logits).astype(np.float32)
     drafts = rng.integers(0, vocab, (rows, k)).astype(np.int32)
-    noise = kind(*(jnp.asarray(rng.random(s), jnp.float32) for s in ((rows, k, 2), (rows, k), (rows, 2))))
+    noise = kind(*(jnp.asarray(rng.random(s), jnp.float32)
+                   for s in ((rows, k, 2), (rows, k), (rows, 2))))
     return logits, drafts, log_q if sampled else None, noise
 
 
-@pytest.mark.parametrize("kind, rule", [(RejectionNoise, oracle.reject), (BlockNoise, oracle.block)])
+@pytest.mark.parametrize("kind, rule",
+                         [(RejectionNoise, oracle.reject), (BlockNoise, oracle.block)])
 @pytest.mark.parametrize("k, rows, sampled, vocab, block", [
-    (0, 9, False, 13, 4), (1, 1, True, 5, 512), (3, 64, True, 13, 4), (2, 64, True, 8, 2), (3, 64, False, 5, 512)])
+    (0, 9, False, 13, 4), (1, 1, True, 5, 512), (3, 64, True, 13, 4), (2, 64, True, 8, 2),
+    (3, 64, False, 5, 512)])
 def test_rejection_and_block(k, rows, sampled, vocab, block, kind, rule, monkeypatch):
     monkeypatch.setattr(reference, "VOCAB_BLOCK", block)
     rng = np.random.default_rng(vocab * 10 + k)
@@ -119,18 +127,21 @@ def test_rejection_and_block(k, rows, sampled, vocab, block, kind, rule, monkeyp
     temperature = rng.choice([0.0, 0.7, 1.0], rows).astype(np.float32)
     top_p = rng.choice([0.6, 1.0], rows).astype(np.float32)
     ban = rng.random((rows, k + 1)) < 0.3
-    got = judge(jnp.asarray(logits), jnp.asarray(drafts), None if log_q is None else jnp.asarray(log_q), noise,
-                jnp.asarray(temperature), jnp.asarray(top_p), top_k=4, ban=jnp.asarray(ban), banned_tokens=(2,))
+    got = judge(jnp.asarray(logits), jnp.asarray(drafts),
+                None if log_q is None else jnp.asarray(log_q), noise, jnp.asarray(temperature),
+                jnp.asarray(top_p), top_k=4, ban=jnp.asarray(ban), banned_tokens=(2,))
     for i in range(rows):
-        p = np.stack([oracle.process(logits[i, j], temperature[i], 4, top_p[i], (2,) if ban[i, j] else ())
-                      for j in range(k + 1)])
+        p = np.stack([oracle.process(logits[i, j], temperature[i], 4, top_p[i],
+                                     (2,) if ban[i, j] else ()) for j in range(k + 1)])
         q = None if log_q is None else np.exp(log_q[i].astype(np.float64))
-        accepted, last = rule(p, drafts[i], q, noise.accept[i], np.asarray(noise.residual[i]), block)
+        accepted, last = rule(p, drafts[i], q, noise.accept[i], np.asarray(noise.residual[i]),
+                              block)
         assert int(got.accepted[i]) == accepted
         tokens = [*drafts[i, :accepted], last]
         assert np.asarray(got.tokens[i, :accepted + 1]).tolist() == tokens
         raw = oracle.log_softmax(logits[i].astype(np.float64) / (temperature[i] or 1.0))
-        np.testing.assert_allclose(got.logprobs[i, :accepted + 1], [raw[j, t] for j, t in enumerate(tokens)], atol=1e-5)
+        np.testing.assert_allclose(got.logprobs[i, :accepted + 1],
+                                   [raw[j, t] for j, t in enumerate(tokens)], atol=1e-5)
         np.testing.assert_allclose(got.entropy[i], -(np.exp(raw) * raw).sum(-1), atol=1e-5)
 
 
@@ -145,7 +156,8 @@ def test_a_draft_that_is_the_target_is_always_accepted(kind):
     log_q = jax.nn.log_softmax(jnp.repeat(log_q, 50, 0))
     logits = jnp.pad(log_q, ((0, 0), (0, 1), (0, 0)))
     noise = kind(jnp.zeros((50, 2, 2)), jnp.full((50, 2), 1 - 2**-20), jnp.full((50, 2), 0.5))
-    out = judge(logits, jnp.asarray(rng.integers(0, 6, (50, 2)), jnp.int32), log_q, noise, jnp.ones(50))
+    out = judge(logits, jnp.asarray(rng.integers(0, 6, (50, 2)), jnp.int32), log_q, noise,
+                jnp.ones(50))
     np.testing.assert_array_equal(out.accepted, 2)
 
 
@@ -165,20 +177,23 @@ def test_a_draft_without_probability_is_refused_even_at_u_zero(kind):
 
 @by_uniforms
 def test_a_draft_that_is_not_finite_ends_the_block(kind):
-    """It is refused, and the token there is drawn from p: as if only the drafts before it had been made."""
+    """It is refused, and the token there is drawn from p: as if only the drafts before it had been
+    made."""
     logits, drafts, log_q, noise = random_case(np.random.default_rng(0), 64, 2, 9, True, kind)
     spoil = jax.jit(lambda log_q, value, at: rejection_sampling(
         logits, drafts, log_q.at[:, at].set(value), noise, jnp.ones(64)))
     for at in (0, 1):
         before = jnp.asarray(log_q[:, :at]) if at else None
         want = judge(jnp.asarray(logits[:, :at + 1]), jnp.asarray(drafts[:, :at]), before,
-                     noise.replace(draft=noise.draft[:, :at], accept=noise.accept[:, :at]), jnp.ones(64))
+                     noise.replace(draft=noise.draft[:, :at], accept=noise.accept[:, :at]),
+                     jnp.ones(64))
         emitted = np.arange(at + 1) <= np.asarray(want.accepted)[:, None]
         assert len(set(np.asarray(want.accepted).tolist())) == at + 1
         for value in (np.nan, np.inf, -np.inf):
             got = spoil(jnp.asarray(log_q), value, at)
             np.testing.assert_array_equal(got.accepted, want.accepted)
-            np.testing.assert_array_equal(np.asarray(got.tokens)[:, :at + 1][emitted], np.asarray(want.tokens)[emitted])
+            np.testing.assert_array_equal(np.asarray(got.tokens)[:, :at + 1][emitted],
+                                          np.asarray(want.tokens)[emitted])
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -186,10 +201,13 @@ def test_a_draw_from_what_is_not_finite_is_an_id_that_exists(coupled):
     log_q = jnp.full((4, 700), jnp.nan).at[2:, 5:].set(-1.0)
     noise = RejectionNoise(jnp.full((4, 1, 2), 0.9), jnp.zeros((4, 1)), jnp.zeros((4, 2)))
     if coupled:
-        noise = coupled_noise(jax.random.key_data(jax.random.key(0)), jnp.arange(4), jnp.full(4, 5), 1)
+        noise = coupled_noise(jax.random.key_data(jax.random.key(0)), jnp.arange(4), jnp.full(4, 5),
+                              1)
     reduced = jnp.arange(3, 1403, 2)
-    whole, part = jax.jit(lambda q, noise: (draw(q, noise, 0), draw(q, noise, 0, reduced)))(log_q, noise)
-    assert whole.dtype == part.dtype == jnp.int32 and np.isin(whole, range(700)).all() and np.isin(part, reduced).all()
+    whole, part = jax.jit(lambda q, noise: (draw(q, noise, 0), draw(q, noise, 0, reduced)))(log_q,
+                                                                                            noise)
+    assert (whole.dtype == part.dtype == jnp.int32 and np.isin(whole, range(700)).all()
+            and np.isin(part, reduced).all())
 
 
 # small numbers, the smallest normal one, and what chips flush to 0
@@ -197,15 +215,16 @@ TINY = np.float32([1e-2, 1e-4, 1e-6, 1e-9, 1e-12, 1e-20, 1e-30, 1.2e-38, 1e-39, 
 
 
 def test_a_small_temperature_is_the_limit():
-    """Finite log-probabilities of what is likeliest, and that alone is drawn; also of logits that nearly tie, and of
-    large ones. Below the smallest normal number it is 0."""
+    """Finite log-probabilities of what is likeliest, and that alone is drawn; also of logits that
+    nearly tie, and of large ones. Below the smallest normal number it is 0."""
     rng, cold = np.random.default_rng(7), jax.jit(rejection_sampling)
     for scale, shift in ((2.0, 0.0), (1e-5, 7.0), (300.0, -4000.0)):
         logits = (shift + scale * rng.normal(0, 1, (len(TINY), 1, 40))).astype(np.float32)
         _, _, _, noise = random_case(rng, len(TINY), 0, 40, False)
-        out = cold(jnp.asarray(logits), jnp.zeros((len(TINY), 0), jnp.int32), None, noise, jnp.asarray(TINY))
-        for row, t, token, got, entropy in zip(logits[:, 0], TINY, out.tokens[:, 0], out.logprobs[:, 0],
-                                               out.entropy[:, 0], strict=True):
+        out = cold(jnp.asarray(logits), jnp.zeros((len(TINY), 0), jnp.int32), None, noise,
+                   jnp.asarray(TINY))
+        for row, t, token, got, entropy in zip(logits[:, 0], TINY, out.tokens[:, 0],
+                                               out.logprobs[:, 0], out.entropy[:, 0], strict=True):
             raw = oracle.log_softmax(row.astype(np.float64) / (t if t >= 1.2e-38 else 1.0))
             np.testing.assert_allclose(got, raw[token], atol=1e-5, rtol=1e-5)
             p = np.exp(raw)
@@ -215,14 +234,16 @@ def test_a_small_temperature_is_the_limit():
 
 
 def test_a_later_test_outdoes_an_earlier_one():
-    """Block accepts a draft that the target likes less than the draft did, for the sake of the one after it."""
+    """Block accepts a draft that the target likes less than the draft did, for the sake of the one
+    after it."""
     p, q = np.array([[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]), np.array([[0.6, 0.4], [0.3, 0.7]])
     w, h = oracle.block_tests(p, [0, 0], q)
-    np.testing.assert_allclose(w, [1, 1 / 3, 1])  # rejection would take the first one time in three, block always
+    # rejection would take the first one time in three, block always
+    np.testing.assert_allclose(w, [1, 1 / 3, 1])
     args = jnp.log(p)[None], jnp.zeros((1, 2), jnp.int32), jnp.log(q)[None]
     late = jnp.array([[1 - 2**-24, 1 - 2**-20]])
-    tests = {kind: int(judge(*args, kind(jnp.zeros((1, 2, 2)), late, jnp.zeros((1, 2))), jnp.ones(1)).accepted[0])
-             for kind in (RejectionNoise, BlockNoise)}
+    tests = {kind: int(judge(*args, kind(jnp.zeros((1, 2, 2)), late, jnp.zeros((1, 2))),
+                             jnp.ones(1)).accepted[0]) for kind in (RejectionNoise, BlockNoise)}
     assert tests == {RejectionNoise: 0, BlockNoise: 2}
 
 
@@ -244,13 +265,16 @@ def test_coupled_is_argmax_of_log_p_plus_gumbel():
     rng = np.random.default_rng(1)
     rows, k, vocab = 40, 3, 11
     logits = rng.normal(0, 1, (rows, k + 1, vocab)).astype(np.float32)
-    noise = coupled_noise(jax.random.key_data(jax.random.key(0)), jnp.arange(rows), jnp.full(rows, 5), k)
-    gumbel = jax.jit(lambda keys: noise_lib.gumbel(noise_lib.random_bits(keys[..., None, :], jnp.arange(vocab))))
+    noise = coupled_noise(jax.random.key_data(jax.random.key(0)), jnp.arange(rows),
+                          jnp.full(rows, 5), k)
+    gumbel = jax.jit(lambda keys: noise_lib.gumbel(noise_lib.random_bits(keys[..., None, :],
+                                                                         jnp.arange(vocab))))
     g = np.asarray(gumbel(noise.keys), np.float64)
     with np.errstate(divide="ignore"):
         log_p = np.log([[oracle.process(x, 0.7, 5) for x in row] for row in logits])
     target = np.argmax(log_p + g, -1)
-    drafts = np.where(rng.random((rows, k)) < 0.7, target[:, :k], rng.integers(0, vocab, (rows, k))).astype(np.int32)
+    drafts = np.where(rng.random((rows, k)) < 0.7, target[:, :k],
+                      rng.integers(0, vocab, (rows, k))).astype(np.int32)
     out = judge(jnp.asarray(logits), jnp.asarray(drafts), None, noise, jnp.full(rows, 0.7), top_k=5)
     accepted = np.cumprod(drafts == target[:, :k], 1).sum(1)
     np.testing.assert_array_equal(out.accepted, accepted)
@@ -270,13 +294,15 @@ def test_a_coupled_draft_draws_with_the_noise_of_its_position():
 
 @pytest.mark.parametrize("coupled", [True, False])
 def test_a_draft_of_a_reduced_vocabulary(coupled):
-    """It is drawn with the noise of its global id, and is the draw over the whole vocabulary with q zero elsewhere."""
+    """It is drawn with the noise of its global id, and is the draw over the whole vocabulary with q
+    zero elsewhere."""
     rng = np.random.default_rng(5)
     ids = jnp.asarray(np.sort(rng.choice(600, 90, replace=False)), jnp.int32)
     log_q = jax.nn.log_softmax(jax.random.normal(jax.random.key(1), (64, 90)))
     whole = jnp.full((64, 600), -jnp.inf).at[:, ids].set(log_q)
     if coupled:
-        noise = coupled_noise(jax.random.key_data(jax.random.key(0)), jnp.arange(64), jnp.full(64, 5), 1)
+        noise = coupled_noise(jax.random.key_data(jax.random.key(0)), jnp.arange(64),
+                              jnp.full(64, 5), 1)
         np.testing.assert_array_equal(draw(log_q, noise, 0, ids), draw(whole, noise, 0))
         return
     u = jnp.asarray(rng.random((64, 1, 2)), jnp.float32)
@@ -284,7 +310,8 @@ def test_a_draft_of_a_reduced_vocabulary(coupled):
     # 90 ids are one block: the second uniform alone decides
     want = [int(ids[np.argmax(np.cumsum(np.exp(q)) > v * np.exp(q).sum())])
             for q, v in zip(np.asarray(log_q, np.float64), np.asarray(u[:, 0, 1]), strict=True)]
-    assert (np.asarray(draw(log_q, noise, 0, ids)) == want).sum() >= 63  # a step itself may round either way
+    # a step itself may round either way
+    assert (np.asarray(draw(log_q, noise, 0, ids)) == want).sum() >= 63
 
 
 def test_temperature_zero_needs_no_noise():
@@ -292,14 +319,16 @@ def test_temperature_zero_needs_no_noise():
     logits, drafts, log_q, noise = random_case(rng, 32, 2, 6, True)
     best = logits.argmax(-1)
     for some in (noise, BlockNoise(noise.draft, noise.accept, noise.residual),
-                 coupled_noise(jnp.zeros(2, jnp.uint32), jnp.arange(32), jnp.zeros(32, jnp.int32), 2)):
+                 coupled_noise(jnp.zeros(2, jnp.uint32), jnp.arange(32), jnp.zeros(32, jnp.int32),
+                               2)):
         # at T = 0 a draft's q is one-hot too
         greedy = process_logits(log_q, jnp.zeros((32, 1)))
         chosen = draw(greedy[:, 0], some, 0), draw(greedy[:, 1], some, 1)
         out = judge(jnp.asarray(logits), jnp.stack(chosen, 1), greedy, some, jnp.zeros(32))
         keep = np.arange(3) <= np.asarray(out.accepted)[:, None]
         np.testing.assert_array_equal(np.asarray(out.tokens)[keep], best[keep])
-        np.testing.assert_array_equal(out.accepted, np.cumprod(np.stack(chosen, 1) == best[:, :2], 1).sum(1))
+        np.testing.assert_array_equal(out.accepted,
+                                      np.cumprod(np.stack(chosen, 1) == best[:, :2], 1).sum(1))
         assert np.asarray(out.logprobs)[keep].max() < 0  # taken with T = 1
 
 

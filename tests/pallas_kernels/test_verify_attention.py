@@ -14,7 +14,8 @@ attend = jax.jit(verify_attention)
 
 
 def case(seed, lengths, t, size, heads=4, kv_heads=2, d=8, dtype=np.float32, block=128):
-    """Rows with room for `size` positions each, in blocks of at most `block` that lie anywhere in the pool."""
+    """Rows with room for `size` positions each, in blocks of at most `block` that lie anywhere in
+    the pool."""
     rng = np.random.default_rng(seed)
     b, block = len(lengths), min(block, size)
     columns = -(-size // block)
@@ -25,8 +26,8 @@ def case(seed, lengths, t, size, heads=4, kv_heads=2, d=8, dtype=np.float32, blo
     blocks = b * columns + 2
     table = rng.permutation(blocks)[:b * columns].reshape(b, columns)
     return (normal(b, t, heads, d), normal(b, t, kv_heads, d), normal(b, t, kv_heads, d),
-            normal(blocks, kv_heads, block, d), normal(blocks, kv_heads, block, d), jnp.asarray(table, jnp.int32),
-            jnp.asarray(lengths, jnp.int32))
+            normal(blocks, kv_heads, block, d), normal(blocks, kv_heads, block, d),
+            jnp.asarray(table, jnp.int32), jnp.asarray(lengths, jnp.int32))
 
 
 def rows(pool, table):
@@ -57,13 +58,16 @@ def beyond(args, value):
     q, k, v, *pools, table, lengths = args
     held = [rows(pool, table) for pool in pools]
     empty = (np.arange(held[0].shape[2]) >= np.asarray(lengths)[:, None])[:, None, :, None]
-    pools = [with_rows(pool, table, np.where(empty, value, x)) for pool, x in zip(pools, held, strict=True)]
+    pools = [with_rows(pool, table, np.where(empty, value, x))
+             for pool, x in zip(pools, held, strict=True)]
     return q, k, v, *pools, table, lengths
 
 
-@pytest.mark.parametrize("size, t, block", [(24, 1, 128), (24, 8, 16), (128, 2, 128), (208, 5, 16), (384, 8, 128)])
+@pytest.mark.parametrize("size, t, block",
+                         [(24, 1, 128), (24, 8, 16), (128, 2, 128), (208, 5, 16), (384, 8, 128)])
 def test_equals_dense_attention(size, t, block):
-    """Over the edge of a block too; nothing is written but the new positions, in the rows' own blocks."""
+    """Over the edge of a block too; nothing is written but the new positions, in the rows' own
+    blocks."""
     lengths = [0, 1, 7, block - 2, size // 2, size - t - 1, size - t]
     lengths = [min(n, size - t) for n in lengths]
     args = case(size + t, lengths, t, size, block=block)
@@ -96,7 +100,8 @@ def test_rows_share_blocks():
     *front, table, lengths = args
     shared = table.at[1, 0].set(table[0, 0])
     own = [pool.at[table[1, 0]].set(pool[table[0, 0]]) for pool in front[3:]]
-    np.testing.assert_array_equal(attend(*front, shared, lengths)[0], attend(*front[:3], *own, table, lengths)[0])
+    np.testing.assert_array_equal(attend(*front, shared, lengths)[0],
+                                  attend(*front[:3], *own, table, lengths)[0])
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
@@ -119,11 +124,13 @@ def test_garbage_beyond_the_length_is_not_read():
 
 @pytest.mark.parametrize("size", [64, 384])
 def test_a_row_does_not_depend_on_the_others(size):
-    """Bit for bit, even where the longest row decides how many blocks are read, and wherever its blocks lie."""
+    """Bit for bit, even where the longest row decides how many blocks are read, and wherever its
+    blocks lie."""
     args = case(2, [3, 40, 9, 17], 3, size)
     alone = attend(*args)[0]
     others = case(3, [3, 1, 58, 0] if size == 64 else [3, 1, 380, 200], 3, size)
-    held = [with_rows(b, others[5][:1], rows(a, args[5])[:1]) for a, b in zip(args[3:5], others[3:5], strict=True)]
+    held = [with_rows(b, others[5][:1], rows(a, args[5])[:1])
+            for a, b in zip(args[3:5], others[3:5], strict=True)]
     mixed = [jnp.concatenate([a[:1], b[1:]]) for a, b in zip(args[:3], others[:3], strict=True)]
     np.testing.assert_array_equal(attend(*mixed, *held, *others[5:])[0][0], alone[0])
 

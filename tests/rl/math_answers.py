@@ -1,4 +1,5 @@
-"""Answers as mathematics writes them, each with near misses: right is the answer itself, however it is wrapped."""
+"""Answers as mathematics writes them, each with near misses: right is the answer itself, however it
+is wrapped."""
 
 ANSWERS = {  # answer: what is near and wrong
     "17": ["71", "170", "1.7", "-17", "17 + 1"],
@@ -59,7 +60,8 @@ ANSWERS = {  # answer: what is near and wrong
     r"\left(6, \frac{5\pi}{3}\right)": ["(6, 5/3)", r"\left(5, \frac{5\pi}{3}\right)", "6"],
     "[0, 5)": ["(0, 5)", "[0, 5]", "(0, 5]", "0, 5"],
     r"(-\infty, 2]": [r"(-\infty, 2)", r"[2, \infty)", "2"],
-    r"(-\infty, -1) \cup (4, \infty)": [r"(-\infty, -1)", r"(-\infty, -1] \cup (4, \infty)", r"(4, \infty)", "4"],
+    r"(-\infty, -1) \cup (4, \infty)": [r"(-\infty, -1)", r"(-\infty, -1] \cup (4, \infty)",
+                                        r"(4, \infty)", "4"],
     r"[-3, 0] \cup [2, 5]": ["[-3, 0]", "[-3, 5]", r"[-3, 0] \cup [2, 6]"],
     r"\{2, 5, 11\}": ["2, 5", "(2, 5, 11)", r"\{2, 5, 12\}", "11"],
     "3, 8": ["3", "8", "38", "3, 9", "3, 8, 9"],
@@ -67,9 +69,11 @@ ANSWERS = {  # answer: what is near and wrong
     r"1 \pm \sqrt{6}": [r"1 + \sqrt{6}", r"1 \pm \sqrt{7}", "1"],
     r"\pm 9": ["9", "-9", "8, -8"],
     r"\begin{pmatrix} 2 & -1 \\ 0 & 5 \end{pmatrix}": [
-        r"\begin{pmatrix} 2 & 1 \\ 0 & 5 \end{pmatrix}", r"\begin{pmatrix} 2 & 0 \\ -1 & 5 \end{pmatrix}", "2"],
-    r"\begin{pmatrix} 6 \\ -4 \\ 1 \end{pmatrix}": [
-        r"\begin{pmatrix} 6 \\ -4 \end{pmatrix}", r"\begin{pmatrix} 6 & -4 & 1 \end{pmatrix}", "(6, -4, 1)", "6"],
+        r"\begin{pmatrix} 2 & 1 \\ 0 & 5 \end{pmatrix}",
+        r"\begin{pmatrix} 2 & 0 \\ -1 & 5 \end{pmatrix}", "2"],
+    r"\begin{pmatrix} 6 \\ -4 \\ 1 \end{pmatrix}": [r"\begin{pmatrix} 6 \\ -4 \end{pmatrix}",
+                                                    r"\begin{pmatrix} 6 & -4 & 1 \end{pmatrix}",
+                                                    "(6, -4, 1)", "6"],
     "3:5": ["3/5", "5:3", "6:10", "3", "0.6"],
     "8:45": ["8", "45", "8.45", "8:54"],
     r"15 \text{ cm}": ["15 m", "51", "15 apples"],
@@ -85,5 +89,4 @@ ANSWERS = {  # answer: what is near and wrong
     r"\infty": [r"-\infty", "0", "1"],
     r"213_4": ["213", "4", "213_5", "39"],
     r"\lfloor x \rfloor": ["x", r"\lceil x \rceil"],
-    r"|x - 3|": ["x - 3", "3"],
-}
+    r"|x - 3|": ["x - 3", "3"],}

@@ -18,10 +18,13 @@ def test_equals_numpy_in_float64(groups):
     centred = wide - wide.mean(1, keepdims=True)
     spread = np.ptp(groups, axis=1, keepdims=True) > 0
     expected = np.where(spread, centred, 0.0)
-    np.testing.assert_allclose(advantages_of(groups.ravel(), 4, "dr_grpo"), expected.ravel(), atol=2e-6)
-    if (np.ptp(groups, axis=1) > 1e-2).all():  # below that, float32 cannot agree with float64 on the deviation
+    np.testing.assert_allclose(advantages_of(groups.ravel(), 4, "dr_grpo"), expected.ravel(),
+                               atol=2e-6)
+    # below that, float32 cannot agree with float64 on the deviation
+    if (np.ptp(groups, axis=1) > 1e-2).all():
         expected = centred / (wide.std(1, keepdims=True) + EPSILON)
-        np.testing.assert_allclose(advantages_of(groups.ravel(), 4, "group"), expected.ravel(), atol=2e-3)
+        np.testing.assert_allclose(advantages_of(groups.ravel(), 4, "group"), expected.ravel(),
+                                   atol=2e-3)
 
 
 def test_by_hand():
@@ -46,7 +49,8 @@ def test_scaling_rounds_nothing():
     """What ordinary rewards give is what it was without it, bit for bit."""
     rewards = np.random.default_rng(0).normal(0, 3, 64).astype(np.float32)
     groups = jnp.asarray(rewards).reshape(-1, 4)
-    plain = jax.jit(lambda x: (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True) + EPSILON))(groups)
+    plain = jax.jit(lambda x: (x - x.mean(1, keepdims=True))
+                    / (x.std(1, keepdims=True) + EPSILON))(groups)
     np.testing.assert_array_equal(advantages_of(rewards, 4, "group"), plain.ravel())
 
 

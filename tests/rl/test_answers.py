@@ -12,27 +12,33 @@ TOKENIZER = character_tokenizer("0123456789+=")
 
 
 def rollout(*texts, ended=True):
-    """A finished rollout on the host: the answers' token ids, ended with the end token or cut off."""
+    """A finished rollout on the host: the answers' token ids, ended with the end token or cut
+    off."""
     ids = [TOKENIZER.encode(text) + [TOKENIZER.eos_token_id] * ended for text in texts]
     lengths = np.array([len(row) for row in ids])
     tokens = np.zeros((len(ids), lengths.max()), np.int32)
     for row, values in zip(tokens, ids, strict=True):
         row[: len(values)] = values
     mask = np.arange(tokens.shape[1]) < lengths[:, None]
-    return SimpleNamespace(tokens=tokens, mask=mask, lengths=lengths, finished=np.full(len(ids), ended))
+    return SimpleNamespace(tokens=tokens, mask=mask, lengths=lengths,
+                           finished=np.full(len(ids), ended))
 
 
 def test_rewards_are_told_prompt_response_and_how_it_ended():
     prompts = [Prompt("a", (5,), "1", {"x": 1}), Prompt("b", (6,), "2", {})]
-    assert reward_inputs(TOKENIZER, prompts, rollout("1", "12", "", "3=")) == [
-        RewardInput("a", "1", "1", {"x": 1}, True, 2), RewardInput("a", "12", "1", {"x": 1}, True, 3),
-        RewardInput("b", "", "2", {}, True, 1), RewardInput("b", "3=", "2", {}, True, 3)]
-    cut = reward_inputs(TOKENIZER, prompts, rollout("17+25=4", "1", "2", "3", ended=False), rows=[0, 3])
-    assert cut == [RewardInput("a", "17+25=4", "1", {"x": 1}, False, 7), RewardInput("b", "3", "2", {}, False, 1)]
+    assert (reward_inputs(TOKENIZER, prompts, rollout("1", "12", "", "3=")) == [
+        RewardInput("a", "1", "1", {"x": 1}, True, 2),
+        RewardInput("a", "12", "1", {"x": 1}, True, 3),
+        RewardInput("b", "", "2", {}, True, 1), RewardInput("b", "3=", "2", {}, True, 3)])
+    cut = reward_inputs(TOKENIZER, prompts, rollout("17+25=4", "1", "2", "3", ended=False),
+                        rows=[0, 3])
+    assert (cut == [RewardInput("a", "17+25=4", "1", {"x": 1}, False, 7),
+                    RewardInput("b", "3", "2", {}, False, 1)])
 
 
-@pytest.mark.parametrize("middle, text", [([0], "4<pad>2"), ([14], "4\ufffd2"), ([14, 99], "4\ufffd2"),
-                                          ([14, 0], "4\ufffd<pad>2"), ([1], "4<end>2"), ([], "42")])
+@pytest.mark.parametrize("middle, text",
+                         [([0], "4<pad>2"), ([14], "4\ufffd2"), ([14, 99], "4\ufffd2"),
+                          ([14, 0], "4\ufffd<pad>2"), ([1], "4<end>2"), ([], "42")])
 def test_what_has_no_text_does_not_join_its_neighbours(middle, text):
     four, two = TOKENIZER.convert_tokens_to_ids(["4", "2"])
     out = rollout("00" + "0" * len(middle))

@@ -14,8 +14,10 @@ LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
 
 @pytest.fixture(autouse=True)
 def proved(request, monkeypatch):
-    """Templates are taken to end, where that is not what a test is about: it costs a second to see."""
-    if request.function not in (test_a_template_without_end_is_refused, test_a_template_is_proved_once):
+    """Templates are taken to end, where that is not what a test is about: it costs a second to
+    see."""
+    if (request.function not in (test_a_template_without_end_is_refused,
+                                 test_a_template_is_proved_once)):
         monkeypatch.setattr(chat, "ends", lambda *arguments: True)
 
 
@@ -34,15 +36,19 @@ class Chat(Characters):
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert add_generation_prompt and not tokenize
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+        return ("".join(f"<{message['role']}>{message['content']}" for message in messages)
+                + "<assistant>")
 
 
 def make(single, template=None):
     """A tokenizer of words that adds special tokens as `single` says."""
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)},
+                                       unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    words.post_processor = processors.TemplateProcessing(single=single,
+                                                         special_tokens=[("<s>", 0), ("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>")
     fast.chat_template = template
     return fast
 
@@ -64,7 +70,8 @@ def test_rendering(tokenizer, system, template, expected):
 @pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
 def test_plain_text_has_one_begin_token_and_no_end_token(single):
     begin = [0] if "<s>" in single else []
-    assert encode_prompts(make(single), ["a b", "<s> b", "b </s>"]) == [begin + [3, 4], [0, 4], begin + [4, 1]]
+    assert (encode_prompts(make(single), ["a b", "<s> b", "b </s>"])
+            == [begin + [3, 4], [0, 4], begin + [4, 1]])
     assert encode_prompt(make(single, CHAT), "a b", chat_template=False) == begin + [3, 4]
     assert encode_prompt(make(single), "b", system_prompt="a a") == begin + [3, 3, 4]
 
@@ -76,7 +83,8 @@ def test_a_chat_has_the_special_tokens_that_its_template_writes(single):
 
 
 def test_a_character_outside_the_alphabet_is_named():
-    with pytest.raises(InputError, match="cannot encode the prompt 'ab7': '7' is not in its alphabet 'abc'"):
+    with pytest.raises(InputError,
+                       match="cannot encode the prompt 'ab7': '7' is not in its alphabet 'abc'"):
         encode_prompt(character_tokenizer("abc"), "ab7")
 
 
@@ -88,7 +96,8 @@ def test_what_is_refused_by_a_template():
 @pytest.mark.parametrize("template", [LOOPS, "{{ 'x' * 1048577 }}", "{{ 'x' * 10**10 }}"])
 def test_a_template_without_end_is_refused(template, monkeypatch):
     monkeypatch.setattr(chat, "SECONDS", 1)
-    with pytest.raises(InputError, match="chat template does not end: a short message took more than .*mend the temp"):
+    with pytest.raises(InputError, match="chat template does not end: a short message took more "
+                       "than .*mend the temp"):
         encode_prompt(make("$A", template), "a")
 
 

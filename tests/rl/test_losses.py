@@ -10,8 +10,8 @@ import pytest
 from jspec.model import ModelConfig, init_policy, logits
 from jspec.rl import losses
 
-CONFIG = ModelConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1,
-                     head_dim=8, initializer_range=0.5)
+CONFIG = ModelConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2,
+                     num_kv_heads=1, head_dim=8, initializer_range=0.5)
 N, T = 3, 10
 
 
@@ -22,13 +22,16 @@ def policy():
 
 def states():
     a, b = jax.random.split(jax.random.key(1))
-    return jax.random.normal(a, (N, T, CONFIG.hidden_size)), jax.random.randint(b, (N, T), 0, CONFIG.vocab_size)
+    return jax.random.normal(a, (N, T, CONFIG.hidden_size)), jax.random.randint(b, (N, T), 0,
+                                                                                CONFIG.vocab_size)
 
 
 def plain(policy, hidden, tokens, temperature):
     z = np.asarray(logits(policy, hidden), np.float64) / np.reshape(temperature, (-1, 1, 1))
-    logp = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
-    return np.take_along_axis(logp, np.asarray(tokens)[..., None], -1)[..., 0], -(np.exp(logp) * logp).sum(-1)
+    logp = (z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - z.max(-1, keepdims=True))
+    return (np.take_along_axis(logp, np.asarray(tokens)[..., None], -1)[..., 0],
+            -(np.exp(logp) * logp).sum(-1))
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1024])
@@ -50,7 +53,8 @@ def test_temperature_zero_is_scored_as_one(policy):
 
 @pytest.mark.parametrize("temperature", [1e-2, 1e-12, 1.2e-38])
 def test_a_small_temperature_is_the_limit(policy, temperature):
-    """Of the likeliest token 0, or the logarithm of those that tie, with no gradient that is not finite."""
+    """Of the likeliest token 0, or the logarithm of those that tie, with no gradient that is not
+    finite."""
     hidden, _ = states()
     z = np.asarray(logits(policy, hidden), np.float64)
     best = jnp.asarray(z.argmax(-1))
@@ -70,12 +74,14 @@ def test_a_small_temperature_is_the_limit(policy, temperature):
 def test_below_the_normal_numbers_a_temperature_is_zero(policy):
     hidden, tokens = states()
     score = jax.jit(losses.token_logprobs)
-    for a, b in zip(score(policy, hidden, tokens, 1e-39), score(policy, hidden, tokens, 0.0), strict=True):
+    for a, b in zip(score(policy, hidden, tokens, 1e-39), score(policy, hidden, tokens, 0.0),
+                    strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_ids_without_a_token_are_not_counted(policy):
-    """What is left is a policy of the other ids; and padding, which may be such an id, leaves no gradient."""
+    """What is left is a policy of the other ids; and padding, which may be such an id, leaves no
+    gradient."""
     hidden, tokens = states()
     lacking = policy.replace(config=dataclasses.replace(CONFIG, tokenless=((30, 37),)))
     has = policy.replace(weights={"embed": policy.weights["embed"][:30]})
@@ -86,8 +92,10 @@ def test_ids_without_a_token_are_not_counted(policy):
     mask = tokens < 30
 
     def loss(weights, hidden):
-        logprobs, _ = losses.token_logprobs(lacking.replace(weights=weights), hidden, jnp.where(mask, tokens, 36), 0.7)
-        surrogate, _ = losses.clipped_objective(logprobs, jnp.zeros_like(logprobs), jnp.ones(N), mask, 0.2, 0.28)
+        logprobs, _ = losses.token_logprobs(lacking.replace(weights=weights), hidden,
+                                            jnp.where(mask, tokens, 36), 0.7)
+        surrogate, _ = losses.clipped_objective(logprobs, jnp.zeros_like(logprobs), jnp.ones(N),
+                                                mask, 0.2, 0.28)
         return surrogate.sum() + losses.k3(logprobs, logprobs - 0.1, mask).sum()
 
     grads = jax.jit(jax.grad(loss, (0, 1)))(policy.weights, hidden)
@@ -99,7 +107,8 @@ def test_gradient_in_chunks_is_that_of_the_whole(policy):
     hidden, tokens = states()
 
     def loss(weights, hidden, chunk_tokens):
-        return losses.token_logprobs(policy.replace(weights=weights), hidden, tokens, 0.7, chunk_tokens)[0].sum()
+        return losses.token_logprobs(policy.replace(weights=weights), hidden, tokens, 0.7,
+                                     chunk_tokens)[0].sum()
 
     whole = jax.grad(loss, (0, 1))(policy.weights, hidden, 1024)
     parts = jax.grad(loss, (0, 1))(policy.weights, hidden, 6)
@@ -123,14 +132,16 @@ def test_logits_of_all_positions_never_exist_at_once(policy, backward):
 
     text = jax.jit(jax.grad(loss) if backward else loss).lower(hidden).as_text()
     assert f"4x16x{CONFIG.vocab_size}xf32" in text  # 64 tokens of logits
-    assert f"512x{CONFIG.vocab_size}xf32" not in text and f"2048x{CONFIG.vocab_size}xf32" not in text
+    assert (f"512x{CONFIG.vocab_size}xf32" not in text
+            and f"2048x{CONFIG.vocab_size}xf32" not in text)
     assert f"32x4x16x{CONFIG.vocab_size}xf32" not in text  # nor stacked up by the scan
 
 
 def test_states_that_predict_the_response():
     responses = 100 + jnp.arange(4 * 3, dtype=jnp.float32).reshape(4, 3, 1)
     got = losses.predicting_states(jnp.array([0.0, 0.0, 7.0, 7.0])[:, None], responses)
-    np.testing.assert_array_equal(got[..., 0], [[0, 100, 101], [0, 103, 104], [7, 106, 107], [7, 109, 110]])
+    np.testing.assert_array_equal(got[..., 0],
+                                  [[0, 100, 101], [0, 103, 104], [7, 106, 107], [7, 109, 110]])
 
 
 def test_clipped_objective_by_hand():
@@ -139,9 +150,12 @@ def test_clipped_objective_by_hand():
     old = np.full(6, -1.0)
     rows = np.stack([np.log(ratio) + old] * 2)
     surrogate, clipped = losses.clipped_objective(jnp.array(rows), jnp.stack([jnp.array(old)] * 2),
-                                                  jnp.array([2.0, -2.0]), jnp.stack([jnp.array(mask)] * 2), 0.2, 0.28)
-    np.testing.assert_allclose(surrogate[0], [1.0, 1.8, 2.0, 2.5, 2.56, 0], rtol=1e-6)  # gains are capped at 1.28
-    np.testing.assert_allclose(surrogate[1], [-1.6, -1.8, -2.0, -2.5, -3.0, 0], rtol=1e-6)  # losses at 0.8
+                                                  jnp.array([2.0, -2.0]),
+                                                  jnp.stack([jnp.array(mask)] * 2), 0.2, 0.28)
+    # gains are capped at 1.28
+    np.testing.assert_allclose(surrogate[0], [1.0, 1.8, 2.0, 2.5, 2.56, 0], rtol=1e-6)
+    # losses at 0.8
+    np.testing.assert_allclose(surrogate[1], [-1.6, -1.8, -2.0, -2.5, -3.0, 0], rtol=1e-6)
     np.testing.assert_array_equal(clipped, [[0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]])
 
 
@@ -149,7 +163,8 @@ def test_a_clipped_token_has_no_gradient_and_a_masked_one_may_hold_anything():
     old = jnp.zeros((1, 4))
     logprobs = jnp.log(jnp.array([[1.5, 1.0, 1.1, jnp.nan]]))
     mask = jnp.array([[True, True, True, False]])
-    grad = jax.grad(lambda x: losses.clipped_objective(x, old, jnp.array([3.0]), mask, 0.2, 0.28)[0].sum())(logprobs)
+    grad = jax.grad(lambda x: losses.clipped_objective(x, old, jnp.array([3.0]), mask, 0.2,
+                                                       0.28)[0].sum())(logprobs)
     np.testing.assert_allclose(grad, [[0, 3.0, 3.3, 0]], rtol=1e-6)
 
 

@@ -1,4 +1,5 @@
-"""Micro-batches of like length: every row that has a trained token once, whole, with its own prompt."""
+"""Micro-batches of like length: every row that has a trained token once, whole, with its own
+prompt."""
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +38,16 @@ def check(batch, cut):
         astray += ((micro.prompts + blocks).reshape(-1) != rows.prompt_lengths).sum()
         return (tokens, jnp.array([rows.tokens.size])), (mixed + astray, jnp.array(width))
 
-    (tokens, computed), (wrong, widest) = jax.jit(lambda batch: mb.accumulate(one, batch, cut))(batch)
+    (tokens,
+     computed), (wrong, widest) = jax.jit(lambda batch: mb.accumulate(one, batch, cut))(batch)
     np.testing.assert_array_equal(tokens, batch.mask.sum(1))
     assert wrong == 0
     return int(computed[0]), int(widest)
 
 
 @pytest.mark.parametrize("prompts, group, shards, micro_batch, widths", [
-    (2, 4, 1, 0, ()), (2, 4, 1, 3, (8, 5, 2)), (4, 3, 2, 4, (7, 3)), (4, 4, 4, 4, (6,)), (1, 8, 4, 4, (9, 4)),
-    (3, 8, 2, 6, (4, 1)), (8, 2, 8, 8, (1, 2, 3))])
+    (2, 4, 1, 0, ()), (2, 4, 1, 3, (8, 5, 2)), (4, 3, 2, 4, (7, 3)), (4, 4, 4, 4, (6,)),
+    (1, 8, 4, 4, (9, 4)), (3, 8, 2, 6, (4, 1)), (8, 2, 8, 8, (1, 2, 3))])
 def test_every_row_once_with_its_prompt(prompts, group, shards, micro_batch, widths, monkeypatch):
     monkeypatch.setattr(mb, "batch_shards", lambda layout: shards)
     monkeypatch.setattr(mb, "least_tokens", lambda: 8)
@@ -59,7 +61,8 @@ def test_every_row_once_with_its_prompt(prompts, group, shards, micro_batch, wid
 
 def test_what_is_computed_follows_the_lengths(monkeypatch):
     monkeypatch.setattr(mb, "least_tokens", lambda: 1)
-    for lengths, computed, widest in (([12], 8 * 12, 12), ([3], 8 * 4, 4), ([4, 5], 4 * 4 + 4 * 8, 8), ([0], 0, 0),
+    for lengths, computed, widest in (([12], 8 * 12, 12), ([3], 8 * 4, 4),
+                                      ([4, 5], 4 * 4 + 4 * 8, 8), ([0], 0, 0),
                                       ([12] + [1] * 7, 2 * 12 + 6 * 4, 12)):
         batch = make_batch(2, 4, lengths)
         batch = batch.replace(mask=jnp.arange(FULL) < jnp.asarray(np.resize(lengths, 8))[:, None])
@@ -76,7 +79,8 @@ def unmasked(batch, order, done, rows, width):
 def too_narrow(batch, order, done, rows, width):
     """Trimmed to less than the longest row."""
     made = take(batch, order, done, rows, width)
-    return made.replace(rows=made.rows.replace(mask=made.rows.mask & (jnp.arange(width) < width - 1)))
+    return made.replace(rows=made.rows.replace(mask=made.rows.mask
+                                               & (jnp.arange(width) < width - 1)))
 
 
 def of_a_siblings_prompt(batch, order, done, rows, width):

@@ -30,7 +30,8 @@ def section(path, **changes):
 @pytest.fixture
 def numbers(tmp_path):
     path = tmp_path / "numbers.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{n}", "answer": n, "half": n / 2}) + "\n" for n in range(10)))
+    path.write_text("".join(json.dumps({"prompt": f"{n}", "answer": n, "half": n / 2}) + "\n"
+                            for n in range(10)))
     return path
 
 
@@ -41,7 +42,8 @@ def texts(data, steps):
 def test_a_prompt_has_text_tokens_answer_and_the_rest(numbers):
     data = PromptData(section(numbers, shuffle=False), Characters(), seed=0)
     prompt = next(data)[3]
-    assert (prompt.text, prompt.tokens, prompt.answer, prompt.meta) == ("3", (1, ord("3")), "3", {"half": 1.5})
+    assert ((prompt.text, prompt.tokens, prompt.answer, prompt.meta)
+            == ("3", (1, ord("3")), "3", {"half": 1.5}))
 
 
 def test_without_shuffling_the_files_order_repeats(numbers):
@@ -51,9 +53,10 @@ def test_without_shuffling_the_files_order_repeats(numbers):
 
 
 def test_steps_of_one_prompt(numbers):
-    assert texts(PromptData(section(numbers, shuffle=False, prompts_per_step=1), Characters(), seed=0), 11) == [
-        [text] for text in "01234567890"
-    ]
+    assert (texts(PromptData(section(numbers, shuffle=False, prompts_per_step=1), Characters(),
+                             seed=0), 11) == [
+                                 [text] for text in "01234567890"
+                             ])
 
 
 def test_shuffled_epochs_hold_every_prompt_once_and_differ(numbers):
@@ -63,7 +66,8 @@ def test_shuffled_epochs_hold_every_prompt_once_and_differ(numbers):
 
 
 def test_the_seed_decides_the_order(numbers):
-    first, again, other = (PromptData(section(numbers), Characters(), seed=seed) for seed in (7, 7, 8))
+    first, again, other = (PromptData(section(numbers), Characters(), seed=seed)
+                           for seed in (7, 7, 8))
     one, two, three = texts(first, 8), texts(again, 8), texts(other, 8)
     assert one == two != three
     flat, late = sum(one, []), sum(three, [])
@@ -84,7 +88,8 @@ def test_restored_equals_uninterrupted(numbers, steps):
 
 def test_a_prompt_that_comes_again_knows_how_long_its_answers_were(numbers):
     def expected(data, steps):
-        return [[prompt.expected_length for prompt in step] for step in itertools.islice(data, steps)]
+        return [[prompt.expected_length for prompt in step]
+                for step in itertools.islice(data, steps)]
 
     data = PromptData(section(numbers, shuffle=False), Characters(), seed=0)
     assert expected(data, 1) == [[None] * 4]
@@ -112,7 +117,8 @@ def test_a_position_in_other_prompts_is_refused(numbers, seed, changes, line):
     state = PromptData(section(numbers), Characters(), seed=3).state()
     numbers.write_text(numbers.read_text() + line)
     data = PromptData(section(numbers, **changes), Characters(), seed)
-    with pytest.raises(InputError, match="data position belongs to other prompts .* choose another output_dir"):
+    with pytest.raises(InputError,
+                       match="data position belongs to other prompts .* choose another output_dir"):
         data.restore(state)
 
 
@@ -129,7 +135,8 @@ def test_processes_share_each_step_and_resume_in_another_number(numbers):
 
 
 def test_steps_that_the_processes_cannot_share(numbers):
-    with pytest.raises(InputError, match="prompts_per_step=4 cannot be shared by 3 processes; make it a multiple of 3"):
+    with pytest.raises(InputError, match="prompts_per_step=4 cannot be shared by 3 processes; make "
+                       "it a multiple of 3"):
         PromptData(section(numbers), Characters(), 0, 0, 3)
 
 
@@ -137,7 +144,8 @@ def test_a_prompt_over_the_limit_is_named_at_once(tmp_path):
     path = tmp_path / "long.jsonl"
     lines = [{"prompt": "short", "answer": ""}] * 50 + [{"prompt": "x" * 100, "answer": ""}]
     path.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(InputError, match=r"the prompt 'x{57}\.\.\.' has 101 tokens, over data.max_prompt_tokens=100"):
+    with pytest.raises(InputError, match=r"the prompt 'x{57}\.\.\.' has 101 tokens, over "
+                       r"data.max_prompt_tokens=100"):
         PromptData(section(path, max_prompt_tokens=100), Characters(), seed=0)
     assert PromptData(section(path, max_prompt_tokens=101), Characters(), seed=0)
 
@@ -153,8 +161,8 @@ class Bytes:
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ("ééééé", r"long.jsonl:7: the prompt 'ééééé' has 10 tokens, over data.max_prompt_tokens=9; shorten it"),
-        ("~", r"long.jsonl:7: the prompt '~' has no tokens"),
+        ("ééééé", r"long.jsonl:7: the prompt 'ééééé' has 10 tokens, over data.max_prompt_tokens=9; "
+         r"shorten it"), ("~", r"long.jsonl:7: the prompt '~' has no tokens"),
     ],
 )
 def test_every_prompt_is_looked_at(tmp_path, monkeypatch, bad, message, background):
@@ -162,7 +170,8 @@ def test_every_prompt_is_looked_at(tmp_path, monkeypatch, bad, message, backgrou
     path = tmp_path / "long.jsonl"
     texts = ["abcdef"] * 6 + [bad] + ["g"] * 9
     path.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in texts))
-    make = functools.partial(PromptData, section(path, max_prompt_tokens=9, shuffle=False), Bytes(), seed=0)
+    make = functools.partial(PromptData, section(path, max_prompt_tokens=9, shuffle=False), Bytes(),
+                             seed=0)
     if not background:
         with pytest.raises(InputError, match=message):
             make()
@@ -179,7 +188,8 @@ def test_every_prompt_is_looked_at(tmp_path, monkeypatch, bad, message, backgrou
 
 def test_a_bad_prompt_is_known_a_step_ahead(tmp_path, monkeypatch):
     path = tmp_path / "late.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in "abcdefgh~ijk"))
+    path.write_text("".join(json.dumps({"prompt": text, "answer": ""}) + "\n"
+                            for text in "abcdefgh~ijk"))
     monkeypatch.setattr(JsonLines, "at_once", 0)
     monkeypatch.setattr(PromptData, "look_on", lambda self, numbers: None)
     data = PromptData(section(path, shuffle=False), Bytes(), seed=0)
@@ -193,22 +203,26 @@ def test_a_bad_prompt_is_known_a_step_ahead(tmp_path, monkeypatch):
 
 
 def test_a_prompt_that_the_tokenizer_refuses(numbers):
-    with pytest.raises(InputError, match="numbers.jsonl:4: the tokenizer cannot encode the prompt '3': '3' is not in "
-                                         "its alphabet '012'"):
+    with pytest.raises(InputError, match="numbers.jsonl:4: the tokenizer cannot encode the prompt "
+                       "'3': '3' is not in its alphabet '012'"):
         PromptData(section(numbers), character_tokenizer("012"), seed=0)
 
 
 def test_a_step_wants_more_prompts_than_there_are(numbers):
-    with pytest.raises(InputError, match="data.prompts_per_step=11 is more than data.source=.* has: 10; lower it"):
+    with pytest.raises(InputError, match="data.prompts_per_step=11 is more than data.source=.* "
+                       "has: 10; lower it"):
         PromptData(section(numbers, prompts_per_step=11), Characters(), seed=0)
-    with pytest.raises(InputError, match="prompts_per_step=4 is more than .* has: 3 beside the 7 of data.held_out"):
+    with pytest.raises(InputError, match="prompts_per_step=4 is more than .* has: 3 beside the "
+                       "7 of data.held_out"):
         PromptData(section(numbers, held_out=7), Characters(), seed=0)
 
 
 def test_held_out_prompts_are_drawn_only_where_they_are_asked_for(numbers):
     config = section(numbers, held_out=4, prompts_per_step=2)
-    training, evaluation = (sum(texts(PromptData(config, Characters(), 0, held_out=side), 6), []) for side in (0, 1))
-    assert len(set(training)) == 6 and len(set(evaluation[:4])) == 4 and not {*training} & {*evaluation}
+    training, evaluation = (sum(texts(PromptData(config, Characters(), 0, held_out=side), 6), [])
+                            for side in (0, 1))
+    assert (len(set(training)) == 6 and len(set(evaluation[:4]))
+            == 4 and not {*training} & {*evaluation})
 
 
 def test_a_line_that_no_step_has_had_may_be_mended(numbers):
@@ -227,7 +241,8 @@ def test_a_line_that_no_step_has_had_may_be_mended(numbers):
 
 
 @pytest.mark.parametrize("state", [None, [], {}, {"steps": -1}, {"steps": "1"}, {"steps": 10**30},
-                                   {"steps": 0, "expected": {"a": 1}}, {"steps": 0, "expected": {"1": "x"}}])
+                                   {"steps": 0, "expected": {"a": 1}},
+                                   {"steps": 0, "expected": {"1": "x"}}])
 def test_a_position_that_is_none(numbers, state):
     with pytest.raises(InputError, match="data position is none; move that checkpoint away"):
         PromptData(section(numbers), Characters(), seed=0).restore(state)

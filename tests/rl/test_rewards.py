@@ -36,11 +36,12 @@ def behave(prompt, response, answer, finished, length, **meta):
     if response == "hang":  # for ever, in C, deaf to a polite request
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         sum(range(10**14))
-    values = {"nan": float("nan"), "inf": float("inf"), "string": "1.0", "none": None, "list": [1.0], "huge": 1e39,
-              "long": 10**400, "true": True, "integer": -2, "float32": np.float32(0.25), "fraction": Fraction(1, 2),
-              "numpy bool": np.bool_(True)}
+    values = {"nan": float("nan"), "inf": float("inf"), "string": "1.0", "none": None,
+              "list": [1.0], "huge": 1e39, "long": 10**400, "true": True, "integer": -2,
+              "float32": np.float32(0.25), "fraction": Fraction(1, 2), "numpy bool": np.bool_(True)}
     if response in values: return values[response]
-    return float(len(prompt + response + answer) + 1000 * length - 0.5 * (not finished) + sum(meta.values()))
+    return float(len(prompt + response + answer) + 1000 * length - 0.5 * (not finished)
+                 + sum(meta.values()))
 '''
 OK = dict.fromkeys(FAILURES, 0)
 
@@ -54,7 +55,8 @@ def behave(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(behave):
-    # on a loaded machine a second may pass before the death of a process is seen: only what hangs shall time out
+    # on a loaded machine a second may pass before the death of a process is seen: only what hangs
+    # shall time out
     with RewardPool(behave, workers=2, timeout_s=60.0) as pool:
         yield pool
 
@@ -64,9 +66,11 @@ def items(*responses):
 
 
 def test_grades_come_in_order_and_see_everything(pool):
-    inputs = [RewardInput("p" * i, "r", "a" * 2, {"x": 100, "y": i}, i % 2 == 0, i) for i in range(20)]
+    inputs = [RewardInput("p" * i, "r", "a" * 2, {"x": 100, "y": i}, i % 2 == 0, i)
+              for i in range(20)]
     result = pool.grade(inputs)
-    np.testing.assert_array_equal(result.rewards, [103 + 1002 * i - 0.5 * (i % 2) for i in range(20)])
+    np.testing.assert_array_equal(result.rewards,
+                                  [103 + 1002 * i - 0.5 * (i % 2) for i in range(20)])
     assert result.rewards.dtype == np.float32
     assert result.failures == OK and result.messages == {}
 
@@ -98,8 +102,10 @@ def test_what_raises_scores_zero(pool):
 
 def test_what_it_says_is_a_line_that_every_terminal_shows(pool):
     said = pool.grade(items("loud")).messages["raised"]
-    assert said.startswith("ValueError: \\ud800 \\x1b[31mxxx") and len(said) < 300 and said.isprintable()
-    assert pool.grade(items("mute")).messages == {"raised": "Mute: what it says cannot be read (OSError)"}
+    assert (said.startswith("ValueError: \\ud800 \\x1b[31mxxx") and len(said)
+            < 300 and said.isprintable())
+    assert (pool.grade(items("mute")).messages
+            == {"raised": "Mute: what it says cannot be read (OSError)"})
     assert pool.grade(items("hidden")).messages == {"raised": "OSError: no"}
 
 
@@ -120,7 +126,8 @@ def test_what_it_prints_cannot_fail(behave, tmp_path):
     os.close(reading)
     script = tmp_path / "grade.py"
     script.write_text(PRINTING.replace("OUTPUT", str(writing)).replace("FUNCTION", repr(behave)))
-    done = subprocess.run([sys.executable, script], pass_fds=[writing], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    done = subprocess.run([sys.executable, script], pass_fds=[writing], stderr=subprocess.PIPE,
+                          text=True, cwd=ROOT,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"})
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
@@ -136,7 +143,8 @@ def test_a_process_that_ends_scores_zero_and_is_replaced(pool):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_process_that_dies_waiting_costs_nothing(behave, workers):
-    """Whether the death is seen before or after the next responses come; and no process outlives its pool."""
+    """Whether the death is seen before or after the next responses come; and no process outlives
+    its pool."""
     before = set(multiprocessing.active_children())
     with RewardPool(behave, workers=workers, timeout_s=60.0) as pool:
         for notice in (False, True):
@@ -150,7 +158,8 @@ def test_a_process_that_dies_waiting_costs_nothing(behave, workers):
             np.testing.assert_array_equal(result.rewards, [1, 2, 3, 4])
             assert result.failures == OK
             deadline = time.monotonic() + 30
-            while len(left := set(multiprocessing.active_children()) - before) > workers:  # one that ends is waited for
+            # one that ends is waited for
+            while len(left := set(multiprocessing.active_children()) - before) > workers:
                 assert time.monotonic() < deadline, left
     assert not set(multiprocessing.active_children()) - before
 
@@ -160,16 +169,20 @@ def test_what_hangs_is_killed_scores_zero_and_stops_nothing(behave):
         result = pool.grade(items("a", "sleep", "ab", "hang", "abc", "abcd"))
         np.testing.assert_array_equal(result.rewards, [1, 0, 2, 0, 3, 4])
         assert result.failures == OK | {"timed_out": 2}
-        assert result.messages == {"timed_out": "took longer than reward.timeout_s=4 seconds and was killed"}
+        assert (result.messages
+                == {"timed_out": "took longer than reward.timeout_s=4 seconds and was killed"})
         assert pool.grade(items("abcd")).rewards == [4]
 
 
 def test_every_kind_is_logged_once(behave, caplog):
     with RewardPool(behave, workers=1, timeout_s=60.0) as pool:
         for _ in range(2):
-            assert pool.grade(items("nan", "raise", "raise")).failures == OK | {"invalid": 1, "raised": 2}
-    logged = sorted(record.getMessage().partition("scored a response 0 ")[2] for record in caplog.records)
-    assert logged == ["(invalid): returned float 'nan', which is no finite float32", "(raised): ValueError: two lines"]
+            assert (pool.grade(items("nan", "raise", "raise")).failures
+                    == OK | {"invalid": 1, "raised": 2})
+    logged = sorted(record.getMessage().partition("scored a response 0 ")[2]
+                    for record in caplog.records)
+    assert (logged == ["(invalid): returned float 'nan', which is no finite float32",
+                       "(raised): ValueError: two lines"])
 
 
 def test_submitting_does_not_wait(behave):
@@ -202,11 +215,13 @@ def test_a_reward_that_breaks_after_the_check_still_stops_nothing(tmp_path):
 
 def test_an_import_that_hangs_in_the_processes_ends(tmp_path):
     path = tmp_path / "late.py"
-    path.write_text("import multiprocessing, time\nif multiprocessing.parent_process(): time.sleep(1000)\n"
+    path.write_text("import multiprocessing, time\n"
+                    "if multiprocessing.parent_process(): time.sleep(1000)\n"
                     "def late(**everything): return 1.0\n")
     with RewardPool(f"{path}:late", workers=1, ready_s=0.1) as pool:
         result = pool.grade(items("a", "ab"))
-    assert result.failures == OK | {"timed_out": 2} and "none had imported the function" in result.messages["timed_out"]
+    assert (result.failures == OK | {"timed_out": 2}
+            and "none had imported the function" in result.messages["timed_out"])
 
 
 def test_processes_of_a_killed_run_end(behave, tmp_path):
@@ -224,7 +239,8 @@ if __name__ == "__main__":
     path = tmp_path / "run.py"
     path.write_text(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True, env=environment) as run:
+    with subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True,
+                          env=environment) as run:
         pids = [int(pid) for pid in run.stdout.readline().split()]
         assert run.wait(timeout=30) == -signal.SIGKILL
     assert len(pids) == 2
@@ -242,8 +258,10 @@ def running(pid):
 
 
 def test_reward_processes_import_no_jax():
-    code = "import sys, jspec.rl.rewards; print('jax' in sys.modules, 'transformers' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    code = ("import sys, jspec.rl.rewards; print('jax' in sys.modules, 'transformers' in "
+            "sys.modules)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         cwd=ROOT).stdout
     assert out.split() == ["False", "False"]
 
 
@@ -275,18 +293,21 @@ def test_reward_processes_import_no_jax():
     ],
 )
 def test_math_verify(response, answer, right):
-    assert load_reward("math_verify")("What is 17 + 25?", response, answer, source="test") == float(right)
+    assert (load_reward("math_verify")("What is 17 + 25?", response, answer, source="test")
+            == float(right))
 
 
 @pytest.mark.parametrize("answer", ["", "?", "17 + 25"])
 def test_math_verify_says_when_the_answer_itself_cannot_be_read(answer):
-    with pytest.raises(ValueError, match=f"cannot read the answer '{re.escape(answer)}' of the prompt 'Which one"):
+    with pytest.raises(ValueError, match=f"cannot read the answer '{re.escape(answer)}' of the "
+                       "prompt 'Which one"):
         load_reward("math_verify")("Which one?", answer, answer)
 
 
 def test_math_verify_in_the_pool():
     with RewardPool("math_verify", workers=1, timeout_s=60.0) as pool:
-        result = pool.grade([RewardInput("", text, "42") for text in ("42", "41", "I do not know", "42.")])
+        result = pool.grade([RewardInput("", text, "42")
+                             for text in ("42", "41", "I do not know", "42.")])
     np.testing.assert_array_equal(result.rewards, [1, 0, 0, 1])
     assert result.failures == OK
 
@@ -294,14 +315,17 @@ def test_math_verify_in_the_pool():
 @pytest.mark.parametrize(
     "content, name, message",
     [
-        ("import nonsense_not_there", "f", "does not import: ModuleNotFoundError: No module named 'nonsense_not"),
+        ("import nonsense_not_there", "f",
+         "does not import: ModuleNotFoundError: No module named 'nonsense_not"),
         ("def f(:", "f", "does not import: SyntaxError"),
         ("1 / 0", "f", "does not import: ZeroDivisionError: division by zero"),
         ("def g(): pass\nfrom os.path import join", "f", "has no 'f'; its functions are: g$"),
         ("", "f", "has no 'f'$"),
         ("f = 3", "f", "'f' is not a function, but int"),
-        ("def f(response): return 1.0", "f", r"must take \(prompt, response, answer, \*\*meta\) by name: "),
-        ("def f(prompt, response, answer): return 1.0", "f", "must take .* by name: got an unexpected keyword"),
+        ("def f(response): return 1.0", "f",
+         r"must take \(prompt, response, answer, \*\*meta\) by name: "),
+        ("def f(prompt, response, answer): return 1.0", "f",
+         "must take .* by name: got an unexpected keyword"),
     ],
 )
 def test_a_function_that_cannot_work_is_refused_at_once(tmp_path, content, name, message):
@@ -309,17 +333,20 @@ def test_a_function_that_cannot_work_is_refused_at_once(tmp_path, content, name,
     path.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
         check_reward(f"{path}:{name}")
-    assert str(caught.value).startswith(f"reward.function='{path}:{name}'") and "\n" not in str(caught.value)
+    assert (str(caught.value).startswith(f"reward.function='{path}:{name}'")
+            and "\n" not in str(caught.value))
 
 
 @pytest.mark.parametrize("function", ["exact", "mine.py", "mine:f", ":f", "mine.py:", ""])
 def test_a_function_that_is_none(function):
-    with pytest.raises(InputError, match="is none of 'math_verify', 'reasoning_gym', 'path/to/file.py:function'"):
+    with pytest.raises(InputError, match="is none of 'math_verify', 'reasoning_gym', "
+                       "'path/to/file.py:function'"):
         check_reward(function)
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(InputError, match=r"reward.function='no/such.py:f': there is no file no/such.py \(looked in /"):
+    with pytest.raises(InputError, match=r"reward.function='no/such.py:f': there is no file "
+                       r"no/such.py \(looked in /"):
         check_reward("no/such.py:f")
 
 
@@ -337,7 +364,8 @@ def test_a_file_with_dataclasses_and_a_callable_object(tmp_path):
 
 
 def test_reasoning_gyms_verifier_is_only_for_its_tasks():
-    with pytest.raises(InputError, match="reasoning_gym grades only its own tasks, not data.source='arithmetic'"):
+    with pytest.raises(InputError, match="reasoning_gym grades only its own tasks, not "
+                       "data.source='arithmetic'"):
         check_reward("reasoning_gym", "arithmetic")
 
 
@@ -367,12 +395,14 @@ def test_known_names_pass_the_check():
     ],
 )
 def test_counting_up(prompt, response, reward):
-    assert load_reward(f"{ROOT}/configs/rewards/count_up.py:count_up")(prompt, response, "12345678") == reward
+    assert (load_reward(f"{ROOT}/configs/rewards/count_up.py:count_up")(prompt, response,
+                                                                        "12345678") == reward)
 
 
 def test_counting_prompts_are_what_their_script_makes():
     script, data = ROOT / "configs/rewards/count_up.py", ROOT / "configs/data/count_up.jsonl"
-    made = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    made = subprocess.run([sys.executable, script], capture_output=True, text=True,
+                          check=True).stdout
     assert made == data.read_text()
     reward = load_reward(f"{script}:count_up")
     lines = [json.loads(line) for line in made.splitlines()]

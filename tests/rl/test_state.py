@@ -1,4 +1,5 @@
-"""The state's shape is known before any weights are: what begins, is restored and compiled for is as it says."""
+"""The state's shape is known before any weights are: what begins, is restored and compiled for is
+as it says."""
 
 import jax
 import pytest
@@ -9,8 +10,8 @@ from jspec.rl.state import draft_specs, init_state, state_specs
 from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import make_mesh, place, spec_sharding
 
-MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1,
-                    head_dim=8)
+MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2,
+                    num_kv_heads=1, head_dim=8)
 
 
 def shapes(tree, with_sharding=True):
@@ -20,7 +21,8 @@ def shapes(tree, with_sharding=True):
 @pytest.mark.parametrize("mesh, name, options, settings", [
     (True, "mtp", {"vocab": [3, 1, 2]}, UpdateSettings()), (False, "mtp", {}, UpdateSettings()),
     (True, "eagle3", {}, UpdateSettings(draft_optimizer="muon")),
-    (True, "suffix", {"history_prompts": 4}, UpdateSettings()), (True, None, {}, UpdateSettings(warmup_steps=3))])
+    (True, "suffix", {"history_prompts": 4}, UpdateSettings()),
+    (True, None, {}, UpdateSettings(warmup_steps=3))])
 def test_a_state_begins_as_its_specs_say(mesh, name, options, settings):
     def make() -> tuple:
         policy = init_policy(MODEL, 0)

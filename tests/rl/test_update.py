@@ -1,4 +1,5 @@
-"""One update: what it computes, what it must not depend on, and what it does with numbers that are none."""
+"""One update: what it computes, what it must not depend on, and what it does with numbers that are
+none."""
 
 import dataclasses
 from functools import partial
@@ -19,8 +20,8 @@ from jspec.rl.optimizers import draft_optimizer, inside_blocks, optimizers
 from jspec.rl.state import init_state
 from jspec.rl.update_settings import UpdateSettings, learned_from
 
-CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
-                     head_dim=8, initializer_range=0.2)
+CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+                     num_kv_heads=2, head_dim=8, initializer_range=0.2)
 SETTINGS = UpdateSettings(temperature=0.8, learning_rate=1e-3, draft_learning_rate=1e-3)
 WITH_KL = dataclasses.replace(SETTINGS, kl_weight=0.5)
 TRIMMED = dict(micro_batch=2, widths=(3,))
@@ -55,8 +56,10 @@ def same_bits(a, b):
 
 
 def close(a, b, tolerance=1e-4):
-    """Each leaf within `tolerance` of its own largest number: sums in another order round differently."""
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * (1e-3 + np.abs(x).max())), a, b)
+    """Each leaf within `tolerance` of its own largest number: sums in another order round
+    differently."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(
+        x, y, rtol=0, atol=tolerance * (1e-3 + np.abs(x).max())), a, b)
 
 
 def change(a, b):
@@ -68,16 +71,18 @@ def own_logprobs(policy, batch, temperature=SETTINGS.temperature):
     start = jnp.repeat(batch.prompt_lengths, G)
     hidden = train_forward(policy, join(batch.prompts, batch.prompt_lengths, batch.tokens)).hidden
     at = start[:, None] - 1 + jnp.arange(T)
-    return token_logprobs(policy, jnp.take_along_axis(hidden, at[..., None], axis=1), batch.tokens, temperature)[0]
+    return token_logprobs(policy, jnp.take_along_axis(hidden, at[..., None], axis=1), batch.tokens,
+                          temperature)[0]
 
 
 def test_rows_are_joined_without_a_gap():
     prompts, lengths = jnp.array([[1, 2, 3, 9], [4, 9, 9, 9]]), jnp.array([3, 1])
     responses = jnp.array([[11, 12, 13], [14, 15, 0], [16, 0, 0], [17, 18, 19]])
     joined = jax.jit(join)(prompts, lengths, responses)
-    np.testing.assert_array_equal(joined, [[1, 2, 3, 11, 12, 13, 0], [1, 2, 3, 14, 15, 0, 0], [4, 16, 0, 0, 0, 0, 0],
-                                           [4, 17, 18, 19, 0, 0, 0]])
-    pairs = join(*(jnp.stack([x, -x], -1) if x.ndim == 2 else x for x in (prompts, lengths, responses)))
+    np.testing.assert_array_equal(joined, [[1, 2, 3, 11, 12, 13, 0], [1, 2, 3, 14, 15, 0, 0],
+                                           [4, 16, 0, 0, 0, 0, 0], [4, 17, 18, 19, 0, 0, 0]])
+    pairs = join(*(jnp.stack([x, -x], -1) if x.ndim == 2 else x
+                   for x in (prompts, lengths, responses)))
     np.testing.assert_array_equal(pairs, jnp.stack([joined, -joined], -1))
 
 
@@ -107,10 +112,11 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
     def loss(weights, draft_weights):
         policy = state.policy.replace(weights=weights)
         prompt, keys_values = prompt_forward(policy, batch.prompts)
-        trunks = prompt, response_forward(policy, batch.tokens, jnp.repeat(batch.prompt_lengths, G), keys_values,
-                                          jnp.arange(N)[None] // G)
+        trunks = prompt, response_forward(policy, batch.tokens, jnp.repeat(batch.prompt_lengths, G),
+                                          keys_values, jnp.arange(N)[None] // G)
         logprobs = own_logprobs(policy, batch)
-        return up.draft_loss(draft_weights, state.draft, policy, trunks, logprobs, batch, SETTINGS)[0]
+        return up.draft_loss(draft_weights, state.draft, policy, trunks, logprobs, batch,
+                             SETTINGS)[0]
 
     of_policy, of_draft = jax.jit(jax.grad(loss, (0, 1)))(state.policy.weights, state.draft.weights)
     assert all(not np.any(x) for x in jax.tree.leaves(of_policy))
@@ -120,24 +126,28 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
 @pytest.mark.parametrize("drafter, options", [
     ("mtp", {}), pytest.param("eagle3", dict(micro_batch=4, widths=(3,)), marks=pytest.mark.slow)])
 def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, options):
-    """The verifier's states are those of the update's forward, so the gradients are too, and the policy stays."""
+    """The verifier's states are those of the update's forward, so the gradients are too, and the
+    policy stays."""
     settings = dataclasses.replace(SETTINGS, draft_features="rollout", **options)
     state = make_state(drafter)
     prompts = jspec.PromptBatch.from_tokens([[3, 4, 5], [7, 8, 9, 10, 11]], group_size=G, seed=1)
     out = jspec.rollout(state.policy, state.draft, prompts,
                         sampling=jspec.Sampling(max_new_tokens=T, temperature=SETTINGS.temperature),
-                        speculation=jspec.Speculation(k=2, depths=learned_from(state.draft, settings)))
+                        speculation=jspec.Speculation(k=2,
+                                                      depths=learned_from(state.draft, settings)))
     batch = batch_of(prompts, out, jnp.ones(N))
     _, wanted = gradients(state, None, batch, SETTINGS)
     close(jax.jit(up.draft_gradients, static_argnums=2)(state, batch, settings), wanted)
     _, nothing = gradients(state, None, batch, settings)
     assert nothing is None and optax.tree.norm(wanted[0]) > 1e-3
     new, metrics = jax.jit(up.update_draft, static_argnums=2)(state, batch, settings)
-    same_bits((new.policy.weights, new.opt_state, new.updates), (state.policy.weights, state.opt_state, state.updates))
+    same_bits((new.policy.weights, new.opt_state, new.updates),
+              (state.policy.weights, state.opt_state, state.updates))
     assert change(new.draft.weights, state.draft.weights) > 1e-3 and metrics["draft/loss"] > 0
 
 
-@pytest.mark.parametrize("options", [dict(TRIMMED, remat=True), pytest.param(dict(), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options",
+                         [dict(TRIMMED, remat=True), pytest.param(dict(), marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_the_objective_written_out(options):
     """Of all rows at full width, each with its own prompt, however the update cuts them."""
     state, batch = make_state(None), make_batch()
@@ -167,7 +177,8 @@ def test_neither_micro_batches_nor_widths_nor_remat_change_the_update(options):
     close(a, b, 1e-5)
     programs = gradients._cache_size()
     other = batch.replace(mask=jnp.arange(T) < jnp.array([1, 1, 2, 6, 0, 1, 3, 1])[:, None])
-    close(*(gradients(make_state(), reference, other, settings) for settings in (whole, split)), 1e-5)
+    close(*(gradients(make_state(), reference, other, settings) for settings in (whole, split)),
+          1e-5)
     assert gradients._cache_size() == programs  # lengths are data
 
 
@@ -175,11 +186,13 @@ def test_only_masked_tokens_count_the_last_one_included():
     state, batch = make_state(), make_batch()
     (grads, metrics), (draft_grads, _) = gradients(state, None, batch, SETTINGS)
     past = ~batch.mask
-    other = batch.replace(tokens=jnp.where(past, 3, batch.tokens), logprobs=jnp.where(past, 99.0, batch.logprobs))
+    other = batch.replace(tokens=jnp.where(past, 3, batch.tokens),
+                          logprobs=jnp.where(past, 99.0, batch.logprobs))
     (again, same), (draft_again, _) = gradients(state, None, other, SETTINGS)
     close((grads, metrics, draft_grads), (again, same, draft_again), 1e-6)
     last = jnp.arange(T) == batch.mask.sum(1, keepdims=True) - 1
-    (shorter, _), (draft_shorter, _) = gradients(state, None, batch.replace(mask=batch.mask & ~last), SETTINGS)
+    (shorter, _), (draft_shorter,
+                   _) = gradients(state, None, batch.replace(mask=batch.mask & ~last), SETTINGS)
     for a, b in ((grads, shorter), (draft_grads, draft_shorter)):
         assert change(a, b) > 1e-3
 
@@ -195,7 +208,8 @@ def test_metrics_say_what_happened():
     np.testing.assert_allclose(metrics["logprob_gap_mean"], 0.5 / count, rtol=1e-3)
     np.testing.assert_allclose(metrics["clip_fraction"], 1 / count, rtol=1e-5)
     assert metrics["trained_tokens"] == count and 0 < metrics["entropy"] < np.log(CONFIG.vocab_size)
-    assert metrics["draft/loss"] > 0 and metrics["draft/overlap"].shape == (state.draft.config.depths,)
+    assert (metrics["draft/loss"] > 0 and metrics["draft/overlap"].shape
+            == (state.draft.config.depths,))
     assert np.all((metrics["draft/overlap"] > 0) & (metrics["draft/overlap"] <= 1))
 
 
@@ -217,7 +231,8 @@ def test_the_drafts_clip_rate_and_pace_are_its_own():
     batch, moved = make_batch(), []
     for _ in range(8):
         before = b.draft.weights
-        (a, _), (b, metrics) = (update(state, None, batch, s) for state, s in ((a, SETTINGS), (b, theirs)))
+        (a, _), (b, metrics) = (update(state, None, batch, s)
+                                for state, s in ((a, SETTINGS), (b, theirs)))
         moved.append(change(b.draft.weights, before) > 0)
         same_bits(a.policy.weights, b.policy.weights)
         assert moved[-1] or metrics["draft/grad_norm"] == 0
@@ -229,35 +244,43 @@ def test_gradients_are_clipped_to_each_sides_own_norm(side):
     settings = UpdateSettings(learning_rate=0.5, clip=2.0, draft_learning_rate=0.25, draft_clip=3.0)
     optimizer = optimizers(settings)[side]
     weights = {"a": jnp.zeros(3)}
-    _, (_, (adam, *_)) = up.apply_gradients(optimizer, weights, optimizer.init(weights), {"a": jnp.full(3, 1e3)},
-                                            jnp.array(True))
+    _, (_, (adam, *_)) = up.apply_gradients(optimizer, weights, optimizer.init(weights),
+                                            {"a": jnp.full(3, 1e3)}, jnp.array(True))
     np.testing.assert_allclose(optax.tree.norm(adam.mu), 0.1 * (2.0, 3.0)[side], rtol=1e-5)
 
 
 @pytest.mark.parametrize("per_step", [1, 2])
 def test_warmup_counts_steps_however_many_updates_they_have(per_step):
-    optimizer, _ = optimizers(UpdateSettings(learning_rate=1e-2, warmup_steps=4, updates_per_rollout=per_step))
+    optimizer, _ = optimizers(UpdateSettings(learning_rate=1e-2, warmup_steps=4,
+                                             updates_per_rollout=per_step))
     weights, opt_state, sizes = {"a": jnp.zeros(2)}, optimizer.init({"a": jnp.zeros(2)}), []
     for _ in range(6 * per_step):
-        new, opt_state = up.apply_gradients(optimizer, weights, opt_state, {"a": jnp.ones(2)}, jnp.array(True))
+        new, opt_state = up.apply_gradients(optimizer, weights, opt_state, {"a": jnp.ones(2)},
+                                            jnp.array(True))
         sizes.append(change(new, weights) / np.sqrt(2))
         weights = new
     expected = [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01]  # the first update already moves
     np.testing.assert_allclose(sizes, np.repeat(expected, per_step), rtol=1e-3)
 
 
-@pytest.mark.parametrize("draft, options", [("mtp", {"blocks": 2}), ("eagle3", {"own_embed": True})])
+@pytest.mark.parametrize("draft, options",
+                         [("mtp", {"blocks": 2}), ("eagle3", {"own_embed": True})])
 def test_muon_has_the_matrices_inside_blocks_and_adamw_all_else(draft, options):
     policy = jax.eval_shape(lambda: init_policy(CONFIG, jax.random.key(0)))
-    weights = jax.eval_shape(lambda p: getattr(jspec.drafts, draft)(p, jax.random.key(1), **options).weights, policy)
+    weights = jax.eval_shape(lambda p: getattr(jspec.drafts, draft)(p, jax.random.key(1),
+                                                                    **options).weights, policy)
     muon = {jax.tree_util.keystr(path) for path, given in jax.tree_util.tree_leaves_with_path(
-        inside_blocks(weights), is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers))}
+        inside_blocks(weights),
+        is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers))}
     blocks = [f"['blocks'][{i}]['layer']" for i in range(2)] if draft == "mtp" else ["['layer']"]
-    assert muon == {f"{block}['{name}']" for block in blocks for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert (muon == {f"{block}['{name}']" for block in blocks
+                     for name in ("q", "k", "v", "o", "gate", "up", "down")})
     state = jax.eval_shape(draft_optimizer("muon", 1e-3, 1.0).init, weights)
     moments = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    second = {name.split(".nu", 1)[1] for name in moments if ".nu" in name}  # only AdamW has second moments
-    assert second == {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(weights)} - muon
+    # only AdamW has second moments
+    second = {name.split(".nu", 1)[1] for name in moments if ".nu" in name}
+    assert (second == {jax.tree_util.keystr(p)
+                       for p, _ in jax.tree_util.tree_leaves_with_path(weights)} - muon)
 
 
 def test_a_policy_without_sound_gradients_is_left_alone_while_the_draft_goes_on():
@@ -270,7 +293,8 @@ def test_a_policy_without_sound_gradients_is_left_alone_while_the_draft_goes_on(
     again, _ = update(new, None, bad, SETTINGS)
     assert int(again.skipped_in_row) == 2
     healed, metrics = update(again, None, batch, SETTINGS)
-    assert int(healed.skipped) == 2 and int(healed.skipped_in_row) == 0 and int(metrics["skipped"]) == 2
+    assert (int(healed.skipped) == 2 and int(healed.skipped_in_row) == 0 and int(metrics["skipped"])
+            == 2)
     assert int(healed.updates) == 3
 
 
@@ -280,7 +304,8 @@ def test_a_draft_without_sound_gradients_is_left_alone_while_the_policy_goes_on(
     broken = {"blocks": ({**block, "proj": block["proj"].at[0, 0].set(jnp.inf)},)}
     state = state.replace(draft=state.draft.replace(weights=broken))
     new, _ = update(state, None, batch, SETTINGS)
-    same_bits((new.draft.weights, new.draft_opt_state), (state.draft.weights, state.draft_opt_state))
+    same_bits((new.draft.weights, new.draft_opt_state),
+              (state.draft.weights, state.draft_opt_state))
     assert int(new.draft_skipped) == int(new.draft_skipped_in_row) == 1 and int(new.skipped) == 0
     plain, _ = update(make_state("ngram"), None, batch, SETTINGS)
     same_bits(new.policy.weights, plain.policy.weights)
@@ -301,5 +326,6 @@ def test_the_updates_own_logprobs_are_the_rollouts():
         if temperature:
             _, metrics = update(state, None, batch, SETTINGS)
             np.testing.assert_allclose(metrics["logprob_gap"], gaps[0], atol=2e-6)
-            np.testing.assert_allclose(metrics["entropy"], rollout.entropy.sum() / float(rollout.mask.sum()), rtol=1e-5)
+            np.testing.assert_allclose(metrics["entropy"],
+                                       rollout.entropy.sum() / float(rollout.mask.sum()), rtol=1e-5)
     assert max(gaps) < 1e-5

@@ -1,5 +1,5 @@
-"""Every drafter, tiny: what each rule is tested with. A drafter that `jspec.drafts` lists is tested, and once more
-with a reduced vocabulary if its `init` takes one."""
+"""Every drafter, tiny: what each rule is tested with. A drafter that `jspec.drafts` lists is
+tested, and once more with a reduced vocabulary if its `init` takes one."""
 
 import inspect
 
@@ -19,12 +19,13 @@ LAYERS = {"eagle3": 3}  # it fuses the states of three depths
 
 def policy(name, *args, **options):
     """A `tiny.policy` with the layers that the drafter asks for."""
-    return tiny.policy(*args, **{"layers": LAYERS.get(VARIANTS.get(name, (name,))[0], 1), **options})
+    return tiny.policy(*args,
+                       **{"layers": LAYERS.get(VARIANTS.get(name, (name,))[0], 1), **options})
 
 
 def make(name, policy, seed=0, scale=0.4):
-    """A draft of tiny `policy`, weights shaken by `scale`: one of NAMES, or a `tiny.table_draft`, one of TABLES. A
-    reduced vocabulary is every second id, from 0 on."""
+    """A draft of tiny `policy`, weights shaken by `scale`: one of NAMES, or a `tiny.table_draft`,
+    one of TABLES. A reduced vocabulary is every second id, from 0 on."""
     if name in TABLES:
         return tiny.table_draft(policy, seed=seed, **TABLES[name])
     drafter, options = VARIANTS.get(name, (name, {}))
@@ -33,4 +34,5 @@ def make(name, policy, seed=0, scale=0.4):
         return made.drafter.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))
     if "vocab" in options:
         options = {"vocab": range(0, policy.config.vocab_size, 2)}
-    return tiny.shaken(getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options), seed=seed, scale=scale)
+    return tiny.shaken(getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options),
+                       seed=seed, scale=scale)

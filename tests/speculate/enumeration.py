@@ -1,11 +1,12 @@
 """Drives `jspec.speculate.cycle.cycle` over every accept, refuse and draw, cycle after cycle.
 
-Noise is the cycle's argument, and every uniform enters by a step function of 2^24 values. The thresholds are not
-presupposed: they are found in the code's own behaviour by bisection, one uniform after the other, for thousands of rows
-at once. An outcome's weight is the share of uniform values that lead to it, exactly.
+Noise is the cycle's argument, and every uniform enters by a step function of 2^24 values. The
+thresholds are not presupposed: they are found in the code's own behaviour by bisection, one uniform
+after the other, for thousands of rows at once. An outcome's weight is the share of uniform values
+that lead to it, exactly.
 
-What an acceptance uniform decides may show only if later ones accept, or only if they refuse: its thresholds are looked
-for in both cases, so no order of judging is presupposed either.
+What an acceptance uniform decides may show only if later ones accept, or only if they refuse: its
+thresholds are looked for in both cases, so no order of judging is presupposed either.
 """
 
 import dataclasses
@@ -29,15 +30,16 @@ STATES = 512  # rows of the pool of states
 
 
 class Cycle:
-    """The jitted cycle on sequences gathered from a pool of states, in slots that are in another order and partly
-    free, as after rows were retired, refilled and moved."""
+    """The jitted cycle on sequences gathered from a pool of states, in slots that are in another
+    order and partly free, as after rows were retired, refilled and moved."""
 
     def __init__(self, policy, draft, prompt, sampling, k, rule):
         self.policy, self.kind = jspec.reshard(policy), KINDS[rule]
         self.draft, self.k, self.sampling, self.vocab = draft, k, sampling, policy.config.vocab_size
         if draft is not None:
             self.draft = draft.drafter.prepare(self.policy, draft)
-        batch = jspec.PromptBatch.from_tokens([prompt], group_size=1, seed=0, buckets=(len(prompt),))
+        batch = jspec.PromptBatch.from_tokens([prompt], group_size=1, seed=0,
+                                              buckets=(len(prompt),))
         self.prompt_length = len(prompt)
         first = jax.jit(partial(start, k=k))(self.policy, self.draft, batch, sampling)
         self.first = _pool([(_by_sequence(first), 1)])
@@ -49,16 +51,19 @@ class Cycle:
         noise = jax.tree.map(lambda x: x[at], noise)
         new, proposal, verdict = run_cycle(policy, draft, state, noise, sampling=self.sampling,
                                            stop_tokens=self.sampling.stop_tokens, k=self.k)
-        slot_of = jnp.zeros(len(rows), jnp.int32).at[state.slots].set(jnp.arange(len(state.slots)), mode="drop")
+        slot_of = jnp.zeros(len(rows), jnp.int32).at[state.slots].set(jnp.arange(len(state.slots)),
+                                                                      mode="drop")
         return _by_sequence(new), *jax.tree.map(lambda x: x[slot_of], (proposal.tokens, verdict))
 
     def run(self, pool, rows, noise):
-        """([(new State, rows)], outcome codes int64) of rows [R] of the pool, in calls of fixed size."""
+        """([(new State, rows)], outcome codes int64) of rows [R] of the pool, in calls of fixed
+        size."""
         states, codes = [], []
         for at in range(0, len(rows), ROWS):
             some, part = rows[at:at + ROWS], noise[at:at + ROWS]
             pad = ROWS - len(some)
-            new, drafted, verdict = self._step(self.policy, self.draft, pool, np.pad(some, (0, pad)),
+            new, drafted, verdict = self._step(self.policy, self.draft, pool,
+                                               np.pad(some, (0, pad)),
                                                self._noise(np.pad(part, ((0, pad), (0, 0)))))
             states.append((new, len(some)))
             codes.append(self._code(drafted, verdict)[:len(some)])
@@ -67,7 +72,8 @@ class Cycle:
     def finals(self, state):
         """(generated tokens, stopped, done) of every row."""
         of = state.sequences
-        tokens, lengths, stopped, done = map(np.asarray, (of.tokens, of.lengths, of.finished, of.done))
+        tokens, lengths, stopped, done = map(np.asarray,
+                                             (of.tokens, of.lengths, of.finished, of.done))
         return [(tuple(map(int, t[self.prompt_length:n])), bool(s), bool(d))
                 for t, n, s, d in zip(tokens, lengths, stopped, done, strict=True)]
 
@@ -77,8 +83,10 @@ class Cycle:
         return self.kind(u[:, :2 * k].reshape(-1, k, 2), u[:, 2 * k:3 * k], u[:, 3 * k:])
 
     def _code(self, drafted, verdict):
-        """One number for all that a cycle decided: drafts, how many were accepted, and the tokens emitted."""
-        accepted, tokens = np.asarray(verdict.accepted, np.int64), np.asarray(verdict.tokens, np.int64)
+        """One number for all that a cycle decided: drafts, how many were accepted, and the tokens
+        emitted."""
+        accepted, tokens = np.asarray(verdict.accepted,
+                                      np.int64), np.asarray(verdict.tokens, np.int64)
         code = accepted
         for column in np.asarray(drafted, np.int64).T:
             code = code * self.vocab + column
@@ -88,7 +96,8 @@ class Cycle:
 
 
 def _by_sequence(state):
-    """The state with sequence i in slot i, and in block i all that is cached of it: then leaves lead with sequences."""
+    """The state with sequence i in slot i, and in block i all that is cached of it: then leaves
+    lead with sequences."""
     n = len(state.sequences.ids)
     slot_of = jnp.zeros(n, jnp.int32).at[state.slots].set(jnp.arange(len(state.slots)), mode="drop")
     table = state.cache.table[slot_of]
@@ -102,12 +111,13 @@ def _by_sequence(state):
     if draft is not None:
         rows = jax.tree.map(lambda x: x[slot_of], draft.rows)
         draft = draft.replace(rows=rows, cache=None if draft.cache is None else cache(draft.cache))
-    return state.replace(slots=jnp.arange(n, dtype=jnp.int32), cache=cache(state.cache), draft=draft)
+    return state.replace(slots=jnp.arange(n, dtype=jnp.int32), cache=cache(state.cache),
+                         draft=draft)
 
 
 def _in_slots(state):
-    """A state of `_by_sequence` with its sequences in reverse order in slots of which every fifth is free, and their
-    blocks in yet another."""
+    """A state of `_by_sequence` with its sequences in reverse order in slots of which every fifth
+    is free, and their blocks in yet another."""
     n = len(state.sequences.ids)
     slots = np.insert(np.arange(n)[::-1], np.arange(0, n, 4), n).astype(np.int32)
     live, at = slots < n, np.minimum(slots, n - 1)
@@ -127,15 +137,15 @@ def _in_slots(state):
 
 def _map_rows(fn, state, *more):
     """fn over the leaves that lead with rows; what does not is the first state's."""
-    parts = [dataclasses.replace(s, prompts=None, free=None, waiting=None, admitted=None, wanted=None, counts=None)
-             for s in (state, *more)]
+    parts = [dataclasses.replace(s, prompts=None, free=None, waiting=None, admitted=None,
+                                 wanted=None, counts=None) for s in (state, *more)]
     new = jax.tree.map(fn, *parts)
     n = len(new.sequences.ids)
     new = new.replace(slots=np.arange(n, dtype=np.int32), cache=_renumbered(new.cache, n))
     if new.draft is not None and new.draft.cache is not None:
         new = new.replace(draft=new.draft.replace(cache=_renumbered(new.draft.cache, n)))
-    return new.replace(prompts=state.prompts, free=state.free, waiting=state.waiting, admitted=state.admitted,
-                       wanted=state.wanted, counts=state.counts)
+    return new.replace(prompts=state.prompts, free=state.free, waiting=state.waiting,
+                       admitted=state.admitted, wanted=state.wanted, counts=state.counts)
 
 
 def _renumbered(cache, n):
@@ -143,29 +153,33 @@ def _renumbered(cache, n):
 
 
 def _pool(parts):
-    """One pool of the leading n rows of each (state, n), of at least STATES rows: each size is a compilation."""
+    """One pool of the leading n rows of each (state, n), of at least STATES rows: each size is a
+    compilation."""
     count = sum(n for _, n in parts)
     size = max(STATES, count)
 
     def join(*leaves):
-        x = np.concatenate([np.asarray(leaf)[:n] for leaf, (_, n) in zip(leaves, parts, strict=True)])
+        x = np.concatenate([np.asarray(leaf)[:n]
+                            for leaf, (_, n) in zip(leaves, parts, strict=True)])
         return np.pad(x, ((0, size - count), *((0, 0),) * (x.ndim - 1)))
 
     return _map_rows(join, *(state for state, _ in parts))
 
 
 def _cells(evaluate, first, last):
-    """All constant pieces of step functions, one on first[i] .. last[i] for every i: arrays (i, first, last) of them.
+    """All constant pieces of step functions, one on first[i] .. last[i] for every i: arrays (i,
+    first, last) of them.
 
-    evaluate: (i, levels) to values, [n, any]. A piece between two equal values is found only if it is wider than 1 /
-    WAYS of the whole: steps are monotone elsewhere.
+    evaluate: (i, levels) to values, [n, any]. A piece between two equal values is found only if it
+    is wider than 1 / WAYS of the whole: steps are monotone elsewhere.
     """
     row, low, high = np.arange(len(first)), first, last
     below, above = np.split(evaluate(np.tile(row, 2), np.concatenate([low, high])), 2)
     steps = [(row, low)]
     while len(row):
         inner = [low + (high - low) * i // WAYS for i in range(1, WAYS)]
-        values = [below, *np.split(evaluate(np.tile(row, WAYS - 1), np.concatenate(inner)), WAYS - 1), above]
+        values = [below, *np.split(evaluate(np.tile(row, WAYS - 1), np.concatenate(inner)),
+                                   WAYS - 1), above]
         points = [low, *inner, high]
         row, low, high, below, above = (np.concatenate(x) for x in (
             [row] * WAYS, points[:-1], points[1:], values[:-1], values[1:]))
@@ -182,20 +196,21 @@ def _cells(evaluate, first, last):
 
 
 def _unknown(states, k):
-    """The levels, first and last, of `states` rows' uniforms, none of which anything is known about."""
+    """The levels, first and last, of `states` rows' uniforms, none of which anything is known
+    about."""
     return np.zeros((states, 3 * k + 2), np.int64), np.full((states, 3 * k + 2), LEVELS - 1)
 
 
 def _one_cycle(cycle, pool, first, last):
-    """Every way through one cycle from the leading rows of the pool, whose uniforms lie in first .. last, [rows, 3 K +
-    2]: (pool row, first, last, weight) of each way."""
+    """Every way through one cycle from the leading rows of the pool, whose uniforms lie in first ..
+    last, [rows, 3 K + 2]: (pool row, first, last, weight) of each way."""
     origin, weight = np.arange(len(first)), np.ones(len(first))
     for variable in range(first.shape[1]):
         accepts = 2 * cycle.k <= variable < 3 * cycle.k - 1
         later = slice(variable + 1, 3 * cycle.k if accepts else variable + 1)
 
-        def evaluate(rows, level, first=first, last=last, origin=origin, variable=variable, later=later,
-                     accepts=accepts):
+        def evaluate(rows, level, first=first, last=last, origin=origin, variable=variable,
+                     later=later, accepts=accepts):
             codes = []
             for others in (first, last)[:2 if accepts else 1]:
                 noise = _middle(first[rows], last[rows])
@@ -215,25 +230,29 @@ def _middle(first, last):
 
 
 def _carry(first, last, count, k):
-    """What a cycle is known about its uniforms, if those of a position that an earlier one has drawn for are drawn no
-    more: first and last of the next cycle, which begins `count` [rows] positions on."""
+    """What a cycle is known about its uniforms, if those of a position that an earlier one has
+    drawn for are drawn no more: first and last of the next cycle, which begins `count` [rows]
+    positions on."""
     new_first, new_last = _unknown(len(first), k)
     for row, n in enumerate(count):
         for begin, width in ((0, 2), (2 * k, 1)):
             kept = width * max(k - n, 0)
-            old, new = slice(begin + width * k - kept, begin + width * k), slice(begin, begin + kept)
+            old, new = slice(begin + width * k - kept,
+                             begin + width * k), slice(begin, begin + kept)
             new_first[row, new], new_last[row, new] = first[row, old], last[row, old]
     return new_first, new_last
 
 
-def enumerate_sequences(policy, draft, prompt, *, k, rule="rejection", keep_noise=False, max_new_tokens,
+def enumerate_sequences(policy, draft, prompt, *, k, rule="rejection", keep_noise=False,
+                        max_new_tokens,
                         min_new_tokens=0, stop_tokens=(), temperature=1.0, top_k=0, top_p=None):
     """({(tokens, stopped): probability}, cycles) of all sequences that chains of cycles emit.
 
-    keep_noise: a planted bug; a position's uniforms for drafting and judging are the same in every cycle that reaches
-    it. The twin of noise that is keyed by position.
+    keep_noise: a planted bug; a position's uniforms for drafting and judging are the same in every
+    cycle that reaches it. The twin of noise that is keyed by position.
     """
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens,
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k,
+                        max_new_tokens=max_new_tokens,
                         min_new_tokens=min_new_tokens, stop_tokens=stop_tokens)
     cycle = Cycle(policy, draft, prompt, sampling, k, rule)
     pool, masses, out, cycles = cycle.first, np.ones(1), {}, 0
@@ -251,7 +270,8 @@ def enumerate_sequences(policy, draft, prompt, *, k, rule="rejection", keep_nois
             if done:
                 out[tokens, stopped] = out.get((tokens, stopped), 0.0) + weight[rows].sum()
         going = [rows for (_, _, done, _), rows in members.items() if not done]
-        # rows that committed the same tokens are one state from here on: a draft's state depends on nothing else
+        # rows that committed the same tokens are one state from here on: a draft's state depends on
+        # nothing else
         masses = np.array([weight[rows].sum() for rows in going])
         if going:
             keep = np.array([rows[0] for rows in going])
@@ -268,5 +288,6 @@ def tokens_a_cycle(policy, draft, prompt, *, k, rule):
     """How many tokens the first cycle emits, in expectation, where nothing stops it."""
     cycle = Cycle(policy, draft, prompt, Sampling(max_new_tokens=k + 1, stop_tokens=()), k, rule)
     origin, first, last, weight = _one_cycle(cycle, cycle.first, *_unknown(1, k))
-    lengths = np.asarray(_pool(cycle.run(cycle.first, origin, _middle(first, last))[0]).sequences.lengths)[:len(origin)]
+    lengths = np.asarray(_pool(cycle.run(cycle.first, origin, _middle(first, last))[0])
+                         .sequences.lengths)[:len(origin)]
     return float((weight * (lengths - len(prompt))).sum())

@@ -33,7 +33,8 @@ def _bonus_from_residual(log_p, drafts, log_q, noise, *vocab):
     """After K acceptances the last draft's q is subtracted all the same."""
     accepted, tokens = _REJECTION(log_p, drafts, log_q, noise, *vocab)
     drawn = reference.inverse_transform(_RESIDUAL(log_p[:, -1], log_q[:, -1]), noise.residual)
-    return accepted, tokens.at[:, -1].set(jnp.where(accepted == drafts.shape[1], drawn, tokens[:, -1]))
+    return (accepted,
+            tokens.at[:, -1].set(jnp.where(accepted == drafts.shape[1], drawn, tokens[:, -1])))
 
 
 def _residual_is_p(log_p, log_q, weight):
@@ -75,12 +76,13 @@ BUGS = {"shared noise": ("rejection", "_rejection", _shared_noise),
         "block: every test is the last one's": ("block", "block_chances", _chance_by_weight)}
 
 DRAFT = {"rejection": "table", "block": "sharp"}
-"""With which of `drafters.TABLES` a rule's bugs show: a draft refused that p likes more than q does, after one that it
-likes less, is what the block rule's weight is for, and it takes a sharp q."""
+"""With which of `drafters.TABLES` a rule's bugs show: a draft refused that p likes more than q
+does, after one that it likes less, is what the block rule's weight is for, and it takes a sharp
+q."""
 
 # the others are marked slow
-DEFAULT = ("shared noise", "epsilon in the ratio", "residual is p", "block: residual without its weight",
-           "block: stops at the first failure")
+DEFAULT = ("shared noise", "epsilon in the ratio", "residual is p",
+           "block: residual without its weight", "block: stops at the first failure")
 
 each_bug = pytest.mark.parametrize(
     "bug", [pytest.param(x, marks=() if x in DEFAULT else pytest.mark.slow) for x in BUGS])

@@ -1,7 +1,8 @@
-"""Slots, the chain of loops and the pool change nothing that is emitted: under `coupled` not a token.
+"""Slots, the chain of loops and the pool change nothing that is emitted: under `coupled` not a
+token.
 
-Blocks are of 16 positions here: prompts fill some that siblings share, and rows take further ones as they grow. Each
-planted bug of the engine is seen by the same comparison.
+Blocks are of 16 positions here: prompts fill some that siblings share, and rows take further ones
+as they grow. Each planted bug of the engine is seen by the same comparison.
 """
 
 import jax
@@ -17,7 +18,8 @@ from tests.speculate.ties import assert_same, generated
 
 PROMPTS = [[1, 2, 1, 2, 1], list(range(1, 9)) * 5, [7, 6] * 10, [4]]
 LIMIT = np.tile([24, 7, 1, 24, 15, 24], 2)
-SAMPLING = jspec.Sampling(max_new_tokens=24, min_new_tokens=1, top_k=8, stop_tokens=(3,), limit=jnp.asarray(LIMIT),
+SAMPLING = jspec.Sampling(max_new_tokens=24, min_new_tokens=1, top_k=8, stop_tokens=(3,),
+                          limit=jnp.asarray(LIMIT),
                           temperature=jnp.tile(jnp.array([1.0, 0.7, 1.3]), 4))
 BATCH = jspec.PromptBatch.from_tokens(PROMPTS, group_size=3, seed=1, buckets=(40,))
 slow = pytest.mark.slow
@@ -37,7 +39,8 @@ def policy():
 
 def run(policy, draft=None, k=0, slots=None, rule="coupled", kv_tokens=None):
     made = None if draft is None else drafters.make(draft, policy, seed=1, scale=0.05)
-    return jspec.rollout(policy, made, BATCH, sampling=SAMPLING, batching=jspec.Batching(slots, kv_tokens),
+    return jspec.rollout(policy, made, BATCH, sampling=SAMPLING,
+                         batching=jspec.Batching(slots, kv_tokens),
                          speculation=jspec.Speculation(k=k, rule=rule))
 
 
@@ -63,23 +66,27 @@ def test_the_tokens_are_those_of_plain_decoding(policy, plain, draft, k, slots):
 
 
 def test_counts(policy, plain):
-    """Of one chain: every row's cycles are counted in the loop it was in, and a prompt's blocks are there once."""
+    """Of one chain: every row's cycles are counted in the loop it was in, and a prompt's blocks are
+    there once."""
     out = run(policy, "mtp", SHRINKING, 5)
     assert out.stats.slots == (5, 3, 2, 1)
     assert int(out.stats.loop_live.sum()) == int(out.stats.cycles.sum())
     cycles, live = np.asarray(out.stats.loop_cycles[0]), np.asarray(out.stats.loop_live[0])
     assert np.all(live <= cycles * out.stats.slots) and np.all(live[1:] > 0)
-    assert float(out.stats.occupancy) == pytest.approx(live.sum() / (cycles * out.stats.slots).sum())
+    assert (float(out.stats.occupancy)
+            == pytest.approx(live.sum() / (cycles * out.stats.slots).sum()))
     # prompts: 1, 3, 2 and 1 blocks. A row beside them: what it generates, and the end of its prompt
     for stats, rows in ((plain.stats, 12), (out.stats, 5)):
         assert 7 < int(stats.blocks[0]) <= 7 + rows * 3
     # a draft's state depends on what is committed only: no move changes what is drafted
     alone = run(policy, "mtp", 2)
-    np.testing.assert_array_equal(run(policy, "mtp", ((5, 2), (2, 2)), 5).stats.cycles, alone.stats.cycles)
+    np.testing.assert_array_equal(run(policy, "mtp", ((5, 2), (2, 2)), 5).stats.cycles,
+                                  alone.stats.cycles)
 
 
 def test_the_chain():
-    sizes = {slots: [rows for rows, _ in loops.loops(slots, 3, 512)] for slots in (1, 8, 12, 32, 256)}
+    sizes = {slots: [rows for rows, _ in loops.loops(slots, 3, 512)]
+             for slots in (1, 8, 12, 32, 256)}
     assert sizes == {1: [1], 8: [8, 3, 1], 12: [12, 4, 1], 32: [32, 11, 4, 1], 256: [256, 41, 7, 1]}
     assert loops.loops(32, 3, 20) == ((32, 3),)  # so few tokens are not worth a second compilation
     assert loops.loops(32, ((4, 7), (16, 3)), 20) == ((32, 0), (16, 3), (4, 7))
@@ -93,7 +100,8 @@ def test_the_chain():
 def _freed_with_the_first_sibling(patch):
     """A prompt's blocks are freed while siblings read them."""
     def retire(now):
-        return RETIRE(now.replace(prompts=now.prompts.replace(readers=jnp.minimum(now.prompts.readers, 1))))
+        return RETIRE(
+            now.replace(prompts=now.prompts.replace(readers=jnp.minimum(now.prompts.readers, 1))))
 
     patch.setattr(loops, "retire", retire)
 
@@ -120,8 +128,8 @@ def _table_not_moved(patch):
 
 
 def _draft_not_moved(patch):
-    """After rows are moved together each has the draft state of the row that was there: no token shows it, what is
-    accepted does."""
+    """After rows are moved together each has the draft state of the row that was there: no token
+    shows it, what is accepted does."""
     def compact(now, rows):
         kept = jax.tree.map(lambda x: x[:rows], now.draft.rows)
         new = COMPACT(now, rows)
@@ -156,8 +164,8 @@ def retraced():
     jax.clear_caches()
 
 
-BUGS = [_freed_with_the_first_sibling, _no_copy_of_the_last_block, _table_not_moved, _noise_of_the_slot,
-        _written_after_it_was_given_away]
+BUGS = [_freed_with_the_first_sibling, _no_copy_of_the_last_block, _table_not_moved,
+        _noise_of_the_slot, _written_after_it_was_given_away]
 REFILLED = BUGS[:4:3]  # the others show where there are slots for all
 
 

@@ -20,11 +20,13 @@ PROMPT = [1, 0, 1, 0]
 SAMPLES, FEW = 200_000, 40_000
 REFUSE = 1e-4  # fixed seeds: a correct program passes for good
 PLANTED = 1e-12
-SHARP = 4  # the seed of a table with which all that the block rule computes counts, with a vocabulary of 4
+# the seed of a table with which all that the block rule computes counts, with a vocabulary of 4
+SHARP = 4
 
 
 def p_value(observed, want):
-    """Chi-square of a Counter of sequences against their probabilities; rare sequences are one bin."""
+    """Chi-square of a Counter of sequences against their probabilities; rare sequences are one
+    bin."""
     total = sum(observed.values())
     assert set(observed) <= set(want)
     common = [x for x in want if want[x] * total >= 5]
@@ -38,11 +40,13 @@ def p_value(observed, want):
 
 def rows(draft, rule, *, k=2, samples=SAMPLES, seed=0, kernels="auto", **sampling):
     policy = drafters.policy(draft, 4, seed=2, scale=0.2, stop_tokens=(3,))
-    made, emitted = drafters.make(draft, policy, seed=SHARP if draft == "sharp" else 3, scale=0.2), []
+    made, emitted = drafters.make(draft, policy, seed=SHARP if draft == "sharp" else 3,
+                                  scale=0.2), []
     # an interpreter copies every row's cache for every row
     size = samples if kernels == "auto" else 500
     for part in range(samples // size):
-        batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=size, seed=seed + part, buckets=(4,))
+        batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=size, seed=seed + part,
+                                              buckets=(4,))
         out = jspec.rollout(policy, made, batch, sampling=jspec.Sampling(**sampling),
                             speculation=jspec.Speculation(k=k, rule=rule, kernels=kernels))
         emitted += tiny.sequences(out)
@@ -57,14 +61,14 @@ def check(draft, rule, *, k=2, samples=SAMPLES, kernels="auto", **sampling):
 
 CASES = [*((draft, "rejection", 2, {}) for draft in drafters.NAMES), ("sharp", "block", 2, {}),
          ("ngram", "coupled", 1, {"temperature": 0.7, "top_k": 3})]
-LONG = [*CASES, *((draft, rule, 3, {"min_new_tokens": 1}) for draft in drafters.NAMES for rule in RULES),
+LONG = [*CASES,
+        *((draft, rule, 3, {"min_new_tokens": 1}) for draft in drafters.NAMES for rule in RULES),
         ("table", "rejection", 1, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}),
         ("table", "rejection", 3, {}),
         ("table", "block", 2, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}),
         ("mtp", "rejection", 3, {"top_k": 3, "min_new_tokens": 1}),
         ("mtp", "block", 3, {"top_k": 3, "min_new_tokens": 2}),
-        ("ngram", "rejection", 2, {"top_p": 0.8}),
-        ("ngram", "coupled", 3, {"temperature": 0.7}),
+        ("ngram", "rejection", 2, {"top_p": 0.8}), ("ngram", "coupled", 3, {"temperature": 0.7}),
         ("mtp", "coupled", 2, {"top_k": 3, "top_p": 0.9})]
 
 
@@ -84,11 +88,13 @@ def test_rollout_in_full(draft, rule, k, sampling):
 
 
 @pytest.mark.parametrize("draft, rule, k, samples, sampling", [
-    ("mtp", "rejection", 2, FEW // 8, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("table", "rejection", 3, FEW, {"temperature": 0.7}), ("table", "block", 3, FEW, {"temperature": 0.7}),
-        ("ngram", "block", 3, FEW, {}), ("mtp-reduced", "block", 2, FEW, {"min_new_tokens": 1}),
-        ("ngram", "rejection", 3, FEW, {"min_new_tokens": 2}),
-        ("mtp", "coupled", 2, FEW, {"min_new_tokens": 1})))])
+    ("mtp", "rejection", 2, FEW // 8, {}),
+    *(pytest.param(*case, marks=pytest.mark.slow)
+      for case in (("table", "rejection", 3, FEW, {"temperature": 0.7}),
+                   ("table", "block", 3, FEW, {"temperature": 0.7}), ("ngram", "block", 3, FEW, {}),
+                   ("mtp-reduced", "block", 2, FEW, {"min_new_tokens": 1}),
+                   ("ngram", "rejection", 3, FEW, {"min_new_tokens": 2}),
+                   ("mtp", "coupled", 2, FEW, {"min_new_tokens": 1})))])
 def test_rollout_with_the_kernels_in(draft, rule, k, samples, sampling):
     check(draft, rule, k=k, samples=samples, kernels="pallas", max_new_tokens=3, **sampling)
 
@@ -96,11 +102,13 @@ def test_rollout_with_the_kernels_in(draft, rule, k, samples, sampling):
 def test_rows_of_different_temperature_and_top_p():
     kinds = [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7), (0.0, 1.0)]
     samples = FEW // 2 * len(kinds)
-    temperature, top_p = (jnp.tile(jnp.array(x), samples // len(kinds)) for x in zip(*kinds, strict=True))
-    emitted, policy = rows("table", "rejection", samples=samples, max_new_tokens=3, temperature=temperature,
-                           top_p=top_p)
+    temperature, top_p = (jnp.tile(jnp.array(x), samples // len(kinds))
+                          for x in zip(*kinds, strict=True))
+    emitted, policy = rows("table", "rejection", samples=samples, max_new_tokens=3,
+                           temperature=temperature, top_p=top_p)
     for i, (t, p) in enumerate(kinds):
-        want = tiny.autoregressive(policy, PROMPT, max_new_tokens=3, stop_tokens=(3,), temperature=t, top_p=p)
+        want = tiny.autoregressive(policy, PROMPT, max_new_tokens=3, stop_tokens=(3,),
+                                   temperature=t, top_p=p)
         seen = Counter(emitted[i::len(kinds)])
         if len(want) == 1:
             assert set(seen) == set(want)
@@ -142,8 +150,10 @@ def test_block_noise_that_is_keyed_by_position_is_seen(monkeypatch, retraced):
     """Fresh in every position, and yet what two cycles draw for the same position is the same."""
     def by_position(key, sequence_ids, committed, k):
         alone = [noise.block_noise(key, sequence_ids, committed + j, 1) for j in range(k)]
-        draft, accept = (jnp.concatenate([getattr(x, name) for x in alone], 1) for name in ("draft", "accept"))
-        return noise.block_noise(key, sequence_ids, committed, k).replace(draft=draft, accept=accept)
+        draft, accept = (jnp.concatenate([getattr(x, name) for x in alone], 1)
+                         for name in ("draft", "accept"))
+        return noise.block_noise(key, sequence_ids, committed,
+                                 k).replace(draft=draft, accept=accept)
 
     monkeypatch.setitem(NOISE, "block", by_position)
     assert planted_p_value("block") < PLANTED

@@ -1,4 +1,5 @@
-"""`coupled` is autoregressive decoding with the same seed, token for token, whatever the draft, k, batch or slot."""
+"""`coupled` is autoregressive decoding with the same seed, token for token, whatever the draft, k,
+batch or slot."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,8 @@ def policy():
 
 
 def make_batch(prompts=PROMPTS, group_size=8, seed=0, **options):
-    return jspec.PromptBatch.from_tokens(prompts, group_size=group_size, seed=seed, buckets=(8,), **options)
+    return jspec.PromptBatch.from_tokens(prompts, group_size=group_size, seed=seed, buckets=(8,),
+                                         **options)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,8 @@ def test_equals_autoregressive(run, policy, draft, k):
         batch = make_batch(seed=seed)
         plain, fast = run(None, batch), run(draft, batch, k)
         assert_same(policy, batch, SAMPLING, plain, fast)
-        assert len({tuple(x) for x in generated(plain)}) > 24  # the sequences of a group are not one
+        # the sequences of a group are not one
+        assert len({tuple(x) for x in generated(plain)}) > 24
         assert float(fast.acceptance_length) > 1.05 > float(plain.acceptance_length) == 1
         np.testing.assert_array_equal(plain.finished, fast.finished)
 
@@ -66,9 +69,11 @@ def test_slot_order_and_company_do_not_matter(run, draft, k):
     assert generated(moved) == [reference[i] for i in order]
     # half of the rows are replaced by others
     company = [p if i % 2 else [9, 8] for i, p in enumerate(prompts)]
-    mixed = run(draft, make_batch(company, 1, sequence_ids=[i if i % 2 else 100 + i for i in range(32)]), k)
+    mixed = run(draft, make_batch(company, 1,
+                                  sequence_ids=[i if i % 2 else 100 + i for i in range(32)]), k)
     assert generated(mixed)[1::2] == reference[1::2]
-    # shared by a group or computed apart, a prompt is the same prompt; and alone it is as well, but for rounding
+    # shared by a group or computed apart, a prompt is the same prompt; and alone it is as well, but
+    # for rounding
     assert generated(run(draft, make_batch(), k)) == reference
     alone = run(draft, make_batch(prompts[19:20], 1, sequence_ids=[19]), k)
     assert generated(alone) == [reference[19]]

@@ -1,4 +1,5 @@
-"""Losslessness as a fact: every way through chains of cycles, weighted, against the autoregressive distribution."""
+"""Losslessness as a fact: every way through chains of cycles, weighted, against the autoregressive
+distribution."""
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from tests.speculate.enumeration import enumerate_sequences, tokens_a_cycle
 
 pytestmark = pytest.mark.optimized
 
-# probabilities of whole sequences: float32 in the code and in the oracle's scores; seen: 1e-6, with three layers 5e-6
+# probabilities of whole sequences: float32 in the code and in the oracle's scores; seen: 1e-6, with
+# three layers 5e-6
 TOLERANCE = 5e-6
 PROMPT = [1, 0, 1, 0]
-SHARP = 12  # the seed of a table with which all that the block rule computes counts, with a vocabulary of 3
+# the seed of a table with which all that the block rule computes counts, with a vocabulary of 3
+SHARP = 12
 
 
 def make(draft, vocab, k):
@@ -28,7 +31,8 @@ def check(draft, vocab, k, cycles, rule="rejection", kernels=REFERENCE, **sampli
     policy, made = make(draft, vocab, k)
     policy = policy.replace(kernels=kernels)
     got, seen = enumerate_sequences(policy, made, PROMPT, k=k, rule=rule, **sampling)
-    want = tiny.autoregressive(policy, PROMPT, **{**sampling, "top_p": sampling.get("top_p") or 1.0})
+    want = tiny.autoregressive(policy, PROMPT,
+                               **{**sampling, "top_p": sampling.get("top_p") or 1.0})
     assert seen >= cycles
     assert abs(sum(got.values()) - 1) < 1e-9
     assert set(got) <= set(want)
@@ -48,19 +52,22 @@ CASES = [
 
 BLOCK = [
     ("sharp", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
-    ("fixed", 4, 2, 2, dict(max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3, top_p=0.9, min_new_tokens=2)),
+    ("fixed", 4, 2, 2, dict(max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3, top_p=0.9,
+                            min_new_tokens=2)),
 ]
 
 LONG = [
     ("table", 3, 3, 4, dict(max_new_tokens=4, stop_tokens=(2,))),
-    ("table", 3, 3, 3, dict(max_new_tokens=4, stop_tokens=(1,), temperature=0.7, top_p=0.9, min_new_tokens=2)),
+    ("table", 3, 3, 3,
+     dict(max_new_tokens=4, stop_tokens=(1,), temperature=0.7, top_p=0.9, min_new_tokens=2)),
     ("table", 5, 1, 4, dict(max_new_tokens=4, stop_tokens=(4,))),
     ("table", 5, 2, 3, dict(max_new_tokens=3, stop_tokens=(), top_k=3)),
     ("mtp", 3, 3, 4, dict(max_new_tokens=4, stop_tokens=(0,))),
     ("mtp", 4, 2, 4, dict(max_new_tokens=4, stop_tokens=(3,), min_new_tokens=1)),
     ("mtp", 4, 1, 4, dict(max_new_tokens=4, stop_tokens=(2,), temperature=0.7, top_k=3, top_p=0.9)),
     ("ngram", 5, 3, 4, dict(max_new_tokens=4, stop_tokens=(1,))),
-    ("suffix", 4, 3, 4, dict(max_new_tokens=4, stop_tokens=(3,), temperature=0.7, min_new_tokens=1)),
+    ("suffix", 4, 3, 4,
+     dict(max_new_tokens=4, stop_tokens=(3,), temperature=0.7, min_new_tokens=1)),
     ("ngram", 3, 2, 5, dict(max_new_tokens=5, stop_tokens=(2,), temperature=0.7)),
     ("ngram", 3, 1, 4, dict(max_new_tokens=5, stop_tokens=(2,), min_new_tokens=3, top_p=0.7)),
     ("fixed", 4, 3, 4, dict(max_new_tokens=4, stop_tokens=(3,), top_k=3, top_p=0.9)),
@@ -80,8 +87,8 @@ def test_block_emits_the_autoregressive_distribution(draft, vocab, k, cycles, sa
 QUICK = ("suffix", "eagle3-reduced")
 
 
-@pytest.mark.parametrize("draft", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-                                   for name in drafters.NAMES])
+@pytest.mark.parametrize("draft", [pytest.param(name, marks=() if name in QUICK
+                                                else pytest.mark.slow) for name in drafters.NAMES])
 def test_block_with_every_drafter(draft, monkeypatch):
     monkeypatch.setattr(enumeration, "ROWS", 256)
     check(draft, 3, 2, 2, "block", max_new_tokens=2, stop_tokens=(2,))
@@ -92,26 +99,33 @@ def test_block_with_every_drafter(draft, monkeypatch):
 @pytest.mark.parametrize("draft", drafters.NAMES)
 def test_every_drafter_in_full(draft, rule):
     check(draft, 3, 3, 3, rule, max_new_tokens=4, stop_tokens=(2,), min_new_tokens=1)
-    cycles = 2 if draft == "ngram" else 3  # of the few tokens that are left every chain has one of ngram's accepted
-    check(draft, 4, 2, cycles, rule, max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3, top_p=0.9)
+    # of the few tokens that are left every chain has one of ngram's accepted
+    cycles = 2 if draft == "ngram" else 3
+    check(draft, 4, 2, cycles, rule, max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3,
+          top_p=0.9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule, draft, vocab, k, cycles, sampling",
-                         [("rejection", *case) for case in LONG] + [("block", *case) for case in (*CASES, *LONG)])
-def test_emitted_sequences_have_the_autoregressive_distribution_in_full(rule, draft, vocab, k, cycles, sampling):
+                         [("rejection", *case)
+                          for case in LONG] + [("block", *case) for case in (*CASES, *LONG)])
+def test_emitted_sequences_have_the_autoregressive_distribution_in_full(rule, draft, vocab, k,
+                                                                        cycles, sampling):
     check(draft, vocab, k, cycles, rule, **sampling)
 
 
 @pytest.mark.parametrize("rule, draft, vocab, k, cycles, sampling", [
-    ("rejection", *CASES[1]), *(pytest.param(rule, *case, marks=pytest.mark.slow) for rule in ("rejection", "block")
-                                for case in (*CASES, *LONG) if not {"top_k", "top_p"} & set(case[-1]))])
+    ("rejection", *CASES[1]),
+    *(pytest.param(rule, *case, marks=pytest.mark.slow) for rule in ("rejection", "block")
+      for case in (*CASES, *LONG) if not {"top_k", "top_p"} & set(case[-1]))])
 def test_with_the_kernels_in(rule, draft, vocab, k, cycles, sampling, monkeypatch):
-    monkeypatch.setattr(enumeration, "ROWS", 128)  # an interpreter copies every row's cache for every row
+    # an interpreter copies every row's cache for every row
+    monkeypatch.setattr(enumeration, "ROWS", 128)
     check(draft, vocab, k, cycles, rule, PLAIN, **sampling)
 
 
-@pytest.mark.parametrize("draft", ["table", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fixed", "mtp"))])
+@pytest.mark.parametrize("draft", ["table", *(pytest.param(x, marks=pytest.mark.slow)
+                                              for x in ("fixed", "mtp"))])
 def test_vocabularies_of_several_blocks(draft, monkeypatch):
     """Both levels of the inverse transform count, and the last block is padded."""
     monkeypatch.setattr(reference, "VOCAB_BLOCK", 2)
@@ -129,8 +143,9 @@ def test_planted_bugs_are_seen(bug, monkeypatch):
 
 @pytest.mark.parametrize("rule", ["block", pytest.param("rejection", marks=pytest.mark.slow)])
 def test_noise_kept_across_cycles_is_seen(rule):
-    """Block has looked at what comes after the accepted drafts, and the next cycle must not see it again. Rejection
-    has not: it would be exact even so, which shows that the enumeration of kept noise is right."""
+    """Block has looked at what comes after the accepted drafts, and the next cycle must not see it
+    again. Rejection has not: it would be exact even so, which shows that the enumeration of kept
+    noise is right."""
     policy, draft = make("table", 3, 2)
     sampling = dict(max_new_tokens=2, stop_tokens=(2,))
     got, _ = enumerate_sequences(policy, draft, PROMPT, k=2, rule=rule, keep_noise=True, **sampling)
@@ -140,19 +155,21 @@ def test_noise_kept_across_cycles_is_seen(rule):
 
 
 def expected_tokens(policy, draft, k, rule):
-    """Tokens that the first cycle emits, in expectation over a table's drafts: 1 + sum of the chances that i drafts or
-    more are accepted."""
+    """Tokens that the first cycle emits, in expectation over a table's drafts: 1 + sum of the
+    chances that i drafts or more are accepted."""
     scores = tiny.prefix_logits(policy, PROMPT, k)
     table = np.exp(oracle.log_softmax(np.asarray(draft.weights["table"], np.float64)))
 
     def walk(drafts, mass, p, q):
         if len(drafts) == k:
             ratios = [min(1.0, p[j][y] / q[j][y]) for j, y in enumerate(drafts)]
-            w = oracle.block_tests(np.array([*p, p[-1]]), drafts, q)[0]  # which no p after the last draft enters
+            # which no p after the last draft enters
+            w = oracle.block_tests(np.array([*p, p[-1]]), drafts, q)[0]
             return mass * ((np.cumprod(ratios) if rule == "rejection" else w[1:]).sum())
         row = table[drafts[-1] if drafts else PROMPT[-1]]
         after = oracle.process(scores[drafts])
-        return sum(walk((*drafts, y), mass * row[y], [*p, after], [*q, row]) for y in range(len(row)))
+        return sum(walk((*drafts, y), mass * row[y], [*p, after], [*q, row])
+                   for y in range(len(row)))
 
     return 1 + walk((), 1.0, [], [])
 

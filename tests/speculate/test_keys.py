@@ -19,8 +19,10 @@ def test_other_default_generators(impl):
     policy = tiny.policy(11)
     draft = drafters.make("suffix", policy)
     with jax.default_prng_impl(impl):
-        np.testing.assert_array_equal(key_words(make_batch(5).key), key_words(jax.random.key(5, impl="threefry2x32")))
-        first, second = (key_words(make_batch(jax.random.key(seed)).key).tolist() for seed in (5, 6))
+        np.testing.assert_array_equal(key_words(make_batch(5).key),
+                                      key_words(jax.random.key(5, impl="threefry2x32")))
+        first, second = (key_words(make_batch(jax.random.key(seed)).key).tolist()
+                         for seed in (5, 6))
         assert first != second
         batch = make_batch(jax.random.key(5))
 
@@ -29,6 +31,6 @@ def test_other_default_generators(impl):
             return draft.drafter.remember(draft, batch, out), out
 
         after, out = jax.eval_shape(step, policy, draft, batch)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after.state) == jax.tree.map(lambda x: (x.shape, x.dtype),
-                                                                                 draft.state)
+    assert (jax.tree.map(lambda x: (x.shape, x.dtype), after.state)
+            == jax.tree.map(lambda x: (x.shape, x.dtype), draft.state))
     assert out.tokens.shape == (4, 3)

@@ -14,8 +14,10 @@ from tests.speculate.ties import generated
 slow = pytest.mark.slow
 PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6, 7, 6], [4, 4, 4]]
 # mixed rows: greedy ones, and a minimum length
-SAMPLING = jspec.Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0, 0.7, 1.3]), 4), min_new_tokens=2)
-WITH_WEIGHTS = [name for name in drafters.NAMES if drafters.VARIANTS.get(name, (name,))[0] in ("mtp", "eagle3")]
+SAMPLING = jspec.Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0, 0.7, 1.3]),
+                                                                  4), min_new_tokens=2)
+WITH_WEIGHTS = [name for name in drafters.NAMES
+                if drafters.VARIANTS.get(name, (name,))[0] in ("mtp", "eagle3")]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,8 @@ def policy():
 
 def spoiled(tree, value):
     """Every weight with one entry that is no finite number."""
-    return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(value) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(value)
+                        if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def run(policy, draft, rule, kernels="reference", k=2, sampling=SAMPLING):
@@ -41,7 +44,8 @@ def run(policy, draft, rule, kernels="reference", k=2, sampling=SAMPLING):
     *(pytest.param(name, rule, kernels, marks=slow) for name in WITH_WEIGHTS
       for rule in ("rejection", "block", "coupled") for kernels in ("reference", "pallas"))])
 def test_the_answer_is_autoregressive_sampling(policy, name, rule, kernels):
-    """The noise of a residual does not know k: with every draft refused, even the tokens are those without a draft."""
+    """The noise of a residual does not know k: with every draft refused, even the tokens are those
+    without a draft."""
     draft = drafters.make(name, policy, seed=1, scale=0.05)
     plain = run(policy, None, rule)
     for value in (np.nan, np.inf, -np.inf):
@@ -50,14 +54,16 @@ def test_the_answer_is_autoregressive_sampling(policy, name, rule, kernels):
     assert run(policy, draft, rule, kernels).stats.accepted.any()
 
 
-@pytest.mark.parametrize("rule", ["block", *(pytest.param(x, marks=slow) for x in ("rejection", "coupled"))])
+@pytest.mark.parametrize("rule", ["block",
+                                  *(pytest.param(x, marks=slow) for x in ("rejection", "coupled"))])
 def test_self_leaves_nothing_in_the_policys_cache(policy, rule):
     """It writes its keys and values there: what is NaN must be overwritten before it is read."""
     draft = jspec.drafts.self(policy)
 
     def spoiled(*args):
         made = draft.drafter.prepare(*args)
-        return made.replace(weights=jax.tree.map(  # the integers cannot be NaN, but their scales can
+        # the integers cannot be NaN, but their scales can
+        return made.replace(weights=jax.tree.map(
             lambda x: x * jnp.nan if x.dtype == jnp.float32 and x.ndim > 1 else x, made.weights))
 
     out = run(policy, draft.replace(drafter=draft.drafter._replace(prepare=spoiled)), rule)
@@ -69,7 +75,8 @@ SHORT, PROMPT = dict(max_new_tokens=2, stop_tokens=()), [1, 0]
 
 
 def enumerated(rule, monkeypatch):
-    """How far the sequences of a draft that is finite after some tokens only are from autoregressive ones."""
+    """How far the sequences of a draft that is finite after some tokens only are from
+    autoregressive ones."""
     monkeypatch.setattr(enumeration, "ROWS", 128)
     policy = drafters.policy("table", 2, seed=3)
     draft = drafters.make("table", policy, seed=2)
@@ -87,20 +94,27 @@ def test_exact_where_some_drafts_are_not_finite(rule, monkeypatch):
 def test_drafts_that_are_accepted_all_the_same_are_seen(rule, monkeypatch):
     """The twin: with NaN counted as accepted the same enumeration fails."""
     ratio = reference.log_ratio
-    monkeypatch.setattr(reference, "log_ratio", lambda p, q: jnp.where(jnp.isfinite(q), ratio(p, q), jnp.inf))
+    monkeypatch.setattr(reference, "log_ratio",
+                        lambda p, q: jnp.where(jnp.isfinite(q), ratio(p, q), jnp.inf))
     assert enumerated(rule, monkeypatch) > 0.01
 
 
 def test_which_weights_are_finite(policy):
-    assert all_finite({"a": jnp.ones(3), "ids": jnp.arange(3), "half": jnp.ones(2, jnp.bfloat16)}) and all_finite({})
+    assert (all_finite({"a": jnp.ones(3), "ids": jnp.arange(3), "half": jnp.ones(2, jnp.bfloat16)})
+            and all_finite({}))
     assert not all_finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])})
     draft = jspec.drafts.mtp(policy, jax.random.key(0))
     draft.check_finite("somewhere")
     block = draft.weights["blocks"][0]
-    bad = draft.replace(weights={"blocks": ({**block, "proj": block["proj"].at[0, 0].set(jnp.nan)},)})
-    with pytest.raises(jspec.InputError, match=r"the mtp draft of somewhere is not finite: its weight blocks\.0\.proj "
-                                               "holds NaN or infinity; take a checkpoint from before"):
+    bad = draft.replace(weights={"blocks": ({**block,
+                                             "proj": block["proj"].at[0, 0].set(jnp.nan)},)})
+    with pytest.raises(
+        jspec.InputError,
+        match=r"the mtp draft of somewhere is not finite: its weight blocks\.0\.proj "
+                                "holds NaN or infinity; take a checkpoint from before"):
         bad.check_finite("somewhere")
-    large = draft.replace(weights={"blocks": ({**block, "proj": block["proj"].at[0, 0].set(-1e30)},)})
-    with pytest.raises(jspec.InputError, match=r"has run away: its weight blocks\.0\.proj holds numbers up to 1e\+30;"):
+    large = draft.replace(weights={"blocks": ({**block,
+                                               "proj": block["proj"].at[0, 0].set(-1e30)},)})
+    with pytest.raises(jspec.InputError, match=r"has run away: its weight blocks\.0\.proj holds "
+                       r"numbers up to 1e\+30;"):
         large.check_finite("somewhere")

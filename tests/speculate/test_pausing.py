@@ -1,8 +1,8 @@
-"""Rows that leave the device and come back go on as if nothing had been: under `coupled` not a token is another, nor is
-what is drafted. Each planted bug is seen by the same comparison.
+"""Rows that leave the device and come back go on as if nothing had been: under `coupled` not a
+token is another, nor is what is drafted. Each planted bug is seen by the same comparison.
 
-Blocks are of 8 positions here: a row takes up to 6 of its own, and the pool has no more than one such row and the
-prompts must have.
+Blocks are of 8 positions here: a row takes up to 6 of its own, and the pool has no more than one
+such row and the prompts must have.
 """
 
 import functools
@@ -28,7 +28,8 @@ from tests.test_sharding import on_devices
 PROMPTS = [[1, 2, 1, 2, 1], [*range(1, 9), 1, 2, 5, 6], [7, 6] * 5, [4]]
 CAP, K = 40, 2
 LIMIT = np.tile([40, 25, 1, 40, 15, 40], 2)
-SAMPLING = jspec.Sampling(max_new_tokens=CAP, min_new_tokens=20, top_k=8, stop_tokens=(3,), limit=jnp.asarray(LIMIT),
+SAMPLING = jspec.Sampling(max_new_tokens=CAP, min_new_tokens=20, top_k=8, stop_tokens=(3,),
+                          limit=jnp.asarray(LIMIT),
                           temperature=jnp.tile(jnp.array([1.0, 0.7, 1.3]), 4))
 BATCH = jspec.PromptBatch.from_tokens(PROMPTS, group_size=3, seed=1, buckets=(16,))
 LEAST = (4 * 2 + 7) * 8
@@ -53,7 +54,8 @@ def policy():
 
 def run(policy, draft=None, k=K, slots=None, kv_tokens=None):
     made = None if draft is None else drafters.make(draft, policy, seed=1, scale=0.05)
-    return jspec.rollout(policy, made, BATCH, sampling=SAMPLING, batching=jspec.Batching(slots, kv_tokens),
+    return jspec.rollout(policy, made, BATCH, sampling=SAMPLING,
+                         batching=jspec.Batching(slots, kv_tokens),
                          speculation=jspec.Speculation(k=k, rule="coupled"))
 
 
@@ -64,8 +66,8 @@ def roomy(policy):
 
 
 SHRINKING = ((1, 3), (2, 0), (3, 2))
-CASES = [("mtp", K, None), *(pytest.param(draft, K, slots, marks=slow) for draft in (None, *drafters.NAMES)
-                             for slots in (3, None)),
+CASES = [("mtp", K, None), *(pytest.param(draft, K, slots, marks=slow)
+                             for draft in (None, *drafters.NAMES) for slots in (3, None)),
          *(pytest.param(draft, SHRINKING, 5, marks=slow) for draft in (None, "mtp", "suffix"))]
 
 
@@ -87,8 +89,9 @@ def test_a_pool_for_all_is_what_it_was(policy, roomy):
     most = (8 + 12 * 7) * 8
 
     def program(kv_tokens):
-        lowered = jax.jit(functools.partial(jspec.rollout, sampling=SAMPLING, speculation=jspec.Speculation(k=0),
-                                            batching=jspec.Batching(kv_tokens=kv_tokens))).lower(policy, None, BATCH)
+        lowered = jax.jit(functools.partial(
+            jspec.rollout, sampling=SAMPLING, speculation=jspec.Speculation(k=0),
+            batching=jspec.Batching(kv_tokens=kv_tokens))).lower(policy, None, BATCH)
         return lowered.as_text()
 
     assert program(None) == program(most)
@@ -108,8 +111,9 @@ def test_how_many_blocks():
     assert held == (24 + 128 * 6) * 6 // 10 and held + away <= 24 + 129 * 6
     assert blocks.pool(1, 30 * 128, 1) == (30, 0) and blocks.pool(2, 35 * 128, 1) == (35, 6)
     blocks.check("kv_tokens", 30 * 128, 1)
-    for tokens, shards, words in ((30 * 128 - 1, 1, "29 blocks of 128 positions, .* give at least 3840"),
-                                  (60 * 128 - 1, 2, "29 blocks .* on each of the mesh's 2 .* at least 7680")):
+    for tokens, shards, words in (
+        (30 * 128 - 1, 1, "29 blocks of 128 positions, .* give at least 3840"),
+        (60 * 128 - 1, 2, "29 blocks .* on each of the mesh's 2 .* at least 7680")):
         with pytest.raises(jspec.InputError, match=words):
             blocks.check("kv_tokens", tokens, shards)
 
@@ -124,28 +128,33 @@ def test_the_longest_get_a_slot_first(policy):
         batch = BATCH.replace(expected_lengths=expected)
         asked = _asked(policy, batch, SAMPLING, 1)
         asked = asked.replace(done=jnp.arange(12) == 3)
-        return begin(policy, made, asked, cap=CAP, slots=3, k=K, chain=1, group_size=3).waiting.tolist()
+        return begin(policy, made, asked, cap=CAP, slots=3, k=K, chain=1,
+                     group_size=3).waiting.tolist()
 
     assert order(None) == [0, 1, 2, *range(4, 12), 3]
     assert order(jnp.array([7, 40, 0, 7])) == [4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8, 3]
 
 
 def eager(now, sequences, asking, k):
-    """`fitting` that keeps no room for what is to come: rows are paused as often as can be. Of blocks of 1."""
-    needed = jnp.take(now.sequences.lengths, sequences, mode="clip") + k + 1 - state.shared_blocks(now, sequences)
+    """`fitting` that keeps no room for what is to come: rows are paused as often as can be. Of
+    blocks of 1."""
+    needed = (jnp.take(now.sequences.lengths, sequences, mode="clip") + k + 1
+              - state.shared_blocks(now, sequences))
     fits = jnp.cumsum(needed, dtype=jnp.int32) <= now.free.count
     return jnp.minimum((fits & asking).sum(dtype=jnp.int32), (~now.live).sum(dtype=jnp.int32))
 
 
 def p_value(patch, draft, rule, samples, slots=64, scale=0.2):
-    """Of what is emitted where every row has as many blocks as positions, and rows that get longer have to leave."""
+    """Of what is emitted where every row has as many blocks as positions, and rows that get longer
+    have to leave."""
     patch.setattr(pool, "BLOCK", 1)
     patch.setattr(state, "fitting", eager)
     patch.setattr(pausing, "fitting", eager)
     policy = drafters.policy(draft, 4, seed=2, scale=scale)
     made = drafters.make(draft, policy, seed=SHARP if draft == "sharp" else 3, scale=0.2)
     batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=samples, seed=0, buckets=(4,))
-    out = jspec.rollout(policy, made, batch, sampling=jspec.Sampling(max_new_tokens=4, stop_tokens=()),
+    out = jspec.rollout(policy, made, batch,
+                        sampling=jspec.Sampling(max_new_tokens=4, stop_tokens=()),
                         speculation=jspec.Speculation(k=2, rule=rule),
                         batching=jspec.Batching(slots, kv_tokens=4 + slots * 4))
     assert int(out.stats.pauses[0]) > samples // 20
@@ -154,7 +163,8 @@ def p_value(patch, draft, rule, samples, slots=64, scale=0.2):
 
 
 @pytest.mark.parametrize("draft, rule, samples", [("sharp", "rejection", FEW // 8), *(
-    pytest.param(draft, rule, FEW, marks=slow) for draft in ("mtp", "sharp") for rule in ("rejection", "block"))])
+    pytest.param(draft, rule, FEW, marks=slow) for draft in ("mtp", "sharp")
+    for rule in ("rejection", "block"))])
 def test_the_distribution_with_rows_paused_between_cycles(monkeypatch, draft, rule, samples):
     assert p_value(monkeypatch, draft, rule, samples) > REFUSE
 
@@ -165,9 +175,11 @@ def worker():
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(pool, "BLOCK", 8)
         policy = make_policy()
-        policy = policy.replace(weights=jax.device_put(policy.weights, policy_sharding(policy.config, mesh)))
+        policy = policy.replace(weights=jax.device_put(policy.weights,
+                                                       policy_sharding(policy.config, mesh)))
         out = run(policy, "mtp", kv_tokens=4 * (2 + 7) * 8)
-    stats = {name: getattr(out.stats, name).tolist() for name in ("pauses", "blocks", "loop_cycles", "cycles")}
+    stats = {name: getattr(out.stats, name).tolist()
+             for name in ("pauses", "blocks", "loop_cycles", "cycles")}
     print(json.dumps({"tokens": out.tokens.tolist(), "lengths": out.lengths.tolist(), **stats}))
 
 
@@ -217,7 +229,8 @@ def planted(monkeypatch, policy, bug, draft, kv_tokens):
     return run(policy, draft, kv_tokens=kv_tokens)
 
 
-@pytest.mark.parametrize("bug, more", [(_to_the_wrong_place, 1), pytest.param(_not_put_away, 2, marks=slow)])
+@pytest.mark.parametrize("bug, more",
+                         [(_to_the_wrong_place, 1), pytest.param(_not_put_away, 2, marks=slow)])
 def test_planted_bugs_change_tokens(policy, roomy, monkeypatch, bug, more):
     out = planted(monkeypatch, policy, bug, None, LEAST + more)
     assert int(out.stats.pauses[0]) > 0
@@ -234,4 +247,5 @@ def test_a_planted_bug_changes_the_distribution(monkeypatch):
 @slow
 def test_a_draft_state_that_was_left_behind_changes_what_is_drafted(policy, roomy, monkeypatch):
     out = planted(monkeypatch, policy, _draft_left_behind, "mtp", LEAST + 3)
-    assert generated(out) == generated(roomy("mtp")) and np.any(out.stats.cycles != roomy("mtp").stats.cycles)
+    assert (generated(out)
+            == generated(roomy("mtp")) and np.any(out.stats.cycles != roomy("mtp").stats.cycles))

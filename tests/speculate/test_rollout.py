@@ -1,4 +1,5 @@
-"""What a rollout does besides drawing from the right distribution: where it stops, what it reports, what it refuses."""
+"""What a rollout does besides drawing from the right distribution: where it stops, what it reports,
+what it refuses."""
 
 import importlib
 
@@ -20,7 +21,8 @@ PLAIN = jspec.Sampling(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def policy():
-    return tiny.policy(11, heads=4, kv_heads=2, hidden=32, scale=0.25, stop_tokens=(3,), pad_token=9)
+    return tiny.policy(11, heads=4, kv_heads=2, hidden=32, scale=0.25, stop_tokens=(3,),
+                       pad_token=9)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,8 @@ def make_batch(group_size=4, seed=0, prompts=PROMPTS):
 
 
 def forced(policy, successor):
-    """A draft that follows a chain, and a policy that does: token t is followed by successor[t], for certain."""
+    """A draft that follows a chain, and a policy that does: token t is followed by successor[t],
+    for certain."""
     vocab = policy.config.vocab_size
     d = policy.config.hidden_size
     eye = jnp.eye(vocab, d) * 8
@@ -42,8 +45,10 @@ def forced(policy, successor):
     order = jnp.array([successor.get(t, 0) for t in range(vocab)])
     # head[v] answers to the embeddings of all tokens that v follows
     head = jnp.zeros((vocab, d)).at[order, jnp.arange(vocab)].set(8.0)
-    return policy.replace(weights={"embed": eye, "layers": layers, "final_norm": jnp.ones(d), "head": head}), \
-        tiny.table_draft(policy, sampled=False).replace(weights={"table": jax.nn.one_hot(order, vocab)})
+    draft = tiny.table_draft(policy, sampled=False)
+    return (policy.replace(weights={"embed": eye, "layers": layers, "final_norm": jnp.ones(d),
+                                    "head": head}),
+            draft.replace(weights={"table": jax.nn.one_hot(order, vocab)}))
 
 
 CHAIN = {1: 2, 2: 4, 4: 5, 5: 6, 6: 7, 7: 8, 8: 1}
@@ -57,7 +62,8 @@ def chained():
 def chain(chained, *, rule="rejection", temperature=0.0, k=3, **sampling):
     policy, draft = chained
     batch = jspec.PromptBatch.from_tokens([[8]], group_size=2, seed=0, buckets=(1,))
-    return jspec.rollout(policy, draft, batch, sampling=jspec.Sampling(temperature=temperature, **sampling),
+    return jspec.rollout(policy, draft, batch,
+                         sampling=jspec.Sampling(temperature=temperature, **sampling),
                          speculation=jspec.Speculation(k=k, rule=rule))
 
 
@@ -87,7 +93,8 @@ def test_the_cap_cuts_inside_a_block(chained):
 
 
 def test_no_end_tokens_at_all(chained):
-    assert generated(chain(chained, max_new_tokens=9, stop_tokens=())) == [[1, 2, 4, 5, 6, 7, 8, 1, 2]] * 2
+    assert (generated(chain(chained, max_new_tokens=9, stop_tokens=()))
+            == [[1, 2, 4, 5, 6, 7, 8, 1, 2]] * 2)
 
 
 def test_a_minimum_length_bans_end_tokens_inside_a_block(chained):
@@ -103,14 +110,16 @@ def test_minimum_length_and_cap_hold_in_every_row(policy, drafts):
     sampling = jspec.Sampling(max_new_tokens=12, min_new_tokens=5, stop_tokens=(3, 1, 2))
     out = jspec.rollout(policy, drafts["ngram"], make_batch(16), sampling=sampling)
     lengths = np.asarray(out.lengths)
-    assert lengths.min() >= 6 and lengths.max() <= 12  # the first that may be an end token is the sixth
+    # the first that may be an end token is the sixth
+    assert lengths.min() >= 6 and lengths.max() <= 12
     for row, done in zip(generated(out), np.asarray(out.finished), strict=True):
         assert not set(row[:5]) & {1, 2, 3} and not set(row[:-1]) & {1, 2, 3}
         assert done == (row[-1] in (1, 2, 3))
 
 
 def true_logprobs(policy, batch, out, temperature):
-    """log-softmax(logits / T) and entropy by the training forward, over prompt + response without a gap."""
+    """log-softmax(logits / T) and entropy by the training forward, over prompt + response without a
+    gap."""
     rows, width = out.tokens.shape
     want, entropy = np.zeros((rows, width)), np.zeros((rows, width))
     for i, row in enumerate(generated(out)):
@@ -161,7 +170,8 @@ def test_what_lies_beyond_an_end_or_the_cap_is_not_counted(chained, cap, stop, c
 def test_what_is_counted_is_known_before_the_verdict():
     """Drafts after a drafted end token do not count, also where the end token is then refused."""
     drafts = jnp.array([[5, 6, 7], [5, 3, 7], [3, 3, 7], [5, 6, 3], [5, 3, 7]])
-    got = cycle._counted(drafts, jnp.array([True, True, True, True, False]), jnp.array([9, 9, 9, 2, 9]), (3,))
+    got = cycle._counted(drafts, jnp.array([True, True, True, True, False]),
+                         jnp.array([9, 9, 9, 2, 9]), (3,))
     np.testing.assert_array_equal(got, [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
 
 
@@ -171,14 +181,17 @@ def test_statistics(policy, drafts):
     drafted, accepted = stats.drafted.tolist(), stats.accepted.tolist()
     assert drafted[0] == int(stats.cycles.sum()) and drafted == sorted(drafted, reverse=True)
     assert accepted == sorted(accepted, reverse=True) and 0 < accepted[0] < drafted[0]
-    # every cycle emits its accepted drafts and one token more, but for a row's last, which may end in a draft
-    assert 0 <= int(stats.cycles.sum()) + sum(accepted) - int(out.lengths.sum()) <= out.lengths.shape[0]
+    # every cycle emits its accepted drafts and one token more, but for a row's last, which may end
+    # in a draft
+    assert (0 <= int(stats.cycles.sum()) + sum(accepted) - int(out.lengths.sum())
+            <= out.lengths.shape[0])
     np.testing.assert_allclose(out.acceptance_length, out.lengths.sum() / stats.cycles.sum())
 
 
 def test_without_a_draft_or_with_k_zero_it_is_autoregressive(policy, drafts):
     plain = jspec.rollout(policy, None, make_batch(), sampling=PLAIN)
-    zero = jspec.rollout(policy, drafts["ngram"], make_batch(), sampling=PLAIN, speculation=jspec.Speculation(k=0))
+    zero = jspec.rollout(policy, drafts["ngram"], make_batch(), sampling=PLAIN,
+                         speculation=jspec.Speculation(k=0))
     assert generated(plain) == generated(zero)
     np.testing.assert_array_equal(plain.stats.cycles, plain.lengths)
     assert plain.stats.drafted.shape == (0,) and float(plain.acceptance_length) == 1
@@ -190,13 +203,15 @@ def test_inside_a_callers_jit(policy, drafts):
         return jspec.rollout(policy, draft, batch, sampling=PLAIN.replace(temperature=temperature))
 
     inside = step(policy, drafts["ngram"], make_batch(), 1.0)
-    assert generated(inside) == generated(jspec.rollout(policy, drafts["ngram"], make_batch(), sampling=PLAIN))
+    assert (generated(inside)
+            == generated(jspec.rollout(policy, drafts["ngram"], make_batch(), sampling=PLAIN)))
     greedy = generated(step(policy, drafts["ngram"], make_batch(), 0.0))
     assert len({tuple(x) for x in greedy}) == 4 and step._cache_size() == 1
 
 
 def test_a_policy_in_the_rollout_layout_is_taken_as_it_is(policy, drafts):
-    a, b = (jspec.rollout(p, drafts["ngram"], make_batch(), sampling=PLAIN) for p in (policy, jspec.reshard(policy)))
+    a, b = (jspec.rollout(p, drafts["ngram"], make_batch(), sampling=PLAIN)
+            for p in (policy, jspec.reshard(policy)))
     assert generated(a) == generated(b)
 
 
@@ -219,15 +234,20 @@ def test_bfloat16(policy):
     assert 1e-5 < np.abs(want - np.asarray(out.logprobs)).max() < 0.2
 
 
-@pytest.mark.parametrize("name", ["mtp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "eagle3"))])
+@pytest.mark.parametrize("name", ["mtp", *(pytest.param(name, marks=pytest.mark.slow)
+                                           for name in ("none", "eagle3"))])
 def test_the_states_it_returns_are_the_training_forwards(name):
-    """Beside a drafter that asks for features of its own, and up to the token before the last: nothing came after."""
+    """Beside a drafter that asks for features of its own, and up to the token before the last:
+    nothing came after."""
     policy = tiny.policy(11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.25, stop_tokens=(3,))
-    draft = None if name == "none" else tiny.shaken(getattr(jspec.drafts, name)(policy, jax.random.key(1)), scale=0.1)
+    draft = (None if name == "none"
+             else tiny.shaken(getattr(jspec.drafts, name)(policy, jax.random.key(1)), scale=0.1))
     batch = make_batch()
-    out = jspec.rollout(policy, draft, batch, sampling=PLAIN, speculation=jspec.Speculation(k=2, depths=(0, 2)))
-    want = jax.jit(train_forward, static_argnames="depths")(policy, join(batch.tokens, batch.lengths, out.tokens),
-                                                            depths=(0, 2))
+    out = jspec.rollout(policy, draft, batch, sampling=PLAIN,
+                        speculation=jspec.Speculation(k=2, depths=(0, 2)))
+    want = jax.jit(train_forward,
+                   static_argnames="depths")(policy, join(batch.tokens, batch.lengths, out.tokens),
+                                             depths=(0, 2))
     assert jspec.rollout(policy, draft, batch, sampling=PLAIN).trunk is None
     for got, expected in zip(jax.tree.leaves(out.trunk), jax.tree.leaves(want), strict=True):
         for row, n in enumerate(np.repeat(batch.lengths, 4) + out.lengths - 1):

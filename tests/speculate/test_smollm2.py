@@ -1,4 +1,5 @@
-"""A real model, float32: greedy decoding as transformers recorded it, and `coupled` as autoregressive decoding."""
+"""A real model, float32: greedy decoding as transformers recorded it, and `coupled` as
+autoregressive decoding."""
 
 import json
 from pathlib import Path
@@ -18,13 +19,15 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def decode(smollm2):
-    drafts = {None: None, "ngram": jspec.drafts.ngram(smollm2), "mtp": jspec.drafts.mtp(smollm2, jax.random.key(0))}
+    drafts = {None: None, "ngram": jspec.drafts.ngram(smollm2),
+              "mtp": jspec.drafts.mtp(smollm2, jax.random.key(0))}
 
     def run(draft, k, temperature, *, rows=(0, 1, 2, 3), seed=0, tokens=20, rule="coupled"):
         # temperature by row is a leaf: greedy and sampled decoding are one program
-        sampling = jspec.Sampling(max_new_tokens=tokens, temperature=jnp.full(len(rows), temperature))
-        batch = jspec.PromptBatch.from_tokens([PROMPTS[i] for i in rows], group_size=1, seed=seed, buckets=(48,),
-                                              sequence_ids=rows)
+        sampling = jspec.Sampling(max_new_tokens=tokens,
+                                  temperature=jnp.full(len(rows), temperature))
+        batch = jspec.PromptBatch.from_tokens([PROMPTS[i] for i in rows], group_size=1, seed=seed,
+                                              buckets=(48,), sequence_ids=rows)
         out = jspec.rollout(smollm2, drafts[draft], batch, sampling=sampling,
                             speculation=jspec.Speculation(k=k, rule=rule))
         return out, batch, sampling
@@ -37,14 +40,17 @@ def check_greedy(out, rows, tokens):
         want = RECORDED[row]
         expected, got = want["greedy_tokens"][:tokens], generated(out)[i]
         # the file gives each token's margin; up to the first that is a tie, all must agree
-        sure = next((j for j, gap in enumerate(want["top2_logit_gap"][:tokens]) if gap < TIE), len(expected))
+        sure = next((j for j, gap in enumerate(want["top2_logit_gap"][:tokens]) if gap < TIE),
+                    len(expected))
         assert sure == len(expected)  # none of the recorded margins is one
         assert got == expected
         np.testing.assert_allclose(out.logprobs[i, :len(got)], want["logprobs"][:tokens], atol=1e-3)
-        assert bool(out.finished[i]) == (len(want["greedy_tokens"]) <= tokens and want["greedy_tokens"][-1] == 2)
+        assert (bool(out.finished[i])
+                == (len(want["greedy_tokens"]) <= tokens and want["greedy_tokens"][-1] == 2))
 
 
-@pytest.mark.parametrize("draft, k", [(None, 0), *(pytest.param(name, 3, marks=slow) for name in ("ngram", "mtp"))])
+@pytest.mark.parametrize("draft, k", [(None, 0), *(pytest.param(name, 3, marks=slow)
+                                                   for name in ("ngram", "mtp"))])
 def test_greedy_decoding(decode, draft, k):
     out, *_ = decode(draft, k, 0.0)
     check_greedy(out, range(4), 20)

@@ -1,4 +1,5 @@
-"""`jax_enable_x64`, as code that needs float64 elsewhere turns it on, changes no dtype and no token."""
+"""`jax_enable_x64`, as code that needs float64 elsewhere turns it on, changes no dtype and no
+token."""
 
 from contextlib import contextmanager
 
@@ -35,11 +36,13 @@ def make(name):
 
 
 def make_batch(group_size=2):
-    return jspec.PromptBatch.from_tokens([[1, 2, 1, 2, 1], [5]], group_size=group_size, seed=0, buckets=(8,))
+    return jspec.PromptBatch.from_tokens([[1, 2, 1, 2, 1], [5]], group_size=group_size, seed=0,
+                                         buckets=(8,))
 
 
 def doubles(jaxpr):
-    """The float64 matrices that a program computes. (Numbers are Python's own, and the optimizer's coefficients.)"""
+    """The float64 matrices that a program computes. (Numbers are Python's own, and the optimizer's
+    coefficients.)"""
     for equation in jaxpr.eqns:
         for out in equation.outvars:
             if getattr(out.aval, "dtype", None) == jnp.float64 and out.aval.ndim > 1:
@@ -55,22 +58,24 @@ def traced(function, *args):
     return shapes
 
 
-KINDS = {"tokens": "int32", "logprobs": "float32", "entropy": "float32", "lengths": "int32", "mask": "bool"}
+KINDS = {"tokens": "int32", "logprobs": "float32", "entropy": "float32", "lengths": "int32",
+         "mask": "bool"}
 
 
-DEFAULT = {("mtp", "rejection"), ("eagle3-reduced", "block"), ("self", "coupled"), ("suffix", "block"),
-           ("ngram", "coupled")}
+DEFAULT = {("mtp", "rejection"), ("eagle3-reduced", "block"), ("self", "coupled"),
+           ("suffix", "block"), ("ngram", "coupled")}
 EVERY = [(name, rule) for name in drafters.NAMES for rule in ("rejection", "block", "coupled")]
 
 
-@pytest.mark.parametrize("name, rule", [pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
-                                        for case in EVERY])
+@pytest.mark.parametrize("name, rule", [pytest.param(*case, marks=() if case in DEFAULT
+                                                     else pytest.mark.slow) for case in EVERY])
 def test_rollouts_keep_their_dtypes(name, rule, wide):
     policy, draft = make(name)
     assert {x.dtype.name for x in jax.tree.leaves(draft.weights)} <= {"float32"}
 
     def program(policy, draft, batch, temperature, top_p):
-        sampling = jspec.Sampling(temperature=temperature, top_p=top_p, top_k=5, max_new_tokens=4, min_new_tokens=2)
+        sampling = jspec.Sampling(temperature=temperature, top_p=top_p, top_k=5, max_new_tokens=4,
+                                  min_new_tokens=2)
         return jspec.rollout(policy, draft, batch, sampling=sampling,
                              speculation=jspec.Speculation(k=2, rule=rule, depths=(0,)))
 
@@ -88,7 +93,8 @@ def test_the_tokens_are_the_same():
 
 
 @pytest.mark.parametrize("name, options", [
-    ("mtp", dict(draft_loss="kl", warmup_steps=3)), ("mtp-reduced", dict(draft_loss="tv", micro_batch=2)),
+    ("mtp", dict(draft_loss="kl", warmup_steps=3)),
+    ("mtp-reduced", dict(draft_loss="tv", micro_batch=2)),
     ("eagle3", dict(draft_loss="overlap", draft_optimizer="muon"))])
 def test_updates_keep_their_dtypes(name, options, wide):
     policy, draft = make(name)

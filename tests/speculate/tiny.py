@@ -1,4 +1,5 @@
-"""Policies small enough to be enumerated, a drafter whose q is a table, and the autoregressive distribution."""
+"""Policies small enough to be enumerated, a drafter whose q is a table, and the autoregressive
+distribution."""
 
 import dataclasses
 import itertools
@@ -15,8 +16,9 @@ from tests.pallas_kernels.oracle import process
 
 def config(vocab=4, *, layers=1, heads=2, kv_heads=1, hidden=16, scale=0.5, **options):
     """A transformer with spread-out logits and room for 64 positions."""
-    return ModelConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_layers=layers,
-                       num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads, initializer_range=scale,
+    return ModelConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden,
+                       num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+                       head_dim=hidden // heads, initializer_range=scale,
                        max_position_embeddings=64, **options)
 
 
@@ -29,7 +31,8 @@ def shaken(draft, seed=0, scale=0.4):
     """The draft with noise on every weight, so that nothing in it is zero or the identity."""
     leaves, tree = jax.tree.flatten(draft.weights)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + scale * jax.random.normal(k, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    leaves = [x + scale * jax.random.normal(k, x.shape,
+                                            x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
               for k, x in zip(keys, leaves, strict=True)]
     return draft.replace(weights=tree.unflatten(leaves))
 
@@ -51,10 +54,12 @@ def _propose(policy, draft, state, committed, sampler):
     tokens, log_qs = [], []
     for j in range(sampler.k):
         row = draft.weights["table"][token]
-        token, log_q = sampler.draw(row, j) if draft.config.sampled else (jnp.argmax(row, -1).astype(jnp.int32), None)
+        token, log_q = (sampler.draw(row, j) if draft.config.sampled
+                        else (jnp.argmax(row, -1).astype(jnp.int32), None))
         tokens.append(token)
         log_qs.append(log_q)
-    return Proposal(jnp.stack(tokens, 1), jnp.stack(log_qs, 1) if draft.config.sampled else None), state
+    return Proposal(jnp.stack(tokens, 1),
+                    jnp.stack(log_qs, 1) if draft.config.sampled else None), state
 
 
 def _specs(config):
@@ -62,7 +67,8 @@ def _specs(config):
 
 
 table = Drafter("table", TableConfig, _init, _propose, specs=_specs)
-"""One that knows the last token only: q is a row of a table; not `sampled`: its largest entry, as one-hot."""
+"""One that knows the last token only: q is a row of a table; not `sampled`: its largest entry, as
+one-hot."""
 
 
 def table_draft(policy, **options):
@@ -84,8 +90,8 @@ def prefix_logits(policy, prompt, depth):
     return {r[:i]: scores[n, i] for n, r in enumerate(rows) for i in range(depth)}
 
 
-def autoregressive(policy, prompt, *, max_new_tokens, min_new_tokens=0, stop_tokens=(), temperature=1.0, top_k=0,
-                   top_p=1.0):
+def autoregressive(policy, prompt, *, max_new_tokens, min_new_tokens=0, stop_tokens=(),
+                   temperature=1.0, top_k=0, top_p=1.0):
     """{(tokens, stopped): probability} of sampling one token at a time, in float64."""
     scores = prefix_logits(policy, prompt, max_new_tokens)
     out = {}
@@ -107,7 +113,8 @@ def autoregressive(policy, prompt, *, max_new_tokens, min_new_tokens=0, stop_tok
 def sequences(out):
     """[(generated tokens, finished)] of a Rollout's rows."""
     tokens, lengths, finished = (np.asarray(x) for x in (out.tokens, out.lengths, out.finished))
-    return [(tuple(map(int, t[:n])), bool(f)) for t, n, f in zip(tokens, lengths, finished, strict=True)]
+    return [(tuple(map(int, t[:n])), bool(f))
+            for t, n, f in zip(tokens, lengths, finished, strict=True)]
 
 
 def finished(prompts, outputs, seed=1, width=8, buckets=(8,)):

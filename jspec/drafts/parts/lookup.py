@@ -1,7 +1,9 @@
-"""Where the end of a sequence occurred before: the search of drafters that have no weights, on the device.
+"""Where the end of a sequence occurred before: the search of drafters that have no weights, on the
+device.
 
-Each call compares every token of the pool with each of the n last tokens, and keeps one number a pool row: XLA fuses
-the comparisons into that maximum, and nothing of the pool's size is written to memory.
+Each call compares every token of the pool with each of the n last tokens, and keeps one number a
+pool row: XLA fuses the comparisons into that maximum, and nothing of the pool's size is written to
+memory.
 """
 
 import jax
@@ -12,7 +14,8 @@ NOTHING = -1
 
 
 def shift(pool: jax.Array, by: int) -> jax.Array:
-    """pool [..., W] moved `by` positions to the right (left if negative), with NOTHING where it was."""
+    """pool [..., W] moved `by` positions to the right (left if negative), with NOTHING where it
+    was."""
     edges = [(0, 0, 0)] * (pool.ndim - 1) + [(by, -by, 0)]
     return jax.lax.pad(pool, jnp.asarray(NOTHING, pool.dtype), edges)
 
@@ -23,14 +26,16 @@ def last_tokens(tokens: jax.Array, lengths: jax.Array, n: int) -> jax.Array:
     return jnp.where(at >= 0, jnp.take_along_axis(tokens, jnp.maximum(at, 0), axis=1), NOTHING)
 
 
-def longest_match(pool: jax.Array, suffix: jax.Array, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
+def longest_match(pool: jax.Array, suffix: jax.Array,
+                  allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The longest, then latest, occurrence of a suffix in each row of a pool.
 
     Args:
       pool: int32 [..., W]. suffix: int32 [..., n], latest token first; leading axes are broadcast.
       allowed: bool [..., W], the positions at which an occurrence may end.
 
-    Returns (tokens that match, int32 [...], 0: none; the position of the last of them, int32 [...]).
+    Returns (tokens that match, int32 [...], 0: none; the position of the last of them, int32
+    [...]).
     """
     width = pool.shape[-1]
     run, matched = allowed, jnp.zeros(pool.shape, jnp.int32)
@@ -47,11 +52,12 @@ def look_up(tokens: jax.Array, lengths: jax.Array, n: int, k: int) -> tuple[jax.
     Args:
       tokens: int32 [N, S], garbage from lengths int32 [N] on.
 
-    Returns (tokens that match, int32 [N]; the k tokens after them, int32 [N, k]: past the row's end they repeat with
-    the period, and without a match the last token does).
+    Returns (tokens that match, int32 [N]; the k tokens after them, int32 [N, k]: past the row's end
+    they repeat with the period, and without a match the last token does).
     """
     end = lengths[:, None] - 1
-    matched, at = longest_match(tokens, last_tokens(tokens, lengths, n), jnp.arange(tokens.shape[1]) < end)
+    matched, at = longest_match(tokens, last_tokens(tokens, lengths, n),
+                                jnp.arange(tokens.shape[1]) < end)
     period = jnp.where(matched > 0, end[:, 0] - at, 1)[:, None]
     return matched, jnp.take_along_axis(tokens, end - period + 1 + jnp.arange(k) % period, axis=1)
 
@@ -64,7 +70,8 @@ def look_up_elsewhere(pool: jax.Array, suffix: jax.Array, first: jax.Array | int
       pool: int32 [N, M, W], M other rows for each row. suffix: int32 [N, n], latest token first.
       first: int32 [N] or a number, the position of the first token that may be drafted.
 
-    Returns (tokens that match, int32 [N, M]; the k tokens after them, int32 [N, M, k], NOTHING past a row's end).
+    Returns (tokens that match, int32 [N, M]; the k tokens after them, int32 [N, M, k], NOTHING past
+    a row's end).
     """
     first = jnp.reshape(first, (-1, 1, 1))
     goes_on = (shift(pool, -1) != NOTHING) & (jnp.arange(pool.shape[-1]) >= first - 1)
@@ -74,11 +81,13 @@ def look_up_elsewhere(pool: jax.Array, suffix: jax.Array, first: jax.Array | int
 
 
 def vote(matched: jax.Array, going_on: jax.Array, last: jax.Array) -> jax.Array:
-    """Draft what most of the longest matches go on with, token by token; those that go on otherwise drop out.
+    """Draft what most of the longest matches go on with, token by token; those that go on otherwise
+    drop out.
 
     Args:
       matched: int32 [N, M], tokens that match in each of M rows; only the longest vote.
-      going_on: int32 [N, M, k], the tokens after them, NOTHING past the end. Of equals the first row wins.
+      going_on: int32 [N, M, k], the tokens after them, NOTHING past the end. Of equals the first
+        row wins.
       last: int32 [N], each row's last token.
 
     Returns int32 [N, k]; where no match has a token left, the token before it is drafted again.

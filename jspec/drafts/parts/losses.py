@@ -1,7 +1,9 @@
-"""What a draft is trained on: how far its distribution is from the policy's, at the sampling temperature.
+"""What a draft is trained on: how far its distribution is from the policy's, at the sampling
+temperature.
 
-Per position, with p the policy's distribution and q the draft's, both at that temperature, and the overlap
-sum(min(p, q)) the probability that a draft from q is accepted (https://arxiv.org/abs/2211.17192):
+Per position, with p the policy's distribution and q the draft's, both at that temperature, and the
+overlap sum(min(p, q)) the probability that a draft from q is accepted
+(https://arxiv.org/abs/2211.17192):
 
 - `kl`: forward KL, sum(p log(p / q)).
 - `tv`: total variation, 1 - overlap (https://arxiv.org/abs/2310.08461).
@@ -23,9 +25,11 @@ from pallas_kernels.rejection_sampling import divisor, scaled_logprobs
 
 
 def divergence(log_p: jax.Array, log_q: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """(loss, overlap), float32 [...], of log p and log q float32 [..., V] over the draft's vocabulary.
+    """(loss, overlap), float32 [...], of log p and log q float32 [..., V] over the draft's
+    vocabulary.
 
-    q sums to 1 over it; p need not: what it has outside is beyond the draft's reach, and counts as no overlap.
+    q sums to 1 over it; p need not: what it has outside is beyond the draft's reach, and counts as
+    no overlap.
     """
     p = jnp.exp(log_p)
     overlap = jnp.sum(jnp.minimum(p, jnp.exp(log_q)), -1)
@@ -43,42 +47,53 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
                      kind: str) -> tuple[jax.Array, jax.Array, Metrics]:
     """The loss of every depth against the policy's distribution at the same positions.
 
-    With a reduced vocabulary the policy's output head is applied to that alone: what its probabilities are divided by
-    follows from the tokens' own log-probabilities, which the policy's loss (or the rollout) has computed already.
+    With a reduced vocabulary the policy's output head is applied to that alone: what its
+    probabilities are divided by follows from the tokens' own log-probabilities, which the policy's
+    loss (or the rollout) has computed already.
 
     Args:
       policy: its output head is read.
-      states: for every depth [B, T, D], what the draft's output head reads. head: states to logits [B, T, Vd].
+      states: for every depth [B, T, D], what the draft's output head reads. head: states to logits
+        [B, T, Vd].
       vocab: int32 [Vd], ids of a reduced vocabulary, or None. kind: one of `choices.DRAFT_LOSSES`.
 
     Returns:
-      (sum over trained tokens and depths / depths, count of trained tokens float32, metrics), where the metrics are
-      sums over trained tokens: "overlap" float32 [depths], the probability that the draft of that depth is accepted.
+      (sum over trained tokens and depths / depths, count of trained tokens float32, metrics), where
+      the metrics are sums over trained tokens: "overlap" float32 [depths], the probability that the
+      draft of that depth is accepted.
     """
-    temperature = jnp.broadcast_to(jnp.asarray(batch.temperature, jnp.float32), batch.mask.shape[:1])[:, None]
+    temperature = jnp.broadcast_to(jnp.asarray(batch.temperature, jnp.float32),
+                                   batch.mask.shape[:1])[:, None]
     table = None if vocab is None else output_table(policy, vocab)
 
     def log_target(hidden, tokens, logprobs) -> jax.Array:
         if vocab is None:
             return scaled_logprobs(logits(policy, hidden), temperature)
-        own = jnp.einsum("btd,btd->bt", hidden, head_rows(policy, tokens), precision=jax.lax.Precision.HIGHEST,
+        own = jnp.einsum("btd,btd->bt", hidden, head_rows(policy, tokens),
+                         precision=jax.lax.Precision.HIGHEST,
                          preferred_element_type=jnp.float32)[..., None]
         above = (table_logits(policy, table, vocab, hidden) - own) / divisor(temperature)[..., None]
-        # at most 0 but for rounding, and but for positions that are not trained, whose gradients must stay finite
+        # at most 0 but for rounding, and but for positions that are not trained, whose gradients
+        # must stay finite
         return jnp.minimum(above + logprobs[..., None], 0.0)
 
     def sums_of(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, tokens, logprobs, mask, *states = chunk
         log_p = jax.lax.stop_gradient(log_target(hidden, tokens, logprobs))
         pairs = [divergence(log_p, scaled_logprobs(head(x), temperature), kind) for x in states]
-        losses, overlaps = (jnp.stack([jnp.sum(x, where=mask) for x in column]) for column in zip(*pairs, strict=True))
+        losses, overlaps = (jnp.stack([jnp.sum(x, where=mask) for x in column])
+                            for column in zip(*pairs, strict=True))
         return losses.mean(), jax.lax.stop_gradient(overlaps)
 
-    logprobs = jnp.where(batch.mask, batch.logprobs, 0.0)  # of padding -inf, where no token has its id
-    columns = (batch.predicting(batch.trunk.hidden), batch.response(), logprobs, batch.mask, *states)
-    # as many logits at a time as of the whole vocabulary: of a reduced one often all, and none is computed twice
+    # of padding -inf, where no token has its id
+    logprobs = jnp.where(batch.mask, batch.logprobs, 0.0)
+    columns = (batch.predicting(batch.trunk.hidden), batch.response(), logprobs, batch.mask,
+               *states)
+    # as many logits at a time as of the whole vocabulary: of a reduced one often all, and none is
+    # computed twice
     size = policy.config.vocab_size if vocab is None else len(vocab)
-    total, overlap = sum_over_chunks(sums_of, columns, CHUNK_TOKENS * policy.config.vocab_size // size)
+    total, overlap = sum_over_chunks(sums_of, columns,
+                                     CHUNK_TOKENS * policy.config.vocab_size // size)
     return total, batch.mask.sum().astype(jnp.float32), {"overlap": overlap}
 
 
@@ -89,14 +104,16 @@ def unit(x: jax.Array) -> jax.Array:
 
 def state_loss(policy: Policy, batch: DraftBatch,
                states: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, Metrics]:
-    """Mean squared distance of the draft's states from the policy's at the same positions, both at unit size.
+    """Mean squared distance of the draft's states from the policy's at the same positions, both at
+    unit size.
 
-    It costs no output head, and leads most of the way (https://arxiv.org/abs/2401.15077). states: for every depth
-    [B, S, D], scaled as the policy's final norm scales. Returns as `loss_over_depths` does, without metrics.
+    It costs no output head, and leads most of the way (https://arxiv.org/abs/2401.15077). states:
+    for every depth [B, S, D], scaled as the policy's final norm scales. Returns as
+    `loss_over_depths` does, without metrics.
     """
     scale = policy.weights["final_norm"].astype(jnp.float32)
     target = unit(batch.predicting(batch.trunk.hidden).astype(jnp.float32) / scale)
-    losses = [jnp.sum(jnp.mean(jnp.square(batch.predicting(x).astype(jnp.float32) / scale - target), -1),
-                      where=batch.mask) for x in states]
+    losses = [jnp.sum(jnp.mean(jnp.square(batch.predicting(x).astype(jnp.float32) / scale - target),
+                               -1), where=batch.mask) for x in states]
     count = batch.mask.sum().astype(jnp.float32)
     return jnp.stack(losses).mean(), count, {}

@@ -1,14 +1,18 @@
-"""Blocks that draft recursively: one reads the states of the depth before, and keeps keys and values of its own.
+"""Blocks that draft recursively: one reads the states of the depth before, and keeps keys and
+values of its own.
 
-A drafter hands over its blocks as functions `block(hidden, tokens, rope, attend) -> (states, cache)`: entry i reads
-hidden [B, T, D] of the position before tokens [B, T], and its state predicts the token after. The first depths have a
-block each; the last block serves all the depths after it too (https://arxiv.org/abs/2503.01840). `entries` is how many
-entries a row's caches hold. What a depth drafted is overwritten once the verifier's states are known.
+A drafter hands over its blocks as functions `block(hidden, tokens, rope, attend) -> (states,
+cache)`: entry i reads hidden [B, T, D] of the position before tokens [B, T], and its state predicts
+the token after. The first depths have a block each; the last block serves all the depths after it
+too (https://arxiv.org/abs/2503.01840). `entries` is how many entries a row's caches hold. What a
+depth drafted is overwritten once the verifier's states are known.
 
-`policy` is read for what the blocks are computed in and where: its config must have the blocks' heads and rope.
+`policy` is read for what the blocks are computed in and where: its config must have the blocks'
+heads and rope.
 
-`window` is for one block that serves every depth: of the entries made from the trunk's states its attention sees the
-`window` last (None: all of them), and at every depth those of the depths before, as the block's trainer has it.
+`window` is for one block that serves every depth: of the entries made from the trunk's states its
+attention sees the `window` last (None: all of them), and at every depth those of the depths before,
+as the block's trainer has it.
 """
 
 from __future__ import annotations
@@ -33,14 +37,15 @@ Rows = tuple[jax.Array, ...]
 
 
 def next_tokens(tokens: jax.Array) -> jax.Array:
-    """Tokens [B, S] by entry, where the first token has none: moved one position earlier. Nothing reads the last."""
+    """Tokens [B, S] by entry, where the first token has none: moved one position earlier. Nothing
+    reads the last."""
     return jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
 
 
-def start(policy: Policy, blocks: Sequence[Block], hidden: jax.Array, tokens: jax.Array, entries: jax.Array,
-          window: int | None = None) -> tuple[Rows, KeyValues]:
-    """Of every block, its state [P, 1, D] at the last of entries int32 [P], zeros where there are none, and its keys
-    and values over hidden [P, L, D] and tokens [P, L]."""
+def start(policy: Policy, blocks: Sequence[Block], hidden: jax.Array, tokens: jax.Array,
+          entries: jax.Array, window: int | None = None) -> tuple[Rows, KeyValues]:
+    """Of every block, its state [P, 1, D] at the last of entries int32 [P], zeros where there are
+    none, and its keys and values over hidden [P, L, D] and tokens [P, L]."""
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -50,19 +55,23 @@ def start(policy: Policy, blocks: Sequence[Block], hidden: jax.Array, tokens: ja
     for block in blocks:
         states, pair = block(hidden, tokens, rope, attend)
         at = jnp.maximum(entries - 1, 0)[:, None, None]
-        rows.append(jnp.where(entries[:, None, None] > 0, jnp.take_along_axis(states, at, axis=1), 0))
+        rows.append(jnp.where(entries[:, None, None] > 0, jnp.take_along_axis(states, at, axis=1),
+                              0))
         kept.append(pair)
         hidden = shift(states)
     return tuple(rows), tuple(kept)
 
 
-def _extend(policy: Policy, block: Block, index: int, cache: Cache, hidden: jax.Array, tokens: jax.Array,
+def _extend(policy: Policy, block: Block, index: int, cache: Cache, hidden: jax.Array,
+            tokens: jax.Array,
             entries: jax.Array, window: int | None = None) -> tuple[jax.Array, Cache]:
-    """Run tokens int32 [N, T] as entries entries .. entries + T - 1 of a block, writing its keys and values."""
+    """Run tokens int32 [N, T] as entries entries .. entries + T - 1 of a block, writing its keys
+    and values."""
     rope = rope_table(policy.config, entries[:, None] + jnp.arange(tokens.shape[1])[None])
 
     def attend(q, k, v) -> tuple[jax.Array, list[jax.Array]]:
-        out, *pools = attend_cached(policy, q, k, v, cache.k[index], cache.v[index], cache.table, entries, window)
+        out, *pools = attend_cached(policy, q, k, v, cache.k[index], cache.v[index], cache.table,
+                                    entries, window)
         return out, pools
 
     def replaced(pools: tuple[jax.Array, ...], pool: jax.Array) -> tuple[jax.Array, ...]:
@@ -72,24 +81,29 @@ def _extend(policy: Policy, block: Block, index: int, cache: Cache, hidden: jax.
     return states, cache.replace(k=replaced(cache.k, k), v=replaced(cache.v, v))
 
 
-def propose(policy: Policy, blocks: Sequence[Block], state: DraftState, entries: jax.Array, sampler: Sampler,
-            head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None,
+def propose(policy: Policy, blocks: Sequence[Block], state: DraftState, entries: jax.Array,
+            sampler: Sampler, head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None,
             window: int | None = None) -> tuple[Proposal, DraftState]:
-    """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's states and tokens.
+    """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's
+    states and tokens.
 
-    A block of its own has to catch up first: at depth j it has not yet seen the j - 1 tokens drafted before.
+    A block of its own has to catch up first: at depth j it has not yet seen the j - 1 tokens
+    drafted before.
 
     Args:
-      entries: int32 [N], of every cache. head: states [N, D] to logits float32 [N, Vd]. vocab: int32 [Vd] or None.
+      entries: int32 [N], of every cache. head: states [N, D] to logits float32 [N, Vd]. vocab:
+        int32 [Vd] or None.
     """
     cache, last, tokens, log_qs = state.cache, len(blocks) - 1, [], []
     states = state.rows[0]  # of the current depth's block, from the last entry on
     for j in range(sampler.k):
         if 0 < j <= last:
-            new, cache = _extend(policy, blocks[j], j, cache, states, jnp.stack(tokens, axis=1), entries)
+            new, cache = _extend(policy, blocks[j], j, cache, states, jnp.stack(tokens, axis=1),
+                                 entries)
             states = jnp.concatenate([state.rows[j], new], axis=1)
         elif j:
-            states, cache = _extend(policy, blocks[last], last, cache, states[:, -1:], tokens[-1][:, None],
+            states, cache = _extend(policy, blocks[last], last, cache, states[:, -1:],
+                                    tokens[-1][:, None],
                                     entries + j - 1, None if window is None else window + j)
         token, log_q = sampler.draw(head(states[:, -1]), j, vocab)
         tokens.append(token)
@@ -98,23 +112,26 @@ def propose(policy: Policy, blocks: Sequence[Block], state: DraftState, entries:
     return proposal, state.replace(cache=cache)
 
 
-def observe(policy: Policy, blocks: Sequence[Block], state: DraftState, entries: jax.Array, hidden: jax.Array,
-            observation: Observation, window: int | None = None) -> DraftState:
-    """Rewrite the caches of the committed positions from the verifier's hidden [N, K + 1, D]; keep the last states."""
+def observe(policy: Policy, blocks: Sequence[Block], state: DraftState, entries: jax.Array,
+            hidden: jax.Array, observation: Observation, window: int | None = None) -> DraftState:
+    """Rewrite the caches of the committed positions from the verifier's hidden [N, K + 1, D]; keep
+    the last states."""
     at = jnp.maximum(observation.count - 1, 0)[:, None, None]
     live = (observation.count > 0)[:, None, None]
     cache, rows = state.cache, []
     for index, (block, before) in enumerate(zip(blocks, state.rows, strict=True)):
-        states, cache = _extend(policy, block, index, cache, hidden, observation.tokens, entries, window)
+        states, cache = _extend(policy, block, index, cache, hidden, observation.tokens, entries,
+                                window)
         last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before)
         rows.append(constrain(last, policy.layout, "batch", None, None))
         hidden = jnp.concatenate([before, states[:, :-1]], axis=1)
     return DraftState(tuple(rows), cache)
 
 
-def unroll(policy: Policy, blocks: Sequence[Block], hidden: jax.Array, tokens: jax.Array, depths: int,
-           window: int | None = None) -> list[jax.Array]:
-    """The states [B, S, D] of every depth over whole sequences, each depth as `propose` computes it."""
+def unroll(policy: Policy, blocks: Sequence[Block], hidden: jax.Array, tokens: jax.Array,
+           depths: int, window: int | None = None) -> list[jax.Array]:
+    """The states [B, S, D] of every depth over whole sequences, each depth as `propose` computes
+    it."""
     rope, out = rope_table(policy.config, jnp.arange(tokens.shape[1])[None]), []
     for depth in range(depths):
         if depth < len(blocks):

@@ -17,11 +17,13 @@ def shift(x: jax.Array) -> jax.Array:
 
 def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]],
                        window: int | None = None) -> Callable[..., tuple[jax.Array, None]]:
-    """Attention of recursion depth d = len(earlier) + 1, as at inference, over all positions of a sequence at once.
+    """Attention of recursion depth d = len(earlier) + 1, as at inference, over all positions of a
+    sequence at once.
 
-    A query at p sees what a draft of depth d sees: depth 1 (from the trunk's states) up to position p - d + 1, and of
-    those the `window` last (None: all), then one position each of the depths since, the last its own. `earlier`: keys
-    and values of depths 1 .. d - 1, [B, S, KV heads, head_dim], grown here.
+    A query at p sees what a draft of depth d sees: depth 1 (from the trunk's states) up to position
+    p - d + 1, and of those the `window` last (None: all), then one position each of the depths
+    since, the last its own. `earlier`: keys and values of depths 1 .. d - 1, [B, S, KV heads,
+    head_dim], grown here.
     """
     def attend(q, k, v) -> tuple[jax.Array, None]:
         pairs = [*earlier, (k, v)]
@@ -37,7 +39,8 @@ def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]],
         shifted = []
         for i, (key, value) in enumerate(pairs[1:]):
             back = len(pairs) - 2 - i
-            key, value = (jnp.pad(x, ((0, 0), (back, 0), (0, 0), (0, 0)))[:, :s] for x in (key, value))
+            key, value = (jnp.pad(x, ((0, 0), (back, 0), (0, 0), (0, 0)))[:, :s]
+                          for x in (key, value))
             score = jnp.einsum("bthgd,bthd->bhgt", q, key, preferred_element_type=jnp.float32)
             columns.append(jnp.where(position >= back, score, -jnp.inf)[..., None])
             shifted.append(value)

@@ -1,9 +1,10 @@
-"""Makes arithmetic.jsonl, the quickstart's task: sums and differences of one-digit numbers, asked for in a few ways.
+"""Makes arithmetic.jsonl, the quickstart's task: sums and differences of one-digit numbers, asked
+for in a few ways.
 
     python jspec/rl/data/make_arithmetic.py > jspec/rl/data/arithmetic.jsonl
 
-It is as hard as SmolLM2-135M-Instruct needs it: groups of answers of which some are right and some are wrong are what
-GRPO learns from. README.md beside this file says how often that model is right.
+It is as hard as SmolLM2-135M-Instruct needs it: groups of answers of which some are right and some
+are wrong are what GRPO learns from. README.md beside this file says how often that model is right.
 """
 
 import itertools
@@ -17,7 +18,8 @@ WAYS = (
 
 
 def examples() -> list[dict]:
-    """Every sum of two numbers from 1 to 9 asked for in each way, every positive difference in the first."""
+    """Every sum of two numbers from 1 to 9 asked for in each way, every positive difference in the
+    first."""
     pairs = list(itertools.product(range(1, 10), repeat=2))
     sums = [(way.format(f"{a} + {b}"), a + b) for way in WAYS for a, b in pairs]
     differences = [(WAYS[0].format(f"{a} - {b}"), a - b) for a, b in pairs if a > b]

@@ -1,18 +1,21 @@
-"""Compile every kernel at every real shape, and `jspec.rollout` at Qwen3-8B's, for chips that are not here.
+"""Compile every kernel at every real shape, and `jspec.rollout` at Qwen3-8B's, for chips that are
+not here.
 
     pip install -e '.[aot]' && python -m benchmarks.compile --json benchmarks/results/compile.json
 
-Runs on a CPU. The real compilers run: libtpu's for TPU v5e, v5p, v6e and tpu7x, and XLA's with Mosaic GPU and ptxas for
-sm_90. Recorded are, for a kernel, the vector memory or shared memory, registers and spills it takes, and for a rollout
-the memory a device needs and what its decode loops do (compiled_text.py): a collective in them that crosses the shards
-of the batch, or a copy of a pool of keys and values, is a failure. `refused` is a shape that an implementation does not
-take: the reference runs there. Exit code 1 if anything else does not compile, or does so badly. libtpu lets one process
-in at a time. Lines about nvdisasm, which the packages lack, mean nothing. `--what step` compiles all programs of a
-training step (`jspec/step.py`) and records the memory a device needs for each.
+Runs on a CPU. The real compilers run: libtpu's for TPU v5e, v5p, v6e and tpu7x, and XLA's with
+Mosaic GPU and ptxas for sm_90. Recorded are, for a kernel, the vector memory or shared memory,
+registers and spills it takes, and for a rollout the memory a device needs and what its decode loops
+do (compiled_text.py): a collective in them that crosses the shards of the batch, or a copy of a
+pool of keys and values, is a failure. `refused` is a shape that an implementation does not take:
+the reference runs there. Exit code 1 if anything else does not compile, or does so badly. libtpu
+lets one process in at a time. Lines about nvdisasm, which the packages lack, mean nothing.
+`--what step` compiles all programs of a training step (`jspec/step.py`) and records the memory a
+device needs for each.
 
-A rollout is of a heavy tail: 256 sequences in 64 slots a shard of the batch, and a schedule of k, so that its chain has
-two loops. Every chip compiles it with `mtp`, and one of them with each of the other drafters (`--drafts` compiles those
-it names for all of them).
+A rollout is of a heavy tail: 256 sequences in 64 slots a shard of the batch, and a schedule of k,
+so that its chain has two loops. Every chip compiles it with `mtp`, and one of them with each of the
+other drafters (`--drafts` compiles those it names for all of them).
 """
 
 import argparse
@@ -21,12 +24,11 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,12 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from rich.table import Table
 
 import jspec
 from benchmarks import compiled_text, kernel_cases, measure
+from benchmarks.absent_chips import GPU, POD, TPUS, compiled, devices, on, timed
 from benchmarks.options import open_results, program
 from benchmarks.shapes import SHAPES
 from jspec.config import load_config
@@ -62,79 +64,52 @@ from pallas_kernels.rejection_sampling import shapes as sampling_shapes
 from pallas_kernels.verify_attention import shapes as attention_shapes
 from pallas_kernels.verify_attention import verify_attention
 
-DUMP = os.environ["MOSAIC_GPU_DUMP_TO"]
-atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
+atexit.register(shutil.rmtree, os.environ["MOSAIC_GPU_DUMP_TO"], ignore_errors=True)
 
-POD = "v5p pod"
 POD_MESH = load_config(Path(__file__).parent.parent / "configs" / "qwen3-8b-pod.yaml").mesh
-TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1", POD: "v5p:4x4x2"}
-"""8 devices each, and the 32 of configs/qwen3-8b-pod.yaml, on the mesh that it names."""
-GPU = "sm_90"
-MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1), POD: (POD_MESH.fsdp, POD_MESH.tensor)}  # fsdp, tensor
+# fsdp, tensor
+MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1), POD: (POD_MESH.fsdp, POD_MESH.tensor)}
 DRAFTS: dict[str, dict[str, Any]] = {
-    "mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {}, "ngram": {}}
-"""Options of the drafters that rollouts are compiled with; what follows a comma is no part of the drafter's name."""
-ROLLOUTS = [(GPU, "qwen3-8b", "mtp", False), ("v5e", "qwen3-8b", "mtp", False), ("v5e", "llama-3.2-1b", "mtp", False),
-            ("v5p", "qwen3-8b", "mtp", False), ("v6e", "qwen3-8b", "mtp", False), ("tpu7x", "qwen3-8b", "mtp", False),
-            ("v5e", "qwen3-8b", "mtp", True), (GPU, "qwen3-8b", "eagle3", False), ("v6e", "qwen3-8b", "suffix", False),
+    "mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4},
+    "suffix": {}, "ngram": {}}
+"""Options of the drafters that rollouts are compiled with; what follows a comma is no part of the
+drafter's name."""
+ROLLOUTS = [(GPU, "qwen3-8b", "mtp", False), ("v5e", "qwen3-8b", "mtp", False),
+            ("v5e", "llama-3.2-1b", "mtp", False), ("v5p", "qwen3-8b", "mtp", False),
+            ("v6e", "qwen3-8b", "mtp", False), ("tpu7x", "qwen3-8b", "mtp", False),
+            ("v5e", "qwen3-8b", "mtp", True), (GPU, "qwen3-8b", "eagle3", False),
+            ("v6e", "qwen3-8b", "suffix", False),
             ("tpu7x", "qwen3-8b", "ngram", False), ("v5p", "qwen3-8b", "self", False),
             ("v5e", "qwen3-8b", "self, 4 bits", False), (POD, "qwen3-8b", "mtp", False)]
-"""What is compiled if nothing is said: chip, shape (the second has heads of 64), draft, and whether rows are paused."""
+"""What is compiled if nothing is said: chip, shape (the second has heads of 64), draft, and whether
+rows are paused."""
 PROMPTS, LENGTH, GROUP, SLOTS, CAP = 16, 128, 16, 64, 1024  # slots of each shard of the batch
 KV_TOKENS = SLOTS * (LENGTH + CAP) * 6 // 10  # of each shard, where rows are paused
 SCHEDULE = ((16, 3), (SLOTS, 1))
-H200 = """
-platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 8 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  device_memory_size: 150000000000 memory_bandwidth: 4800000000000 l2_cache_size: 52428800
-}
-"""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", nargs="+", choices=[*TPUS, GPU], default=[*TPUS, GPU])
-    parser.add_argument("--what", nargs="+", choices=["kernels", "rollout", "step"], default=["kernels", "rollout"])
+    parser.add_argument("--what", nargs="+", choices=["kernels", "rollout", "step"],
+                        default=["kernels", "rollout"])
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")
-    parser.add_argument("--drafts", nargs="+", choices=DRAFTS, help="of the rollouts, for every chip and shape")
-    parser.add_argument("--pausing", action="store_true", help="with --drafts: in a pool that makes rows pause")
-    parser.add_argument("--layers", type=int, metavar="N", help="of the rollouts' policies, instead of all of them")
+    parser.add_argument("--drafts", nargs="+", choices=DRAFTS,
+                        help="of the rollouts, for every chip and shape")
+    parser.add_argument("--pausing", action="store_true",
+                        help="with --drafts: in a pool that makes rows pause")
+    parser.add_argument("--layers", type=int, metavar="N",
+                        help="of the rollouts' policies, instead of all of them")
     parser.add_argument("--json", help="write the result there")
     args = parser.parse_args(arguments)
     open_results(args)
     return args
 
 
-def devices(chip: str) -> list[Any]:
-    """Devices of a machine that is not here. Exits with code 2 where its compiler is not installed."""
-    try:
-        if chip == GPU:
-            return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200).devices
-        return topologies.get_topology_desc(platform="tpu", topology_name=TPUS.get(chip, chip)).devices
-    except Exception as error:  # whatever a missing plugin or a busy libtpu raises
-        print(f"no compiler for {chip}: {str(error).splitlines()[0]}; pip install -e '.[aot]', and let one process use "
-              "libtpu at a time", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def compiled(function: Any, args: Any, chip: str) -> Any:
-    """`function`, a jax.jit, for `args` with shardings on the chip's devices."""
-    platform = "cuda" if chip == GPU else "tpu"
-    return function.trace(*args).lower(lowering_platforms=(platform,)).compile()
-
-
-def on(sharding: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
 def kernels(chip: str, wanted: str) -> Any:
-    """(kernel, shape's name, rule, jitted function, arguments) of everything that is compiled for one device."""
+    """(kernel, shape's name, rule, jitted function, arguments) of everything that is compiled for
+    one device."""
     implementation = Implementation("gpu" if chip == GPU else "tpu")
     device = devices(chip)[0]
     mesh = jax.sharding.Mesh([device], ("tensor",))
@@ -148,88 +123,63 @@ def kernels(chip: str, wanted: str) -> Any:
             args["ban"] = jax.ShapeDtypeStruct((shape.batch, shape.k + 1), bool)
             names = tuple(args)
 
-            def judge(*values, names=names, shape=shape, axis=("tensor",) if shape.shards > 1 else None):
+            def judge(*values, names=names, shape=shape,
+                      axis=("tensor",) if shape.shards > 1 else None):
                 values = dict(zip(names, values, strict=True))
                 values["logits"] = values["logits"].reshape(shape.batch, shape.k + 1, -1)
-                return rejection_sampling(**values, banned_tokens=kernel_cases.STOPS, implementation=implementation,
-                                          axis=axis)
+                return rejection_sampling(**values, banned_tokens=kernel_cases.STOPS,
+                                          implementation=implementation, axis=axis)
 
             if shape.shards > 1:  # one shard of a vocabulary that is in parts
-                split = {"logits": PartitionSpec(None, "tensor"), "draft_log_q": PartitionSpec(None, None, "tensor")}
+                split = {"logits": PartitionSpec(None, "tensor"),
+                         "draft_log_q": PartitionSpec(None, None, "tensor")}
                 parts = tuple(split.get(name, PartitionSpec()) for name in names)
-                judge = jax.shard_map(judge, mesh=mesh, in_specs=parts, out_specs=PartitionSpec(), check_vma=False)
-            where = NamedSharding(mesh, PartitionSpec()) if shape.shards > 1 else SingleDeviceSharding(device)
-            yield "rejection_sampling", shape.name, rule, jax.jit(judge), on(where, tuple(args.values()))
+                judge = jax.shard_map(judge, mesh=mesh, in_specs=parts, out_specs=PartitionSpec(),
+                                      check_vma=False)
+            where = (NamedSharding(mesh, PartitionSpec()) if shape.shards > 1
+                     else SingleDeviceSharding(device))
+            yield "rejection_sampling", shape.name, rule, jax.jit(judge), on(where,
+                                                                             tuple(args.values()))
     for shape in attention_shapes.SHAPES:
         if wanted in shape.name:
             lengths = jnp.zeros(shape.batch, jnp.int32)
-            args = jax.eval_shape(partial(kernel_cases.attending, shape, lengths), jax.random.key(0))
-            attend = jax.jit(partial(verify_attention, window=shape.window, implementation=implementation),
-                             donate_argnums=(3, 4))
-            yield "verify_attention", shape.name, None, attend, on(SingleDeviceSharding(device), args)
-
-
-def resources(chip: str, program: Any) -> dict[str, Any]:
-    """What one compiled program takes; of a TPU's vector memory, and of a multiprocessor."""
-    memory = program.memory_analysis()
-    found = {"temp_bytes": memory.temp_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes}
-    if chip != GPU:
-        calls = [line for line in program.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-        sizes = [int(size) for line in calls for used in re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', line)
-                 for space, size in re.findall(r'"memory_space":"(\d+)","offset":"\d+","size":"(\d+)"', used)
-                 if space == "1"]
-        return found | {"vmem_bytes": max(sizes, default=0)}
-    logs, passes = ("".join(path.read_text() for path in Path(DUMP).glob(pattern))
-                    for pattern in ("*.ptxas", "*mlir-passes.log"))
-
-    def most(pattern: str, text: str) -> int:
-        return max(map(int, re.findall(pattern, text)), default=0)
-
-    if not logs:  # the kernel of the row before, in another program: it is not compiled twice
-        return found
-    return found | {"registers": most(r"Used (\d+) registers", logs), "spill_bytes": most(r"(\d+) bytes spill", logs),
-                    "smem_bytes": most(r"dynamic_shared_memory_size %c(\d+)_i32", passes)}
-
-
-def timed(chip: str, function: Any, args: Any, read: Callable[[str], dict[str, Any]] = lambda _: {}) -> dict[str, Any]:
-    """One row: what the program takes and what `read` finds in its text, or why there is none."""
-    for old in Path(DUMP).iterdir():
-        old.unlink()
-    begin = time.perf_counter()
-    try:
-        program = compiled(function, args, chip)
-    except NotImplementedError as refusal:
-        return {"refused": str(refusal)}
-    except Exception as error:  # a compiler's: this is what the run is there to find
-        return {"failed": str(error)[:500]}
-    return {"seconds": round(time.perf_counter() - begin, 2), **resources(chip, program), **read(program.as_text())}
+            args = jax.eval_shape(partial(kernel_cases.attending, shape, lengths),
+                                  jax.random.key(0))
+            attend = jax.jit(partial(verify_attention, window=shape.window,
+                                     implementation=implementation), donate_argnums=(3, 4))
+            yield "verify_attention", shape.name, None, attend, on(SingleDeviceSharding(device),
+                                                                   args)
 
 
 def prompts_of(shards: int) -> int:
-    """PROMPTS on two shards of the batch, and as many to each where there are more: their slots are fewer than rows."""
+    """PROMPTS on two shards of the batch, and as many to each where there are more: their slots are
+    fewer than rows."""
     return PROMPTS * max(shards // 2, 1)
 
 
 def declared(mesh: Mesh, shape: str, name: str, pausing: bool = False, layers: int | None = None
              ) -> tuple[Step, TrainState, Any]:
-    """(a step, its state, its prompts) of one of SHAPES and one of DRAFTS on a mesh, which is the current one: shapes
-    with shardings, kernels asked for by name."""
+    """(a step, its state, its prompts) of one of SHAPES and one of DRAFTS on a mesh, which is the
+    current one: shapes with shardings, kernels asked for by name."""
     config, shards = SHAPES[shape], mesh.shape["fsdp"]
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
-    policy, drafter = abstract_policy(config, "bfloat16"), getattr(jspec.drafts, name.partition(",")[0])
+    policy, drafter = abstract_policy(config,
+                                      "bfloat16"), getattr(jspec.drafts, name.partition(",")[0])
     draft = jax.eval_shape(lambda p: drafter(p, jax.random.key(0), **DRAFTS[name]), policy)
-    batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens([[1] * LENGTH] * prompts_of(shards), group_size=GROUP,
-                                                                 seed=0, buckets=(LENGTH,)))
+    batch = jax.eval_shape(lambda: jspec.PromptBatch.from_tokens(
+        [[1] * LENGTH] * prompts_of(shards), group_size=GROUP, seed=0, buckets=(LENGTH,)))
     # one width: the update holds a loop for each, and minutes go into one
     settings = UpdateSettings(remat=True, widths=(CAP,), micro_batch=2 * GROUP)
     specs = state_specs(policy, draft, settings)
     step = declare(specs, settings, sampling=jspec.Sampling(max_new_tokens=CAP, stop_tokens=(1,)),
                    speculation=jspec.Speculation(k=SCHEDULE, kernels="pallas"),
-                   batching=jspec.Batching(slots=SLOTS * shards, kv_tokens=KV_TOKENS * shards if pausing else None))
+                   batching=jspec.Batching(slots=SLOTS * shards,
+                                           kv_tokens=KV_TOKENS * shards if pausing else None))
     return step, specs, on(NamedSharding(mesh, PartitionSpec()), batch)
 
 
-def rollout(chip: str, shape: str, name: str, pausing: bool = False, layers: int | None = None) -> dict[str, Any]:
+def rollout(chip: str, shape: str, name: str, pausing: bool = False,
+            layers: int | None = None) -> dict[str, Any]:
     """A row of a step's rollout, from the policy in its training layout."""
     config, (fsdp, tensor) = SHAPES[shape], MESHES[chip]
     mesh = make_mesh(1, fsdp, tensor, devices=devices(chip))
@@ -237,12 +187,14 @@ def rollout(chip: str, shape: str, name: str, pausing: bool = False, layers: int
         step, specs, prompts = declared(mesh, shape, name, pausing, layers)
         block = config.num_kv_heads // tensor, BLOCK, config.head_dim
         shards = [device // tensor for device in range(fsdp * tensor)]
-        row = timed(chip, step.rollout, (specs.policy, specs.draft, prompts, step.sampling, SCHEDULE),
+        row = timed(chip, step.rollout,
+                    (specs.policy, specs.draft, prompts, step.sampling, SCHEDULE),
                     partial(compiled_text.read, block=block, shards=shards))
     return row if "failed" in row else judged(row, block, pausing)
 
 
-def whole_step(chip: str, shape: str, name: str, layers: int | None = None) -> Iterator[dict[str, Any]]:
+def whole_step(chip: str, shape: str, name: str,
+               layers: int | None = None) -> Iterator[dict[str, Any]]:
     """A row of each program of a step: what it needs of a device's memory."""
     mesh = make_mesh(1, *MESHES[chip], devices=devices(chip))
     found: dict[str, dict[str, Any]] = {}
@@ -265,12 +217,16 @@ def whole_step(chip: str, shape: str, name: str, layers: int | None = None) -> I
 
 
 def judged(row: dict[str, Any], block: tuple[int, ...], pausing: bool) -> dict[str, Any]:
-    """A rollout's row, failed where its loops do what they must not, or are not those asked for. Where rows are paused
-    there is a pool in host memory too, and what is moved at a time is a block."""
-    wrong = [f"{what} in a loop: {'; '.join(row[what])}" for what in ("crossing", "gathered", "copied") if row[what]]
+    """A rollout's row, failed where its loops do what they must not, or are not those asked for.
+    Where rows are paused there is a pool in host memory too, and what is moved at a time is a
+    block."""
+    wrong = [f"{what} in a loop: {'; '.join(row[what])}"
+             for what in ("crossing", "gathered", "copied") if row[what]]
     if row["loops"] != sorted(dict(SCHEDULE), reverse=True) or len(row["pools"]) <= pausing:
-        wrong.append(f"its loops, of {row['loops']} rows, or its pools, {row['pools']}, are not those asked for")
-    if bool(row["moved"]) != pausing or any(math.prod(shape) > math.prod(block) for shape in row["moved"]):
+        wrong.append(f"its loops, of {row['loops']} rows, or its pools, {row['pools']}, are not "
+                     "those asked for")
+    if (bool(row["moved"]) != pausing
+        or any(math.prod(shape) > math.prod(block) for shape in row["moved"])):
         wrong.append(f"moved to host memory at a time: {row['moved']}")
     return {**row, "failed": ". ".join(wrong)[:2000]} if wrong else row
 
@@ -279,14 +235,16 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if "kernels" in args.what:
         for chip in (chip for chip in args.chip if chip != POD):  # one device of it is one of v5p
             for kernel, shape, rule, function, values in kernels(chip, args.shape):
-                yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule, **timed(chip, function, values)}
+                yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule,
+                       **timed(chip, function, values)}
     if "rollout" in args.what:
         for chip, shape, draft, pausing in chosen(args):
             fsdp, tensor = MESHES[chip]
-            yield {"chip": chip, "what": "jspec.rollout", "shape": shape, "rule": None, "draft": draft,
+            yield {"chip": chip, "what": "jspec.rollout", "shape": shape, "rule": None,
+                   "draft": draft,
                    "mesh": {"fsdp": fsdp, "tensor": tensor}, "sequences": prompts_of(fsdp) * GROUP,
-                   "slots": SLOTS * fsdp,
-                   "kv_tokens": KV_TOKENS * fsdp if pausing else None, "max_new_tokens": CAP, "k": SCHEDULE,
+                   "slots": SLOTS * fsdp, "kv_tokens": KV_TOKENS * fsdp if pausing else None,
+                   "max_new_tokens": CAP, "k": SCHEDULE,
                    "layers": args.layers, **rollout(chip, shape, draft, pausing, args.layers)}
     if "step" in args.what:
         for chip, shape, draft, _ in chosen(args):
@@ -301,11 +259,13 @@ def chosen(args: argparse.Namespace) -> Iterator[tuple[str, str, str, bool]]:
     if args.drafts:
         shapes = dict.fromkeys(shape for _, shape, *_ in ROLLOUTS)
         wanted = itertools.product(args.chip, shapes, args.drafts, [args.pausing])
-    return ((chip, shape, *rest) for chip, shape, *rest in wanted if chip in args.chip and args.shape in shape)
+    return ((chip, shape, *rest)
+            for chip, shape, *rest in wanted if chip in args.chip and args.shape in shape)
 
 
 def show(found: list[dict[str, Any]]) -> None:
-    table = Table("chip", "what", "compiled", "refused", "failed", "seconds", "on-chip KiB", "registers", "spills")
+    table = Table("chip", "what", "compiled", "refused", "failed", "seconds", "on-chip KiB",
+                  "registers", "spills")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in found:
         groups.setdefault((row["chip"], row["what"]), []).append(row)
@@ -313,11 +273,12 @@ def show(found: list[dict[str, Any]]) -> None:
         good = [row for row in group if "seconds" in row and "failed" not in row]
         most = {name: max((row.get(name, 0) for row in good), default=0)
                 for name in ("vmem_bytes", "smem_bytes", "registers", "spill_bytes")}
-        table.add_row(chip, what, str(len(good)), *(str(sum(name in row for row in group)) for name in
-                                                    ("refused", "failed")),
+        table.add_row(chip, what, str(len(good)),
+                      *(str(sum(name in row for row in group)) for name in ("refused", "failed")),
                       f"{sum(row['seconds'] for row in good):.0f}",
                       f"{max(most['vmem_bytes'], most['smem_bytes']) / 1024:,.0f}",
-                      *(str(most[name]) if chip == GPU else "" for name in ("registers", "spill_bytes")))
+                      *(str(most[name]) if chip == GPU else ""
+                        for name in ("registers", "spill_bytes")))
     PlainConsole().print(table)
 
 
@@ -328,11 +289,11 @@ def main(arguments: list[str] | None = None) -> int:
         found.append(row)
         measure.write_json(args.json, measure.report(found))  # of an hour nothing is lost
         if "failed" in row:
-            print(f"{row['chip']} {row['what']} {row['shape']} {row['rule'] or row.get('draft', '')}: "
-                  f"{row['failed']}", file=sys.stderr)
+            print(f"{row['chip']} {row['what']} {row['shape']} "
+                  f"{row['rule'] or row.get('draft', '')}: {row['failed']}", file=sys.stderr)
     if not found:
-        print(f"nothing to compile: no shape has {args.shape!r} in its name, or --what {' '.join(args.what)} has no "
-              f"program for {' '.join(args.chip)}", file=sys.stderr)
+        print(f"nothing to compile: no shape has {args.shape!r} in its name, or --what "
+              f"{' '.join(args.what)} has no program for {' '.join(args.chip)}", file=sys.stderr)
         return 2
     show(found)
     return int(any("failed" in row for row in found))

@@ -32,7 +32,8 @@ from benchmarks.options import open_results
 from jspec import cli
 from jspec.base_model import BaseModel
 from jspec.choices import DRAFT_LOSSES
-from jspec.config import DraftTrainingConfig, load_config
+from jspec.config import load_config
+from jspec.draft_config import DraftTrainingConfig
 from jspec.draft_training import samples, stages
 from jspec.drafts import Draft
 from jspec.errors import InputError

@@ -1,16 +1,19 @@
-"""Compare drafters on the same prompts: acceptance, where a cycle's milliseconds go, tokens a second, speed-up.
+"""Compare drafters on the same prompts: acceptance, where a cycle's milliseconds go, tokens a
+second, speed-up.
 
-    jspec bench drafts smollm2-135m-instruct --drafts ngram,mtp --k 1,3,7 --batch 1,8 --json FILE --plot FILE.png
+    jspec bench drafts smollm2-135m-instruct --drafts ngram,mtp --k 1,3,7 --batch 1,8 --json FILE
 
-Lists are separated by commas or spaces. A drafter's options follow it: self:bits=4, and more after further colons.
-Autoregressive decoding ("none") is always timed: speed-ups are over it, at the same batch and temperature. Every
-drafter continues every prompt, `batch` of them at a time, all programs in turn, chunk by chunk, so that a drifting
-machine drifts for all; figures are medians over rounds of seconds over all prompts.
+Lists are separated by commas or spaces. A drafter's options follow it: self:bits=4, and more after
+further colons. Autoregressive decoding ("none") is always timed: speed-ups are over it, at the same
+batch and temperature. Every drafter continues every prompt, `batch` of them at a time, all programs
+in turn, chunk by chunk, so that a drifting machine drifts for all; figures are medians over rounds
+of seconds over all prompts.
 
-`cycle ms` is that of the rollouts, prefill taken out. `draft ms` and `verify ms` are programs of their own (parts.py),
-and `rest ms` is what then remains of the cycle: the verdict, the commit, the loop. `predicted` is the speed-up that
-acceptance and costs promise: tokens a cycle, times a plain step over a cycle, each the sum of its parts (drafting,
-verification, verdict) timed apart. The measured one also pays for prefill, and for rows that wait for the longest.
+`cycle ms` is that of the rollouts, prefill taken out. `draft ms` and `verify ms` are programs of
+their own (parts.py), and `rest ms` is what then remains of the cycle: the verdict, the commit, the
+loop. `predicted` is the speed-up that acceptance and costs promise: tokens a cycle, times a plain
+step over a cycle, each the sum of its parts (drafting, verification, verdict) timed apart. The
+measured one also pays for prefill, and for rows that wait for the longest.
 """
 
 import argparse
@@ -25,10 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import jspec
-from benchmarks import measure, parts
+from benchmarks import measure
+from benchmarks.drafts_programs import (
+    Variant,
+    acceptance,
+    features_of,
+    part_ms,
+    part_programs,
+    part_times,
+    rollout_programs,
+)
 from benchmarks.drafts_report import compared, draw, show
 from benchmarks.options import (
     KERNELS_HELP,
@@ -42,7 +53,7 @@ from benchmarks.options import (
 )
 from jspec import cli
 from jspec.choices import DTYPES, KERNELS, RULES, SEED_HIGH
-from jspec.drafts.base import Draft, Proposal
+from jspec.drafts.base import Draft
 from jspec.errors import InputError
 from jspec.heads import shipped
 from jspec.kernels import choose, picked
@@ -57,18 +68,7 @@ from jspec.sources import Source, open_source
 
 HELDOUT = Path(__file__).parent / "prompts" / "heldout.jsonl"
 COUNT = 24  # prompts, if nothing is said and batches are smaller
-TIMES = 16  # runs of a part within its program
 _UNIT = 16  # prompts are padded to a multiple of this
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """What one record is about, at one batch size. `none` has k = 0, and runs under the rejection rule."""
-
-    draft: str
-    k: int
-    rule: str
-    temperature: float
 
 
 def named_path(text: str) -> tuple[str, str]:
@@ -84,19 +84,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     listed = partial(add_listed, parser)
     parser.add_argument("model", metavar="MODEL", help=cli.MODEL)
-    listed("--drafts", drafter(PLAIN), [PLAIN, *jspec.drafts.DRAFTERS], "drafters, with options as NAME:KEY=VALUE")
+    listed("--drafts", drafter(PLAIN), [PLAIN, *jspec.drafts.DRAFTERS],
+           "drafters, with options as NAME:KEY=VALUE")
     listed("--k", cli.number(int, 1), list(range(1, 8)), "tokens drafted a cycle")
     listed("--batch", cli.number(int, 1), [1], "prompts decoded together")
     listed("--temperature", cli.number(float, 0.0), [1.0], "0 is greedy")
-    listed("--rule", one_of("rule", RULES), ["rejection"], f"how drafts are judged, of {', '.join(RULES)}")
+    listed("--rule", one_of("rule", RULES), ["rejection"],
+           f"how drafts are judged, of {', '.join(RULES)}")
     parser.add_argument("--max-new-tokens", type=cli.number(int, 1), default=64, metavar="N",
                         help="longest answer; an end token ends one earlier (default: 64)")
     parser.add_argument("--prompts", type=Path, default=HELDOUT, metavar="FILE.jsonl",
-                        help='lines of {"prompt": "..."} (default: benchmarks/prompts/heldout.jsonl)')
+                        help='lines of {"prompt": "..."} (default: '
+                        'benchmarks/prompts/heldout.jsonl)')
     parser.add_argument("--count", type=cli.number(int, 1), metavar="N",
-                        help=f"only the first N prompts (default: {COUNT}, or all if there are fewer)")
-    parser.add_argument("--draft-path", type=named_path, action="append", default=[], metavar="NAME=DIR",
-                        help="where a drafter's trained weights are, as jspec.load_draft takes it; may be repeated")
+                        help=f"only the first N prompts (default: {COUNT}, or all if there are "
+                        "fewer)")
+    parser.add_argument("--draft-path", type=named_path, action="append", default=[],
+                        metavar="NAME=DIR", help="where a drafter's trained weights are, as "
+                        "jspec.load_draft takes it; may be repeated")
     parser.add_argument("--rounds", type=cli.number(int, 1), default=3, metavar="N",
                         help="runs of every program, taken in turn (default: 3)")
     parser.add_argument("--seed", type=cli.number(int, 0, SEED_HIGH), default=0,
@@ -104,23 +109,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help=KERNELS_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     parser.add_argument("--json", metavar="FILE", help="write a list of records there")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw acceptance and speed-up there (needs matplotlib)")
+    parser.add_argument("--plot", metavar="FILE.png",
+                        help="draw acceptance and speed-up there (needs matplotlib)")
     args = parser.parse_args(arguments)
     args.draft_path = dict(args.draft_path)
     for name in args.draft_path.keys() - set(args.drafts):
-        raise InputError(f"--draft-path {name}=... is for a drafter that --drafts leaves out; add {name} to it")
+        raise InputError(f"--draft-path {name}=... is for a drafter that --drafts leaves out; add "
+                         f"{name} to it")
     open_results(args)
     return args
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:
-    """The prompts that are asked for. Raises InputError for a file that cannot be read, or with too few of them."""
+    """The prompts that are asked for. Raises InputError for a file that cannot be read, or with too
+    few of them."""
     texts = [record["prompt"] for record in read_jsonl(args.prompts, ("prompt",), "--prompts")]
     wanted = args.count or min(max(COUNT, *args.batch), len(texts))
     if wanted > len(texts):
-        raise InputError(f"--count {wanted} is more than the {len(texts)} prompts of {args.prompts}")
+        raise InputError(f"--count {wanted} is more than the {len(texts)} prompts of "
+                         f"{args.prompts}")
     if max(args.batch) > wanted:
-        raise InputError(f"--batch {max(args.batch)} is more than the {wanted} prompts; lower it or give more prompts")
+        raise InputError(f"--batch {max(args.batch)} is more than the {wanted} prompts; lower it "
+                         "or give more prompts")
     return texts[:wanted]
 
 
@@ -132,16 +142,20 @@ def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
         raise InputError(f"the model's tokenizer refuses one of the --prompts: {error}") from None
 
 
-def check_positions(args: argparse.Namespace, config: ModelConfig, prompts: list[list[int]]) -> None:
-    """Raise InputError if the longest prompt, its answer and the drafts after it do not fit the model's positions."""
+def check_positions(args: argparse.Namespace, config: ModelConfig,
+                    prompts: list[list[int]]) -> None:
+    """Raise InputError if the longest prompt, its answer and the drafts after it do not fit the
+    model's positions."""
     longest, k = max(map(len, prompts)), max(args.k)
     if longest + args.max_new_tokens + k > config.max_position_embeddings:
-        raise InputError(f"a prompt of {longest} tokens, --max-new-tokens {args.max_new_tokens} and --k {k} do not fit "
-                         f"the model's {config.max_position_embeddings} positions; lower one of them")
+        raise InputError(f"a prompt of {longest} tokens, --max-new-tokens {args.max_new_tokens} "
+                         f"and --k {k} do not fit the model's {config.max_position_embeddings} "
+                         "positions; lower one of them")
 
 
 def trained(name: str, model_name: str, paths: dict[str, str]) -> str | None:
-    """Where the drafter's trained weights come from, as `jspec.load_draft` takes it; None: nowhere."""
+    """Where the drafter's trained weights come from, as `jspec.load_draft` takes it; None:
+    nowhere."""
     return paths.get(name, model_name if shipped(model_name, name) else None)
 
 
@@ -155,11 +169,13 @@ def paths_of_run(args: argparse.Namespace, source: Source) -> dict[str, str]:
     return {name: args.model for name in kinds(args) if source.holds(name)}
 
 
-def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str]) -> Callable[[Policy], Draft | None]:
-    """What makes the drafter `name` of the policy (training layout): trained weights from `paths`, else those that ship
-    with jspec, else (and always where it has options) fresh ones, with a warning where there would be something to
-    train. Raises InputError, before any weights of the policy are read, for a path that holds no such draft, or options
-    that the drafter does not take."""
+def choose_draft(name: str, shape: Policy, model_name: str,
+                 paths: dict[str, str]) -> Callable[[Policy], Draft | None]:
+    """What makes the drafter `name` of the policy (training layout): trained weights from `paths`,
+    else those that ship with jspec, else (and always where it has options) fresh ones, with a
+    warning where there would be something to train. Raises InputError, before any weights of the
+    policy are read, for a path that holds no such draft, or options that the drafter does not
+    take."""
     if name == PLAIN:
         return lambda policy: None
     path, (kind, options) = trained(name, model_name, paths), split_options(name)
@@ -168,9 +184,10 @@ def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str
     if path is None:
         check_fresh_draft(shape, made_by, options, label)
         if made_by.loss is not None:
-            print(f"jspec: the {name} draft for {model_name} is untrained: few of its tokens will be accepted; give a "
-                  f"trained one with --draft-path {name}=DIR", file=sys.stderr)
-        return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), drafter=made_by, options=options, label=label)
+            print(f"jspec: the {name} draft for {model_name} is untrained: few of its tokens will "
+                  f"be accepted; give a trained one with --draft-path {name}=DIR", file=sys.stderr)
+        return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), drafter=made_by, options=options,
+                       label=label)
     draft = jspec.load_draft(shape, path, made_by)
     if draft.name != made_by.name:
         raise InputError(f"--draft-path {name}={path} holds a draft of the kind {draft.name}")
@@ -182,76 +199,24 @@ def make_variants(args: argparse.Namespace) -> list[Variant]:
     names = [name for name in args.drafts if name != PLAIN]
     return [variant for temperature in args.temperature for variant in (
         Variant(PLAIN, 0, "rejection", temperature),
-        *itertools.starmap(partial(Variant, temperature=temperature), itertools.product(names, args.k, args.rule)))]
+        *itertools.starmap(partial(Variant, temperature=temperature),
+                           itertools.product(names, args.k, args.rule)))]
 
 
-def make_batches(args: argparse.Namespace, prompts: list[list[int]], size: int) -> list[jspec.PromptBatch]:
-    """`size` prompts at a time, all padded to one length; what is left over in the end is left out."""
+def make_batches(args: argparse.Namespace, prompts: list[list[int]],
+                 size: int) -> list[jspec.PromptBatch]:
+    """`size` prompts at a time, all padded to one length; what is left over in the end is left
+    out."""
     length, key = -(-max(map(len, prompts)) // _UNIT) * _UNIT, purpose_key(args.seed, BENCH_KEY)
-    return [jspec.PromptBatch.from_tokens(prompts[i:i + size], group_size=1, seed=key, buckets=(length,),
-                                          sequence_ids=range(i, i + size))
+    return [jspec.PromptBatch.from_tokens(prompts[i:i + size], group_size=1, seed=key,
+                                          buckets=(length,), sequence_ids=range(i, i + size))
             for i in range(0, len(prompts) - size + 1, size)]
 
 
-def rollout_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None],
-                     variants: list[Variant], batches: list[jspec.PromptBatch]) -> dict[Any, Callable[[], Any]]:
-    """("rollout", variant, number of the batch) -> a program that gives lengths and statistics."""
-    def run(variant: Variant, batch: jspec.PromptBatch):
-        sampling = jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=variant.temperature)
-        speculation = jspec.Speculation(k=variant.k, rule=variant.rule, kernels=args.kernels)
-        out = jspec.rollout(policy, drafts[variant.draft], batch, sampling=sampling, speculation=speculation)
-        return out.lengths, out.stats
-
-    return {("rollout", variant, number): partial(run, variant, batch)
-            for number, batch in enumerate(batches) for variant in variants}
-
-
-def features_of(draft: Draft | None) -> tuple[int, ...]:
-    return () if draft is None else draft.drafter.features(draft.config)
-
-
-def part_programs(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None], variants: list[Variant],
-                  batch: jspec.PromptBatch) -> dict[Any, Callable[[], Any]]:
-    """("prefill", drafter), ("verify", k, features), ("draft", variant) and ("verdict", variant) -> a program. Each has
-    run once: what it gives is what the next part is given."""
-    programs: dict[Any, Callable[[], Any]] = {}
-
-    def run(key: Any, function: Callable, *arguments: Any, **options: Any) -> Any:
-        programs[key] = partial(function, *arguments, **options)
-        return jax.block_until_ready(programs[key]())
-
-    sampling = jspec.Sampling(max_new_tokens=args.max_new_tokens, temperature=1.0)
-    key, times = jax.random.key_data(batch.key), part_times(args)
-    begun, prepared, computed = {}, {}, {}
-    for name, draft in drafts.items():
-        started = run(("prefill", name), parts.prefill, policy, draft, batch, sampling, k=max(args.k))
-        begun[name] = started if name == PLAIN else started.replace(cache=begun[PLAIN].cache)  # they are alike
-        prepared[name] = jax.jit(parts.prepare)(policy, draft)
-    for variant in variants:
-        draft = prepared[variant.draft]
-        pass_key = ("verify", variant.k, features_of(draft))
-        if pass_key not in computed:
-            computed[pass_key] = run(pass_key, parts.verification, policy, begun[PLAIN], k=variant.k,
-                                     features=pass_key[2], times=times)
-        trunk, scores = computed[pass_key]
-        mine = begun[variant.draft]
-        at = jnp.full(batch.lengths.shape, variant.temperature)
-        mine = mine.replace(sequences=mine.sequences.replace(temperature=at))
-        proposal = Proposal(jnp.zeros((len(batch.lengths), 0), jnp.int32))
-        if draft is not None:
-            proposal = run(("draft", variant), parts.drafting, policy, draft, mine, trunk, key, rule=variant.rule,
-                           k=variant.k, times=times)
-        run(("verdict", variant), parts.verdict, policy, mine, scores, proposal, key, rule=variant.rule)
-    return programs
-
-
-def part_times(args: argparse.Namespace) -> int:
-    return min(TIMES, args.max_new_tokens)
-
-
-def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None], prompts: list[list[int]],
-               size: int) -> list[dict[str, Any]]:
-    """The records of one batch size, each variant's figures and its comparison with plain decoding."""
+def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None],
+               prompts: list[list[int]], size: int) -> list[dict[str, Any]]:
+    """The records of one batch size, each variant's figures and its comparison with plain
+    decoding."""
     batches, variants = make_batches(args, prompts, size), make_variants(args)
     rollouts = rollout_programs(args, policy, drafts, variants, batches)
     others = part_programs(args, policy, drafts, variants, batches[0])
@@ -265,35 +230,18 @@ def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
     records = []
     for variant in variants:
         keys = [("rollout", variant, number) for number in range(len(batches))]
-        records.append({"batch": size, **dataclasses.asdict(variant), "prompts": size * len(batches),
-                        **acceptance([counts[key] for key in keys]),
-                        "seconds": [sum(taken) for taken in zip(*(seconds[key] for key in keys), strict=True)],
-                        "prefill_s": len(batches) * measure.median(seconds["prefill", variant.draft]),
-                        **part_ms(seconds, variant, features_of(drafts[variant.draft]), part_times(args))})
+        records.append(
+            {"batch": size, **dataclasses.asdict(variant), "prompts": size * len(batches),
+             **acceptance([counts[key] for key in keys]),
+             "seconds": [sum(taken) for taken in zip(*(seconds[key] for key in keys), strict=True)],
+             "prefill_s": len(batches) * measure.median(seconds["prefill", variant.draft]),
+             **part_ms(seconds, variant, features_of(drafts[variant.draft]), part_times(args))})
     return compared(records)
 
 
-def acceptance(counts: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """Over all batches' (lengths, statistics): tokens, `cycles` (of each batch's longest row, which is how often the
-    loop ran), tokens a cycle of a row, and the share accepted at each position."""
-    stats = jax.tree.map(lambda *x: sum(x), *(stats.replace(cycles=stats.cycles.sum()) for _, stats in counts))
-    tokens = int(sum(lengths.sum() for lengths, _ in counts))
-    return {"tokens": tokens, "cycles": int(sum(stats.cycles.max() for _, stats in counts)),
-            "acceptance_length": tokens / int(stats.cycles),
-            "acceptance_by_position": parts.by_position(stats).tolist()}
-
-
-def part_ms(seconds: dict[Any, list[float]], variant: Variant, features: tuple[int, ...],
-            times: int) -> dict[str, float]:
-    """Milliseconds of a cycle's parts, each a program of its own."""
-    drafting = measure.median(seconds["draft", variant]) / times if variant.k else 0.0
-    return {"draft_ms": 1e3 * drafting,
-            "verify_ms": 1e3 * measure.median(seconds["verify", variant.k, features]) / times,
-            "accept_ms": 1e3 * measure.median(seconds["verdict", variant])}
-
-
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Returns the records, which are what `--json` writes. Raises InputError for a mistake of the user's."""
+    """Returns the records, which are what `--json` writes. Raises InputError for a mistake of the
+    user's."""
     args = parse(arguments)
     texts, source = read_texts(args), open_source(args.model, [], args.dtype, kinds(args))
     prompts = encode(texts, source.tokenizer)
@@ -302,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return timed(args, source, prompts)
 
 
-def timed(args: argparse.Namespace, source: Source, prompts: list[list[int]]) -> list[dict[str, Any]]:
+def timed(args: argparse.Namespace, source: Source,
+          prompts: list[list[int]]) -> list[dict[str, Any]]:
     """The records, measured on the current mesh."""
     paths = paths_of_run(args, source) | args.draft_path
     makers = {name: choose_draft(name, source.shape, args.model, paths)
@@ -311,15 +260,17 @@ def timed(args: argparse.Namespace, source: Source, prompts: list[list[int]]) ->
         policy = source.load_finite()
         drafts = {name: make(policy) for name, make in makers.items()}
         policy = jspec.reshard(policy).replace(kernels=choose(args.kernels))
-    facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels), "seed": args.seed,
-             "max_new_tokens": args.max_new_tokens, "prompts_file": str(args.prompts), **measure.circumstances()}
+    facts = {"model": args.model, "dtype": policy.dtype, "kernels": picked(args.kernels),
+             "seed": args.seed, "max_new_tokens": args.max_new_tokens,
+             "prompts_file": str(args.prompts), **measure.circumstances()}
     records = []
     for size in args.batch:
         with telling(f"batch {size}: compiling, then {args.rounds} round(s)"):
             records += [{**record, "trained": trained(record["draft"], args.model, paths), **facts}
                         for record in time_batch(args, policy, drafts, prompts, size)]
         measure.write_json(args.json, records)
-    title = f"{args.model}, {facts['dtype']}, up to {args.max_new_tokens} new tokens, {facts['kernels']}"
+    title = (f"{args.model}, {facts['dtype']}, up to {args.max_new_tokens} new tokens, "
+             f"{facts['kernels']}")
     show(records, title)
     if args.plot:
         draw(records, title, args.plot)

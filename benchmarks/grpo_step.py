@@ -26,8 +26,8 @@ import jspec
 from benchmarks import measure
 from benchmarks.options import open_results, program
 from benchmarks.shapes import SHAPES
+from jspec.clock import Clock
 from jspec.console import PlainConsole
-from jspec.metrics import Clock
 from jspec.purposes import BENCH_KEY, purpose_key
 from jspec.rl.batch import TrainBatch
 from jspec.rl.grading import Grades

@@ -17,7 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jspec.metrics import PHASES, phase_medians, read_records
+from jspec.clock import PHASES
+from jspec.metrics import phase_medians, read_records
 
 
 def smooth(values: list[float], window: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from jspec import hub
-from jspec.config import Config, DraftTrainingConfig, ModelSection
+from jspec.config import Config, ModelSection
+from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
 from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_policy

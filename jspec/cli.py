@@ -31,7 +31,7 @@ Handler = Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `keys` appends the keys of that class of `jspec.config` to
+    """Says what is wrong in one line; `keys` appends the keys of that class, "config:Config", to
     the help."""
 
     def __init__(self, *arguments, keys: str | None = None, **options) -> None:
@@ -72,10 +72,12 @@ def drafter(text: str) -> str:
 
 def keys_help(kind: str) -> str:
     """Every configuration key with its type, default and meaning, as text."""
-    from jspec import config, settings
+    from jspec import settings
 
+    module, _, name = kind.partition(":")
+    kind = getattr(importlib.import_module(f"jspec.{module}"), name)
     lines = ["keys of a config, each also settable as key=value after it:"]
-    for key, type_name, default, meaning in settings.describe(getattr(config, kind)):
+    for key, type_name, default, meaning in settings.describe(kind):
         if not type_name:
             lines.append(f"\n  {key}: {meaning}")
             continue
@@ -97,7 +99,7 @@ def parser() -> Parser:
         return made
 
     _add_train(command("train", _train, "train a policy with GRPO; the same command again resumes",
-                       keys="Config"))
+                       keys="config:Config"))
     _add_rollout(command("rollout", _computing("commands:rollout"),
                          "speculative and autoregressive decoding of one prompt, side by side"))
     _add_eval(command("eval", _computing("evaluation:evaluate"),
@@ -116,7 +118,7 @@ def parser() -> Parser:
     _add_draft_train(drafts)
     _add_draft_export(drafts)
     profile = command("profile", _profile, "trace one step, and say where its time and memory go",
-                      keys="Config")
+                      keys="config:Config")
     _add_config(profile)
     profile.add_argument("--out", metavar="DIR",
                          help="where the trace goes (default: output_dir/profile)")
@@ -138,9 +140,10 @@ def _add_train(made: Parser) -> None:
 
 
 def _add_draft_train(drafts: Any) -> None:
-    made = drafts.add_parser("train", keys="DraftTrainingConfig", help="train one on the policy's "
-                             "own answers", description="Train a draft on the policy's own "
-                             "answers; the same command again goes on from where it was.")
+    made = drafts.add_parser("train", keys="draft_config:DraftTrainingConfig",
+                             help="train one on the policy's own answers",
+                             description="Train a draft on the policy's own answers; the same "
+                             "command again goes on from where it was.")
     made.set_defaults(run=_train_draft)
     made.add_argument("model", metavar="MODEL", help=NAMED)
     made.add_argument("overrides", metavar="key=value", nargs="*",
@@ -248,7 +251,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_draft(arguments: argparse.Namespace) -> int:
-    from jspec.config import DraftTrainingConfig, load_config
+    from jspec.config import load_config
+    from jspec.draft_config import DraftTrainingConfig
 
     overrides = [("model.name", arguments.model), *arguments.overrides]
     config = load_config(arguments.config, overrides, DraftTrainingConfig)

@@ -131,8 +131,8 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Ar
            pool_v: jax.Array, table: jax.Array, lengths: jax.Array,
            window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`: rows are a
-    shard's own, heads are split. q [B, T, H, D], k and v [B, T, H_kv, D], pools [blocks, H_kv,
-    size, D], table int32 [B, M], lengths int32 [B].
+    shard's own, heads are split. q [B, T, H, D], k and v [B, T, H_kv, D], pools
+    [blocks, H_kv, size, D], table int32 [B, M], lengths int32 [B].
 
     Where KV heads are replicated, every shard computes all heads: the copies of the pool must stay
     equal.
@@ -159,8 +159,8 @@ def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
           draft_vocab: jax.Array | None = None, top_k: int = 0, ban: jax.Array | None = None,
           banned_tokens: tuple[int, ...] = ()) -> Verdict:
     """`rejection_sampling` as `policy.kernels` says, on the shards of `policy.layout`: the verdict
-    on draft_tokens int32 [B, K], drawn from draft_log_q float32 [B, K, Vd], by logits [B, K + 1,
-    V]."""
+    on draft_tokens int32 [B, K], drawn from draft_log_q float32 [B, K, Vd], by logits
+    [B, K + 1, V]."""
     args = (logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban)
 
     def run(logits, draft_tokens, draft_log_q, noise, temperature, draft_vocab, ban,

@@ -1,4 +1,5 @@
-"""What a run says of itself: a JSON line and TensorBoard scalars a step, lines and a table for people to read."""
+"""What a run says of itself: a JSON line and TensorBoard scalars a step, lines and a table for
+people to read."""
 
 from __future__ import annotations
 
@@ -14,12 +15,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
+from jspec.clock import PHASES, Clock, CompileSeconds
 from jspec.console import PlainConsole
 from jspec.errors import InputError
 from jspec.hub.json_io import parse_json
@@ -27,24 +35,26 @@ from jspec.hub.json_io import parse_json
 log = logging.getLogger(__name__)
 
 TIMINGS = ("seconds/", "tokens_per_second", "compilations")
-"""Prefixes of the fields that differ, as `time` does, between two runs of the same thing; all others are equal."""
+"""Prefixes of the fields that differ, as `time` does, between two runs of the same thing; all
+others are equal."""
 
-PHASES = ("data", "reshard", "choose", "rollout", "reward", "draft", "remember", "update", "checkpoint")
-"""The phases of a step, each of which is timed; inside their programs `profiling.SCOPES` are told apart."""
 WINDOW = 20  # steps in the running mean that acceptance is compared with
-EXPECTED = 20  # accepted tokens that the mean promises for a step: with fewer, half of them is within chance
+# accepted tokens that the mean promises for a step: with fewer, half of them is within chance
+EXPECTED = 20
 TABLE_ROWS = 12
 WIDE = 1e7  # numbers from here on are shown by their first digits
 
 
 def untimed(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what may differ between two runs of the same thing."""
-    return {key: value for key, value in record.items() if key != "time" and not key.startswith(TIMINGS)}
+    return {key: value
+            for key, value in record.items() if key != "time" and not key.startswith(TIMINGS)}
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; none if there is no such file. Lines that are no records are left out:
-    a last one that a crash cut short, and others with a warning. Raises InputError if it cannot be read."""
+    """The records of a metrics.jsonl, in order; none if there is no such file. Lines that are no
+    records are left out: a last one that a crash cut short, and others with a warning. Raises
+    InputError if it cannot be read."""
     path, records = Path(path), []
     if not path.exists():
         return records
@@ -72,73 +82,20 @@ def _record(text: bytes, where: str) -> dict[str, Any]:
 
 
 def keep_steps(path: Path, steps: int) -> list[dict[str, Any]]:
-    """Cut a metrics.jsonl back to its first `steps` steps, in one move, and return their records."""
+    """Cut a metrics.jsonl back to its first `steps` steps, in one move, and return their
+    records."""
     records = [record for record in read_records(path) if record["step"] <= steps]
     if path.exists():
         shorter = path.with_suffix(".tmp")
-        shorter.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        shorter.write_text("".join(json.dumps(record) + "\n" for record in records),
+                           encoding="utf-8")
         os.replace(shorter, path)
     return records
 
 
-class CompileSeconds:
-    """The seconds in which JAX has compiled programs, or read compiled ones, since it was entered: call it to ask.
-    `programs` counts them."""
-
-    EVENT = "/jax/core/compile/backend_compile_duration"
-
-    def __init__(self) -> None:
-        self.total, self.programs = 0.0, 0
-
-    def __call__(self) -> float:
-        return self.total
-
-    def hear(self, event: str, seconds: float, **_: Any) -> None:
-        if event == self.EVENT:
-            self.total += seconds
-            self.programs += 1
-
-    def __enter__(self) -> CompileSeconds:
-        jax.monitoring.register_event_duration_secs_listener(self.hear)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        jax.monitoring.unregister_event_duration_listener(self.hear)
-
-
-class Clock:
-    """Seconds of each phase of a step, and those of them that went into compiling."""
-
-    def __init__(self, compile_seconds: CompileSeconds | None = None) -> None:
-        """None: nothing is known of compiling."""
-        compile_seconds = compile_seconds or CompileSeconds()
-        self.seconds: dict[str, float] = {}
-        self.compiling: dict[str, float] = {}
-        self.compile_seconds, self.compiled_before = compile_seconds, compile_seconds()
-        self.programs_before = compile_seconds.programs
-        self.start = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start, compiled = time.perf_counter(), self.compile_seconds()
-        with jax.profiler.TraceAnnotation(phase):  # what a trace of the host shows
-            yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-        self.compiling[phase] = self.compiling.get(phase, 0.0) + self.compile_seconds() - compiled
-
-    def compilations(self) -> int:
-        """Programs that were compiled, or read compiled, since the step began."""
-        return self.compile_seconds.programs - self.programs_before
-
-    def record(self) -> dict[str, float]:
-        """Fields `seconds/PHASE`, `seconds/compile`, and `seconds/step`, all that has passed since the step began."""
-        fields = {f"seconds/{phase}": round(value, 4) for phase, value in self.seconds.items()}
-        return {**fields, "seconds/compile": round(self.compile_seconds() - self.compiled_before, 4),
-                "seconds/step": round(time.perf_counter() - self.start, 4)}
-
-
 class Board:
-    """TensorBoard's scalars, written as they come: tensorboardX's own SummaryWriter hangs on a full disk."""
+    """TensorBoard's scalars, written as they come: tensorboardX's own SummaryWriter hangs on a full
+    disk."""
 
     def __init__(self, directory: Path, done: int) -> None:
         """What the files in `directory` say of steps after `done` is shown no more."""
@@ -148,13 +105,15 @@ class Board:
 
         directory.mkdir(exist_ok=True)
         self.event, self.scalar = event_pb2.Event, scalar
-        self.writer = event_file_writer.EventsWriter(str(directory / "events"), f".{os.getpid()}.{done}")
+        self.writer = event_file_writer.EventsWriter(str(directory / "events"),
+                                                     f".{os.getpid()}.{done}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self.writer.write_event(self.event(wall_time=time.time(), step=done + 1, session_log=start))
 
     def write(self, step: int, scalars: Iterator[tuple[str, float]]) -> None:
         for name, value in scalars:
-            self.writer.write_event(self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value)))
+            self.writer.write_event(self.event(wall_time=time.time(), step=step,
+                                               summary=self.scalar(name, value)))
         self.writer.flush()
 
     def close(self) -> None:
@@ -162,15 +121,16 @@ class Board:
 
 
 class Metrics:
-    """Writes records to output_dir/metrics.jsonl and output_dir/tensorboard, and lines to the terminal.
+    """Writes records to output_dir/metrics.jsonl and output_dir/tensorboard, and lines to the
+    terminal.
 
-    Opened at step `done`, it first takes back what an interrupted run wrote beyond that step: what the files say is
-    then what an uninterrupted run would have written. Opening and writing raise InputError where a file cannot be
-    written.
+    Opened at step `done`, it first takes back what an interrupted run wrote beyond that step: what
+    the files say is then what an uninterrupted run would have written. Opening and writing raise
+    InputError where a file cannot be written.
     """
 
-    def __init__(self, output_dir: str | Path, done: int, steps: int, console: Console | None = None,
-                 write: bool = True) -> None:
+    def __init__(self, output_dir: str | Path, done: int, steps: int,
+                 console: Console | None = None, write: bool = True) -> None:
         """`write` is false on all processes but one: they keep records and write nothing."""
         self.directory = Path(output_dir)
         self.steps, self.file, self.board, self.records = steps, None, None, []
@@ -182,7 +142,8 @@ class Metrics:
                 self.board = Board(self.directory / "tensorboard", done)
         self.compile_seconds = CompileSeconds()
         self.console = console or PlainConsole()
-        self.progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(),
+        self.progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+                                 TimeElapsedColumn(),
                                  TextColumn("left"), TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task("train", total=steps, completed=done)
 
@@ -191,16 +152,17 @@ class Metrics:
         try:
             yield
         except OSError as error:
-            raise InputError(f"{self.directory}: cannot write {what}: {error.strerror}; make room or make it writable, "
-                             "and the same command goes on from the last checkpoint") from None
+            raise InputError(f"{self.directory}: cannot write {what}: {error.strerror}; make room "
+                             "or make it writable, and the same command goes on from the last "
+                             "checkpoint") from None
 
     def clock(self) -> Clock:
         """Of the step that begins now."""
         return Clock(self.compile_seconds)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One step's record: numbers, lists of numbers and text. It gets the time, and numbers that are not finite
-        become null in the JSON."""
+        """One step's record: numbers, lists of numbers and text. It gets the time, and numbers that
+        are not finite become null in the JSON."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {key: _plain(value) for key, value in {**record, "time": now}.items()}
         if self.file is not None:
@@ -228,7 +190,8 @@ class Metrics:
         self.progress.stop()
         self.compile_seconds.__exit__(*exception)
         if self.file is not None:
-            with suppress(OSError):  # every record has been flushed; what one could not be written for has been said
+            # every record has been flushed; what one could not be written for has been said
+            with suppress(OSError):
                 self.file.close()
                 self.board.close()
 
@@ -250,7 +213,8 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def acceptance_alarm(before: Sequence[dict[str, Any]], record: dict[str, Any]) -> str | None:
-    """A line that says so if the share of accepted drafts fell under half of its mean over the latest steps.
+    """A line that says so if the share of accepted drafts fell under half of its mean over the
+    latest steps.
 
     A draft of which next to nothing was ever accepted falls under half by chance, and is no news.
     """
@@ -265,8 +229,9 @@ def acceptance_alarm(before: Sequence[dict[str, Any]], record: dict[str, Any]) -
         return None
     if statistics.mean(earlier) * record["drafted"] < EXPECTED:
         return None
-    return (f"ALARM: acceptance fell to {now:.1%} of drafted tokens at step {record['step']}, under half of its mean "
-            f"of {statistics.mean(earlier):.1%}: look at the draft (draft/loss, draft/grad_norm)")
+    return (f"ALARM: acceptance fell to {now:.1%} of drafted tokens at step {record['step']}, "
+            f"under half of its mean of {statistics.mean(earlier):.1%}: look at the draft "
+            "(draft/loss, draft/grad_norm)")
 
 
 def _number(record: dict[str, Any], key: str, form: str) -> str:
@@ -276,16 +241,20 @@ def _number(record: dict[str, Any], key: str, form: str) -> str:
 
 def line(record: dict[str, Any], steps: int) -> str:
     """A step in one line."""
-    parts = [f"step {record['step']:>{len(str(steps))}}/{steps}", f"reward {_number(record, 'reward', '.3f')}"]
+    parts = [f"step {record['step']:>{len(str(steps))}}/{steps}",
+             f"reward {_number(record, 'reward', '.3f')}"]
     if record.get("reward_failures"):
         parts.append(f"reward_failures {record['reward_failures']}")
-    parts += [f"length {_number(record, 'length', '.1f')}", f"finished {_number(record, 'finished', '.0%')}",
+    parts += [f"length {_number(record, 'length', '.1f')}",
+              f"finished {_number(record, 'finished', '.0%')}",
               f"{_number(record, 'tokens_per_second', '.1f')} tok/s"]
     if record.get("acceptance") is not None:
-        parts.append(f"{record['acceptance_length']:.2f} tok/cycle  acceptance {record['acceptance']:.0%}")
+        parts.append(f"{record['acceptance_length']:.2f} tok/cycle  acceptance "
+                     f"{record['acceptance']:.0%}")
     if record.get("draft_skipped_in_row") or record.get("draft_finite") is False:
         parts.append("draft NOT FINITE")
-    parts += [f"logprob_gap {_number(record, 'logprob_gap', '.1e')}", f"{_number(record, 'seconds/step', '.1f')} s"]
+    parts += [f"logprob_gap {_number(record, 'logprob_gap', '.1e')}",
+              f"{_number(record, 'seconds/step', '.1f')} s"]
     if record.get("seconds/compile"):
         parts.append(f"(compiling {record['seconds/compile']:.1f} s)")
     return "  ".join(parts)
@@ -309,9 +278,10 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def phase_medians(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The median of each phase's seconds over the steps that compiled nothing, or over all if each of them did."""
-    return {phase: statistics.median([r.get(f"seconds/{phase}", 0.0) for r in _warm(records) or records] or [0.0])
-            for phase in PHASES}
+    """The median of each phase's seconds over the steps that compiled nothing, or over all if each
+    of them did."""
+    return {phase: statistics.median([r.get(f"seconds/{phase}", 0.0) for r in _warm(records)
+                                      or records] or [0.0]) for phase in PHASES}
 
 
 def _warm(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -319,7 +289,8 @@ def _warm(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def phase_table(records: Sequence[dict[str, Any]]) -> Table:
-    """Seconds a step spends in each phase, as the median over the steps that compiled nothing, and their share."""
+    """Seconds a step spends in each phase, as the median over the steps that compiled nothing, and
+    their share."""
     medians = phase_medians(records)
     total = sum(medians.values()) or 1.0
     which = "of the steps that compiled nothing" if _warm(records) else "compiling included"

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from jspec.base_model import BaseModel, with_tokenizer
 from jspec.checkpoint import has_checkpoints
-from jspec.config import Config, DraftTrainingConfig
+from jspec.config import Config
+from jspec.draft_config import DraftTrainingConfig
 from jspec.drafts import Draft, Drafter, constructor, find
 from jspec.errors import InputError
 from jspec.heads import load_draft

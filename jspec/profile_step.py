@@ -21,17 +21,11 @@ from rich.table import Table
 
 from jspec.base_model import BaseModel
 from jspec.choosing import Chooser, Plan
+from jspec.clock import Clock
 from jspec.config import Config
-from jspec.metrics import Clock
 from jspec.model import Policy
 from jspec.output import open_directory, screen
-from jspec.prepare import (
-    check,
-    make_draft,
-    make_reference,
-    make_state,
-    make_state_specs,
-)
+from jspec.prepare import check, make_draft, make_reference, make_state, make_state_specs
 from jspec.profiling import (
     PARTS,
     SCOPES,

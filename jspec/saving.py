@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from jspec.base_model import BaseModel
 from jspec.checkpoint import Checkpoints
 from jspec.choosing import Plan
+from jspec.clock import Clock
 from jspec.config import Config
 from jspec.health import Trouble
-from jspec.metrics import Clock
 from jspec.model import Policy
 from jspec.prepare import make_reference, make_state
 from jspec.progress import telling

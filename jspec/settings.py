@@ -1,54 +1,52 @@
-"""Typed settings: fields with meanings and bounds, read from YAML and dotted overrides into frozen dataclasses.
+"""Typed settings: fields with meanings and bounds, read from YAML and dotted overrides into frozen
+dataclasses.
 
-What there is to set is declared in `jspec.config`: here is how a declaration is read, checked, compared, written and
-described (OmegaConf's structured configs take "3" for 3 and "yes" for true). Anything wrong is an `InputError` that
-names the key and where it came from.
+What there is to set is declared in `jspec.config`: here is how a declaration is read, checked,
+compared, written and described (OmegaConf's structured configs take "3" for 3 and "yes" for true).
+Anything wrong is an `InputError` that names the key and where it came from.
 """
 
 import dataclasses
 import difflib
-import math
 import os
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from jspec import user_code, yaml_text
+from jspec import yaml_text
 from jspec.errors import InputError, shortened
+from jspec.setting_values import checked, choices_of, shown, type_name
 
 Override = str | tuple[str, Any]
 """'section.key=value', the value in YAML; or (section.key, value), the value taken as it is."""
 
-WHOLE_HIGH, FLOAT_LOW, FLOAT_HIGH = 2**31 - 1, 1.2e-38, 3.4e38
-"""What int32 and float32 hold: the largest whole number where a setting does not say otherwise, and the smallest and
-largest other number beside 0."""
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
             high: float | None = None, choices: tuple[str, ...] = (), filled: bool = False,
             path: bool = False, file: bool = False) -> Any:
-    """A dataclass field with its meaning and bounds: low <= value <= high, value > above, one of choices. Those of a
-    list are each entry's; `filled`: it has one at least. `path`: a text that may name a file, where `~` is the home;
-    `file`: or `path/to/file.py:NAME` in the place of one of choices."""
-    bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "filled": filled,
-              "path": path, "file": file}
+    """A dataclass field with its meaning and bounds: low <= value <= high, value > above, one of
+    choices. Those of a list are each entry's; `filled`: it has one at least. `path`: a text that
+    may name a file, where `~` is the home; `file`: or `path/to/file.py:NAME` in the place of one of
+    choices."""
+    bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices,
+              "filled": filled, "path": path, "file": file}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=bounds)
     return dataclasses.field(default=default, metadata=bounds)
 
 
 def read(kind: type, path: str | Path | None, overrides: Sequence[Override]) -> Any:
-    """A `kind` of its defaults, then a YAML file's values (None: no file), then overrides, later ones winning.
+    """A `kind` of its defaults, then a YAML file's values (None: no file), then overrides, later
+    ones winning.
 
     `${section.key}` in a text stands for that key's value; a backslash before it makes it text.
 
-    Raises InputError for a missing or malformed file, an unknown key (with the nearest known one), a wrong type and a
-    value out of range, each with the key and where it was set.
+    Raises InputError for a missing or malformed file, an unknown key (with the nearest known one),
+    a wrong type and a value out of range, each with the key and where it was set.
     """
     layers = [] if path is None else [(str(path), _read_file(Path(os.path.expanduser(path))))]
     layers += [_parse_override(override) for override in overrides]
@@ -74,18 +72,21 @@ _MARK = re.compile(r"(\\*)(\$\{)")
 
 
 def _resolved(values: dict[str, Any], origin: Mapping[str, str]) -> dict[str, Any]:
-    """`values` with each reference replaced. Raises InputError for one to something else than a key."""
+    """`values` with each reference replaced. Raises InputError for one to something else than a
+    key."""
     for key, text in _texts(values):
         for mark in _MARK.finditer(text):
             if len(mark[1]) % 2 == 0 and not _REFERENCE.match(text, mark.start(2)):
-                raise InputError(f"{_origin(key, origin)}: '{key}': what stands in ${{...}} must be a key of the "
+                raise InputError(f"{_origin(key, origin)}: '{key}': what stands in ${{...}} must "
+                                 "be a key of the "
                                  "configuration; write \\${ for the characters themselves")
     try:
         resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
         return resolved
     except Exception as error:  # among them RecursionError, for a reference that leads to itself
         key = getattr(error, "full_key", None) or "?"
-        raise InputError(f"{_origin(key, origin)}: '{key}': {yaml_text.first_line(error)}") from None
+        raise InputError(f"{_origin(key, origin)}: '{key}': "
+                         f"{yaml_text.first_line(error)}") from None
 
 
 def _texts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -99,7 +100,8 @@ def _texts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
 
 def _origin(key: str, origin: Mapping[str, str]) -> str:
     """Where `key`, or the setting that it is a part of, was set."""
-    return next((origin[known] for known in origin if f"{key}.".startswith(f"{known}.")), "the configuration")
+    return next((origin[known] for known in origin if f"{key}.".startswith(f"{known}.")),
+                "the configuration")
 
 
 def _escaped(value: Any) -> Any:
@@ -118,17 +120,20 @@ def to_yaml(config: Any) -> str:
 
 
 def refuse_changes(directory: str | Path, before: Any, after: Any, free: tuple[str, ...],
-                   remedy: str = "give that value to go on with it, or choose another output_dir") -> None:
-    """Raise InputError, naming the key, if two configurations differ in more than the keys and sections in `free`."""
+                   remedy: str = "give that value to go on with it, or choose another "
+                   "output_dir") -> None:
+    """Raise InputError, naming the key, if two configurations differ in more than the keys and
+    sections in `free`."""
     old = dict(_flat(before))
     for key, value in _flat(after):
         if value != old[key] and not any(f"{key}.".startswith(f"{name}.") for name in free):
-            was, now = (x if isinstance(x, str) else _show(x) for x in (old[key], value))
+            was, now = (x if isinstance(x, str) else shown(x) for x in (old[key], value))
             raise InputError(f"{directory} holds a run with {key}={was}, not {now}; {remedy}")
 
 
 def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every field; mappings are whole, for their keys are not the configuration's."""
+    """(dotted key, value) of every field; mappings are whole, for their keys are not the
+    configuration's."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -144,20 +149,23 @@ def _plain(value: Any) -> Any:
 
 
 def describe(kind: type) -> list[tuple[str, str, str, str]]:
-    """Rows (dotted key, type, default, meaning) of every field, in order; a section's row has only key and meaning."""
+    """Rows (dotted key, type, default, meaning) of every field, in order; a section's row has only
+    key and meaning."""
     rows = []
     for prefix, section in _sections(kind):
         if prefix:
-            rows.append((prefix[0], "", "", (section.__doc__ or "").strip()))
+            rows.append((prefix[0], "", "", " ".join((section.__doc__ or "").split())))
         field: Any
         for field in dataclasses.fields(section):
             if dataclasses.is_dataclass(field.type):
                 continue
-            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            default = (field.default_factory() if field.default is dataclasses.MISSING
+                       else field.default)
             meaning = field.metadata["help"]
-            choices = " | ".join(_choices(field))
+            choices = " | ".join(choices_of(field))
             kind = f"a list of {choices}" if choices and isinstance(default, tuple) else choices
-            rows.append((".".join((*prefix, field.name)), kind or _type_name(field.type), _show(default), meaning))
+            rows.append((".".join((*prefix, field.name)), kind or type_name(field.type),
+                         shown(default), meaning))
     return rows
 
 
@@ -170,7 +178,8 @@ def _sections(kind: type) -> Iterator[tuple[tuple[str, ...], type]]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     if not os.path.exists(path):  # unlike Path's, quiet about names that no file can have
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.4)
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1,
+                                         0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise InputError(f"config file {shortened(str(path))} does not exist{hint}")
     loaded = yaml_text.read(path)
@@ -195,26 +204,29 @@ def _parse_override(override: Override) -> tuple[str, dict[str, Any]]:
     return label, value
 
 
-def _check_keys(section: type, values: Any, path: tuple[str, ...], source: str, origin: dict[str, str],
-                kind: type | None = None) -> None:
+def _check_keys(section: type, values: Any, path: tuple[str, ...], source: str,
+                origin: dict[str, str], kind: type | None = None) -> None:
     kind = kind or section
     known: dict[str, Any] = {field.name: field for field in dataclasses.fields(section)}
     for key, value in values.items():
         here = (*path, str(key))
         dotted = ".".join(here)
         if key not in known:
-            raise InputError(f"{source}: unknown key '{dotted}'; did you mean '{_nearest(here, kind)}'?")
+            raise InputError(f"{source}: unknown key '{dotted}'; did you mean "
+                             f"'{_nearest(here, kind)}'?")
         origin[dotted] = source
         if not dataclasses.is_dataclass(known[key].type):
             continue
         if not isinstance(value, dict):
             example = f"{dotted}.{dataclasses.fields(known[key].type)[0].name}"
-            raise InputError(f"{source}: '{dotted}' is a section, not a value; set its keys, such as '{example}'")
+            raise InputError(f"{source}: '{dotted}' is a section, not a value; set its keys, such "
+                             f"as '{example}'")
         _check_keys(known[key].type, value, here, source, origin, kind)
 
 
 def _nearest(path: tuple[str, ...], kind: type) -> str:
-    """The known dotted key most like `path`, by spelling of the whole and of the name; `lr` is learning_rate."""
+    """The known dotted key most like `path`, by spelling of the whole and of the name; `lr` is
+    learning_rate."""
     known = [".".join((*prefix, field.name)) for prefix, section in _sections(kind)
              for field in dataclasses.fields(section)]
     wanted = ".".join(path)
@@ -228,123 +240,13 @@ def _nearest(path: tuple[str, ...], kind: type) -> str:
     return max(known, key=likeness)
 
 
-def _build(section: type, values: dict[str, Any], path: tuple[str, ...], origin: dict[str, str]) -> Any:
+def _build(section: type, values: dict[str, Any], path: tuple[str, ...],
+           origin: dict[str, str]) -> Any:
     made = {}
     for field in dataclasses.fields(section):
         here = (*path, field.name)
         if dataclasses.is_dataclass(field.type):
             made[field.name] = _build(cast(type, field.type), values[field.name], here, origin)
         else:
-            made[field.name] = _checked(field, values[field.name], ".".join(here), origin)
+            made[field.name] = checked(field, values[field.name], ".".join(here), origin)
     return section(**made)
-
-
-def _checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str, str]) -> Any:
-    fitted = _fit(value, field.type)
-    expected = _type_name(field.type) if fitted is _MISFIT else _out_of_bounds(fitted, field)
-    if expected:
-        quote = isinstance(value, list | dict) and _fit("", field.type) is not _MISFIT
-        hint = f"; text with such characters needs quotes, as in {dotted}='\"...\"'" if quote else ""
-        raise InputError(f"{origin[dotted]}: '{dotted}' must be {expected}, not {shortened(_show(value))}{hint}")
-    if isinstance(fitted, dict):
-        for key in fitted:
-            if fitted[key] is None and ":" in str(key):  # YAML's own rule, and nobody means the key that it makes
-                raise InputError(f"{origin[dotted]}: '{dotted}' has the key {shortened(repr(key))} without a value; "
-                                 "write a blank after the colon, as in {size: 1}")
-    return _at_home(fitted, f"{origin.get(dotted, 'the defaults')}: '{dotted}'") if field.metadata["path"] else fitted
-
-
-def _at_home(value: Any, label: str) -> Any:
-    """A path, or each of several, with the home in the place of its ~. Raises InputError, which begins with `label`,
-    for the home of a user who is not there."""
-    if isinstance(value, tuple):
-        return tuple(_at_home(entry, label) for entry in value)
-    if not isinstance(value, str) or ("/" not in value and value != "~"):  # ~name is a name
-        return value
-    expanded = os.path.expanduser(value)
-    if expanded.startswith("~"):
-        raise InputError(f"{label}: {shortened(value)} names the home of a user who is not there; write ./~... for a "
-                         "folder of that name")
-    return expanded
-
-
-def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:
-    """What a value of the right type must be and is not, in words, or ''."""
-    bounds, is_list = field.metadata, isinstance(fitted, tuple)
-    entries, each = fitted if is_list else (fitted,), "a list with each entry " if is_list else ""
-    if bounds["filled"] and not fitted:
-        return f"{_type_name(field.type)} with one {'entry' if is_list else 'character'} at least"
-    if bounds["choices"] and not all(entry in bounds["choices"] or (bounds["file"] and user_code.split(entry))
-                                     for entry in entries):
-        return f"{each}one of {', '.join(_choices(field))}"
-    for entry in (entry for entry in entries if isinstance(entry, int | float)):
-        if bounds["low"] is not None and entry < bounds["low"]:
-            return f"{each}at least {bounds['low']}"
-        if bounds["above"] is not None and entry <= bounds["above"]:
-            return f"{each}above {bounds['above']}"
-        high = WHOLE_HIGH if bounds["high"] is None and isinstance(entry, int) else bounds["high"]
-        if high is not None and entry > high:
-            return f"{each}at most {high}"
-        if isinstance(entry, float) and entry and not FLOAT_LOW <= abs(entry) <= FLOAT_HIGH:
-            return f"{each}0, or between {FLOAT_LOW} and {FLOAT_HIGH} in size, which is what float32 holds"
-    return ""
-
-
-def _choices(field: dataclasses.Field) -> tuple[str, ...]:
-    """What a field may be, in words."""
-    return (*field.metadata["choices"], *([user_code.EXAMPLE] if field.metadata["file"] else []))
-
-
-_MISFIT = object()
-_UNIONS = (types.UnionType, typing.Union)
-
-
-def _fit(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or _MISFIT. Only lossless conversions: int to float, list to tuple."""
-    if typing.get_origin(kind) in _UNIONS:
-        fits = (_fit(value, option) for option in typing.get_args(kind))
-        return next((fitted for fitted in fits if fitted is not _MISFIT), _MISFIT)
-    if typing.get_origin(kind) is tuple:
-        items = [_fit(item, typing.get_args(kind)[0]) for item in value] if isinstance(value, list) else [_MISFIT]
-        return _MISFIT if any(item is _MISFIT for item in items) else tuple(items)
-    if typing.get_origin(kind) is typing.Literal:
-        return value if isinstance(value, str) and value in typing.get_args(kind) else _MISFIT
-    if kind is types.NoneType:
-        return None if value is None else _MISFIT
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**1000 else math.inf
-    exact = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    return value if exact and _is_plain(value) else _MISFIT
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether this is what every reader takes: texts that UTF-8 and file names can hold, finite numbers, and lists and
-    mappings of those by name."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(key) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if isinstance(value, str):
-        return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
-    return value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) in _UNIONS:
-        return " or ".join(_type_name(option) for option in typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return " or ".join(typing.get_args(kind))
-    return _TYPE_NAMES[kind]
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
-               dict: "a mapping of names to texts, finite numbers, lists and mappings",
-               tuple[int, ...]: "a list of whole numbers",
-               tuple[tuple[int, ...], ...]: "a list of lists of whole numbers",
-               tuple[float, ...]: "a list of numbers", tuple[str, ...]: "a list of texts", types.NoneType: "null"}
-
-
-def _show(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return repr(value) if isinstance(value, str) else str(value)

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 import jspec
+from jspec.clock import Clock
 from jspec.config import Config
 from jspec.distributed import fetch
 from jspec.drafts import Draft
-from jspec.metrics import Clock
 from jspec.model import Policy, to_rollout
 from jspec.prepare import make_batching, make_sampling, make_speculation, rollout_layout
 from jspec.rl.advantages import AdvantageForm, group_advantages

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from jspec.clock import Clock
 from jspec.drafts import Draft
 from jspec.drafts.base import RUN_AWAY, largest
-from jspec.metrics import Clock
 from jspec.rl.update_settings import UpdateSettings, trains_draft
 from jspec.speculate import Rollout
 from jspec.step import Taken

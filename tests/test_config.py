@@ -4,7 +4,8 @@ import os
 import pytest
 
 from jspec.choices import DRAFTERS, RULES
-from jspec.config import Config, DraftTrainingConfig, load_config
+from jspec.config import Config, load_config
+from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.settings import describe, to_yaml
 

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from jspec import metrics
+from jspec.clock import Clock, CompileSeconds
 from jspec.errors import InputError
 from jspec.metrics import Metrics, acceptance_alarm, read_records, untimed
 
@@ -174,8 +175,8 @@ def test_the_steps_that_compile_are_left_out_of_the_medians():
 
 
 def test_compiling_is_counted_by_phase():
-    with metrics.CompileSeconds() as compiling:
-        clock = metrics.Clock(compiling)
+    with CompileSeconds() as compiling:
+        clock = Clock(compiling)
         with clock("rollout"):
             jax.jit(lambda x: x * 1.2345 + 6)(jnp.ones(3))
         with clock("update"):
@@ -183,7 +184,7 @@ def test_compiling_is_counted_by_phase():
         assert clock.compiling["rollout"] > 0 == clock.compiling["update"]
         assert (clock.record()["seconds/compile"]
                 == pytest.approx(clock.compiling["rollout"], abs=1e-3))
-        assert clock.compilations() > 0 == metrics.Clock(compiling).compilations()
+        assert clock.compilations() > 0 == Clock(compiling).compilations()
     before = compiling()
     jax.jit(lambda x: x * 1.2345 + 7)(jnp.ones(3))
     assert compiling() == before
@@ -196,7 +197,7 @@ def test_a_process_that_does_not_write_leaves_no_file(tmp_path):
 
 
 def test_seconds_of_phases_add_up():
-    clock = metrics.Clock()
+    clock = Clock()
     with clock("data"):
         pass
     with clock("data"):

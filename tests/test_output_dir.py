@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from jspec import checksums
-from jspec.config import Config, DraftTrainingConfig
+from jspec.config import Config
+from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.output_dir import LOCK, claimed, is_run, written
 from jspec.settings import to_yaml

@@ -19,9 +19,10 @@ import pytest
 
 from jspec import choosing, prepare, step, train
 from jspec.base_model import BaseModel
+from jspec.clock import PHASES
 from jspec.config import Config, load_config
 from jspec.errors import InputError
-from jspec.metrics import PHASES, Metrics, read_records, untimed
+from jspec.metrics import Metrics, read_records, untimed
 from jspec.output_dir import claimed
 from jspec.rl.prompts import PromptData
 from jspec.rl.records import JsonLines

@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 
 from jspec.base_model import BaseModel
-from jspec.config import DraftTrainingConfig, load_config
+from jspec.config import load_config
+from jspec.draft_config import DraftTrainingConfig
 from jspec.draft_training.prompts import gather
 from jspec.draft_training.report import report
 from jspec.draft_training.samples import sample

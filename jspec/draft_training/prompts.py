@@ -16,7 +16,8 @@ import jax
 
 import jspec
 from jspec.answering import batch_on_mesh, decoded
-from jspec.config import DataSection, DraftTrainingConfig
+from jspec.config import DataSection
+from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.prepare import rollout_layout

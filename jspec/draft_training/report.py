@@ -15,7 +15,7 @@ from rich.table import Table
 
 import jspec
 from jspec.answering import batch_on_mesh, decoded
-from jspec.config import DraftTrainingConfig
+from jspec.draft_config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.model import Policy
 from jspec.output import screen

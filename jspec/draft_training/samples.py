@@ -17,7 +17,7 @@ import numpy as np
 import jspec
 from jspec import formats
 from jspec.answering import batch_on_mesh, decoded
-from jspec.config import DraftTrainingConfig
+from jspec.draft_config import DraftTrainingConfig
 from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from jspec.config import DraftTrainingConfig
+from jspec.draft_config import DraftTrainingConfig
 from jspec.draft_training.samples import read
 from jspec.drafts import Draft, Drafter
 from jspec.drafts.base import DraftBatch

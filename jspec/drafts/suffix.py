@@ -70,8 +70,8 @@ def init(policy: Policy, key: jax.Array | None = None, *, max_match: int = 8, si
     there is one.
 
     Its state: `prompts` uint32 [C, 2], fingerprints; `written` int32 [C], in which order, 0: never;
-    `tokens` int32 [C, H, W], the newest row first, `NOTHING` where there is none; `keys` uint32 [C,
-    H, 2], of the rollouts that they are of. 4 MiB by default. {} without a history.
+    `tokens` int32 [C, H, W], the newest row first, `NOTHING` where there is none; `keys` uint32
+    [C, H, 2], of the rollouts that they are of. 4 MiB by default. {} without a history.
 
     Args:
       key: not used, there is nothing random in it.

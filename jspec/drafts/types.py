@@ -137,8 +137,8 @@ class DraftBatch:
     temperature: jax.Array
 
     def predicting(self, x: jax.Array) -> jax.Array:
-        """The entries of x [B, S, D] at the positions that predict the response's tokens, [B, T,
-        D]."""
+        """The entries of x [B, S, D] at the positions that predict the response's tokens,
+        [B, T, D]."""
         at = self.response_start[:, None] - 1 + jnp.arange(self.mask.shape[1])[None]
         return jnp.take_along_axis(x, at[:, :, None], axis=1, mode="clip")
 

@@ -11,7 +11,7 @@ from flax import struct
 from pallas_kernels.implementation import REFERENCE, Implementation
 from pallas_kernels.noise import CoupledNoise, Noise
 from pallas_kernels.rejection_sampling import reference
-from pallas_kernels.rejection_sampling.summary import inverse_transform, judge
+from pallas_kernels.rejection_sampling.verdict import inverse_transform, judge
 
 
 @struct.dataclass

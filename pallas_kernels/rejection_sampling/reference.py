@@ -135,8 +135,8 @@ def first_above(mass: jax.Array, u: jax.Array, ids: jax.Array,
 
 
 def inverse_transform(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """Draw int32 [B] from unnormalised probabilities float32 [B, V] with two uniforms each, [B,
-    2]."""
+    """Draw int32 [B] from unnormalised probabilities float32 [B, V] with two uniforms each,
+    [B, 2]."""
     size = mass.shape[-1]
     padded = jnp.pad(mass,
                      ((0, 0), (0, -size % VOCAB_BLOCK))).reshape(mass.shape[0], -1, VOCAB_BLOCK)
@@ -298,8 +298,8 @@ def block_chances(weights: jax.Array, left: jax.Array) -> jax.Array:
 
 
 def last_true(flags: jax.Array) -> jax.Array:
-    """The number, from 1, of the last flag that is true, and 0 if none is; int32 [B] from bool [B,
-    K]."""
+    """The number, from 1, of the last flag that is true, and 0 if none is; int32 [B] from bool
+    [B, K]."""
     return jnp.where(flags, jnp.arange(1, flags.shape[1] + 1),
                      0).max(-1, initial=0).astype(jnp.int32)
 

@@ -72,9 +72,9 @@ def summarize(logits: jax.Array, temperature: jax.Array, drafted: jax.Array | No
 
 
 def _body(offset, logits, temperature, of_row, *out, vocab, chunks, names, banned_tokens) -> None:
-    """References: offset int32 [1], logits [height, chunks * CHUNK], temperature float32 [height,
-    1], of_row int32 [height, 2 or 3] (banned or not, then the drafted id or the key's two words),
-    out [height, chunks] each."""
+    """References: offset int32 [1], logits [height, chunks * CHUNK], temperature float32
+    [height, 1], of_row int32 [height, 2 or 3] (banned or not, then the drafted id or the key's two
+    words), out [height, chunks] each."""
     begin = pl.program_id(1) * chunks
     lane = jax.lax.broadcasted_iota(jnp.int32, out[0].shape, 1)
 

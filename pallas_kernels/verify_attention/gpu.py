@@ -179,12 +179,12 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
            q_arrived, arrived, used, meet, rows_arrived, *, row, head, split, plan) -> None:
     """One split of one head of a row.
 
-    References in global memory: q bfloat16 [parts, B, H_kv, rows, D], new_k and new_v [B, H_kv,
-    NEW, D], table int32 [B, M], the pools, sums float32 [B, H_kv, splits, rows, D], stats float32
-    [B, H_kv, splits, tiles, 2, ROWS]: the largest score and the sum of weights. In shared memory:
-    q_tiles [warpgroups * parts, ROWS, D], ring [slots, STEP, D], tiles [parts, STEP, D], rows [2,
-    new, D], staged [warpgroups, ROWS, COLUMNS], numbers [warpgroups, 2, ROWS], and barriers.
-    length: int32 scalar.
+    References in global memory: q bfloat16 [parts, B, H_kv, rows, D], new_k and new_v
+    [B, H_kv, NEW, D], table int32 [B, M], the pools, sums float32 [B, H_kv, splits, rows, D], stats
+    float32 [B, H_kv, splits, tiles, 2, ROWS]: the largest score and the sum of weights. In shared
+    memory: q_tiles [warpgroups * parts, ROWS, D], ring [slots, STEP, D], tiles [parts, STEP, D],
+    rows [2, new, D], staged [warpgroups, ROWS, COLUMNS], numbers [warpgroups, 2, ROWS], and
+    barriers. length: int32 scalar.
     """
     warpgroup = lax.axis_index("warpgroup")
     last = split == lax.div(jnp.maximum(length - 1, 0), plan.split)

@@ -9,16 +9,16 @@ from pallas_kernels.verify_attention.packing import pack, unpack
 
 
 def _write(pool: jax.Array, new: jax.Array, block: jax.Array, offset: jax.Array) -> jax.Array:
-    """Write new [B, T, H_kv, D] into pool [blocks, H_kv, size, D] at block and offset, int32 [B,
-    T]; no block: nowhere. A scatter and no `where`, which would copy the pool."""
+    """Write new [B, T, H_kv, D] into pool [blocks, H_kv, size, D] at block and offset, int32
+    [B, T]; no block: nowhere. A scatter and no `where`, which would copy the pool."""
     return pool.at[block, :, offset].set(new.astype(pool.dtype), mode="drop")
 
 
 def _online_step(carry: tuple[jax.Array, jax.Array, jax.Array], q: jax.Array, k: jax.Array,
                  v: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Block of online softmax (https://arxiv.org/abs/1805.02867), float32. q [B, H_kv, R, D], k, v
-    [B, H_kv, C, D], visible bool [B, 1, R, C]; carried are the largest score and the sum [B, H_kv,
-    R, 1], and the output [B, H_kv, R, D].
+    [B, H_kv, C, D], visible bool [B, 1, R, C]; carried are the largest score and the sum
+    [B, H_kv, R, 1], and the output [B, H_kv, R, D].
     """
     top, total, out = carry
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -36,9 +36,9 @@ def _online_step(carry: tuple[jax.Array, jax.Array, jax.Array], q: jax.Array, k:
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
                      table: jax.Array, lengths: jax.Array, *,
                      window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `api.verify_attention`: q [B, T, H, D], k and v [B, T, H_kv, D], pools [blocks, H_kv,
-    size, D], table int32 [B, M], lengths int32 [B]. Blocks beyond the longest live row are not
-    read."""
+    """See `api.verify_attention`: q [B, T, H, D], k and v [B, T, H_kv, D], pools
+    [blocks, H_kv, size, D], table int32 [B, M], lengths int32 [B]. Blocks beyond the longest live
+    row are not read."""
     t, h = q.shape[1:3]
     blocks, kv_heads, size = pool_k.shape[:3]
     live = table[:, 0] < blocks

@@ -13,7 +13,8 @@ import pytest
 import jspec
 from benchmarks import draft_losses
 from jspec.cli import main
-from jspec.config import DraftTrainingConfig, load_config
+from jspec.config import load_config
+from jspec.draft_config import DraftTrainingConfig
 from jspec.draft_training import begin, samples, stages
 from jspec.draft_training.prompts import in_turn, unseen
 from jspec.errors import InputError

@@ -14,7 +14,7 @@ _SURFACE = {
     "rollout": "jspec.speculate", "PromptBatch": "jspec.speculate", "Rollout": "jspec.speculate",
     "Batching": "jspec.speculate", "Sampling": "jspec.speculate", "Speculation": "jspec.speculate",
     "Policy": "jspec.model", "ModelConfig": "jspec.model", "RopeConfig": "jspec.model",
-    "init_policy": "jspec.model", "reshard": "jspec.model",
+    "Experts": "jspec.model", "init_policy": "jspec.model", "reshard": "jspec.model",
     "Draft": "jspec.drafts", "load_draft": "jspec.heads", "TrainState": "jspec.rl.state",
     "choose_k": "jspec.choosing", "make_mesh": "jspec.sharding", "InputError": "jspec.errors",
 }

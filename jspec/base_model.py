@@ -16,7 +16,7 @@ from jspec.config import Config, ModelSection
 from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
-from jspec.model import ModelConfig, Policy, RopeConfig, abstract_policy, init_policy
+from jspec.model import Experts, ModelConfig, Policy, RopeConfig, abstract_policy, init_policy
 from jspec.purposes import POLICY_KEY, purpose_key
 
 
@@ -91,14 +91,28 @@ def architecture(section: ModelSection) -> ModelConfig:
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if missing:
         raise InputError(f"model.architecture needs {', '.join(missing)} too")
-    rope, stops = fields.get("rope", {}), fields.get("stop_tokens", [])
-    for name, value, kind, what in (("rope", rope, dict, "mapping"),
-                                    ("stop_tokens", stops, list | tuple, "list")):
-        if not isinstance(value, kind):
-            raise InputError(f"model.architecture.{name} must be a {what}, not {value!r}")
-    _check_names("model.architecture.rope", rope, [f.name for f in dataclasses.fields(RopeConfig)])
+    stops = fields.get("stop_tokens", [])
+    if not isinstance(stops, list | tuple):
+        raise InputError(f"model.architecture.stop_tokens must be a list, not {stops!r}")
+    parts = {name: _part(f"model.architecture.{name}", kind, fields[name])
+             for name, kind in (("rope", RopeConfig), ("experts", Experts)) if fields.get(name) is not None}
     try:
-        return ModelConfig(**fields | {"rope": RopeConfig(**rope), "stop_tokens": tuple(stops)})
+        return ModelConfig(**fields | parts | {"stop_tokens": tuple(stops)})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.architecture: {error}") from None
+
+
+def _part(label: str, kind: type, given: Any) -> Any:
+    """A part of ModelConfig that is a dataclass of its own."""
+    if not isinstance(given, dict):
+        raise InputError(f"{label} must be a mapping, not {given!r}")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    _check_names(label, given, known)
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in given]
+    if missing:
+        raise InputError(f"{label} needs {', '.join(missing)} too")
+    try:
+        return kind(**given)
     except (TypeError, ValueError) as error:
         raise InputError(f"model.architecture: {error}") from None
 

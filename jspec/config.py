@@ -197,6 +197,7 @@ class MeshSection:
 
     data: int = setting(-1, "replicas of the policy that split the rows", low=-1)
     fsdp: int = setting(1, "ways the weights are split in training, rows too", low=-1)
+    expert: int = setting(1, "ways a sparse policy's experts are split, and rows too", low=-1)
     tensor: int = setting(1, "ways heads, hidden layers and vocabulary are split", low=-1)
     rollout_tensor: str = setting("tensor", "axes that split the weights during rollouts",
                                   choices=("tensor", "fsdp_tensor"))
@@ -296,7 +297,7 @@ def check_shared(config: Any) -> None:
     demand(config.draft.path is None or not config.draft.options,
            f"draft.options are a fresh draft's, and the one at draft.path={config.draft.path} has "
            "its own; set draft.options=null")
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.expert, config.mesh.tensor)
     demand(0 not in axes and axes.count(-1) <= 1,
-           f"mesh.data, mesh.fsdp and mesh.tensor are {axes}: each at least 1, and one of them at "
-           "most may be -1")
+           f"mesh.data, mesh.fsdp, mesh.expert and mesh.tensor are {axes}: each at least 1, and "
+           "one of them at most may be -1")

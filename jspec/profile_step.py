@@ -48,7 +48,7 @@ from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
 from jspec.rl.update_settings import trains_draft
 from jspec.session import session
-from jspec.sharding import make_mesh
+from jspec.sharding import configured_mesh
 from jspec.speculate import PromptBatch, Rollout
 from jspec.speculate.types import Schedule
 from jspec.step import Step, Taken, compiled, declared
@@ -130,7 +130,7 @@ def profile(config: Config, directory: Path) -> int:
         # else a program that was kept may come back with the scopes of the source that it was
         # compiled from
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
-        mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        mesh = opened.use(configured_mesh(config.mesh))
         profiled = compile_step(config, mesh)
         settings, programs = profiled.step.settings, profiled.programs
         period = settings.draft_every if trains_draft(profiled.state.draft, settings) else 1

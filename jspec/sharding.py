@@ -20,23 +20,25 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jspec.arguments import whole, wrong
 from jspec.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 T = TypeVar("T")
 
-_TENSOR = {"vocab": ("tensor",), "q_heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)}
-_WIDE = {name: ("fsdp", "tensor") for name in _TENSOR}
+_TENSOR = dict.fromkeys(("vocab", "q_heads", "kv_heads", "mlp", "expert_mlp"), ("tensor",))
+_WIDE = dict.fromkeys(_TENSOR, ("fsdp", "tensor"))
 
-# logical axis -> mesh axes, by layout; a logical axis that is not listed is replicated
+# logical axis -> mesh axes, by layout; a logical axis that is not listed is replicated. Rows are split over `expert`
+# as well: attention is data-parallel there, and only the experts are not
 LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "train": {"batch": ("data", "fsdp"), "embed": ("fsdp",), **_TENSOR},
-    "rollout": {"batch": ("data", "fsdp"), **_TENSOR},
-    "rollout_wide": {"batch": ("data",), **_WIDE},
+    "train": {"batch": ("data", "fsdp", "expert"), "embed": ("fsdp", "expert"), "expert": ("expert",),
+              "expert_embed": ("fsdp",), **_TENSOR},
+    "rollout": {"batch": ("data", "fsdp", "expert"), "expert": ("expert",), **_TENSOR},
+    "rollout_wide": {"batch": ("data", "expert"), "expert": ("expert",), **_WIDE},
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor), all Auto. One of the sizes may be -1: what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None, expert: int = 1) -> Mesh:
+    """A mesh with axes (data, fsdp, expert, tensor), all Auto. One of the sizes may be -1: what the others leave.
 
     Raises InputError if the sizes do not multiply to the number of devices.
     """
@@ -44,16 +46,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     is_list = isinstance(devices, list | tuple | np.ndarray) and len(devices)
     if not is_list or not all(hasattr(device, "device_kind") for device in devices):
         raise wrong("devices", devices, "a list of devices, at least one, such as jax.devices()")
-    sizes = [whole(-1)(f"mesh {name}", size) for name, size in zip(AXES, (data, fsdp, tensor), strict=True)]
+    sizes = [whole(-1)(f"mesh {name}", size) for name, size in zip(AXES, (data, fsdp, expert, tensor), strict=True)]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise InputError(f"mesh sizes must be positive, at most one of them -1; got data, fsdp, tensor = {sizes}")
+        raise InputError(f"mesh sizes must be positive, at most one of them -1; got {', '.join(AXES)} = {sizes}")
     known = int(np.prod([s for s in sizes if s != -1]))
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
-        raise InputError(f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} does not fit "
-                         f"{len(devices)} devices; set mesh.data, mesh.fsdp and mesh.tensor so that the product does")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        raise InputError(f"mesh {' x '.join(AXES)} = {' x '.join(map(str, sizes))} does not fit {len(devices)} "
+                         f"devices; set {', '.join(f'mesh.{name}' for name in AXES)} so that the product does")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def configured_mesh(section: Any, devices: Any = None) -> Mesh:
+    """The mesh of a config's section `mesh`."""
+    return make_mesh(section.data, section.fsdp, section.tensor, devices, section.expert)
 
 
 def mesh_of_weights(model: Any, devices: Sequence[Any] | None = None) -> Mesh:
@@ -78,9 +85,14 @@ def mesh_of_rows(model: Any, rows: int, devices: Sequence[Any] | None = None) ->
 
 def _splits_heads(model: Any, degree: int) -> bool:
     """Whether `degree` tensor shards divide the model, as `check_mesh` asks it."""
-    sizes = (model.vocab_size, model.num_heads, model.intermediate_size)
-    return all(size % degree == 0 for size in sizes) and (
+    return all(size % degree == 0 for size in split_sizes(model).values()) and (
         degree > model.num_kv_heads or model.num_kv_heads % degree == 0)
+
+
+def split_sizes(model: Any) -> dict[str, int]:
+    """What tensor parallelism splits of a model, KV heads apart, by logical axis."""
+    sizes = {"vocab": model.vocab_size, "q_heads": model.num_heads, "mlp": model.intermediate_size}
+    return sizes if model.experts is None else {**sizes, "expert_mlp": model.experts.intermediate_size}
 
 
 def current_mesh() -> Mesh | AbstractMesh:
@@ -150,9 +162,10 @@ def block_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def check_mesh(model: Any, mesh: Any, layout: str = "train") -> None:
     """Raise InputError, naming the axis, if the mesh does not divide the model. More shards than KV heads is fine."""
-    rules = LAYOUTS[layout]
-    sizes = {"vocab": model.vocab_size, "q_heads": model.num_heads, "mlp": model.intermediate_size,
-             "embed": model.hidden_size}
+    rules, experts = LAYOUTS[layout], model.experts
+    if experts is None and _degree(mesh, ("expert",)) > 1:
+        raise InputError(f"mesh.expert = {mesh.shape['expert']} splits experts, and this model has none; set it to 1")
+    sizes = {**split_sizes(model), "embed": model.hidden_size} | ({} if experts is None else {"expert": experts.count})
     for name, size in sizes.items():
         degree = _degree(mesh, rules.get(name, ()))
         if size % degree:

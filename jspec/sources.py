@@ -27,7 +27,7 @@ from jspec.progress import say
 from jspec.purposes import DRAFT_KEY, purpose_key
 from jspec.run_dir import load_draft, load_policy, policy_shape, run_config
 from jspec.settings import Override
-from jspec.sharding import make_mesh, mesh_of_weights
+from jspec.sharding import configured_mesh, mesh_of_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def mesh_of(source: Source) -> tuple[Mesh, str]:
     if section == MeshSection():
         return mesh_of_weights(model), "rollout"
     try:
-        return make_mesh(section.data, section.fsdp, section.tensor), rollout_layout(source.config)
+        return configured_mesh(section), rollout_layout(source.config)
     except InputError as error:
         if source.own is None or section != source.own.mesh:
             raise

@@ -45,7 +45,7 @@ from jspec.run_dir import keep_config, run_plan
 from jspec.run_lines import Ending, closing, opening
 from jspec.saving import Saver, begin
 from jspec.session import session
-from jspec.sharding import make_mesh
+from jspec.sharding import configured_mesh
 from jspec.speculate import PromptBatch
 from jspec.speculate.types import Schedule
 from jspec.step import declared
@@ -71,7 +71,7 @@ def train(config: Config) -> int:
 
     with session(config.log_level, make_console) as opened:
         console, stack = opened.console, opened.stack
-        mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        mesh = opened.use(configured_mesh(config.mesh))
         base = BaseModel.of(config)
         check(config, mesh, base)
         stack.enter_context(stop)

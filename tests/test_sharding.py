@@ -25,7 +25,7 @@ from jspec.rl import update as up
 from jspec.rl.batch import TrainBatch
 from jspec.rl.state import init_state
 from jspec.rl.update_settings import UpdateSettings
-from jspec.sharding import check_rows, make_mesh, partition
+from jspec.sharding import check_rows, configured_mesh, make_mesh, partition
 from pallas_kernels.noise import BlockNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import draw, rejection_sampling
 from tests.pallas_kernels.interpreters import PLAIN
@@ -259,7 +259,7 @@ def pod_rollout():
     """Prints what is in the decode loops of configs/qwen3-8b-pod.yaml's rollout, of two layers,
     with the kernels."""
     mesh_section = load_config(Path(__file__).parents[1] / "configs" / "qwen3-8b-pod.yaml").mesh
-    mesh = make_mesh(mesh_section.data, mesh_section.fsdp, mesh_section.tensor)
+    mesh = configured_mesh(mesh_section)
     model = dataclasses.replace(SHAPES["qwen3-8b"], num_layers=2)
     with jax.set_mesh(mesh):
         policy = abstract_policy(model, "bfloat16")

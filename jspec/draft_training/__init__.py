@@ -30,7 +30,7 @@ from jspec.prepare import check_draft, make_sampling, named_drafter
 from jspec.progress import telling
 from jspec.session import session
 from jspec.settings import refuse_changes, to_yaml
-from jspec.sharding import check_mesh, make_mesh
+from jspec.sharding import check_mesh, configured_mesh
 from jspec.speculate.arguments import check_stops
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def train_draft(config: DraftTrainingConfig) -> int:
                              "sees: start it once")
         begin(config, directory)
         base = BaseModel.of(config)
-        mesh = opened.use(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        mesh = opened.use(configured_mesh(config.mesh))
         check_mesh(base.config, mesh)
         check_stops(base.config, make_sampling(config))
         check_draft(config, base.config)

@@ -52,7 +52,8 @@ from jspec.model import (
     layer_specs,
     place_on_mesh,
 )
-from jspec.model.layers import decoder_layer, fuse, linear, rms_norm
+from jspec.model.layers import decoder_layer, fuse, rms_norm
+from jspec.model.linear import linear
 from jspec.sharding import constrain_tree
 
 
@@ -145,7 +146,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3,
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, "eagle3")
     block = dataclasses.replace(made, family="llama", num_layers=1, tie_embeddings=False,
                                 qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False,
-                                stop_tokens=(), pad_token=0, tokenless=())
+                                stop_tokens=(), pad_token=0, tokenless=(), experts=None)
     fused = default_depths(made.num_layers) if aux_depths is None else cast(tuple, aux_depths)
     config = Eagle3Config(made, block, fused, 0 if ids is None else len(ids), depths,
                           norm_before_residual,
@@ -227,7 +228,7 @@ def _block(policy: Policy, config: Eagle3Config, w: dict) -> recursion.Block:
                          if config.own_embed else policy, tokens)
         normed = rms_norm(hidden, w["hidden_norm"], eps)
         inputs = jnp.concatenate([rms_norm(embedded, w["embed_norm"], eps), normed], axis=-1)
-        x, cache = decoder_layer(config.block, w["layer"], normed if config.norm_before_residual
+        x, cache, _ = decoder_layer(config.block, w["layer"], normed if config.norm_before_residual
                                  else hidden, rope, attend, inputs)
         return (rms_norm(x, w["norm"], eps) if config.norm_output else x), cache
 

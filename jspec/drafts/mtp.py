@@ -50,7 +50,8 @@ from jspec.model import (
     layer_specs,
     place_on_mesh,
 )
-from jspec.model.layers import decoder_layer, fuse, linear, rms_norm
+from jspec.model.layers import decoder_layer, fuse, rms_norm
+from jspec.model.linear import linear
 from jspec.sharding import constrain_tree
 
 
@@ -120,7 +121,7 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
         weights = init_weights(specs(config), key, policy.config.initializer_range)
         for block in weights["blocks"]:
             block["proj"] = block["proj"] + 0.5 * jnp.tile(jnp.eye(d, dtype=jnp.float32), (1, 2))
-            last = {name: x[-1] for name, x in layers.items() if name not in ("o", "down")}
+            last = {name: x[-1] for name, x in layers.items() if name in block["layer"] and name not in ("o", "down")}
             block["layer"] = block["layer"] | last
             block["final_norm"] = jnp.copy(final_norm)
         return weights
@@ -178,7 +179,7 @@ def _blocks(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[
         inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps),
                   rms_norm(hidden, w["hidden_norm"], eps)]
         x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
-        x, cache = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
+        x, cache, _ = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
         return rms_norm(x, w["final_norm"], eps), cache
 
     return [partial(block, w) for w in weights]

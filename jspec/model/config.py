@@ -1,4 +1,5 @@
-"""The static description of a decoder-only transformer: what Llama, Qwen2 and Qwen3 differ in, and nothing else."""
+"""The static description of a decoder-only transformer: what Llama, Qwen2, Qwen3 and Qwen3-MoE
+differ in, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import dataclasses
 from jspec.arguments import flag, instance, one_of, optional, real, settle, show, whole, whole_numbers
 from jspec.errors import InputError
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+MOST_EXPERTS = 256
 ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
 
 
@@ -52,12 +54,42 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that takes the place of a layer's feed-forward (Qwen3-MoE,
+    https://arxiv.org/abs/2505.09388).
+
+    Attributes:
+      count: experts of a layer. top_k: how many of them compute each token.
+      intermediate_size: of one expert.
+      renormalize: whether the gates of a token's experts are scaled to sum to one.
+      dense_layers: the layers that have a dense feed-forward instead, of the model's own intermediate_size.
+
+    Raises InputError, naming the field, for a value of another type, and for more experts a token than there are.
+    """
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    renormalize: bool = True
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        settle(self, "experts ", count=whole(1), top_k=whole(1), intermediate_size=whole(1), renormalize=flag,
+               dense_layers=whole_numbers)
+        if self.top_k > self.count:
+            raise InputError(f"experts top_k = {self.top_k} is more than the {self.count} experts of a layer")
+        if self.count > MOST_EXPERTS:
+            raise InputError(f"experts count = {self.count} is more than {MOST_EXPERTS}, and routes are kept in bytes")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer. Hashable, so that it can be the static part of a pytree.
 
     `stop_tokens` are the end tokens of the checkpoint (config, generation config and tokenizer united). `tokenless` are
     ranges [start, stop) of ids that the tokenizer has no token for, as vocabularies are padded to round sizes: they are
-    no part of the policy's distribution, in sampling and in training alike.
+    no part of the policy's distribution, in sampling and in training alike. `experts`: None where every layer's
+    feed-forward is dense.
 
     Raises InputError, naming the field, for a value of another type and for one that no transformer has.
     """
@@ -82,6 +114,7 @@ class ModelConfig:
     stop_tokens: tuple[int, ...] = ()
     pad_token: int = 0
     tokenless: tuple[tuple[int, int], ...] = ()
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
@@ -89,7 +122,8 @@ class ModelConfig:
         flags = dict.fromkeys(("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"), flag)
         settle(self, "", family=one_of(FAMILIES), **sizes, **flags, rms_norm_eps=real(low=1e-30, high=1),
                rope=instance(RopeConfig, "a jspec.RopeConfig"), initializer_range=real(low=0, high=100),
-               stop_tokens=whole_numbers, pad_token=whole())
+               stop_tokens=whole_numbers, pad_token=whole(),
+               experts=optional(instance(Experts, "a jspec.Experts")))
         for token in self.stop_tokens:
             if token >= self.vocab_size:
                 raise InputError(f"stop token {token} is not an id of the vocabulary of {self.vocab_size}")
@@ -99,6 +133,20 @@ class ModelConfig:
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if (self.family == "qwen3_moe") != (self.experts is not None):
+            raise InputError("family qwen3_moe has experts, and no other family has; set both or neither")
+        if self.experts is None:
+            return
+        if self.mlp_bias:
+            raise InputError("mlp_bias is not supported beside experts")
+        outside = [i for i in self.experts.dense_layers if i >= self.num_layers]
+        if outside:
+            raise InputError(f"experts dense_layers has {outside[0]}, and there are only {self.num_layers} layers")
+        if not self.sparse_layers:
+            raise InputError("experts dense_layers names every layer; leave experts out for a dense model")
 
     def _check_tokenless(self) -> None:
         given = self.tokenless
@@ -122,3 +170,9 @@ class ModelConfig:
     def group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers whose feed-forward is a mixture of experts, ascending."""
+        return () if self.experts is None else tuple(
+            i for i in range(self.num_layers) if i not in self.experts.dense_layers)

@@ -12,8 +12,9 @@ from flax import struct
 from jspec.kernels import attend as attend_cached
 from jspec.model.attention import causal_attention, continued_attention
 from jspec.model.config import ModelConfig
-from jspec.model.layers import decoder_layer, linear, rms_norm, rope_table
-from jspec.model.params import Policy
+from jspec.model.layers import decoder_layer, rms_norm, rope_table
+from jspec.model.linear import linear
+from jspec.model.params import Policy, layer_runs
 from jspec.model.pool import Cache, KeyValues
 from jspec.sharding import block_rows, constrain
 
@@ -25,10 +26,12 @@ class Trunk:
     Attributes:
       hidden: [B, T, D], final-normed: the output head's input.
       features: one [B, T, D] for each requested depth; depth i is the residual stream after i layers (0: embeddings).
+      routes: uint8 [B, T, sparse layers, top_k], the experts that computed each token; None of a dense policy.
     """
 
     hidden: jax.Array
     features: tuple[jax.Array, ...] = ()
+    routes: jax.Array | None = None
 
 
 def embed(policy: Policy, tokens: jax.Array) -> jax.Array:
@@ -59,61 +62,85 @@ def logits(policy: Policy, hidden: jax.Array) -> jax.Array:
         return constrain(out, policy.layout, "batch", *(None,) * (out.ndim - 2), "vocab")
 
 
-def _final(policy: Policy, x: jax.Array, features: Sequence[jax.Array]) -> Trunk:
-    return Trunk(rms_norm(x, policy.weights["final_norm"], policy.config.rms_norm_eps), tuple(features))
+def _final(policy: Policy, x: jax.Array, features: Sequence[jax.Array], routes: jax.Array | None) -> Trunk:
+    hidden = rms_norm(x, policy.weights["final_norm"], policy.config.rms_norm_eps)
+    return Trunk(hidden, tuple(features), routes)
 
 
-def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, depths: tuple[int, ...],
-             remat: bool) -> tuple[Trunk, Any]:
-    """Scan `layer(weights, x, its entry of by_layer) -> (x, kept)` over the stacked layers: a Trunk over `tokens`, and
-    what the layers kept, stacked."""
+def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, depths: tuple[int, ...], remat: bool,
+             routes: jax.Array | None) -> tuple[Trunk, Any]:
+    """Scan `layer(weights, x, its entry of by_layer, its routes) -> (x, kept, routes)` over the stacked layers, one
+    scan for each run of layers of one kind: a Trunk over `tokens`, and what the layers kept, stacked."""
     def step(carry, xs) -> tuple[Any, Any]:
         x, states = carry
-        w, depth, entry = xs
-        x, kept = layer(w, x, entry)
+        w, depth, entry, replayed = xs
+        x, kept, taken = layer(w, x, entry, replayed)
         x = constrain(x, policy.layout, "batch", None, None)
         states = tuple(jnp.where(depth == i, x, old) for i, old in zip(depths, states, strict=True))
-        return (x, states), kept
+        return (x, states), (kept, taken)
 
     x = _embedded(policy, tokens)
+    carry, kept, taken = (x, (x,) * len(depths)), [], []
+    before = 0  # sparse layers that there were
     with jax.named_scope("trunk"):
-        xs = (policy.weights["layers"], 1 + jnp.arange(policy.config.num_layers), by_layer)
-        (x, states), kept = jax.lax.scan(jax.checkpoint(step) if remat else step, (x, (x,) * len(depths)), xs)
-    return _final(policy, x, states), kept
+        runs = layer_runs(policy.config, policy.weights["layers"])
+        for run, weights in runs:
+            entries = by_layer if len(runs) == 1 else jax.tree.map(lambda x, run=run: x[run.start:run.stop], by_layer)
+            replayed = None
+            if "router" in weights:
+                replayed = None if routes is None else jnp.moveaxis(routes, 2, 0)[before:before + len(run)]
+                before += len(run)
+            xs = (weights, 1 + jnp.arange(run.start, run.stop), entries, replayed)
+            carry, (of_run, chosen) = jax.lax.scan(jax.checkpoint(step) if remat else step, carry, xs)
+            kept.append(of_run)
+            taken += [] if chosen is None else [chosen]
+    x, states = carry
+    routes = jnp.moveaxis(_joined(taken), 0, 2) if taken else None
+    return _final(policy, x, states, routes), _joined(kept)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Trees of arrays with a leading axis of layers as one tree."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def _embedded(policy: Policy, tokens: jax.Array) -> jax.Array:
     return constrain(embed(policy, tokens), policy.layout, "batch", None, None)
 
 
-def train_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False) -> Trunk:
+def train_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False,
+                  routes: jax.Array | None = None) -> Trunk:
     """All positions of tokens int32 [B, S], causal, positions 0..S-1, differentiable. Training layout only.
 
     Rows are right-padded: padding can only influence positions after it. `remat` recomputes each layer in the
-    backward pass, so that only one residual stream a layer is kept.
+    backward pass, so that only one residual stream a layer is kept. `routes`, of a sparse policy: the experts that
+    compute each token, as `Trunk.routes` has them; None: the tokens choose.
     """
-    return _causal(policy, tokens, lambda k, v: None, depths, remat)[0]
+    return _causal(policy, tokens, lambda k, v: None, depths, remat, routes)[0]
 
 
 def prompt_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (),
-                   remat: bool = False) -> tuple[Trunk, tuple[jax.Array, jax.Array]]:
+                   remat: bool = False,
+                   routes: jax.Array | None = None) -> tuple[Trunk, tuple[jax.Array, jax.Array]]:
     """`train_forward` of prompts, with their keys and values of all layers, [layers, B, S, kv_heads, head_dim] each,
     for `response_forward` to continue."""
-    return _causal(policy, tokens, lambda k, v: (k, v), depths, remat)
+    return _causal(policy, tokens, lambda k, v: (k, v), depths, remat, routes)
 
 
-def _causal(policy: Policy, tokens: jax.Array, keep: Callable, depths: tuple[int, ...],
-            remat: bool) -> tuple[Trunk, Any]:
+def _causal(policy: Policy, tokens: jax.Array, keep: Callable, depths: tuple[int, ...], remat: bool,
+            routes: jax.Array | None) -> tuple[Trunk, Any]:
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
-    def layer(w, x, _) -> tuple[jax.Array, Any]:
-        return decoder_layer(policy.config, w, x, rope, lambda q, k, v: (causal_attention(q, k, v), keep(k, v)))
+    def layer(w, x, _, replayed) -> tuple[jax.Array, Any, jax.Array | None]:
+        return decoder_layer(policy.config, w, x, rope, lambda q, k, v: (causal_attention(q, k, v), keep(k, v)),
+                             routes=replayed)
 
-    return _scanned(policy, tokens, layer, None, depths, remat)
+    return _scanned(policy, tokens, layer, None, depths, remat, routes)
 
 
 def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys_values: tuple[jax.Array, jax.Array],
-                     prompts: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False) -> Trunk:
+                     prompts: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False,
+                     routes: jax.Array | None = None) -> Trunk:
     """What `train_forward` computes of responses after their prompts, the prompts being computed already.
 
     Responses int32 [N, T]; lengths int32 [N], of each one's prompt; keys_values: of all prompts (`prompt_forward`);
@@ -122,12 +149,13 @@ def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys
     """
     rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
 
-    def layer(w, x, before) -> tuple[jax.Array, Any]:
+    def layer(w, x, before, replayed) -> tuple[jax.Array, Any, jax.Array | None]:
         before = (constrain(block_rows(x, prompts), policy.layout, "batch", None, "kv_heads", None) for x in before)
         return decoder_layer(policy.config, w, x, rope,
-                             lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None))  # type: ignore[call-arg]
+                             lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None),  # type: ignore[call-arg]
+                             routes=replayed)
 
-    return _scanned(policy, tokens, layer, keys_values, depths, remat)[0]
+    return _scanned(policy, tokens, layer, keys_values, depths, remat, routes)[0]
 
 
 def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, depths: tuple[int, ...],
@@ -137,13 +165,15 @@ def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, depths: t
     model = policy.config
     rope = rope_table(model, positions)
     x = _embedded(policy, tokens)
-    residual, kept = [x], []
+    residual, kept, taken = [x], [], []
     for i, w in enumerate(policy.weights["layers"]):
-        x, pair = decoder_layer(model, w, x, rope, attend(i))
+        x, pair, routes = decoder_layer(model, w, x, rope, attend(i))
         x = constrain(x, policy.layout, "batch", None, None)
         residual.append(x)
         kept.append(pair)
-    return _final(policy, x, [residual[i] for i in depths]), tuple(kept)
+        taken += [] if routes is None else [routes]
+    routes = jnp.stack(taken, axis=2) if taken else None
+    return _final(policy, x, [residual[i] for i in depths], routes), tuple(kept)
 
 
 def prefill(policy: Policy, tokens: jax.Array, *,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,58 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.model.config import ModelConfig, RopeConfig
-from jspec.model.quantized import Quantized, product
-from jspec.sharding import current_mesh, heads_replicated
-
-# XLA's matrix product on a CPU keeps to one core where a side has few rows, as in decoding. Given a part of the other
-# side for each core it is 1.3 to 2.6 times as fast (SmolLM2's shapes, 2 to 64 rows); parts must not become too small.
-FEW_ROWS, LEAST_PART = 64, 256
-
-
-def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None,
-           out_dtype: Any = None) -> jax.Array:
-    """x [..., in] times w [*out, in], plus b [*out] -> [..., *out], in x's dtype, or in out_dtype.
-
-    float32 stays float32: never TF32 or bfloat16 passes. w may be quantised.
-    """
-    if isinstance(w, Quantized):
-        y = product(x, w).astype(out_dtype or x.dtype)
-        return y if b is None else y + b.astype(y.dtype)
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype or x.dtype)
-    w = w.astype(x.dtype)
-    if current_mesh().size > 1:
-        y = dot(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
-    else:  # of more dimensions, XLA's CPU compiler loses its fast paths; sharded ones must be kept apart
-        y = _product(dot, x, w.reshape(-1, w.shape[-1])).reshape(*x.shape[:-1], *w.shape[:-1])
-    return y if b is None else y + b.astype(y.dtype)
-
-
-def _product(dot: Callable, x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x [..., in] times matrix [out, in] -> [..., out], on one device; on a CPU each core gets a part of the matrix."""
-    count, size = math.prod(x.shape[:-1]), matrix.shape[0]
-    cores = range(2, (os.cpu_count() or 1) + 1)
-    parts = max((n for n in cores if size % n == 0 and size // n >= LEAST_PART), default=1)
-
-    def whole(x, matrix) -> jax.Array:
-        return dot(x, matrix, (((x.ndim - 1,), (1,)), ((), ())))
-
-    def by_core(x, matrix) -> jax.Array:
-        each = jnp.broadcast_to(x.reshape(count, -1), (parts, count, x.shape[-1]))
-        y = dot(matrix.reshape(parts, -1, matrix.shape[1]), each, (((2,), (2,)), ((0,), (0,))))
-        return y.transpose(2, 0, 1).reshape(*x.shape[:-1], -1)
-
-    @jax.custom_jvp
-    def product(x, matrix) -> jax.Array:
-        return jax.lax.platform_dependent(x, matrix, cpu=by_core, default=whole)
-
-    @product.defjvp
-    def product_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        # without it, training would save a copy of the matrix for its backward pass
-        (x, matrix), (dx, dmatrix) = primals, tangents
-        return product(x, matrix), whole(dx, matrix) + whole(x, dmatrix)
-
-    return product(x, matrix) if 1 < count <= FEW_ROWS and parts > 1 else whole(x, matrix)
+from jspec.model.experts import mixture
+from jspec.model.linear import linear
+from jspec.sharding import heads_replicated
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -139,7 +88,8 @@ def fuse(model: ModelConfig, w: dict[str, Any], layout: str) -> dict[str, Any]:
     """
     kv, g, hd = model.num_kv_heads, model.group, model.head_dim
     fused = {name: x for name, x in w.items() if name not in ("gate", "up", "gate_bias", "up_bias")}
-    fused["gate_up"] = jnp.stack([w["gate"], w["up"]])
+    if "gate" in w:
+        fused["gate_up"] = jnp.stack([w["gate"], w["up"]])
     if "gate_bias" in w:
         fused["gate_up_bias"] = jnp.stack([w["gate_bias"], w["up_bias"]])
     if heads_replicated(model, layout):
@@ -180,13 +130,21 @@ def mlp(w: dict[str, Any], x: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate) * up, w["down"], w.get("down_bias"))
 
 
+def feed_forward(model: ModelConfig, w: dict[str, Any], x: jax.Array,
+                 routes: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """What follows the attention, x [B, T, D] to [B, T, D], dense or sparse, as the layer's weights are. Returns
+    (y, the routes uint8 [B, T, top_k] taken, None of a dense one); routes: see `mixture`."""
+    return mixture(model, w, x, routes) if "router" in w else (mlp(w, x), None)
+
+
 def decoder_layer(model: ModelConfig, w: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array],
-                  attend: Callable, inputs: jax.Array | None = None) -> tuple[jax.Array, Any]:
+                  attend: Callable, inputs: jax.Array | None = None,
+                  routes: jax.Array | None = None) -> tuple[jax.Array, Any, jax.Array | None]:
     """One pre-norm layer over x [B, T, D], its weights fused (see `fuse`) or not.
 
     `attend(q, k, v) -> (out [B, T, heads, head_dim], cache)` holds all that differs between training, prefill and
     verification. `inputs`: what the attention reads, [B, T, as wide as its projections]; None: x, normed. Returns
-    (x, cache).
+    (x, cache, routes), see `feed_forward`.
     """
     with jax.named_scope("attention"):
         inputs = rms_norm(x, w["attn_norm"], model.rms_norm_eps) if inputs is None else inputs
@@ -194,5 +152,6 @@ def decoder_layer(model: ModelConfig, w: dict[str, Any], x: jax.Array, rope: tup
         out, cache = attend(q, k, v)
         x = x + linear(out.reshape(*x.shape[:2], -1), w["o"], w.get("o_bias"))
     with jax.named_scope("mlp"):
-        x = x + mlp(w, rms_norm(x, w["mlp_norm"], model.rms_norm_eps))
-    return x, cache
+        y, routes = feed_forward(model, w, rms_norm(x, w["mlp_norm"], model.rms_norm_eps), routes)
+        x = x + y
+    return x, cache, routes

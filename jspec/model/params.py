@@ -104,9 +104,12 @@ def check_policy(label: str, policy: Any, stacked: bool = False) -> None:
     check_weights(label, policy.weights, specs)
 
 
-def layer_specs(model: ModelConfig) -> dict[str, ParamSpec]:
-    """The parameters of one decoder layer (no layer axis). Linear weights are [out, in], as checkpoints have them."""
-    d, f, hd = model.hidden_size, model.intermediate_size, model.head_dim
+def layer_specs(model: ModelConfig, sparse: bool = False) -> dict[str, ParamSpec]:
+    """The parameters of one decoder layer (no layer axis). Linear weights are [out, in], as checkpoints have them.
+
+    sparse: of one with experts, stacked, where others have a dense feed-forward.
+    """
+    d, hd = model.hidden_size, model.head_dim
     q, kv = model.num_heads * hd, model.num_kv_heads * hd
     specs = {
         "attn_norm": ParamSpec((d,), ("norm",), "ones"),
@@ -115,9 +118,7 @@ def layer_specs(model: ModelConfig) -> dict[str, ParamSpec]:
         "v": ParamSpec((kv, d), ("kv_heads", "embed")),
         "o": ParamSpec((d, q), ("embed", "q_heads")),
         "mlp_norm": ParamSpec((d,), ("norm",), "ones"),
-        "gate": ParamSpec((f, d), ("mlp", "embed")),
-        "up": ParamSpec((f, d), ("mlp", "embed")),
-        "down": ParamSpec((d, f), ("embed", "mlp")),
+        **(expert_specs(model) if sparse else dense_specs(model)),
     }
     if model.qkv_bias:
         specs["q_bias"] = ParamSpec((q,), ("q_heads",), "zeros")
@@ -128,6 +129,17 @@ def layer_specs(model: ModelConfig) -> dict[str, ParamSpec]:
     if model.qk_norm:
         specs["q_norm"] = ParamSpec((hd,), (None,), "ones")
         specs["k_norm"] = ParamSpec((hd,), (None,), "ones")
+    return specs
+
+
+def dense_specs(model: ModelConfig) -> dict[str, ParamSpec]:
+    """The parameters of a dense feed-forward."""
+    d, f = model.hidden_size, model.intermediate_size
+    specs = {
+        "gate": ParamSpec((f, d), ("mlp", "embed")),
+        "up": ParamSpec((f, d), ("mlp", "embed")),
+        "down": ParamSpec((d, f), ("embed", "mlp")),
+    }
     if model.mlp_bias:
         specs["gate_bias"] = ParamSpec((f,), ("mlp",), "zeros")
         specs["up_bias"] = ParamSpec((f,), ("mlp",), "zeros")
@@ -135,12 +147,48 @@ def layer_specs(model: ModelConfig) -> dict[str, ParamSpec]:
     return specs
 
 
+def expert_specs(model: ModelConfig) -> dict[str, ParamSpec]:
+    """The parameters of a mixture of experts: its router, and its experts' matrices, stacked."""
+    experts, d = model.experts, model.hidden_size
+    e, f = experts.count, experts.intermediate_size
+    return {
+        "router": ParamSpec((e, d), (None, "embed")),
+        "expert_gate_up": ParamSpec((e, 2, f, d), ("expert", None, "expert_mlp", "expert_embed")),
+        "expert_down": ParamSpec((e, d, f), ("expert", "expert_embed", "expert_mlp")),
+    }
+
+
+def stacks(model: ModelConfig) -> dict[str, tuple[ParamSpec, tuple[int, ...]]]:
+    """Every parameter of layers by name: its spec in one layer, and the layers that have it, in the order of its
+    stack."""
+    layers: dict[str, tuple[ParamSpec, tuple[int, ...]]] = {}
+    for i in range(model.num_layers):
+        for name, spec in layer_specs(model, i in model.sparse_layers).items():
+            layers[name] = spec, (*layers.get(name, (spec, ()))[1], i)
+    return layers
+
+
+def layer_runs(model: ModelConfig, layers: dict[str, Any]) -> list[tuple[range, dict[str, Any]]]:
+    """The longest runs of adjacent layers that have the same parameters, each with its part of the stacks `layers`:
+    what one scan goes over. A model of one kind of layers is one run, and its stacks are taken as they are."""
+    held = stacks(model)
+    sparse = [i in model.sparse_layers for i in range(model.num_layers)]
+    starts = [i for i in range(model.num_layers) if i == 0 or sparse[i] != sparse[i - 1]]
+    runs = [range(a, b) for a, b in zip(starts, [*starts[1:], model.num_layers], strict=True)]
+    if len(runs) == 1:
+        return [(runs[0], layers)]
+
+    def part(run: range) -> dict[str, Any]:
+        at = {name: having.index(run[0]) for name, (_, having) in held.items() if run[0] in having}
+        return {name: jax.tree.map(lambda x, i=i: x[i:i + len(run)], layers[name]) for name, i in at.items()}
+
+    return [(run, part(run)) for run in runs]
+
+
 def param_specs(model: ModelConfig) -> dict[str, Any]:
     """The whole tree of parameters in the training layout (layers stacked along a leading axis)."""
-    layers = {
-        name: dataclasses.replace(s, shape=(model.num_layers, *s.shape), axes=("layers", *s.axes))
-        for name, s in layer_specs(model).items()
-    }
+    layers = {name: dataclasses.replace(spec, shape=(len(having), *spec.shape), axes=("layers", *spec.axes))
+              for name, (spec, having) in stacks(model).items()}
     specs = {
         "embed": ParamSpec((model.vocab_size, model.hidden_size), ("vocab", "embed")),
         "layers": layers,
@@ -222,9 +270,12 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
         return policy
     model = policy.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), policy.weights)
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], weights["layers"]) for i in range(model.num_layers))
+    held = stacks(model)
+    layers = tuple({name: weights["layers"][name][having.index(i)]
+                    for name, (_, having) in held.items() if i in having} for i in range(model.num_layers))
     weights = {**weights, "layers": layers}
-    specs = {**param_specs(model), "layers": (layer_specs(model),) * model.num_layers}
+    specs = {**param_specs(model), "layers": tuple(
+        layer_specs(model, i in model.sparse_layers) for i in range(model.num_layers))}
     weights = constrain_tree(weights, specs, model, layout)
     weights["layers"] = tuple(fuse(model, w, layout) for w in weights["layers"])
     return policy.replace(weights=weights, layout=layout)

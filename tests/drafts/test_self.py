@@ -12,7 +12,7 @@ import pytest
 import jspec
 from jspec.drafts import base
 from jspec.model import Cache, prefill, verify
-from jspec.model.layers import linear
+from jspec.model.linear import linear
 from jspec.model.pool import cache_of, rows_of
 from jspec.model.quantized import Quantized, dequantize, quantize
 from jspec.speculate import Sampling

@@ -12,7 +12,7 @@ from jspec.arguments import whole_numbers
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.model.forward import without_tokenless
-from jspec.model.layers import linear
+from jspec.model.linear import linear
 from jspec.sharding import constrain
 
 

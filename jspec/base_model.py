@@ -95,7 +95,8 @@ def architecture(section: ModelSection) -> ModelConfig:
     if not isinstance(stops, list | tuple):
         raise InputError(f"model.architecture.stop_tokens must be a list, not {stops!r}")
     parts = {name: _part(f"model.architecture.{name}", kind, fields[name])
-             for name, kind in (("rope", RopeConfig), ("experts", Experts)) if fields.get(name) is not None}
+             for name, kind in (("rope", RopeConfig), ("experts", Experts))
+             if fields.get(name) is not None}
     try:
         return ModelConfig(**fields | parts | {"stop_tokens": tuple(stops)})
     except (TypeError, ValueError) as error:

@@ -172,8 +172,8 @@ def test_every_field_has_a_meaning():
      "determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.system'"),
     ("grpo..clip=1", "override 'grpo..clip=1' must be key=value, such as grpo.learning_rate=1e-6"),
     ("seed=1\n2", "override 'seed=1\\n2': 'seed' must be a whole number, not '1 2'"),
-    ("mesh.fsdp=-1", "mesh.data, mesh.fsdp and mesh.tensor are (-1, -1, 1): each at least 1, "
-                     "and one of them at most may be -1"),
+    ("mesh.fsdp=-1", "mesh.data, mesh.fsdp, mesh.expert and mesh.tensor are (-1, -1, 1, 1): "
+                     "each at least 1, and one of them at most may be -1"),
 ])
 def test_a_bad_override_is_named(override, message):
     with pytest.raises(InputError) as caught:

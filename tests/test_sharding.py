@@ -296,16 +296,16 @@ def message(call):
 
 def test_one_device_is_a_mesh():
     mesh = make_mesh(devices=jax.devices()[:1])
-    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.size == 1
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor") and mesh.size == 1
     with jax.set_mesh(mesh):
         inside = run(make(2), None)
     assert inside.tokens.tolist() == run(make(2), None).tokens.tolist()
 
 
-@pytest.mark.parametrize("sizes, words", [((2, 2, 2), ("2 x 2 x 2", "1 devices", "mesh.data")),
+@pytest.mark.parametrize("sizes, words", [((2, 2, 2), ("2 x 2 x 1 x 2", "1 devices", "mesh.data")),
                                           ((-1, -1, 1), ("at most one",)),
                                           ((0, 1, 1), ("positive",)),
-                                          ((-1, 3, 1), ("-1 x 3 x 1",))])
+                                          ((-1, 3, 1), ("-1 x 3 x 1 x 1",))])
 def test_a_mesh_that_the_devices_do_not_fill(sizes, words):
     text = message(lambda: make_mesh(*sizes, devices=jax.devices()[:1]))
     assert all(w in text for w in words), text

@@ -121,7 +121,9 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
         weights = init_weights(specs(config), key, policy.config.initializer_range)
         for block in weights["blocks"]:
             block["proj"] = block["proj"] + 0.5 * jnp.tile(jnp.eye(d, dtype=jnp.float32), (1, 2))
-            last = {name: x[-1] for name, x in layers.items() if name in block["layer"] and name not in ("o", "down")}
+            # of a sparse layer there is no dense feed-forward to begin with
+            last = {name: x[-1] for name, x in layers.items()
+                    if name in block["layer"] and name not in ("o", "down")}
             block["layer"] = block["layer"] | last
             block["final_norm"] = jnp.copy(final_norm)
         return weights

@@ -12,7 +12,7 @@ import jspec
 from jspec.model import (
     attention,
     chunks,
-    layers,
+    linear,
     logits,
     prefill,
     prompt_forward,
@@ -141,7 +141,7 @@ def test_responses_continue_prompts_that_are_computed_once(blocks, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 2, 64, 65])
 def test_products_by_core_are_products(rows, monkeypatch):
-    monkeypatch.setattr(layers.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(linear.os, "cpu_count", lambda: 3)
     rng = np.random.default_rng(6)
     x, w, b = (jnp.asarray(rng.normal(size=s), jnp.float32)
                for s in ((rows, 1, 7), (2, 3, 257, 7), (2, 3, 257)))
@@ -153,7 +153,7 @@ def test_products_by_core_are_products(rows, monkeypatch):
         gradients = jax.grad(lambda *arguments: jnp.sin(product(*arguments)).sum(), (0, 1, 2))
         return jax.jit(lambda *arguments: (product(*arguments), gradients(*arguments)))(x, w, b)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), of(layers.linear),
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), of(linear.linear),
                  of(plain))
 
 

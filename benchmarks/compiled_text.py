@@ -6,12 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from jspec.hlo import COLLECTIVES, Instruction, groups, instructions, within
 
-from jspec.hlo import Instruction, instructions, within
-
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast",
-               "collective-permute", "ragged-all-to-all", "reduce-scatter", "send", "recv")
 IN_PLACE = {"async-done", "async-start", "async-update", "bitcast", "call", "conditional",
             "dynamic-update-slice", "dynamic-update-slice-start", "fusion", "get-tuple-element",
             "opt-barrier", "parameter", "scatter", "tuple", "while"}
@@ -19,9 +15,6 @@ IN_PLACE = {"async-done", "async-start", "async-update", "bitcast", "call", "con
 part where it lies (else XLA's copy insertion puts a copy beside it). Of a call or a fusion it is
 what lies inside that is looked at."""
 _ARRAY = re.compile(r"\w+\[([\d,]+)\](\{[^}]*\})?")
-_PAIRS = re.compile(r'source_target_pairs="?\{(.*?)\}\}')
-_LISTED = re.compile(r"replica_groups=\{(?:\{(.*?)\})?\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
 def in_loops(found: Mapping[str, Instruction], scope: str = "/loop_") -> dict[str, Instruction]:
@@ -31,25 +24,6 @@ def in_loops(found: Mapping[str, Instruction], scope: str = "/loop_") -> dict[st
         scope in one.scope
         or any(scope in inner.scope for inner in within(found, [name]).values()))]
     return within(found, loops)
-
-
-def groups(one: Instruction, devices: int) -> list[tuple[int, ...]]:
-    """The groups of devices, by number, that a collective joins. Raises ValueError where its text
-    says it in a way that is not known here."""
-    def lists(text: str) -> list[tuple[int, ...]]:
-        return [tuple(map(int, re.findall(r"\d+", group))) for group in text.split("}")]
-
-    if pairs := _PAIRS.search(one.text):
-        return lists(pairs.group(1))
-    if iota := _IOTA.search(one.text):
-        shape, reshaped, order = (tuple(map(int, part.split(","))) if part else None
-                                  for part in iota.groups())
-        numbers = np.arange(math.prod(reshaped)).reshape(reshaped)
-        numbers = numbers if order is None else numbers.transpose(order)
-        return [tuple(map(int, group)) for group in numbers.reshape(shape)]
-    if listed := _LISTED.search(one.text):
-        return [tuple(range(devices))] if listed.group(1) is None else lists(listed.group(1))
-    raise ValueError(f"a collective whose groups cannot be read: {one.opcode}({one.text}")
 
 
 def crossing(loops: Mapping[str, Instruction], shards: Sequence[int]) -> list[str]:

@@ -2,9 +2,14 @@
 in its loops."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
+               "ragged-all-to-all", "reduce-scatter", "send", "recv")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -13,6 +18,10 @@ _CALLED = re.compile(
     r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
     r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\w+\[([\d,]*)\]")
+_PAIRS = re.compile(r'source_target_pairs="?\{(.*?)\}\}')
+_LISTED = re.compile(r"replica_groups=\{(?:\{(.*?)\})?\}")
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +86,51 @@ def within(found: Mapping[str, Instruction], names: Iterable[str]) -> dict[str, 
         seen.update(dict.fromkeys(level))
         level = [called for name in new for called in found[name].called]
     return {name: found[name] for computation in seen for name in members.get(computation, ())}
+
+
+def groups(one: Instruction, devices: int) -> list[tuple[int, ...]]:
+    """The groups of devices, by number, that a collective joins. Raises ValueError where its text says it in a way that
+    is not known here."""
+    def lists(text: str) -> list[tuple[int, ...]]:
+        return [tuple(map(int, re.findall(r"\d+", group))) for group in text.split("}")]
+
+    if pairs := _PAIRS.search(one.text):
+        return lists(pairs.group(1))
+    if mesh := _MESH.search(one.text):
+        return _of_mesh(*mesh.groups())
+    if iota := _IOTA.search(one.text):
+        shape, reshaped, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
+        numbers = np.arange(math.prod(reshaped)).reshape(reshaped)
+        numbers = numbers if order is None else numbers.transpose(order)
+        return [tuple(map(int, group)) for group in numbers.reshape(shape)]
+    if listed := _LISTED.search(one.text):
+        return [tuple(range(devices))] if listed.group(1) is None else lists(listed.group(1))
+    raise ValueError(f"a collective whose groups cannot be read: {one.opcode}({one.text}")
+
+
+def _of_mesh(mesh: str, order: str | None, over: str) -> list[tuple[int, ...]]:
+    """Groups over axes of a mesh: 'a'=4,'b'=8 and 'b', or of an axis a part, 'b':(2)4, after 2 of
+    its devices and of 4. order: of its devices, [8,4]T(1,0) or their numbers."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    wanted = [(name, int(before or 1), int(size or sizes[name]))
+              for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over)]
+    shape: list[int] = []
+    joined: list[int] = []
+    for name, size in sizes.items():
+        cuts = sorted((before, part) for axis, before, part in wanted if axis == name)
+        done = 1
+        for before, part in cuts:
+            shape += [before // done, part]
+            joined.append(len(shape) - 1)
+            done = before * part
+        shape.append(size // done)
+    numbers = np.arange(math.prod(sizes.values()))
+    if order and (turned := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)):
+        dims, axes = (tuple(map(int, part.split(","))) if part else None for part in turned.groups())
+        numbers = numbers.reshape(dims).transpose(axes).ravel()
+    elif order:
+        numbers = np.array([int(number) for number in re.findall(r"\d+", order)])
+    numbers = numbers.reshape(shape)
+    rest = [axis for axis in range(len(shape)) if axis not in joined]
+    table = numbers.transpose(*rest, *joined).reshape(-1, math.prod(shape[i] for i in joined))
+    return [tuple(map(int, group)) for group in table]

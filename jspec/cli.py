@@ -15,6 +15,7 @@ from jspec.choices import DRAFTERS, DTYPES, KERNELS, MAX_NEW_TOKENS, MOST_SAMPLE
 from jspec.errors import InputError
 from jspec.exits import guarded
 from jspec.parsing import Parser, add_config, drafter, number
+from jspec.scale.options import add_fit
 from jspec.stopping import terminate_by_exception
 
 EPILOG = """\
@@ -65,6 +66,8 @@ def parser() -> Parser:
     add_config(profile)
     profile.add_argument("--out", metavar="DIR",
                          help="where the trace goes (default: output_dir/profile)")
+    _add_fit(command("fit", _fit, "say whether a config's step fits chips that are not here, and "
+                     "the least it can take there", keys="Config"))
     return top
 
 
@@ -205,6 +208,17 @@ def _profile(arguments: argparse.Namespace) -> int:
     from jspec.profile_step import profile
 
     return profile(config, Path(arguments.out or Path(config.output_dir) / "profile"))
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    from jspec.scale.topologies import set_environment, topology
+
+    topology(arguments.on)  # before anything slow
+    set_environment()
+    _import_jax()
+    from jspec.scale.commands import answer
+
+    return answer(arguments)
 
 
 def _fetch(arguments: argparse.Namespace) -> int:

@@ -35,6 +35,14 @@ AnyConfig = Config | DraftTrainingConfig
 def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     """Raise InputError for what would fail later, without loading any weights."""
     check_reward(config.reward.function, config.data.source)
+    check_sizes(config, mesh, base.config)
+    if not config.checkpoint.resume and has_checkpoints(config.output_dir):
+        raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; "
+                         "choose another output_dir, or checkpoint.resume=true to go on from them")
+
+
+def check_sizes(config: Config, mesh: Mesh, model: ModelConfig) -> None:
+    """Raise InputError for settings that do not go together, or not with the mesh or the model."""
     check_unbiased(config)
     rows, layout = config.data.prompts_per_step * config.data.group_size, "train"
     check_rows(rows, mesh, layout)
@@ -44,7 +52,6 @@ def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     k = 0 if config.draft.name == "none" else make_speculation(config, MOST).most
     check_batching("rollout.", make_batching(config), shards, rows, config.data.group_size,
                    config.data.max_prompt_tokens, config.sampling.max_new_tokens, k)
-    model = base.config
     check_mesh(model, mesh)
     check_stops(model, make_sampling(config))
     check_draft(config, model)
@@ -56,9 +63,6 @@ def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     if k >= model.max_position_embeddings:
         raise InputError(f"speculation.k = {k} must be below the model's "
                          f"{model.max_position_embeddings} positions")
-    if not config.checkpoint.resume and has_checkpoints(config.output_dir):
-        raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; "
-                         "choose another output_dir, or checkpoint.resume=true to go on from them")
 
 
 def check_unbiased(config: Config) -> None:

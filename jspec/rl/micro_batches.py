@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jspec.kernels import platform
 from jspec.rl.batch import TrainBatch
 from jspec.sharding import batch_shards, block_rows, constrain
 
@@ -60,7 +61,7 @@ def usual_widths(longest: int) -> tuple[int, ...]:
 def least_tokens() -> int:
     """Tokens of a micro-batch on a device, below which it would wait for its weights' bytes: fewer
     tokens cost as much, and more of them mean rows of less like length."""
-    return 512 if jax.default_backend() == "cpu" else 4096
+    return 512 if platform() == "cpu" else 4096
 
 
 def shapes(batch: TrainBatch, micro_batch: int,

@@ -1,24 +1,58 @@
-"""Whether a step fits chips that are not here, and the least it can take there, from a configuration alone.
+"""Whether a step fits chips that are not here, and the least it can take there, from a config alone.
 
-The step's own programs go through the chip's own compiler. What is unrolled over the layers, the rollout and the reshard
-before it, is compiled at two small depths, whose figures go on in a straight line; what scans them, at full depth.
+The step's own programs go through the chip's own compiler. What is unrolled over the layers, the
+reshard and the rollout, is compiled at two small depths, whose figures go on in a straight line;
+what scans them, the update, at full depth.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+
+from jspec.config import Config
+from jspec.errors import InputError
+from jspec.model import ModelConfig
+from jspec.prepare import check_sizes
+from jspec.progress import telling
+from jspec.scale.depths import depths, extended, kinds
+from jspec.scale.floors import Floor, total
+from jspec.scale.largest import Largest, largest
+from jspec.scale.memory import Pools, prepared_bytes, shard_bytes, state_bytes
+from jspec.scale.programs import (
+    Compiled,
+    Declared,
+    Floors,
+    Subject,
+    compile_one,
+    compile_update,
+    micro_batches,
+    once,
+    pools_of,
+    prefilled,
+)
+from jspec.scale.topologies import Topology
+from jspec.sharding import make_mesh
+from jspec.speculate.schedule import MOST
+from jspec.speculate.types import Schedule
+
+TEMPORARIES = "temporaries"
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program of the step, at full depth.
+    """One program of the step, at full depth, on one device.
 
     Attributes:
       resident: bytes of what lies beside it and is not its argument. bytes: its own.
-      kinds: bytes by kind, of both; the compiler's temporaries are what no kind explains.
-      layers: those that were compiled. refused: the compiler refused it for want of memory.
+      kinds: both of them by kind; the compiler's temporaries are what no other kind explains.
+      floors: by (phase, rows of its decode loop); of those loops, of one cycle.
+      layers: the depths that were compiled. refused: the compiler refused it for want of memory.
+      seconds: of compiling.
     """
 
     name: str
@@ -32,66 +66,183 @@ class Program:
 
     @property
     def needed(self) -> int:
-        """On the device while it runs."""
+        """Bytes on the device while it runs."""
         return self.resident + self.bytes
 
-def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Any]:
-    """(the reshard and the rollout, its pools at full depth, what it gives)."""
-    models = depths(subject.model)
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The answer.
+
+    Attributes:
+      topology: the machine. mesh: its axes. model, config: what was asked about.
+      k: what is drafted. cycles: of a rollout, where all answers are `length` tokens long.
+      micro_batch: (its rows, how many an update computes).
+      programs: in the order of a step.
+      host_bytes: on a host, of paused rows and of the step's answers.
+      largest: what would still fit.
+    """
+
+    topology: Topology
+    mesh: dict[str, int]
+    model: ModelConfig
+    config: Config
+    k: int | Schedule
+    length: int
+    accepted: float
+    cycles: int
+    micro_batch: tuple[int, int]
+    programs: tuple[Program, ...]
+    host_bytes: dict[str, int]
+    largest: Largest
+
+    @property
+    def tightest(self) -> Program:
+        """The program that needs the most."""
+        return max(self.programs, key=lambda program: program.needed)
+
+    @property
+    def left(self) -> int:
+        """Bytes of a device that the tightest program leaves; below 0: that many too many."""
+        return int(self.topology.chip.granted_bytes) - self.tightest.needed
+
+    def floor(self, program: Program) -> Floor:
+        """Of a whole program: of a rollout all its cycles, in the loop of the most rows."""
+        loops = {loop for _, loop in program.floors}
+        first = max(loops, default=0)
+        return total({key: floor * (self.cycles if first and key[1] == first else 1)
+                      for key, floor in program.floors.items() if key[1] in (0, first)})
+
+
+def fit(config: Config, model: ModelConfig, topology: Topology, devices: Sequence[Any], *,
+        length: int | None = None, accepted: float = 1.0, layers: Sequence[int] = ()) -> Fit:
+    """Answers for a configuration and its model on a machine.
+
+    Args:
+      devices: those of the topology. length: tokens of every answer; None: as many as may be.
+      accepted: tokens that a cycle yields. layers: the depths to compile, where all are alike.
+
+    Raises InputError for what jspec.prepare refuses, and for what the chip's compiler does.
+    """
+    longest = config.sampling.max_new_tokens
+    config = only_widest(config)
+    k = MOST if config.speculation.k == "auto" else config.speculation.k
+    k = 0 if config.draft.name == "none" else k
+    subject = Subject(config, model, topology, devices, k, length or longest, accepted, tuple(layers))
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=list(devices))
+    with jax.set_mesh(mesh):
+        check_sizes(config, mesh, model)
+        programs, pools, whole, out = of_rollout(subject)
+        programs += of_learning(subject, whole, out)
+        micro = micro_batches(whole, out)
+        chip = topology.chip
+        host = {"paused rows": pools.bytes()[2] * chip.devices_a_host,
+                "answers": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(out))}
+        fixed = 2 * shard_bytes(whole.state.policy)  # sums of gradients, and those of a micro-batch
+        most = largest({program.name: program for program in programs}, pools, micro[0],
+                       out.tokens.shape[0], fixed, int(chip.granted_bytes))
+    return Fit(topology, dict(mesh.shape), model, config, k, subject.length, accepted,
+               math.ceil(subject.length / accepted), micro, tuple(programs), host, most)
+
+
+def only_widest(config: Config) -> Config:
+    """The configuration with micro-batches of one width, the widest: it takes the most memory, and
+    each width is compiled by itself. A draft that is in files is taken as a fresh one of its kind."""
+    grpo = dataclasses.replace(config.grpo, widths=(config.sampling.max_new_tokens,))
+    draft = dataclasses.replace(config.draft, path=None, options=config.draft.options or {})
+    return dataclasses.replace(config, grpo=grpo, draft=draft)
+
+
+def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
+    """(the reshard and the rollout, the pools, the step at full depth, what its rollout gives)."""
+    models = depths(subject.model, subject.layers)
     whole = Declared.of(subject, subject.model)
     reshards, rollouts = [], []
     for model in models:
-        made = whole if model == subject.model else Declared.of(subject, model)
-        with telling(f"compiling the reshard and the rollout of {model.num_layers} layers"):
+        made = Declared.of(subject, model)
+        prepared, of_draft = prefilled(made, subject.k)
+        with telling(f"compiling reshard and rollout, {model.num_layers} layers"):
             reshard = compile_one(subject, "reshard", made.step.reshard, (made.state.policy,), once)
             if reshard.refused:
-                raise InputError(f"not even {model.num_layers} layers of this configuration fit {subject.topology.name}: "
-                                 f"its reshard takes {reshard.bytes / 2**30:.1f} GiB a device")
-            pools = pools_of(subject, made)
+                raise InputError(f"not even {model.num_layers} layers of this model fit "
+                                 f"{subject.topology.name}: their reshard takes "
+                                 f"{reshard.bytes / 2**30:.1f} GiB a device")
             arguments = (reshard.made, made.state.draft, made.prompts, made.step.sampling, subject.k)
-            rollout = compile_one(subject, "rollout", made.step.rollout, arguments, once, pools.is_pool)
+            rollout = compile_one(subject, "rollout", made.step.rollout, arguments, once,
+                                  pools_of(subject, made, of_draft).is_pool)
         reshards.append(reshard)
         rollouts.append(rollout)
-    pools = pools_of(subject, whole)
-    out = answers(subject, whole, rollouts[-1], made, reshard.made)
-    state, draft = state_bytes(whole.state, whole.reference), whole.state.draft
-    copy = shard_bytes(whole.copy)
-    beside = sum(state.values()) - state["master weights"]
-    programs = [assembled(subject, "reshard", models, reshards, beside, state | {"rollout copy": copy})]
-    own = shard_bytes(draft) if draft is not None else 0
-    of_policy, of_draft, _ = pools.bytes()
-    kinds = state | {"rollout copy": copy, "KV pool": of_policy, "draft": state["draft"] + of_draft + draft_copy(whole),
+    pools = pools_of(subject, whole, of_draft)
+    out = at_depth(rollouts[-1].made, subject.model).replace(stats=None)
+    state, draft, copy = state_bytes(whole.state, whole.reference), whole.state.draft, shard_bytes(whole.copy)
+    always = sum(state.values())
+    programs = [assembled(subject, "reshard", models, reshards, always - state["master weights"],
+                          state | {"rollout copy": copy})]
+    of_policy, of_draft_pool, _ = pools.bytes()
+    drafted = 0 if prepared is None else prepared_bytes(reshard.made, prepared, whole.layout)
+    own = 0 if draft is None else shard_bytes(draft)
+    kinds = state | {"rollout copy": copy, "KV pool": of_policy,
+                     "draft": state["draft"] + of_draft_pool + drafted,
                      "prompts and answers": shard_bytes((whole.prompts, out))}
-    programs.append(assembled(subject, "rollout", models, rollouts, sum(state.values()) - own, kinds))
-    return programs, pools, out
+    programs.append(assembled(subject, "rollout", models, rollouts, always - own, kinds))
+    return programs, pools, whole, out
 
 
-def of_learning(subject: Subject, out: Any) -> list[Program]:
-    """What comes after the rollout, compiled at full depth; where the update is refused, what it does is counted at
-    small ones."""
-    whole = Declared.of(subject, subject.model)
+def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
+    """What comes after the rollout, at full depth; where the update is refused for want of memory,
+    what it does is counted at small depths."""
     state = state_bytes(whole.state, whole.reference)
-    kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
-    reference, step, programs = state.get("reference", 0), whole.step, []
+    step, programs, everything = whole.step, [], [subject.model]
     if step.draft is not None:
         with telling("compiling the draft's update"):
             made = compile_one(subject, "draft", step.draft, (whole.state, whole.prompts, out), once)
-        programs.append(assembled(subject, "draft", [subject.model], [made], reference, kinds))
+        kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
+        programs.append(assembled(subject, "draft", everything, [made], state.get("reference", 0), kinds))
     out = out.replace(trunk=None)
+    kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
     if step.remember is not None:
         with telling("compiling what the draft remembers"):
-            made = compile_one(subject, "remember", step.remember, (whole.state.draft, whole.prompts, out), once)
+            made = compile_one(subject, "remember", step.remember,
+                               (whole.state.draft, whole.prompts, out), once)
         beside = sum(state.values()) - shard_bytes(whole.state.draft)
-        programs.append(assembled(subject, "remember", [subject.model], [made], beside, kinds))
-    kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
-    with telling(f"compiling the update of {subject.model.num_layers} layers"):
+        programs.append(assembled(subject, "remember", everything, [made], beside, kinds))
+    with telling(f"compiling the update, {subject.model.num_layers} layers"):
         update = compile_update(subject, whole, out)
-    program = assembled(subject, "update", [subject.model], [update], 0, kinds)
-    models = depths(subject.model)
+    program = assembled(subject, "update", everything, [update], 0, kinds)
+    models = depths(subject.model, subject.layers)
     if update.refused and len(models) > 1:
         with telling("compiling the update of a few layers, to count what it does"):
-            few = [compile_update(subject, Declared.of(subject, model), shallow_answers(out, model)) for model in models]
+            few = [compile_update(subject, Declared.of(subject, model), at_depth(out, model))
+                   for model in models]
         if not any(one.refused for one in few):
-            program = dataclasses.replace(program, floors=extended_floors(subject.model, models, few),
-                                          seconds=program.seconds + sum(one.seconds for one in few))
+            program = dataclasses.replace(program, floors=lined_up(subject.model, models, few))
     return [*programs, program]
+
+
+def at_depth(out: Any, model: ModelConfig) -> Any:
+    """A rollout's shapes with the routes of as many layers as the model has."""
+    routes = getattr(out, "routes", None)
+    if routes is None:
+        return out
+    shape = (*routes.shape[:2], kinds(model)[1], *routes.shape[3:])
+    return out.replace(routes=jax.ShapeDtypeStruct(shape, routes.dtype, sharding=routes.sharding))
+
+
+def assembled(subject: Subject, name: str, models: Sequence[ModelConfig], found: Sequence[Compiled],
+              resident: int, kinds: dict[str, int]) -> Program:
+    """A program of which some depths are known. resident, kinds: see `Program`."""
+    size = int(extended(subject.model, models, [one.bytes for one in found]))
+    rest = resident + size - sum(kinds.values())
+    return Program(name, resident, size, kinds | {TEMPORARIES: max(rest, 0)},
+                   lined_up(subject.model, models, found), tuple(m.num_layers for m in models),
+                   any(one.refused for one in found), sum(one.seconds for one in found))
+
+
+def lined_up(model: ModelConfig, models: Sequence[ModelConfig], found: Sequence[Compiled]) -> Floors:
+    """The floors of the model from those of shallower ones, part by part; {} where one is unknown."""
+    if any(one.refused for one in found):
+        return {}
+    keys = dict.fromkeys(key for one in found for key in one.floors)
+    parts = {key: [dataclasses.astuple(one.floors.get(key, Floor())) for one in found] for key in keys}
+    return {key: Floor(*(extended(model, models, values) for values in zip(*of_key, strict=True)))
+            for key, of_key in parts.items()}

@@ -12,10 +12,9 @@ import jax
 from jspec.model import KeyValues, Policy
 from jspec.model.params import layer_specs, param_specs
 from jspec.rl.state import TrainState
-from jspec.sharding import LAYOUTS, batch_shards, placement, spec_sharding
+from jspec.sharding import LAYOUTS, batch_shards, current_mesh, placement, spec_sharding
 from jspec.speculate import Batching, PromptBatch
 from jspec.speculate.blocks import Blocks, prompts_of_shards
-from jspec.speculate.loops import loops
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
@@ -48,6 +47,7 @@ class Pools:
     Attributes:
       counts: of blocks. block_bytes: of a block in all layers of the policy, and of the draft.
       slots, shards: of all shards, and how many of these there are. kv_tokens: as configured.
+      head_dims: of those who keep some.
     """
 
     counts: Blocks
@@ -55,6 +55,7 @@ class Pools:
     slots: int
     shards: int
     kv_tokens: int | None
+    head_dims: tuple[int, ...]
 
     @classmethod
     def of(cls, policy: Policy, layout: str, of_draft: KeyValues, prompts: PromptBatch, cap: int, k: int,
@@ -73,7 +74,12 @@ class Pools:
 
         drafted = sum(block(*keys.shape[2:]) for keys, _ in of_draft)
         return cls(counts, (block(model.num_kv_heads, model.head_dim) * model.num_layers, drafted),
-                   min(batching.slots or rows, rows), shards, batching.kv_tokens)
+                   min(batching.slots or rows, rows), shards, batching.kv_tokens,
+                   tuple({model.head_dim, *(keys.shape[-1] for keys, _ in of_draft)}))
+
+    def is_pool(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of that shape is one layer's pool, of keys or of values."""
+        return len(shape) == 4 and shape[2] == self.counts.size and shape[0] > 1 and shape[3] in self.head_dims
 
     def bytes(self, slots: int | None = None, kv_tokens: int | None = None) -> tuple[int, int, int]:
         """(of the policy's pool, of the draft's, of paused rows in host memory) with so many slots and positions;
@@ -94,7 +100,7 @@ def prepared_bytes(policy: Any, draft: Any, layout: str) -> int:
     """
     theirs = {(x.shape, str(x.dtype)) for x in (policy.weights["embed"], policy.weights.get("head")) if x is not None}
     own = [x for x in jax.tree.leaves(draft.weights) if (x.shape, str(x.dtype)) not in theirs]
-    degree = math.prod(dict(jax.sharding.get_mesh().shape).get(axis, 1) for axis in LAYOUTS[layout]["mlp"])
+    degree = math.prod(dict(current_mesh().shape).get(axis, 1) for axis in LAYOUTS[layout]["mlp"])
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in own) // degree
 
 
@@ -131,7 +137,3 @@ def refused(error: Exception, arguments: int) -> int | None:
         return arguments + int(float(found.group(1)) * _UNITS[found.group(2)])
     return None
 
-
-def chain(pools: Pools, k: Any, cap: int) -> tuple[tuple[int, int], ...]:
-    """(rows, k) of every decode loop of a shard."""
-    return loops(pools.slots // pools.shards, k, cap)

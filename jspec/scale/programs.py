@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jspec.rl.micro_batches import blocks_of, shapes
 from jspec.rl.state import TrainState, everywhere
 from jspec.scale.counts import counted
 from jspec.scale.floors import Floor, Places, by_phase
-from jspec.scale.memory import Pools, needed, prepared_bytes, refused, rollout_shape, shard_bytes
+from jspec.scale.memory import Pools, needed, refused, rollout_shape, shard_bytes
 from jspec.scale.topologies import Topology, lower_for
 from jspec.scale.traffic import Pool
 from jspec.sharding import placement
@@ -42,6 +41,7 @@ class Subject:
       config, model: the run's, and its policy, whose layers may be fewer.
       topology, devices: the machine. k: what is drafted.
       length: tokens of an answer; accepted: tokens that a cycle yields. Both are taken of every row.
+      layers: the depths to compile, () for the usual ones.
     """
 
     config: Config
@@ -51,6 +51,7 @@ class Subject:
     k: int | Schedule
     length: int
     accepted: float
+    layers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def compile_one(subject: Subject, name: str, program: Any, arguments: tuple, tur
             said = " ".join(str(error).split())[:300]
             raise InputError(f"the {name} of this configuration cannot be compiled for {subject.topology.name}: "
                              f"{said}") from error
-        return Compiled(size, True, took, {})
+        return Compiled(size, True, took, {}, placed(lowered.out_info))
     took = time.perf_counter() - begin
     counts = counted(compiled.as_text(), name, turns, len(subject.devices), pool)
     places = Places.of(subject.topology, subject.devices)

@@ -1,0 +1,50 @@
+import json
+
+import jax
+import pytest
+
+from jspec.config import ModelSection
+from jspec.errors import InputError
+from jspec.model import abstract_policy
+from jspec.prepare import check_fresh_draft
+from jspec.drafts import find
+from jspec.rl.state import state_specs
+from jspec.rl.update_settings import UpdateSettings
+from jspec.scale.memory import rollout_shape, shard_bytes, state_bytes
+from jspec.scale.published import published, shape_of
+
+
+def test_shapes_sum_up_to_the_parameters_that_are_published():
+    for name, entry in published().items():
+        policy = abstract_policy(shape_of(ModelSection(name=name)), "bfloat16")
+        assert shard_bytes(policy) == 4 * entry["parameters"], name
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("qwen3-8b", 8.19e9)])
+def test_bytes_by_kind_are_those_of_the_published_shape(name, parameters):
+    """14 bytes a parameter: a float32 master and two moments, and the rollout's bfloat16 copy."""
+    policy = abstract_policy(shape_of(ModelSection(name=name)), "bfloat16")
+    state = state_specs(policy, None, UpdateSettings())
+    kinds = state_bytes(state, None) | {"copy": shard_bytes(rollout_shape(policy, "rollout"))}
+    expected = {"master weights": 4, "optimizer": 8, "draft": 0, "copy": 2}
+    assert kinds == pytest.approx({kind: n * parameters for kind, n in expected.items()}, rel=0.01)
+
+
+def test_a_draft_is_its_masters_and_its_moments():
+    policy = abstract_policy(shape_of(ModelSection(name="qwen3-8b")), "bfloat16")
+    draft = check_fresh_draft(policy, find("mtp"), {}, "options")
+    weights = sum(x.size for x in jax.tree.leaves(draft.weights))
+    found = state_bytes(state_specs(policy, draft, UpdateSettings()), None)["draft"]
+    assert found == pytest.approx(12 * weights, rel=1e-3)
+    assert 0.2e9 < weights < 0.25e9  # a block of 193 million, and two inputs to one
+
+
+def test_a_config_json_says_what_no_table_knows(tmp_path):
+    fields = dict(published()["Qwen/Qwen3-8B"]["config"]) | {"num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert shape_of(ModelSection(name="my/own"), str(tmp_path)).num_layers == 3
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(InputError, match="config.json cannot be read"):
+        shape_of(ModelSection(name="my/own"), str(tmp_path))
+    with pytest.raises(InputError, match=r"--model path/to/config.json \(known without: Hugging"):
+        shape_of(ModelSection(name=str(tmp_path / "nothing")))

@@ -66,8 +66,8 @@ def parser() -> Parser:
     add_config(profile)
     profile.add_argument("--out", metavar="DIR",
                          help="where the trace goes (default: output_dir/profile)")
-    _add_fit(command("fit", _fit, "say whether a config's step fits chips that are not here, and "
-                     "the least it can take there", keys="Config"))
+    add_fit(command("fit", _fit, "say whether a config's step fits chips that are not here, and "
+                    "the least it can take there", keys="Config"))
     return top
 
 

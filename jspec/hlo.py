@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
-               "ragged-all-to-all", "reduce-scatter", "send", "recv")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast",
+               "collective-permute", "ragged-all-to-all", "reduce-scatter", "send", "recv")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -89,8 +89,8 @@ def within(found: Mapping[str, Instruction], names: Iterable[str]) -> dict[str, 
 
 
 def groups(one: Instruction, devices: int) -> list[tuple[int, ...]]:
-    """The groups of devices, by number, that a collective joins. Raises ValueError where its text says it in a way that
-    is not known here."""
+    """The groups of devices, by number, that a collective joins. Raises ValueError where its text
+    says it in a way that is not known here."""
     def lists(text: str) -> list[tuple[int, ...]]:
         return [tuple(map(int, re.findall(r"\d+", group))) for group in text.split("}")]
 
@@ -99,7 +99,8 @@ def groups(one: Instruction, devices: int) -> list[tuple[int, ...]]:
     if mesh := _MESH.search(one.text):
         return _of_mesh(*mesh.groups())
     if iota := _IOTA.search(one.text):
-        shape, reshaped, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
+        shape, reshaped, order = (tuple(map(int, part.split(","))) if part else None
+                                  for part in iota.groups())
         numbers = np.arange(math.prod(reshaped)).reshape(reshaped)
         numbers = numbers if order is None else numbers.transpose(order)
         return [tuple(map(int, group)) for group in numbers.reshape(shape)]
@@ -126,7 +127,8 @@ def _of_mesh(mesh: str, order: str | None, over: str) -> list[tuple[int, ...]]:
         shape.append(size // done)
     numbers = np.arange(math.prod(sizes.values()))
     if order and (turned := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)):
-        dims, axes = (tuple(map(int, part.split(","))) if part else None for part in turned.groups())
+        dims, axes = (tuple(map(int, part.split(","))) if part else None
+                      for part in turned.groups())
         numbers = numbers.reshape(dims).transpose(axes).ravel()
     elif order:
         numbers = np.array([int(number) for number in re.findall(r"\d+", order)])

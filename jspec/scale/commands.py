@@ -14,14 +14,22 @@ from jspec.scale.topologies import devices, topology
 
 
 def answer(arguments: argparse.Namespace) -> int:
-    """Prints the answer, and writes it where it is asked for. Returns 0 if the step fits, 1 if not."""
+    """Prints the answer, and writes it where it is asked for. Returns 0 if the step fits, 1 if
+    not."""
     config = load_config(arguments.config, arguments.overrides)
     machine = topology(arguments.on)
     written = open_output(None if arguments.json == "-" else arguments.json, "--json")
     drawn = open_output(arguments.plot, "--plot")
     model = shape_of(config.model, arguments.model)
-    found = fit(config, model, machine, devices(machine), length=arguments.length,
-                accepted=arguments.accepted, layers=arguments.layers or ())
+    found = fit(
+        config,
+        model,
+        machine,
+        devices(machine),
+        length=arguments.length,
+        accepted=arguments.accepted,
+        layers=arguments.layers or (),
+    )
     if arguments.json == "-":
         print(json.dumps(as_json(found)))
     show(found, screen(stderr=arguments.json == "-"))

@@ -1,7 +1,9 @@
-"""What a compiled program does on one device, counted in its text by phase: operations, bytes of memory, collectives.
+"""What a compiled program does on one device, counted in its text by phase: operations, bytes of
+memory, collectives.
 
-The body of a loop counts as often as the loop turns: known where it counts to a constant, else given by whoever knows
-it. (XLA's own cost analysis counts it once, and kernels only as far as they say.)
+The body of a loop counts as often as the loop turns: known where it counts to a constant, else
+given by whoever knows it. (XLA's own cost analysis counts it once, and kernels only as far as they
+say.)
 """
 
 from __future__ import annotations
@@ -18,13 +20,23 @@ from jspec.scale.traffic import Pool, Program, sizes, traffic
 
 Turns = Callable[[Instruction], float]
 """How often a loop turns whose text does not say it."""
-_SINGLE = {"reduce", "reduce-window", "sort", "scatter", "select-and-scatter", "map", "all-reduce", "reduce-scatter",
-           "all-reduce-start"}  # what they call is one operation of theirs
+_SINGLE = {
+    "reduce",
+    "reduce-window",
+    "sort",
+    "scatter",
+    "select-and-scatter",
+    "map",
+    "all-reduce",
+    "reduce-scatter",
+    "all-reduce-start",
+}  # what they call is one operation of theirs
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """kind: its opcode. bytes: of the whole array. group: one of its groups of devices, by number."""
+    """kind: its opcode. bytes: of the whole array. group: one of its groups of devices, by
+    number."""
 
     kind: str
     bytes: int
@@ -38,18 +50,23 @@ class Count:
     Attributes:
       operations: of matrix products. bytes: read and written in the device's memory.
       collectives: how many of each.
-      attended: by the shape [B, H_kv, Q, D] of its queries, how often a kernel attends to a pool: what it reads of it
-        follows from how long rows are, and is not in `bytes` and `operations`.
+      attended: by the shape [B, H_kv, Q, D] of its queries, how often a kernel attends to a pool:
+        what it reads of it follows from how long rows are, and is not in `bytes` and `operations`.
     """
 
     operations: float = 0.0
     bytes: float = 0.0
-    collectives: dict[Collective, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
-    attended: dict[tuple[int, ...], float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    collectives: dict[Collective, float] = dataclasses.field(
+        default_factory=lambda: defaultdict(float)
+    )
+    attended: dict[tuple[int, ...], float] = dataclasses.field(
+        default_factory=lambda: defaultdict(float)
+    )
 
 
-def counted(hlo: str, default: str, turns: Turns, devices: int,
-            pool: Pool = lambda shape: False) -> dict[Phase, Count]:
+def counted(
+    hlo: str, default: str, turns: Turns, devices: int, pool: Pool = lambda shape: False
+) -> dict[Phase, Count]:
     """Every phase of a compiled program.
 
     Args:
@@ -58,7 +75,9 @@ def counted(hlo: str, default: str, turns: Turns, devices: int,
     """
     program = Program.of(hlo, pool)
     phases, often = phases_of_program(hlo, default), repeats(program, turns)
-    inside = {name for one in program.found.values() if one.opcode == "fusion" for name in one.called}
+    inside = {
+        name for one in program.found.values() if one.opcode == "fusion" for name in one.called
+    }
     counts: dict[Phase, Count] = defaultdict(Count)
     for name, one in program.found.items():
         times = often.get(one.computation, 0.0)
@@ -94,7 +113,9 @@ def repeats(program: Program, turns: Turns) -> dict[str, float]:
 
     def times_of(name: str) -> float:
         if name not in often:
-            often[name] = sum(times * times_of(by) for by, times in callers[name]) if name in callers else 1.0
+            often[name] = (
+                sum(times * times_of(by) for by, times in callers[name]) if name in callers else 1.0
+            )
         return often[name]
 
     for name in program.members:
@@ -111,7 +132,11 @@ def turns_of(loop: Instruction, program: Program) -> float | None:
     tests = [one for one in members.values() if one.opcode == "compare"]
     if len(tests) != 1 or any(one.opcode == "fusion" for one in members.values()):
         return None
-    ends = [one for one in (members.get(name) for name in tests[0].operands) if one and one.opcode == "constant"]
+    ends = [
+        one
+        for one in (members.get(name) for name in tests[0].operands)
+        if one and one.opcode == "constant"
+    ]
     number = re.match(r"\d+", ends[0].text) if len(ends) == 1 else None
     return float(number.group()) if number else None
 
@@ -129,7 +154,9 @@ def _collect(count: Count, one: Instruction, program: Program, devices: int, tim
         made -= read  # it names its operands as results too
     group = max(groups(one, devices), key=len)
     if len(group) > 1:
-        count.collectives[Collective(one.opcode.removesuffix("-start"), max(made, read), group)] += times
+        count.collectives[
+            Collective(one.opcode.removesuffix("-start"), max(made, read), group)
+        ] += times
 
 
 def _attends(one: Instruction) -> bool:
@@ -143,7 +170,10 @@ def added(counts: Iterable[Mapping[Phase, Count]]) -> dict[Phase, Count]:
         for phase, count in by_phase.items():
             to = total[phase]
             to.operations, to.bytes = to.operations + count.operations, to.bytes + count.bytes
-            for mine, theirs in ((to.collectives, count.collectives), (to.attended, count.attended)):
+            for mine, theirs in (
+                (to.collectives, count.collectives),
+                (to.attended, count.attended),
+            ):
                 for key, times in theirs.items():
                     mine[key] += times
     return dict(total)

@@ -1,5 +1,5 @@
-"""A model of many layers, known from a few: programs are compiled at small depths, and what is counted of them goes on
-in a straight line, a layer of a kind adding the same each time."""
+"""A model of many layers, known from a few: programs are compiled at small depths, and what is
+counted of them goes on in a straight line, a layer of a kind adding the same each time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from jspec.model import ModelConfig
 
 TWO, MIXED = ((2, 0), (4, 0)), ((1, 1), (1, 3), (2, 1))
-"""(layers of the kind there is most of, of the other) that are compiled: of one kind, and of both."""
+"""(layers of the kind there is most of, of the other) that are compiled: of one kind, and of
+both."""
 
 
 def kinds(model: ModelConfig) -> tuple[int, int]:
@@ -47,7 +48,8 @@ def depths(model: ModelConfig, asked: Sequence[int] = ()) -> list[ModelConfig]:
 
 
 def extended(model: ModelConfig, compiled: Sequence[ModelConfig], values: Sequence[float]) -> float:
-    """What the model would give, of what each of the shallower ones gave; never below the largest of these."""
+    """What the model would give, of what each of the shallower ones gave; never below the largest
+    of these."""
     if len(compiled) == 1:
         return float(values[0])
     dense, sparse = kinds(model)

@@ -1,4 +1,5 @@
-"""Whether a step fits chips that are not here, and the least it can take there, from a config alone.
+"""Whether a step fits chips that are not here, and the least it can take there, from a config
+alone.
 
 The step's own programs go through the chip's own compiler. What is unrolled over the layers, the
 reshard and the rollout, is compiled at two small depths, whose figures go on in a straight line;
@@ -110,12 +111,25 @@ class Fit:
         """Of a whole program: of a rollout all its cycles, in the loop of the most rows."""
         loops = {loop for _, loop in program.floors}
         first = max(loops, default=0)
-        return total({key: floor * (self.cycles if first and key[1] == first else 1)
-                      for key, floor in program.floors.items() if key[1] in (0, first)})
+        return total(
+            {
+                key: floor * (self.cycles if first and key[1] == first else 1)
+                for key, floor in program.floors.items()
+                if key[1] in (0, first)
+            }
+        )
 
 
-def fit(config: Config, model: ModelConfig, topology: Topology, devices: Sequence[Any], *,
-        length: int | None = None, accepted: float = 1.0, layers: Sequence[int] = ()) -> Fit:
+def fit(
+    config: Config,
+    model: ModelConfig,
+    topology: Topology,
+    devices: Sequence[Any],
+    *,
+    length: int | None = None,
+    accepted: float = 1.0,
+    layers: Sequence[int] = (),
+) -> Fit:
     """Answers for a configuration and its model on a machine.
 
     Args:
@@ -128,7 +142,9 @@ def fit(config: Config, model: ModelConfig, topology: Topology, devices: Sequenc
     config = only_widest(config)
     k = MOST if config.speculation.k == "auto" else config.speculation.k
     k = 0 if config.draft.name == "none" else k
-    subject = Subject(config, model, topology, devices, k, length or longest, accepted, tuple(layers))
+    subject = Subject(
+        config, model, topology, devices, k, length or longest, accepted, tuple(layers)
+    )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=list(devices))
     with jax.set_mesh(mesh):
         check_sizes(config, mesh, model)
@@ -136,18 +152,39 @@ def fit(config: Config, model: ModelConfig, topology: Topology, devices: Sequenc
         programs += of_learning(subject, whole, out)
         micro = micro_batches(whole, out)
         chip = topology.chip
-        host = {"paused rows": pools.bytes()[2] * chip.devices_a_host,
-                "answers": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(out))}
+        host = {
+            "paused rows": pools.bytes()[2] * chip.devices_a_host,
+            "answers": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(out)),
+        }
         fixed = 2 * shard_bytes(whole.state.policy)  # sums of gradients, and those of a micro-batch
-        most = largest({program.name: program for program in programs}, pools, micro[0],
-                       out.tokens.shape[0], fixed, int(chip.granted_bytes))
-    return Fit(topology, dict(mesh.shape), model, config, k, subject.length, accepted,
-               math.ceil(subject.length / accepted), micro, tuple(programs), host, most)
+        most = largest(
+            {program.name: program for program in programs},
+            pools,
+            micro[0],
+            out.tokens.shape[0],
+            fixed,
+            int(chip.granted_bytes),
+        )
+    return Fit(
+        topology,
+        dict(mesh.shape),
+        model,
+        config,
+        k,
+        subject.length,
+        accepted,
+        math.ceil(subject.length / accepted),
+        micro,
+        tuple(programs),
+        host,
+        most,
+    )
 
 
 def only_widest(config: Config) -> Config:
     """The configuration with micro-batches of one width, the widest: it takes the most memory, and
-    each width is compiled by itself. A draft that is in files is taken as a fresh one of its kind."""
+    each width is compiled by itself. A draft that is in files is taken as a fresh one of its
+    kind."""
     grpo = dataclasses.replace(config.grpo, widths=(config.sampling.max_new_tokens,))
     draft = dataclasses.replace(config.draft, path=None, options=config.draft.options or {})
     return dataclasses.replace(config, grpo=grpo, draft=draft)
@@ -164,26 +201,55 @@ def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
         with telling(f"compiling reshard and rollout, {model.num_layers} layers"):
             reshard = compile_one(subject, "reshard", made.step.reshard, (made.state.policy,), once)
             if reshard.refused:
-                raise InputError(f"not even {model.num_layers} layers of this model fit "
-                                 f"{subject.topology.name}: their reshard takes "
-                                 f"{reshard.bytes / 2**30:.1f} GiB a device")
-            arguments = (reshard.made, made.state.draft, made.prompts, made.step.sampling, subject.k)
-            rollout = compile_one(subject, "rollout", made.step.rollout, arguments, once,
-                                  pools_of(subject, made, of_draft).is_pool)
+                raise InputError(
+                    f"not even {model.num_layers} layers of this model fit "
+                    f"{subject.topology.name}: their reshard takes "
+                    f"{reshard.bytes / 2**30:.1f} GiB a device"
+                )
+            arguments = (
+                reshard.made,
+                made.state.draft,
+                made.prompts,
+                made.step.sampling,
+                subject.k,
+            )
+            rollout = compile_one(
+                subject,
+                "rollout",
+                made.step.rollout,
+                arguments,
+                once,
+                pools_of(subject, made, of_draft).is_pool,
+            )
         reshards.append(reshard)
         rollouts.append(rollout)
     pools = pools_of(subject, whole, of_draft)
     out = at_depth(rollouts[-1].made, subject.model).replace(stats=None)
-    state, draft, copy = state_bytes(whole.state, whole.reference), whole.state.draft, shard_bytes(whole.copy)
+    state, draft, copy = (
+        state_bytes(whole.state, whole.reference),
+        whole.state.draft,
+        shard_bytes(whole.copy),
+    )
     always = sum(state.values())
-    programs = [assembled(subject, "reshard", models, reshards, always - state["master weights"],
-                          state | {"rollout copy": copy})]
+    programs = [
+        assembled(
+            subject,
+            "reshard",
+            models,
+            reshards,
+            always - state["master weights"],
+            state | {"rollout copy": copy},
+        )
+    ]
     of_policy, of_draft_pool, _ = pools.bytes()
     drafted = 0 if prepared is None else prepared_bytes(reshard.made, prepared, whole.layout)
     own = 0 if draft is None else shard_bytes(draft)
-    kinds = state | {"rollout copy": copy, "KV pool": of_policy,
-                     "draft": state["draft"] + of_draft_pool + drafted,
-                     "prompts and answers": shard_bytes((whole.prompts, out))}
+    kinds = state | {
+        "rollout copy": copy,
+        "KV pool": of_policy,
+        "draft": state["draft"] + of_draft_pool + drafted,
+        "prompts and answers": shard_bytes((whole.prompts, out)),
+    }
     programs.append(assembled(subject, "rollout", models, rollouts, always - own, kinds))
     return programs, pools, whole, out
 
@@ -195,15 +261,20 @@ def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
     step, programs, everything = whole.step, [], [subject.model]
     if step.draft is not None:
         with telling("compiling the draft's update"):
-            made = compile_one(subject, "draft", step.draft, (whole.state, whole.prompts, out), once)
+            made = compile_one(
+                subject, "draft", step.draft, (whole.state, whole.prompts, out), once
+            )
         kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
-        programs.append(assembled(subject, "draft", everything, [made], state.get("reference", 0), kinds))
+        programs.append(
+            assembled(subject, "draft", everything, [made], state.get("reference", 0), kinds)
+        )
     out = out.replace(trunk=None)
     kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
     if step.remember is not None:
         with telling("compiling what the draft remembers"):
-            made = compile_one(subject, "remember", step.remember,
-                               (whole.state.draft, whole.prompts, out), once)
+            made = compile_one(
+                subject, "remember", step.remember, (whole.state.draft, whole.prompts, out), once
+            )
         beside = sum(state.values()) - shard_bytes(whole.state.draft)
         programs.append(assembled(subject, "remember", everything, [made], beside, kinds))
     with telling(f"compiling the update, {subject.model.num_layers} layers"):
@@ -212,8 +283,10 @@ def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
     models = depths(subject.model, subject.layers)
     if update.refused and len(models) > 1:
         with telling("compiling the update of a few layers, to count what it does"):
-            few = [compile_update(subject, Declared.of(subject, model), at_depth(out, model))
-                   for model in models]
+            few = [
+                compile_update(subject, Declared.of(subject, model), at_depth(out, model))
+                for model in models
+            ]
         if not any(one.refused for one in few):
             program = dataclasses.replace(program, floors=lined_up(subject.model, models, few))
     return [*programs, program]
@@ -228,21 +301,41 @@ def at_depth(out: Any, model: ModelConfig) -> Any:
     return out.replace(routes=jax.ShapeDtypeStruct(shape, routes.dtype, sharding=routes.sharding))
 
 
-def assembled(subject: Subject, name: str, models: Sequence[ModelConfig], found: Sequence[Compiled],
-              resident: int, kinds: dict[str, int]) -> Program:
+def assembled(
+    subject: Subject,
+    name: str,
+    models: Sequence[ModelConfig],
+    found: Sequence[Compiled],
+    resident: int,
+    kinds: dict[str, int],
+) -> Program:
     """A program of which some depths are known. resident, kinds: see `Program`."""
     size = int(extended(subject.model, models, [one.bytes for one in found]))
     rest = resident + size - sum(kinds.values())
-    return Program(name, resident, size, kinds | {TEMPORARIES: max(rest, 0)},
-                   lined_up(subject.model, models, found), tuple(m.num_layers for m in models),
-                   any(one.refused for one in found), sum(one.seconds for one in found))
+    return Program(
+        name,
+        resident,
+        size,
+        kinds | {TEMPORARIES: max(rest, 0)},
+        lined_up(subject.model, models, found),
+        tuple(m.num_layers for m in models),
+        any(one.refused for one in found),
+        sum(one.seconds for one in found),
+    )
 
 
-def lined_up(model: ModelConfig, models: Sequence[ModelConfig], found: Sequence[Compiled]) -> Floors:
-    """The floors of the model from those of shallower ones, part by part; {} where one is unknown."""
+def lined_up(
+    model: ModelConfig, models: Sequence[ModelConfig], found: Sequence[Compiled]
+) -> Floors:
+    """The floors of the model from those of shallower ones, part by part; {} where one is
+    unknown."""
     if any(one.refused for one in found):
         return {}
     keys = dict.fromkeys(key for one in found for key in one.floors)
-    parts = {key: [dataclasses.astuple(one.floors.get(key, Floor())) for one in found] for key in keys}
-    return {key: Floor(*(extended(model, models, values) for values in zip(*of_key, strict=True)))
-            for key, of_key in parts.items()}
+    parts = {
+        key: [dataclasses.astuple(one.floors.get(key, Floor())) for one in found] for key in keys
+    }
+    return {
+        key: Floor(*(extended(model, models, values) for values in zip(*of_key, strict=True)))
+        for key, of_key in parts.items()
+    }

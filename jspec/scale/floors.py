@@ -1,4 +1,5 @@
-"""The least that a phase can take: the longest of its operations, its bytes and its collectives, at the chip's rates.
+"""The least that a phase can take: the longest of its operations, its bytes and its collectives, at
+the chip's rates.
 
 A floor and no forecast: programs take 1.2 to 2 times it.
 """
@@ -26,7 +27,8 @@ class Floor:
 
     Attributes:
       operations, bytes: of matrix products, and of memory. collective_bytes: of whole arrays.
-      compute, memory: seconds. ici, dcn: of collectives within a slice, and of those between slices.
+      compute, memory: seconds. ici, dcn: of collectives within a slice, and of those between
+        slices.
     """
 
     operations: float = 0.0
@@ -45,11 +47,21 @@ class Floor:
     @property
     def binds(self) -> str:
         """Which part that is."""
-        parts = {"operations": self.compute, "memory": self.memory, "collectives": self.ici, "collectives (DCN)": self.dcn}
+        parts = {
+            "operations": self.compute,
+            "memory": self.memory,
+            "collectives": self.ici,
+            "collectives (DCN)": self.dcn,
+        }
         return max(parts, key=lambda name: parts[name])
 
     def __add__(self, other: Floor) -> Floor:
-        return Floor(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Floor(
+            *(
+                a + b
+                for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+            )
+        )
 
     def __mul__(self, times: float) -> Floor:
         return Floor(*(times * x for x in dataclasses.astuple(self)))
@@ -64,8 +76,13 @@ class Places:
 
     @classmethod
     def of(cls, topology: Topology, devices: Sequence[Any]) -> Places:
-        return cls(topology, tuple((getattr(d, "slice_index", 0) or 0, tuple(getattr(d, "coords", ()) or ()))
-                                   for d in devices))
+        return cls(
+            topology,
+            tuple(
+                (getattr(d, "slice_index", 0) or 0, tuple(getattr(d, "coords", ()) or ()))
+                for d in devices
+            ),
+        )
 
     def seconds(self, collective: Collective) -> tuple[float, float]:
         """(within slices, between them) of one collective."""
@@ -76,7 +93,9 @@ class Places:
         dcn = 0.0
         if slices > 1:
             dcn = passes * size * (slices - 1) / slices / self.topology.chip.dcn_bandwidth / within
-        return self._ici(collective.kind, [at for where, at in places if where == places[0][0]], size, passes), dcn
+        return self._ici(
+            collective.kind, [at for where, at in places if where == places[0][0]], size, passes
+        ), dcn
 
     def _ici(self, kind: str, at: Sequence[tuple[int, ...]], size: int, passes: float) -> float:
         chip, count = self.topology.chip, len(at)
@@ -84,7 +103,7 @@ class Places:
             return 0.0
         spans = [len(set(axis)) for axis in zip(*at, strict=True)] if at[0] else []
         shape, wraps = self.topology.shape, self.topology.wraps
-        axes = [(n, wraps[i] and n == shape[i]) for i, n in enumerate(spans[:len(shape)]) if n > 1]
+        axes = [(n, wraps[i] and n == shape[i]) for i, n in enumerate(spans[: len(shape)]) if n > 1]
         ways = sum(2 if wrapped else 1 for _, wrapped in axes) or chip.links
         hops = sum(n // 2 if wrapped else n - 1 for n, wrapped in axes) or 1
         if kind == "collective-permute":
@@ -102,11 +121,19 @@ def floor(count: Count, places: Places, context: float) -> Floor:
     ici = dcn = total = 0.0
     for collective, times in count.collectives.items():
         within, between = places.seconds(collective)
-        ici, dcn, total = ici + times * within, dcn + times * between, total + times * collective.bytes
-    return Floor(operations, moved, total, operations / chip.bf16, moved / chip.hbm_bandwidth, ici, dcn)
+        ici, dcn, total = (
+            ici + times * within,
+            dcn + times * between,
+            total + times * collective.bytes,
+        )
+    return Floor(
+        operations, moved, total, operations / chip.bf16, moved / chip.hbm_bandwidth, ici, dcn
+    )
 
 
-def by_phase(counts: Mapping[Phase, Count], places: Places, context: float) -> dict[tuple[str, int], Floor]:
+def by_phase(
+    counts: Mapping[Phase, Count], places: Places, context: float
+) -> dict[tuple[str, int], Floor]:
     """Floors by (phase, rows of its loop), the parts of a phase together."""
     floors: dict[tuple[str, int], Floor] = {}
     for phase, count in counts.items():

@@ -23,8 +23,9 @@ class Largest:
     micro_batch: int
 
 
-def largest(programs: Mapping[str, Any], pools: Pools, micro_batch: int, rows: int, fixed: int,
-            granted: int) -> Largest:
+def largest(
+    programs: Mapping[str, Any], pools: Pools, micro_batch: int, rows: int, fixed: int, granted: int
+) -> Largest:
     """Of programs (`fit.Program`) by name.
 
     Args:
@@ -47,8 +48,11 @@ def largest(programs: Mapping[str, Any], pools: Pools, micro_batch: int, rows: i
 
     steps = list(range(pools.shards, rows + 1, pools.shards))
     divisors = [n for n in range(1, rows + 1) if rows % n == 0 and n % pools.shards == 0]
-    return Largest(_most(steps, of_slots, granted), _tokens(pools, granted - rollout.needed + here),
-                   _most(divisors, of_micro_batch, granted))
+    return Largest(
+        _most(steps, of_slots, granted),
+        _tokens(pools, granted - rollout.needed + here),
+        _most(divisors, of_micro_batch, granted),
+    )
 
 
 def _most(candidates: list[int], needed: Callable[[int], float], granted: int) -> int:
@@ -59,7 +63,10 @@ def _most(candidates: list[int], needed: Callable[[int], float], granted: int) -
 def _tokens(pools: Pools, room: int) -> int | None:
     """Positions of all shards that a pool of `room` bytes on each device holds."""
     counts, block = pools.counts, sum(pools.block_bytes)
-    blocks, (worst, _) = max(room, 0) // block, counts.pool(pools.slots // pools.shards, None, pools.shards)
+    blocks, (worst, _) = (
+        max(room, 0) // block,
+        counts.pool(pools.slots // pools.shards, None, pools.shards),
+    )
     if blocks >= worst:
         return None
     least = counts.prompts + counts.row

@@ -1,4 +1,5 @@
-"""Bytes on a device by kind: what shapes and shardings say, and what the compiler says of a program."""
+"""Bytes on a device by kind: what shapes and shardings say, and what the compiler says of a
+program."""
 
 from __future__ import annotations
 
@@ -33,11 +34,16 @@ def shard_bytes(tree: Any) -> int:
 
 
 def rollout_shape(policy: Policy, layout: str) -> Any:
-    """The policy's copy in a rollout layout, as `jax.ShapeDtypeStruct`s; nothing of it is traced."""
+    """The policy's copy in a rollout layout, as `jax.ShapeDtypeStruct`s; nothing of it is
+    traced."""
     model = policy.config
     specs = {**param_specs(model), "layers": (layer_specs(model),) * model.num_layers}
-    return jax.tree.map(lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, policy.dtype, sharding=sharding),
-                        specs, spec_sharding(specs, model, layout), is_leaf=lambda x: hasattr(x, "axes"))
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, policy.dtype, sharding=sharding),
+        specs,
+        spec_sharding(specs, model, layout),
+        is_leaf=lambda x: hasattr(x, "axes"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +64,18 @@ class Pools:
     head_dims: tuple[int, ...]
 
     @classmethod
-    def of(cls, policy: Policy, layout: str, of_draft: KeyValues, prompts: PromptBatch, cap: int, k: int,
-           batching: Batching) -> Pools:
-        """cap: the most that a sequence generates. k: the most that is drafted. of_draft: its keys and values of
-        prompts, of whatever shape."""
+    def of(
+        cls,
+        policy: Policy,
+        layout: str,
+        of_draft: KeyValues,
+        prompts: PromptBatch,
+        cap: int,
+        k: int,
+        batching: Batching,
+    ) -> Pools:
+        """cap: the most that a sequence generates. k: the most that is drafted. of_draft: its keys
+        and values of prompts, of whatever shape."""
         count, length = prompts.tokens.shape
         rows, shards = count * prompts.group_size, batch_shards(layout)
         mine = prompts_of_shards(rows, prompts.group_size, shards).shape[1]
@@ -70,22 +84,43 @@ class Pools:
         def block(heads: int, size: int) -> int:
             shape = (1, heads, counts.size, size)
             sharding = placement(shape, layout, None, "kv_heads", None, None)
-            return math.prod(shape if sharding is None else sharding.shard_shape(shape)) * 2 * itemsize(policy.dtype)
+            return (
+                math.prod(shape if sharding is None else sharding.shard_shape(shape))
+                * 2
+                * itemsize(policy.dtype)
+            )
 
         drafted = sum(block(*keys.shape[2:]) for keys, _ in of_draft)
-        return cls(counts, (block(model.num_kv_heads, model.head_dim) * model.num_layers, drafted),
-                   min(batching.slots or rows, rows), shards, batching.kv_tokens,
-                   tuple({model.head_dim, *(keys.shape[-1] for keys, _ in of_draft)}))
+        return cls(
+            counts,
+            (block(model.num_kv_heads, model.head_dim) * model.num_layers, drafted),
+            min(batching.slots or rows, rows),
+            shards,
+            batching.kv_tokens,
+            tuple({model.head_dim, *(keys.shape[-1] for keys, _ in of_draft)}),
+        )
 
     def is_pool(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of that shape is one layer's pool, of keys or of values."""
-        return len(shape) == 4 and shape[2] == self.counts.size and shape[0] > 1 and shape[3] in self.head_dims
+        return (
+            len(shape) == 4
+            and shape[2] == self.counts.size
+            and shape[0] > 1
+            and shape[3] in self.head_dims
+        )
 
     def bytes(self, slots: int | None = None, kv_tokens: int | None = None) -> tuple[int, int, int]:
-        """(of the policy's pool, of the draft's, of paused rows in host memory) with so many slots and positions;
+        """(of the policy's pool, of the draft's, of paused rows in host memory) with so many slots
+        and positions;
         None: as configured."""
-        blocks, away = self.counts.pool((slots or self.slots) // self.shards, kv_tokens or self.kv_tokens, self.shards)
-        return blocks * self.block_bytes[0], blocks * self.block_bytes[1], away * sum(self.block_bytes)
+        blocks, away = self.counts.pool(
+            (slots or self.slots) // self.shards, kv_tokens or self.kv_tokens, self.shards
+        )
+        return (
+            blocks * self.block_bytes[0],
+            blocks * self.block_bytes[1],
+            away * sum(self.block_bytes),
+        )
 
 
 def itemsize(dtype: str) -> int:
@@ -94,11 +129,17 @@ def itemsize(dtype: str) -> int:
 
 
 def prepared_bytes(policy: Any, draft: Any, layout: str) -> int:
-    """Of a draft as cycles use it, what each device holds, if its weights are split as the policy's matrices are.
+    """Of a draft as cycles use it, what each device holds, if its weights are split as the policy's
+    matrices are.
 
-    policy, draft: shapes, the latter prepared. What it takes of the policy as it is (its output head) is not counted.
+    policy, draft: shapes, the latter prepared. What it takes of the policy as it is (its output
+      head) is not counted.
     """
-    theirs = {(x.shape, str(x.dtype)) for x in (policy.weights["embed"], policy.weights.get("head")) if x is not None}
+    theirs = {
+        (x.shape, str(x.dtype))
+        for x in (policy.weights["embed"], policy.weights.get("head"))
+        if x is not None
+    }
     own = [x for x in jax.tree.leaves(draft.weights) if (x.shape, str(x.dtype)) not in theirs]
     degree = math.prod(dict(current_mesh().shape).get(axis, 1) for axis in LAYOUTS[layout]["mlp"])
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in own) // degree
@@ -106,29 +147,44 @@ def prepared_bytes(policy: Any, draft: Any, layout: str) -> int:
 
 def state_bytes(state: TrainState, reference: Policy | None) -> dict[str, int]:
     """What is there all the time, by kind."""
-    found = {"master weights": shard_bytes(state.policy), "optimizer": shard_bytes(state.opt_state),
-             "draft": shard_bytes((state.draft, state.draft_opt_state)) if state.draft is not None else 0}
+    found = {
+        "master weights": shard_bytes(state.policy),
+        "optimizer": shard_bytes(state.opt_state),
+        "draft": shard_bytes((state.draft, state.draft_opt_state))
+        if state.draft is not None
+        else 0,
+    }
     return found if reference is None else found | {"reference": shard_bytes(reference)}
 
 
 def needed(compiled: Any, platform: str) -> int:
     """Bytes of device memory that a compiled program takes, its arguments included.
 
-    On a TPU the compiler's own peak, less what of it is host memory: the parts by themselves do not share what the
-    program does. Elsewhere that peak lacks the temporaries, and the parts are summed.
+    On a TPU the compiler's own peak, less what of it is host memory: the parts by themselves do not
+    share what the program does. Elsewhere that peak lacks the temporaries, and the parts are
+    summed.
     """
     stats = compiled.memory_analysis()
-    parts = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-             + stats.temp_size_in_bytes)
+    parts = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )
     if platform != "tpu":
         return parts
-    host = (stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
-            + stats.host_temp_size_in_bytes)
+    host = (
+        stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes
+    )
     return min(parts, stats.peak_memory_in_bytes - host)
 
 
 def refused(error: Exception, arguments: int) -> int | None:
-    """Bytes that a program would have taken whose compilation failed for want of memory, as the compiler says them;
+    """Bytes that a program would have taken whose compilation failed for want of memory, as the
+    compiler says them;
     None: it failed of something else. arguments: its own bytes of them."""
     said = str(error)
     if found := _USED.search(said):
@@ -136,4 +192,3 @@ def refused(error: Exception, arguments: int) -> int | None:
     if found := _TEMPORARIES.search(said):
         return arguments + int(float(found.group(1)) * _UNITS[found.group(2)])
     return None
-

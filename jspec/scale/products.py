@@ -1,5 +1,7 @@
-"""Operations of the matrix products in a compiled program's text. A TPU's compiler writes them all as convolutions, whose
-batch axes it makes windows that are padded or dilated: only what meets a number that is there is an operation."""
+"""Operations of the matrix products in a compiled program's text. A TPU's compiler writes them all
+as convolutions, whose
+batch axes it makes windows that are padded or dilated: only what meets a number that is there is an
+  operation."""
 
 from __future__ import annotations
 
@@ -19,14 +21,22 @@ GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
 
 def operations(one: Instruction, found: Mapping[str, Instruction]) -> float:
     """Multiplications and additions of an instruction, 0 for what is no product."""
-    shapes = [found[name].shapes[0] for name in one.operands[:2] if name in found and found[name].shapes]
+    shapes = [
+        found[name].shapes[0] for name in one.operands[:2] if name in found and found[name].shapes
+    ]
     if len(shapes) < 2:
         return 0.0
     if one.opcode == "convolution":
         return _convolution(one, *shapes)
-    if one.opcode == "dot" or (one.opcode == "custom-call" and any(name in one.text for name in GEMMS)):
+    if one.opcode == "dot" or (
+        one.opcode == "custom-call" and any(name in one.text for name in GEMMS)
+    ):
         contracted = _CONTRACTED.search(one.text)
-        depth = [shapes[0][int(i)] for i in re.findall(r"\d+", contracted.group(1))] if contracted else [shapes[0][-1]]
+        depth = (
+            [shapes[0][int(i)] for i in re.findall(r"\d+", contracted.group(1))]
+            if contracted
+            else [shapes[0][-1]]
+        )
         return 2.0 * math.prod(one.shapes[0]) * math.prod(depth)
     if one.opcode == "custom-call" and "tpu_custom_call" in one.text:
         return grouped(one, found)
@@ -34,40 +44,69 @@ def operations(one: Instruction, found: Mapping[str, Instruction]) -> float:
 
 
 def grouped(one: Instruction, found: Mapping[str, Instruction]) -> float:
-    """Of a kernel that multiplies rows [m, k] by one of many matrices [e, k, n] or [e, n, k] each: each row meets one
-    matrix, 2 m k n in all; 0 for what is no such kernel."""
+    """Of a kernel that multiplies rows [m, k] by one of many matrices [e, k, n] or [e, n, k] each:
+    each row meets one matrix, 2 m k n in all; 0 for what is no such kernel."""
     shapes = [shape for name in one.operands if name in found for shape in found[name].shapes[:1]]
     made = one.shapes[0] if one.shapes else ()
     for rows in (shape for shape in shapes if len(shape) == 2):
         for stack in (shape for shape in shapes if len(shape) == 3):
-            if made == (rows[0], stack[2]) and rows[1] == stack[1] or made == (rows[0], stack[1]) and rows[1] == stack[2]:
+            if (
+                made == (rows[0], stack[2])
+                and rows[1] == stack[1]
+                or made == (rows[0], stack[1])
+                and rows[1] == stack[2]
+            ):
                 return 2.0 * rows[0] * stack[1] * stack[2]
-        for others in (shape for shape in shapes if len(shape) == 2 and shape is not rows):  # the weights' gradient
-            if len(made) == 3 and sorted(made[1:]) == sorted((rows[1], others[1])) and rows[0] == others[0]:
+        for others in (
+            shape for shape in shapes if len(shape) == 2 and shape is not rows
+        ):  # the weights' gradient
+            if (
+                len(made) == 3
+                and sorted(made[1:]) == sorted((rows[1], others[1]))
+                and rows[0] == others[0]
+            ):
                 return 2.0 * rows[0] * rows[1] * others[1]
-            if len(made) == 3 and sorted(made[1:]) == sorted((rows[0], others[1])) and rows[1] == others[0]:
+            if (
+                len(made) == 3
+                and sorted(made[1:]) == sorted((rows[0], others[1]))
+                and rows[1] == others[0]
+            ):
                 return 2.0 * rows[0] * rows[1] * others[1]
     return 0.0
 
 
 def _convolution(one: Instruction, left: tuple[int, ...], kernel: tuple[int, ...]) -> float:
     of_left, of_kernel, of_made = _LABELS.search(one.text).groups()
-    window = dict(part.split("=") for part in _WINDOW.search(one.text).group(1).split()) if "window=" in one.text else {}
+    window = (
+        dict(part.split("=") for part in _WINDOW.search(one.text).group(1).split())
+        if "window=" in one.text
+        else {}
+    )
     spatial = sorted(letter for letter in of_made if letter.isdigit())
     pairs = 1.0
     for i, letter in enumerate(spatial):
+
         def at(key: str, default: str, i: int = i) -> str:
             return window[key].split("x")[i] if key in window else default
 
-        pairs *= _meeting(left[of_left.index(letter)], one.shapes[0][of_made.index(letter)], int(at("size", "1")),
-                          int(at("stride", "1")), int(at("pad", "0_0").split("_")[0]), int(at("lhs_dilate", "1")),
-                          int(at("rhs_dilate", "1")))
+        pairs *= _meeting(
+            left[of_left.index(letter)],
+            one.shapes[0][of_made.index(letter)],
+            int(at("size", "1")),
+            int(at("stride", "1")),
+            int(at("pad", "0_0").split("_")[0]),
+            int(at("lhs_dilate", "1")),
+            int(at("rhs_dilate", "1")),
+        )
     groups = re.search(r"batch_group_count=(\d+)", one.text)
     batch = left[of_left.index("b")] // (int(groups.group(1)) if groups else 1)
     return 2.0 * pairs * batch * kernel[of_kernel.index("i")] * kernel[of_kernel.index("o")]
 
 
-def _meeting(size: int, made: int, window: int, stride: int, pad: int, dilated: int, apart: int) -> int:
-    """How often a position of a window of one axis lies on a number of the operand, over all places of the window."""
+def _meeting(
+    size: int, made: int, window: int, stride: int, pad: int, dilated: int, apart: int
+) -> int:
+    """How often a position of a window of one axis lies on a number of the operand, over all places
+    of the window."""
     place = np.arange(made)[:, None] * stride - pad + np.arange(window)[None] * apart
     return int(((place % dilated == 0) & (place >= 0) & (place < size * dilated)).sum())

@@ -40,7 +40,8 @@ class Subject:
     Attributes:
       config, model: the run's, and its policy, whose layers may be fewer.
       topology, devices: the machine. k: what is drafted.
-      length: tokens of an answer; accepted: tokens that a cycle yields. Both are taken of every row.
+      length: tokens of an answer; accepted: tokens that a cycle yields. Both are taken of every
+        row.
       layers: the depths to compile, () for the usual ones.
     """
 
@@ -70,8 +71,13 @@ class Declared:
         dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16"
         shape = abstract_policy(model, dtype)
         state = make_state_specs(config, shape)
-        return cls(declared(config, state), state, make_reference(config, state.policy), prompts_of(config),
-                   rollout_layout(config))
+        return cls(
+            declared(config, state),
+            state,
+            make_reference(config, state.policy),
+            prompts_of(config),
+            rollout_layout(config),
+        )
 
     @property
     def copy(self) -> Any:
@@ -85,7 +91,8 @@ class Compiled:
 
     Attributes:
       bytes: of a device's memory. refused: whether it did not compile because they are too many.
-      seconds: that compiling took. floors: {} where it did not compile. made: what it gives, with shardings.
+      seconds: that compiling took. floors: {} where it did not compile. made: what it gives, with
+        shardings.
     """
 
     bytes: int
@@ -101,23 +108,40 @@ def prompts_of(config: Config) -> PromptBatch:
     longest = data.max_prompt_tokens
     buckets = (*(b for b in BUCKETS if b < longest), longest)
     expected = [1] * data.prompts_per_step if may_wait(config) else None
-    batch = jax.eval_shape(lambda: PromptBatch.from_tokens(
-        [[1] * longest] * data.prompts_per_step, group_size=data.group_size, seed=0, buckets=buckets,
-        expected_lengths=expected))
+    batch = jax.eval_shape(
+        lambda: PromptBatch.from_tokens(
+            [[1] * longest] * data.prompts_per_step,
+            group_size=data.group_size,
+            seed=0,
+            buckets=buckets,
+            expected_lengths=expected,
+        )
+    )
 
     def rows(x: Any) -> Any:
         axes = ("batch", *(None,) * (len(x.shape) - 1))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x.shape, "rollout", *axes))
 
-    names = [name for name in ("tokens", "lengths", "sequence_ids", "expected_lengths")
-             if getattr(batch, name) is not None]
-    return batch.replace(**{name: rows(getattr(batch, name)) for name in names}, key=everywhere((), batch.key.dtype))
+    names = [
+        name
+        for name in ("tokens", "lengths", "sequence_ids", "expected_lengths")
+        if getattr(batch, name) is not None
+    ]
+    return batch.replace(
+        **{name: rows(getattr(batch, name)) for name in names}, key=everywhere((), batch.key.dtype)
+    )
 
 
-def compile_one(subject: Subject, name: str, program: Any, arguments: tuple, turns: Callable[[Instruction], float],
-                pool: Pool = lambda shape: False) -> Compiled:
-    """Compiles one program for the machine, and counts what it does. Raises InputError where it cannot be compiled for
-    that chip at all."""
+def compile_one(
+    subject: Subject,
+    name: str,
+    program: Any,
+    arguments: tuple,
+    turns: Callable[[Instruction], float],
+    pool: Pool = lambda shape: False,
+) -> Compiled:
+    """Compiles one program for the machine, and counts what it does. Raises InputError where it
+    cannot be compiled for that chip at all."""
     chip, begin = subject.topology.chip, time.perf_counter()
     try:
         lowered = lower_for(chip.platform, program, arguments)
@@ -128,16 +152,24 @@ def compile_one(subject: Subject, name: str, program: Any, arguments: tuple, tur
         took, size = time.perf_counter() - begin, refused(error, shard_bytes(arguments))
         if size is None:
             said = " ".join(str(error).split())[:300]
-            raise InputError(f"the {name} of this configuration cannot be compiled for {subject.topology.name}: "
-                             f"{said}") from error
+            raise InputError(
+                f"the {name} of this configuration cannot be compiled for {subject.topology.name}: "
+                f"{said}"
+            ) from error
         return Compiled(size, True, took, {}, placed(lowered.out_info))
     took = time.perf_counter() - begin
     counts = counted(compiled.as_text(), name, turns, len(subject.devices), pool)
     places = Places.of(subject.topology, subject.devices)
     context = subject.config.data.max_prompt_tokens + subject.length / 2
-    made = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type),
-                        compiled.out_info)
-    return Compiled(needed(compiled, chip.platform), False, took, by_phase(counts, places, context), made)
+    made = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type
+        ),
+        compiled.out_info,
+    )
+    return Compiled(
+        needed(compiled, chip.platform), False, took, by_phase(counts, places, context), made
+    )
 
 
 def once(loop: Instruction) -> float:
@@ -147,6 +179,7 @@ def once(loop: Instruction) -> float:
 
 def placed(tree: Any) -> Any:
     """Shapes as a rollout gives them, their rows split over the mesh."""
+
     def place(x: Any) -> Any:
         axes = ("batch", *(None,) * (len(x.shape) - 1)) if x.shape else ()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x.shape, "rollout", *axes))
@@ -155,8 +188,11 @@ def placed(tree: Any) -> Any:
 
 
 def micro_batches(made: Declared, out: Any) -> tuple[int, int]:
-    """(rows of a micro-batch, how many of them an update computes) where all answers are of full length."""
-    batch = TrainBatch(made.prompts.tokens, made.prompts.lengths, out.tokens, out.logprobs, out.mask, None)
+    """(rows of a micro-batch, how many of them an update computes) where all answers are of full
+    length."""
+    batch = TrainBatch(
+        made.prompts.tokens, made.prompts.lengths, out.tokens, out.logprobs, out.mask, None
+    )
     blocks, settings = blocks_of(batch), made.step.settings
     rows, _ = shapes(batch, settings.micro_batch, settings.widths)[0]
     return rows * blocks, -(-out.tokens.shape[0] // blocks // rows)
@@ -171,12 +207,18 @@ def compile_update(subject: Subject, made: Declared, out: Any) -> Compiled:
 
     rows = out.lengths.shape
     rewards = jax.ShapeDtypeStruct(rows, np.float32, sharding=placement(rows, "rollout", "batch"))
-    return compile_one(subject, "update", made.step.update, (made.state, made.reference, made.prompts, out, rewards),
-                       turns)
+    return compile_one(
+        subject,
+        "update",
+        made.step.update,
+        (made.state, made.reference, made.prompts, out, rewards),
+        turns,
+    )
 
 
 def prefilled(made: Declared, k: int | Schedule) -> Any:
-    """(the draft as cycles use it, its keys and values of the prompts) as shapes, None and () without one."""
+    """(the draft as cycles use it, its keys and values of the prompts) as shapes, None and ()
+    without one."""
     speculation = made.step.speculation.replace(k=k)
     if made.state.draft is None or speculation.most == 0:
         return None, ()
@@ -191,5 +233,12 @@ def prefilled(made: Declared, k: int | Schedule) -> Any:
 def pools_of(subject: Subject, made: Declared, of_draft: Any) -> Pools:
     """The rollout's pools. of_draft: the draft's keys and values of the prompts."""
     most = made.step.speculation.replace(k=subject.k).most if made.state.draft is not None else 0
-    return Pools.of(made.state.policy, made.layout, of_draft, made.prompts, made.step.sampling.max_new_tokens, most,
-                    made.step.batching)
+    return Pools.of(
+        made.state.policy,
+        made.layout,
+        of_draft,
+        made.prompts,
+        made.step.sampling.max_new_tokens,
+        most,
+        made.step.batching,
+    )

@@ -1,4 +1,5 @@
-"""The shapes of published models, by the names that a config gives: nothing is fetched, no weights are there."""
+"""The shapes of published models, by the names that a config gives: nothing is fetched, no weights
+are there."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ def published() -> Mapping[str, Mapping[str, Any]]:
 def shape_of(section: ModelSection, path: str | None = None) -> ModelConfig:
     """The model of a configuration's section `model`, without weights and tokenizer.
 
-    path: of a config.json that says it instead. Where there is none it is the table's, or what is in a folder, a .gguf
-    file or the hub's cache. Raises InputError where nothing says it, with what would.
+    path: of a config.json that says it instead. Where there is none it is the table's, or what is
+    in a folder, a .gguf file or the hub's cache. Raises InputError where nothing says it, with what
+    would.
     """
     if path is not None:
         return _of_file(Path(path))
@@ -44,8 +46,10 @@ def shape_of(section: ModelSection, path: str | None = None) -> ModelConfig:
     try:
         return hub.read_config(section.name)
     except InputError as error:
-        raise InputError(f"{error}; or give its shape, --model path/to/config.json (known without: "
-                         f"{', '.join(published())})") from None
+        raise InputError(
+            f"{error}; or give its shape, --model path/to/config.json (known without: "
+            f"{', '.join(published())})"
+        ) from None
 
 
 def _of_file(path: Path) -> ModelConfig:

@@ -1,6 +1,8 @@
-"""Machines that are not here, by their vendor's names, and the compilers that take programs for them.
+"""Machines that are not here, by their vendor's names, and the compilers that take programs for
+them.
 
-A vendor's number counts cores (v5p), chips (v5e, v6e) or devices (tpu7x). libtpu wants a shape, and checks neither that
+A vendor's number counts cores (v5p), chips (v5e, v6e) or devices (tpu7x). libtpu wants a shape, and
+checks neither that
 a slice of that shape can be rented nor that there is one: the table here is what the vendor lists.
 """
 
@@ -16,26 +18,60 @@ from typing import Any
 from jspec.errors import InputError
 from jspec.scale.chips import Chip, chip
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3",
-               "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "none"}
-"""What JAX and libtpu read when they start: no chip is looked for, and several compilers may run side by side."""
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "none",
+}
+"""What JAX and libtpu read when they start: no chip is looked for, and several compilers may run
+side by side."""
 
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16",
-          "16x16x24")
+_CUBES = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+    "16x16x16",
+    "16x16x24",
+)
 SLICES: Mapping[str, tuple[tuple[str, ...], int, int]] = {
-    "v5e": (_SQUARES, 1, 1), "v6e": (_SQUARES, 1, 1), "v5p": (_CUBES, 2, 1), "tpu7x": (_CUBES, 2, 2)}
-"""(shapes in chips, what a chip adds to the number in the name, JAX's devices of a chip) of each TPU."""
-ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x", "tpu-v7x": "tpu7x", "ironwood": "tpu7x", "trillium": "v6e"}
+    "v5e": (_SQUARES, 1, 1),
+    "v6e": (_SQUARES, 1, 1),
+    "v5p": (_CUBES, 2, 1),
+    "tpu7x": (_CUBES, 2, 2),
+}
+"""(shapes in chips, what a chip adds to the number in the name, JAX's devices of a chip) of each
+TPU."""
+ALIASES = {
+    "v5litepod": "v5e",
+    "v7x": "tpu7x",
+    "tpu-v7x": "tpu7x",
+    "ironwood": "tpu7x",
+    "trillium": "v6e",
+}
 GPUS = {"sm_90": "h100", "h100": "h100", "h200": "h200"}
 
 _HOPPER = """
-platform_name: "CUDA" device_description_str: "NVIDIA {name}" dnn_version_info {{ major: 9 minor: 8 }}
+platform_name: "CUDA" device_description_str: "NVIDIA {name}"
+dnn_version_info {{ major: 9 minor: 8 }}
 gpu_device_info {{
-  cuda_compute_capability {{ major: 9 minor: 0 }} core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  cuda_compute_capability {{ major: 9 minor: 0 }} core_count: 132
+  fpus_per_core: 128 clock_rate_ghz: 1.98
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
   registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   device_memory_size: {memory} memory_bandwidth: {bandwidth} l2_cache_size: 52428800
 }}
@@ -62,22 +98,26 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Of each axis, whether its ends are connected: a torus is made of whole cubes of 4, or of 16 x 16."""
+        """Of each axis, whether its ends are connected: a torus is made of whole cubes of 4, or of
+        16 x 16."""
         if len(self.shape) == 3:
             return (all(size % 4 == 0 for size in self.shape),) * 3
         return tuple(size == 16 for size in self.shape)
 
 
 def topology(name: str) -> Topology:
-    """The machine of a vendor's name, such as v5p-1024. Raises InputError for one that does not exist, with those near
-    it."""
+    """The machine of a vendor's name, such as v5p-1024. Raises InputError for one that does not
+    exist, with those near it."""
     if name in GPUS:
         return Topology(name, chip(GPUS[name]), ())
     kind, _, number = name.lower().rpartition("-")
     kind = ALIASES.get(kind, kind)
     if kind not in SLICES:
-        raise InputError(f"topology {name!r} does not exist; known: {', '.join(f'{kind}-N' for kind in SLICES)}, and "
-                         f"one GPU: {', '.join(GPUS)}")
+        raise InputError(
+            f"topology {name!r} does not exist; known: "
+            f"{', '.join(f'{kind}-N' for kind in SLICES)}, and "
+            f"one GPU: {', '.join(GPUS)}"
+        )
     shapes, each, per_chip = SLICES[kind]
     sizes = {math.prod(_numbers(shape)) * each: shape for shape in shapes}
     if re.fullmatch("[0-9]+", number) and int(number) in sizes:
@@ -85,8 +125,10 @@ def topology(name: str) -> Topology:
     near = list(sizes)
     if re.fullmatch("[0-9]{1,9}", number):
         near = sorted(sorted(sizes, key=lambda size: abs(math.log(size / max(int(number), 1))))[:3])
-    raise InputError(f"topology {name!r} does not exist; {kind} has "
-                     + ", ".join(f"{kind}-{size} ({sizes[size]})" for size in near))
+    raise InputError(
+        f"topology {name!r} does not exist; {kind} has "
+        + ", ".join(f"{kind}-{size} ({sizes[size]})" for size in near)
+    )
 
 
 def _numbers(shape: str) -> tuple[int, ...]:
@@ -99,11 +141,22 @@ def set_environment() -> None:
 
 
 def devices(of: Topology) -> list[Any]:
-    """Its devices, for programs to be compiled for. Raises InputError where its compiler is not installed."""
+    """Its devices, for programs to be compiled for. Raises InputError where its compiler is not
+    installed."""
     if of.chip.platform == "gpu":
-        return described(of.name, platform="cuda", topology="1x1x1", target_config=_HOPPER.format(
-            name=of.chip.name.upper(), memory=int(of.chip.hbm_bytes), bandwidth=int(of.chip.hbm_bandwidth)))
-    return described(of.name, platform="tpu", topology_name=f"{of.chip.name}:{'x'.join(map(str, of.shape))}")
+        return described(
+            of.name,
+            platform="cuda",
+            topology="1x1x1",
+            target_config=_HOPPER.format(
+                name=of.chip.name.upper(),
+                memory=int(of.chip.hbm_bytes),
+                bandwidth=int(of.chip.hbm_bandwidth),
+            ),
+        )
+    return described(
+        of.name, platform="tpu", topology_name=f"{of.chip.name}:{'x'.join(map(str, of.shape))}"
+    )
 
 
 def described(name: str, **description: Any) -> list[Any]:
@@ -114,17 +167,20 @@ def described(name: str, **description: Any) -> list[Any]:
         return list(topologies.get_topology_desc(**description).devices)
     except Exception as error:  # whatever a missing plugin or a busy libtpu raises
         said = (str(error).splitlines() or [repr(error)])[0]
-        raise InputError(f"no compiler for {name} is installed, or another process has it: {said[:200]}; "
-                         "pip install 'jspec[aot]'") from error
-
+        raise InputError(
+            f"no compiler for {name} is installed, or another process has it: {said[:200]}; "
+            "pip install 'jspec[aot]'"
+        ) from error
 
 
 def compile_for(of: Topology, program: Any, arguments: tuple) -> Any:
-    """A `jax.jit` compiled for arguments with shardings on devices of `of`: a `jax.stages.Compiled`."""
+    """A `jax.jit` compiled for arguments with shardings on devices of `of`: a
+    `jax.stages.Compiled`."""
     return lower_for(of.chip.platform, program, arguments).compile()
 
 
 def lower_for(platform: str, program: Any, arguments: tuple) -> Any:
-    """The same before it is compiled, a `jax.stages.Lowered`. platform: "tpu" or "gpu"; else that of the devices."""
+    """The same before it is compiled, a `jax.stages.Lowered`. platform: "tpu" or "gpu"; else that
+    of the devices."""
     named = {"tpu": ("tpu",), "gpu": ("cuda",)}.get(platform)
     return program.trace(*arguments).lower(lowering_platforms=named)

@@ -1,4 +1,5 @@
-"""Bytes of a device's memory that an instruction of a compiled program reads and writes, from the program's text."""
+"""Bytes of a device's memory that an instruction of a compiled program reads and writes, from the
+program's text."""
 
 from __future__ import annotations
 
@@ -14,9 +15,26 @@ from jspec.hlo import Instruction, instructions
 _TYPED = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ELSEWHERE = re.compile(r"S\([1-9]")  # S(1): a TPU's vector memory; S(5): the host's
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
-         "after-all", "partition-id", "replica-id", "opt-barrier", "domain", "async-start", "async-update", "async-done",
-         "add-dependency"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "iota",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "domain",
+    "async-start",
+    "async-update",
+    "async-done",
+    "add-dependency",
+}
 _PARTS = {"dynamic-slice", "slice", "gather"}
 _IN_PLACE = {"dynamic-update-slice", "scatter"}
 
@@ -26,7 +44,8 @@ Pool = Callable[[tuple[int, ...]], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program's instructions by name. pool: what of it is counted by the rows that are alive."""
+    """A compiled program's instructions by name. pool: what of it is counted by the rows that are
+    alive."""
 
     found: Mapping[str, Instruction]
     pool: Pool = lambda shape: False
@@ -49,7 +68,8 @@ class Program:
 
 
 def sizes(made: str, here: bool = True) -> list[int]:
-    """Bytes of each array of a type as the text has it; here: 0 for one that is not in the device's memory."""
+    """Bytes of each array of a type as the text has it; here: 0 for one that is not in the device's
+    memory."""
     found = []
     for dtype, dims, layout in _TYPED.findall(made):
         bits = _BITS.match(dtype)
@@ -60,9 +80,14 @@ def sizes(made: str, here: bool = True) -> list[int]:
 
 
 def traffic(one: Instruction, program: Program) -> float:
-    """Bytes that an instruction moves: of what it takes a part of, or writes a part of, that part."""
+    """Bytes that an instruction moves: of what it takes a part of, or writes a part of, that
+    part."""
     opcode, operands = one.opcode, program.operands(one)
-    if opcode in _FREE or opcode.endswith("-done") or (opcode == "custom-call" and "Bitcast" in one.text):
+    if (
+        opcode in _FREE
+        or opcode.endswith("-done")
+        or (opcode == "custom-call" and "Bitcast" in one.text)
+    ):
         return 0.0
     if opcode.endswith("-start"):
         return _moved(one)
@@ -74,13 +99,24 @@ def traffic(one: Instruction, program: Program) -> float:
     if opcode == "fusion":
         return _fused(one, operands, program)
     arrays = [*operands, one]
-    return float(sum(size for array in arrays for size, shape in zip(sizes(array.made), array.shapes, strict=False)
-                     if not program.pool(shape)))
+    return float(
+        sum(
+            size
+            for array in arrays
+            for size, shape in zip(sizes(array.made), array.shapes, strict=False)
+            if not program.pool(shape)
+        )
+    )
 
 
 def _moved(one: Instruction) -> float:
-    """Of what begins a transfer between memories: as much as it moves, at each end that is in the device's memory."""
-    arrays = [(size, here) for size, here in zip(sizes(one.made, here=False), sizes(one.made), strict=True) if size > 8]
+    """Of what begins a transfer between memories: as much as it moves, at each end that is in the
+    device's memory."""
+    arrays = [
+        (size, here)
+        for size, here in zip(sizes(one.made, here=False), sizes(one.made), strict=True)
+        if size > 8
+    ]
     if not arrays:
         return 0.0
     return float(min(size for size, _ in arrays) * min(2, sum(here > 0 for _, here in arrays)))
@@ -100,11 +136,18 @@ def _fused(one: Instruction, operands: list[Instruction], program: Program) -> f
     for inner in members.values():
         for name in inner.operands:
             users[name].append(inner)
-    parameters = {int(number.group()): name for name, inner in members.items()
-                  if inner.opcode == "parameter" and (number := re.match(r"\d+", inner.text))}
+    parameters = {
+        int(number.group()): name
+        for name, inner in members.items()
+        if inner.opcode == "parameter" and (number := re.match(r"\d+", inner.text))
+    }
     total = 0.0
     for i, operand in enumerate(operands):
-        total += _taken(parameters[i], sum(sizes(operand.made)), users) if i in parameters else sum(sizes(operand.made))
+        total += (
+            _taken(parameters[i], sum(sizes(operand.made)), users)
+            if i in parameters
+            else sum(sizes(operand.made))
+        )
     ends = list(members.values())[-1:]
     if ends and ends[0].opcode == "tuple":
         ends = [members[name] for name in ends[0].operands if name in members]

@@ -1,4 +1,5 @@
-"""A step's answer for one CPU device, whose compiler is here, held to what that says of the whole."""
+"""A step's answer for one CPU device, whose compiler is here, held to what that says of the
+whole."""
 
 import json
 from xml.etree import ElementTree
@@ -18,9 +19,20 @@ from jspec.scale.report import as_json, bars, show, svg, verdict
 from jspec.scale.topologies import Topology
 
 LAYERS = 4
-HERE = Topology("here", Chip("cpu", "cpu", 2**34, 2**34, 1e10, 1e11, None, None, 1, 1e9, 1e9, 2**34, 1, "none"), ())
-OVERRIDES = [f"model.architecture.num_layers={LAYERS}", "speculation.k=1", "model.remat=true",
-             "data.prompts_per_step=4", "data.group_size=4", "grpo.micro_batch=8", "draft.every_n_steps=1"]
+HERE = Topology(
+    "here",
+    Chip("cpu", "cpu", 2**34, 2**34, 1e10, 1e11, None, None, 1, 1e9, 1e9, 2**34, 1, "none"),
+    (),
+)
+OVERRIDES = [
+    f"model.architecture.num_layers={LAYERS}",
+    "speculation.k=1",
+    "model.remat=true",
+    "data.prompts_per_step=4",
+    "data.group_size=4",
+    "grpo.micro_batch=8",
+    "draft.every_n_steps=1",
+]
 
 
 def answer(*overrides, layers=()):
@@ -37,7 +49,10 @@ def test_memory_of_many_layers_is_known_from_a_few(small):
     """Within 10% of what the compiler says of the whole program, program by program."""
     whole = answer("draft.name=none", layers=(LAYERS,))
     assert {p.name: p.layers for p in small.programs} == {
-        "reshard": (1, 2), "rollout": (1, 2), "update": (LAYERS,)}
+        "reshard": (1, 2),
+        "rollout": (1, 2),
+        "update": (LAYERS,),
+    }
     for few, all_of_it in zip(small.programs, whole.programs, strict=True):
         assert few.bytes == pytest.approx(all_of_it.bytes, rel=0.1), few.name
         compute, known = small.floor(few).compute, whole.floor(all_of_it).compute
@@ -48,7 +63,9 @@ def test_every_byte_has_a_kind(small):
     """What is always there, the pool and the copy by their shapes, and the rest temporaries."""
     for program in small.programs:
         assert sum(program.kinds.values()) == pytest.approx(program.needed, rel=0.01)
-        assert program.kinds["optimizer"] == pytest.approx(2 * program.kinds["master weights"], rel=1e-3)
+        assert program.kinds["optimizer"] == pytest.approx(
+            2 * program.kinds["master weights"], rel=1e-3
+        )
     rollout = next(program for program in small.programs if program.name == "rollout")
     # 4 prompts of one block, 16 rows of one: 16 positions, 8 KV heads of 16, float32
     blocks = 4 + 16
@@ -59,7 +76,11 @@ def test_the_answer_is_said_drawn_and_written(small, capsys):
     show(small, PlainConsole(width=120))
     out = capsys.readouterr().out
     assert "random fits here" in verdict(small) and verdict(small) in out
-    assert "a cycle" in out and "policy_loss, backward" in out and "rollout.slots 16 (of 16 rows)" in out
+    assert (
+        "a cycle" in out
+        and "policy_loss, backward" in out
+        and "rollout.slots 16 (of 16 rows)" in out
+    )
     assert all(line.count("|") == 1 for line in bars(small)[:-1])
     assert json.loads(json.dumps(as_json(small)))["fits"] is True
     drawn = ElementTree.fromstring(svg(small))
@@ -67,7 +88,9 @@ def test_the_answer_is_said_drawn_and_written(small, capsys):
 
 
 def test_sizes_that_do_not_go_together_are_one_line():
-    with pytest.raises(InputError, match="mesh data x fsdp x tensor = 1 x 3 x 1 does not fit 1 devices"):
+    with pytest.raises(
+        InputError, match="mesh data x fsdp x tensor = 1 x 3 x 1 does not fit 1 devices"
+    ):
         answer("mesh.fsdp=3", "mesh.data=1")
 
 
@@ -78,10 +101,23 @@ def test_layers_of_two_kinds_are_counted_apart():
     assert extended(model, depths(model, (1, 3)), [13, 19]) == pytest.approx(10 + 3 * LAYERS)
 
 
-@pytest.mark.parametrize(("said", "expected"), [
-    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-     "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", int(20.5 * 2**30)),
-    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
-     "(17.00G) exceeds available HBM (15.75G).", 17 * 2**30 + 5), ("INTERNAL: something else", None)])
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. "
+            "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            int(20.5 * 2**30),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries "
+            "(17.00G) exceeds available HBM (15.75G).",
+            17 * 2**30 + 5,
+        ),
+        ("INTERNAL: something else", None),
+    ],
+)
 def test_what_a_compiler_says_when_it_does_not_fit(said, expected):
     assert refused(RuntimeError(said), 5) == expected

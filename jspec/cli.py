@@ -67,7 +67,7 @@ def parser() -> Parser:
     profile.add_argument("--out", metavar="DIR",
                          help="where the trace goes (default: output_dir/profile)")
     add_fit(command("fit", _fit, "say whether a config's step fits chips that are not here, and "
-                    "the least it can take there", keys="Config"))
+                    "the least it can take there", keys="config:Config"))
     return top
 
 

@@ -23,7 +23,8 @@ def config(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("command", ["train", "rollout", "eval", "fetch", "export", "profile", "fit"])
+@pytest.mark.parametrize("command", ["train", "rollout", "eval", "fetch", "export", "profile",
+                                     "fit"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

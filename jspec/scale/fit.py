@@ -37,7 +37,7 @@ from jspec.scale.programs import (
     prefilled,
 )
 from jspec.scale.topologies import Topology
-from jspec.sharding import make_mesh
+from jspec.sharding import batch_shards, make_mesh
 from jspec.speculate.schedule import MOST
 from jspec.speculate.types import Schedule
 
@@ -162,6 +162,7 @@ def fit(
             pools,
             micro[0],
             out.tokens.shape[0],
+            batch_shards("train"),
             fixed,
             int(chip.granted_bytes),
         )
@@ -190,67 +191,54 @@ def only_widest(config: Config) -> Config:
     return dataclasses.replace(config, grpo=grpo, draft=draft)
 
 
-def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
-    """(the reshard and the rollout, the pools, the step at full depth, what its rollout gives)."""
-    models = depths(subject.model, subject.layers)
-    whole = Declared.of(subject, subject.model)
-    reshards, rollouts = [], []
-    for model in models:
+@dataclasses.dataclass(frozen=True)
+class Shallow:
+    """The reshard and the rollout at one depth, the draft as cycles use it (None without one), and
+    its keys and values of the prompts, as shapes."""
+
+    reshard: Compiled
+    rollout: Compiled
+    prepared: Any
+    of_draft: Any
+
+    @classmethod
+    def of(cls, subject: Subject, model: ModelConfig) -> Shallow:
         made = Declared.of(subject, model)
         prepared, of_draft = prefilled(made, subject.k)
         with telling(f"compiling reshard and rollout, {model.num_layers} layers"):
             reshard = compile_one(subject, "reshard", made.step.reshard, (made.state.policy,), once)
             if reshard.refused:
-                raise InputError(
-                    f"not even {model.num_layers} layers of this model fit "
-                    f"{subject.topology.name}: their reshard takes "
-                    f"{reshard.bytes / 2**30:.1f} GiB a device"
-                )
-            arguments = (
-                reshard.made,
-                made.state.draft,
-                made.prompts,
-                made.step.sampling,
-                subject.k,
-            )
-            rollout = compile_one(
-                subject,
-                "rollout",
-                made.step.rollout,
-                arguments,
-                once,
-                pools_of(subject, made, of_draft).is_pool,
-            )
-        reshards.append(reshard)
-        rollouts.append(rollout)
-    pools = pools_of(subject, whole, of_draft)
-    out = at_depth(rollouts[-1].made, subject.model).replace(stats=None)
-    state, draft, copy = (
-        state_bytes(whole.state, whole.reference),
-        whole.state.draft,
-        shard_bytes(whole.copy),
-    )
-    always = sum(state.values())
-    programs = [
-        assembled(
-            subject,
-            "reshard",
-            models,
-            reshards,
-            always - state["master weights"],
-            state | {"rollout copy": copy},
-        )
-    ]
-    of_policy, of_draft_pool, _ = pools.bytes()
-    drafted = 0 if prepared is None else prepared_bytes(reshard.made, prepared, whole.layout)
+                raise InputError(f"not even {model.num_layers} layers of this model fit "
+                                 f"{subject.topology.name}: their reshard takes "
+                                 f"{reshard.bytes / 2**30:.1f} GiB a device")
+            arguments = (reshard.made, made.state.draft, made.prompts, made.step.sampling,
+                         subject.k)
+            rollout = compile_one(subject, "rollout", made.step.rollout, arguments, once,
+                                  pools_of(subject, made, of_draft).is_pool)
+        return cls(reshard, rollout, prepared, of_draft)
+
+
+def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
+    """(the reshard and the rollout, the pools, the step at full depth, what its rollout gives)."""
+    models = depths(subject.model, subject.layers)
+    whole = Declared.of(subject, subject.model)
+    found = [Shallow.of(subject, model) for model in models]
+    last = found[-1]
+    pools = pools_of(subject, whole, last.of_draft)
+    out = at_depth(last.rollout.made, subject.model).replace(stats=None)
+    state, draft = state_bytes(whole.state, whole.reference), whole.state.draft
+    copy, always = shard_bytes(whole.copy), sum(state.values())
+    programs = [assembled(subject, "reshard", models, [one.reshard for one in found],
+                          always - state["master weights"], state | {"rollout copy": copy})]
+    in_pool, in_draft_pool, _ = pools.bytes()
+    drafted = int(extended(subject.model, models, [
+        prepared_bytes(one.reshard.made, one.prepared, whole.layout) for one in found]))
     own = 0 if draft is None else shard_bytes(draft)
-    kinds = state | {
-        "rollout copy": copy,
-        "KV pool": of_policy,
-        "draft": state["draft"] + of_draft_pool + drafted,
-        "prompts and answers": shard_bytes((whole.prompts, out)),
-    }
-    programs.append(assembled(subject, "rollout", models, rollouts, always - own, kinds))
+    kinds = state | {"rollout copy": copy, "KV pool": in_pool,
+                     "draft": state["draft"] + in_draft_pool + drafted,
+                     "prompts and answers": shard_bytes((whole.prompts, out))}
+    programs.append(assembled(subject, "rollout", models, [one.rollout for one in found],
+                              always - own, kinds))
     return programs, pools, whole, out
 
 

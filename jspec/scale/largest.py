@@ -24,12 +24,18 @@ class Largest:
 
 
 def largest(
-    programs: Mapping[str, Any], pools: Pools, micro_batch: int, rows: int, fixed: int, granted: int
+    programs: Mapping[str, Any],
+    pools: Pools,
+    micro_batch: int,
+    rows: int,
+    shards: int,
+    fixed: int,
+    granted: int,
 ) -> Largest:
     """Of programs (`fit.Program`) by name.
 
     Args:
-      micro_batch: rows that were compiled. rows: of the step.
+      micro_batch: rows that were compiled. rows: of the step. shards: that split them in training.
       fixed: bytes of the update's temporaries that do not grow with its rows: gradients.
       granted: bytes of a device.
     """
@@ -47,7 +53,7 @@ def largest(
         return update.needed + growing * (asked / micro_batch - 1)
 
     steps = list(range(pools.shards, rows + 1, pools.shards))
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0 and n % pools.shards == 0]
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0 and n % shards == 0]
     return Largest(
         _most(steps, of_slots, granted),
         _tokens(pools, granted - rollout.needed + here),

@@ -132,9 +132,11 @@ def prepared_bytes(policy: Any, draft: Any, layout: str) -> int:
     """Of a draft as cycles use it, what each device holds, if its weights are split as the policy's
     matrices are.
 
-    policy, draft: shapes, the latter prepared. What it takes of the policy as it is (its output
-      head) is not counted.
+    policy, draft: shapes, the latter prepared, or None. What it takes of the policy as it is (its
+      output head) is not counted.
     """
+    if draft is None:
+        return 0
     theirs = {
         (x.shape, str(x.dtype))
         for x in (policy.weights["embed"], policy.weights.get("head"))

@@ -17,7 +17,7 @@ both."""
 
 def kinds(model: ModelConfig) -> tuple[int, int]:
     """(dense layers, sparse layers)."""
-    if getattr(model, "experts", None) is None:
+    if model.experts is None:
         return model.num_layers, 0
     dense = len(model.experts.dense_layers)
     return dense, model.num_layers - dense
@@ -25,7 +25,7 @@ def kinds(model: ModelConfig) -> tuple[int, int]:
 
 def shallower(model: ModelConfig, dense: int, sparse: int) -> ModelConfig:
     """The model with so many layers of each kind, the dense ones first."""
-    if getattr(model, "experts", None) is None:
+    if model.experts is None:
         return dataclasses.replace(model, num_layers=dense)
     experts = dataclasses.replace(model.experts, dense_layers=tuple(range(dense)))
     return dataclasses.replace(model, num_layers=dense + sparse, experts=experts)

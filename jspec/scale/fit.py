@@ -37,7 +37,7 @@ from jspec.scale.programs import (
     prefilled,
 )
 from jspec.scale.topologies import Topology
-from jspec.sharding import batch_shards, make_mesh
+from jspec.sharding import batch_shards, configured_mesh
 from jspec.speculate.schedule import MOST
 from jspec.speculate.types import Schedule
 
@@ -145,7 +145,7 @@ def fit(
     subject = Subject(
         config, model, topology, devices, k, length or longest, accepted, tuple(layers)
     )
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=list(devices))
+    mesh = configured_mesh(config.mesh, list(devices))
     with jax.set_mesh(mesh):
         check_sizes(config, mesh, model)
         programs, pools, whole, out = of_rollout(subject)

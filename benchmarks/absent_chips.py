@@ -11,26 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
+
+from jspec.errors import InputError
+from jspec.scale import topologies
 
 POD = "v5p pod"
 TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1",
         POD: "v5p:4x4x2"}
 """8 devices each, and the 32 of configs/qwen3-8b-pod.yaml, on the mesh that it names."""
 GPU = "sm_90"
-H200 = """
-platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 8 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 } core_count: 132 fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  device_memory_size: 150000000000 memory_bandwidth: 4800000000000 l2_cache_size: 52428800
-}
-"""
 
 
 def devices(chip: str) -> list[Any]:
@@ -38,13 +27,12 @@ def devices(chip: str) -> list[Any]:
     installed."""
     try:
         if chip == GPU:
-            return topologies.get_topology_desc(platform="cuda", topology="1x1x1",
-                                                target_config=H200).devices
-        return topologies.get_topology_desc(platform="tpu",
-                                            topology_name=TPUS.get(chip, chip)).devices
-    except Exception as error:  # whatever a missing plugin or a busy libtpu raises
-        print(f"no compiler for {chip}: {str(error).splitlines()[0]}; pip install -e '.[aot]', and "
-              "let one process use libtpu at a time", file=sys.stderr)
+            return topologies.devices(topologies.topology("h200"))
+        return topologies.described(chip, platform="tpu", topology_name=TPUS.get(chip, chip))
+    except InputError as error:
+        said = str(error.__cause__).splitlines()[0]
+        print(f"no compiler for {chip}: {said}; pip install -e '.[aot]', and let one process use "
+              "libtpu at a time", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -54,8 +42,7 @@ def dumps() -> Path:
 
 def compiled(function: Any, args: Any, chip: str) -> Any:
     """`function`, a jax.jit, for `args` with shardings on the chip's devices."""
-    platform = "cuda" if chip == GPU else "tpu"
-    return function.trace(*args).lower(lowering_platforms=(platform,)).compile()
+    return topologies.lower_for("gpu" if chip == GPU else "tpu", function, args).compile()
 
 
 def on(sharding: Any, tree: Any) -> Any:

@@ -33,9 +33,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jspec.scale.topologies import ENVIRONMENT
+
 # read by JAX, libtpu and Mosaic when they start, so it comes before them
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3",
-                  TPU_STDERR_LOG_LEVEL="3", MOSAIC_GPU_DUMP_PTXAS="1",
+os.environ.update(ENVIRONMENT, MOSAIC_GPU_DUMP_PTXAS="1",
                   MOSAIC_GPU_DUMP_TO=tempfile.mkdtemp(prefix="jspec-compile-"))
 
 import jax

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 
-from jspec.arguments import nearest
 from jspec.errors import InputError
 
 GIB = 2**30
@@ -78,7 +78,7 @@ CHIPS = {chip.name: chip for chip in (
 
 def chip(name: str) -> Chip:
     """The chip of that name. Raises InputError, naming those there are."""
-    if name not in CHIPS:
-        raise InputError(f"chip {name!r} is not known{nearest(name, list(CHIPS))}; known: "
-                         f"{', '.join(CHIPS)}")
+    if name not in CHIPS:  # jspec.arguments' words, which are not to be had without JAX
+        near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, CHIPS, 1))
+        raise InputError(f"chip {name!r} is not known{near}; known: {', '.join(CHIPS)}")
     return CHIPS[name]

@@ -173,14 +173,8 @@ def described(name: str, **description: Any) -> list[Any]:
         ) from error
 
 
-def compile_for(of: Topology, program: Any, arguments: tuple) -> Any:
-    """A `jax.jit` compiled for arguments with shardings on devices of `of`: a
-    `jax.stages.Compiled`."""
-    return lower_for(of.chip.platform, program, arguments).compile()
-
-
 def lower_for(platform: str, program: Any, arguments: tuple) -> Any:
-    """The same before it is compiled, a `jax.stages.Lowered`. platform: "tpu" or "gpu"; else that
-    of the devices."""
+    """A `jax.jit` lowered for arguments with shardings on devices that are not here, to be
+    compiled. platform: "tpu" or "gpu"; else that of the devices."""
     named = {"tpu": ("tpu",), "gpu": ("cuda",)}.get(platform)
     return program.trace(*arguments).lower(lowering_platforms=named)

@@ -30,6 +30,12 @@ AdvantageForm = Literal["group", "dr_grpo"]
 ADVANTAGES = get_args(AdvantageForm)
 """From rewards to advantages; see `jspec.rl.advantages`."""
 
+PRECISIONS = ("bfloat16", "int8", "fp8")
+ENGINES = ("jspec", "server")
+"""Of `jspec project`: what the rollout's weights are in; and what decodes. jspec: every token goes
+to every shard of experts, and loops are compiled for a few numbers of rows. A server, as other
+systems have one: a token goes to the shards of its own experts, and a cycle has live rows alone."""
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 MOST_SAMPLES = 2**20

@@ -15,7 +15,7 @@ from jspec.choices import DRAFTERS, DTYPES, KERNELS, MAX_NEW_TOKENS, MOST_SAMPLE
 from jspec.errors import InputError
 from jspec.exits import guarded
 from jspec.parsing import Parser, add_config, drafter, number
-from jspec.scale.options import add_fit
+from jspec.scale.options import add_fit, add_project
 from jspec.stopping import terminate_by_exception
 
 EPILOG = """\
@@ -68,6 +68,8 @@ def parser() -> Parser:
                          help="where the trace goes (default: output_dir/profile)")
     add_fit(command("fit", _fit, "say whether a config's step fits chips that are not here, and "
                     "the least it can take there", keys="config:Config"))
+    add_project(command("project", _project, "what speculation is to bring to rollouts and steps "
+                        "on machines that are not here (docs/scale.md)"))
     return top
 
 
@@ -219,6 +221,16 @@ def _fit(arguments: argparse.Namespace) -> int:
     from jspec.scale.commands import answer
 
     return answer(arguments)
+
+
+def _project(arguments: argparse.Namespace) -> int:
+    from jspec.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    _import_jax()
+    from jspec.scale.project_command import run
+
+    return run(config, arguments)
 
 
 def _fetch(arguments: argparse.Namespace) -> int:

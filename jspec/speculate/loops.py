@@ -28,18 +28,21 @@ LONG = 128
 """Generated tokens from which on more than one loop is worth compiling."""
 
 
-def loops(slots: int, k: int | Schedule, cap: int) -> tuple[tuple[int, int], ...]:
+def loops(slots: int, k: int | Schedule, cap: int,
+          fewest: int | None = None) -> tuple[tuple[int, int], ...]:
     """(rows, k) of every loop, of ever fewer rows. A schedule's own bounds are the loops; for one k
     they are chosen.
 
-    cap: the most that a sequence generates.
+    cap: the most that a sequence generates. fewest: rows of the last loop; None: what this
+      platform wants.
     """
     if not isinstance(k, int):
         bounds = dict(k)
         sizes = sorted({slots, *(rows for rows in bounds if rows < slots)}, reverse=True)
         return tuple((rows, next((bounds[b] for b in sorted(bounds) if b >= rows), 0))
                      for rows in sizes)
-    fewest = FEWEST if platform() == "cpu" else FEWEST_ON_CHIPS
+    if fewest is None:
+        fewest = FEWEST if platform() == "cpu" else FEWEST_ON_CHIPS
     worth_it = cap >= LONG and slots > 2 * fewest
     steps = min(MOST - 1, round(math.log(slots / fewest, SHRINK))) if worth_it else 0
     ratio = (slots / fewest) ** (1 / max(steps, 1))

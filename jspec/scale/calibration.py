@@ -1,0 +1,171 @@
+"""What cycles take beyond their floor, from a table that was measured: what `jspec bench cost
+--json` wrote, in seconds; or speed-ups of rollouts by k, as others publish them, in plain cycles:
+
+    {"source": "...", "on": "gb200-32",
+     "measured": [{"k": 3, "tokens": 3.32, "speedup": 1.77}, ...]}
+
+Without `on` they are of the machine that is asked about. A rollout is faster by tokens a cycle over
+what a cycle costs: so each row says what one cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jspec import arguments
+from jspec.errors import InputError
+from jspec.scale.chips import CHIPS
+from jspec.scale.cycle_cost import Costs, Overhead, Split, cycle
+from jspec.scale.project import Rollout, decode_seconds, rollout_seconds
+from jspec.speculate.schedule import Costs as Table
+
+SHAPES = ('{"source": "...", "measured": [{"k": 3, "tokens": 3.32, "speedup": 1.77}]}, or '
+          "what `jspec bench cost MODEL --json FILE` writes")
+KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+         "TPU7x": "tpu7x", "NVIDIA H100": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200",
+         "NVIDIA GB200": "gb200"}
+"""Chips by how JAX names a device; a GPU's name goes on."""
+TIMED_CONTEXT = 1024
+"""Positions by which `jspec bench cost` makes rows longer than their prompts, at most; half of the
+cap where that is less."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Speedup:
+    """A measured rollout: `k` drafted tokens, `tokens` a cycle, how many times faster than without
+    a draft."""
+
+    k: int
+    tokens: float
+    speedup: float
+
+    @property
+    def cost(self) -> float:
+        """Of a cycle, in plain ones."""
+        return self.tokens / self.speedup
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A table. One of `speedups` and `table` is there.
+
+    Attributes:
+      source: what it is of, in words. on: the machine of the speed-ups; "": any.
+      table: seconds by rows and k; `chip`, `devices`, `context` (positions of a row) of them.
+    """
+
+    source: str
+    on: str = ""
+    speedups: tuple[Speedup, ...] = ()
+    table: Table | None = None
+    chip: str = ""
+    devices: int = 1
+    context: float = 0.0
+
+
+def line(ks: Sequence[int], values: Sequence[float], size: Sequence[float]) -> tuple[float, float]:
+    """(intercept, slope) of the line whose largest error, as a share of `size`, is the smallest
+    (Lawson's algorithm: least squares, and again with more weight where it errs). With fewer than
+    three points it goes through 0 at k = 0: two would say nothing of a line."""
+    x, y, size = (np.asarray(part, float) for part in (ks, values, size))
+    columns = np.stack([np.ones_like(x), x], 1)[:, len(set(ks)) < 3:]
+    weight, found = np.full(len(x), 1 / len(x)), np.zeros(columns.shape[1])
+    for _ in range(300):
+        scale = np.sqrt(weight) / size
+        found = np.linalg.lstsq(columns * scale[:, None], y * scale, rcond=None)[0]
+        error = np.abs(y - columns @ found) / size
+        if not error.max() > 1e-12:
+            break
+        weight = weight * error / (weight * error).sum()
+    return (0.0, *found.tolist()) if len(found) == 1 else tuple(found.tolist())
+
+
+def without_draft(costs: Costs) -> Costs:
+    """The floor of the verifier alone, to which what was measured of drafts is added."""
+    return dataclasses.replace(costs, draft=None, draft_share=None, overhead=Overhead())
+
+
+def overhead_of(measured: Measured, costs: Costs, rollout: Rollout) -> Overhead:
+    """What the table shows beyond `without_draft(costs)`: the engine's overhead and the draft.
+    rollout: what its speed-ups are of."""
+    bare = without_draft(costs)
+    if measured.table is not None:
+        return from_table(measured, bare)
+    return from_speedups(measured.speedups, bare, rollout)
+
+
+def from_speedups(speedups: Sequence[Speedup], costs: Costs, rollout: Rollout) -> Overhead:
+    """With what overhead, in plain cycles, `costs` without one take for this rollout what was
+    measured."""
+    plain, unit = rollout_seconds(costs, rollout), decode_seconds(costs, rollout)
+    over = [(plain / point.speedup - rollout_seconds(costs, rollout, point.k, point.tokens))
+            * point.tokens / unit for point in speedups]
+    drafting, token = line([point.k for point in speedups], over,
+                           [point.cost for point in speedups])
+    return Overhead(0.0, drafting, token, min(point.k for point in speedups), relative=True)
+
+
+def from_table(measured: Measured, costs: Costs) -> Overhead:
+    """The overhead of a table's seconds over the floor of the same policy on the chip that it was
+    measured on, a mean over its rows."""
+    table = measured.table
+    here = dataclasses.replace(costs, chip=CHIPS[measured.chip],
+                               split=Split(table.shards, max(1, measured.devices // table.shards)))
+
+    def over(rows: int, k: int, seconds: float) -> float:
+        return seconds - float(cycle(here, k, rows, rows * measured.context).seconds)
+
+    plain = max(0.0, float(np.mean([over(rows, 0, seconds) for rows, seconds in table.plain])))
+    drafting = [(k, over(rows, k, seconds) - plain, seconds)
+                for rows, k, seconds in table.drafting if k]
+    if not drafting:
+        return Overhead(plain)
+    ks, beyond, seconds = zip(*drafting, strict=True)
+    return Overhead(plain, *line(ks, beyond, seconds), least=min(ks))
+
+
+def read(name: str, drafter: str) -> Measured:
+    """The table in a file; of `jspec bench cost`, that of a drafter. Raises InputError."""
+    path = arguments.path("--costs", name)
+    if not path.is_file():
+        raise InputError(f"--costs {name}: there is no such file; it holds {SHAPES}")
+    try:
+        found = json.loads(path.read_text())
+        if "measured" in found:
+            return _speedups(found)
+        return _table(name, found, drafter)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--costs {name} is no table of costs; it holds {SHAPES}") from None
+
+
+def _speedups(found: dict[str, Any]) -> Measured:
+    points = tuple(Speedup(int(row["k"]), float(row["tokens"]), float(row["speedup"]))
+                   for row in found["measured"])
+    if not points or not all(p.k >= 1 and 1 <= p.tokens <= p.k + 1 and 0 < p.speedup < np.inf
+                             for p in points):
+        raise ValueError
+    return Measured(str(found["source"]), str(found.get("on", "")), points)
+
+
+def _table(name: str, found: dict[str, Any], drafter: str) -> Measured:
+    rows = {row["draft"].partition(":")[0]: row for row in found["rows"]}
+    if drafter not in rows:
+        raise InputError(f"--costs {name} was measured with {', '.join(rows)}, and the config's "
+                         f"draft.name is {drafter}; measure that one: --drafts {drafter}")
+    machine = found["machine"]
+    chip = next((chip for kind, chip in sorted(KINDS.items(), reverse=True)
+                 if machine["device"].startswith(kind)), None)
+    if chip is None:
+        raise InputError(f"--costs {name} was measured on {machine['device']!r}, whose floor is "
+                         f"not known; measure on one of {', '.join(CHIPS)}")
+    return Measured(f"{found['model']} on {machine['device']}, {found['date']}",
+                    table=Table.from_json(rows[drafter]["costs"]), chip=chip,
+                    devices=int(machine["devices"]),
+                    context=min(TIMED_CONTEXT, found["max_new_tokens"] / 2))

@@ -1,0 +1,168 @@
+"""`jspec project`: what speculation is to bring to a config's rollouts and steps on machines that
+are not here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from jspec.config import Config
+from jspec.errors import InputError
+from jspec.model import ModelConfig
+from jspec.output import open_output, screen
+from jspec.prepare import check_draft, rollout_layout
+from jspec.scale import calibration, lengths
+from jspec.scale.chips import CHIPS, Chip
+from jspec.scale.cycle_cost import Costs, Sizes, Split, draft_sizes
+from jspec.scale.project import (
+    Projection,
+    Rollout,
+    by_acceptance,
+    by_tokens,
+    project,
+    rest_of_share,
+    update_seconds,
+)
+from jspec.scale.project_picture import picture
+from jspec.scale.project_report import (
+    Projected,
+    as_data,
+    cycle_table,
+    machines_table,
+    said,
+    speedup_table,
+    summary,
+)
+from jspec.scale.published import shape_of
+from jspec.scale.topologies import topology
+from jspec.sharding import AXES, LAYOUTS, batch_shards, check_mesh, check_rows, mesh_sizes
+from jspec.speculate.loops import FEWEST_ON_CHIPS, loops
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """What nothing measured is needed for: a config's step on a machine. answers: float [N], how
+    long they are."""
+
+    costs: Costs
+    rollout: Rollout
+    answers: np.ndarray
+
+
+def run(config: Config, arguments: argparse.Namespace) -> int:
+    """`jspec project`, with what `cli` parsed. Raises InputError before anything is printed."""
+    if arguments.plot and Path(arguments.plot).suffix != ".svg":
+        raise InputError(f"--plot {arguments.plot} must end in .svg")
+    written, drawn = open_output(arguments.json, "--json"), open_output(arguments.plot, "--plot")
+    model = shape_of(config.model, arguments.model)
+    found = [projected(config, model, on, arguments) for on in arguments.on]
+    console = screen()
+    for one in found:
+        for text in said(one):
+            console.print(text, soft_wrap=True)
+        for table in (cycle_table(one), speedup_table(one, "rollout"), speedup_table(one, "step")):
+            console.print(table)
+        console.print(summary(one), soft_wrap=True)
+    if len(found) > 1:
+        console.print(machines_table(found))
+    if written:
+        written.write(json.dumps([as_data(one) for one in found], indent=1) + "\n")
+    if drawn:
+        drawn.write(picture(found[0]))
+    return 0
+
+
+def projected(config: Config, model: ModelConfig, on: str,
+              arguments: argparse.Namespace) -> Projected:
+    """The projection for one machine. Raises InputError where the config does not go on it."""
+    floor, measured = floor_of(config, model, on, arguments), ""
+    costs = floor.costs
+    if arguments.costs is not None:
+        table = calibration.read(arguments.costs, config.draft.name)
+        there = floor_of(config, model, table.on, arguments) if table.on else floor
+        overhead = calibration.overhead_of(table, there.costs, there.rollout)
+        costs = dataclasses.replace(calibration.without_draft(costs), overhead=overhead)
+        measured = table.source
+    found = project(costs, floor.rollout, sorted(arguments.k))
+    rest, rest_from = rest_of(found, config, floor, arguments)
+    found = dataclasses.replace(found, rest=rest, lag=arguments.lag)
+    by, levels = ((by_tokens, arguments.tokens) if arguments.tokens
+                  else (by_acceptance, arguments.acceptance))
+    levels = tuple(sorted(levels))
+    return Projected(config.model.name, on, costs, floor.rollout, floor.answers, found, levels,
+                     by(found, levels), measured, rest_from)
+
+
+def floor_of(config: Config, model: ModelConfig, on: str, arguments: argparse.Namespace) -> Floor:
+    """Raises InputError where the config does not go on that machine."""
+    chip, devices = machine(on)
+    split, server = split_of(config, model, devices), arguments.engine == "server"
+    policy = Sizes.of(model, arguments.precision)
+    draft = draft_sizes(check_draft(config, model), policy, model)
+    data, cap = config.data, config.sampling.max_new_tokens
+    answers = lengths.parse(arguments.lengths, data.prompts_per_step * data.group_size, cap)
+    rollout = rollout_of(config, split, answers)
+    if server:
+        split = dataclasses.replace(split, sparse=True)
+        rollout = dataclasses.replace(rollout, chain=())
+    costs = Costs(policy, chip, split, draft, arguments.draft_cost)
+    return Floor(costs, rollout, answers)
+
+
+def machine(name: str) -> tuple[Chip, int]:
+    """(chip, devices) of a machine: what `topology` knows, and any number of GPUs, as in
+    gb200-512."""
+    gpus = [chip.name for chip in CHIPS.values() if chip.platform == "gpu"]
+    kind, _, count = name.lower().rpartition("-")
+    if kind in gpus and re.fullmatch("[1-9][0-9]{0,6}", count):
+        return CHIPS[kind], int(count)
+    try:
+        found = topology(name)
+    except InputError as error:
+        raise InputError(f"--on: {error}; or GPUs, as in {gpus[-1]}-512") from None
+    return found.chip, found.count
+
+
+def split_of(config: Config, model: ModelConfig, devices: int) -> Split:
+    """How the config's rollouts lie on so many devices. Raises InputError where they do not."""
+    sizes = mesh_sizes([getattr(config.mesh, axis) for axis in AXES], devices)
+    mesh = AbstractMesh(sizes, AXES)
+    layout = rollout_layout(config)
+    for of in ("train", layout):
+        check_mesh(model, mesh, of)
+        check_rows(config.data.prompts_per_step * config.data.group_size, mesh, of)
+    tensor = np.prod([mesh.shape[axis] for axis in LAYOUTS[layout]["mlp"]])
+    return Split(batch_shards(layout, mesh), int(tensor), mesh.shape.get("expert", 1))
+
+
+def rollout_of(config: Config, split: Split, of_answers: np.ndarray) -> Rollout:
+    """A step's answers in the engine's slots and loops."""
+    data = config.data
+    slots = min(config.rollout.slots or len(of_answers), len(of_answers)) // split.batch
+    if not slots:
+        raise InputError(f"rollout.slots = {config.rollout.slots} is fewer than the {split.batch} "
+                         "shards that rows are split over; raise it")
+    chain = loops(slots, 0, config.sampling.max_new_tokens, FEWEST_ON_CHIPS)
+    return Rollout(
+        lengths.spans(of_answers, split.groups, split.expert, slots, data.max_prompt_tokens),
+        tuple(rows for rows, _ in chain),
+        data.prompts_per_step * data.max_prompt_tokens / split.batch)
+
+
+def rest_of(found: Projection, config: Config, floor: Floor,
+            arguments: argparse.Namespace) -> tuple[float, str]:
+    """(seconds of all of a step but generation, where they are from)."""
+    if arguments.generation_share is not None:
+        return rest_of_share(found.generation, arguments.generation_share), "--generation-share"
+    if arguments.rest is not None:
+        return arguments.rest, "--rest"
+    grpo, data = config.grpo, config.data
+    tokens = float(floor.answers.sum()) + data.prompts_per_step * data.max_prompt_tokens
+    passes = grpo.updates_per_rollout * (3 + config.model.remat) + (grpo.kl_weight > 0)
+    return update_seconds(floor.costs, tokens, passes), "the update's operations alone"

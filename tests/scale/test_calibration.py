@@ -1,0 +1,97 @@
+"""Overheads from tables that were measured."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jspec.errors import InputError
+from jspec.scale.calibration import line, overhead_of, read
+from jspec.scale.chips import CHIPS
+from jspec.scale.cycle_cost import Costs, Overhead, Sizes, Split, cycle
+from jspec.scale.lengths import constant, spans
+from jspec.scale.project import Rollout
+from tests.scale.models import QWEN3_8B
+
+COSTS = Costs(Sizes.of(QWEN3_8B), CHIPS["v5p"], Split(1))
+ROLLOUT = Rollout(spans(constant(8, 100), 1, 1, 8, 100))
+
+
+def bench(device="TPU v5p", drafting=True, draft="mtp:depths=1", **changed):
+    """What `jspec bench cost` writes, of cycles that take 2 ms more than their floor, with drafts
+    1 ms more and 0.5 for each drafted token."""
+    over = dataclasses.replace(COSTS, overhead=Overhead(2e-3, 1e-3, 5e-4))
+
+    def seconds(rows, k):
+        return float(cycle(over, k, rows, rows * 256.0).seconds)
+
+    table = {"rows": [32, 8], "shards": 1, "start": 0.0, "compiling": 1.0,
+             "plain": [[rows, seconds(rows, 0)] for rows in (8, 32)],
+             "drafting": [[rows, k, seconds(rows, k)] for rows in (8, 32) for k in (1, 3, 7)
+                          if drafting]}
+    return {"model": "m", "date": "2026-11-27", "max_new_tokens": 512,
+            "machine": {"device": device, "devices": 1},
+            "rows": [{"draft": draft, "costs": table, "acceptance": [0.5]}], **changed}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def written(found):
+        path = tmp_path / "costs.json"
+        path.write_text(found if isinstance(found, str) else json.dumps(found))
+        return str(path)
+
+    return written
+
+
+def test_a_measured_table_is_its_floor_and_the_rest(file):
+    measured = read(file(bench()), "mtp")
+    assert measured.source == "m on TPU v5p, 2026-11-27" and measured.context == 256
+    found = overhead_of(measured, COSTS, ROLLOUT)
+    assert dataclasses.astuple(found) == pytest.approx((2e-3, 1e-3, 5e-4, 1, False), abs=1e-8)
+    elsewhere = dataclasses.replace(COSTS, chip=CHIPS["v5e"], split=Split(4, 2))
+    assert overhead_of(measured, elsewhere, ROLLOUT) == found  # it was measured where it was
+
+
+def test_a_table_without_drafts(file):
+    found = overhead_of(read(file(bench(drafting=False)), "mtp"), COSTS, ROLLOUT)
+    assert (found.cycle, found.of(3)) == pytest.approx((2e-3, 2e-3))
+
+
+def test_speedups(file):
+    rows = [{"k": k, "tokens": t, "speedup": t / c}
+            for k, t, c in ((3, 3.0, 2.0), (5, 4.0, 3.0), (7, 5.0, 4.0))]
+    measured = read(file({"source": "theirs", "measured": rows}), "mtp")
+    found = overhead_of(measured, COSTS, ROLLOUT)
+    plain, drafting = (float(np.average(cycle(dataclasses.replace(COSTS, overhead=found), k, 8,
+                                              8 * 150.0).seconds)) for k in (0, 5))
+    assert (found.relative, found.least) == (True, 3)
+    assert drafting / plain == pytest.approx(3.0, rel=0.01)
+    one = overhead_of(dataclasses.replace(measured, speedups=measured.speedups[:1]), COSTS, ROLLOUT)
+    assert one.drafting == 0.0 and one.token == pytest.approx(1 / 3, rel=0.01)
+
+
+def test_the_line_errs_least_where_it_errs_most():
+    ks, costs = [3, 5, 7], [1.81, 3.85, 4.90]
+    intercept, slope = line(ks, costs, costs)
+    error = [abs(intercept + slope * k - c) / c for k, c in zip(ks, costs, strict=True)]
+    assert error == pytest.approx([0.0687] * 3, abs=1e-3)
+    assert line([1, 2, 3], [3.0, 5.0, 7.0], [1, 1, 1]) == pytest.approx((1.0, 2.0))
+    assert line([2, 4], [1.0, 2.0], [1, 1]) == pytest.approx((0.0, 0.5))
+
+
+@pytest.mark.parametrize("found, says", [
+    ("{", "is no table of costs"), ([], "is no table of costs"), ({}, "is no table of costs"),
+    ({"source": "x", "measured": []}, "is no table of costs"),
+    ({"source": "x", "measured": [{"k": 3, "tokens": 5, "speedup": 1}]}, "is no table of costs"),
+    (bench(device="cpu"), "measured on 'cpu', whose floor is not known"),
+    (bench(draft="self"), "was measured with self, and the config's draft.name is mtp")])
+def test_bad_tables(file, found, says):
+    with pytest.raises(InputError, match=says):
+        read(file(found), "mtp")
+
+
+def test_a_table_that_is_not_there():
+    with pytest.raises(InputError, match="there is no such file"):
+        read("nowhere.json", "mtp")

@@ -25,6 +25,8 @@ Numbers = Any
 
 HOP = 1e-6
 """Seconds from a chip to its neighbour, about."""
+RACK = {"gb200": 72}
+"""GPUs behind one NVLink switch, where these are more than a host's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +183,11 @@ def to_experts(sizes: Sizes, states: Numbers, chip: Chip, split: Split) -> Numbe
     takes as long."""
     members = split.expert
     if not split.sparse or members == 1:
-        return ring(states * members, members, chip, split.devices)
+        return ring(states * members, members, chip, split.devices, split.tensor)
     reached = shards_reached(sizes, members)
     if chip.platform == "gpu":
-        return states * reached * (members - 1) / members / chip.link_bandwidth + HOP
+        sent = states * reached * (members - 1) / members
+        return sent / switch(chip, members * split.tensor) + HOP
     side, axes = torus(members, chip, split.devices)
     return states * reached * side / 8 / chip.link_bandwidth + hops(side, axes) * HOP
 
@@ -195,14 +198,21 @@ def shards_reached(sizes: Sizes, members: int) -> float:
     return members * (1 - math.comb(others, sizes.top_k) / math.comb(sizes.experts, sizes.top_k))
 
 
-def ring(volume: Numbers, members: int, chip: Chip, devices: int) -> Numbers:
-    """Seconds of an all-gather, or a reduce-scatter, of `volume` bytes over `members` devices that
-    are neighbours: along as many axes of the torus as they fill, or through the switch."""
+def switch(chip: Chip, span: int) -> float:
+    """Bytes a second from a GPU to others within so many: NVLink's, or the network's beyond it."""
+    near = span <= RACK.get(chip.name, chip.devices_a_host)
+    return chip.link_bandwidth if near else chip.dcn_bandwidth
+
+
+def ring(volume: Numbers, members: int, chip: Chip, devices: int, apart: int = 1) -> Numbers:
+    """Seconds of an all-gather, or a reduce-scatter, of `volume` bytes over `members` of all
+    `devices`, each `apart` from the next: along as many axes of the torus as they fill, or through
+    a switch."""
     if members == 1:
         return 0.0 * np.asarray(volume)
     sent = volume * (members - 1) / members
     if chip.platform == "gpu":
-        return sent / chip.link_bandwidth + HOP
+        return sent / switch(chip, members * apart) + HOP
     side, axes = torus(members, chip, devices)
     return sent / (2 * chip.link_bandwidth * axes) + hops(side, axes) * HOP
 

@@ -96,7 +96,11 @@ def test_rings():
     assert torus(8, V5P, 512) == (8, 1) and torus(64, V5P, 512) == (8, 2)
     assert torus(512, V5P, 512) == (8, 3) and torus(16, v5e, 256) == (16, 1)
     assert ring(1e9, 8, V5P, 512) == pytest.approx(1e9 * 7 / 8 / 1.8e11, rel=0.01)
-    assert ring(1e9, 8, h100, 8) == pytest.approx(1e9 * 7 / 8 / 4.5e11, rel=0.01)
+    assert ring(1e9, 8, h100, 64) == pytest.approx(1e9 * 7 / 8 / 4.5e11, rel=0.01)
+    for members, apart in ((16, 1), (8, 2)):  # beyond a host it is the network
+        sent = 1e9 * (members - 1) / members
+        assert ring(1e9, members, h100, 64, apart) == pytest.approx(sent / 5e10, rel=0.01)
+    assert ring(1e9, 64, CHIPS["gb200"], 512) == pytest.approx(1e9 * 63 / 64 / 9e11, rel=0.01)
 
 
 def test_all_to_all_sends_less_than_a_gather_where_a_token_reaches_few_shards():

@@ -46,21 +46,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     is_list = isinstance(devices, list | tuple | np.ndarray) and len(devices)
     if not is_list or not all(hasattr(device, "device_kind") for device in devices):
         raise wrong("devices", devices, "a list of devices, at least one, such as jax.devices()")
-    sizes = [whole(-1)(f"mesh {name}", size) for name, size in zip(AXES, (data, fsdp, expert, tensor), strict=True)]
-    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise InputError(f"mesh sizes must be positive, at most one of them -1; got {', '.join(AXES)} = {sizes}")
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if int(np.prod(sizes)) != len(devices):
-        raise InputError(f"mesh {' x '.join(AXES)} = {' x '.join(map(str, sizes))} does not fit {len(devices)} "
-                         f"devices; set {', '.join(f'mesh.{name}' for name in AXES)} so that the product does")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    sizes = mesh_sizes((data, fsdp, expert, tensor), len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def configured_mesh(section: Any, devices: Any = None) -> Mesh:
     """The mesh of a config's section `mesh`."""
     return make_mesh(section.data, section.fsdp, section.tensor, devices, section.expert)
+
+
+def mesh_sizes(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
+    """The sizes of `AXES` on so many devices, which need not be here; -1 becomes what the others
+    leave. Raises as `make_mesh` does."""
+    sizes = [whole(-1)(f"mesh {name}", size) for name, size in zip(AXES, sizes, strict=True)]
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise InputError("mesh sizes must be positive, at most one of them -1; got "
+                         f"{', '.join(AXES)} = {sizes}")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if int(np.prod(sizes)) != devices:
+        raise InputError(f"mesh {' x '.join(AXES)} = {' x '.join(map(str, sizes))} does not fit "
+                         f"{devices} devices; set {', '.join(f'mesh.{name}' for name in AXES)} so "
+                         "that the product does")
+    return tuple(sizes)
 
 
 def mesh_of_weights(model: Any, devices: Sequence[Any] | None = None) -> Mesh:

@@ -24,7 +24,7 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["train", "rollout", "eval", "fetch", "export", "profile",
-                                     "fit"])
+                                     "fit", "project"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

@@ -1,4 +1,5 @@
-"""What `jspec fit` and `jspec project` are asked with. Free of JAX, for it is read before anything starts."""
+"""What `jspec fit` and `jspec project` are asked with. Free of JAX, for it is read before anything
+starts."""
 
 from __future__ import annotations
 
@@ -84,5 +85,5 @@ def add_project(made: Parser) -> None:
     made.add_argument("--engine", choices=ENGINES, default="jspec", help="what decodes: jspec "
                       "(default), or a server as other systems have one, with all-to-all between "
                       "experts and as many rows a cycle as are live")
-    made.add_argument("--json", metavar="FILE", help="write the result there")
+    made.add_argument("--json", metavar="FILE", help="write the result as JSON, '-' for stdout")
     made.add_argument("--plot", metavar="FILE.svg", help="draw the first machine's there")

@@ -59,10 +59,12 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     """`jspec project`, with what `cli` parsed. Raises InputError before anything is printed."""
     if arguments.plot and Path(arguments.plot).suffix != ".svg":
         raise InputError(f"--plot {arguments.plot} must end in .svg")
-    written, drawn = open_output(arguments.json, "--json"), open_output(arguments.plot, "--plot")
+    on_stdout = arguments.json == "-"
+    written = open_output(None if on_stdout else arguments.json, "--json")
+    drawn = open_output(arguments.plot, "--plot")
     model = shape_of(config.model, arguments.model)
     found = [projected(config, model, on, arguments) for on in arguments.on]
-    console = screen()
+    console = screen(stderr=on_stdout)
     for one in found:
         for text in said(one):
             console.print(text, soft_wrap=True)
@@ -71,8 +73,11 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
         console.print(summary(one), soft_wrap=True)
     if len(found) > 1:
         console.print(machines_table(found))
+    data = json.dumps([as_data(one) for one in found], indent=1) + "\n"
     if written:
-        written.write(json.dumps([as_data(one) for one in found], indent=1) + "\n")
+        written.write(data)
+    if on_stdout:
+        print(data, end="")
     if drawn:
         drawn.write(picture(found[0]))
     return 0

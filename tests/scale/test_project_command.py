@@ -1,13 +1,16 @@
 """`jspec project` from the command line."""
 
 import json
+import re
 import xml.etree.ElementTree as xml
+from pathlib import Path
 
 import pytest
 
 from jspec.cli import main
 from jspec.scale.project_picture import EVEN, FAST, SLOW, color
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 model:
   name: random
@@ -48,6 +51,14 @@ def test_tables_data_and_picture(capsys, config, tmp_path):
     assert any("nothing here was measured" in text for text in texts)
     shown = f"{first['cells'][0]['rollout']:.2f}"
     assert shown in texts and "rollout" in texts and "step" in texts
+
+
+def test_the_picture_of_the_readme_is_what_its_command_draws(capsys, monkeypatch, tmp_path):
+    command = re.search(r"`jspec (project\s[^`]*--plot) ([^`]+)`", (ROOT / "README.md").read_text())
+    monkeypatch.chdir(ROOT)
+    assert main([*command[1].split(), str(tmp_path / "drawn.svg")]) == 0
+    assert (tmp_path / "drawn.svg").read_text() == (ROOT / command[2]).read_text()
+    assert "Projected" in capsys.readouterr().out
 
 
 def test_a_measured_table_is_named(capsys, config, tmp_path):

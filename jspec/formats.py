@@ -14,6 +14,8 @@ CHECKPOINT = 2
 it."""
 HEAD = 1
 """Of a trained draft (jspec/heads/files.py), in its config.json."""
+DRAFT_CHECKPOINT = 1
+"""Of the checkpoints of `jspec draft train`, in Orbax's metadata of each."""
 SAMPLES = 1
 """Of the files that `jspec draft train` samples, an array of their own."""
 

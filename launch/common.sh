@@ -1,5 +1,5 @@
 # What the launchers share: the virtual environment. Sourced, never run. Needs bash 4 and a Python with pip, or uv.
-# UV_CONSTRAINT=FILE pins versions (a line such as jax==0.10); with another file the environment is made to fit it.
+# UV_CONSTRAINT=FILE pins versions (a line such as jax==0.10.2); with another file the environment is made to fit it.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${JSPEC_VENV:-$root/.venv}

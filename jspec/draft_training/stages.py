@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from jspec import formats
 from jspec.draft_config import DraftTrainingConfig
 from jspec.draft_training.samples import read
 from jspec.drafts import Draft, Drafter
@@ -145,6 +146,9 @@ def restore(checkpoints: ocp.CheckpointManager, draft: Draft,
     step = checkpoints.latest_step()
     if step is None:
         return 0, None
+    folder = checkpoints.directory / str(step)
+    formats.refuse_newer(checkpoints.metadata(step).custom_metadata, formats.DRAFT_CHECKPOINT,
+                         f"the checkpoint {folder}")
     # a schedule, for a constant rate has no counter among its state
     optimizer = draft_optimizer(config.draft.optimizer, lambda count: 1.0, config.draft.clip)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -153,9 +157,8 @@ def restore(checkpoints: ocp.CheckpointManager, draft: Draft,
     try:
         return step, checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
     except Exception as error:  # what is cut short raises whatever its reader trips over
-        raise InputError(f"the checkpoint {checkpoints.directory / str(step)} cannot be read "
-                         f"({type(error).__name__}); remove it, and the one before it is "
-                         "taken") from error
+        raise InputError(f"the checkpoint {folder} cannot be read ({type(error).__name__}); remove "
+                         "it, and the one before it is taken") from error
 
 
 def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Policy, draft: Draft,
@@ -189,7 +192,8 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
                      overlap and f"overlap {overlap}  ", tokens / (time.perf_counter() - begin))
         if due:
             with checkpoints_written(checkpoints.directory):
-                checkpoints.save(step, args=ocp.args.StandardSave(saved), force=True)
+                checkpoints.save(step, args=ocp.args.StandardSave(saved), force=True,
+                                 custom_metadata={"format": formats.DRAFT_CHECKPOINT})
         if stop.number is not None:
             break
     return saved

@@ -71,6 +71,12 @@ class Specs(Protocol):
         on a mesh, and read from files. Default: {}."""
 
 
+class Model(Protocol):
+    def __call__(self, config: Any) -> ModelConfig:
+        """The ModelConfig whose heads and widths the weights of a draft of this config have, by
+        which they are split on a mesh. Default: its policy's."""
+
+
 class Prepare(Protocol):
     def __call__(self, policy: Policy, draft: Draft) -> Draft:
         """The draft as a rollout uses it, once a rollout: its weights cast and fused. Jittable.
@@ -140,6 +146,11 @@ def no_specs(config: Any) -> dict:
     return {}
 
 
+def policys_own(config: Any) -> ModelConfig:
+    """Of a drafter whose layers have the policy's heads."""
+    return config.policy
+
+
 def as_it_is(policy: Policy, draft: Draft) -> Draft:
     """Of a drafter with nothing to prepare."""
     return draft
@@ -179,6 +190,7 @@ class Drafter(NamedTuple):
     loss: Loss | None = None
     remember: Remember | None = None
     least_squares: LeastSquares | None = None
+    model: Model = policys_own
 
     def __repr__(self) -> str:
         return f"<drafter {self.name}>"

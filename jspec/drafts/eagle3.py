@@ -54,7 +54,6 @@ from jspec.model import (
 )
 from jspec.model.layers import decoder_layer, fuse, rms_norm
 from jspec.model.linear import linear
-from jspec.sharding import constrain_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +194,14 @@ def specs(config: Eagle3Config) -> dict:
     return out
 
 
+def model(config: Eagle3Config) -> ModelConfig:
+    return config.block
+
+
 def prepare(policy: Policy, draft: Draft) -> Draft:
     """Cast to the policy's compute dtype, shard as the policy is, and fuse the block's
     projections."""
-    weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    weights = constrain_tree(weights, specs(draft.config), draft.config.block, policy.layout)
+    weights = recursion.cast_and_split(policy, draft)
     layer = fuse(draft.config.block, weights["layer"], policy.layout)
     return draft.replace(weights={**weights, "layer": layer})
 
@@ -304,4 +306,4 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
 
 
 eagle3 = Drafter("eagle3", Eagle3Config, init, propose, features, specs, prepare, start, observe,
-                 loss)
+                 loss, model=model)

@@ -52,7 +52,6 @@ from jspec.model import (
 )
 from jspec.model.layers import decoder_layer, fuse, rms_norm
 from jspec.model.linear import linear
-from jspec.sharding import constrain_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +164,7 @@ def specs(config: MtpConfig) -> dict:
 def prepare(policy: Policy, draft: Draft) -> Draft:
     """Cast to the policy's compute dtype, shard as the policy is, fuse the blocks' projections, and
     gather the rows of the output head that are drafted from."""
-    weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    weights = constrain_tree(weights, specs(draft.config), policy.config, policy.layout)
+    weights = recursion.cast_and_split(policy, draft)
     blocks = tuple({**w, "layer": fuse(policy.config, w["layer"], policy.layout)}
                    for w in weights["blocks"])
     return draft.replace(weights={"blocks": blocks,

@@ -75,7 +75,7 @@ def read(directory: Path, policy: Policy, drafter: Drafter | None = None) -> Dra
         raise InputError(f"{directory}: tensor {min(tensors)} has no place in a {draft.name} draft")
     leaves = [weights[name].astype(np.float32) for name in _named(specs)]
     tree = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
-    placed = place_on_mesh(lambda x: x, specs, policy.config)(tree)
+    placed = place_on_mesh(lambda x: x, specs, draft.drafter.model(draft.config))(tree)
     return draft.replace(weights=placed,
                          state=_nested({n.removeprefix("state."): x for n, x in state.items()}))
 

@@ -13,7 +13,7 @@ import optax
 from flax import struct
 
 from jspec.drafts import Draft
-from jspec.model import ModelConfig, Policy, abstract_policy
+from jspec.model import Policy, abstract_policy
 from jspec.model.params import abstract_weights
 from jspec.rl.optimizers import optimizers
 from jspec.rl.update_settings import UpdateSettings, trains_draft
@@ -74,9 +74,8 @@ def draft_specs(draft: Draft | None) -> Draft | None:
     at."""
     if draft is None:
         return None
-    block = getattr(draft.config, "block", None)  # eagle3's: its heads are what is split
-    weights = abstract_weights(draft.drafter.specs(draft.config),
-                               block if isinstance(block, ModelConfig) else draft.config.policy)
+    drafter, config = draft.drafter, draft.config
+    weights = abstract_weights(drafter.specs(config), drafter.model(config))
     return draft.replace(weights=weights,
                          state=jax.tree.map(lambda x: everywhere(x.shape, x.dtype), draft.state))
 

@@ -3,6 +3,7 @@ mistakes."""
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -12,6 +13,7 @@ import pytest
 
 import jspec
 from benchmarks import draft_losses
+from jspec import formats
 from jspec.cli import main
 from jspec.config import load_config
 from jspec.draft_config import DraftTrainingConfig
@@ -213,10 +215,32 @@ def test_another_configuration_is_refused(capsys, model, trained):
             and "a copy of its samples" in err)
 
 
+def numbered(trained, out, custom):
+    """A copy of a trained draft's directory whose checkpoints say of their format what is given."""
+    shutil.copytree(trained, out)
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained), str(out)))
+    found = [json.loads(path.read_text()) for path in checkpoint_metadata(out)]
+    assert all(said["custom_metadata"] == {"format": formats.DRAFT_CHECKPOINT} for said in found)
+    for path, said in zip(checkpoint_metadata(out), found, strict=True):
+        path.write_text(json.dumps(said | {"custom_metadata": custom}))
+
+
+def checkpoint_metadata(out):
+    return sorted((out / "checkpoints").glob("*/_CHECKPOINT_METADATA"))
+
+
+def test_a_newer_checkpoint_is_named(capsys, model, trained, tmp_path):
+    numbered(trained, out := tmp_path / "draft", {"format": formats.DRAFT_CHECKPOINT + 1})
+    before = [path.read_text() for path in checkpoint_metadata(out)]
+    assert main(["draft", "train", str(model), *overrides(model, out)]) == 2
+    assert re.search(r"error: the checkpoint .* has format 2, and this jspec \(.*\) reads formats "
+                     "up to 1: a newer jspec wrote it", capsys.readouterr().err)
+    assert before and [path.read_text() for path in checkpoint_metadata(out)] == before
+
+
 def test_another_report_goes_on(model, trained, tmp_path):
-    out = shutil.copytree(trained, tmp_path / "draft")
-    text = (out / "config.yaml").read_text()
-    (out / "config.yaml").write_text(text.replace(str(trained), str(out)))
+    numbered(trained, out := tmp_path / "draft", {})  # as before checkpoints had a format
     head = (out / "head" / "model.safetensors").read_bytes()
     assert (main(["draft", "train", str(model),
                   *overrides(model, out, "report.temperatures=[0]", "report.k=1")]) == 0)

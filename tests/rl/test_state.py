@@ -1,6 +1,8 @@
 """The state's shape is known before any weights are: what begins, is restored and compiled for is
 as it says."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -8,7 +10,7 @@ import jspec
 from jspec.model import ModelConfig, abstract_policy, init_policy
 from jspec.rl.state import draft_specs, init_state, state_specs
 from jspec.rl.update_settings import UpdateSettings
-from jspec.sharding import make_mesh, place, spec_sharding
+from jspec.sharding import AXES, make_mesh, place, spec_sharding
 
 MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2,
                     num_kv_heads=1, head_dim=8)
@@ -37,6 +39,19 @@ def test_a_state_begins_as_its_specs_say(mesh, name, options, settings):
         state, specs = make()
         assert all(spec.sharding is None for spec in jax.tree.leaves(specs))
     assert shapes(state, mesh) == shapes(specs, mesh)
+
+
+def test_a_draft_is_split_by_the_heads_that_its_drafter_says():
+    """An eagle3 block's own: three of them do not lie on two shards, as the policy's two do."""
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 2), AXES)
+    draft = jax.eval_shape(lambda key: jspec.drafts.eagle3(init_policy(MODEL, 0), key),
+                           jax.random.key(1))
+    block = dataclasses.replace(draft.config.block, num_heads=3, num_kv_heads=3)
+    drafter, own = draft.drafter, dataclasses.replace(draft.config, block=block)
+    spec_sharding(drafter.specs(draft.config), drafter.model(draft.config), mesh=mesh)
+    with pytest.raises(jspec.InputError, match="q_heads = 3"):
+        spec_sharding(drafter.specs(own), drafter.model(own), mesh=mesh)
+    assert jspec.drafts.find("mtp", "draft.name").model(draft.config) is MODEL
 
 
 def test_without_a_mesh_nothing_is_placed_anywhere():

@@ -22,18 +22,26 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jspec.drafts.base import DraftState, Observation, Proposal, Sampler
+from jspec.drafts.base import Draft, DraftState, Observation, Proposal, Sampler
 from jspec.drafts.parts.unroll import shift, unrolled_attention
 from jspec.kernels import attend as attend_cached
 from jspec.model import Cache, KeyValues, Policy
 from jspec.model.attention import causal_attention
 from jspec.model.layers import rope_table
-from jspec.sharding import constrain
+from jspec.sharding import constrain, constrain_tree
 
 Block = Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]
 """A decoder block, as above; its cache is what `attend` returned."""
 Rows = tuple[jax.Array, ...]
 """Of every block the state [B, 1, D] at a row's last entry."""
+
+
+def cast_and_split(policy: Policy, draft: Draft) -> dict:
+    """A draft's weights as a rollout uses them: in the policy's compute dtype, and split over the
+    mesh as the policy is."""
+    drafter, config = draft.drafter, draft.config
+    weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
+    return constrain_tree(weights, drafter.specs(config), drafter.model(config), policy.layout)
 
 
 def next_tokens(tokens: jax.Array) -> jax.Array:

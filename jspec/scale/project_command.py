@@ -62,6 +62,9 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     on_stdout = arguments.json == "-"
     written = open_output(None if on_stdout else arguments.json, "--json")
     drawn = open_output(arguments.plot, "--plot")
+    if config.draft.name == "none" and arguments.draft_cost is arguments.costs is None:
+        raise InputError("draft.name=none has no cost to project with; name a drafter, as in "
+                         "draft.name=mtp, or say --draft-cost or --costs")
     model = shape_of(config.model, arguments.model)
     found = [projected(config, model, on, arguments) for on in arguments.on]
     console = screen(stderr=on_stdout)

@@ -71,7 +71,7 @@ def _cell(x: float, y: float, speed: float, best: float) -> Iterator[str]:
                 "#ffffff" if dark else "#1f2328", "middle")
 
 
-def color(speed: float) -> tuple[int, int, int]:
+def color(speed: float) -> tuple[int, ...]:
     """Of a cell: from `SLOW` over `EVEN` to `FAST`, by the logarithm."""
     end, most = (FAST, FASTEST) if speed >= 1 else (SLOW, 2.0)
     share = min(1.0, abs(math.log(speed)) / math.log(most))

@@ -79,7 +79,7 @@ def cycle_table(projected: Projected) -> Table:
 def speedup_table(projected: Projected, what: str) -> Table:
     """what: "rollout" or "step", whose speed-ups; the best of a row is marked."""
     table = Table(projected.level, *(f"k = {k}" for k in projected.ks),
-                  title=f"{what}, times faster ({BEST} best of its row)")
+                  title=f"{what}: times faster")
     for level, row in zip(projected.levels, projected.rows, strict=True):
         speeds = [getattr(cell, what) if cell else None for cell in row]
         best = max((speed for speed in speeds if speed), default=None)
@@ -127,11 +127,12 @@ def said(projected: Projected) -> list[str]:
 
 
 def summary(projected: Projected) -> str:
-    best = projected.best()
+    best, bound = projected.best(), projected.projection.bound
     level = (f"{best.tokens:g} tokens a cycle" if best.acceptance is None
              else f"acceptance {best.acceptance:g}")
-    return (f"Best: k = {best.k} at {level}: rollout {best.rollout:.2f}x, step {best.step:.2f}x "
-            f"(at most {projected.projection.bound:.3g}x, were rollouts to take no time).")
+    return (f"{BEST} is the best k of its row. Best of all: k = {best.k} at {level}, rollout "
+            f"{best.rollout:.2f}x, step {best.step:.2f}x (at most {bound:.3g}x, were rollouts to "
+            "take no time).")
 
 
 def as_data(projected: Projected) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_the_rest_of_a_step_follows_the_config(capsys, config, tmp_path):
     (["--on", "v5p-8", "rollout.slots=1"], "fewer than the 2 shards"),
     (["--on", "v5p-8", "mesh.tensor=1", "mesh.data=4", "data.prompts_per_step=3",
       "data.group_size=3", "mesh.fsdp=1"], "not divided by"),
-    ([], "required: --on")])
+    (["--on", "v5p-8", "draft.name=none"], "name a drafter"), ([], "required: --on")])
 def test_bad_arguments_are_one_line(capsys, config, arguments, says):
     assert main(["project", config, *arguments]) == 2
     out, err = capsys.readouterr()

@@ -69,6 +69,23 @@ def test_floor_of_a_cycle_on_512_chips():
     assert four == pytest.approx(4 * once)
 
 
+def test_as_counted_in_the_compiled_program():
+    """What `jspec fit configs/qwen3-8b-pod.yaml --on v5e-16 mesh.fsdp=4` counted in libtpu's
+    programs (JAX 0.10.2): a cycle of 256 rows of a shard, k = 3, at 1,536 positions each."""
+    chip, split, head = CHIPS["v5e"], Split(4, 4), 151936 * 4096
+    verify = forward(Sizes.of(QWEN3_8B), chip, split, 256, 256 * 1536, 4)
+    assert verify.operations * chip.bf16 == pytest.approx(3.788e12 + 0.319e12, rel=0.02)
+    moved = (verify.weights + verify.key_values) * chip.hbm_bandwidth
+    assert moved == pytest.approx(16.37e9 + 2.32e9, rel=0.04)  # verify, and logits in accept
+    assert verify.collectives == pytest.approx(0.0105, rel=0.03)
+    block = Sizes.of(dataclasses.replace(QWEN3_8B, num_layers=1))
+    draft = dataclasses.replace(block, dense=block.dense + 2 * 4096**2)
+    assert draft.dense > head
+    drafted = forward(draft, chip, split, 256, 256 * 1536)
+    assert 3 * drafted.operations * chip.bf16 == pytest.approx(0.326e12, rel=0.03)
+    assert 3 * drafted.seconds < 0.00632  # a floor: its logits, written and read, are left out
+
+
 def test_attention_is_computed_for_every_token():
     found = forward(Sizes.of(QWEN3_8B), V5P, Split(1), 1, 1000, 3)
     operations = 2 * 3 * Sizes.of(QWEN3_8B).active + 4 * 36 * 32 * 128 * 1000 * 3

@@ -1,19 +1,19 @@
-"""What the published checkpoints call things: configs to and from `ModelConfig`, tensor names to and from our paths."""
+"""Configs of the published architectures to and from `ModelConfig`, and what their MTP heads are
+stored as."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jspec.errors import InputError
-from jspec.hub.fields import flag, number, section, short, texts, whole
-from jspec.model.config import ROPE_SCALINGS, ModelConfig, RopeConfig
-
-if TYPE_CHECKING:
-    from jspec.model.params import ParamSpec
+from jspec.hub.fields import flag, number, section, short, texts, whole, wholes
+from jspec.hub.tensors import StoredTensor, layer_tensor
+from jspec.model.config import ROPE_SCALINGS, Experts, ModelConfig, RopeConfig
 
 # by architecture; a family's first one is what its policies are exported as
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
+                 "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe",
                  "MiMoForCausalLM": "qwen2"}
 
 # what transformers assumes of a key that config.json leaves out
@@ -21,30 +21,11 @@ _DEFAULTS = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "eos_token_id": 2},
     "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None},
     "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None, "head_dim": 128},
+    "qwen3_moe": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None,
+                  "num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a checkpoint and where it goes.
-
-    `name` is transformers' and safetensors' name, `gguf` llama.cpp's ("" where it has none); `key` is the path in
-    `Policy.weights` (of an MTP head's: in the draft's). `layer` and `expert` are its place along that array's leading
-    axes, in this order; None: the array has no such axis (of a dense model, none has one of experts). `shape` is
-    without them.
-    """
-
-    name: str
-    gguf: str
-    key: tuple[str | int, ...]
-    layer: int | None
-    expert: int | None
-    shape: tuple[int, ...]
-
-    @property
-    def place(self) -> tuple[int, ...]:
-        """Where it lies along the leading axes of its array."""
-        return tuple(i for i in (self.layer, self.expert) if i is not None)
+_EXPERTS = 128  # as above, of a key that has two names
+MOST_LAYERS = 10_000  # whose kinds are listed one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,63 +66,6 @@ _MTP = (
 MTP_LAYOUTS = {layout.architecture: layout for layout in _MTP}
 MOST_MTP_HEADS = 64  # published models have one or a few
 
-# what tensors are called in a checkpoint and in a GGUF: those of a layer after _PREFIXES, with their {expert} if any
-_PREFIXES = ("model.layers.{layer}.", "blk.{layer}.")
-_TOP = {
-    "embed": ("model.embed_tokens.weight", "token_embd.weight"),
-    "final_norm": ("model.norm.weight", "output_norm.weight"),
-    "head": ("lm_head.weight", "output.weight"),
-}
-_LAYER = {
-    "attn_norm": ("input_layernorm.weight", "attn_norm.weight"),
-    "q": ("self_attn.q_proj.weight", "attn_q.weight"),
-    "k": ("self_attn.k_proj.weight", "attn_k.weight"),
-    "v": ("self_attn.v_proj.weight", "attn_v.weight"),
-    "o": ("self_attn.o_proj.weight", "attn_output.weight"),
-    "q_bias": ("self_attn.q_proj.bias", "attn_q.bias"),
-    "k_bias": ("self_attn.k_proj.bias", "attn_k.bias"),
-    "v_bias": ("self_attn.v_proj.bias", "attn_v.bias"),
-    "o_bias": ("self_attn.o_proj.bias", "attn_output.bias"),
-    "q_norm": ("self_attn.q_norm.weight", "attn_q_norm.weight"),
-    "k_norm": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
-    "mlp_norm": ("post_attention_layernorm.weight", "ffn_norm.weight"),
-    "gate": ("mlp.gate_proj.weight", "ffn_gate.weight"),
-    "up": ("mlp.up_proj.weight", "ffn_up.weight"),
-    "down": ("mlp.down_proj.weight", "ffn_down.weight"),
-    "gate_bias": ("mlp.gate_proj.bias", "ffn_gate.bias"),
-    "up_bias": ("mlp.up_proj.bias", "ffn_up.bias"),
-    "down_bias": ("mlp.down_proj.bias", "ffn_down.bias"),
-}
-
-
-def layer_tensor(key: str) -> str:
-    """What checkpoints call a layer's parameter `key` of `layer_specs`, below the layer's own prefix."""
-    return _LAYER[key][0]
-
-
-def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
-    """Every tensor that a checkpoint of this config holds, in the order of the file."""
-    from jspec.model.params import layer_specs, param_specs
-
-    specs, out = param_specs(config), []
-    for key, (name, gguf) in _TOP.items():
-        if key in specs:
-            out.append(StoredTensor(name, gguf, (key,), None, None, specs[key].shape))
-    for layer in range(config.num_layers):
-        for key, spec in layer_specs(config).items():
-            out += layer_tensors(_LAYER[key], ("layers", key), layer, spec)
-    return out
-
-
-def layer_tensors(names: tuple[str, str], key: tuple[str | int, ...], layer: int,
-                  spec: ParamSpec) -> list[StoredTensor]:
-    """What a layer's parameter is stored as: one tensor, or one an expert where its first axis is `expert`."""
-    whole = spec.axes[0] != "expert"
-    experts, shape = ((None,), spec.shape) if whole else (range(spec.shape[0]), spec.shape[1:])
-    hf, gguf = (prefix + name for prefix, name in zip(_PREFIXES, names, strict=True))
-    return [StoredTensor(hf.format(layer=layer, expert=expert), gguf.format(layer=layer, expert=expert), key, layer,
-                         expert, shape) for expert in experts]
-
 
 def _mtp_prefix(layout: MtpLayout, config: ModelConfig, index: int) -> str:
     return layout.prefix.format(index=index, layer=config.num_layers + index)
@@ -169,8 +93,10 @@ def mtp_tensors(layout: MtpLayout, config: ModelConfig) -> list[StoredTensor]:
     block = prefix + layout.block
     own = {"embed_norm": (layout.embed_norm, (d,)), "hidden_norm": (layout.hidden_norm, (d,)),
            "proj": (layout.proj, (d, 2 * d)), "final_norm": (layout.final_norm, (d,))}
-    out = [StoredTensor(prefix + name, "", ("blocks", 0, key), None, None, shape) for key, (name, shape) in own.items()]
-    return out + [StoredTensor(block + _LAYER[key][0], "", ("blocks", 0, "layer", key), None, None, spec.shape)
+    out = [StoredTensor(prefix + name, "", ("blocks", 0, key), (), shape)
+           for key, (name, shape) in own.items()]
+    return out + [StoredTensor(block + layer_tensor(key), "", ("blocks", 0, "layer", key), (),
+                               spec.shape)
                   for key, spec in layer_specs(config).items()]
 
 
@@ -224,7 +150,7 @@ def rope_from_hf(config: dict, max_position: int) -> RopeConfig:
     return dataclasses.replace(rope, original_max_position=0)
 
 
-def _check_supported(config: dict, layers: int, max_position: int) -> None:
+def _check_supported(config: dict, family: str, layers: int, max_position: int) -> None:
     """Raise InputError for what a config may ask that our transformer does not compute."""
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"hidden_act {short(config['hidden_act'])} is not supported; supported: silu")
@@ -233,13 +159,42 @@ def _check_supported(config: dict, layers: int, max_position: int) -> None:
     window = whole(config, "sliding_window", max_position, least=0)
     if not flag(config, "use_sliding_window") or window >= max_position:
         return
-    if config.get("layer_types") is not None:
+    if family == "qwen3_moe":
+        sliding = True  # on every layer, whatever max_window_layers says
+    elif config.get("layer_types") is not None:
         sliding = "sliding_attention" in texts(config, "layer_types")
     else:
         sliding = whole(config, "max_window_layers", 28, least=0) < layers
     if sliding:
         raise InputError(f"sliding-window attention (window {window}) is not supported; supported: full attention, "
                          "that is use_sliding_window false")
+
+
+def _experts_from_hf(config: dict, layers: int) -> Experts:
+    """The experts of a Qwen3-MoE's config.json. What is not read (`router_aux_loss_coef`,
+    `output_router_logits`) is of the loss that transformers trains with."""
+    for key in ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"):
+        if whole(config, key, 0, least=0):
+            raise InputError(f"config.json has {config[key]} as {key}: shared experts are no part "
+                             "of Qwen3MoeForCausalLM, and not supported")
+    step, dense = whole(config, "decoder_sparse_step", 1), set(wholes(config, "mlp_only_layers"))
+    if layers > MOST_LAYERS:
+        raise InputError(f"config.json has {layers} as num_hidden_layers; expected at most "
+                         f"{MOST_LAYERS} of a model with experts")
+    return Experts(
+        # transformers 5 has a name of its own for what publishers call num_experts
+        count=whole(config, "num_experts", whole(config, "num_local_experts", _EXPERTS)),
+        top_k=whole(config, "num_experts_per_tok"),
+        intermediate_size=whole(config, "moe_intermediate_size"),
+        renormalize=flag(config, "norm_topk_prob"),
+        dense_layers=tuple(i for i in range(layers) if i in dense or (i + 1) % step))
+
+
+def _experts_to_hf(experts: Experts) -> dict[str, Any]:
+    return {"num_experts": experts.count, "num_experts_per_tok": experts.top_k,
+            "moe_intermediate_size": experts.intermediate_size,
+            "norm_topk_prob": experts.renormalize, "decoder_sparse_step": 1,
+            "mlp_only_layers": list(experts.dense_layers)}
 
 
 def config_from_hf(config: dict, generation_config: dict | None = None) -> ModelConfig:
@@ -253,7 +208,7 @@ def config_from_hf(config: dict, generation_config: dict | None = None) -> Model
     generation = generation_config or {}
     heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
     layers, max_position = whole(config, "num_hidden_layers"), whole(config, "max_position_embeddings")
-    _check_supported(config, layers, max_position)
+    _check_supported(config, family, layers, max_position)
     bias = flag(config, "attention_bias")
     stop = end_tokens(config.get("eos_token_id"), generation.get("eos_token_id"))
     return ModelConfig(
@@ -263,7 +218,9 @@ def config_from_hf(config: dict, generation_config: dict | None = None) -> Model
         rms_norm_eps=number(config, "rms_norm_eps"), rope=rope_from_hf(config, max_position),
         tie_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=True if family == "qwen2" else bias, out_bias=False if family == "qwen2" else bias,
-        mlp_bias=family == "llama" and flag(config, "mlp_bias"), qk_norm=family == "qwen3",
+        mlp_bias=family == "llama" and flag(config, "mlp_bias"),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        experts=_experts_from_hf(config, layers) if family == "qwen3_moe" else None,
         max_position_embeddings=max_position, initializer_range=number(config, "initializer_range", 0.02),
         stop_tokens=stop, pad_token=_pad_token(config, generation, stop))
 
@@ -303,7 +260,7 @@ def config_to_hf(config: ModelConfig, bos_token: int | None = None) -> tuple[dic
     """
     bias = config.qkv_bias
     variants = {"llama": (bias, bias, config.mlp_bias, False), "qwen2": (True, False, False, False),
-                "qwen3": (bias, bias, False, True)}
+                "qwen3": (bias, bias, False, True), "qwen3_moe": (bias, bias, False, True)}
     if variants[config.family] != (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm):
         raise InputError(f"no published {config.family} architecture has qkv_bias={config.qkv_bias}, "
                          f"out_bias={config.out_bias}, mlp_bias={config.mlp_bias}, qk_norm={config.qk_norm}; "
@@ -327,4 +284,6 @@ def config_to_hf(config: ModelConfig, bos_token: int | None = None) -> tuple[dic
         hf["mlp_bias"] = config.mlp_bias
     else:
         hf["use_sliding_window"] = False
+    if config.experts is not None:
+        hf |= _experts_to_hf(config.experts)
     return hf, dict(tokens)

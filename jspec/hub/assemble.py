@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jspec.errors import InputError
-from jspec.hub.architectures import StoredTensor, stored_tensors
+from jspec.hub.tensors import StoredTensor, stored_tensors
 from jspec.model.config import ModelConfig
 from jspec.model.params import param_specs, policy_sharding
 
@@ -56,9 +56,14 @@ def check_none_left(source: TensorSource, left: list[str], what: str) -> None:
 
 
 def check_layers(label: str, config: ModelConfig, tensors: int) -> None:
-    """Raise InputError for more layers than there are tensors, before anybody lists what 10^9 layers consist of."""
-    if config.num_layers > tensors:
-        raise InputError(f"{label}: the config says {config.num_layers} layers, and there are only {tensors} tensors")
+    """Raise InputError for more layers, or experts of all layers, than there are tensors, before
+    anybody lists what 10^9 layers consist of."""
+    count, what = config.num_layers, "layers"
+    if count <= tensors and config.experts is not None:
+        count, what = config.experts.count * len(config.sparse_layers), "experts in all layers"
+    if count > tensors:
+        raise InputError(f"{label}: the config says {count} {what}, and there are only {tensors} "
+                         "tensors")
 
 
 def check_tensors(source: TensorSource, config: ModelConfig) -> None:

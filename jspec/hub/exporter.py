@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 
 from jspec.arguments import path, whole
 from jspec.errors import InputError
-from jspec.hub.architectures import StoredTensor, config_to_hf, stored_tensors
+from jspec.hub.architectures import config_to_hf
 from jspec.hub.json_io import write_json
 from jspec.hub.safetensors_io import INDEX, write_file
+from jspec.hub.tensors import StoredTensor, stored_tensors
 from jspec.model.config import ModelConfig
 from jspec.model.params import Policy, check_policy, check_static
 
@@ -91,12 +92,20 @@ def write_checkpoint(directory: Path, config: ModelConfig,
         tokenizer.save_pretrained(directory)
 
 
+@jax.jit
+def _at(array: jax.Array, place: jax.Array) -> jax.Array:
+    """What lies at a place int32 [n] along the leading axes. As a gather, and one program for all
+    places: of an array whose experts are split over devices, each gives what it has of the one that
+    is asked for, where a slice would collect them all first."""
+    return array.at[tuple(place[:, None])].get(mode="promise_in_bounds")[0]
+
+
 def host_value(weights: Any, tensor: StoredTensor) -> np.ndarray:
     """One tensor of a tree of weights as it is stored, float32, on every process."""
     array = weights
     for part in tensor.key:
         array = array[part]
-    return on_host(array[tensor.place] if tensor.place else array)
+    return on_host(_at(array, np.asarray(tensor.place, np.int32)) if tensor.place else array)
 
 
 def on_host(array: jax.Array) -> np.ndarray:

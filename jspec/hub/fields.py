@@ -60,6 +60,14 @@ def texts(fields: Mapping[str, Any], key: str, where: str = CONFIG) -> list[str]
     return list(value)
 
 
+def wholes(fields: Mapping[str, Any], key: str, where: str = CONFIG) -> list[int]:
+    """A list of whole numbers; empty if it is not there."""
+    value = _given(fields, key, [])
+    if not isinstance(value, list) or not all(type(x) is int and x >= 0 for x in value):
+        raise _wrong(value, key, where, "a list of whole numbers")
+    return list(value)
+
+
 def _given(fields: Mapping[str, Any], key: str, default: Any) -> Any:
     value = fields.get(key)
     return default if value is None else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 
 from jspec.errors import InputError
 from jspec.hub.architectures import end_tokens
-from jspec.hub.fields import number, short, whole
-from jspec.model.config import ModelConfig, RopeConfig
+from jspec.hub.fields import flag, number, short, whole
+from jspec.model.config import Experts, ModelConfig, RopeConfig
 from jspec.model.layers import rope_frequencies
 
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# by llama.cpp's name of it: the family
+GGUF_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling, stored as one divisor a frequency
 _WHERE = "the GGUF"
 _SCALING_KEYS = ("type", "factor", "original_context_length", "attn_factor", "finetuned",
@@ -36,8 +38,8 @@ def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
                          f"{', '.join(GGUF_ARCHITECTURES)}")
     own = {key.removeprefix(f"{arch}."): value
            for key, value in fields.items() if key.startswith(f"{arch}.")}
-    if whole(own, "expert_count", 0, _WHERE, least=0):
-        raise InputError("a GGUF with a mixture of experts is not supported")
+    if arch != "qwen3moe" and whole(own, "expert_count", 0, _WHERE, least=0):
+        raise InputError("a GGUF with a mixture of experts is not supported; supported: qwen3moe")
 
     window = whole(own, "attention.sliding_window", 0, _WHERE, least=0)
     if 0 < window < whole(own, "context_length", where=_WHERE):
@@ -55,16 +57,36 @@ def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     stop = end_tokens(fields.get("tokenizer.ggml.eos_token_id"),
                       fields.get("tokenizer.ggml.eot_token_id"))
     return ModelConfig(
-        family=arch, vocab_size=_vocab_size(shapes), hidden_size=hidden,
+        family=GGUF_ARCHITECTURES[arch], vocab_size=_vocab_size(shapes), hidden_size=hidden,
         intermediate_size=size("feed_forward_length"), num_layers=size("block_count"),
         num_heads=heads, num_kv_heads=size("attention.head_count_kv", heads), head_dim=head_dim,
         rms_norm_eps=_decimal(number(own, "attention.layer_norm_rms_epsilon", where=_WHERE)),
         rope=_rope(own, head_dim, factors), tie_embeddings="output.weight" not in shapes,
         qkv_bias="blk.0.attn_q.bias" in shapes, out_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_gate.bias" in shapes, qk_norm="blk.0.attn_q_norm.weight" in shapes,
+        experts=_experts(own, shapes) if arch == "qwen3moe" else None,
         max_position_embeddings=size("context_length"), stop_tokens=stop,
         pad_token=whole(fields, "tokenizer.ggml.padding_token_id", next(iter(stop), 0), _WHERE,
                         least=0))
+
+
+def _experts(own: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Experts:
+    """llama.cpp renormalises in this architecture, whatever the publisher's config says, and asks
+    for experts in every layer; which have none, the tensors say."""
+    for key, known in (("expert_shared_count", (0,)), ("expert_shared_feed_forward_length", (0,)),
+                       ("expert_weights_scale", (0, 1)), ("expert_gating_func", (0, 1))):
+        found = number(own, key, 0, _WHERE)
+        if found not in known:
+            raise InputError(f"the GGUF has {found:g} as {key}, which is not supported in "
+                             "qwen3moe; use the model's safetensors")
+    top_k = whole(own, "expert_used_count", where=_WHERE)
+    width = whole(own, "feed_forward_length", where=_WHERE)
+    dense = (re.fullmatch(r"blk\.(\d{1,9})\.ffn_gate\.weight", name) for name in shapes)
+    return Experts(
+        count=whole(own, "expert_count", where=_WHERE), top_k=top_k,
+        intermediate_size=whole(own, "expert_feed_forward_length", width // top_k, _WHERE),
+        renormalize=flag(own, "expert_weights_norm", True, _WHERE),
+        dense_layers=tuple(sorted(int(found[1]) for found in dense if found)))
 
 
 def _vocab_size(shapes: Mapping[str, tuple[int, ...]]) -> int:

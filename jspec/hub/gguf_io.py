@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import gguf
 import numpy as np
 
 from jspec.errors import InputError
-from jspec.hub.architectures import stored_tensors
 from jspec.hub.assemble import check_layers
 from jspec.hub.fields import whole
 from jspec.hub.gguf_config import ROPE_FACTORS, config_from_gguf
+from jspec.hub.tensors import stored_tensors, unstacked
 from jspec.model.config import ModelConfig
 
 
@@ -27,6 +28,12 @@ class GgufTensor:
     shape: tuple[int, ...]
     row_bytes: int
     heads: int = 0
+
+    def part(self, index: int, shape: tuple[int, ...]) -> GgufTensor:
+        """The index-th of the tensors of this shape that it is made of, one below the other."""
+        rows = math.prod(shape[:-1])
+        return dataclasses.replace(self, offset=self.offset + index * rows * self.row_bytes,
+                                   shape=shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,18 +128,22 @@ def gguf_source(path: Path, opened: tuple[dict[str, Any], dict[str, gguf.ReaderT
     shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in found.items()}
     factors = found.get(ROPE_FACTORS)
     config = config_from_gguf(fields, shapes, None if factors is None else np.array(factors.data))
-    check_layers(str(path), config, len(found))
-    names = {t.gguf: t.name for t in stored_tensors(config)}
+    own = unstacked(str(path), {name: _stored(t, shapes[name]) for name, t in found.items()
+                                if name != ROPE_FACTORS}, config)
+    check_layers(str(path), config, len(own))
+    stored = {t.gguf: t for t in stored_tensors(config)}
     reordered = ({"q": config.num_heads, "k": config.num_kv_heads} if config.family == "llama"
                  else {})
-    heads = {t.name: reordered.get(str(t.key[-1]).removesuffix("_bias"), 0)
-             for t in stored_tensors(config)}
     tensors = {}
-    for name, t in found.items():
-        if name == ROPE_FACTORS:
-            continue
-        shape, hf = shapes[name], names.get(name, name)
-        rows = 1 if len(shape) == 1 else max(1, shape[0])
-        tensors[hf] = GgufTensor(int(t.data_offset), t.tensor_type, shape, int(t.n_bytes) // rows,
-                                 heads.get(hf, 0))
+    for name, tensor in own.items():
+        if name in stored:
+            heads = reordered.get(str(stored[name].key[-1]).removesuffix("_bias"), 0)
+            name, tensor = stored[name].name, dataclasses.replace(tensor, heads=heads)
+        tensors[name] = tensor
     return GgufSource(str(path), path, tensors), config, fields
+
+
+def _stored(tensor: gguf.ReaderTensor, shape: tuple[int, ...]) -> GgufTensor:
+    rows = max(1, math.prod(shape[:-1]))
+    return GgufTensor(int(tensor.data_offset), tensor.tensor_type, shape,
+                      int(tensor.n_bytes) // rows)

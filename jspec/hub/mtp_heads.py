@@ -26,7 +26,6 @@ from jspec.hub.architectures import (
     config_to_hf,
     mtp_count,
     mtp_tensors,
-    stored_tensors,
 )
 from jspec.hub.assemble import assemble, check_none_left, check_shapes
 from jspec.hub.exporter import host_value, whole_directory
@@ -39,6 +38,7 @@ from jspec.hub.safetensors_io import (
     read_header,
     write_file,
 )
+from jspec.hub.tensors import stored_tensors
 from jspec.model import ModelConfig, Policy
 from jspec.sharding import spec_sharding
 

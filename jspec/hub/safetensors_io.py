@@ -21,6 +21,8 @@ import numpy as np
 from jspec.errors import InputError
 from jspec.hub.fields import short
 from jspec.hub.json_io import parse_json, read_bytes
+from jspec.hub.tensors import unstacked
+from jspec.model.config import ModelConfig
 
 _FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
            "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64)}
@@ -45,6 +47,11 @@ class Location:
     @property
     def end(self) -> int:
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, index: int, shape: tuple[int, ...]) -> Location:
+        """The index-th of the tensors of this shape that it is made of, one below the other."""
+        offset = self.offset + index * math.prod(shape) * self.dtype.itemsize
+        return dataclasses.replace(self, offset=offset, shape=shape)
 
 
 def read_header(path: Path, dtypes: Mapping[str, np.dtype] = _FLOATS) -> dict[str, Location]:
@@ -145,6 +152,10 @@ class SafetensorsSource:
         kept = {name: place
                 for name, place in self.locations.items() if not name.startswith(prefixes)}
         return dataclasses.replace(self, locations=kept)
+
+    def unstacked(self, config: ModelConfig) -> SafetensorsSource:
+        """The tensors as publishers store them, experts one by one, however they are stored."""
+        return dataclasses.replace(self, locations=unstacked(self.label, self.locations, config))
 
 
 def open_directory(directory: Path) -> SafetensorsSource:

@@ -89,8 +89,8 @@ class StoredModel:
         if path.is_file():
             source: TensorSource = self._gguf[0]
         else:
-            source = open_directory(path).without(mtp_prefixes(read_json(path / "config.json"),
-                                                               config))
+            heads = mtp_prefixes(read_json(path / "config.json"), config)
+            source = open_directory(path).without(heads).unstacked(config)
         return Policy(read_weights(source, config, mesh), config, dtype)
 
 

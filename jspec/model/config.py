@@ -145,7 +145,7 @@ class ModelConfig:
         outside = [i for i in self.experts.dense_layers if i >= self.num_layers]
         if outside:
             raise InputError(f"experts dense_layers has {outside[0]}, and there are only {self.num_layers} layers")
-        if not self.sparse_layers:
+        if len(set(self.experts.dense_layers)) == self.num_layers:
             raise InputError("experts dense_layers names every layer; leave experts out for a dense model")
 
     def _check_tokenless(self) -> None:

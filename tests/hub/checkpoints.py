@@ -2,6 +2,7 @@
 as llama.cpp does."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,36 @@ def edit_tensors(directory, change):
     return directory
 
 
+def one_by_one(tensors):
+    """Those of all experts of a layer, as today's transformers has them, as publishers do."""
+    out = {}
+    for name, value in tensors.items():
+        at = name.rpartition(".experts.")[0]
+        if name.endswith(".experts.gate_up_proj"):
+            for expert, both in enumerate(value):
+                gate, up = np.split(both, 2)
+                out[f"{at}.experts.{expert}.gate_proj.weight"] = gate
+                out[f"{at}.experts.{expert}.up_proj.weight"] = up
+        elif name.endswith(".experts.down_proj"):
+            for expert, down in enumerate(value):
+                out[f"{at}.experts.{expert}.down_proj.weight"] = down
+        else:
+            out[name] = value
+    return out
+
+
+def _stacked(tensors):
+    """Those of single experts as llama.cpp's converter puts them together, in order."""
+    out, experts = {}, {}
+    for name, value in tensors.items():
+        found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name)
+        if found:
+            experts.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = value
+        else:
+            out[name] = value
+    return out | {name: np.stack([own[i] for i in sorted(own)]) for name, own in experts.items()}
+
+
 def _permute(weights, heads):
     """llama.cpp's convert_hf_to_gguf.py: LlamaModel.permute."""
     return (weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
@@ -43,6 +74,8 @@ _GGUF_NAMES = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp", "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps", "mlp.experts.down_proj": "ffn_down_exps",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }
 
@@ -59,10 +92,10 @@ def _gguf_name(name):
 
 def write_gguf(case, path, fields=None, extra_tensors=None, tokenizer=False):
     """The golden model `case` as llama.cpp's converter would write it: vectors float32, matrices as
-    stored."""
+    stored, experts one below the other."""
     directory = GOLDEN / case
     config = json.loads((directory / "config.json").read_text())
-    arch, heads, kv_heads = (config["model_type"], config["num_attention_heads"],
+    arch, heads, kv_heads = (config["model_type"].replace("_", ""), config["num_attention_heads"],
                              config["num_key_value_heads"])
     rope = (config.get("rope_parameters")
             or {**config["rope_scaling"], "rope_theta": config["rope_theta"]})
@@ -77,6 +110,10 @@ def write_gguf(case, path, fields=None, extra_tensors=None, tokenizer=False):
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_eos_token_id(2)
+    if arch == "qwen3moe":
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     for key, value in (fields or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32 if isinstance(
             value, float) else writer.add_uint32
@@ -90,10 +127,11 @@ def write_gguf(case, path, fields=None, extra_tensors=None, tokenizer=False):
     tensors = {}
     for file in directory.glob("*.safetensors"):
         tensors.update(load_file(file))
-    for name, value in tensors.items():
+    for name, value in _stacked(one_by_one(tensors)).items():
         if arch == "llama" and ".q_proj" in name or arch == "llama" and ".k_proj" in name:
             value = _permute(value, heads if ".q_proj" in name else kv_heads)
-        writer.add_tensor(_gguf_name(name), value.astype(np.float32) if value.ndim == 1 else value)
+        as_is = value.ndim > 1 and value.dtype in (np.float32, np.float16)
+        writer.add_tensor(_gguf_name(name), value if as_is else value.astype(np.float32))
     for name, value in (extra_tensors or {}).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()

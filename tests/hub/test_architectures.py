@@ -2,26 +2,19 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from jspec.errors import InputError
-from jspec.hub.architectures import (
-    config_from_hf,
-    config_to_hf,
-    end_tokens,
-    layer_tensors,
-    stored_tensors,
-)
-from jspec.hub.assemble import assemble
-from jspec.model.config import ModelConfig, RopeConfig
-from jspec.model.params import ParamSpec
+from jspec.hub.architectures import config_from_hf, config_to_hf, end_tokens
+from jspec.model.config import Experts, RopeConfig
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128,
          "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "eos_token_id": 2}
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+MOE = {**LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+       "num_hidden_layers": 6}
 
 
 def rope(**config):
@@ -35,6 +28,25 @@ def test_defaults_are_those_of_transformers():
             == (False, False, RopeConfig(theta=10000.0)))
     assert (config_from_hf(QWEN2).qkv_bias, config_from_hf(QWEN2).out_bias) == (True, False)
     assert (config_from_hf(QWEN3).qk_norm, config_from_hf(QWEN3).head_dim) == (True, 128)
+    moe = config_from_hf(MOE)
+    assert (moe.qk_norm, moe.head_dim, moe.num_kv_heads) == (True, 8, 4)
+    assert moe.experts == Experts(128, 8, 768, renormalize=False)
+
+
+def test_which_layers_have_experts():
+    def dense(**config):
+        return config_from_hf({**MOE, **config}).experts.dense_layers
+
+    assert dense(decoder_sparse_step=1, mlp_only_layers=[]) == ()
+    assert dense(mlp_only_layers=[4, 0, 77]) == (0, 4)  # what is no layer is none to transformers
+    assert dense(decoder_sparse_step=2) == (0, 2, 4)
+    assert dense(decoder_sparse_step=3, mlp_only_layers=[2]) == (0, 1, 2, 3, 4)
+
+
+def test_the_number_of_experts_has_two_names():
+    """Publishers' and transformers 5's own."""
+    assert config_from_hf({**MOE, "num_experts": 16}).experts.count == 16
+    assert config_from_hf({**MOE, "num_local_experts": 32}).experts.count == 32
 
 
 def test_both_spellings_of_rope_are_the_same():
@@ -67,7 +79,9 @@ def test_padding_token():
     assert config_from_hf({**LLAMA, "pad_token_id": -1}).pad_token == 2
 
 
-@pytest.mark.parametrize("base", [LLAMA, QWEN2, QWEN3])
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, QWEN3, {
+    **MOE, "num_experts": 16, "num_experts_per_tok": 2, "mlp_only_layers": [1],
+    "decoder_sparse_step": 2, "norm_topk_prob": True, "moe_intermediate_size": 24}])
 @pytest.mark.parametrize("scaling", [
     RopeConfig(theta=1e4), RopeConfig(theta=1e5, scaling="linear", factor=2.0),
     RopeConfig(theta=1e5, scaling="llama3", factor=8.0, low_freq_factor=2.0,
@@ -91,7 +105,7 @@ def test_a_config_of_no_published_architecture_is_not_exported():
 @pytest.mark.parametrize("changes, text", [
     ({"architectures": ["MixtralForCausalLM"]},
      "architecture MixtralForCausalLM is not supported; "
-     "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+     "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"),
     ({"architectures": None}, "model_type 'llama' without an architecture"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}},
      "rope scaling 'dynamic' is not supported; supported: default, linear, llama3, yarn"),
@@ -133,6 +147,28 @@ def test_unsupported_configs_are_named(changes, text):
         config_from_hf({**LLAMA, **changes})
 
 
+@pytest.mark.parametrize("changes, text", [
+    ({"num_experts": 0}, "has 0 as num_experts; expected a positive integer"),
+    ({"num_experts": 4}, "experts top_k = 8 is more than the 4 experts of a layer"),
+    ({"num_experts": 300}, "experts count = 300 is more than 256"),
+    ({"decoder_sparse_step": 0}, "has 0 as decoder_sparse_step; expected a positive integer"),
+    ({"decoder_sparse_step": 7}, "experts dense_layers names every layer"),
+    ({"mlp_only_layers": 3}, "has 3 as mlp_only_layers; expected a list of whole numbers"),
+    ({"mlp_only_layers": [1.5]}, "as mlp_only_layers; expected a list of whole numbers"),
+    ({"mlp_only_layers": [True]}, "as mlp_only_layers; expected a list of whole numbers"),
+    ({"norm_topk_prob": "yes"}, "has 'yes' as norm_topk_prob; expected true or false"),
+    ({"num_hidden_layers": 10**9}, "has 1000000000 as num_hidden_layers; expected at most 10000"),
+    ({"shared_expert_intermediate_size": 64},
+     "has 64 as shared_expert_intermediate_size: shared experts are no part of Qwen3MoeForCausal"),
+    ({"n_shared_experts": 1}, "has 1 as n_shared_experts: shared experts are no part"),
+    ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 6},
+     "sliding-window attention .window 512. is not supported"),
+])
+def test_experts_that_are_not_supported_are_named(changes, text):
+    with pytest.raises(InputError, match=text):
+        config_from_hf({**MOE, **changes})
+
+
 def test_sliding_windows_matter_only_where_they_are_used():
     window = {**QWEN2, "use_sliding_window": True, "sliding_window": 512,
               "max_position_embeddings": 4096}
@@ -144,42 +180,3 @@ def test_sliding_windows_matter_only_where_they_are_used():
                    {"sliding_window": 4096},
                    {"layer_types": ["full_attention"] * 2}, {"sliding_window": None}):
         assert config_from_hf({**window, "max_window_layers": 1, **unused}).family == "qwen2"
-
-
-def test_every_parameter_has_a_stored_name():
-    config = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=2,
-                         num_heads=2, num_kv_heads=1, head_dim=2, tie_embeddings=False,
-                         qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True)
-    tensors = stored_tensors(config)
-    assert (len({t.name for t in tensors}) == len({t.gguf for t in tensors}) == len(tensors)
-            == 3 + 2 * 18)
-    assert [t.shape for t in tensors if t.name == "model.layers.1.mlp.down_proj.weight"] == [(4, 6)]
-
-
-class Stored:
-    """Tensors in memory, as a file has them."""
-
-    label = "memory"
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-
-    def rows(self, name, start, stop):
-        return self.tensors[name][start:stop]
-
-
-def test_tensors_are_addressed_by_layer_and_expert():
-    """A parameter with an axis of experts is stored in one tensor for each; a dense one has
-    none."""
-    names = ("mlp.experts.{expert}.up_proj.weight", "ffn_up.{expert}.weight")
-    spec = ParamSpec((3, 4, 2), ("expert", "mlp", "embed"))
-    stored = [tensor for layer in range(2)
-              for tensor in layer_tensors(names, ("layers", "up"), layer, spec)]
-    assert ([(t.layer, t.expert, t.shape) for t in stored]
-            == [(i, j, (4, 2)) for i in range(2) for j in range(3)])
-    assert stored[4].name == "model.layers.1.mlp.experts.1.up_proj.weight"
-    whole = np.random.default_rng(0).random((2, 3, 4, 2), np.float32)
-    source = Stored({tensor.name: whole[tensor.place] for tensor in stored})
-    np.testing.assert_array_equal(assemble(source, stored, whole.shape, None), whole)
-    dense = {tensor.expert for tensor in stored_tensors(config_from_hf(LLAMA))}
-    assert dense == {None}

@@ -11,7 +11,7 @@ from jspec import hub
 from jspec.errors import InputError
 from jspec.hub.gguf_config import config_from_gguf, llama3_rope
 from jspec.hub.gguf_io import GgufSource, GgufTensor
-from jspec.model.config import RopeConfig
+from jspec.model.config import Experts, RopeConfig
 from jspec.model.layers import rope_frequencies
 from tests.hub.checkpoints import GOLDEN, write_gguf
 
@@ -32,6 +32,18 @@ def test_gguf_equals_the_safetensors(case, tmp_path):
     assert policy.config.rms_norm_eps == 1e-6
     config = dataclasses.replace(want.config, stop_tokens=(2,), pad_token=2)
     assert policy.config == config
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "qwen3_moe_mixed_stacked"])
+def test_gguf_with_experts(case, tmp_path):
+    """Which layers have none, the tensors say; llama.cpp renormalises, and the file has no say."""
+    policy = hub.load(str(write_gguf(case, tmp_path / "model.gguf")))
+    want = hub.load(str(GOLDEN / case))
+    same(policy, want)
+    assert (policy.config.experts
+            == dataclasses.replace(want.config.experts, renormalize=True))
+    assert policy.config == dataclasses.replace(want.config, stop_tokens=(2,), pad_token=2,
+                                                experts=policy.config.experts)
 
 
 def test_gguf_biases_and_yarn(tmp_path):
@@ -138,6 +150,45 @@ def test_gguf_quantized_rows_are_those_of_the_dequantized_tensor(tmp_path):
         np.testing.assert_array_equal(source.rows("w", start, stop), whole[start:stop])
 
 
+def test_gguf_quantized_experts_are_read_one_by_one(tmp_path):
+    """Of a tensor of all experts each part is at its place, in rows of whole blocks."""
+    values = np.random.default_rng(1).normal(size=(3, 8, 64)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    raw = gguf.quants.quantize(values, kind)
+    path = tmp_path / "experts"
+    path.write_bytes(b"xy" + raw.tobytes())
+    stored = GgufTensor(2, kind, (3, 8, 64), raw.shape[-1])
+    source = GgufSource("x", path, {str(i): stored.part(i, (8, 64)) for i in range(3)})
+    whole = gguf.quants.dequantize(raw, kind)
+    for i in range(3):
+        np.testing.assert_array_equal(source.rows(str(i), 2, 7), whole[i, 2:7])
+
+
+MOE = {**{key.replace("llama.", "qwen3moe."): value for key, value in BASE.items()},
+       "general.architecture": "qwen3moe", "qwen3moe.expert_count": 8,
+       "qwen3moe.expert_used_count": 2}
+
+
+def test_experts_of_a_gguf_by_its_metadata():
+    found = config_from_gguf({**MOE, "qwen3moe.expert_weights_norm": False},
+                             {"token_embd.weight": (64, 32), "blk.1.ffn_gate.weight": (48, 32)})
+    assert found.experts == Experts(8, 2, 24, renormalize=False, dense_layers=(1,))
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"expert_count": None}, "the GGUF has no expert_count; expected a positive integer"),
+    ({"expert_used_count": 9}, "experts top_k = 9 is more than the 8 experts"),
+    ({"expert_shared_count": 1}, "the GGUF has 1 as expert_shared_count, which is not supported"),
+    ({"expert_weights_scale": 2.5}, "has 2.5 as expert_weights_scale, which is not supported"),
+    ({"expert_gating_func": 2}, "has 2 as expert_gating_func, which is not supported"),
+    ({"expert_weights_norm": 1}, "has 1 as expert_weights_norm; expected true or false"),
+])
+def test_experts_of_a_gguf_that_are_not_supported(changes, text):
+    fields = {f"qwen3moe.{key}": value for key, value in changes.items()}
+    with pytest.raises(InputError, match=text):
+        config_from_gguf({**MOE, **fields}, {"token_embd.weight": (64, 32)})
+
+
 def _llama3_divisors(theta, head_dim, factor, high=4.0, original=8192):
     """rope_freqs.weight as llama.cpp's converter computes it."""
     out = []
@@ -234,7 +285,7 @@ def test_bad_gguf_files_are_named(tmp_path):
     ({"fields": {"llama.rope.scaling.type": "longrope"}},
      "rope scaling 'longrope'.* supported: none, linear, yarn"),
     ({"fields": {"split.count": 2}}, "merge the parts"),
-    ({"fields": {"llama.expert_count": 8}}, "mixture of experts"),
+    ({"fields": {"llama.expert_count": 8}}, "mixture of experts is not supported; supported: qwen"),
 ])
 def test_gguf_that_is_not_supported(tmp_path, extra, text):
     path = write_gguf("llama", tmp_path / "model.gguf", extra.get("fields"), extra.get("tensors"))

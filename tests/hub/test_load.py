@@ -246,7 +246,8 @@ SHARDED = """
     import jax, numpy as np
     from jspec import hub
     from jspec.errors import InputError
-    from jspec.hub import assemble
+    from jspec.hub import assemble, exporter
+    from jspec.hub.tensors import stored_tensors
     from jspec.model.params import policy_sharding
     from jspec.sharding import make_mesh
     plain = hub.load("tests/golden/qwen2_tied_sharded")
@@ -262,6 +263,15 @@ SHARDED = """
             assert shardings == policy_sharding(policy.config, mesh)
             jax.tree.map(np.testing.assert_array_equal, got.weights, plain.weights)
         shards.append(policy.weights["layers"]["gate"].addressable_shards[0].data.shape)
+    moe = hub.load("tests/golden/qwen3_moe", mesh=make_mesh(1, 2, 2, expert=2))
+    jax.tree.map(np.testing.assert_array_equal, moe.weights,
+                 hub.load("tests/golden/qwen3_moe").weights)
+    experts = moe.weights["layers"]["expert_gate_up"]
+    shards.append(experts.addressable_shards[0].data.shape)
+    one = exporter._at.lower(experts, np.array([1, 3, 0], np.int32)).compile().as_text()
+    assert "all-reduce" in one and "all-gather" not in one  # an export collects one at a time
+    for tensor in stored_tensors(moe.config)[-3:]:
+        exporter.host_value(moe.weights, tensor)
     try:
         hub.load("tests/golden/llama", mesh=make_mesh(1, 1, 8, devices=jax.devices()))
     except InputError as e:
@@ -271,5 +281,5 @@ SHARDED = """
 
 def test_a_mesh_gets_its_shards():
     shards, message = run(SHARDED, devices=8)
-    assert shards == [[2, 6, 8], [2, 12, 8], [2, 24, 16], [2, 24, 2]]
+    assert shards == [[2, 6, 8], [2, 12, 8], [2, 24, 16], [2, 24, 2], [2, 4, 2, 6, 8]]
     assert "do not divide the model's q_heads = 4" in message

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jspec
 from jspec import hub
 from jspec.model.config import RopeConfig
 from jspec.model.forward import logits, train_forward
@@ -32,11 +33,13 @@ def expected(case):
 
 def test_the_golden_files_cover_every_family_and_rope_scaling():
     configs = [hub.read_config(str(GOLDEN / case)) for case in CASES]
-    assert {c.family for c in configs} == {"llama", "qwen2", "qwen3"}
+    assert {c.family for c in configs} == {"llama", "qwen2", "qwen3", "qwen3_moe"}
     assert {c.rope.scaling for c in configs} == {"default", "linear", "llama3", "yarn"}
     assert {c.tie_embeddings for c in configs} == {True, False}
     assert ({(c.qkv_bias, c.qk_norm) for c in configs}
             == {(False, False), (True, False), (False, True)})
+    assert ({(c.experts.renormalize, c.experts.dense_layers) for c in configs if c.experts}
+            == {(True, ()), (False, (0, 2, 3, 4))})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,6 +57,21 @@ def test_the_golden_files_would_show_a_scaling_that_is_not_applied(case):
     policy = hub.load(str(GOLDEN / case), dtype="float32")
     plain = dataclasses.replace(policy.config, rope=RopeConfig(theta=policy.config.rope.theta))
     assert np.abs(golden_logits(policy.replace(config=plain), tokens) - want).max() > 0.01
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe_mixed_stacked",
+                                  pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_greedy_rollouts_of_experts_are_those_of_transformers(case):
+    """Token for token, with drafts, of which the verifier may keep what it likes."""
+    with np.load(GOLDEN / case / "expected.npz") as data:
+        tokens, greedy = data["tokens"][0], data["greedy"]
+    policy = hub.load(str(GOLDEN / case), dtype="float32")
+    prompt = tokens[:tokens.size - greedy.size]
+    batch = jspec.PromptBatch.from_tokens([prompt.tolist()], group_size=1, seed=0)
+    sampling = jspec.Sampling(max_new_tokens=greedy.size, temperature=0.0, stop_tokens=())
+    out = jspec.rollout(policy, jspec.drafts.ngram(policy), batch, sampling=sampling,
+                        speculation=jspec.Speculation(k=2))
+    np.testing.assert_array_equal(out.tokens[0], greedy)
 
 
 def test_smollm2_gives_the_recorded_log_probabilities(smollm2):

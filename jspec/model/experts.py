@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jspec.model.config import Experts, ModelConfig
+from jspec.model.grouped import grouped
 from jspec.model.linear import linear
 
 
@@ -33,14 +34,6 @@ def route(experts: Experts, router: jax.Array, x: jax.Array,
     if experts.renormalize:
         gates = gates / gates.sum(-1, keepdims=True)
     return routes, gates
-
-
-def grouped(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows x [R, in], sorted by group, times their group's matrix of w [E, *out, in] -> [R, *out]; sizes int32 [E]."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    flat = w.astype(x.dtype).reshape(w.shape[0], -1, w.shape[-1]).swapaxes(1, 2)
-    y = jax.lax.ragged_dot(x, flat, sizes, precision=precision, preferred_element_type=x.dtype)
-    return y.reshape(x.shape[0], *w.shape[1:-1])
 
 
 def compute(w: dict[str, Any], x: jax.Array, routes: jax.Array, gates: jax.Array) -> jax.Array:

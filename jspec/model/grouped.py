@@ -1,0 +1,162 @@
+"""Products of rows and the matrix of each one's group, whose cost follows the rows: what no row is
+of is not read. Rows come sorted by group, and there may be some that are of none.
+
+Every platform has its own way. A CPU loops over tiles of rows (`ragged_dot` computes every group
+for every row there), a TPU runs the kernels that come with JAX (the weights' gradient of
+`ragged_dot` is dense there up to JAX 0.10, and its gradient by the rows copies all weights),
+others `ragged_dot`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jspec.model.linear import linear
+from jspec.model.quantized import Quantized
+
+TILES = (64, 8)
+"""Rows that a CPU computes together: as many of the first as there are, then of the second."""
+
+
+def grouped(x: jax.Array, w: jax.Array | Quantized, sizes: jax.Array) -> jax.Array:
+    """Rows x [R, in] times their group's matrix of w [E, *out, in]: [R, *out], in x's dtype.
+
+    sizes int32 [E]: the first sizes[0] rows are of group 0, and so on. What is beyond all groups
+    comes out as zeros, whatever is in it. A quantised w has no gradient.
+    """
+    if isinstance(w, Quantized):
+        return _by_tiles(x, w, sizes)
+    flat = w.reshape(w.shape[0], -1, w.shape[-1])
+    return _grouped(x, flat, sizes).reshape(x.shape[0], *w.shape[1:-1])
+
+
+@jax.custom_vjp
+def _grouped(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`grouped` with w [E, out, in]. (What is in the middle of a sum is kept in float32.)"""
+    y = jax.lax.platform_dependent(x, w, sizes, cpu=_by_tiles, default=_ragged)
+    return _within(y, sizes)
+
+
+def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple]:
+    return _grouped(x, w, sizes), (x, w, sizes)
+
+
+def _backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, sizes = kept
+    dx, dw = jax.lax.platform_dependent(x, w, sizes, dy, cpu=_tiles_backward,
+                                        default=_ragged_backward)
+    return _within(dx, sizes), dw, None
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+def _within(y: jax.Array, sizes: jax.Array) -> jax.Array:
+    """y [R, ...] with zeros beyond the groups, where kernels leave what was in memory."""
+    inside = jnp.arange(y.shape[0]) < sizes.sum()
+    return jnp.where(inside.reshape(-1, *(1,) * (y.ndim - 1)), y, 0)
+
+
+def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot(x, w.astype(x.dtype).swapaxes(1, 2), sizes, precision=precision,
+                              preferred_element_type=x.dtype)
+
+
+def _ragged_backward(x: jax.Array, w: jax.Array, sizes: jax.Array,
+                     dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, w)[1](dy)
+
+
+def _over_groups(sizes: jax.Array, body: Callable[[jax.Array, Callable, Any], Any],
+                 start: Any) -> Any:
+    """body(group, over, carry) -> carry, of every group that has rows, in order.
+
+    over(step, carry) -> carry goes over the group's rows in tiles: step(first row of the tile,
+    which of TILES rows are the group's bool [tile, 1], carry) -> carry.
+    """
+    begins, order = jnp.cumsum(sizes) - sizes, jnp.argsort(sizes == 0, stable=True)
+
+    def of_group(i: jax.Array, carry: Any) -> Any:
+        group = order[i]
+        begin, end = begins[group], begins[group] + sizes[group]
+
+        def over(step: Callable, carry: Any) -> Any:
+            first = begin
+            for tile in TILES:
+                count = (end - first) // tile if tile > min(TILES) else -(-(end - first) // tile)
+
+                def at(j: jax.Array, carry: Any, first: jax.Array = first, tile: int = tile) -> Any:
+                    row = first + j * tile
+                    return step(row, (row + jnp.arange(tile) < end)[:, None], carry)
+
+                carry = jax.lax.fori_loop(0, count, at, carry)
+                first = first + count * tile
+            return carry
+
+        return body(group, over, carry)
+
+    return jax.lax.fori_loop(0, (sizes > 0).sum(dtype=jnp.int32), of_group, start)
+
+
+def _matrix(w: Any, group: jax.Array) -> Any:
+    """One group's of w [E, ...], quantised or not: copied once, whatever the tiles."""
+    def take(x: jax.Array) -> jax.Array:
+        return x.at[group].get(mode="promise_in_bounds")
+
+    if isinstance(w, Quantized):
+        return w.replace(array=jax.tree.map(take, w.array), outliers=jax.tree.map(take, w.outliers))
+    return take(w)
+
+
+def _padded(x: jax.Array) -> jax.Array:
+    """x [R, ...] with room for a tile that begins at its last row."""
+    return jnp.pad(x, ((0, max(TILES)), *((0, 0),) * (x.ndim - 1)))
+
+
+def _by_tiles(x: jax.Array, w: jax.Array | Quantized, sizes: jax.Array) -> jax.Array:
+    padded = _padded(x)
+
+    def body(group, over, y) -> jax.Array:
+        matrix = _matrix(w, group)
+
+        def step(row, inside, y) -> jax.Array:
+            # a tile's rows beyond its group are wrong, and the next one's tiles write them again
+            some = linear(jax.lax.dynamic_slice_in_dim(padded, row, len(inside)), matrix)
+            return jax.lax.dynamic_update_slice_in_dim(y, some, row, 0)
+
+        return over(step, y)
+
+    out = w.array.shape[1:-1] if isinstance(w, Quantized) else w.shape[1:-1]
+    y = _over_groups(sizes, body, jnp.zeros((len(padded), *out), x.dtype))
+    return _within(y[:len(x)], sizes)
+
+
+def _tiles_backward(x: jax.Array, w: jax.Array, sizes: jax.Array,
+                    dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    padded, cotangents = _padded(x), _padded(dy)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dot = partial(jax.lax.dot_general, precision=precision)
+
+    def body(group, over, carry) -> tuple[jax.Array, jax.Array]:
+        dx, dw = carry
+        matrix = _matrix(w, group).astype(x.dtype)
+
+        def step(row, inside, carry) -> tuple[jax.Array, jax.Array]:
+            dx, mine = carry
+            xs, dys = (jnp.where(inside, jax.lax.dynamic_slice_in_dim(a, row, len(inside)), 0)
+                       for a in (padded, cotangents))
+            some = dot(dys, matrix, (((1,), (0,)), ((), ())))
+            return (jax.lax.dynamic_update_slice_in_dim(dx, some, row, 0),
+                    mine + dot(dys, xs, (((0,), (0,)), ((), ()))).astype(mine.dtype))
+
+        dx, mine = over(step, (dx, jnp.zeros(w.shape[1:], w.dtype)))
+        return dx, dw.at[group].set(mine, mode="promise_in_bounds")
+
+    dx, dw = _over_groups(sizes, body, (jnp.zeros_like(padded), jnp.zeros_like(w)))
+    return dx[:len(x)], dw

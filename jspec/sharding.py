@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jspec.arguments import whole, wrong
@@ -40,14 +41,25 @@ LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None, expert: int = 1) -> Mesh:
     """A mesh with axes (data, fsdp, expert, tensor), all Auto. One of the sizes may be -1: what the others leave.
 
-    Raises InputError if the sizes do not multiply to the number of devices.
+    Of several slices of TPUs, `data` goes over them first: all else stays within one.
+
+    Raises InputError if the sizes do not multiply to the number of devices, or data not to that of
+    slices.
     """
     devices = jax.devices() if devices is None else devices
     is_list = isinstance(devices, list | tuple | np.ndarray) and len(devices)
     if not is_list or not all(hasattr(device, "device_kind") for device in devices):
         raise wrong("devices", devices, "a list of devices, at least one, such as jax.devices()")
     sizes = mesh_sizes((data, fsdp, expert, tensor), len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise InputError(f"mesh.data = {sizes[0]} is not divided by the {slices} slices that the "
+                         "devices are of; set it to a multiple, so that no other axis leaves one")
+    within, between = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(AXES) - 1))
+    return Mesh(create_hybrid_device_mesh(within, between, list(devices)), AXES, axis_types=types)
 
 
 def configured_mesh(section: Any, devices: Any = None) -> Mesh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from jspec.config import load_config
 from jspec.output import open_output, screen
@@ -32,7 +33,8 @@ def answer(arguments: argparse.Namespace) -> int:
     )
     if arguments.json == "-":
         print(json.dumps(as_json(found)))
-    show(found, screen(stderr=arguments.json == "-"))
+    wide = None if sys.stdout.isatty() else 120  # of a pipe or a file nobody knows how wide it is
+    show(found, screen(stderr=arguments.json == "-", width=wide))
     if written is not None:
         written.write(json.dumps(as_json(found), indent=1) + "\n")
     if drawn is not None:

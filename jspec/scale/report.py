@@ -117,7 +117,7 @@ def host(fit: Fit) -> str:
     chip, total = fit.topology.chip, sum(fit.host_bytes.values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in fit.host_bytes.items())
     room = chip.host_bytes * chip.devices_a_host / GIB
-    within = "within" if total < room else "MORE THAN"
+    within = "within" if total / GIB < room else "MORE THAN"
     return f"Host memory: {parts} GiB, {within} the {room:.0f} GiB of a host."
 
 
@@ -267,14 +267,14 @@ def of_floor(floor: Floor) -> dict[str, Any]:
 
 def svg(fit: Fit) -> str:
     """The bars of memory as a picture."""
-    room, left, top, step, width = fit.topology.chip.granted_bytes, 90, 46, 34, 620
+    room, left, top, step, width = fit.topology.chip.granted_bytes, 90, 46, 34, 640
     scale = width / (1.05 * max(room, *(program.needed for program in fit.programs)))
     height = top + step * len(fit.programs) + 70
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="10" y="20" font-size="14">{escape(verdict(fit))}</text>',
+        f'<text x="10" y="20" font-weight="bold">{escape(verdict(fit))}</text>',
     ]
     for i, program in enumerate(fit.programs):
         x, y = float(left), top + i * step

@@ -15,8 +15,8 @@ def add_fit(made: Parser) -> None:
         metavar="NAME",
         required=True,
         help="the machine, by its vendor's "
-        "name: v5e-16, v6e-64 (chips), v5p-1024 (cores), tpu7x-128 (devices), sm_90 "
-        "(one H100)",
+        "name: v5e-16, v6e-64 (chips), v5p-1024 (cores), tpu7x-128 (devices), 2xv5p-64 "
+        "(two slices), sm_90 (one H100)",
     )
     made.add_argument(
         "--model",

@@ -84,17 +84,19 @@ class Topology:
 
     Attributes:
       name: the vendor's. shape: of the chips, () for one GPU. per_chip: devices of a chip.
+      slices: as many of them, connected by their hosts' network.
     """
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
     per_chip: int = 1
+    slices: int = 1
 
     @property
     def count(self) -> int:
         """Devices, as JAX counts them."""
-        return math.prod(self.shape) * self.per_chip
+        return math.prod(self.shape) * self.per_chip * self.slices
 
     @property
     def wraps(self) -> tuple[bool, ...]:
@@ -106,10 +108,14 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """The machine of a vendor's name, such as v5p-1024. Raises InputError for one that does not
-    exist, with those near it."""
+    """The machine of a vendor's name, such as v5p-1024, or of several slices, 2xv5p-1024. Raises
+    InputError for one that does not exist, with those near it."""
     if name in GPUS:
         return Topology(name, chip(GPUS[name]), ())
+    if several := re.fullmatch(r"([1-9]\d{0,3})x(\D.*)", name):
+        one, slices = topology(several.group(2)), int(several.group(1))
+        if one.shape:
+            return dataclasses.replace(one, name=f"{slices}x{one.name}", slices=slices)
     kind, _, number = name.lower().rpartition("-")
     kind = ALIASES.get(kind, kind)
     if kind not in SLICES:
@@ -155,7 +161,10 @@ def devices(of: Topology) -> list[Any]:
             ),
         )
     return described(
-        of.name, platform="tpu", topology_name=f"{of.chip.name}:{'x'.join(map(str, of.shape))}"
+        of.name,
+        platform="tpu",
+        topology_name=f"{of.chip.name}:{'x'.join(map(str, of.shape))}",
+        num_slices=of.slices,
     )
 
 

@@ -14,6 +14,7 @@ from jspec.scale.topologies import GPUS, SLICES, topology
         ("v6e-64", (8, 8), 64),
         ("tpu7x-128", (4, 4, 4), 128),
         ("v5litepod-16", (4, 4), 16),
+        ("2xv5p-64", (2, 4, 4), 64),
         ("sm_90", (), 1),
         ("h100", (), 1),
     ],

@@ -260,6 +260,12 @@ def policy_sharding(model: ModelConfig, mesh: Any) -> Any:
     return spec_sharding(param_specs(model), model, mesh=mesh)
 
 
+def rollout_specs(model: ModelConfig) -> dict[str, Any]:
+    """The whole tree of parameters in a rollout layout, before a layer's are fused."""
+    return {**param_specs(model), "layers": tuple(
+        layer_specs(model, i in model.sparse_layers) for i in range(model.num_layers))}
+
+
 def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     """Training layout to rollout layout: one dict a layer, fused, in the compute dtype, sharded as `layout` has it.
 
@@ -274,9 +280,7 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     layers = tuple({name: weights["layers"][name][having.index(i)]
                     for name, (_, having) in held.items() if i in having} for i in range(model.num_layers))
     weights = {**weights, "layers": layers}
-    specs = {**param_specs(model), "layers": tuple(
-        layer_specs(model, i in model.sparse_layers) for i in range(model.num_layers))}
-    weights = constrain_tree(weights, specs, model, layout)
+    weights = constrain_tree(weights, rollout_specs(model), model, layout)
     weights["layers"] = tuple(fuse(model, w, layout) for w in weights["layers"])
     return policy.replace(weights=weights, layout=layout)
 

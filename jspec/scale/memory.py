@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jspec.model import KeyValues, Policy
-from jspec.model.params import layer_specs, param_specs
+from jspec.model.params import rollout_specs
 from jspec.rl.state import TrainState
 from jspec.sharding import LAYOUTS, batch_shards, current_mesh, placement, spec_sharding
 from jspec.speculate import Batching, PromptBatch
@@ -37,7 +37,7 @@ def rollout_shape(policy: Policy, layout: str) -> Any:
     """The policy's copy in a rollout layout, as `jax.ShapeDtypeStruct`s; nothing of it is
     traced."""
     model = policy.config
-    specs = {**param_specs(model), "layers": (layer_specs(model),) * model.num_layers}
+    specs = rollout_specs(model)
     return jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, policy.dtype, sharding=sharding),
         specs,

@@ -16,13 +16,12 @@ from jspec.scale.published import published, shape_of
 
 def test_shapes_sum_up_to_the_parameters_that_are_published():
     for name, entry in published().items():
-        if "num_experts" in entry["config"]:
-            continue
         policy = abstract_policy(shape_of(ModelSection(name=name)), "bfloat16")
         assert shard_bytes(policy) == 4 * entry["parameters"], name
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("qwen3-8b", 8.19e9)])
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("qwen3-8b", 8.19e9), ("qwen3-30b-a3b", 30.53e9), ("Qwen/Qwen3-235B-A22B", 235.09e9)])
 def test_bytes_by_kind_are_those_of_the_published_shape(name, parameters):
     """14 bytes a parameter: a float32 master and two moments, and the rollout's bfloat16 copy."""
     policy = abstract_policy(shape_of(ModelSection(name=name)), "bfloat16")

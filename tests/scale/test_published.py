@@ -6,12 +6,17 @@ import pytest
 from jspec.config import ModelSection
 from jspec.drafts import find
 from jspec.errors import InputError
+from jspec.hub.names import SHORT_NAMES
 from jspec.model import abstract_policy
 from jspec.prepare import check_fresh_draft
 from jspec.rl.state import state_specs
 from jspec.rl.update_settings import UpdateSettings
 from jspec.scale.memory import rollout_shape, shard_bytes, state_bytes
 from jspec.scale.published import published, shape_of
+
+
+def test_every_short_name_has_a_published_shape():
+    assert {name for name in SHORT_NAMES.values() if isinstance(name, str)} <= published().keys()
 
 
 def test_shapes_sum_up_to_the_parameters_that_are_published():

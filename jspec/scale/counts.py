@@ -20,6 +20,8 @@ from jspec.scale.traffic import Pool, Program, sizes, traffic
 
 Turns = Callable[[Instruction], float]
 """How often a loop turns whose text does not say it."""
+_HANDED_ON = {"copy-done", "slice-done", "dynamic-slice-done", "async-done", "bitcast",
+              "custom-call"}
 _SINGLE = {
     "reduce",
     "reduce-window",
@@ -75,6 +77,7 @@ def counted(
     """
     program = Program.of(hlo, pool)
     phases, often = phases_of_program(hlo, default), repeats(program, turns)
+    waiting = fetched_for(program, phases)
     inside = {
         name for one in program.found.values() if one.opcode == "fusion" for name in one.called
     }
@@ -83,7 +86,7 @@ def counted(
         times = often.get(one.computation, 0.0)
         if not times or name not in phases:
             continue
-        count = counts[phases[name]]
+        count = counts[waiting.get(name, phases[name])]
         if one.opcode.removesuffix("-start") in COLLECTIVES and not _continued(one):
             _collect(count, one, program, devices, times)
         elif _attends(one):
@@ -93,6 +96,27 @@ def counted(
         if one.computation not in inside:
             count.bytes += times * traffic(one, program)
     return dict(counts)
+
+
+def fetched_for(program: Program, phases: Mapping[str, Phase]) -> dict[str, Phase]:
+    """The phase of what a transfer brings to the chip, of every one that was begun: that of the
+    first operation that takes it, wherever the compiler has put its beginning."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for name, one in program.found.items():
+        for operand in one.operands:
+            users[operand].append(name)
+    found = {}
+    for name, one in program.found.items():
+        if not one.opcode.endswith("-start"):
+            continue
+        level = users[name]
+        while level and name not in found:
+            takers = [user for user in level if "/" in program.found[user].scope and user in phases]
+            if takers:
+                found[name] = phases[takers[0]]
+            level = [after for user in level if program.found[user].opcode in _HANDED_ON
+                     for after in users[user]]
+    return found
 
 
 def repeats(program: Program, turns: Turns) -> dict[str, float]:

@@ -77,7 +77,8 @@ class Fit:
 
     Attributes:
       topology: the machine. mesh: its axes. model, config: what was asked about.
-      k: what is drafted. cycles: of a rollout, where all answers are `length` tokens long.
+      k: what is drafted. cycles: of a rollout, where all answers are `length` tokens long, and
+        those that wait for a slot begin when all have ended that had one.
       micro_batch: (its rows, how many an update computes).
       programs: in the order of a step.
       host_bytes: on a host, of paused rows and of the step's answers.
@@ -118,6 +119,16 @@ class Fit:
                 if key[1] in (0, first)
             }
         )
+
+    @property
+    def seconds(self) -> float | None:
+        """The least that a step takes, its programs one after the other; None where one of them was
+        not counted."""
+        if not all(program.floors for program in self.programs):
+            return None
+        again = {"update": self.config.grpo.updates_per_rollout}
+        return sum(self.floor(program).seconds * again.get(program.name, 1)
+                   for program in self.programs)
 
 
 def fit(
@@ -174,7 +185,7 @@ def fit(
         k,
         subject.length,
         accepted,
-        math.ceil(subject.length / accepted),
+        math.ceil(subject.length / accepted) * math.ceil(out.tokens.shape[0] / pools.slots),
         micro,
         tuple(programs),
         host,

@@ -193,6 +193,8 @@ def floor_table(fit: Fit) -> Table:
             parts = [floor for (_, of), floor in program.floors.items() if of == loop]
             row(f"  {loop_name(loop)}", "a cycle", sum(parts, Floor()))
         row(program.name, "all", fit.floor(program), style="bold")
+    if fit.seconds is not None:
+        table.add_row("a step", "", *("",) * 4, f"{fit.seconds:.3g}", "", style="bold")
     for column in table.columns[2:7]:
         column.justify = "right"
     return table
@@ -251,6 +253,7 @@ def as_json(fit: Fit) -> dict[str, Any]:
         "cycles": fit.cycles,
         "micro_batch_rows": fit.micro_batch[0],
         "micro_batches": fit.micro_batch[1],
+        "step_floor_seconds": fit.seconds,
         "programs": [of_program(program) for program in fit.programs],
         "host_bytes": fit.host_bytes,
         "largest_by_sums": dataclasses.asdict(fit.largest),

@@ -108,6 +108,25 @@ ENTRY %main (x: bf16[4,8]) -> bf16[16,8] {
     assert found == {Collective("all-gather", 256, (0, 1, 2, 3)): 1.0}
 
 
+def test_a_transfer_is_of_the_phase_that_takes_what_it_brings():
+    """A TPU's compiler begins it early: among the last phase's operations, with no scope."""
+    text = """
+ENTRY %main (w: bf16[1024,1024], x: bf16[8,1024]) -> bf16[8,1024] {
+  %w = bf16[1024,1024]{1,0} parameter(0)
+  %x = bf16[8,1024]{1,0:S(1)} parameter(1)
+  %start = (bf16[1024,1024]{1,0:S(1)}, bf16[1024,1024]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %a = bf16[8,1024]{1,0:S(1)} negate(%x), metadata={op_name="jit(f)/commit/neg"}
+  %done = bf16[1024,1024]{1,0:S(1)} copy-done(%start)
+  ROOT %d = bf16[8,1024]{1,0:S(1)} dot(%a, %done), METADATA
+}
+"""
+    text = text.replace(
+        "METADATA", 'lhs_contracting_dims={1}, metadata={op_name="jit(f)/verify/dot"}')
+    counts = counted(text, "all", lambda _: 1.0, 1)
+    assert {phase.name: count.bytes for phase, count in counts.items()} == {
+        "verify": 2 * 1024 * 1024, "commit": 0}
+
+
 def test_collectives_go_over_the_links_of_their_axes():
     """A ring of 8 chips that wraps, of which 2 links work: 7/8 of the bytes over both; a line has
     one way; an all-reduce is two; what crosses slices goes over the hosts' cards."""

@@ -20,9 +20,9 @@ import numpy as np
 from jspec import arguments
 from jspec.errors import InputError
 from jspec.scale.chips import CHIPS
-from jspec.scale.cycle_cost import Costs, Overhead, Split, cycle
-from jspec.scale.project import Rollout, decode_seconds, rollout_seconds
-from jspec.speculate.schedule import Costs as Table
+from jspec.scale.cycle_cost import Decoding, Overhead, Split, cycle
+from jspec.scale.project import Answers, decode_seconds, rollout_seconds
+from jspec.speculate.schedule import Costs
 
 SHAPES = ('{"source": "...", "measured": [{"k": 3, "tokens": 3.32, "speedup": 1.77}]}, or '
           "what `jspec bench cost MODEL --json FILE` writes")
@@ -62,7 +62,7 @@ class Measured:
     source: str
     on: str = ""
     speedups: tuple[Speedup, ...] = ()
-    table: Table | None = None
+    table: Costs | None = None
     chip: str = ""
     devices: int = 1
     context: float = 0.0
@@ -85,36 +85,36 @@ def line(ks: Sequence[int], values: Sequence[float], size: Sequence[float]) -> t
     return (0.0, *found.tolist()) if len(found) == 1 else tuple(found.tolist())
 
 
-def without_draft(costs: Costs) -> Costs:
+def without_draft(decoding: Decoding) -> Decoding:
     """The floor of the verifier alone, to which what was measured of drafts is added."""
-    return dataclasses.replace(costs, draft=None, draft_share=None, overhead=Overhead())
+    return dataclasses.replace(decoding, draft=None, draft_share=None, overhead=Overhead())
 
 
-def overhead_of(measured: Measured, costs: Costs, rollout: Rollout) -> Overhead:
-    """What the table shows beyond `without_draft(costs)`: the engine's overhead and the draft.
-    rollout: what its speed-ups are of."""
-    bare = without_draft(costs)
+def overhead_of(measured: Measured, decoding: Decoding, answers: Answers) -> Overhead:
+    """What the table shows beyond `without_draft(decoding)`: the engine's overhead and the draft.
+    answers: what its speed-ups are of."""
+    bare = without_draft(decoding)
     if measured.table is not None:
         return from_table(measured, bare)
-    return from_speedups(measured.speedups, bare, rollout)
+    return from_speedups(measured.speedups, bare, answers)
 
 
-def from_speedups(speedups: Sequence[Speedup], costs: Costs, rollout: Rollout) -> Overhead:
-    """With what overhead, in plain cycles, `costs` without one take for this rollout what was
+def from_speedups(speedups: Sequence[Speedup], decoding: Decoding, answers: Answers) -> Overhead:
+    """With what overhead, in plain cycles, `decoding` without one takes for these answers what was
     measured."""
-    plain, unit = rollout_seconds(costs, rollout), decode_seconds(costs, rollout)
-    over = [(plain / point.speedup - rollout_seconds(costs, rollout, point.k, point.tokens))
+    plain, unit = rollout_seconds(decoding, answers), decode_seconds(decoding, answers)
+    over = [(plain / point.speedup - rollout_seconds(decoding, answers, point.k, point.tokens))
             * point.tokens / unit for point in speedups]
     drafting, token = line([point.k for point in speedups], over,
                            [point.cost for point in speedups])
     return Overhead(0.0, drafting, token, min(point.k for point in speedups), relative=True)
 
 
-def from_table(measured: Measured, costs: Costs) -> Overhead:
+def from_table(measured: Measured, decoding: Decoding) -> Overhead:
     """The overhead of a table's seconds over the floor of the same policy on the chip that it was
     measured on, a mean over its rows."""
     table = measured.table
-    here = dataclasses.replace(costs, chip=CHIPS[measured.chip],
+    here = dataclasses.replace(decoding, chip=CHIPS[measured.chip],
                                split=Split(table.shards, max(1, measured.devices // table.shards)))
 
     def over(rows: int, k: int, seconds: float) -> float:
@@ -166,6 +166,6 @@ def _table(name: str, found: dict[str, Any], drafter: str) -> Measured:
         raise InputError(f"--costs {name} was measured on {machine['device']!r}, whose floor is "
                          f"not known; measure on one of {', '.join(CHIPS)}")
     return Measured(f"{found['model']} on {machine['device']}, {found['date']}",
-                    table=Table.from_json(rows[drafter]["costs"]), chip=chip,
+                    table=Costs.from_json(rows[drafter]["costs"]), chip=chip,
                     devices=int(machine["devices"]),
                     context=min(TIMED_CONTEXT, found["max_new_tokens"] / 2))

@@ -252,8 +252,8 @@ class Overhead:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-    """All that the seconds of a cycle follow from.
+class Decoding:
+    """What decodes, where: all that the seconds of a cycle follow from.
 
     Attributes:
       draft: None: drafts cost nothing. draft_share: of a plain cycle's floor that a drafted token
@@ -281,14 +281,15 @@ class Cycle:
         return self.verify.seconds + self.draft + self.overhead
 
 
-def cycle(costs: Costs, k: int, rows: Numbers, context: Numbers) -> Cycle:
+def cycle(decoding: Decoding, k: int, rows: Numbers, context: Numbers) -> Cycle:
     """A cycle that drafts k tokens; k = 0: without a draft. rows, context: see `forward`."""
-    of = (costs.chip, costs.split, rows, context)
-    verify, plain = forward(costs.policy, *of, tokens=k + 1), forward(costs.policy, *of).seconds
+    of = (decoding.chip, decoding.split, rows, context)
+    verify = forward(decoding.policy, *of, tokens=k + 1)
+    plain = forward(decoding.policy, *of).seconds
     draft = 0.0 * plain
-    if costs.draft_share is not None:
-        draft = k * costs.draft_share * plain
-    elif costs.draft is not None:
-        draft = k * forward(costs.draft, *of).seconds
-    unit = plain if costs.overhead.relative else 1.0
-    return Cycle(verify, draft, costs.overhead.of(k) * unit + 0.0 * plain)
+    if decoding.draft_share is not None:
+        draft = k * decoding.draft_share * plain
+    elif decoding.draft is not None:
+        draft = k * forward(decoding.draft, *of).seconds
+    unit = plain if decoding.overhead.relative else 1.0
+    return Cycle(verify, draft, decoding.overhead.of(k) * unit + 0.0 * plain)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jspec.scale.cycle_cost import Costs, Cycle, cycle
+from jspec.scale.cycle_cost import Cycle, Decoding, cycle
 from jspec.scale.lengths import Spans
 
 
@@ -23,7 +23,7 @@ def tokens_a_cycle(acceptance: float, k: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollout:
+class Answers:
     """A step's answers on their shards.
 
     Attributes:
@@ -46,36 +46,37 @@ class Rollout:
         return bounds[np.minimum(np.searchsorted(bounds, live), len(bounds) - 1)]
 
 
-def prefill_seconds(costs: Costs, tokens: float) -> float:
+def prefill_seconds(decoding: Decoding, tokens: float) -> float:
     """The floor of computing a shard's prompts: their operations."""
-    operations = 2 * costs.policy.active * tokens / costs.split.tensor
-    return operations / costs.chip.rate(costs.policy.rate)
+    operations = 2 * decoding.policy.active * tokens / decoding.split.tensor
+    return operations / decoding.chip.rate(decoding.policy.rate)
 
 
-def cycles(costs: Costs, rollout: Rollout, k: int) -> Cycle:
+def cycles(decoding: Decoding, answers: Answers, k: int) -> Cycle:
     """A cycle of every span."""
-    return cycle(costs, k, rollout.rows(), rollout.spans.context)
+    return cycle(decoding, k, answers.rows(), answers.spans.context)
 
 
-def decode_seconds(costs: Costs, rollout: Rollout, k: int = 0, tokens: float = 1.0) -> float:
+def decode_seconds(decoding: Decoding, answers: Answers, k: int = 0, tokens: float = 1.0) -> float:
     """Of the slowest group of shards, after its prompts. tokens: a cycle of a row yields on
     average."""
-    spent = rollout.spans.tokens / tokens * cycles(costs, rollout, k).seconds
-    return float(np.bincount(rollout.spans.group, spent).max())
+    spent = answers.spans.tokens / tokens * cycles(decoding, answers, k).seconds
+    return float(np.bincount(answers.spans.group, spent).max())
 
 
-def rollout_seconds(costs: Costs, rollout: Rollout, k: int = 0, tokens: float = 1.0) -> float:
+def rollout_seconds(decoding: Decoding, answers: Answers, k: int = 0, tokens: float = 1.0) -> float:
     """Of the slowest group of shards."""
-    return decode_seconds(costs, rollout, k, tokens) + prefill_seconds(costs, rollout.prompts)
+    return decode_seconds(decoding, answers, k, tokens) + prefill_seconds(decoding, answers.prompts)
 
 
-def update_seconds(costs: Costs, tokens: float, passes: float) -> float:
+def update_seconds(decoding: Decoding, tokens: float, passes: float) -> float:
     """The floor of a step's update: its operations, on all devices, in bfloat16.
 
     tokens: of prompts and answers. passes: over the weights, a forward being one and a backward
     two.
     """
-    return 2 * costs.policy.active * tokens * passes / (costs.split.devices * costs.chip.bf16)
+    operations = 2 * decoding.policy.active * tokens * passes
+    return operations / (decoding.split.devices * decoding.chip.bf16)
 
 
 def step_seconds(generation: float, rest: float, lag: int = 0) -> float:
@@ -145,10 +146,10 @@ class Projection:
         return Cell(k, tokens, acceptance, self.generation / drafting, steps[0] / steps[1])
 
 
-def project(costs: Costs, rollout: Rollout, ks: Sequence[int], rest: float = 0.0,
+def project(decoding: Decoding, answers: Answers, ks: Sequence[int], rest: float = 0.0,
             lag: int = 0) -> Projection:
-    return Projection(prefill_seconds(costs, rollout.prompts), decode_seconds(costs, rollout),
-                      {k: decode_seconds(costs, rollout, k) for k in ks}, rest, lag)
+    return Projection(prefill_seconds(decoding, answers.prompts), decode_seconds(decoding, answers),
+                      {k: decode_seconds(decoding, answers, k) for k in ks}, rest, lag)
 
 
 def by_acceptance(projection: Projection, acceptances: Sequence[float]) -> list[list[Cell | None]]:

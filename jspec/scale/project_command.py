@@ -19,10 +19,10 @@ from jspec.output import open_output, screen
 from jspec.prepare import check_draft, rollout_layout
 from jspec.scale import calibration, lengths
 from jspec.scale.chips import CHIPS, Chip
-from jspec.scale.cycle_cost import Costs, Sizes, Split, draft_sizes
+from jspec.scale.cycle_cost import Decoding, Sizes, Split, draft_sizes
 from jspec.scale.project import (
+    Answers,
     Projection,
-    Rollout,
     by_acceptance,
     by_tokens,
     project,
@@ -47,12 +47,12 @@ from jspec.speculate.loops import FEWEST_ON_CHIPS, loops
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """What nothing measured is needed for: a config's step on a machine. answers: float [N], how
-    long they are."""
+    """What nothing measured is needed for: a config's step on a machine. lengths: float [N], of its
+    answers."""
 
-    costs: Costs
-    rollout: Rollout
-    answers: np.ndarray
+    decoding: Decoding
+    answers: Answers
+    lengths: np.ndarray
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
@@ -90,20 +90,20 @@ def projected(config: Config, model: ModelConfig, on: str,
               arguments: argparse.Namespace) -> Projected:
     """The projection for one machine. Raises InputError where the config does not go on it."""
     floor, measured = floor_of(config, model, on, arguments), ""
-    costs = floor.costs
+    decoding = floor.decoding
     if arguments.costs is not None:
         table = calibration.read(arguments.costs, config.draft.name)
         there = floor_of(config, model, table.on, arguments) if table.on else floor
-        overhead = calibration.overhead_of(table, there.costs, there.rollout)
-        costs = dataclasses.replace(calibration.without_draft(costs), overhead=overhead)
+        overhead = calibration.overhead_of(table, there.decoding, there.answers)
+        decoding = dataclasses.replace(calibration.without_draft(decoding), overhead=overhead)
         measured = table.source
-    found = project(costs, floor.rollout, sorted(arguments.k))
+    found = project(decoding, floor.answers, sorted(arguments.k))
     rest, rest_from = rest_of(found, config, floor, arguments)
     found = dataclasses.replace(found, rest=rest, lag=arguments.lag)
     by, levels = ((by_tokens, arguments.tokens) if arguments.tokens
                   else (by_acceptance, arguments.acceptance))
     levels = tuple(sorted(levels))
-    return Projected(config.model.name, on, costs, floor.rollout, floor.answers, found, levels,
+    return Projected(config.model.name, on, decoding, floor.answers, floor.lengths, found, levels,
                      by(found, levels), measured, rest_from)
 
 
@@ -114,13 +114,13 @@ def floor_of(config: Config, model: ModelConfig, on: str, arguments: argparse.Na
     policy = Sizes.of(model, arguments.precision)
     draft = draft_sizes(check_draft(config, model), policy, model)
     data, cap = config.data, config.sampling.max_new_tokens
-    answers = lengths.parse(arguments.lengths, data.prompts_per_step * data.group_size, cap)
-    rollout = rollout_of(config, split, answers)
+    of_answers = lengths.parse(arguments.lengths, data.prompts_per_step * data.group_size, cap)
+    answers = answers_of(config, split, of_answers)
     if server:
         split = dataclasses.replace(split, sparse=True)
-        rollout = dataclasses.replace(rollout, chain=())
-    costs = Costs(policy, chip, split, draft, arguments.draft_cost)
-    return Floor(costs, rollout, answers)
+        answers = dataclasses.replace(answers, chain=())
+    decoding = Decoding(policy, chip, split, draft, arguments.draft_cost)
+    return Floor(decoding, answers, of_answers)
 
 
 def machine(name: str) -> tuple[Chip, int]:
@@ -149,7 +149,7 @@ def split_of(config: Config, model: ModelConfig, devices: int) -> Split:
     return Split(batch_shards(layout, mesh), int(tensor), mesh.shape.get("expert", 1))
 
 
-def rollout_of(config: Config, split: Split, of_answers: np.ndarray) -> Rollout:
+def answers_of(config: Config, split: Split, of_answers: np.ndarray) -> Answers:
     """A step's answers in the engine's slots and loops."""
     data = config.data
     slots = min(config.rollout.slots or len(of_answers), len(of_answers)) // split.batch
@@ -157,7 +157,7 @@ def rollout_of(config: Config, split: Split, of_answers: np.ndarray) -> Rollout:
         raise InputError(f"rollout.slots = {config.rollout.slots} is fewer than the {split.batch} "
                          "shards that rows are split over; raise it")
     chain = loops(slots, 0, config.sampling.max_new_tokens, FEWEST_ON_CHIPS)
-    return Rollout(
+    return Answers(
         lengths.spans(of_answers, split.groups, split.expert, slots, data.max_prompt_tokens),
         tuple(rows for rows, _ in chain),
         data.prompts_per_step * data.max_prompt_tokens / split.batch)
@@ -171,6 +171,6 @@ def rest_of(found: Projection, config: Config, floor: Floor,
     if arguments.rest is not None:
         return arguments.rest, "--rest"
     grpo, data = config.grpo, config.data
-    tokens = float(floor.answers.sum()) + data.prompts_per_step * data.max_prompt_tokens
+    tokens = float(floor.lengths.sum()) + data.prompts_per_step * data.max_prompt_tokens
     passes = grpo.updates_per_rollout * (3 + config.model.remat) + (grpo.kl_weight > 0)
-    return update_seconds(floor.costs, tokens, passes), "the update's operations alone"
+    return update_seconds(floor.decoding, tokens, passes), "the update's operations alone"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jspec.scale.cycle_cost import Costs
-from jspec.scale.project import Cell, Projection, Rollout, cycles, pays_from
+from jspec.scale.cycle_cost import Decoding
+from jspec.scale.project import Answers, Cell, Projection, cycles, pays_from
 
 FLOOR = "expect 1.2 to 2 times it"
 BEST = "*"
@@ -30,8 +30,8 @@ class Projected:
 
     policy: str
     on: str
-    costs: Costs
-    rollout: Rollout
+    decoding: Decoding
+    answers: Answers
     lengths: np.ndarray
     projection: Projection
     levels: tuple[float, ...]
@@ -61,7 +61,7 @@ PARTS = ("weights", "keys, values", "operations", "sent", "draft", "beyond", "cy
 
 def parts(projected: Projected, k: int) -> list[float]:
     """Seconds as `PARTS` names them: means over the cycles of a rollout."""
-    found, weight = cycles(projected.costs, projected.rollout, k), projected.rollout.spans.tokens
+    found, weight = cycles(projected.decoding, projected.answers, k), projected.answers.spans.tokens
     verify = found.verify
     return [float(np.average(np.broadcast_to(part, weight.shape), weights=weight)) for part in (
         verify.weights, verify.key_values, verify.operations, verify.collectives, found.draft,
@@ -110,8 +110,8 @@ def _right(table: Table) -> Table:
 
 def said(projected: Projected) -> list[str]:
     """What stands above the tables: what is projected, and what it rests on."""
-    costs, found, lengths = projected.costs, projected.projection, projected.lengths
-    split = costs.split
+    decoding, found, lengths = projected.decoding, projected.projection, projected.lengths
+    split = decoding.split
     over = f" on {split.tensor} devices each" if split.tensor > 1 else ""
     experts = f", experts over {split.expert} of them" if split.expert > 1 else ""
     late = {0: "one after the other"}.get(found.lag, f"at the same time, lag {found.lag}")
@@ -119,9 +119,9 @@ def said(projected: Projected) -> list[str]:
     if projected.measured:
         basis = ("Projected. Of it measured, what a cycle takes beyond its floor: "
                  f"{projected.measured}.")
-    return [f"{projected.policy} on {projected.on}: {split.devices} x {costs.chip.name}, rows over "
-            f"{split.batch} shards{over}{experts}; {len(lengths):,} answers, {lengths.mean():,.0f} "
-            f"tokens on average, {lengths.max():,.0f} at most.", basis,
+    return [f"{projected.policy} on {projected.on}: {split.devices} x {decoding.chip.name}, rows "
+            f"over {split.batch} shards{over}{experts}; {len(lengths):,} answers, "
+            f"{lengths.mean():,.0f} tokens on average, {lengths.max():,.0f} at most.", basis,
             f"Without a draft: rollout {found.generation:.3g} s, the rest {found.rest:.3g} s "
             f"({projected.rest_from}), {late}; generation is {found.share:.0%} of the work."]
 
@@ -137,11 +137,12 @@ def summary(projected: Projected) -> str:
 
 def as_data(projected: Projected) -> dict[str, Any]:
     """What `--json` writes."""
-    costs, found = projected.costs, projected.projection
+    decoding, found = projected.decoding, projected.projection
     return {
-        "policy": projected.policy, "on": projected.on, "chip": costs.chip.name,
+        "policy": projected.policy, "on": projected.on, "chip": decoding.chip.name,
         "projected": True, "measured": projected.measured or None, "rest_from": projected.rest_from,
-        "split": dataclasses.asdict(costs.split), "overhead": dataclasses.asdict(costs.overhead),
+        "split": dataclasses.asdict(decoding.split),
+        "overhead": dataclasses.asdict(decoding.overhead),
         "answers": len(projected.lengths), "tokens": float(projected.lengths.sum()),
         "longest": float(projected.lengths.max()), "lag": found.lag,
         "seconds": {"prompts": found.prompts, "decoding": found.plain, "rest": found.rest},
@@ -158,6 +159,7 @@ def machines_table(all_of: Sequence[Projected]) -> Table:
                   title="each machine's best cell")
     for projected in all_of:
         best, found = projected.best(), projected.projection
-        table.add_row(projected.on, str(projected.costs.split.devices), f"{found.generation:.3g}",
-                      f"{found.rest:.3g}", str(best.k), f"{best.rollout:.2f}x", f"{best.step:.2f}x")
+        devices, seconds = projected.decoding.split.devices, (found.generation, found.rest)
+        table.add_row(projected.on, str(devices), *(f"{s:.3g}" for s in seconds), str(best.k),
+                      f"{best.rollout:.2f}x", f"{best.step:.2f}x")
     return _right(table)

@@ -9,19 +9,19 @@ import pytest
 from jspec.errors import InputError
 from jspec.scale.calibration import line, overhead_of, read
 from jspec.scale.chips import CHIPS
-from jspec.scale.cycle_cost import Costs, Overhead, Sizes, Split, cycle
+from jspec.scale.cycle_cost import Decoding, Overhead, Sizes, Split, cycle
 from jspec.scale.lengths import constant, spans
-from jspec.scale.project import Rollout
+from jspec.scale.project import Answers
 from tests.scale.models import QWEN3_8B
 
-COSTS = Costs(Sizes.of(QWEN3_8B), CHIPS["v5p"], Split(1))
-ROLLOUT = Rollout(spans(constant(8, 100), 1, 1, 8, 100))
+DECODING = Decoding(Sizes.of(QWEN3_8B), CHIPS["v5p"], Split(1))
+ANSWERS = Answers(spans(constant(8, 100), 1, 1, 8, 100))
 
 
 def bench(device="TPU v5p", drafting=True, draft="mtp:depths=1", **changed):
     """What `jspec bench cost` writes, of cycles that take 2 ms more than their floor, with drafts
     1 ms more and 0.5 for each drafted token."""
-    over = dataclasses.replace(COSTS, overhead=Overhead(2e-3, 1e-3, 5e-4))
+    over = dataclasses.replace(DECODING, overhead=Overhead(2e-3, 1e-3, 5e-4))
 
     def seconds(rows, k):
         return float(cycle(over, k, rows, rows * 256.0).seconds)
@@ -48,14 +48,14 @@ def file(tmp_path):
 def test_a_measured_table_is_its_floor_and_the_rest(file):
     measured = read(file(bench()), "mtp")
     assert measured.source == "m on TPU v5p, 2026-11-27" and measured.context == 256
-    found = overhead_of(measured, COSTS, ROLLOUT)
+    found = overhead_of(measured, DECODING, ANSWERS)
     assert dataclasses.astuple(found) == pytest.approx((2e-3, 1e-3, 5e-4, 1, False), abs=1e-8)
-    elsewhere = dataclasses.replace(COSTS, chip=CHIPS["v5e"], split=Split(4, 2))
-    assert overhead_of(measured, elsewhere, ROLLOUT) == found  # it was measured where it was
+    elsewhere = dataclasses.replace(DECODING, chip=CHIPS["v5e"], split=Split(4, 2))
+    assert overhead_of(measured, elsewhere, ANSWERS) == found  # it was measured where it was
 
 
 def test_a_table_without_drafts(file):
-    found = overhead_of(read(file(bench(drafting=False)), "mtp"), COSTS, ROLLOUT)
+    found = overhead_of(read(file(bench(drafting=False)), "mtp"), DECODING, ANSWERS)
     assert (found.cycle, found.of(3)) == pytest.approx((2e-3, 2e-3))
 
 
@@ -63,12 +63,13 @@ def test_speedups(file):
     rows = [{"k": k, "tokens": t, "speedup": t / c}
             for k, t, c in ((3, 3.0, 2.0), (5, 4.0, 3.0), (7, 5.0, 4.0))]
     measured = read(file({"source": "theirs", "measured": rows}), "mtp")
-    found = overhead_of(measured, COSTS, ROLLOUT)
-    plain, drafting = (float(np.average(cycle(dataclasses.replace(COSTS, overhead=found), k, 8,
+    found = overhead_of(measured, DECODING, ANSWERS)
+    plain, drafting = (float(np.average(cycle(dataclasses.replace(DECODING, overhead=found), k, 8,
                                               8 * 150.0).seconds)) for k in (0, 5))
     assert (found.relative, found.least) == (True, 3)
     assert drafting / plain == pytest.approx(3.0, rel=0.01)
-    one = overhead_of(dataclasses.replace(measured, speedups=measured.speedups[:1]), COSTS, ROLLOUT)
+    single = dataclasses.replace(measured, speedups=measured.speedups[:1])
+    one = overhead_of(single, DECODING, ANSWERS)
     assert one.drafting == 0.0 and one.token == pytest.approx(1 / 3, rel=0.01)
 
 

@@ -11,7 +11,7 @@ from jspec.drafts import self as itself
 from jspec.model import ModelConfig, abstract_policy
 from jspec.scale.chips import CHIPS
 from jspec.scale.cycle_cost import (
-    Costs,
+    Decoding,
     Overhead,
     Sizes,
     Split,
@@ -129,17 +129,17 @@ def test_all_to_all_sends_less_than_a_gather_where_a_token_reaches_few_shards():
 
 def test_a_cycle_drafts_verifies_and_has_its_overhead():
     sizes = Sizes.of(QWEN3_8B)
-    costs = Costs(sizes, V5P, Split(1), dataclasses.replace(sizes, layers=1, dense=1e8,
+    decoding = Decoding(sizes, V5P, Split(1), dataclasses.replace(sizes, layers=1, dense=1e8,
                                                             kv_values=0, score_operations=0))
-    plain, drafting = cycle(costs, 0, 8, 8000), cycle(costs, 3, 8, 8000)
+    plain, drafting = cycle(decoding, 0, 8, 8000), cycle(decoding, 3, 8, 8000)
     assert plain.draft == plain.overhead == 0
     assert drafting.draft == pytest.approx(3 * 2e8 / V5P.hbm_bandwidth)
-    share = cycle(dataclasses.replace(costs, draft_share=0.1), 3, 8, 8000)
+    share = cycle(dataclasses.replace(decoding, draft_share=0.1), 3, 8, 8000)
     assert share.draft == pytest.approx(0.3 * plain.seconds)
-    more = dataclasses.replace(costs, overhead=Overhead(1e-3, 2e-3, 1e-3))
+    more = dataclasses.replace(decoding, overhead=Overhead(1e-3, 2e-3, 1e-3))
     assert cycle(more, 3, 8, 8000).seconds == pytest.approx(drafting.seconds + 6e-3)
     relative = Overhead(0.0, 0.5, 0.25, relative=True)
-    found = cycle(dataclasses.replace(costs, overhead=relative), 2, 8, 8000)
+    found = cycle(dataclasses.replace(decoding, overhead=relative), 2, 8, 8000)
     assert found.overhead == pytest.approx(plain.seconds)
 
 
@@ -170,8 +170,8 @@ def _abstract(make, policy):
 
 
 def test_numbers_and_arrays_alike():
-    costs = Costs(Sizes.of(QWEN3_30B), V5P, Split(32, 1, 16))
+    decoding = Decoding(Sizes.of(QWEN3_30B), V5P, Split(32, 1, 16))
     rows, context = np.array([1.0, 8.0]), np.array([100.0, 9000.0])
-    together = cycle(costs, 3, rows, context).seconds
-    assert together.tolist() == [float(cycle(costs, 3, *pair).seconds)
+    together = cycle(decoding, 3, rows, context).seconds
+    assert together.tolist() == [float(cycle(decoding, 3, *pair).seconds)
                                  for pair in zip(rows, context, strict=True)]

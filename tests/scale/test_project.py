@@ -11,10 +11,10 @@ import pytest
 from jspec import cli
 from jspec.config import load_config
 from jspec.scale.chips import CHIPS
-from jspec.scale.cycle_cost import Costs, Overhead, Sizes, Split
+from jspec.scale.cycle_cost import Decoding, Overhead, Sizes, Split
 from jspec.scale.lengths import constant, shuffled, spans, tail
 from jspec.scale.project import (
-    Rollout,
+    Answers,
     by_tokens,
     pays_from,
     project,
@@ -105,17 +105,17 @@ def test_expected_tokens():
     assert tokens_a_cycle(0.7, 4) == pytest.approx(1 + accepted, rel=0.01)
 
 
-COSTS = Costs(Sizes.of(QWEN3_8B), CHIPS["v5p"], Split(4), draft_share=0.1)
+DECODING = Decoding(Sizes.of(QWEN3_8B), CHIPS["v5p"], Split(4), draft_share=0.1)
 
 
-def rollout(lengths, slots=8, chain=(), prompts=0.0):
-    return Rollout(spans(np.asarray(lengths, float), 4, 1, slots, 100), chain, prompts)
+def answers(lengths, slots=8, chain=(), prompts=0.0):
+    return Answers(spans(np.asarray(lengths, float), 4, 1, slots, 100), chain, prompts)
 
 
 def test_a_rollout_is_its_cycles():
-    alike = rollout(constant(32, 50), prompts=1000)
-    flat = dataclasses.replace(COSTS, policy=dataclasses.replace(
-        COSTS.policy, kv_values=0.0, score_operations=0.0))
+    alike = answers(constant(32, 50), prompts=1000)
+    flat = dataclasses.replace(DECODING, policy=dataclasses.replace(
+        DECODING.policy, kv_values=0.0, score_operations=0.0))
     cycle = 2 * flat.policy.dense / CHIPS["v5p"].hbm_bandwidth
     prompts = 2 * flat.policy.active * 1000 / CHIPS["v5p"].bf16
     assert rollout_seconds(flat, alike) == pytest.approx(50 * cycle + prompts)
@@ -124,7 +124,7 @@ def test_a_rollout_is_its_cycles():
 
 def test_the_slowest_shard_is_waited_for():
     short, one_long = [10.0] * 32, [10.0] * 31 + [100.0]
-    ratio = rollout_seconds(COSTS, rollout(one_long)) / rollout_seconds(COSTS, rollout(short))
+    ratio = rollout_seconds(DECODING, answers(one_long)) / rollout_seconds(DECODING, answers(short))
     assert 9 < ratio < 10.5
 
 
@@ -132,16 +132,16 @@ def test_compiled_loops_compute_dead_rows():
     lengths = shuffled(tail(256, 1000, 200))
     chains = ((), (64, 16, 4, 1), (64,))
     exact, shrinking, fixed = (rollout_seconds(
-        dataclasses.replace(COSTS, overhead=Overhead()), rollout(lengths, 64, chain), 7, 4.0)
+        dataclasses.replace(DECODING, overhead=Overhead()), answers(lengths, 64, chain), 7, 4.0)
         for chain in chains)
     assert exact < shrinking < fixed
-    assert rollout(lengths, 64, (64, 16)).rows().tolist() == [
-        64 if live > 16 else 16 for live in rollout(lengths, 64).spans.live]
+    assert answers(lengths, 64, (64, 16)).rows().tolist() == [
+        64 if live > 16 else 16 for live in answers(lengths, 64).spans.live]
 
 
 def test_steps_and_their_bound():
     assert rest_of_share(65.0, 0.65) == pytest.approx(35.0)
-    one = project(COSTS, rollout(constant(32, 50)), [3], rest=1.0)
+    one = project(DECODING, answers(constant(32, 50)), [3], rest=1.0)
     assert one.share == pytest.approx(one.generation / (one.generation + 1))
     [[cell]] = by_tokens(one, [2.0])
     assert cell.rollout == pytest.approx(2 / one.cost(3))
@@ -154,8 +154,8 @@ def test_steps_and_their_bound():
 
 
 def test_from_where_on_speculation_pays():
-    one = project(COSTS, rollout(constant(32, 50)), [1, 3, 7])
+    one = project(DECODING, answers(constant(32, 50)), [1, 3, 7])
     for k in (1, 3, 7):
         assert one.cell(k, tokens_a_cycle(pays_from(one, k), k)).rollout == pytest.approx(1)
-    dear = dataclasses.replace(COSTS, draft_share=2.0)
-    assert pays_from(project(dear, rollout(constant(32, 50)), [3]), 3) is None
+    dear = dataclasses.replace(DECODING, draft_share=2.0)
+    assert pays_from(project(dear, answers(constant(32, 50)), [3]), 3) is None

@@ -32,13 +32,13 @@ from jspec.speculate.schedule import Costs
 from jspec.stopping import StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
-# smaller than tiny.yaml, for tests that ask for sameness and not for learning; eight devices divide
-# its vocabulary
+# smaller than tiny.yaml, and learning with fewer answers; eight devices divide its vocabulary
 SMALL = ["model.tokenizer=chars:0123456789abcd", "model.architecture.vocab_size=16",
          "model.architecture.hidden_size=32", "model.architecture.intermediate_size=32",
          "model.architecture.num_layers=1", "draft.every_n_steps=1", "data.prompts_per_step=4",
-         "data.group_size=4", "reward.workers=1", "checkpoint.every=2"]
+         "data.group_size=4", "grpo.learning_rate=6e-3", "reward.workers=1", "checkpoint.every=2"]
 COUPLED = ["steps=5", "speculation.rule=coupled"]
+NO_DRAFT = ["draft.name=none", "draft.options={}"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,7 +208,7 @@ def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path
         return subprocess.Popen([*command, f"output_dir={directory}"], cwd=ROOT,
                                 stdout=subprocess.DEVNULL)
 
-    assert start(tmp_path / "whole").wait(300) == 0
+    assert train.train(tiny(tmp_path / "whole", *arguments)) == 0  # what it compiles is read back
     expected = records(tmp_path / "whole")
     assert len(expected) == steps
     rng = random.Random(0)
@@ -253,8 +253,7 @@ def same_run(expected, got):
 
 def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(coupled, tmp_path,
                                                                            monkeypatch):
-    plain, described = recorded(tiny(tmp_path, *COUPLED, "draft.name=none", "draft.options={}"),
-                                monkeypatch)
+    plain, described = recorded(tiny(tmp_path, *COUPLED, *NO_DRAFT), monkeypatch)
     for slow, fast in zip(plain, coupled[0], strict=True):
         np.testing.assert_array_equal(slow.tokens, fast.tokens)
         assert slow.stats.cycles.sum() > fast.stats.cycles.sum()
@@ -339,9 +338,9 @@ def check_learning(every, last, reward):
     assert final > first + 0.5, (first, final)
 
 
-def test_the_tiny_policy_learns_and_its_draft_with_it(tmp_path):
-    assert (train.train(tiny(tmp_path, "steps=40", "checkpoint.every=40", "draft.every_n_steps=4",
-                             small=False)) == 0)
+def test_the_tiny_policy_learns_and_its_draft_with_it(whole, tmp_path):
+    assert train.train(tiny(tmp_path, "steps=60", "checkpoint.every=60")) == 0
+    assert records(tmp_path)[:10] == records(whole)
     check_learning(records(tmp_path), 5, 0.6)
 
 
@@ -383,8 +382,8 @@ def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path,
 
 def test_weights_that_run_away_end_the_run_at_the_first_step_that_shows_it(tmp_path, capsys):
     """Step 1 blows them up, at which a checkpoint is due: there is none of such weights."""
-    assert (train.train(tiny(tmp_path, "steps=10", "grpo.learning_rate=1e30", "checkpoint.every=1"))
-            == 1)
+    assert train.train(tiny(tmp_path, "steps=10", "grpo.learning_rate=1e30", "checkpoint.every=1",
+                            *COUPLED[1:], *NO_DRAFT)) == 1
     assert [record["skipped_in_row"] for record in records(tmp_path)] == [0]
     said = " ".join(capsys.readouterr().out.split())
     assert "its weights have run away (up to 1e+30); lower grpo.learning_rate=1e+30" in said

@@ -100,7 +100,7 @@ def test_summary_tpu(case):
     check_summary("tpu", **case)
 
 
-@few(3)
+@few(2)
 @given(cases)
 @example(dict(FINISHED, chunks=1, rule="coupled", offset=None))
 def test_summary_gpu(case):

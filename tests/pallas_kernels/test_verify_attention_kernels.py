@@ -116,7 +116,7 @@ def on_gpu(heads):
 
 # over the edge of a block and of a split; in blocks smaller than a step; 192 rows, in turns of two
 # warpgroups, more of them than programs
-@few(4)
+@few(2)
 @given(on_gpu([(4, 2), (3, 1)]))
 @example(dict(seed=0, t=8, size=1024, block=128, siblings=True, fill=[0.499, 1.0, None, 0.0],
               heads=(4, 2), d=128, dtype="bfloat16", window=None))

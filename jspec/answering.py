@@ -36,9 +36,10 @@ def placed(batch: PromptBatch) -> PromptBatch:
 
 def decoded(policy: Policy, draft: Draft | None, batch: PromptBatch, rows: int,
             **how: Any) -> Rollout:
-    """The first `rows` rows of a rollout, on the host of every process; `how` is `jspec.rollout`'s.
+    """The first `rows` rows of a rollout, on the host of every process and without routes; `how` is
+    `jspec.rollout`'s.
     Counts over all rows (`drafted`, `accepted` and those of loops) are of what fills the batch up
     too."""
-    out = fetch(rollout(policy, draft, batch, **how))
+    out = fetch(rollout(policy, draft, batch, **how).replace(routes=None, prompt_routes=None))
     stats = out.stats.replace(cycles=out.stats.cycles[:rows])
     return jax.tree.map(lambda x: x[:rows], out.replace(stats=None)).replace(stats=stats)

@@ -172,6 +172,8 @@ class GrpoSection:
     kl_weight: float = setting(0.0, "weight of the k3 KL to the frozen first policy; 0: no "
                                "reference is kept", low=0)
     updates_per_rollout: int = setting(1, "optimizer steps on each rollout", low=1)
+    replay_routes: bool = setting(True, "compute answers with the experts that the rollout chose "
+                                  "for each token; a dense model has none")
     micro_batch: int = setting(0, "rows per forward and backward; more need more memory, and fewer "
                                "are of more like length; 0: what keeps a device busy, one at least",
                                low=0)

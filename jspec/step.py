@@ -46,7 +46,7 @@ class Taken(NamedTuple):
     """What a step did, besides its state.
 
     Attributes:
-      rollout: on the host, without the verifier's states.
+      rollout: on the host, without the verifier's states and routes.
       graded: as it was given.
       updates: the metrics of each update, on the host.
       draft: those of the draft's own update, {} without one.
@@ -107,7 +107,7 @@ class Step:
             k = choose(policy, state.draft, prompts)
         with clock("rollout"):
             out = self.rollout(policy, state.draft, prompts, self.sampling, k)
-            on_host = fetch(out.replace(trunk=None))
+            on_host = fetch(out.replace(trunk=None, routes=None, prompt_routes=None))
             out = to_learn_from(out)
         del policy  # the rollout's copy of the policy is gone before the update needs the memory
         due = (trains_draft(state.draft, self.settings)

@@ -43,7 +43,8 @@ def learned(taken: Taken) -> dict[str, Any]:
               for name in first if taken.draft_learned or not name.startswith("draft/")}
     # counts are those of the last update; the gap to the verifier means something at the first one
     # only
-    record |= {name: float(first[name]) for name in ("logprob_gap", "logprob_gap_mean")}
+    record |= {name: float(first[name]) for name in first
+               if name.startswith("logprob_gap") or name == "route_flip_rate"}
     record |= {name: int(value) for name, value in last.items() if "skipped" in name}
     return record | {name: value.tolist() for name, value in taken.draft.items()}
 

@@ -15,8 +15,9 @@ from jspec.model.linear import linear
 
 
 def route(experts: Experts, router: jax.Array, x: jax.Array,
-          routes: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Which experts compute each token, and with which gates: (uint8 [..., top_k], float32 [..., top_k]).
+          routes: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(which experts compute each token, uint8 [..., top_k], with which gates, float32 [..., top_k],
+    and which ones x itself chooses, uint8 [..., top_k]).
 
     Softmax over all experts, in float32, and the top_k of it, ties to the lowest; the gates are scaled to sum to one
     where the config says so.
@@ -26,14 +27,13 @@ def route(experts: Experts, router: jax.Array, x: jax.Array,
       routes: uint8 [..., top_k], to be taken as they are; the gates are those that x gives them. None: x chooses.
     """
     probs = jax.nn.softmax(linear(x.astype(jnp.float32), router.astype(jnp.float32)), axis=-1)
-    if routes is None:
-        _, chosen = jax.lax.top_k(probs, experts.top_k)
-        routes = chosen.astype(jnp.uint8)
+    chosen = jax.lax.top_k(probs, experts.top_k)[1].astype(jnp.uint8)
+    routes = chosen if routes is None else routes
     # gathered from the probabilities for replayed routes too: the gates' gradients are of live logits
     gates = jnp.take_along_axis(probs, routes.astype(jnp.int32), axis=-1)
     if experts.renormalize:
         gates = gates / gates.sum(-1, keepdims=True)
-    return routes, gates
+    return routes, gates, chosen
 
 
 def compute(w: dict[str, Any], x: jax.Array, routes: jax.Array, gates: jax.Array) -> jax.Array:
@@ -53,11 +53,11 @@ def compute(w: dict[str, Any], x: jax.Array, routes: jax.Array, gates: jax.Array
 
 def mixture(model: ModelConfig, w: dict[str, Any], x: jax.Array,
             routes: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """The feed-forward of a sparse layer: x [B, T, D] to ([B, T, D], the routes uint8 [B, T, top_k] taken).
+    """The feed-forward of a sparse layer: x [B, T, D] to ([B, T, D], the routes uint8 [B, T, top_k] that x chooses).
 
-    routes: of a forward before, to be taken again; None: x chooses.
+    routes: of a forward before, to be taken again; None: those that x chooses are taken.
     """
-    routes, gates = route(model.experts, w["router"], x, routes)
+    routes, gates, chosen = route(model.experts, w["router"], x, routes)
     rows = (x.shape[0] * x.shape[1], -1)
     y = compute(w, x.reshape(rows), routes.reshape(rows), gates.reshape(rows))
-    return y.reshape(x.shape), routes
+    return y.reshape(x.shape), chosen

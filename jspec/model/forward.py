@@ -26,7 +26,8 @@ class Trunk:
     Attributes:
       hidden: [B, T, D], final-normed: the output head's input.
       features: one [B, T, D] for each requested depth; depth i is the residual stream after i layers (0: embeddings).
-      routes: uint8 [B, T, sparse layers, top_k], the experts that computed each token; None of a dense policy.
+      routes: uint8 [B, T, sparse layers, top_k], the experts that each token chose, and that computed it unless
+        others were replayed; None of a dense policy.
     """
 
     hidden: jax.Array

@@ -133,7 +133,7 @@ def mlp(w: dict[str, Any], x: jax.Array) -> jax.Array:
 def feed_forward(model: ModelConfig, w: dict[str, Any], x: jax.Array,
                  routes: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
     """What follows the attention, x [B, T, D] to [B, T, D], dense or sparse, as the layer's weights are. Returns
-    (y, the routes uint8 [B, T, top_k] taken, None of a dense one); routes: see `mixture`."""
+    (y, the routes uint8 [B, T, top_k] that x chooses, None of a dense one); routes: see `mixture`."""
     return mixture(model, w, x, routes) if "router" in w else (mlp(w, x), None)
 
 

@@ -23,6 +23,7 @@ class TrainBatch:
       mask: bool [N, T], the responses' tokens that are trained.
       advantages: float32 [N]. None where nothing but the draft learns.
       trunk: the verifier's states (`Rollout.trunk`), or None.
+      routes, prompt_routes: the verifier's, as in `Rollout`; None of a dense policy.
     """
 
     prompts: jax.Array
@@ -32,6 +33,8 @@ class TrainBatch:
     mask: jax.Array
     advantages: jax.Array | None
     trunk: Trunk | None = None
+    routes: jax.Array | None = None
+    prompt_routes: jax.Array | None = None
 
     @property
     def group_size(self) -> int:
@@ -42,7 +45,8 @@ class TrainBatch:
 def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array | None) -> TrainBatch:
     """What a rollout gives the update to learn from. Jittable."""
     return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs,
-                      rollout.loss_mask, advantages, rollout.trunk)
+                      rollout.loss_mask, advantages, rollout.trunk, rollout.routes,
+                      rollout.prompt_routes)
 
 
 def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ note on approximating KL divergence for the k3 estimator (http://joschu.net/blog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -16,13 +18,13 @@ from jspec.model.chunks import CHUNK_TOKENS, map_chunks
 from pallas_kernels.rejection_sampling import scaled
 
 
-def predicting_states(last: jax.Array, response_hidden: jax.Array) -> jax.Array:
-    """The hidden states that predict the responses' tokens, [N, T, D]: each token's is that of the
-    token before it.
+def predicting(last: jax.Array, of_responses: jax.Array) -> jax.Array:
+    """What belongs to the states that predict the responses' tokens, [N, T, ...]: each token's is
+    that of the token before it.
 
-    last: [N, D], at the last tokens of their prompts. response_hidden: [N, T, D].
+    last: [N, ...], at the last tokens of their prompts. of_responses: [N, T, ...].
     """
-    return jnp.concatenate([last[:, None], response_hidden[:, :-1]], axis=1)
+    return jnp.concatenate([last[:, None], of_responses[:, :-1]], axis=1)
 
 
 def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, temperature: jax.Array,
@@ -80,6 +82,39 @@ def clipped_objective(logprobs: jax.Array, old_logprobs: jax.Array, advantages: 
     free = ratio * advantages
     bound = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
     return jnp.where(mask, jnp.minimum(free, bound), 0.0), mask & (bound < free)
+
+
+def outside(logprobs: jax.Array, old_logprobs: jax.Array, clip_low: float,
+            clip_high: float) -> jax.Array:
+    """Where the ratio of the two is outside of the clip's range, whatever the advantage. Arguments
+    as in `clipped_objective`; bool [N, T], garbage outside of its mask."""
+    ratio = jnp.exp(logprobs - old_logprobs)
+    return (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
+
+
+LEAST_BITS, STEP_BITS, BINS = -24, 4, 512
+"""Bins of a histogram of gaps: 2**STEP_BITS to an octave, from 2**LEAST_BITS on."""
+
+
+def histogram(gaps: jax.Array, mask: jax.Array) -> jax.Array:
+    """How many gaps, float32 [...] >= 0 and where `mask` is true, are in each of log-spaced bins:
+    int32 [BINS], which those of other tokens can be added to. The first bin holds whatever is
+    smaller than the others, and the last what is larger, or no number."""
+    # a float's upper bits grow with its logarithm
+    bits = jax.lax.bitcast_convert_type(gaps, jnp.int32) >> (23 - STEP_BITS)
+    bins = jnp.clip(bits - ((LEAST_BITS + 127) << STEP_BITS) + 1, 0, BINS - 1)
+    return jnp.zeros(BINS, jnp.int32).at[bins].add(mask.astype(jnp.int32))
+
+
+def quantiles(counts: jax.Array, most: jax.Array, shares: Sequence[float]) -> jax.Array:
+    """For each share what that share of the gaps of a `histogram` is not above, float32 [shares],
+    to the next bin's edge, which is at most 1/16 above it; most: their maximum, float32."""
+    up_to = jnp.cumsum(counts)
+    needed = jnp.ceil(jnp.asarray(shares, jnp.float32) * up_to[-1].astype(jnp.float32))
+    bins = jnp.searchsorted(up_to, jnp.maximum(needed, 1.0).astype(jnp.int32))
+    edges = (bins.astype(jnp.int32) + ((LEAST_BITS + 127) << STEP_BITS)) << (23 - STEP_BITS)
+    edges = jax.lax.bitcast_convert_type(edges, jnp.float32)
+    return jnp.minimum(jnp.where(bins < BINS - 1, edges, jnp.inf), most)
 
 
 def k3(logprobs: jax.Array, reference_logprobs: jax.Array, mask: jax.Array) -> jax.Array:

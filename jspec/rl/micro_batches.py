@@ -34,7 +34,8 @@ class MicroBatch:
     """Some rows of a batch, trimmed to a width.
 
     Attributes:
-      rows: groups of one; a row that fills the micro-batch up has nothing in its mask.
+      rows: groups of one; a row that fills the micro-batch up has nothing in its mask. Its prompts
+        have been computed, and no routes.
       prompts: int32 [blocks, rows // blocks], which of the batch's prompts each row continues,
         within its block (`sharding.block_rows`).
     """
@@ -142,5 +143,6 @@ def take(batch: TrainBatch, order: jax.Array, done: jax.Array, rows: int, width:
     rows = TrainBatch(by_prompt(batch.prompts), by_prompt(batch.prompt_lengths),
                       by_row(batch.tokens[:, :width]),
                       by_row(batch.logprobs[:, :width]), by_row(batch.mask[:, :width]) & live,
-                      None if batch.advantages is None else by_row(batch.advantages), trunk)
+                      None if batch.advantages is None else by_row(batch.advantages), trunk,
+                      None if batch.routes is None else by_row(batch.routes[:, :width]))
     return MicroBatch(rows, prompts)

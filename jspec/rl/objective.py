@@ -15,7 +15,14 @@ from jspec.drafts import Draft
 from jspec.drafts.base import DraftBatch
 from jspec.model import Policy, Trunk, prompt_forward, response_forward
 from jspec.rl.batch import TrainBatch, join
-from jspec.rl.losses import clipped_objective, k3, predicting_states, token_logprobs
+from jspec.rl.losses import (
+    clipped_objective,
+    histogram,
+    k3,
+    outside,
+    predicting,
+    token_logprobs,
+)
 from jspec.rl.micro_batches import MicroBatch, blocks_of, least_tokens, shapes
 from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import block_rows, constrain
@@ -28,10 +35,12 @@ class PromptStates:
     Attributes:
       last: [P, D], final-normed, at each prompt's last token.
       keys_values: of all layers, [layers, P, L, kv_heads, head_dim] each.
+      flips: float32 [P], `flipped` of their last tokens; None of a dense policy.
     """
 
     last: jax.Array
     keys_values: tuple[jax.Array, jax.Array]
+    flips: jax.Array | None
 
 
 def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
@@ -41,18 +50,24 @@ def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
     As many prompts at a time as hold no more tokens than a micro-batch. Where that is not all of them, the backward
     pass computes them anew.
     """
-    def of_some(prompts, lengths) -> tuple[PromptStates, Trunk]:
+    def of_some(prompts, lengths, routes) -> tuple[PromptStates, Trunk]:
         trunk, keys_values = jax.lax.optimization_barrier(
-            prompt_forward(policy, prompts, depths=features, remat=settings.remat))
-        last = jnp.take_along_axis(trunk.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        return PromptStates(last, keys_values), trunk
+            prompt_forward(policy, prompts, depths=features, remat=settings.remat,
+                           routes=routes if settings.replay_routes else None))
+
+        def at_last(x) -> jax.Array:
+            index = (lengths - 1).reshape(-1, *(1,) * (x.ndim - 1))
+            return jnp.take_along_axis(x, index, axis=1)[:, 0]
+
+        flips = None if routes is None else flipped(at_last(trunk.routes), at_last(routes))
+        return PromptStates(at_last(trunk.hidden), keys_values, flips), trunk
 
     blocks, (count, length) = blocks_of(batch), batch.prompts.shape
     each, (rows, width) = count // blocks, shapes(batch, settings.micro_batch, settings.widths)[0]
     fitting = max(1, max(rows * width, least_tokens()) // length)
     together = next(n for n in range(min(each, fitting), 0, -1) if each % n == 0)
     if together == each:
-        return of_some(batch.prompts, batch.prompt_lengths)
+        return of_some(batch.prompts, batch.prompt_lengths, batch.prompt_routes)
 
     def split(x) -> jax.Array:
         return x.reshape(blocks, -1, together, *x.shape[1:]).swapaxes(0, 1).reshape(-1, blocks * together, *x.shape[1:])
@@ -63,9 +78,19 @@ def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
         return x.reshape(*x.shape[:axis], count, *x.shape[axis + 3:])
 
     states, trunk = jax.lax.map(lambda chunk: jax.checkpoint(of_some)(*chunk),
-                                (split(batch.prompts), split(batch.prompt_lengths)))
+                                jax.tree.map(split, (batch.prompts, batch.prompt_lengths,
+                                                     batch.prompt_routes)))
     keys_values = jax.tree.map(lambda x: merged(x, 1), states.keys_values)
-    return PromptStates(merged(states.last, 0), keys_values), jax.tree.map(lambda x: merged(x, 0), trunk)
+    flips = None if states.flips is None else merged(states.flips, 0)
+    return (PromptStates(merged(states.last, 0), keys_values, flips),
+            jax.tree.map(lambda x: merged(x, 0), trunk))
+
+
+def flipped(chosen: jax.Array, routes: jax.Array) -> jax.Array:
+    """The share of the sparse layers that would have a token computed by other experts than `routes`, both uint8
+    [..., sparse layers, top_k]: float32 [...]. The order of the experts does not count."""
+    among = (chosen[..., :, None] == routes[..., None, :]).any(-1).all(-1)
+    return jnp.mean(~among, axis=-1, dtype=jnp.float32)
 
 
 def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tuple[Policy, PromptStates] | None,
@@ -75,7 +100,8 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tup
     for. prompts: of the policy; anchor: the reference with its own.
 
     Returns (loss, (metrics, the responses' trunk with `features`, log-probabilities of their tokens)). Metrics are the
-    rows' share of token means over `count`, so that those of micro-batches add up; `logprob_gap` is a maximum.
+    rows' share of token means over `count`, so that those of micro-batches add up; `gap_counts` are the
+    `losses.histogram` of the gaps, and `logprob_gap` is their maximum.
     """
     rows = micro.rows
     trunk, logprobs, entropy = response_logprobs(policy.replace(weights=weights), prompts, micro, settings, features)
@@ -87,7 +113,13 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tup
         return jnp.sum(x, where=rows.mask, dtype=jnp.float32) / count
 
     loss = -mean(surrogate)
-    metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped), "logprob_gap_mean": mean(gap)}
+    metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped),
+               "logprob_gap_mean": mean(gap), "gap_counts": histogram(gap, rows.mask),
+               "logprob_gap_flip_rate": mean(outside(logprobs, rows.logprobs, settings.clip_low,
+                                                     settings.clip_high))}
+    if rows.routes is not None:
+        flips = flipped(trunk.routes, rows.routes)
+        metrics["route_flip_rate"] = mean(predicting(block_rows(prompts.flips, micro.prompts), flips))
     if anchor is not None:
         _, anchored, _ = response_logprobs(*anchor, micro, settings)
         metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchored), rows.mask))
@@ -101,8 +133,8 @@ def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch, 
     tokens = micro.rows.tokens
     trunk = jax.lax.optimization_barrier(response_forward(
         policy, tokens, micro.rows.prompt_lengths, prompts.keys_values, micro.prompts, depths=features,
-        remat=settings.remat))
-    hidden = predicting_states(block_rows(prompts.last, micro.prompts), trunk.hidden)
+        remat=settings.remat, routes=micro.rows.routes if settings.replay_routes else None))
+    hidden = predicting(block_rows(prompts.last, micro.prompts), trunk.hidden)
     return trunk, *token_logprobs(policy, hidden, tokens, settings.temperature)
 
 
@@ -110,8 +142,8 @@ def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, 
                batch: TrainBatch, settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The drafter's own loss, a sum over trained tokens, with the policy and all that it computed detached.
 
-    trunks: of the rows' prompts and of their responses; None: the states are those of the batch, whose rows have no
-    gap already.
+    trunks: of the rows' prompts and of their responses, routes left out; None: the states are those of the batch,
+    whose rows have no gap already.
     Returns (loss, metrics), all of them sums over trained tokens.
     """
     # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or

@@ -25,6 +25,7 @@ import optax
 from jspec.model import Policy, Trunk, param_specs
 from jspec.rl.batch import TrainBatch
 from jspec.rl.batch import make_batch as make_batch
+from jspec.rl.losses import quantiles
 from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, shapes
 from jspec.rl.objective import PromptStates, draft_loss, policy_loss, prompt_states
 from jspec.rl.optimizers import optimizers
@@ -67,7 +68,8 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
         if not with_draft:
             return (grads, metrics, None, None), gap
         with jax.named_scope("draft_loss"):
-            trunks = jax.tree.map(lambda x: block_rows(x, micro.prompts), prompt_trunk), trunk
+            trunks = (jax.tree.map(lambda x: block_rows(x, micro.prompts),
+                                   prompt_trunk.replace(routes=None)), trunk.replace(routes=None))
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
             (_, draft_metrics), draft_grads = every(
                 settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, trunks,
@@ -77,10 +79,18 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
     cut = shapes(batch, settings.micro_batch, settings.widths)
     ((grads, to_prompts), metrics, draft_grads, draft_metrics), gap = accumulate(of_rows, batch, cut)
     (through_prompts,) = pull(jax.tree.map(lambda x, like: x.astype(like.dtype), to_prompts, prompts))
-    grads, metrics = jax.tree.map(jnp.add, grads, as_weights(through_prompts)), {**metrics, "logprob_gap": gap}
+    grads = jax.tree.map(jnp.add, grads, as_weights(through_prompts))
+    metrics |= {"logprob_gap": gap, **gap_quantiles(metrics.pop("gap_counts"), gap)}
     if not with_draft:
         return (grads, metrics), None
     return (grads, metrics), jax.tree.map(lambda x: x / count, (draft_grads, draft_metrics))
+
+
+def gap_quantiles(counts: jax.Array, most: jax.Array) -> dict[str, jax.Array]:
+    """Of the gaps that were counted (`losses.histogram`), of which `most` is the largest."""
+    shares = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+    values = quantiles(counts, most, tuple(shares.values()))
+    return {f"logprob_gap_{name}": value for name, value in zip(shares, values, strict=True)}
 
 
 def in_float32(tree: Any) -> Any:
@@ -136,7 +146,9 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
     A non-finite loss or gradient leaves its own side as it was, optimizer state included, and is counted.
 
     Returns (state, metrics): float32 scalars `loss`, `entropy`, `clip_fraction`, `kl` (with a reference),
-    `logprob_gap` and `logprob_gap_mean` (|verifier's - own log-probability|, nats), `grad_norm` (before the clip),
+    `logprob_gap`, `logprob_gap_mean` and `logprob_gap_p50/p99/p999` (|verifier's - own log-probability|, nats),
+    `logprob_gap_flip_rate` (of tokens, out of the clip's range), `route_flip_rate` (of a sparse policy: of tokens and
+    sparse layers, to other experts than the verifier's), `grad_norm` (before the clip),
     `trained_tokens`, and `draft/...` the same of the draft; and int32 counts of skipped updates.
     """
     log.info("compiling the update: %s", described(batch, settings))

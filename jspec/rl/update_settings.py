@@ -20,6 +20,7 @@ class UpdateSettings:
     clip_high: float = 0.28
     kl_weight: float = 0.0
     updates_per_rollout: int = 1
+    replay_routes: bool = True
     micro_batch: int = 0
     widths: tuple[int, ...] = ()
     remat: bool = False
@@ -39,8 +40,8 @@ class UpdateSettings:
     def of(cls, config: Config) -> UpdateSettings:
         """The settings that a run's configuration gives."""
         grpo, draft = config.grpo, config.draft
-        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "micro_batch",
-                "widths", "learning_rate", "clip", "weight_decay", "warmup_steps")
+        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "replay_routes",
+                "micro_batch", "widths", "learning_rate", "clip", "weight_decay", "warmup_steps")
         return cls(temperature=config.sampling.temperature, remat=config.model.remat,
                    train_draft=draft.train, draft_every=draft.every_n_steps,
                    draft_features=draft.features, draft_loss=draft.loss,

@@ -16,8 +16,10 @@ from pallas_kernels.rejection_sampling import Verdict
 
 
 def split_features(trunk: Trunk, count: int) -> tuple[Trunk, Trunk]:
-    """The trunk with its first `count` features, and with the others."""
-    return trunk.replace(features=trunk.features[:count]), trunk.replace(features=trunk.features[count:])
+    """The trunk's states with its first `count` features, and with the others."""
+    states = trunk.replace(routes=None)
+    return (states.replace(features=trunk.features[:count]),
+            states.replace(features=trunk.features[count:]))
 
 
 def committed(state: State, rows: Rows) -> Committed:
@@ -57,9 +59,10 @@ def _counted(drafts: jax.Array, live: jax.Array, room: jax.Array, stop_tokens: t
     return live[:, None] & ~ended & (jnp.arange(drafts.shape[1]) < room[:, None])
 
 
-def _commit(state: State, rows: Rows, drafts: jax.Array, verdict: Verdict,
+def _commit(state: State, rows: Rows, drafts: jax.Array, verdict: Verdict, routes: jax.Array | None,
             stop_tokens: tuple[int, ...]) -> tuple[State, jax.Array]:
     """Keep the emitted tokens up to the first end token and the limit. drafts: int32 [B, K], that were judged.
+    routes: of the pending token and the drafts, see `Trunk`.
 
     Returns (state, count int32 [B])."""
     width = verdict.tokens.shape[1]
@@ -86,6 +89,8 @@ def _commit(state: State, rows: Rows, drafts: jax.Array, verdict: Verdict,
         tokens=by_token(of.tokens, verdict.tokens, rows.lengths),
         logprobs=by_token(of.logprobs, verdict.logprobs, generated),
         entropy=by_token(of.entropy, verdict.entropy, generated),
+        routes=None if routes is None else by_token(
+            of.routes, routes.reshape(*routes.shape[:2], -1), generated),
         lengths=by_row(of.lengths, rows.lengths + count),
         finished=by_row(of.finished, finished),
         done=by_row(of.done, finished | (count == room)),
@@ -122,7 +127,8 @@ def cycle(policy: Policy, draft: Draft | None, state: State, noise: Any, *, samp
     with jax.named_scope("accept"):
         verdict = _accept(policy, rows, trunk.hidden, proposal, noise, sampling, stop_tokens)
     with jax.named_scope("commit"):
-        new, count = _commit(state.replace(cache=cache), rows, proposal.tokens, verdict, stop_tokens)
+        new, count = _commit(state.replace(cache=cache), rows, proposal.tokens, verdict, computed.routes,
+                             stop_tokens)
         if depths is not None:
             at = rows.lengths[:, None] - 1 + jnp.arange(verdict.tokens.shape[1])
             write = jax.tree.map(lambda all, x: all.at[state.slots[:, None], at].set(x, mode="drop"), of.trunk, kept)

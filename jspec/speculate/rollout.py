@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jspec.drafts.base import Draft, DraftState, Prefill
 from jspec.kernels import choose, picked
-from jspec.model import Cache, KeyValues, Policy, Trunk, prefill, to_rollout
+from jspec.model import Cache, KeyValues, ModelConfig, Policy, Trunk, prefill, to_rollout
 from jspec.model.pool import all_free, blocks_of, write_prompts
 from jspec.sharding import batch_axes, batch_shards, constrain, current_mesh
 from jspec.speculate.arguments import answerable, check, in_32_bits
@@ -38,6 +38,7 @@ class Prefilled:
       tokens, lengths: as in the batch. key_values: the policy's. draft_rows, draft_key_values: what `start` of the
         drafter returned, None and () without one.
       trunk: the states to be returned, over [P, L], or None.
+      routes: uint8 [P, L, sparse layers, top_k], None of a dense policy.
     """
 
     tokens: jax.Array
@@ -46,6 +47,7 @@ class Prefilled:
     draft_rows: Any
     draft_key_values: KeyValues
     trunk: Trunk | None
+    routes: jax.Array | None = None
 
 
 @struct.dataclass
@@ -74,7 +76,8 @@ def prefill_prompts(policy: Policy, draft: Draft | None, batch: PromptBatch,
     rows, of_draft = None, ()
     if draft is not None:
         rows, of_draft = draft.drafter.start(policy, draft, Prefill(trunk, tokens, lengths, key_words(batch.key)))
-    return Prefilled(tokens, lengths, key_values, rows, of_draft, None if depths is None else kept)
+    return Prefilled(tokens, lengths, key_values, rows, of_draft, None if depths is None else kept,
+                     computed.routes)
 
 
 def _asked(policy: Policy, batch: PromptBatch, sampling: Sampling, shards: int) -> Asked:
@@ -130,11 +133,13 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
         return jnp.pad(x, ((0, 0), (0, cap + k), *((0, 0),) * (x.ndim - 2)))
 
     lengths = prefilled.lengths[asked.prompts]
-    values = jnp.zeros((rows, cap + k + 1), jnp.float32)
+    values, model = jnp.zeros((rows, cap + k + 1), jnp.float32), policy.config
+    routes = None if model.experts is None else jnp.zeros(
+        (*values.shape, len(model.sparse_layers) * model.experts.top_k), jnp.uint8)
     sequences = Sequences(
         asked.ids, asked.prompts, lengths, lengths, share(prefilled.tokens), values, values, asked.done,
         jnp.zeros(rows, bool), asked.temperature, asked.top_p, asked.limit, jax.tree.map(share, prefilled.trunk),
-        jnp.zeros(rows, jnp.int32), group_size=group_size)
+        jnp.zeros(rows, jnp.int32), routes, group_size=group_size)
     readers = jnp.zeros(prompts, jnp.int32).at[asked.prompts].add((~asked.done).astype(jnp.int32))
     cache = pool(prefilled.key_values)
     last = asked.done if asked.expected is None else jnp.where(asked.done, 1, -jnp.maximum(asked.expected, 0))
@@ -198,6 +203,28 @@ def _collect(sequences: Sequences, max_new_tokens: int, pad_token: int, stats: R
     return Rollout(tokens, mask, logprobs, mask, entropy, lengths, sequences.finished, stats, trunk)
 
 
+def _routes(model: ModelConfig, of_prompts: jax.Array, sequences: Sequences, lengths: jax.Array,
+            max_new_tokens: int) -> dict[str, jax.Array]:
+    """`prompt_routes` and `routes` of a Rollout. of_prompts: of the prefill; lengths: int32 [P],
+    of the prompts."""
+    experts, (prompts, _, layers, top_k) = model.experts, of_prompts.shape
+
+    def known(routes, count) -> jax.Array:
+        # elsewhere nothing depends on them; but when they are replayed, padding is computed too,
+        # and no expert is to have more of it than another
+        position = jnp.arange(routes.shape[1])[:, None, None]
+        others = (position * top_k + jnp.arange(top_k)) % experts.count
+        return jnp.where((position < count[:, None, None, None]), routes, others.astype(jnp.uint8))
+
+    generated = sequences.lengths - sequences.prompt_lengths
+    routes = sequences.routes.reshape(*sequences.routes.shape[:2], layers, top_k)
+    # the verifier computes a prompt's last token again: once for each sibling, of which one is taken
+    first, row, last = slice(None, None, len(generated) // prompts), jnp.arange(prompts), lengths - 1
+    of_last = jnp.where(generated[first, None, None] > 0, routes[first, 0], of_prompts[row, last])
+    return {"prompt_routes": known(of_prompts.at[row, last].set(of_last), lengths),
+            "routes": known(routes[:, 1:1 + max_new_tokens], generated - 1)}
+
+
 def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, batch: PromptBatch, sampling: Sampling,
                      speculation: Speculation, batching: Batching) -> Rollout:
     """All of a rollout after the prompts. policy, draft: as cycles use them; no draft: `speculation` drafts nothing."""
@@ -205,8 +232,9 @@ def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, 
     slots = min(batching.slots or rows, rows) // shards
     chain = loops(slots, speculation.k, sampling.max_new_tokens)
     stops = policy.config.stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
+    of_prompts, lengths = prefilled.routes, prefilled.lengths
     with jax.named_scope("prefill"):
-        prefilled = _by_shard(prefilled, policy, batch.group_size, rows, shards)
+        prefilled = _by_shard(prefilled.replace(routes=None), policy, batch.group_size, rows, shards)
         asked = _asked(policy, batch, sampling, shards)
     static = sampling.replace(temperature=1.0, top_p=None, limit=None)  # the leaves are the sequences' own
 
@@ -226,7 +254,9 @@ def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, 
         stats = RolloutStats(sequences.cycles, counts.drafted.sum(0, dtype=jnp.int32),
                              counts.accepted.sum(0, dtype=jnp.int32), counts.loop_cycles, counts.loop_live, used,
                              pauses, slots=tuple(rows for rows, _ in chain), ks=tuple(k for _, k in chain))
-        return _collect(sequences, sampling.max_new_tokens, policy.config.pad_token, stats)
+        out = _collect(sequences, sampling.max_new_tokens, policy.config.pad_token, stats)
+        return out if of_prompts is None else out.replace(**_routes(
+            policy.config, of_prompts, sequences, lengths, sampling.max_new_tokens))
 
 
 def ready(params: Policy, draft: Draft | None, speculation: Speculation) -> tuple[Policy, Draft | None]:

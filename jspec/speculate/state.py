@@ -48,6 +48,8 @@ class Sequences:
       temperature: float32 [N]. top_p: float32 [N] or None. limit: int32 [N], of generated tokens.
       trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1 on.
       cycles: int32 [N], see `RolloutStats`.
+      routes: uint8 [N, T + K, sparse layers x top_k], by generated token, the experts of the token before it, which
+        is the prompt's last of the first one; None of a dense policy. Flat, as a TPU pads what is short.
       group_size: static; each group_size adjacent sequences, from the first one on, continue one prompt.
     """
 
@@ -65,6 +67,7 @@ class Sequences:
     limit: jax.Array
     trunk: Trunk | None
     cycles: jax.Array
+    routes: jax.Array | None = None
     group_size: int = struct.field(pytree_node=False, default=1)
 
 

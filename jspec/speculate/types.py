@@ -308,6 +308,9 @@ class Rollout:
       stats: `RolloutStats`.
       trunk: with `Speculation.depths`, a `Trunk` over [N, S] in the compute dtype: entry p of a row is the state at
         position p of prompt and output without a gap, zero from its last token on (which nothing came after).
+      routes: uint8 [N, T, sparse layers, top_k], the experts that the verifier computed each token with, when it
+        came after it; the last one it never had, and there, as outside of `mask`, the experts in turn. None of a
+        dense policy. prompt_routes: uint8 [P, L, sparse layers, top_k], those of the prompts.
     """
 
     tokens: jax.Array
@@ -319,6 +322,8 @@ class Rollout:
     finished: jax.Array
     stats: RolloutStats
     trunk: Trunk | None = None
+    routes: jax.Array | None = None
+    prompt_routes: jax.Array | None = None
 
     @property
     def acceptance_length(self) -> jax.Array:

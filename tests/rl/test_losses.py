@@ -139,7 +139,7 @@ def test_logits_of_all_positions_never_exist_at_once(policy, backward):
 
 def test_states_that_predict_the_response():
     responses = 100 + jnp.arange(4 * 3, dtype=jnp.float32).reshape(4, 3, 1)
-    got = losses.predicting_states(jnp.array([0.0, 0.0, 7.0, 7.0])[:, None], responses)
+    got = losses.predicting(jnp.array([0.0, 0.0, 7.0, 7.0])[:, None], responses)
     np.testing.assert_array_equal(got[..., 0],
                                   [[0, 100, 101], [0, 103, 104], [7, 106, 107], [7, 109, 110]])
 
@@ -175,3 +175,34 @@ def test_k3_is_an_unbiased_and_never_negative_kl():
     assert jnp.all(each >= 0)
     np.testing.assert_allclose(jnp.sum(jnp.exp(p) * each), jnp.sum(jnp.exp(p) * (p - q)), rtol=1e-5)
     assert not jnp.any(losses.k3(p[None], q[None], jnp.zeros((1, 50), bool)))
+
+
+def test_quantiles_of_histograms_that_are_added_up():
+    """Within a bin of NumPy's, whatever is masked; never above the maximum, and NaN where that
+    is."""
+    rng = np.random.default_rng(0)
+    gaps = (10.0 ** rng.uniform(-6, 1, (2, 4000))).astype(np.float32)
+    mask = rng.random(gaps.shape) < 0.9
+    counts = sum(losses.histogram(jnp.asarray(g), jnp.asarray(m))
+                 for g, m in zip(gaps, mask, strict=True))
+    assert counts.dtype == jnp.int32 and int(counts.sum()) == mask.sum()
+    shares, most = (0.5, 0.99, 0.999, 1.0), gaps[mask].max()
+    got = np.asarray(losses.quantiles(counts, jnp.asarray(most), shares))
+    want = np.quantile(gaps[mask], shares, method="inverted_cdf")
+    assert np.all((want <= got) & (got <= want * (1 + 1 / 16))) and got[-1] == most
+
+    def of(values, most):
+        values = jnp.asarray(values, jnp.float32)
+        counts = losses.histogram(values, jnp.ones(values.shape, bool))
+        return losses.quantiles(counts, jnp.float32(most), (0.5, 1.0)).tolist()
+
+    assert of([0.0, 0.0], 0.0) == [0, 0] and of([1e-12, 100.0, 1e6], 1e6)[1] == 1e6
+    assert of([0.0, 1e-12, np.inf], np.inf) == [2.0**-24, np.inf]
+    assert np.isnan(of([0.0, 0.0, np.nan], np.nan)).all()
+    assert of([], 0.0) == [0, 0]
+
+
+def test_outside_the_clips_range():
+    got = losses.outside(jnp.log(jnp.array([[0.79, 0.81, 1.0, 1.27, 1.29]])), jnp.zeros((1, 5)),
+                         0.2, 0.28)
+    np.testing.assert_array_equal(got, [[True, False, False, False, True]])

@@ -35,7 +35,7 @@ from jspec.drafts.types import (
     Sampler,
 )
 from jspec.errors import InputError
-from jspec.model import KeyValues, ModelConfig, Policy, RopeConfig
+from jspec.model import Experts, KeyValues, ModelConfig, Policy, RopeConfig
 
 Metrics = dict[str, jax.Array]
 """Sums over trained tokens by name, such as "overlap": float32 [depths]."""
@@ -233,8 +233,10 @@ def unlike(made: ModelConfig, used: ModelConfig) -> str:
 
 def model_config(fields: dict) -> ModelConfig:
     """A ModelConfig from what `dataclasses.asdict` and JSON left of it."""
-    rope, stop_tokens = RopeConfig(**fields["rope"]), tuple(fields["stop_tokens"])
-    return ModelConfig(**fields | {"rope": rope, "stop_tokens": stop_tokens})
+    parts = {"rope": RopeConfig(**fields["rope"]), "stop_tokens": tuple(fields["stop_tokens"])}
+    if fields.get("experts") is not None:  # which files of before do not have
+        parts["experts"] = Experts(**fields["experts"])
+    return ModelConfig(**fields | parts)
 
 
 def config_from_fields(drafter: Drafter, fields: dict) -> Any:

@@ -107,7 +107,7 @@ class Step:
             k = choose(policy, state.draft, prompts)
         with clock("rollout"):
             out = self.rollout(policy, state.draft, prompts, self.sampling, k)
-            on_host = fetch(out.replace(trunk=None, routes=None, prompt_routes=None))
+            on_host = fetch(for_host(out))
             out = to_learn_from(out)
         del policy  # the rollout's copy of the policy is gone before the update needs the memory
         due = (trains_draft(state.draft, self.settings)
@@ -133,6 +133,11 @@ class Step:
                 metrics.append(of_update)
             metrics = jax.device_get(metrics)
         return state, Taken(on_host, graded, metrics, jax.device_get(of_draft), due)
+
+
+def for_host(out: Rollout) -> Rollout:
+    """A rollout without the verifier's states and routes, which no host looks at."""
+    return out.replace(trunk=None, routes=None, prompt_routes=None)
 
 
 def to_learn_from(out: Rollout) -> Rollout:

@@ -9,6 +9,7 @@ say.)
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -52,8 +53,9 @@ class Count:
     Attributes:
       operations: of matrix products. bytes: read and written in the device's memory.
       collectives: how many of each.
-      attended: by the shape [B, H_kv, Q, D] of its queries, how often a kernel attends to a pool:
-        what it reads of it follows from how long rows are, and is not in `bytes` and `operations`.
+      attended: by (rows, KV heads, queries of each, head_dim), how often a kernel attends to
+        a pool: what it reads of it follows from how long rows are, and is not in `bytes` and
+        `operations`.
     """
 
     operations: float = 0.0
@@ -89,8 +91,8 @@ def counted(
         count = counts[waiting.get(name, phases[name])]
         if one.opcode.removesuffix("-start") in COLLECTIVES and not _continued(one):
             _collect(count, one, program, devices, times)
-        elif _attends(one):
-            count.attended[one.shapes[0]] += times
+        elif attention := _attention(one, program, phases[name].loop):
+            count.attended[attention] += times
         else:
             count.operations += times * operations(one, program.found)
         if one.computation not in inside:
@@ -183,8 +185,18 @@ def _collect(count: Count, one: Instruction, program: Program, devices: int, tim
         ] += times
 
 
-def _attends(one: Instruction) -> bool:
-    return one.opcode == "custom-call" and "verify_attention" in one.scope
+def _attention(one: Instruction, program: Program, rows: int) -> tuple[int, ...] | None:
+    """(rows, KV heads, queries of each, head_dim) of a kernel that attends to a pool, in a loop of
+    so many rows."""
+    if one.opcode != "custom-call" or "verify_attention" not in one.scope or not rows:
+        return None
+    pools = [shape for operand in program.operands(one) for shape in operand.shapes[:1]
+             if program.pool(shape)]
+    made = [shape for shape in one.shapes if not program.pool(shape)]
+    if not pools or not made:
+        return None
+    _, heads, _, size = pools[0]
+    return rows, heads, math.prod(made[0]) // (rows * heads * size), size
 
 
 def added(counts: Iterable[Mapping[Phase, Count]]) -> dict[Phase, Count]:

@@ -40,6 +40,7 @@ from jspec.scale.topologies import Topology
 from jspec.sharding import batch_shards, configured_mesh
 from jspec.speculate.schedule import MOST
 from jspec.speculate.types import Schedule
+from jspec.step import for_host
 
 TEMPORARIES = "temporaries"
 
@@ -165,7 +166,7 @@ def fit(
         chip = topology.chip
         host = {
             "paused rows": pools.bytes()[2] * chip.devices_a_host,
-            "answers": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(out)),
+            "answers": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(for_host(out))),
         }
         fixed = 2 * shard_bytes(whole.state.policy)  # sums of gradients, and those of a micro-batch
         most = largest(
@@ -293,11 +294,13 @@ def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
 
 def at_depth(out: Any, model: ModelConfig) -> Any:
     """A rollout's shapes with the routes of as many layers as the model has."""
-    routes = getattr(out, "routes", None)
-    if routes is None:
-        return out
-    shape = (*routes.shape[:2], kinds(model)[1], *routes.shape[3:])
-    return out.replace(routes=jax.ShapeDtypeStruct(shape, routes.dtype, sharding=routes.sharding))
+    def cut(routes: Any) -> Any:
+        if routes is None:
+            return None
+        shape = (*routes.shape[:2], kinds(model)[1], *routes.shape[3:])
+        return jax.ShapeDtypeStruct(shape, routes.dtype, sharding=routes.sharding)
+
+    return out.replace(routes=cut(out.routes), prompt_routes=cut(out.prompt_routes))
 
 
 def assembled(

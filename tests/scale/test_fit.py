@@ -89,7 +89,7 @@ def test_the_answer_is_said_drawn_and_written(small, capsys):
 
 def test_sizes_that_do_not_go_together_are_one_line():
     with pytest.raises(
-        InputError, match="mesh data x fsdp x tensor = 1 x 3 x 1 does not fit 1 devices"
+        InputError, match="mesh data x fsdp x expert x tensor = 1 x 3 x 1 x 1 does not fit"
     ):
         answer("mesh.fsdp=3", "mesh.data=1")
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jspec.arguments import whole, wrong
@@ -54,12 +54,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1 or devices[0].platform != "tpu":
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        except NotImplementedError:  # no axis is whole axes of the torus: they are split
+            split = create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+            return Mesh(split, AXES, axis_types=types)
     if sizes[0] % slices:
         raise InputError(f"mesh.data = {sizes[0]} is not divided by the {slices} slices that the "
                          "devices are of; set it to a multiple, so that no other axis leaves one")
     within, between = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(AXES) - 1))
-    return Mesh(create_hybrid_device_mesh(within, between, list(devices)), AXES, axis_types=types)
+    hybrid = create_hybrid_device_mesh(within, between, list(devices),
+                                       allow_split_physical_axes=True)
+    return Mesh(hybrid, AXES, axis_types=types)
 
 
 def configured_mesh(section: Any, devices: Any = None) -> Mesh:

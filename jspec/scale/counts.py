@@ -69,13 +69,18 @@ class Count:
 
 
 def counted(
-    hlo: str, default: str, turns: Turns, devices: int, pool: Pool = lambda shape: False
+    hlo: str,
+    default: str,
+    turns: Turns,
+    devices: int,
+    pool: Pool = lambda shape: False,
+    experts: int = 0,
 ) -> dict[Phase, Count]:
     """Every phase of a compiled program.
 
     Args:
       hlo: its text. default: the phase of what belongs to none. devices: that it runs on.
-      pool: see `traffic.Pool`.
+      pool: see `traffic.Pool`. experts: see `products.grouped`.
     """
     program = Program.of(hlo, pool)
     phases, often = phases_of_program(hlo, default), repeats(program, turns)
@@ -94,7 +99,7 @@ def counted(
         elif attention := _attention(one, program, phases[name].loop):
             count.attended[attention] += times
         else:
-            count.operations += times * operations(one, program.found)
+            count.operations += times * operations(one, program.found, experts)
         if one.computation not in inside:
             count.bytes += times * traffic(one, program)
     return dict(counts)

@@ -5,6 +5,7 @@ batch axes it makes windows that are padded or dilated: only what meets a number
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -19,8 +20,9 @@ _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)')
 GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
 
 
-def operations(one: Instruction, found: Mapping[str, Instruction]) -> float:
-    """Multiplications and additions of an instruction, 0 for what is no product."""
+def operations(one: Instruction, found: Mapping[str, Instruction], experts: int = 0) -> float:
+    """Multiplications and additions of an instruction, 0 for what is no product. experts: see
+    `grouped`."""
     shapes = [
         found[name].shapes[0] for name in one.operands[:2] if name in found and found[name].shapes
     ]
@@ -39,39 +41,35 @@ def operations(one: Instruction, found: Mapping[str, Instruction]) -> float:
         )
         return 2.0 * math.prod(one.shapes[0]) * math.prod(depth)
     if one.opcode == "custom-call" and "tpu_custom_call" in one.text:
-        return grouped(one, found)
+        return grouped(one, found, experts)
     return 0.0
 
 
-def grouped(one: Instruction, found: Mapping[str, Instruction]) -> float:
-    """Of a kernel that multiplies rows [m, k] by one of many matrices [e, k, n] or [e, n, k] each:
-    each row meets one matrix, 2 m k n in all; 0 for what is no such kernel."""
+def grouped(one: Instruction, found: Mapping[str, Instruction], experts: int = 0) -> float:
+    """Of a kernel that multiplies rows [m, k] by one of many matrices each, [e, k, n] or [e, n, k]:
+    a row meets one matrix, 2 m k n in all; 0 for what is no such kernel.
+
+    experts: of a layer, of which the matrices are those on this device. Rows of the others are
+    among the m and passed over: they are taken to be as many to each expert. 0: there are no
+    others.
+    """
     shapes = [shape for name in one.operands if name in found for shape in found[name].shapes[:1]]
     made = one.shapes[0] if one.shapes else ()
-    for rows in (shape for shape in shapes if len(shape) == 2):
-        for stack in (shape for shape in shapes if len(shape) == 3):
-            if (
-                made == (rows[0], stack[2])
-                and rows[1] == stack[1]
-                or made == (rows[0], stack[1])
-                and rows[1] == stack[2]
-            ):
-                return 2.0 * rows[0] * stack[1] * stack[2]
-        for others in (
-            shape for shape in shapes if len(shape) == 2 and shape is not rows
-        ):  # the weights' gradient
-            if (
-                len(made) == 3
-                and sorted(made[1:]) == sorted((rows[1], others[1]))
-                and rows[0] == others[0]
-            ):
-                return 2.0 * rows[0] * rows[1] * others[1]
-            if (
-                len(made) == 3
-                and sorted(made[1:]) == sorted((rows[0], others[1]))
-                and rows[1] == others[0]
-            ):
-                return 2.0 * rows[0] * rows[1] * others[1]
+    matrices = [shape for shape in shapes if len(shape) == 2]
+
+    def mine(held: int) -> float:
+        return held / experts if experts else 1.0
+
+    if len(made) == 3:  # the matrices' gradient, of rows [m, k] and [m, n], which may lie turned
+        for left, right in itertools.combinations(matrices, 2):
+            for (m, k), (rows, n) in itertools.product((left, left[::-1]), (right, right[::-1])):
+                if m == rows and sorted(made[1:]) == sorted((k, n)):
+                    return mine(made[0]) * 2.0 * m * k * n
+    for (m, k), (held, *sides) in itertools.product(
+        matrices, (shape for shape in shapes if len(shape) == 3)
+    ):
+        if k in sides and made == (m, math.prod(sides) // k):
+            return mine(held) * 2.0 * m * math.prod(sides)
     return 0.0
 
 

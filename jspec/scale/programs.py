@@ -158,7 +158,9 @@ def compile_one(
             ) from error
         return Compiled(size, True, took, {}, placed(lowered.out_info))
     took = time.perf_counter() - begin
-    counts = counted(compiled.as_text(), name, turns, len(subject.devices), pool)
+    experts = 0 if subject.model.experts is None else subject.model.experts.count
+    text = compiled.as_text()
+    counts = counted(text, name, turns, len(subject.devices), pool, experts)
     places = Places.of(subject.topology, subject.devices)
     context = subject.config.data.max_prompt_tokens + subject.length / 2
     made = jax.tree.map(

@@ -68,6 +68,28 @@ def test_products_that_a_tpu_writes_as_convolutions():
     assert operations(found["c"], found) == 2 * (16 * 2 * 4) * 512 * 128 * 512
 
 
+KERNELS = """
+ENTRY %main () -> bf16[512,768] {
+  %plan = s32[17]{0} parameter(0)
+  %x = bf16[512,2048]{1,0} parameter(1)
+  %w = bf16[16,768,2048]{2,1,0} parameter(2)
+  %dy = bf16[512,768]{1,0} parameter(3)
+  %turned = bf16[2048,512]{1,0} parameter(4)
+  %gmm = bf16[512,768]{1,0} custom-call(%plan, %x, %w), custom_call_target="tpu_custom_call"
+  %tgmm = bf16[16,2048,768]{2,1,0} custom-call(%plan, %turned, %dy), target="tpu_custom_call"
+  %other = bf16[512,768]{1,0} custom-call(%plan, %dy), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_grouped_products_count_the_rows_of_the_experts_that_are_here():
+    """Forward, and the weights' gradient, whose rows lie turned; 16 of 64 experts."""
+    found, whole = instructions(KERNELS), 2 * 512 * 768 * 2048
+    for name, expected in {"gmm": whole, "tgmm": whole, "other": 0}.items():
+        assert operations(found[name], found) == expected
+        assert operations(found[name], found, experts=64) == expected / 4
+
+
 @pytest.mark.parametrize(
     ("said", "group", "count"),
     [

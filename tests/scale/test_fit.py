@@ -1,7 +1,10 @@
 """A step's answer for one CPU device, whose compiler is here, held to what that says of the
 whole."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import jax
@@ -121,3 +124,30 @@ def test_layers_of_two_kinds_are_counted_apart():
 )
 def test_what_a_compiler_says_when_it_does_not_fit(said, expected):
     assert refused(RuntimeError(said), 5) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"),
+    reason="needs the TPU's compiler: pip install 'jspec[aot]'",
+)
+def test_a_small_step_on_four_chips_that_are_not_here(tmp_path):
+    """The command itself: the pool and the copy by their shapes, and floors of every phase."""
+    path, plot = tmp_path / "answer.json", tmp_path / "memory.svg"
+    sizes = ["mesh.fsdp=2", "mesh.tensor=2", "data.prompts_per_step=4", "data.group_size=4"]
+    command = ["fit", "configs/qwen3-8b-pod.yaml", "--on", "v5e-4", "model.name=qwen3-0.6b", *sizes]
+    command += ["sampling.max_new_tokens=128", "grpo.micro_batch=2", "speculation.k=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jspec", *command, "--json", str(path), "--plot", str(plot)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads(path.read_text())
+    assert answer["fits"] and "qwen3-0.6b fits v5e-4" in done.stdout
+    rollout = next(program for program in answer["programs"] if program["name"] == "rollout")
+    assert rollout["compiled_layers"] == [2, 4]
+    assert rollout["bytes"]["rollout copy"] == pytest.approx(2 * 596049920 / 2, rel=0.01)
+    phases = {phase["phase"] for program in answer["programs"] for phase in program["phases"]}
+    assert {"prefill", "verify", "accept", "policy_loss, backward", "optimizer"} <= phases
+    assert answer["step_floor_seconds"] > 0 and plot.is_file()

@@ -80,6 +80,6 @@ def add_config(made: Parser) -> None:
     """A config and what is changed of it, as `config` and `overrides`."""
     made.add_argument("config", metavar="CONFIG",
                       help="a YAML file, such as configs/quickstart.yaml")
-    made.add_argument("overrides", metavar="key=value", nargs="*",
+    made.add_argument("overrides", metavar="key=value", nargs="*", default=[],
                       help="such as grpo.learning_rate=2e-6 steps=20; values are YAML, so text "
                       "with [ { : # needs quotes, data.source='\"a: b.jsonl\"'")

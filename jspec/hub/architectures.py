@@ -25,7 +25,7 @@ _DEFAULTS = {
                   "num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
 }
 _EXPERTS = 128  # as above, of a key that has two names
-MOST_LAYERS = 10_000  # whose kinds are listed one by one
+MOST_LAYERS = 10_000  # which are listed one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +178,6 @@ def _experts_from_hf(config: dict, layers: int) -> Experts:
             raise InputError(f"config.json has {config[key]} as {key}: shared experts are no part "
                              "of Qwen3MoeForCausalLM, and not supported")
     step, dense = whole(config, "decoder_sparse_step", 1), set(wholes(config, "mlp_only_layers"))
-    if layers > MOST_LAYERS:
-        raise InputError(f"config.json has {layers} as num_hidden_layers; expected at most "
-                         f"{MOST_LAYERS} of a model with experts")
     return Experts(
         # transformers 5 has a name of its own for what publishers call num_experts
         count=whole(config, "num_experts", whole(config, "num_local_experts", _EXPERTS)),
@@ -208,6 +205,8 @@ def config_from_hf(config: dict, generation_config: dict | None = None) -> Model
     generation = generation_config or {}
     heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
     layers, max_position = whole(config, "num_hidden_layers"), whole(config, "max_position_embeddings")
+    if layers > MOST_LAYERS:
+        raise InputError(f"config.json has {layers} as num_hidden_layers; expected at most {MOST_LAYERS}")
     _check_supported(config, family, layers, max_position)
     bias = flag(config, "attention_bias")
     stop = end_tokens(config.get("eos_token_id"), generation.get("eos_token_id"))

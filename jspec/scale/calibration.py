@@ -138,19 +138,22 @@ def read(name: str, drafter: str) -> Measured:
         found = json.loads(path.read_text())
         if "measured" in found:
             return _speedups(found)
+        if not found["rows"]:
+            raise ValueError
         return _table(name, found, drafter)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--costs {name} is no table of costs; it holds {SHAPES}") from None
 
 
 def _speedups(found: dict[str, Any]) -> Measured:
     points = tuple(Speedup(int(row["k"]), float(row["tokens"]), float(row["speedup"]))
                    for row in found["measured"])
-    if not points or not all(p.k >= 1 and 1 <= p.tokens <= p.k + 1 and 0 < p.speedup < np.inf
-                             for p in points):
-        raise ValueError
+    if not points or not all(row["k"] == p.k >= 1 and 1 <= p.tokens <= p.k + 1
+                             and 0 < p.speedup <= p.tokens
+                             for row, p in zip(found["measured"], points, strict=True)):
+        raise ValueError  # a cycle with a draft takes no less than one without
     return Measured(str(found["source"]), str(found.get("on", "")), points)
 
 
@@ -166,6 +169,17 @@ def _table(name: str, found: dict[str, Any], drafter: str) -> Measured:
         raise InputError(f"--costs {name} was measured on {machine['device']!r}, whose floor is "
                          f"not known; measure on one of {', '.join(CHIPS)}")
     return Measured(f"{found['model']} on {machine['device']}, {found['date']}",
-                    table=Costs.from_json(rows[drafter]["costs"]), chip=chip,
+                    table=_costs(rows[drafter]["costs"]), chip=chip,
                     devices=int(machine["devices"]),
                     context=min(TIMED_CONTEXT, found["max_new_tokens"] / 2))
+
+
+def _costs(fields: dict[str, Any]) -> Costs:
+    """Raises ValueError or TypeError for what no cycle can have been measured to cost."""
+    table = Costs.from_json(fields)
+    plain = [(rows, 0, seconds) for rows, seconds in table.plain]
+    counts = [table.shards, *(rows for rows, _, _ in [*plain, *table.drafting])]
+    seconds = [spent for _, _, spent in [*plain, *table.drafting]]
+    if not plain or min(counts) < 1 or not all(0 < spent < np.inf for spent in seconds):
+        raise ValueError
+    return table

@@ -291,5 +291,7 @@ def cycle(decoding: Decoding, k: int, rows: Numbers, context: Numbers) -> Cycle:
         draft = k * decoding.draft_share * plain
     elif decoding.draft is not None:
         draft = k * forward(decoding.draft, *of).seconds
-    unit = plain if decoding.overhead.relative else 1.0
-    return Cycle(verify, draft, decoding.overhead.of(k) * unit + 0.0 * plain)
+    unit = plain if decoding.overhead.relative else 1.0 + 0.0 * plain
+    always, over = (decoding.overhead.of(of) * unit for of in (0, k))
+    least = plain + always  # a line beyond what was measured may fall below it
+    return Cycle(verify, draft, np.maximum(over, least - verify.seconds - draft))

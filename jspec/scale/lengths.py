@@ -16,6 +16,8 @@ from jspec.errors import InputError
 
 MEDIAN, SIGMA = 0.25, 0.8
 """Of the tail: its median over the cap, and the deviation of the lengths' logarithm."""
+MOST_SIGMA = 10
+"""Beyond it answers are one token or cut at the cap, and numbers overflow."""
 
 
 def constant(count: int, length: float) -> np.ndarray:
@@ -47,7 +49,11 @@ def parse(text: str, count: int, cap: int) -> np.ndarray:
     InputError."""
     kind, *values = text.split(":")
     if kind not in ("constant", "tail"):
-        return shuffled(of_measured(count, read(text)))
+        measured = read(text)
+        if max(measured) > cap:
+            raise InputError(f"--lengths {text} has an answer of {max(measured):g} tokens, more "
+                             f"than sampling.max_new_tokens = {cap}; raise that, or cut them")
+        return shuffled(of_measured(count, measured))
     try:
         given = [float(value) for value in values]
     except ValueError:
@@ -59,6 +65,9 @@ def parse(text: str, count: int, cap: int) -> np.ndarray:
     if given and not 1 <= given[0] <= cap:
         raise InputError(f"--lengths {text!r}: {given[0]:g} tokens must be at least 1 and at most "
                          f"sampling.max_new_tokens = {cap}")
+    if given[1:] and given[1] > MOST_SIGMA:
+        raise InputError(f"--lengths {text!r}: the deviation {given[1]:g} is of the lengths' "
+                         f"logarithm; at most {MOST_SIGMA}, such as tail:2000:0.8")
     return shuffled(constant(count, *(given or [cap])) if kind == "constant"
                     else tail(count, cap, *given))
 

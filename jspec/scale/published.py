@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jspec import hub
+from jspec import arguments, hub
 from jspec.base_model import architecture
 from jspec.config import ModelSection
 from jspec.errors import InputError
@@ -35,7 +35,7 @@ def shape_of(section: ModelSection, path: str | None = None) -> ModelConfig:
     would.
     """
     if path is not None:
-        return _of_file(Path(path))
+        return _of_file(arguments.path("--model", path))
     if section.name == "random":
         return architecture(section)
     name = SHORT_NAMES.get(section.name, section.name)
@@ -56,8 +56,15 @@ def _of_file(path: Path) -> ModelConfig:
     path = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise InputError(f"--model {path} cannot be read: {error.strerror}; name a published "
+                         "model's config.json") from None
+    except ValueError:
+        raise InputError(f"--model {path} cannot be read: it is not JSON; name a published "
+                         "model's config.json") from None
     if not isinstance(fields, dict):
         raise InputError(f"--model {path} is no config.json: it holds no object")
-    return config_from_hf(fields)
+    try:
+        return config_from_hf(fields)
+    except InputError as error:
+        raise InputError(f"--model {path}: {error}") from None

@@ -110,9 +110,10 @@ class Topology:
 def topology(name: str) -> Topology:
     """The machine of a vendor's name, such as v5p-1024, or of several slices, 2xv5p-1024. Raises
     InputError for one that does not exist, with those near it."""
-    if name in GPUS:
-        return Topology(name, chip(GPUS[name]), ())
-    if several := re.fullmatch(r"([1-9]\d{0,3})x(\D.*)", name):
+    if name.lower() in GPUS:
+        return Topology(name.lower(), chip(GPUS[name.lower()]), ())
+    several = re.fullmatch(r"([1-9]\d{0,3})x(\D.*)", name)
+    if several and several.group(2).rpartition("-")[0].lower() in {*SLICES, *ALIASES}:
         one, slices = topology(several.group(2)), int(several.group(1))
         if one.shape:
             return dataclasses.replace(one, name=f"{slices}x{one.name}", slices=slices)

@@ -86,11 +86,31 @@ def test_the_line_errs_least_where_it_errs_most():
     ("{", "is no table of costs"), ([], "is no table of costs"), ({}, "is no table of costs"),
     ({"source": "x", "measured": []}, "is no table of costs"),
     ({"source": "x", "measured": [{"k": 3, "tokens": 5, "speedup": 1}]}, "is no table of costs"),
+    ({"source": "x", "measured": [{"k": 3.5, "tokens": 2, "speedup": 1}]}, "is no table of costs"),
+    ({"source": "x", "measured": [{"k": 3, "tokens": 2, "speedup": 9}]}, "is no table of costs"),
+    (bench(rows=[]), "is no table of costs"),
     (bench(device="cpu"), "measured on 'cpu', whose floor is not known"),
     (bench(draft="self"), "was measured with self, and the config's draft.name is mtp")])
 def test_bad_tables(file, found, says):
     with pytest.raises(InputError, match=says):
         read(file(found), "mtp")
+
+
+@pytest.mark.parametrize("changed", [
+    {"plain": []}, {"plain": [[8, -1.0]]}, {"plain": [[8, float("nan")]]}, {"plain": [["8", 1.0]]},
+    {"plain": [[8, 1, 1.0]]}, {"drafting": [[8, 1, 0.0]]}, {"shards": 0}])
+def test_costs_that_no_cycle_has(file, changed):
+    found = bench()
+    found["rows"][0]["costs"] |= changed
+    with pytest.raises(InputError, match="is no table of costs"):
+        read(file(found), "mtp")
+
+
+def test_no_cycle_with_a_draft_is_quicker_than_one_without():
+    """Whatever a line through what was measured says of other ks."""
+    falling = dataclasses.replace(DECODING, overhead=Overhead(0.0, 4.0, -2.0, relative=True))
+    plain, *drafting = (float(cycle(falling, k, 8, 800).seconds) for k in (0, 1, 3, 9))
+    assert drafting[0] > 2 * plain and drafting[1:] == pytest.approx([plain, plain])
 
 
 def test_a_table_that_is_not_there():

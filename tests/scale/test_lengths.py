@@ -22,17 +22,24 @@ def test_what_an_option_says(tmp_path):
     assert np.array_equal(parse("tail:100:0.5", 9, 400), shuffled(tail(9, 400, 100, 0.5)))
     for name, text in (("a", "[10, 20, 30]"), ("b", "10\n20\n30\n")):
         (tmp_path / name).write_text(text)
-        found = parse(str(tmp_path / name), 3, 8)
+        found = parse(str(tmp_path / name), 3, 30)
         assert sorted(found) == pytest.approx([10 + 10 / 3, 20, 30 - 10 / 3])
 
 
 @pytest.mark.parametrize("text, says", [
     ("constant:0", "numbers above 0"), ("constant:1:2", "up to 1 numbers"),
     ("tail:x", "up to 2 numbers above 0"), ("tail:9", "at most sampling.max_new_tokens = 8"),
+    ("tail:4:11", "the deviation 11 is of the lengths' logarithm; at most 10"),
     ("nowhere.txt", "there is no such file")])
 def test_bad_lengths(text, says):
     with pytest.raises(InputError, match=says):
         parse(text, 4, 8)
+
+
+def test_lengths_beyond_the_cap_are_refused(tmp_path):
+    (tmp_path / "lengths").write_text("3 9")
+    with pytest.raises(InputError, match="an answer of 9 tokens, more than sampling.max_new_t"):
+        parse(str(tmp_path / "lengths"), 4, 8)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a b", "[1, 0]", "{", '[[1]]', "1 nan"])

@@ -59,13 +59,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
         except NotImplementedError:  # no axis is whole axes of the torus: they are split
             split = create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
             return Mesh(split, AXES, axis_types=types)
-    if sizes[0] % slices:
-        raise InputError(f"mesh.data = {sizes[0]} is not divided by the {slices} slices that the "
-                         "devices are of; set it to a multiple, so that no other axis leaves one")
+    check_slices(sizes, slices)
     within, between = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(AXES) - 1))
     hybrid = create_hybrid_device_mesh(within, between, list(devices),
                                        allow_split_physical_axes=True)
     return Mesh(hybrid, AXES, axis_types=types)
+
+
+def check_slices(sizes: Sequence[int], slices: int) -> None:
+    """Raise InputError if `data`, the first of a mesh's sizes, cannot go over so many slices."""
+    if sizes[0] % slices:
+        raise InputError(f"mesh.data = {sizes[0]} is not divided by the {slices} slices that the "
+                         "devices are of; set it to a multiple, so that no other axis leaves one")
 
 
 def configured_mesh(section: Any, devices: Any = None) -> Mesh:

@@ -6,12 +6,15 @@ import argparse
 import json
 import sys
 
-from jspec.config import load_config
+from jspec.config import Config, load_config
+from jspec.errors import InputError
 from jspec.output import open_output, screen
+from jspec.prepare import make_speculation
 from jspec.scale.fit import fit
 from jspec.scale.published import shape_of
 from jspec.scale.report import as_json, show, svg
 from jspec.scale.topologies import devices, topology
+from jspec.speculate.schedule import MOST
 
 
 def answer(arguments: argparse.Namespace) -> int:
@@ -19,6 +22,7 @@ def answer(arguments: argparse.Namespace) -> int:
     not."""
     config = load_config(arguments.config, arguments.overrides)
     machine = topology(arguments.on)
+    check(config, arguments)
     written = open_output(None if arguments.json == "-" else arguments.json, "--json")
     drawn = open_output(arguments.plot, "--plot")
     model = shape_of(config.model, arguments.model)
@@ -40,3 +44,18 @@ def answer(arguments: argparse.Namespace) -> int:
     if drawn is not None:
         drawn.write(svg(found))
     return 0 if found.left >= 0 else 1
+
+
+def check(config: Config, arguments: argparse.Namespace) -> None:
+    """Raises InputError for options that say what cannot be, before anything is compiled."""
+    cap, layers = config.sampling.max_new_tokens, arguments.layers
+    if (arguments.length or 0) > cap:
+        raise InputError(f"--length {arguments.length} is more than sampling.max_new_tokens = "
+                         f"{cap}; raise that, or lower --length")
+    most = 1 + (0 if config.draft.name == "none" else make_speculation(config, MOST).most)
+    if arguments.accepted > most:
+        raise InputError(f"--accepted {arguments.accepted:g}: a cycle of this config yields "
+                         f"{most} at most, its drafts (speculation.k) and one; lower --accepted")
+    if layers and layers[0] >= layers[1]:
+        raise InputError(f"--layers {layers[0]} {layers[1]}: a line goes through two depths; name "
+                         "the smaller one and then a larger one")

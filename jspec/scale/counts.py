@@ -211,10 +211,8 @@ def added(counts: Iterable[Mapping[Phase, Count]]) -> dict[Phase, Count]:
         for phase, count in by_phase.items():
             to = total[phase]
             to.operations, to.bytes = to.operations + count.operations, to.bytes + count.bytes
-            for mine, theirs in (
-                (to.collectives, count.collectives),
-                (to.attended, count.attended),
-            ):
-                for key, times in theirs.items():
-                    mine[key] += times
+            for collective, times in count.collectives.items():
+                to.collectives[collective] += times
+            for shape, times in count.attended.items():
+                to.attended[shape] += times
     return dict(total)

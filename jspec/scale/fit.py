@@ -18,7 +18,7 @@ import jax
 from jspec.config import Config
 from jspec.errors import InputError
 from jspec.model import ModelConfig
-from jspec.prepare import check_sizes
+from jspec.prepare import check_sizes, make_speculation
 from jspec.progress import telling
 from jspec.scale.depths import depths, extended, kinds
 from jspec.scale.floors import Floor, total
@@ -152,8 +152,7 @@ def fit(
     """
     longest = config.sampling.max_new_tokens
     config = only_widest(config)
-    k = MOST if config.speculation.k == "auto" else config.speculation.k
-    k = 0 if config.draft.name == "none" else k
+    k = 0 if config.draft.name == "none" else make_speculation(config, MOST).k
     subject = Subject(
         config, model, topology, devices, k, length or longest, accepted, tuple(layers)
     )

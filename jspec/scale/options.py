@@ -3,6 +3,9 @@ starts."""
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 from jspec.choices import ENGINES, PRECISIONS
 from jspec.parsing import Parser, add_config, listed, number
 
@@ -45,7 +48,9 @@ def add_fit(made: Parser) -> None:
         help="the two depths at which the rollout is compiled (default: 2 4)",
     )
     made.add_argument("--json", metavar="FILE", help="write the answer as JSON, '-' for stdout")
-    made.add_argument("--plot", metavar="FILE", help="draw the memory, as an SVG")
+    made.add_argument(
+        "--plot", type=svg_name, metavar="FILE.svg", help="draw the memory, as an SVG"
+    )
 
 
 def add_project(made: Parser) -> None:
@@ -86,4 +91,12 @@ def add_project(made: Parser) -> None:
                       "(default), or a server as other systems have one, with all-to-all between "
                       "experts and as many rows a cycle as are live")
     made.add_argument("--json", metavar="FILE", help="write the result as JSON, '-' for stdout")
-    made.add_argument("--plot", metavar="FILE.svg", help="draw the first machine's there")
+    made.add_argument("--plot", type=svg_name, metavar="FILE.svg",
+                      help="draw the first machine's there")
+
+
+def svg_name(text: str) -> str:
+    """A parser of names of pictures."""
+    if Path(text).suffix != ".svg":
+        raise argparse.ArgumentTypeError(f"must end in .svg, not {text!r}")
+    return text

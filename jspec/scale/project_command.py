@@ -4,10 +4,11 @@ are not here."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 from jax.sharding import AbstractMesh
@@ -16,7 +17,7 @@ from jspec.config import Config
 from jspec.errors import InputError
 from jspec.model import ModelConfig
 from jspec.output import open_output, screen
-from jspec.prepare import check_draft, rollout_layout
+from jspec.prepare import check_draft, check_sizes, rollout_layout
 from jspec.scale import calibration, lengths
 from jspec.scale.chips import CHIPS, Chip
 from jspec.scale.cycle_cost import Decoding, Sizes, Split, draft_sizes
@@ -36,12 +37,12 @@ from jspec.scale.project_report import (
     cycle_table,
     machines_table,
     said,
-    speedup_table,
+    speedup_tables,
     summary,
 )
 from jspec.scale.published import shape_of
 from jspec.scale.topologies import topology
-from jspec.sharding import AXES, LAYOUTS, batch_shards, check_mesh, check_rows, mesh_sizes
+from jspec.sharding import AXES, LAYOUTS, batch_shards, check_mesh, check_slices, mesh_sizes
 from jspec.speculate.loops import FEWEST_ON_CHIPS, loops
 
 
@@ -57,8 +58,6 @@ class Floor:
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
     """`jspec project`, with what `cli` parsed. Raises InputError before anything is printed."""
-    if arguments.plot and Path(arguments.plot).suffix != ".svg":
-        raise InputError(f"--plot {arguments.plot} must end in .svg")
     on_stdout = arguments.json == "-"
     written = open_output(None if on_stdout else arguments.json, "--json")
     drawn = open_output(arguments.plot, "--plot")
@@ -71,7 +70,8 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     for one in found:
         for text in said(one):
             console.print(text, soft_wrap=True)
-        for table in (cycle_table(one), speedup_table(one, "rollout"), speedup_table(one, "step")):
+        for table in (cycle_table(one), *speedup_tables(one, "rollout"),
+                      *speedup_tables(one, "step")):
             console.print(table)
         console.print(summary(one), soft_wrap=True)
     if len(found) > 1:
@@ -93,7 +93,10 @@ def projected(config: Config, model: ModelConfig, on: str,
     decoding = floor.decoding
     if arguments.costs is not None:
         table = calibration.read(arguments.costs, config.draft.name)
-        there = floor_of(config, model, table.on, arguments) if table.on else floor
+        there = floor
+        if table.on:
+            with naming(f"--costs {arguments.costs} is of {table.on}"):
+                there = floor_of(config, model, table.on, arguments)
         overhead = calibration.overhead_of(table, there.decoding, there.answers)
         decoding = dataclasses.replace(calibration.without_draft(decoding), overhead=overhead)
         measured = table.source
@@ -103,14 +106,21 @@ def projected(config: Config, model: ModelConfig, on: str,
     by, levels = ((by_tokens, arguments.tokens) if arguments.tokens
                   else (by_acceptance, arguments.acceptance))
     levels = tuple(sorted(levels))
+    rows = by(found, levels)
+    if not any(cell for row in rows for cell in row):
+        raise InputError(f"--tokens {levels[0]:g}: a cycle that drafts {max(arguments.k)} yields "
+                         f"{max(arguments.k) + 1} at most; raise --k, or lower --tokens")
     return Projected(config.model.name, on, decoding, floor.answers, floor.lengths, found, levels,
-                     by(found, levels), measured, rest_from)
+                     rows, measured, rest_from)
 
 
 def floor_of(config: Config, model: ModelConfig, on: str, arguments: argparse.Namespace) -> Floor:
     """Raises InputError where the config does not go on that machine."""
-    chip, devices = machine(on)
-    split, server = split_of(config, model, devices), arguments.engine == "server"
+    with naming("--on"):
+        chip, devices, slices = machine(on)
+    with naming(on):
+        split = split_of(config, model, devices, slices)
+    server = arguments.engine == "server"
     policy = Sizes.of(model, arguments.precision)
     draft = draft_sizes(check_draft(config, model), policy, model)
     data, cap = config.data, config.sampling.max_new_tokens
@@ -123,28 +133,38 @@ def floor_of(config: Config, model: ModelConfig, on: str, arguments: argparse.Na
     return Floor(decoding, answers, of_answers)
 
 
-def machine(name: str) -> tuple[Chip, int]:
-    """(chip, devices) of a machine: what `topology` knows, and any number of GPUs, as in
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """What the InputErrors in it are about, before what they say."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
+
+
+def machine(name: str) -> tuple[Chip, int, int]:
+    """(chip, devices, slices) of a machine: what `topology` knows, and any number of GPUs, as in
     gb200-512."""
     gpus = [chip.name for chip in CHIPS.values() if chip.platform == "gpu"]
     kind, _, count = name.lower().rpartition("-")
     if kind in gpus and re.fullmatch("[1-9][0-9]{0,6}", count):
-        return CHIPS[kind], int(count)
+        return CHIPS[kind], int(count), 1
     try:
         found = topology(name)
     except InputError as error:
-        raise InputError(f"--on: {error}; or GPUs, as in {gpus[-1]}-512") from None
-    return found.chip, found.count
+        raise InputError(f"{error}; or GPUs, as in {gpus[-1]}-512") from None
+    return found.chip, found.count, found.slices
 
 
-def split_of(config: Config, model: ModelConfig, devices: int) -> Split:
-    """How the config's rollouts lie on so many devices. Raises InputError where they do not."""
+def split_of(config: Config, model: ModelConfig, devices: int, slices: int) -> Split:
+    """How the config's rollouts lie on so many devices. Raises InputError where they do not; the
+    update's micro-batches, which differ from machine to machine, may be any."""
     sizes = mesh_sizes([getattr(config.mesh, axis) for axis in AXES], devices)
     mesh = AbstractMesh(sizes, AXES)
-    layout = rollout_layout(config)
-    for of in ("train", layout):
-        check_mesh(model, mesh, of)
-        check_rows(config.data.prompts_per_step * config.data.group_size, mesh, of)
+    check_slices(sizes, slices)
+    grpo, layout = dataclasses.replace(config.grpo, micro_batch=0), rollout_layout(config)
+    check_mesh(model, mesh, layout)
+    check_sizes(dataclasses.replace(config, grpo=grpo), mesh, model)
     tensor = np.prod([mesh.shape[axis] for axis in LAYOUTS[layout]["mlp"]])
     return Split(batch_shards(layout, mesh), int(tensor), mesh.shape.get("expert", 1))
 
@@ -153,9 +173,6 @@ def answers_of(config: Config, split: Split, of_answers: np.ndarray) -> Answers:
     """A step's answers in the engine's slots and loops."""
     data = config.data
     slots = min(config.rollout.slots or len(of_answers), len(of_answers)) // split.batch
-    if not slots:
-        raise InputError(f"rollout.slots = {config.rollout.slots} is fewer than the {split.batch} "
-                         "shards that rows are split over; raise it")
     chain = loops(slots, 0, config.sampling.max_new_tokens, FEWEST_ON_CHIPS)
     return Answers(
         lengths.spans(of_answers, split.groups, split.expert, slots, data.max_prompt_tokens),

@@ -14,6 +14,8 @@ from jspec.scale.project import Answers, Cell, Projection, cycles, pays_from
 
 FLOOR = "expect 1.2 to 2 times it"
 BEST = "*"
+COLUMNS = 8
+"""Of ks in a table: what 80 characters hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +78,25 @@ def cycle_table(projected: Projected) -> Table:
     return _right(table)
 
 
-def speedup_table(projected: Projected, what: str) -> Table:
-    """what: "rollout" or "step", whose speed-ups; the best of a row is marked."""
-    table = Table(projected.level, *(f"k = {k}" for k in projected.ks),
-                  title=f"{what}: times faster")
-    for level, row in zip(projected.levels, projected.rows, strict=True):
-        speeds = [getattr(cell, what) if cell else None for cell in row]
-        best = max((speed for speed in speeds if speed), default=None)
-        shown = ("-" if speed is None else f"{speed:.2f}{BEST * (speed == best)}"
-                 for speed in speeds)
-        table.add_row(f"{level:g}", *shown)
-    if what == "rollout":
-        table.add_section()
-        table.add_row("pays from", *map(_break_even(projected), projected.ks))
-    return _right(table)
+def speedup_tables(projected: Projected, what: str) -> list[Table]:
+    """what: "rollout" or "step", whose speed-ups; the best of a row is marked. A table for every
+    `COLUMNS` ks."""
+    ks, tables = projected.ks, []
+    for begin in range(0, len(ks), COLUMNS):
+        of = slice(begin, begin + COLUMNS)
+        table = Table(projected.level, *(f"k = {k}" for k in ks[of]),
+                      title=f"{what}: times faster")
+        for level, row in zip(projected.levels, projected.rows, strict=True):
+            speeds = [getattr(cell, what) if cell else None for cell in row]
+            best = max((speed for speed in speeds if speed), default=None)
+            shown = ("-" if speed is None else f"{speed:.2f}{BEST * (speed == best)}"
+                     for speed in speeds[of])
+            table.add_row(f"{level:g}", *shown)
+        if what == "rollout":
+            table.add_section()
+            table.add_row("pays from", *map(_break_even(projected), ks[of]))
+        tables.append(_right(table))
+    return tables
 
 
 def _break_even(projected: Projected) -> Any:
@@ -130,9 +137,10 @@ def summary(projected: Projected) -> str:
     best, bound = projected.best(), projected.projection.bound
     level = (f"{best.tokens:g} tokens a cycle" if best.acceptance is None
              else f"acceptance {best.acceptance:g}")
+    most = (f"at most {bound:.3g}x, were rollouts to take no time" if bound < np.inf
+            else "without the rest, nothing but the rollout bounds it")
     return (f"{BEST} is the best k of its row. Best of all: k = {best.k} at {level}, rollout "
-            f"{best.rollout:.2f}x, step {best.step:.2f}x (at most {bound:.3g}x, were rollouts to "
-            "take no time).")
+            f"{best.rollout:.2f}x, step {best.step:.2f}x ({most}).")
 
 
 def as_data(projected: Projected) -> dict[str, Any]:

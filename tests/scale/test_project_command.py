@@ -95,7 +95,12 @@ def test_the_rest_of_a_step_follows_the_config(capsys, config, tmp_path):
     (["--on", "v5p-8", "--plot", "out.png"], "must end in .svg"),
     (["--on", "v5p-8", "--lengths", "nowhere"], "there is no such file"),
     (["--on", "h100-6"], "does not fit 6 devices"),
-    (["--on", "v5p-8", "rollout.slots=1"], "fewer than the 2 shards"),
+    (["--on", "v5p-8", "rollout.slots=1"], "slots = 1 are not divided by"),
+    (["--on", "v5p-8", "rollout.kv_tokens=1"], "rollout.kv_tokens"),
+    (["--on", "v5p-8", "sampling.max_new_tokens=4096"], "more than the model's 4096 positions"),
+    (["--on", "v5p-16,h100-6"], "h100-6: mesh data x fsdp x expert x tensor"),
+    (["--on", "2xv5p-8", "mesh.data=1", "mesh.fsdp=4"], "not divided by the 2 slices"),
+    (["--on", "v5p-8", "--tokens", "9.5", "--k", "3,8"], "a cycle that drafts 8 yields 9 at most"),
     (["--on", "v5p-8", "mesh.tensor=1", "mesh.data=4", "data.prompts_per_step=3",
       "data.group_size=3", "mesh.fsdp=1"], "not divided by"),
     (["--on", "v5p-8", "draft.name=none"], "name a drafter"), ([], "required: --on")])

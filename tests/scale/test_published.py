@@ -50,7 +50,10 @@ def test_a_config_json_says_what_no_table_knows(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert shape_of(ModelSection(name="my/own"), str(tmp_path)).num_layers == 3
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(InputError, match="config.json cannot be read"):
+    with pytest.raises(InputError, match="config.json cannot be read: it is not JSON"):
+        shape_of(ModelSection(name="my/own"), str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="config.json: architecture model_type None without"):
         shape_of(ModelSection(name="my/own"), str(tmp_path))
     with pytest.raises(InputError, match=r"--model path/to/config.json \(known without: Hugging"):
         shape_of(ModelSection(name=str(tmp_path / "nothing")))

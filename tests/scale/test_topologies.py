@@ -17,6 +17,7 @@ from jspec.scale.topologies import GPUS, SLICES, topology
         ("2xv5p-64", (2, 4, 4), 64),
         ("sm_90", (), 1),
         ("h100", (), 1),
+        ("SM_90", (), 1),
     ],
 )
 def test_vendors_names_count_cores_chips_or_devices(name, shape, count):
@@ -41,6 +42,11 @@ def test_vendors_names_count_cores_chips_or_devices(name, shape, count):
             "v5e-x",
             "topology 'v5e-x' does not exist; v5e has v5e-4 (2x2), v5e-8 (2x4), v5e-16 (4x4), "
             "v5e-32 (4x8), v5e-64 (8x8), v5e-128 (8x16), v5e-256 (16x16)",
+        ),
+        (
+            "2xh100",
+            "topology '2xh100' does not exist; known: v5e-N, v6e-N, v5p-N, tpu7x-N, and one GPU: "
+            "sm_90, h100, h200",
         ),
         (
             "v9-8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 from typing import Any
@@ -31,15 +32,13 @@ LETTERS = dict(zip(COLOURS, "WORCKDAT", strict=True))
 WIDTH = 60
 
 
-def versions() -> str:
+def versions(fit: Fit) -> str:
     """Of what compiled."""
-    found = {"jax": jax.__version__}
-    for package in ("libtpu", "jax-cuda13-plugin"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+    found = [("jax", jax.__version__)]
+    package = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}.get(fit.topology.chip.platform)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found += [(package, importlib.metadata.version(package))] if package else []
+    return ", ".join(f"{name} {version}" for name, version in found)
 
 
 def verdict(fit: Fit) -> str:
@@ -75,7 +74,7 @@ def compiled_how(fit: Fit) -> str:
     return (
         f"Compiled: {'; '.join(parts)}; what is not at full depth goes on in a straight line "
         f"({layers}). "
-        f"{versions()}, {sum(program.seconds for program in fit.programs):.0f} s of compiling."
+        f"{versions(fit)}, {sum(program.seconds for program in fit.programs):.0f} s of compiling."
     )
 
 
@@ -242,7 +241,7 @@ def as_json(fit: Fit) -> dict[str, Any]:
         "topology": fit.topology.name,
         "devices": fit.topology.count,
         "mesh": fit.mesh,
-        "versions": versions(),
+        "versions": versions(fit),
         "fits": fit.left >= 0,
         "left_bytes": fit.left,
         "tightest": fit.tightest.name,

@@ -193,10 +193,16 @@ def block_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def check_mesh(model: Any, mesh: Any, layout: str = "train") -> None:
-    """Raise InputError, naming the axis, if the mesh does not divide the model. More shards than KV heads is fine."""
-    rules, experts = LAYOUTS[layout], model.experts
-    if experts is None and _degree(mesh, ("expert",)) > 1:
+    """`check_divides`, and InputError for an axis that splits experts where a policy has none."""
+    if model.experts is None and _degree(mesh, ("expert",)) > 1:
         raise InputError(f"mesh.expert = {mesh.shape['expert']} splits experts, and this model has none; set it to 1")
+    check_divides(model, mesh, layout)
+
+
+def check_divides(model: Any, mesh: Any, layout: str = "train") -> None:
+    """Raise InputError, naming the axis, if the mesh does not divide the model, a policy or what
+    drafts for one. More shards than KV heads is fine."""
+    rules, experts = LAYOUTS[layout], model.experts
     sizes = {**split_sizes(model), "embed": model.hidden_size} | ({} if experts is None else {"expert": experts.count})
     for name, size in sizes.items():
         degree = _degree(mesh, rules.get(name, ()))
@@ -220,7 +226,7 @@ def spec_sharding(specs: Any, model: Any, layout: str = "train", mesh: Any = Non
     mesh: default the current one. Raises InputError where it does not divide the model.
     """
     mesh = mesh or current_mesh()
-    check_mesh(model, mesh, layout)
+    check_divides(model, mesh, layout)
     replicated = heads_replicated(model, layout, mesh)
 
     def of_spec(spec) -> NamedSharding | None:
@@ -236,6 +242,15 @@ def constrain_tree(tree: Any, specs: Any, model: Any, layout: str) -> Any:
     if mesh.size <= 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, spec_sharding(specs, model, layout, mesh))
+
+
+def agreed(flag: jax.Array) -> jax.Array:
+    """flag bool scalar; inside a `shard_map` over `expert`: whether it is true on any shard along
+    that axis, whose programs must run a loop with collectives over it equally often."""
+    mesh = current_mesh()
+    if mesh.shape.get("expert", 1) == 1 or "expert" not in mesh.manual_axes:
+        return flag
+    return jax.lax.pmax(flag.astype(jnp.int32), "expert") > 0
 
 
 def batch_axes(layout: str) -> tuple[str, ...]:

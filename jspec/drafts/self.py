@@ -26,9 +26,9 @@ from jspec.model import ModelConfig, Policy, verify
 from jspec.model.quantized import BITS, quantize
 
 MATRICES = {"qkv": None, "q": None, "k": None, "v": None, "o": "q_heads", "gate_up": None,
-            "down": "mlp"}
-"""What is quantised of a layer in a rollout layout (norms and biases are not), and the logical axis
-of its inputs."""
+            "down": "mlp", "expert_gate_up": None, "expert_down": "expert_mlp"}
+"""What is quantised of a layer in a rollout layout (norms, biases and routers are not), and the
+logical axis of its inputs."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jspec.model.config import Experts, ModelConfig
 from jspec.model.grouped import grouped
 from jspec.model.linear import linear
+from jspec.model.quantized import Quantized
+from jspec.sharding import current_mesh, partition
+
+EXPERT_AXES: dict[str, tuple[str | None, ...]] = {
+    "expert_gate_up": ("expert", None, "expert_mlp", "expert_embed"),
+    "expert_down": ("expert", "expert_embed", "expert_mlp")}
+"""The logical axes of the experts' matrices."""
 
 
 def route(experts: Experts, router: jax.Array, x: jax.Array,
@@ -36,28 +44,107 @@ def route(experts: Experts, router: jax.Array, x: jax.Array,
     return routes, gates, chosen
 
 
-def compute(w: dict[str, Any], x: jax.Array, routes: jax.Array, gates: jax.Array) -> jax.Array:
-    """Tokens x [R, D] through their experts, routes uint8 [R, top_k] with gates float32 [R, top_k]: [R, D].
+def weight_specs(tree: Any) -> Any:
+    """How a `shard_map` over the axis `expert` takes a tree of weights in a rollout layout: experts
+    split, quantised or not, and all else whole."""
+    def of_leaf(path: tuple, x: Any) -> Any:
+        if not any(getattr(key, "key", None) in EXPERT_AXES for key in path):
+            return PartitionSpec()
+        split = PartitionSpec("expert")
+        if not isinstance(x, Quantized):
+            return split
+        whole = None if x.chosen is None else PartitionSpec()
+        return jax.tree.map(lambda _: split, x).replace(chosen=whole)
 
-    A token's experts are added up in the order of its routes, in float32.
+    return jax.tree_util.tree_map_with_path(of_leaf, tree,
+                                            is_leaf=lambda x: isinstance(x, Quantized))
+
+
+def compute(w: dict[str, Any], x: jax.Array, routes: jax.Array, gates: jax.Array,
+            first: jax.Array | int = 0) -> jax.Array:
+    """Tokens x [R, D] through those of their experts that are in w, which are `first` and what
+    follows it: float32 [R, D], of the others nothing. routes uint8 [R, top_k], gates float32
+    [R, top_k].
+
+    A token's experts are added up in the order of its routes.
     """
-    count, top_k = routes.shape
-    chosen = routes.reshape(-1).astype(jnp.int32)
+    (count, top_k), held = routes.shape, w["expert_down"].shape[0]
+    chosen = routes.reshape(-1).astype(jnp.int32) - first
+    chosen = jnp.where((chosen >= 0) & (chosen < held), chosen, held)
     order = jnp.argsort(chosen, stable=True)
-    sizes = jnp.bincount(chosen, length=w["expert_down"].shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(chosen, length=held + 1)[:held].astype(jnp.int32)
     y = grouped(x[order // top_k], w["expert_gate_up"], sizes)
     y = grouped(jax.nn.silu(y[:, 0]) * y[:, 1], w["expert_down"], sizes)
     y = jnp.zeros_like(y).at[order].set(y).reshape(count, top_k, -1)
-    return jnp.sum(y.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+    return jnp.sum(y.astype(jnp.float32) * gates[..., None], axis=1)
 
 
-def mixture(model: ModelConfig, w: dict[str, Any], x: jax.Array,
+def _split(mesh: Any, layout: str, w: dict[str, Any]) -> dict[str, Any]:
+    """How the mesh splits the experts' matrices, quantised or not: PartitionSpecs. Groups of
+    quantised inputs stay whole, and so does what makes those inputs."""
+    down, names = w["expert_down"], dict(EXPERT_AXES)
+    groups = getattr(down, "chosen", None)
+    if groups is not None and not partition(mesh, layout, groups.shape[:1], ("expert_mlp",))[0]:
+        names = {name: tuple(None if axis == "expert_mlp" else axis for axis in axes)
+                 for name, axes in names.items()}
+
+    def of_matrix(x: Any, axes: tuple[str | None, ...]) -> Any:
+        if not isinstance(x, Quantized):
+            return partition(mesh, layout, x.shape, axes)
+        split = jax.tree.map(lambda a: partition(mesh, layout, a.shape, axes), x)
+        return split if x.chosen is None else split.replace(
+            chosen=partition(mesh, layout, x.chosen.shape, (axes[-1], None, None)))
+
+    return {name: of_matrix(w[name], axes) for name, axes in names.items()}
+
+
+def _on_mesh(layout: str, w: dict[str, Any], x: jax.Array, routes: jax.Array,
+             gates: jax.Array) -> jax.Array:
+    """`compute` of x [B, T, D] on the shards of a mesh: all of a group of shards along `expert`
+    get all of the group's tokens, compute what their experts make of them, and get the sums of
+    their own tokens back. A `shard_map` around this may have split `expert`, and rows over it."""
+    mesh = current_mesh()
+    rows, weights = partition(mesh, layout, x.shape[:1], ("batch",))[0], _split(mesh, layout, w)
+    several = mesh.shape.get("expert", 1) > 1
+    spread = several and ("expert" in mesh.manual_axes or "expert" in (rows or ()))
+    hidden, inputs = weights["expert_gate_up"], weights["expert_down"]
+    hidden, inputs = (x.array.qvalue if isinstance(x, Quantized) else x for x in (hidden, inputs))
+
+    def run(w, x, routes, gates) -> jax.Array:
+        shape = x.shape
+        x, routes, gates = (a.reshape(shape[0] * shape[1], -1) for a in (x, routes, gates))
+        if spread:
+            x, routes, gates = (jax.lax.all_gather(a, "expert", tiled=True)
+                                for a in (x, routes, gates))
+        # what training splits once more is whole where it is used, and its gradient split again
+        for name, at, axes in (("expert_gate_up", 3, hidden[3]), ("expert_down", 1, inputs[1])):
+            if axes is not None:
+                cast = w[name].astype(x.dtype)
+                w = {**w, name: jax.lax.all_gather(cast, axes, axis=at, tiled=True)}
+        first = jax.lax.axis_index("expert") * w["expert_down"].shape[0] if several else 0
+        y = compute(w, x, routes, gates, first)
+        if spread:
+            y = jax.lax.psum_scatter(y, "expert", tiled=True)
+        elif several:
+            y = jax.lax.psum(y, "expert")
+        y = y if inputs[2] is None else jax.lax.psum(y, inputs[2])
+        return y.reshape(shape)
+
+    experts = {name: w[name] for name in EXPERT_AXES}
+    if all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items()):
+        return run(experts, x, routes, gates)
+    tokens = PartitionSpec(rows)
+    return jax.shard_map(run, in_specs=(weights, tokens, tokens, tokens), out_specs=tokens,
+                         check_vma=False)(experts, x, routes, gates)
+
+
+def mixture(model: ModelConfig, layout: str, w: dict[str, Any], x: jax.Array,
             routes: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """The feed-forward of a sparse layer: x [B, T, D] to ([B, T, D], the routes uint8 [B, T, top_k] that x chooses).
+    """The feed-forward of a sparse layer: x [B, T, D] to ([B, T, D], the routes uint8 [B, T, top_k]
+    that x chooses).
 
-    routes: of a forward before, to be taken again; None: those that x chooses are taken.
+    layout: of the weights. routes: of a forward before, to be taken again; None: those that
+    x chooses are taken.
     """
     routes, gates, chosen = route(model.experts, w["router"], x, routes)
-    rows = (x.shape[0] * x.shape[1], -1)
-    y = compute(w, x.reshape(rows), routes.reshape(rows), gates.reshape(rows))
-    return y.reshape(x.shape), chosen
+    return _on_mesh(layout, w, x, routes, gates).astype(x.dtype), chosen

@@ -134,7 +134,7 @@ def _causal(policy: Policy, tokens: jax.Array, keep: Callable, depths: tuple[int
 
     def layer(w, x, _, replayed) -> tuple[jax.Array, Any, jax.Array | None]:
         return decoder_layer(policy.config, w, x, rope, lambda q, k, v: (causal_attention(q, k, v), keep(k, v)),
-                             routes=replayed)
+                             routes=replayed, layout=policy.layout)
 
     return _scanned(policy, tokens, layer, None, depths, remat, routes)
 
@@ -154,7 +154,7 @@ def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys
         before = (constrain(block_rows(x, prompts), policy.layout, "batch", None, "kv_heads", None) for x in before)
         return decoder_layer(policy.config, w, x, rope,
                              lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None),  # type: ignore[call-arg]
-                             routes=replayed)
+                             routes=replayed, layout=policy.layout)
 
     return _scanned(policy, tokens, layer, keys_values, depths, remat, routes)[0]
 
@@ -168,7 +168,7 @@ def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, depths: t
     x = _embedded(policy, tokens)
     residual, kept, taken = [x], [], []
     for i, w in enumerate(policy.weights["layers"]):
-        x, pair, routes = decoder_layer(model, w, x, rope, attend(i))
+        x, pair, routes = decoder_layer(model, w, x, rope, attend(i), layout=policy.layout)
         x = constrain(x, policy.layout, "batch", None, None)
         residual.append(x)
         kept.append(pair)

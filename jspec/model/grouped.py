@@ -9,6 +9,7 @@ others `ragged_dot`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ def grouped(x: jax.Array, w: jax.Array | Quantized, sizes: jax.Array) -> jax.Arr
 @jax.custom_vjp
 def _grouped(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     """`grouped` with w [E, out, in]. (What is in the middle of a sum is kept in float32.)"""
-    y = jax.lax.platform_dependent(x, w, sizes, cpu=_by_tiles, default=_ragged)
+    y = jax.lax.platform_dependent(x, w, sizes, cpu=_by_tiles, tpu=_by_kernel, default=_ragged)
     return _within(y, sizes)
 
 
@@ -49,7 +50,7 @@ def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, t
 def _backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = kept
     dx, dw = jax.lax.platform_dependent(x, w, sizes, dy, cpu=_tiles_backward,
-                                        default=_ragged_backward)
+                                        tpu=_kernel_backward, default=_ragged_backward)
     return _within(dx, sizes), dw, None
 
 
@@ -71,6 +72,52 @@ def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 def _ragged_backward(x: jax.Array, w: jax.Array, sizes: jax.Array,
                      dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, w)[1](dy)
+
+
+def _rows_of_a_tile(rows: int, groups: int) -> int:
+    """Of the TPU's kernels. A tile is computed once for every group that has rows in it."""
+    mean = 2 ** round(math.log2(max(rows / groups / 2, 1)))
+    return min(max(mean, 128), 512, -(-rows // 16) * 16)
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest tile of a matrix's side of `size` that leaves no part of one over, if any does."""
+    fitting = [n for n in range(128, min(size, most) + 1, 128) if size % n == 0]
+    return max(fitting, default=min(size, most))
+
+
+def _kernel(name: str, a: jax.Array, b: jax.Array, sizes: jax.Array, rows: int, dtype: Any,
+            **options: Any) -> jax.Array:
+    """megablox's `gmm` or `tgmm`; `rows` of them, filled up to whole tiles, are along the first
+    axis of both."""
+    # imported where it is used: a CPU or a GPU has no need of it
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+    exact = a.dtype == jnp.float32
+    most = 512 if exact or name == "tgmm" else 1024
+    inner, outer = ((a.shape[1], b.shape[1]) if name == "tgmm" else
+                    (a.shape[1], b.shape[1 if options["transpose_rhs"] else 2]))
+    tiling = (_rows_of_a_tile(rows, len(sizes)), _divisor(inner, most), _divisor(outer, most))
+    with jax.default_matmul_precision("highest" if exact else "default"):
+        if name == "tgmm":
+            return tgmm(a.swapaxes(0, 1), b, sizes, dtype, tiling)
+        return gmm(a, b, sizes, dtype, tiling, **options)
+
+
+def _filled(x: jax.Array, groups: int) -> jax.Array:
+    return jnp.pad(x, ((0, -len(x) % _rows_of_a_tile(len(x), groups)), (0, 0)))
+
+
+def _by_kernel(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    y = _kernel("gmm", _filled(x, len(w)), w.astype(x.dtype), sizes, len(x), x.dtype,
+                transpose_rhs=True)
+    return y[:len(x)]
+
+
+def _kernel_backward(x: jax.Array, w: jax.Array, sizes: jax.Array,
+                     dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    of, mine = (_filled(a, len(w)) for a in (dy, x))
+    dx = _kernel("gmm", of, w.astype(x.dtype), sizes, len(x), x.dtype, transpose_rhs=False)
+    return dx[:len(x)], _kernel("tgmm", of, mine, sizes, len(x), w.dtype)
 
 
 def _over_groups(sizes: jax.Array, body: Callable[[jax.Array, Callable, Any], Any],

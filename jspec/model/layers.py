@@ -130,21 +130,23 @@ def mlp(w: dict[str, Any], x: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate) * up, w["down"], w.get("down_bias"))
 
 
-def feed_forward(model: ModelConfig, w: dict[str, Any], x: jax.Array,
+def feed_forward(model: ModelConfig, layout: str, w: dict[str, Any], x: jax.Array,
                  routes: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
-    """What follows the attention, x [B, T, D] to [B, T, D], dense or sparse, as the layer's weights are. Returns
-    (y, the routes uint8 [B, T, top_k] that x chooses, None of a dense one); routes: see `mixture`."""
-    return mixture(model, w, x, routes) if "router" in w else (mlp(w, x), None)
+    """What follows the attention, x [B, T, D] to [B, T, D], dense or sparse, as the layer's weights
+    are. Returns (y, the routes uint8 [B, T, top_k] that x chooses, None of a dense one);
+    routes: see `mixture`."""
+    return mixture(model, layout, w, x, routes) if "router" in w else (mlp(w, x), None)
 
 
 def decoder_layer(model: ModelConfig, w: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array],
                   attend: Callable, inputs: jax.Array | None = None,
-                  routes: jax.Array | None = None) -> tuple[jax.Array, Any, jax.Array | None]:
+                  routes: jax.Array | None = None,
+                  layout: str = "train") -> tuple[jax.Array, Any, jax.Array | None]:
     """One pre-norm layer over x [B, T, D], its weights fused (see `fuse`) or not.
 
     `attend(q, k, v) -> (out [B, T, heads, head_dim], cache)` holds all that differs between training, prefill and
-    verification. `inputs`: what the attention reads, [B, T, as wide as its projections]; None: x, normed. Returns
-    (x, cache, routes), see `feed_forward`.
+    verification. `inputs`: what the attention reads, [B, T, as wide as its projections]; None: x, normed. `layout`: of
+    the weights, where they have experts. Returns (x, cache, routes), see `feed_forward`.
     """
     with jax.named_scope("attention"):
         inputs = rms_norm(x, w["attn_norm"], model.rms_norm_eps) if inputs is None else inputs
@@ -152,6 +154,7 @@ def decoder_layer(model: ModelConfig, w: dict[str, Any], x: jax.Array, rope: tup
         out, cache = attend(q, k, v)
         x = x + linear(out.reshape(*x.shape[:2], -1), w["o"], w.get("o_bias"))
     with jax.named_scope("mlp"):
-        y, routes = feed_forward(model, w, rms_norm(x, w["mlp_norm"], model.rms_norm_eps), routes)
+        normed = rms_norm(x, w["mlp_norm"], model.rms_norm_eps)
+        y, routes = feed_forward(model, layout, w, normed, routes)
         x = x + y
     return x, cache, routes

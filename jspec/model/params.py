@@ -14,6 +14,7 @@ from jspec.arguments import compute_dtype, instance, one_of, random_key, show, u
 from jspec.choices import DTYPES
 from jspec.errors import InputError
 from jspec.model.config import ModelConfig
+from jspec.model.experts import EXPERT_AXES
 from jspec.model.layers import fuse
 from jspec.sharding import LAYOUTS, constrain_tree, spec_sharding
 from pallas_kernels.implementation import REFERENCE, Implementation
@@ -153,8 +154,8 @@ def expert_specs(model: ModelConfig) -> dict[str, ParamSpec]:
     e, f = experts.count, experts.intermediate_size
     return {
         "router": ParamSpec((e, d), (None, "embed")),
-        "expert_gate_up": ParamSpec((e, 2, f, d), ("expert", None, "expert_mlp", "expert_embed")),
-        "expert_down": ParamSpec((e, d, f), ("expert", "expert_embed", "expert_mlp")),
+        "expert_gate_up": ParamSpec((e, 2, f, d), EXPERT_AXES["expert_gate_up"]),
+        "expert_down": ParamSpec((e, d, f), EXPERT_AXES["expert_down"]),
     }
 
 

@@ -42,6 +42,11 @@ class Quantized:
     layout: str = struct.field(pytree_node=False, default="rollout")
     inputs: str | None = struct.field(pytree_node=False, default=None)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[*out, in]."""
+        return self.array.shape
+
 
 def quantize(w: jax.Array, bits: int, layout: str = "rollout", inputs: str | None = None) -> Quantized:
     """w [*out, in] in 8 or 4 bits, off by at most half a step: the largest |w| that shares the scale over 254 or 14.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jspec.drafts.base import Draft
 from jspec.kernels import platform
 from jspec.model import Policy
+from jspec.sharding import agreed
 from jspec.speculate.cycle import cycle
 from jspec.speculate.pausing import pause, resume
 from jspec.speculate.state import State, admit, compact, grow, retire, rows_in_slots
@@ -84,6 +85,13 @@ def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array,
         def goes_on(state: State, fit: int = fit) -> Any:
             return state.more | (state.in_flight > fit)
 
+        def turn(carry: tuple[State, jax.Array], body: Any = body,
+                 goes_on: Any = goes_on) -> tuple[State, jax.Array]:
+            state = body(carry[0])
+            return state, agreed(goes_on(state))
+
         with jax.named_scope(f"loop_{rows}"):
-            state = jax.lax.while_loop(goes_on, body, state)
+            # what is agreed on is a part of the carry: a loop's test is no place for collectives
+            state, _ = jax.lax.while_loop(lambda carry: carry[1], turn,
+                                          (state, agreed(goes_on(state))))
     return state

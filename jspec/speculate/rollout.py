@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jspec.drafts.base import Draft, DraftState, Prefill
 from jspec.kernels import choose, picked
 from jspec.model import Cache, KeyValues, ModelConfig, Policy, Trunk, prefill, to_rollout
+from jspec.model.experts import weight_specs
 from jspec.model.pool import all_free, blocks_of, write_prompts
 from jspec.sharding import batch_axes, batch_shards, constrain, current_mesh
 from jspec.speculate.arguments import answerable, check, in_32_bits
@@ -177,7 +178,8 @@ def _adjacent(rows: int, group_size: int) -> int:
 
 def _on_shards(policy: Policy, run: Callable[..., Any], *args: Any) -> Any:
     """run(policy, draft, prefilled, asked, key) on every shard of the batch axes by itself: inside there are no
-    collectives across them, so none waits for the longest row of another before the end.
+    collectives across them, so none waits for the longest row of another before the end. Those along the axis `expert`
+    compute each other's tokens, and agree on how often they do (`sharding.agreed`).
 
     Axes of one device belong to none of it, and are taken along: then kernels have nothing left to split.
     """
@@ -185,8 +187,10 @@ def _on_shards(policy: Policy, run: Callable[..., Any], *args: Any) -> Any:
         return run(policy, *args)
     over = batch_axes(policy.layout)
     alone = {name for name, size in current_mesh().shape.items() if size == 1}
-    rows, whole = PartitionSpec(over), PartitionSpec()
-    return jax.shard_map(run, in_specs=(whole, whole, rows, rows, whole), out_specs=rows,
+    rows, draft = PartitionSpec(over), args[0]
+    weights = (weight_specs((policy, draft)) if "expert" in over
+               else (PartitionSpec(), PartitionSpec()))
+    return jax.shard_map(run, in_specs=(*weights, rows, rows, PartitionSpec()), out_specs=rows,
                          axis_names={*over, *alone}, check_vma=False)(policy, *args)
 
 

@@ -17,8 +17,15 @@ TABLES = {"table": {}, "fixed": {"sampled": False}, "sharp": {"spread": 2.0}}
 LAYERS = {"eagle3": 3}  # it fuses the states of three depths
 
 
+OF_EXPERTS = "+experts"
+"""Ends a drafter's name where the policy that it drafts for is to be sparse."""
+SPARSE = tuple(name + OF_EXPERTS for name in NAMES)
+
+
 def policy(name, *args, **options):
     """A `tiny.policy` with the layers that the drafter asks for."""
+    options = {**tiny.SPARSE, **options} if name.endswith(OF_EXPERTS) else options
+    name = name.removesuffix(OF_EXPERTS)
     return tiny.policy(*args,
                        **{"layers": LAYERS.get(VARIANTS.get(name, (name,))[0], 1), **options})
 
@@ -26,6 +33,7 @@ def policy(name, *args, **options):
 def make(name, policy, seed=0, scale=0.4):
     """A draft of tiny `policy`, weights shaken by `scale`: one of NAMES, or a `tiny.table_draft`,
     one of TABLES. A reduced vocabulary is every second id, from 0 on."""
+    name = name.removesuffix(OF_EXPERTS)
     if name in TABLES:
         return tiny.table_draft(policy, seed=seed, **TABLES[name])
     drafter, options = VARIANTS.get(name, (name, {}))

@@ -61,7 +61,7 @@ def check(draft, rule, *, k=2, samples=SAMPLES, kernels="auto", **sampling):
 
 CASES = [*((draft, "rejection", 2, {}) for draft in drafters.NAMES), ("sharp", "block", 2, {}),
          ("ngram", "coupled", 1, {"temperature": 0.7, "top_k": 3})]
-LONG = [*CASES,
+LONG = [*CASES, *((draft, "rejection", 2, {}) for draft in drafters.SPARSE),
         *((draft, rule, 3, {"min_new_tokens": 1}) for draft in drafters.NAMES for rule in RULES),
         ("table", "rejection", 1, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}),
         ("table", "rejection", 3, {}),

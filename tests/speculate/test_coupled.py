@@ -50,6 +50,18 @@ def test_equals_autoregressive(run, policy, draft, k):
         np.testing.assert_array_equal(plain.finished, fast.finished)
 
 
+@pytest.mark.parametrize("draft", [pytest.param(name, marks=() if name == "self+experts" else slow)
+                                   for name in drafters.SPARSE])
+def test_a_sparse_policy_is_itself_with_every_drafter(draft):
+    policy = drafters.policy(draft, 11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.25)
+    batch = make_batch()
+    plain, fast = (jspec.rollout(policy, made, batch, sampling=SAMPLING,
+                                 speculation=jspec.Speculation(k=2, rule="coupled"))
+                   for made in (None, drafters.make(draft, policy, seed=1, scale=0.05)))
+    assert_same(policy, batch, SAMPLING, plain, fast)
+    assert float(fast.acceptance_length) > 1.05
+
+
 @slow
 @pytest.mark.parametrize("draft, k", [("mtp", 2), ("ngram", 3)])
 def test_equals_autoregressive_when_truncated(run, policy, draft, k):

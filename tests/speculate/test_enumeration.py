@@ -84,11 +84,12 @@ def test_block_emits_the_autoregressive_distribution(draft, vocab, k, cycles, sa
     check(draft, vocab, k, cycles, "block", **sampling)
 
 
-QUICK = ("suffix", "eagle3-reduced")
+QUICK = ("suffix", "eagle3-reduced", "mtp+experts")
 
 
-@pytest.mark.parametrize("draft", [pytest.param(name, marks=() if name in QUICK
-                                                else pytest.mark.slow) for name in drafters.NAMES])
+@pytest.mark.parametrize("draft", [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in (*drafters.NAMES, *drafters.SPARSE)])
 def test_block_with_every_drafter(draft, monkeypatch):
     monkeypatch.setattr(enumeration, "ROWS", 256)
     check(draft, 3, 2, 2, "block", max_new_tokens=2, stop_tokens=(2,))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspec.drafts.base import Draft, Drafter, Proposal
-from jspec.model import ModelConfig, ParamSpec, init_policy, logits, train_forward
+from jspec.model import Experts, ModelConfig, ParamSpec, init_policy, logits, train_forward
 from jspec.speculate import PromptBatch, Rollout
 from tests.pallas_kernels.oracle import process
 
@@ -20,6 +20,11 @@ def config(vocab=4, *, layers=1, heads=2, kv_heads=1, hidden=16, scale=0.5, **op
                        num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
                        head_dim=hidden // heads, initializer_range=scale,
                        max_position_embeddings=64, **options)
+
+
+SPARSE = {"family": "qwen3_moe", "qk_norm": True,
+          "experts": Experts(count=4, top_k=2, intermediate_size=16)}
+"""Options that make it one of experts."""
 
 
 def policy(*args, seed=0, **options):

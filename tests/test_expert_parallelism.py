@@ -1,0 +1,96 @@
+"""A sparse policy's tokens and gradients are the same on one device and on eight, however experts,
+rows and matrices are split."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jspec
+from jspec.model import Experts, init_policy, policy_sharding
+from jspec.sharding import check_mesh, make_mesh
+from tests.speculate import tiny
+from tests.speculate.ties import assert_same
+from tests.test_sharding import learned, message, on_devices
+
+FEW = [dict(fsdp=2, expert=2, tensor=2)], ("self",)
+ALL = [dict(expert=8), dict(fsdp=2, expert=4), dict(data=2, expert=2, tensor=2),
+       dict(data=2, fsdp=2, expert=2), dict(data=2, fsdp=2, tensor=2), *FEW[0]], ("mtp", "self")
+LENGTHS = jspec.Sampling(max_new_tokens=8, stop_tokens=(3, 5, 9))
+"""Some shards are done long before others."""
+SCHEDULE = ((1, 1), (4, 2))
+
+
+def make():
+    """Two layers, the first of them dense; 8 experts, 2 a token."""
+    config = tiny.config(16, heads=8, kv_heads=4, hidden=32, layers=2, scale=0.4)
+    config = dataclasses.replace(config, family="qwen3_moe", qk_norm=True, experts=Experts(
+        count=8, top_k=2, intermediate_size=16, dense_layers=(0,)))
+    return init_policy(config, jax.random.key(0))
+
+
+def make_batch():
+    prompts = [[1, 2, 1, 2], [5], [7, 6, 7, 6, 7], [4, 4, 4]]
+    return jspec.PromptBatch.from_tokens(prompts, group_size=8, seed=0, buckets=(8,))
+
+
+def run(policy, name, slots=16):
+    draft = None if name is None else getattr(jspec.drafts, name)(policy, jax.random.key(1))
+    return jspec.rollout(policy, draft, make_batch(), sampling=LENGTHS,
+                         speculation=jspec.Speculation(k=SCHEDULE, rule="coupled"),
+                         batching=jspec.Batching(slots=slots))
+
+
+def worker(folder, meshes, drafters):
+    """An npz of tokens, and one of gradients, for each mesh."""
+    policy, placed = make(), []
+    for i, sizes in enumerate(meshes):
+        mesh = make_mesh(**{"data": 1, **sizes})
+        with jax.set_mesh(mesh):
+            sharding = policy_sharding(policy.config, mesh)
+            sharded = policy.replace(weights=jax.device_put(policy.weights, sharding))
+            outs = {name: run(sharded, name) for name in drafters}
+            np.savez(Path(folder) / f"{i}.npz", **{
+                f"{name} {field}": getattr(out, field) for name, out in outs.items()
+                for field in ("tokens", "lengths", "logprobs")})
+            np.savez(Path(folder) / f"learned-{i}.npz", **learned(sharded, micro_batch=8,
+                                                                  widths=(3,)))
+        placed.append(list(sharded.weights["layers"]["expert_down"].sharding.shard_shape(
+            (1, 8, 32, 16))))
+    print(json.dumps(placed))
+
+
+@pytest.mark.parametrize("meshes, drafters", [FEW, pytest.param(*ALL, marks=pytest.mark.slow)])
+def test_eight_devices_give_what_one_gives(meshes, drafters, tmp_path):
+    placed = on_devices(8, "from tests.test_expert_parallelism import worker; "
+                        f"worker({str(tmp_path)!r}, {meshes!r}, {drafters!r})")
+    policy = make()
+    one, whole = run(policy, None), learned(policy, widths=(6,))
+    for i, sizes in enumerate(meshes):
+        with np.load(tmp_path / f"{i}.npz") as data:
+            for name in drafters:
+                other = one.replace(tokens=data[f"{name} tokens"], lengths=data[f"{name} lengths"])
+                assert_same(policy, make_batch(), LENGTHS, one, other)
+                same = other.tokens == np.asarray(one.tokens)
+                gap = np.where(same, data[f"{name} logprobs"] - one.logprobs, 0)
+                np.testing.assert_allclose(gap, 0, atol=1e-5)
+        with np.load(tmp_path / f"learned-{i}.npz") as data:
+            assert data.keys() == whole.keys()
+            for name, x in whole.items():
+                np.testing.assert_allclose(data[name], x, rtol=0, err_msg=f"{sizes} {name}",
+                                           atol=1e-5 * (1e-3 + np.abs(x).max()))
+        expert, fsdp, tensor = (sizes.get(name, 1) for name in ("expert", "fsdp", "tensor"))
+        assert placed[i] == [1, 8 // expert, 32 // fsdp, 16 // tensor]
+
+
+def test_what_a_mesh_must_divide():
+    config = make().config
+    mesh = jax.sharding.AbstractMesh((1, 1, 3, 1), ("data", "fsdp", "expert", "tensor"))
+    text = message(lambda: policy_sharding(config, mesh))
+    assert "expert" in text and "3" in text and "8" in text
+    dense = dataclasses.replace(config, family="qwen3", experts=None)
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1), ("data", "fsdp", "expert", "tensor"))
+    assert "mesh.expert = 2" in message(lambda: check_mesh(dense, mesh))

@@ -203,7 +203,8 @@ def check_divides(model: Any, mesh: Any, layout: str = "train") -> None:
     """Raise InputError, naming the axis, if the mesh does not divide the model, a policy or what
     drafts for one. More shards than KV heads is fine."""
     rules, experts = LAYOUTS[layout], model.experts
-    sizes = {**split_sizes(model), "embed": model.hidden_size} | ({} if experts is None else {"expert": experts.count})
+    sizes = {**({} if experts is None else {"expert": experts.count}), **split_sizes(model),
+             "embed": model.hidden_size}
     for name, size in sizes.items():
         degree = _degree(mesh, rules.get(name, ()))
         if size % degree:

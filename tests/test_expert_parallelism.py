@@ -6,20 +6,22 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jspec
-from jspec.model import Experts, init_policy, policy_sharding
+from jspec.model import Experts, init_policy, logits, policy_sharding, train_forward
 from jspec.sharding import check_mesh, make_mesh
 from tests.speculate import tiny
 from tests.speculate.ties import assert_same
 from tests.test_sharding import learned, message, on_devices
 
-FEW = [dict(fsdp=2, expert=2, tensor=2)], ("self",)
+FEW = [dict(fsdp=2, expert=2, tensor=2)], (None,)
 ALL = [dict(expert=8), dict(fsdp=2, expert=4), dict(data=2, expert=2, tensor=2),
-       dict(data=2, fsdp=2, expert=2), dict(data=2, fsdp=2, tensor=2), *FEW[0]], ("mtp", "self")
-LENGTHS = jspec.Sampling(max_new_tokens=8, stop_tokens=(3, 5, 9))
+       dict(data=2, fsdp=2, expert=2), dict(data=2, fsdp=2, tensor=2), *FEW[0]], (None, "mtp",
+                                                                                  "self")
+SAMPLING = jspec.Sampling(max_new_tokens=8, stop_tokens=(3, 5, 9))
 """Some shards are done long before others."""
 SCHEDULE = ((1, 1), (4, 2))
 
@@ -37,11 +39,29 @@ def make_batch():
     return jspec.PromptBatch.from_tokens(prompts, group_size=8, seed=0, buckets=(8,))
 
 
-def run(policy, name, slots=16):
+def run(policy, name):
     draft = None if name is None else getattr(jspec.drafts, name)(policy, jax.random.key(1))
-    return jspec.rollout(policy, draft, make_batch(), sampling=LENGTHS,
-                         speculation=jspec.Speculation(k=SCHEDULE, rule="coupled"),
-                         batching=jspec.Batching(slots=slots))
+    return jspec.rollout(policy, draft, make_batch(), sampling=SAMPLING,
+                         speculation=jspec.Speculation(k=SCHEDULE if draft else 0, rule="coupled"),
+                         batching=jspec.Batching(slots=16))
+
+
+def gradient(policy):
+    """Of a number that is made of all logits, by name."""
+    tokens = make_batch().tokens[jnp.arange(16) % 4]
+
+    def number(weights):
+        made = policy.replace(weights=weights)
+        return jnp.square(logits(made, train_forward(made, tokens).hidden)).mean()
+
+    value, found = jax.jit(jax.value_and_grad(number))(policy.weights)
+    return {jax.tree_util.keystr(path): x
+            for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get((value, found)))}
+
+
+def learn(policy, drafters, **options):
+    """What is learned, of a whole update where the policy decodes with drafts."""
+    return learned(policy, **options) if "mtp" in drafters else gradient(policy)
 
 
 def worker(folder, meshes, drafters):
@@ -56,8 +76,8 @@ def worker(folder, meshes, drafters):
             np.savez(Path(folder) / f"{i}.npz", **{
                 f"{name} {field}": getattr(out, field) for name, out in outs.items()
                 for field in ("tokens", "lengths", "logprobs")})
-            np.savez(Path(folder) / f"learned-{i}.npz", **learned(sharded, micro_batch=8,
-                                                                  widths=(3,)))
+            np.savez(Path(folder) / f"learned-{i}.npz",
+                     **learn(sharded, drafters, micro_batch=8, widths=(3,)))
         placed.append(list(sharded.weights["layers"]["expert_down"].sharding.shard_shape(
             (1, 8, 32, 16))))
     print(json.dumps(placed))
@@ -68,12 +88,12 @@ def test_eight_devices_give_what_one_gives(meshes, drafters, tmp_path):
     placed = on_devices(8, "from tests.test_expert_parallelism import worker; "
                         f"worker({str(tmp_path)!r}, {meshes!r}, {drafters!r})")
     policy = make()
-    one, whole = run(policy, None), learned(policy, widths=(6,))
+    one, whole = run(policy, None), learn(policy, drafters, widths=(6,))
     for i, sizes in enumerate(meshes):
         with np.load(tmp_path / f"{i}.npz") as data:
             for name in drafters:
                 other = one.replace(tokens=data[f"{name} tokens"], lengths=data[f"{name} lengths"])
-                assert_same(policy, make_batch(), LENGTHS, one, other)
+                assert_same(policy, make_batch(), SAMPLING, one, other)
                 same = other.tokens == np.asarray(one.tokens)
                 gap = np.where(same, data[f"{name} logprobs"] - one.logprobs, 0)
                 np.testing.assert_allclose(gap, 0, atol=1e-5)

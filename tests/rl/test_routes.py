@@ -12,6 +12,7 @@ import pytest
 
 import jspec
 from jspec.model import Experts
+from jspec.model.experts import route
 from jspec.rl import update as up
 from jspec.rl.batch import make_batch
 from jspec.rl.micro_batches import accumulate, shapes
@@ -21,8 +22,8 @@ from jspec.rl.update_settings import UpdateSettings
 from tests.rl.test_update import close
 from tests.speculate import tiny
 
-P, G, T = 32, 4, 24
-SETTINGS = UpdateSettings(micro_batch=32, widths=(16,), kl_weight=0.1)
+LAYERS, P, G, T = 1, 32, 4, 24
+SETTINGS = UpdateSettings(micro_batch=32, widths=(T,))
 UNREPLAYED = dataclasses.replace(SETTINGS, replay_routes=False)
 
 
@@ -42,7 +43,7 @@ def learned_from(policy, prompts=P, cap=T):
 
 @pytest.fixture(scope="module")
 def policy():
-    return sparse_policy(2).replace(dtype="bfloat16")
+    return sparse_policy(LAYERS).replace(dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,13 @@ def batch(policy):
 
 @partial(jax.jit, static_argnames="settings")
 def metrics_of(policy, batch, settings):
-    """Those of an update against the policy itself, and the loss of every token."""
+    """Those of an update, of which nothing but the loss is computed."""
     prompts = prompt_states(policy, batch, settings)[0]
-    count = batch.mask.sum(dtype=jnp.float32)
+    anchor = (policy, prompts) if settings.kl_weight else None
 
     def one(micro):
-        _, (metrics, *_) = policy_loss(policy.weights, prompts, policy, (policy, prompts), micro,
-                                       count, settings)
+        _, (metrics, *_) = policy_loss(policy.weights, prompts, policy, anchor, micro,
+                                       batch.mask.sum(dtype=jnp.float32), settings)
         return metrics, metrics.pop("logprob_gap")
 
     metrics, gap = accumulate(one, batch, shapes(batch, settings.micro_batch, settings.widths))
@@ -72,7 +73,12 @@ def test_replayed_routes_close_the_gap(policy, batch):
     # counted in replay too, though what is computed with is the same
     assert 1e-3 < replayed["route_flip_rate"] < own["route_flip_rate"] * 1.5 < 0.15
     assert replayed["logprob_gap_flip_rate"] == 0 < own["logprob_gap_flip_rate"]
-    assert replayed["kl"] == own["kl"] == 0  # the reference is computed with them too
+
+
+@pytest.mark.slow
+def test_the_reference_is_computed_with_them_too(policy, batch):
+    settings = dataclasses.replace(SETTINGS, kl_weight=0.1, widths=(16,))
+    assert metrics_of(policy, batch, settings)["kl"] == 0
 
 
 def others(routes):
@@ -89,12 +95,12 @@ def test_a_planted_flip_is_counted_and_computed_with(policy, batch):
     def planted(routes, at):
         return routes.at[at].set(others(routes[at]))
 
-    # in both layers of a token that others came after, of a prompt's last one, which siblings
-    # share, and of a row's last one, of which nothing was computed; and two that are only swapped
-    routes = planted(planted(batch.routes, (row, 1, 0)), (row, 1, 1))
-    routes = planted(routes, (row, end, 0)).at[row, 2].set(routes[row, 2, :, ::-1])
-    of_prompts = planted(planted(batch.prompt_routes, (prompt, last, 0)), (prompt, last, 1))
-    wrong = batch.replace(routes=routes, prompt_routes=of_prompts)
+    # of a token that others came after, of a prompt's last one, which siblings share, and of a
+    # row's last one, of which nothing was computed; and two that are only swapped
+    routes = planted(planted(batch.routes, (row, 1, 0)), (row, end, 0))
+    routes = routes.at[row, 2].set(routes[row, 2, :, ::-1])
+    wrong = batch.replace(routes=routes,
+                          prompt_routes=planted(batch.prompt_routes, (prompt, last, 0)))
     before, after = (metrics_of(policy, b, UNREPLAYED) for b in (batch, wrong))
     tokens = float(batch.mask.sum())
     # of those that are planted none was flipped by rounding
@@ -105,9 +111,29 @@ def test_a_planted_flip_is_counted_and_computed_with(policy, batch):
             > 5 * metrics_of(policy, batch, SETTINGS)["logprob_gap"])
 
 
-def test_the_gradient_is_the_same_where_the_experts_are():
-    """In float32 none is flipped: the gates' gradients are of live logits, through micro-batches,
-    widths and recomputation."""
+def test_gates_of_replayed_experts_are_live():
+    """Their gradients are those of chosen ones, and others' are others."""
+    experts, keys = Experts(8, 2, 16), jax.random.split(jax.random.key(0), 3)
+    x, router = jax.random.normal(keys[0], (24, 32)), jax.random.normal(keys[1], (8, 32))
+    weights = jax.random.normal(keys[2], (24, 2))
+
+    def gradient(routes):
+        def loss(router):
+            _, gates, chosen = route(experts, router, x, routes)
+            return jnp.sum(gates * weights), chosen
+
+        return jax.grad(loss, has_aux=True)(router)
+
+    wanted, chosen = gradient(None)
+    np.testing.assert_array_equal(gradient(chosen)[0], wanted)
+    other, same = gradient((chosen + jnp.uint8(1)) % jnp.uint8(8))
+    np.testing.assert_array_equal(same, chosen)
+    assert optax.tree.norm(wanted) > 1e-3 and jnp.abs(other - wanted).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_updates_gradient_is_the_same_where_the_experts_are():
+    """In float32 none is flipped, through micro-batches, widths and recomputation."""
     policy = sparse_policy(1)
     made = learned_from(policy, prompts=2, cap=6)
     state = init_state(policy, None, SETTINGS, seed=0)

@@ -9,7 +9,6 @@ import jspec
 from jspec.model import Experts, pool, train_forward
 from jspec.rl.batch import join
 from tests.speculate import drafters, tiny
-from tests.speculate.ties import generated
 
 PROMPTS = [[1, 2, 1, 2, 1], list(range(1, 9)) * 2, [7, 6] * 3, [4]]
 SAMPLING = jspec.Sampling(max_new_tokens=12, min_new_tokens=9, stop_tokens=(3,),
@@ -31,45 +30,31 @@ def run(policy, draft=None, k=0, slots=None, kv_tokens=None, depths=None):
                          speculation=jspec.Speculation(k=k, rule="coupled", depths=depths))
 
 
-@pytest.fixture(scope="module")
-def plain(policy):
-    return run(policy)
-
-
-def check(policy, out):
-    """They are the training forward's, up to the token before the last, and elsewhere the experts
-    take turns."""
-    rows = join(BATCH.tokens, BATCH.lengths, out.tokens)
-    want = np.asarray(jax.jit(train_forward)(policy, rows).routes)
+@pytest.mark.parametrize("draft, k, slots, kv_tokens", [
+    ("ngram", ((2, 1), (12, 2)), None, 84),
+    *(pytest.param(draft, k, slots, None, marks=pytest.mark.slow)
+      for draft in drafters.NAMES for k, slots in ((2, 1), (3, 3))),
+    pytest.param(None, 0, None, None, marks=pytest.mark.slow)])
+def test_the_routes_are_the_training_forwards(policy, monkeypatch, draft, k, slots, kv_tokens):
+    """Up to the token before the last, through refilled slots, fewer of them, pauses and drafts
+    that are rejected; elsewhere the experts take turns."""
+    monkeypatch.setattr(pool, "BLOCK", 4)
+    out = run(policy, draft, k, slots, kv_tokens)
+    assert draft is None or np.any(out.stats.accepted < out.stats.drafted)
+    assert kv_tokens is None or out.stats.pauses[0] > 0 and out.stats.loop_cycles.min() > 0
+    want = np.asarray(jax.jit(train_forward)(
+        policy, join(BATCH.tokens, BATCH.lengths, out.tokens)).routes)
     got, of_prompts = np.asarray(out.routes), np.asarray(out.prompt_routes)
     assert got.shape == (12, 12, 2, 2) and of_prompts.shape == (4, 16, 2, 2)
-    assert got.dtype == of_prompts.dtype == np.uint8
+    assert got.dtype == of_prompts.dtype == np.uint8 and len(np.unique(got)) == 8
     turns = (2 * np.arange(16)[:, None, None] + np.arange(2)) % 8
+    assert set(np.asarray(out.lengths)) >= {1, 7, 12}
     for row, count in enumerate(np.asarray(out.lengths)):
         start = int(BATCH.lengths[row // 3])
         np.testing.assert_array_equal(of_prompts[row // 3, :start], want[row, :start])
         np.testing.assert_array_equal(got[row, :count - 1], want[row, start:start + count - 1])
         assert np.all(got[row, count - 1:] == turns[count - 1:12])
         assert np.all(of_prompts[row // 3, start:] == turns[start:])
-
-
-def test_the_routes_are_the_training_forwards(policy, plain):
-    check(policy, plain)
-    assert len(np.unique(plain.routes)) == 8 and set(np.asarray(plain.lengths)) >= {1, 7, 12}
-
-
-@pytest.mark.parametrize("draft, k, slots, kv_tokens", [
-    ("ngram", ((2, 1), (12, 2)), None, 84),
-    *(pytest.param(draft, k, slots, None, marks=pytest.mark.slow)
-      for draft in drafters.NAMES for k, slots in ((2, 1), (3, 3)))])
-def test_refilled_compacted_paused_and_rejected(policy, plain, monkeypatch, draft, k, slots,
-                                                kv_tokens):
-    monkeypatch.setattr(pool, "BLOCK", 4)
-    out = run(policy, draft, k, slots, kv_tokens)
-    assert generated(out) == generated(plain)
-    assert np.any(out.stats.accepted < out.stats.drafted)
-    assert kv_tokens is None or int(out.stats.pauses[0]) > 0
-    check(policy, out)
 
 
 def test_beside_the_states(policy):

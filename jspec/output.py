@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,3 +104,9 @@ def screen(**options: Any) -> PlainConsole:
     # asked first: a device is not to be woken before it is needed
     joined = jax.distributed.is_initialized()
     return PlainConsole(lambda: None, quiet=joined and jax.process_index() > 0, **options)
+
+
+def table_screen(stderr: bool) -> PlainConsole:
+    """The same for tables, on stderr or stdout: of a pipe or a file nobody knows how wide it is."""
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 120
+    return screen(stderr=stderr, width=wide)

@@ -47,7 +47,7 @@ def check_sizes(config: Config, mesh: Mesh, model: ModelConfig) -> None:
     rows, layout = config.data.prompts_per_step * config.data.group_size, "train"
     check_rows(rows, mesh, layout)
     if config.grpo.micro_batch:
-        check_rows(config.grpo.micro_batch, mesh, layout)
+        check_rows(config.grpo.micro_batch, mesh, layout, "grpo.micro_batch")
     shards = batch_shards(rollout_layout(config), mesh)
     k = 0 if config.draft.name == "none" else make_speculation(config, MOST).most
     check_batching("rollout.", make_batching(config), shards, rows, config.data.group_size,

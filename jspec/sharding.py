@@ -264,9 +264,11 @@ def batch_shards(layout: str, mesh: Any = None) -> int:
     return _degree(mesh or current_mesh(), LAYOUTS[layout]["batch"])
 
 
-def check_rows(rows: int, mesh: Any = None, layout: str = "train") -> None:
-    """Raise InputError if `rows` sequences cannot be split evenly over the mesh's batch axes."""
+def check_rows(rows: int, mesh: Any = None, layout: str = "train",
+               of: str = "prompts_per_step, group_size") -> None:
+    """Raise InputError if `rows` sequences cannot be split evenly over the mesh's batch axes. of:
+    what says how many they are."""
     degree = batch_shards(layout, mesh)
     if rows % degree:
         raise InputError(f"a batch of {rows} sequences is not divided by the mesh's {degree} batch shards "
-                         f"({' x '.join(LAYOUTS[layout]['batch'])}); change prompts_per_step, group_size or the mesh")
+                         f"({' x '.join(LAYOUTS[layout]['batch'])}); change {of} or the mesh")

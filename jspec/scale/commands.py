@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from jspec.config import Config, load_config
 from jspec.errors import InputError
-from jspec.output import open_output, screen
+from jspec.output import open_output, table_screen
 from jspec.prepare import make_speculation
 from jspec.scale.fit import fit
 from jspec.scale.published import shape_of
@@ -37,8 +36,7 @@ def answer(arguments: argparse.Namespace) -> int:
     )
     if arguments.json == "-":
         print(json.dumps(as_json(found)))
-    wide = None if sys.stdout.isatty() else 120  # of a pipe or a file nobody knows how wide it is
-    show(found, screen(stderr=arguments.json == "-", width=wide))
+    show(found, table_screen(stderr=arguments.json == "-"))
     if written is not None:
         written.write(json.dumps(as_json(found), indent=1) + "\n")
     if drawn is not None:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 from jspec.config import Config
 from jspec.errors import InputError
 from jspec.model import ModelConfig
-from jspec.output import open_output, screen
+from jspec.output import open_output, table_screen
 from jspec.prepare import check_draft, check_sizes, rollout_layout
 from jspec.scale import calibration, lengths
 from jspec.scale.chips import CHIPS, Chip
@@ -66,7 +66,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
                          "draft.name=mtp, or say --draft-cost or --costs")
     model = shape_of(config.model, arguments.model)
     found = [projected(config, model, on, arguments) for on in arguments.on]
-    console = screen(stderr=on_stdout)
+    console = table_screen(stderr=on_stdout)
     for one in found:
         for text in said(one):
             console.print(text, soft_wrap=True)

@@ -15,7 +15,7 @@ from jspec.scale.project import Answers, Cell, Projection, cycles, pays_from
 FLOOR = "expect 1.2 to 2 times it"
 BEST = "*"
 COLUMNS = 8
-"""Of ks in a table: what 80 characters hold."""
+"""Of ks in a table: more are not read, and not all screens hold them."""
 
 
 @dataclasses.dataclass(frozen=True)

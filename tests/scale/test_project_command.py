@@ -110,6 +110,27 @@ def test_bad_arguments_are_one_line(capsys, config, arguments, says):
     assert not out and says in err and err.count("\n") == 1
 
 
+def test_pictures_have_room_for_what_they_say(capsys, config, tmp_path):
+    """Many ks, a long source, a lag, and a row that no k reaches."""
+    source = "words " * 60
+    (tmp_path / "costs.json").write_text(json.dumps({
+        "source": source, "measured": [{"k": 3, "tokens": 3, "speedup": 1.5}]}))
+    drawn = tmp_path / "out.svg"
+    assert main(["project", config, "--on", "v5p-8", "--k", ",".join(map(str, range(1, 13))),
+                 "--tokens", "2,13,14", "--costs", str(tmp_path / "costs.json"), "--lag", "1",
+                 "--plot", str(drawn)]) == 0
+    out = capsys.readouterr().out
+    assert "k = 12" in out and "…" not in out and max(map(len, out.split("\n")[2:])) < 160
+    root, name = xml.parse(drawn).getroot(), "{http://www.w3.org/2000/svg}"
+    width, height = map(int, root.get("viewBox").split()[2:])
+    cells = [float(cell.get("x")) for cell in root.iter(name + "rect") if cell.get("rx")]
+    assert max(cells) < width - 44 and len(cells) == 2 * (12 + 1)
+    texts = list(root.iter(name + "text"))
+    assert all(len(text.text) < width / 6 and float(text.get("y")) < height for text in texts)
+    places = [(text.get("x"), text.get("y")) for text in texts]
+    assert len(set(places)) == len(places)
+
+
 def test_colors():
     assert color(1.0) == EVEN and color(4.0) == color(9.0) == FAST and color(0.4) == SLOW
     assert color(2.0)[0] < color(1.5)[0]

@@ -178,6 +178,14 @@ def forward(sizes: Sizes, chip: Chip, split: Split, rows: Numbers, context: Numb
                 multiplied / chip.rate(sizes.rate) + scored / chip.bf16, sent)
 
 
+def held_bytes(sizes: Sizes, split: Split, context: float) -> float:
+    """Of a device's memory, weights and keys and values alone. context: positions that its shard's
+    rows keep."""
+    experts = sizes.expert * sizes.experts * sizes.sparse_layers / split.expert
+    kept = sizes.kv_bytes * sizes.kv_values * context / min(split.tensor, sizes.kv_heads)
+    return sizes.weight_bytes * (sizes.dense + experts) / split.tensor + kept
+
+
 def to_experts(sizes: Sizes, states: Numbers, chip: Chip, split: Split) -> Numbers:
     """Seconds in which `states`, bytes of a shard, reach the shards of their experts; the way back
     takes as long."""

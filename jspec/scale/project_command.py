@@ -20,7 +20,7 @@ from jspec.output import open_output, table_screen
 from jspec.prepare import check_draft, check_sizes, rollout_layout
 from jspec.scale import calibration, lengths
 from jspec.scale.chips import CHIPS, Chip
-from jspec.scale.cycle_cost import Decoding, Sizes, Split, draft_sizes
+from jspec.scale.cycle_cost import Decoding, Sizes, Split, draft_sizes, held_bytes
 from jspec.scale.project import (
     Answers,
     Projection,
@@ -111,7 +111,17 @@ def projected(config: Config, model: ModelConfig, on: str,
         raise InputError(f"--tokens {levels[0]:g}: a cycle that drafts {max(arguments.k)} yields "
                          f"{max(arguments.k) + 1} at most; raise --k, or lower --tokens")
     return Projected(config.model.name, on, decoding, floor.answers, floor.lengths, found, levels,
-                     rows, measured, rest_from)
+                     rows, measured, rest_from, held(config, floor))
+
+
+def held(config: Config, floor: Floor) -> float:
+    """Bytes of a device that a rollout holds at the least when it is at its fullest: siblings share
+    the keys and values of their prompt, which are left out."""
+    spans, limit, split = floor.answers.spans, config.rollout.kv_tokens, floor.decoding.split
+    answers = spans.tokens / 2 - config.data.max_prompt_tokens  # of each, to a span's end
+    kept = float((spans.context + spans.live * answers).max())
+    return held_bytes(floor.decoding.policy, split,
+                      kept if limit is None else min(kept, limit / split.batch))
 
 
 def floor_of(config: Config, model: ModelConfig, on: str, arguments: argparse.Namespace) -> Floor:

@@ -60,7 +60,7 @@ def _panel(projected: Projected, left: int, top: int, what: str) -> Iterator[str
         yield _text(left + CELL * (j + 0.5), bottom + 18, str(k), anchor="middle")
     middle = left + CELL * len(projected.ks) / 2
     yield _text(middle, bottom + 36, "tokens drafted a cycle, k", 12, "normal", GREY, "middle")
-    x, y = left - 44, (top + bottom) / 2
+    x, y = left - 52, (top + bottom) / 2
     yield (f'  <text x="{x}" y="{y:g}" font-size="12" fill="{GREY}" text-anchor="middle" '
            f'transform="rotate(-90 {x} {y:g})">{_axis(projected)}</text>')
     yield _border(projected, left, bottom - 1, what)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from jspec.scale.chips import GIB
 from jspec.scale.cycle_cost import Decoding
 from jspec.scale.project import Answers, Cell, Projection, cycles, pays_from
 
@@ -28,6 +29,7 @@ class Projected:
       rows: cells, a row for each of `levels`: acceptances, or tokens a cycle.
       measured: what overhead and draft were measured on, in words; "": nothing was measured.
       rest_from: where the rest's seconds are from, in words.
+      held: bytes of a device that a rollout holds at the least.
     """
 
     policy: str
@@ -40,6 +42,7 @@ class Projected:
     rows: list[list[Cell | None]]
     measured: str
     rest_from: str
+    held: float
 
     @property
     def level(self) -> str:
@@ -130,7 +133,18 @@ def said(projected: Projected) -> list[str]:
             f"over {split.batch} shards{over}{experts}; {len(lengths):,} answers, "
             f"{lengths.mean():,.0f} tokens on average, {lengths.max():,.0f} at most.", basis,
             f"Without a draft: rollout {found.generation:.3g} s, the rest {found.rest:.3g} s "
-            f"({projected.rest_from}), {late}; generation is {found.share:.0%} of the work."]
+            f"({projected.rest_from}), {late}; generation is {found.share:.0%} of the work.",
+            *_too_much(projected)]
+
+
+def _too_much(projected: Projected) -> list[str]:
+    chip, held = projected.decoding.chip, projected.held
+    if held <= chip.granted_bytes:
+        return []
+    return [f"Of a machine that is too small: a rollout's weights, keys and values take "
+            f"{held / GIB:.0f} GiB a device at their fullest, and there are "
+            f"{chip.granted_bytes / GIB:.0f}. Lower rollout.slots or rollout.kv_tokens, or split "
+            "weights more ways; `jspec fit` counts all."]
 
 
 def summary(projected: Projected) -> str:
@@ -150,6 +164,7 @@ def as_data(projected: Projected) -> dict[str, Any]:
         "policy": projected.policy, "on": projected.on, "chip": decoding.chip.name,
         "projected": True, "measured": projected.measured or None, "rest_from": projected.rest_from,
         "split": dataclasses.asdict(decoding.split),
+        "held_bytes": projected.held, "granted_bytes": decoding.chip.granted_bytes,
         "overhead": dataclasses.asdict(decoding.overhead),
         "answers": len(projected.lengths), "tokens": float(projected.lengths.sum()),
         "longest": float(projected.lengths.max()), "lag": found.lag,

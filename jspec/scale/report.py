@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import textwrap
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -269,14 +270,20 @@ def of_floor(floor: Floor) -> dict[str, Any]:
 
 def svg(fit: Fit) -> str:
     """The bars of memory as a picture."""
-    room, left, top, step, width = fit.topology.chip.granted_bytes, 90, 46, 34, 640
+    room, left, step, width, beside = fit.topology.chip.granted_bytes, 90, 34, 640, 60
+    said = textwrap.wrap(verdict(fit), (left + width) // 8)
+    top = 28 + 18 * len(said)
     scale = width / (1.05 * max(room, *(program.needed for program in fit.programs)))
     height = top + step * len(fit.programs) + 70
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + beside}" '
+        f'height="{height}" font-size="12" '
+        "font-family=\"Helvetica, Arial, 'DejaVu Sans', sans-serif\">",
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="10" y="20" font-weight="bold">{escape(verdict(fit))}</text>',
+    ]
+    parts += [
+        f'<text x="10" y="{20 + 18 * i}" font-weight="bold">{escape(line)}</text>'
+        for i, line in enumerate(said)
     ]
     for i, program in enumerate(fit.programs):
         x, y = float(left), top + i * step

@@ -88,6 +88,8 @@ def test_the_answer_is_said_drawn_and_written(small, capsys):
     assert json.loads(json.dumps(as_json(small)))["fits"] is True
     drawn = ElementTree.fromstring(svg(small))
     assert len(drawn.findall("{http://www.w3.org/2000/svg}rect")) > len(small.programs)
+    texts = drawn.findall("{http://www.w3.org/2000/svg}text")
+    assert all(len(text.text) < int(drawn.get("width")) / 8 for text in texts)  # none is cut
 
 
 def test_sizes_that_do_not_go_together_are_one_line():

@@ -86,6 +86,20 @@ def test_the_rest_of_a_step_follows_the_config(capsys, config, tmp_path):
     capsys.readouterr()
 
 
+def test_a_machine_that_is_too_small_is_said(capsys, tmp_path):
+    config = str(ROOT / "configs" / "qwen3-30b-a3b-pod.yaml")
+    for more, says in (([], "150 GiB a device at their fullest, and there are 60."),
+                       (["rollout.kv_tokens=200000"], "75 GiB a device at their fullest"),
+                       (["--on", "h200-1", "rollout.kv_tokens=200000"], "")):
+        name = str(tmp_path / "out.json")
+        assert main(["project", config, "--on", "h100-1", "mesh.fsdp=1", "mesh.expert=1", *more,
+                     "--k", "1", "--lengths", "constant:1000", "--json", name]) == 0
+        out = capsys.readouterr().out
+        assert says in out and ("too small" in out) == bool(says)
+    held = json.loads(Path(name).read_text())[0]["held_bytes"]
+    assert held == pytest.approx(2 * (30.53e9 - 0.31e9) + 200_000 * 98_304, rel=1e-3)
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["--on", "v5p-1000"], "v5p"), (["--on", "nothing-8"], "gb200-512"),
     (["--on", "v5p-8", "--k", "0"], "whole number of at least 1"),

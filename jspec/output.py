@@ -23,13 +23,14 @@ class Output:
     def __init__(self, path: str | Path, option: str) -> None:
         self.option, self.path = option, Path(path)
         with self._explained():
-            self.path = self.path.expanduser().resolve()  # a link stays one
+            self.path = self.path.expanduser()
             if self.path.is_dir():
                 raise InputError(f"{option} {path} is a directory; name a file in it")
-            # /dev/stdout, a pipe: written as it is
+            # /dev/stdout, a pipe: written as it is, for its link leads to no name
             self.special = self.path.exists() and not self.path.is_file()
             if self.special:
                 return
+            self.path = self.path.resolve()  # a link stays one
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.unlink(self._temporary())
 

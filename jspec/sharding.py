@@ -208,7 +208,8 @@ def check_divides(model: Any, mesh: Any, layout: str = "train") -> None:
     for name, size in sizes.items():
         degree = _degree(mesh, rules.get(name, ()))
         if size % degree:
-            raise InputError(f"mesh axes {rules[name]} of {degree} shards do not divide the model's {name} = {size}")
+            raise InputError(f"mesh axes {rules[name]} of {degree} shards do not divide the model's {name} = {size}; "
+                             "use a divisor")
     degree = _degree(mesh, rules["kv_heads"])
     if model.num_kv_heads % degree and degree <= model.num_kv_heads:
         raise InputError(f"mesh axes {rules['kv_heads']} of {degree} shards do not divide num_kv_heads = "

@@ -43,6 +43,14 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path, name, message):
     assert str(caught.value).startswith("--json ") and message in str(caught.value)
 
 
+def test_a_pipe_is_written_as_it_is():
+    """Of /dev/fd/N the link leads to no file."""
+    reader, writer = os.pipe()
+    open_output(f"/dev/fd/{writer}", "--json").write("result\n")
+    assert os.read(reader, 100) == b"result\n"
+    os.close(reader), os.close(writer)
+
+
 def test_names_are_no_markup(capsys):
     screen().print("runs/[red]x :smile:")
     assert capsys.readouterr().out == "runs/[red]x :smile:\n"

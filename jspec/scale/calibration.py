@@ -132,7 +132,7 @@ def from_table(measured: Measured, decoding: Decoding) -> Overhead:
 def read(name: str, drafter: str) -> Measured:
     """The table in a file; of `jspec bench cost`, that of a drafter. Raises InputError."""
     path = arguments.path("--costs", name)
-    if not path.is_file():
+    if not (path.is_file() or path.is_fifo()):
         raise InputError(f"--costs {name}: there is no such file; it holds {SHAPES}")
     try:
         found = json.loads(path.read_text())

@@ -75,7 +75,7 @@ def parse(text: str, count: int, cap: int) -> np.ndarray:
 def read(name: str) -> list[float]:
     """The lengths in a file. Raises InputError."""
     path = arguments.path("--lengths", name)
-    if not path.is_file():
+    if not (path.is_file() or path.is_fifo()):
         raise InputError(f"--lengths {name}: there is no such file; name one with a JSON list or a "
                          "number a line, or say constant or tail")
     try:

@@ -95,7 +95,7 @@ def projected(config: Config, model: ModelConfig, on: str,
         table = calibration.read(arguments.costs, config.draft.name)
         there = floor
         if table.on:
-            with naming(f"--costs {arguments.costs} is of {table.on}"):
+            with naming(f"--costs {arguments.costs} is of another machine"):
                 there = floor_of(config, model, table.on, arguments)
         overhead = calibration.overhead_of(table, there.decoding, there.answers)
         decoding = dataclasses.replace(calibration.without_draft(decoding), overhead=overhead)
@@ -126,8 +126,7 @@ def held(config: Config, floor: Floor) -> float:
 
 def floor_of(config: Config, model: ModelConfig, on: str, arguments: argparse.Namespace) -> Floor:
     """Raises InputError where the config does not go on that machine."""
-    with naming("--on"):
-        chip, devices, slices = machine(on)
+    chip, devices, slices = machine(on)
     with naming(on):
         split = split_of(config, model, devices, slices)
     server = arguments.engine == "server"

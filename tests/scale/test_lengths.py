@@ -1,5 +1,8 @@
 """Answers' lengths, and rows that shrink, against a rollout that is played cycle by cycle."""
 
+import os
+import threading
+
 import numpy as np
 import pytest
 
@@ -34,6 +37,14 @@ def test_what_an_option_says(tmp_path):
 def test_bad_lengths(text, says):
     with pytest.raises(InputError, match=says):
         parse(text, 4, 8)
+
+
+def test_lengths_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writing = threading.Thread(target=(tmp_path / "pipe").write_text, args=("4 4",))
+    writing.start()
+    assert parse(str(tmp_path / "pipe"), 2, 8).tolist() == [4, 4]
+    writing.join()
 
 
 def test_lengths_beyond_the_cap_are_refused(tmp_path):

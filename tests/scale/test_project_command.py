@@ -104,6 +104,8 @@ def test_a_machine_that_is_too_small_is_said(capsys, tmp_path):
     (["--on", "v5p-1000"], "v5p"), (["--on", "nothing-8"], "gb200-512"),
     (["--on", "v5p-8", "--k", "0"], "whole number of at least 1"),
     (["--on", "v5p-8", "--acceptance", "1.5"], "at most 1"),
+    (["--on", "v5p-8", "--costs", str(ROOT / "benchmarks/published/qwen3_235b.json"),
+      "mesh.data=1"], "is of another machine: gb200-512: mesh data x fsdp"),
     (["--on", "v5p-8", "--costs", "a", "--draft-cost", "1"], "not allowed with"),
     (["--on", "v5p-8", "--generation-share", "1", "--rest", "1"], "not allowed with"),
     (["--on", "v5p-8", "--plot", "out.png"], "must end in .svg"),

@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests needs."""
 
 import functools
+import gc
 import importlib
 import os
 import shutil
@@ -9,17 +10,27 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import compile_plainly
+
 
 def pytest_configure(config):
     """What one process of a session compiles, the others and those that tests start read back. The
     next session starts anew; JAX_COMPILATION_CACHE_DIR in the environment names a folder that
     lasts, and empty none."""
+    if not in_full(config):
+        compile_plainly()
+    gc.set_threshold(100_000, 50, 50)  # tracing makes many objects, and next to no circles of them
     # else set by the user, or for this worker by its controller
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         directory = tempfile.mkdtemp(prefix="jspec-tests-compiled-")
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory,
                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+
+
+def in_full(config):
+    """Whether the full checks are asked for too: those see the code that users run."""
+    return config.getoption("markexpr") != "not slow"
 
 
 def pytest_collection_modifyitems(items):
@@ -69,12 +80,11 @@ def strict_promotion(request):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly(request):
     """Most tests compile for longer than they run, so by default they go without most of XLA's
-    optimizations. Not so modules marked `optimized`, which run for longer, and not the full checks:
-    those see the code that users run."""
+    optimizations. Not so modules marked `optimized`, which run for longer, and not the full
+    checks."""
     import jax
 
-    full = (request.config.getoption("markexpr") != "not slow"
-            or request.node.get_closest_marker("optimized"))
+    full = in_full(request.config) or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not full)
     # of the processes that tests start
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not full))

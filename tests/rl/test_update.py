@@ -19,6 +19,7 @@ from jspec.rl.losses import token_logprobs
 from jspec.rl.optimizers import draft_optimizer, inside_blocks, optimizers
 from jspec.rl.state import init_state
 from jspec.rl.update_settings import UpdateSettings, learned_from
+from tests.compiling import as_users_compile
 
 CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
                      num_kv_heads=2, head_dim=8, initializer_range=0.2)
@@ -29,7 +30,8 @@ P, G, L, T = 2, 4, 16, 6
 N = P * G
 
 gradients = partial(jax.jit, static_argnames="settings")(up.gradients)
-update = partial(jax.jit, static_argnames="settings")(up.update)
+update = partial(jax.jit, static_argnames="settings",
+                 compiler_options=as_users_compile())(up.update)
 
 
 def make_state(draft="mtp", settings=SETTINGS):

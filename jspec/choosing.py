@@ -18,8 +18,9 @@ from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.speculate.arguments import check
+from jspec.speculate.results import Rollout
 from jspec.speculate.schedule import Choice, Costs, choose_schedule, rates, reason
-from jspec.speculate.types import Batching, PromptBatch, Rollout, Sampling, Schedule, Speculation
+from jspec.speculate.types import Batching, PromptBatch, Sampling, Schedule, Speculation
 
 log = logging.getLogger(__name__)
 

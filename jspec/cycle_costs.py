@@ -32,9 +32,10 @@ from jspec.model import Policy
 from jspec.progress import telling
 from jspec.sharding import batch_shards, constrain, current_mesh
 from jspec.speculate.loops import loops
+from jspec.speculate.results import Rollout
 from jspec.speculate.rollout import Prefilled, continue_prompts, prefill_prompts, ready
 from jspec.speculate.schedule import Costs
-from jspec.speculate.types import Batching, PromptBatch, Rollout, Sampling, Speculation
+from jspec.speculate.types import Batching, PromptBatch, Sampling, Speculation
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from jspec import choosing, cycle_costs
 from jspec.choosing import LOOK_AGAIN, Chooser, Plan, missing, spread
 from jspec.errors import InputError
 from jspec.speculate import Batching, Sampling, Speculation
+from jspec.speculate.results import RolloutStats
 from jspec.speculate.schedule import Costs
-from jspec.speculate.types import RolloutStats
 from tests.speculate.tiny import finished, policy, table_draft
 
 FREE = Costs((4,), 1, ((4, 0.01),), ((4, 1, 0.01), (4, 2, 0.01), (4, 3, 0.01), (4, 4, 0.1)))

@@ -148,8 +148,8 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3,
                                 stop_tokens=(), pad_token=0, tokenless=(), experts=None)
     fused = default_depths(made.num_layers) if aux_depths is None else cast(tuple, aux_depths)
     config = Eagle3Config(made, block, fused, 0 if ids is None else len(ids), depths,
-                          norm_before_residual,
-                          norm_before_fc, fc_norm, norm_output, own_embed=own_embed)
+                          norm_before_residual, norm_before_fc, fc_norm, norm_output,
+                          own_embed=own_embed)
 
     def fresh(key: jax.Array, theirs: dict) -> dict:
         weights = init_weights(specs(config), key, made.initializer_range)

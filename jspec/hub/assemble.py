@@ -1,4 +1,5 @@
-"""From a source of tensors to the policy's arrays: chunk by chunk, each straight to its place in its shard."""
+"""From a source of tensors to the policy's arrays: chunk by chunk, each straight to its place in
+its shard."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 class TensorSource(Protocol):
-    """Tensors under transformers' names; a safetensors directory and a GGUF file are two of them."""
+    """Tensors under transformers' names; a safetensors directory and a GGUF file are two of
+    them."""
 
     @property
     def label(self) -> str:
@@ -36,7 +38,8 @@ class TensorSource(Protocol):
 
 
 def check_shapes(source: TensorSource, tensors: list[StoredTensor]) -> list[str]:
-    """The names that are left over. Raises InputError for the first tensor that is missing or of the wrong shape."""
+    """The names that are left over. Raises InputError for the first tensor that is missing or of
+    the wrong shape."""
     expected = {t.name: t.shape for t in tensors}
     shapes = source.shapes
     missing = [name for name in expected if name not in shapes]
@@ -46,7 +49,8 @@ def check_shapes(source: TensorSource, tensors: list[StoredTensor]) -> list[str]
         if tuple(shapes[name]) != shape:
             raise InputError(f"{source.label}: tensor {name} has shape {list(shapes[name])}, "
                              f"but the config says {list(shape)}")
-    return [name for name in shapes if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    return [name for name in shapes
+            if name not in expected and not name.endswith("rotary_emb.inv_freq")]
 
 
 def check_none_left(source: TensorSource, left: list[str], what: str) -> None:
@@ -81,13 +85,14 @@ def _more(names: list[str]) -> str:
 
 
 def _check_tied(source: TensorSource) -> None:
-    """A checkpoint may store a tied head twice; one that differs is a contradiction, not something to drop."""
+    """A checkpoint may store a tied head twice; one that differs is a contradiction, not something
+    to drop."""
     for start, stop in _chunks(source.shapes["lm_head.weight"]):
         names = ("lm_head.weight", "model.embed_tokens.weight")
         head, embed = (source.rows(name, start, stop) for name in names)
         if not np.array_equal(head, embed):
-            raise InputError(f"{source.label}: lm_head.weight differs from the embedding, but the config says "
-                             "tie_word_embeddings true; set it false")
+            raise InputError(f"{source.label}: lm_head.weight differs from the embedding, but the "
+                             "config says tie_word_embeddings true; set it false")
 
 
 def _chunks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -110,7 +115,8 @@ def _widen(rows: np.ndarray) -> np.ndarray:
 
 
 def _fill(buffers: dict[Bounds, np.ndarray], source: TensorSource, tensor: StoredTensor) -> None:
-    """Copy a stored tensor into every buffer that holds a part of it; chunks that none holds are not read."""
+    """Copy a stored tensor into every buffer that holds a part of it; chunks that none holds are
+    not read."""
     places = []
     for bounds, buffer in buffers.items():
         leading, own = bounds[:len(tensor.place)], bounds[len(tensor.place):]
@@ -126,17 +132,21 @@ def _fill(buffers: dict[Bounds, np.ndarray], source: TensorSource, tensor: Store
         for (first, *rest), target in wanted:
             low, high = max(start, first[0]), min(stop, first[1])
             columns = tuple(slice(*b) for b in rest)
-            target[low - first[0]:high - first[0]] = rows[(slice(low - start, high - start), *columns)]
+            target[low - first[0]:high - first[0]] = rows[(slice(low - start, high - start),
+                                                           *columns)]
 
 
-def assemble(source: TensorSource, tensors: list[StoredTensor], shape: tuple[int, ...], sharding: Any) -> jax.Array:
-    """One parameter from its stored tensors, placed as `sharding` has it (None: the default device)."""
+def assemble(source: TensorSource, tensors: list[StoredTensor], shape: tuple[int, ...],
+             sharding: Any) -> jax.Array:
+    """One parameter from its stored tensors, placed as `sharding` has it (None: the default
+    device)."""
     if sharding is None:
         devices: dict[Any, Bounds] = {None: tuple((0, n) for n in shape)}
     else:
         devices = {d: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
                    for d, index in sharding.addressable_devices_indices_map(shape).items()}
-    buffers = {bounds: _aligned(tuple(high - low for low, high in bounds)) for bounds in set(devices.values())}
+    buffers = {bounds: _aligned(tuple(high - low for low, high in bounds))
+               for bounds in set(devices.values())}
     for tensor in tensors:
         _fill(buffers, source, tensor)
     if sharding is None:
@@ -146,11 +156,12 @@ def assemble(source: TensorSource, tensors: list[StoredTensor], shape: tuple[int
 
 
 def read_weights(source: TensorSource, config: ModelConfig, mesh: Any = None) -> dict[str, Any]:
-    """The tree that `param_specs(config)` declares: float32, layers stacked, on the mesh (default: the current one).
+    """The tree that `param_specs(config)` declares: float32, layers stacked, on the mesh (default:
+    the current one).
 
-    Host memory holds the arrays being made and one chunk (4 MiB) of a stored tensor; each process reads only what its
-    own devices hold. Raises InputError for a tensor missing, left over or of the wrong shape, for a file cut short,
-    and if the mesh does not divide the model.
+    Host memory holds the arrays being made and one chunk (4 MiB) of a stored tensor; each process
+    reads only what its own devices hold. Raises InputError for a tensor missing, left over or of
+    the wrong shape, for a file cut short, and if the mesh does not divide the model.
     """
     check_tensors(source, config)
     specs = param_specs(config)

@@ -1,4 +1,5 @@
-"""Applying the output head to some positions at a time, so that logits [N, T, V] never exist at once."""
+"""Applying the output head to some positions at a time, so that logits [N, T, V] never exist at
+once."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CHUNK_TOKENS = 1024  # rows x positions whose logits exist at one time: with 49,152 ids, float32, 200 MB
+# rows x positions whose logits exist at one time: with 49,152 ids, float32, 200 MB
+CHUNK_TOKENS = 1024
 
 
 def split_chunks(tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
-    """Arrays [N, T, ...] as [chunks, N, size, ...], zero-padded along T. Chunks hold some positions of every row, so
-    that a batch sharded over rows stays balanced."""
+    """Arrays [N, T, ...] as [chunks, N, size, ...], zero-padded along T. Chunks hold some positions
+    of every row, so that a batch sharded over rows stays balanced."""
     n, t = jax.tree.leaves(tree)[0].shape[:2]
     size = min(t, max(1, chunk_tokens // n))
     chunks = -(-t // size)
@@ -26,9 +28,11 @@ def split_chunks(tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
 
 
 def map_chunks(fn: Callable[[Any], Any], tree: Any, chunk_tokens: int = CHUNK_TOKENS) -> Any:
-    """fn over chunks of a tree of [N, T, ...], one after the other; its results along a new leading axis.
+    """fn over chunks of a tree of [N, T, ...], one after the other; its results along a new leading
+    axis.
 
-    Each is recomputed in the backward pass, unless there is one only: then nothing could be saved by it.
+    Each is recomputed in the backward pass, unless there is one only: then nothing could be saved
+    by it.
     """
     chunks = split_chunks(tree, chunk_tokens)
     if jax.tree.leaves(chunks)[0].shape[0] == 1:

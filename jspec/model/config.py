@@ -5,7 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 
-from jspec.arguments import flag, instance, one_of, optional, real, settle, show, whole, whole_numbers
+from jspec.arguments import (
+    flag,
+    instance,
+    one_of,
+    optional,
+    real,
+    settle,
+    show,
+    whole,
+    whole_numbers,
+)
 from jspec.errors import InputError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -17,10 +27,12 @@ ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
 class RopeConfig:
     """Rotary position embedding and its scaling, with the names of the published configs.
 
-    `factor` is used by every scaling but `default`; `low_freq_factor`, `high_freq_factor` by `llama3`; the betas,
-    `attention_factor`, the mscales and `truncate` by `yarn`. `original_max_position` is the length before scaling.
+    `factor` is used by every scaling but `default`; `low_freq_factor`, `high_freq_factor` by
+    `llama3`; the betas, `attention_factor`, the mscales and `truncate` by `yarn`.
+    `original_max_position` is the length before scaling.
 
-    Raises InputError for a value of another type, and for numbers that would make angles which are none.
+    Raises InputError for a value of another type, and for numbers that would make angles which are
+    none.
     """
 
     theta: float = 10000.0
@@ -39,18 +51,22 @@ class RopeConfig:
     def __post_init__(self) -> None:
         ratio = real(low=1e-6, high=1e6)  # float32 has room for what is made of them
         settle(self, "rope ", scaling=one_of(ROPE_SCALINGS), theta=real(low=1), factor=real(low=1),
-               original_max_position=whole(), attention_factor=optional(ratio), mscale=real(low=0, high=1e6),
-               mscale_all_dim=real(low=0, high=1e6), truncate=flag,
-               **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), ratio))
+               original_max_position=whole(), attention_factor=optional(ratio),
+               mscale=real(low=0, high=1e6), mscale_all_dim=real(low=0, high=1e6), truncate=flag,
+               **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+                               ratio))
         if self.scaling in ("llama3", "yarn") and self.original_max_position < 1:
-            raise InputError(f"rope scaling {self.scaling} needs original_max_position, the length before scaling")
+            raise InputError(f"rope scaling {self.scaling} needs original_max_position, the length "
+                             "before scaling")
         if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise InputError(f"rope low_freq_factor = {self.low_freq_factor} must be below high_freq_factor = "
-                             f"{self.high_freq_factor}")
+            raise InputError(f"rope low_freq_factor = {self.low_freq_factor} must be below "
+                             f"high_freq_factor = {self.high_freq_factor}")
         if self.scaling == "yarn" and self.beta_fast < self.beta_slow:
-            raise InputError(f"rope beta_fast = {self.beta_fast} must be at least beta_slow = {self.beta_slow}")
+            raise InputError(f"rope beta_fast = {self.beta_fast} must be at least beta_slow "
+                             f"= {self.beta_slow}")
         if self.scaling == "yarn" and self.theta == 1:
-            raise InputError("rope theta = 1.0 must be above 1 for yarn, whose wavelengths are powers of it")
+            raise InputError("rope theta = 1.0 must be above 1 for yarn, whose wavelengths are "
+                             "powers of it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +78,11 @@ class Experts:
       count: experts of a layer. top_k: how many of them compute each token.
       intermediate_size: of one expert.
       renormalize: whether the gates of a token's experts are scaled to sum to one.
-      dense_layers: the layers that have a dense feed-forward instead, of the model's own intermediate_size.
+      dense_layers: the layers that have a dense feed-forward instead, of the model's own
+        intermediate_size.
 
-    Raises InputError, naming the field, for a value of another type, and for more experts a token than there are.
+    Raises InputError, naming the field, for a value of another type, and for more experts a token
+    than there are.
     """
 
     count: int
@@ -74,24 +92,27 @@ class Experts:
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        settle(self, "experts ", count=whole(1), top_k=whole(1), intermediate_size=whole(1), renormalize=flag,
-               dense_layers=whole_numbers)
+        settle(self, "experts ", count=whole(1), top_k=whole(1), intermediate_size=whole(1),
+               renormalize=flag, dense_layers=whole_numbers)
         if self.top_k > self.count:
-            raise InputError(f"experts top_k = {self.top_k} is more than the {self.count} experts of a layer")
+            raise InputError(f"experts top_k = {self.top_k} is more than the {self.count} experts "
+                             "of a layer")
         if self.count > MOST_EXPERTS:
-            raise InputError(f"experts count = {self.count} is more than {MOST_EXPERTS}, and routes are kept in bytes")
+            raise InputError(f"experts count = {self.count} is more than {MOST_EXPERTS}, and "
+                             "routes are kept in bytes")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer. Hashable, so that it can be the static part of a pytree.
 
-    `stop_tokens` are the end tokens of the checkpoint (config, generation config and tokenizer united). `tokenless` are
-    ranges [start, stop) of ids that the tokenizer has no token for, as vocabularies are padded to round sizes: they are
-    no part of the policy's distribution, in sampling and in training alike. `experts`: None where every layer's
-    feed-forward is dense.
+    `stop_tokens` are the end tokens of the checkpoint (config, generation config and tokenizer
+    united). `tokenless` are ranges [start, stop) of ids that the tokenizer has no token for, as
+    vocabularies are padded to round sizes: they are no part of the policy's distribution, in
+    sampling and in training alike. `experts`: None where every layer's feed-forward is dense.
 
-    Raises InputError, naming the field, for a value of another type and for one that no transformer has.
+    Raises InputError, naming the field, for a value of another type and for one that no transformer
+    has.
     """
 
     vocab_size: int
@@ -117,16 +138,20 @@ class ModelConfig:
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-                               "num_kv_heads", "head_dim", "max_position_embeddings"), whole(1))
-        flags = dict.fromkeys(("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"), flag)
-        settle(self, "", family=one_of(FAMILIES), **sizes, **flags, rms_norm_eps=real(low=1e-30, high=1),
-               rope=instance(RopeConfig, "a jspec.RopeConfig"), initializer_range=real(low=0, high=100),
-               stop_tokens=whole_numbers, pad_token=whole(),
-               experts=optional(instance(Experts, "a jspec.Experts")))
+        sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_layers",
+                               "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings"),
+                              whole(1))
+        flags = dict.fromkeys(("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"),
+                              flag)
+        settle(self, "", family=one_of(FAMILIES), **sizes, **flags,
+               rms_norm_eps=real(low=1e-30, high=1),
+               rope=instance(RopeConfig, "a jspec.RopeConfig"),
+               initializer_range=real(low=0, high=100), stop_tokens=whole_numbers,
+               pad_token=whole(), experts=optional(instance(Experts, "a jspec.Experts")))
         for token in self.stop_tokens:
             if token >= self.vocab_size:
-                raise InputError(f"stop token {token} is not an id of the vocabulary of {self.vocab_size}")
+                raise InputError(f"stop token {token} is not an id of the vocabulary of "
+                                 f"{self.vocab_size}")
         self._check_tokenless()
         if self.num_heads % self.num_kv_heads:
             raise InputError(
@@ -137,34 +162,41 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         if (self.family == "qwen3_moe") != (self.experts is not None):
-            raise InputError("family qwen3_moe has experts, and no other family has; set both or neither")
+            raise InputError("family qwen3_moe has experts, and no other family has; set both or "
+                             "neither")
         if self.experts is None:
             return
         if self.mlp_bias:
             raise InputError("mlp_bias is not supported beside experts")
         outside = [i for i in self.experts.dense_layers if i >= self.num_layers]
         if outside:
-            raise InputError(f"experts dense_layers has {outside[0]}, and there are only {self.num_layers} layers")
+            raise InputError(f"experts dense_layers has {outside[0]}, and there are only "
+                             f"{self.num_layers} layers")
         if len(set(self.experts.dense_layers)) == self.num_layers:
-            raise InputError("experts dense_layers names every layer; leave experts out for a dense model")
+            raise InputError("experts dense_layers names every layer; leave experts out for "
+                             "a dense model")
 
     def _check_tokenless(self) -> None:
         given = self.tokenless
-        if not isinstance(given, list | tuple) or not all(isinstance(r, list | tuple) for r in given):
-            shown = f"[{', '.join(map(show, given[:4]))}]" if isinstance(given, list | tuple) else show(given)
+        if (not isinstance(given, list | tuple)
+            or not all(isinstance(r, list | tuple) for r in given)):
+            shown = (f"[{', '.join(map(show, given[:4]))}]" if isinstance(given, list | tuple)
+                     else show(given))
             raise InputError(f"tokenless must be ranges [start, stop) of ids, not {shown}")
         ranges = tuple(whole_numbers("a range of tokenless", r) for r in self.tokenless)
         object.__setattr__(self, "tokenless", ranges)
         before = 0
         for r in ranges:
             if len(r) != 2 or not before <= r[0] < r[1]:
-                raise InputError(f"tokenless must be ascending ranges [start, stop) of ids that do not overlap, and "
-                                 f"{list(r)} is none after {before}")
+                raise InputError("tokenless must be ascending ranges [start, stop) of ids that do "
+                                 f"not overlap, and {list(r)} is none after {before}")
             before = r[1]
         if before > self.vocab_size:
-            raise InputError(f"tokenless range {list(ranges[-1])} is outside the vocabulary of {self.vocab_size}")
+            raise InputError(f"tokenless range {list(ranges[-1])} is outside the vocabulary of "
+                             f"{self.vocab_size}")
         if sum(stop - start for start, stop in ranges) == self.vocab_size:
-            raise InputError("tokenless leaves no id of the vocabulary; one id at least must have a token")
+            raise InputError("tokenless leaves no id of the vocabulary; one id at least must have "
+                             "a token")
 
     @property
     def group(self) -> int:

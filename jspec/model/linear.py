@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jspec.model.quantized import Quantized, product
 from jspec.sharding import current_mesh
 
-# XLA's matrix product on a CPU keeps to one core where a side has few rows, as in decoding. Given a part of the other
-# side for each core it is 1.3 to 2.6 times as fast (SmolLM2's shapes, 2 to 64 rows); parts must not become too small.
+# XLA's matrix product on a CPU keeps to one core where a side has few rows, as in decoding. Given a
+# part of the other side for each core it is 1.3 to 2.6 times as fast (SmolLM2's shapes, 2 to 64
+# rows); parts must not become too small.
 FEW_ROWS, LEAST_PART = 64, 256
 
 
@@ -29,17 +30,21 @@ def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None,
         y = product(x, w).astype(out_dtype or x.dtype)
         return y if b is None else y + b.astype(y.dtype)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=out_dtype or x.dtype)
+    dot = partial(jax.lax.dot_general, precision=precision,
+                  preferred_element_type=out_dtype or x.dtype)
     w = w.astype(x.dtype)
     if current_mesh().size > 1:
         y = dot(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
-    else:  # of more dimensions, XLA's CPU compiler loses its fast paths; sharded ones must be kept apart
+    else:
+        # of more dimensions, XLA's CPU compiler loses its fast paths; sharded ones must be kept
+        # apart
         y = _product(dot, x, w.reshape(-1, w.shape[-1])).reshape(*x.shape[:-1], *w.shape[:-1])
     return y if b is None else y + b.astype(y.dtype)
 
 
 def _product(dot: Callable, x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x [..., in] times matrix [out, in] -> [..., out], on one device; on a CPU each core gets a part of the matrix."""
+    """x [..., in] times matrix [out, in] -> [..., out], on one device; on a CPU each core gets a
+    part of the matrix."""
     count, size = math.prod(x.shape[:-1]), matrix.shape[0]
     cores = range(2, (os.cpu_count() or 1) + 1)
     parts = max((n for n in cores if size % n == 0 and size // n >= LEAST_PART), default=1)

@@ -1,6 +1,8 @@
-"""Keys and values in blocks of a pool: what is allocated, shared, copied and freed is a block, never a row's cache.
+"""Keys and values in blocks of a pool: what is allocated, shared, copied and freed is a block,
+never a row's cache.
 
-A row's line of a block table says where its positions lie. Rows shrink, move, refill and share by their lines alone.
+A row's line of a block table says where its positions lie. Rows shrink, move, refill and share by
+their lines alone.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import numpy as np
 from flax import struct
 
 BLOCK = 128
-"""Positions of a block: a line of a TPU's vector memory, and few enough that a row wastes little of its last one."""
-_TILE = 16  # positions of a tile of a TPU's memory: where one block is enough for a row it is a few of them
+"""Positions of a block: a line of a TPU's vector memory, and few enough that a row wastes little of
+its last one."""
+# positions of a tile of a TPU's memory: where one block is enough for a row it is a few of them
+_TILE = 16
 
 Count = TypeVar("Count", int, jax.Array)
 
@@ -38,9 +42,11 @@ class Cache:
     """Keys and values of B rows.
 
     Attributes:
-      k, v: one array a layer, [blocks, kv_heads, size, head_dim] in the compute dtype. What lies beyond a row's length
-        in its blocks is garbage that the next write at that position replaces.
-      table: int32 [B, M], see `pallas_kernels.verify_attention`: a row's blocks in order; `blocks` where it has none.
+      k, v: one array a layer, [blocks, kv_heads, size, head_dim] in the compute dtype. What lies
+        beyond a row's length in its blocks is garbage that the next write at that position
+        replaces.
+      table: int32 [B, M], see `pallas_kernels.verify_attention`: a row's blocks in order; `blocks`
+        where it has none.
     """
 
     k: tuple[jax.Array, ...]
@@ -63,8 +69,9 @@ class Cache:
 
 
 def write_prompts(prompts: KeyValues, table: jax.Array, blocks: int, size: int) -> Cache:
-    """A pool of that many blocks of `size`, zeros but for the prompts: prompt p's positions lie in the blocks of its
-    line of the table, int32 [P, M]; those of entries that are no block are left out."""
+    """A pool of that many blocks of `size`, zeros but for the prompts: prompt p's positions lie in
+    the blocks of its line of the table, int32 [P, M]; those of entries that are no block are left
+    out."""
     def write(x: jax.Array) -> jax.Array:
         p, length, heads, d = x.shape
         x = jnp.pad(x, ((0, 0), (0, table.shape[1] * size - length), (0, 0), (0, 0)))
@@ -78,20 +85,20 @@ def cache_of(prompts: KeyValues, positions: int) -> Cache:
     """The cache of rows that are whole prompts, each with blocks of its own for `positions`."""
     size = block_size(positions)
     rows, columns = prompts[0][0].shape[0], blocks_of(positions, size)
-    return write_prompts(prompts, jnp.arange(rows * columns, dtype=jnp.int32).reshape(rows, columns), rows * columns,
-                         size)
+    return write_prompts(prompts, jnp.arange(rows * columns, dtype=jnp.int32)
+                         .reshape(rows, columns), rows * columns, size)
 
 
 def rows_of(pool: jax.Array, table: jax.Array) -> np.ndarray:
-    """What a pool [blocks, kv_heads, size, head_dim] holds of the rows of a table, [B, kv_heads, M * size, head_dim];
-    for looking at."""
+    """What a pool [blocks, kv_heads, size, head_dim] holds of the rows of a table,
+    [B, kv_heads, M * size, head_dim]; for looking at."""
     held = np.asarray(pool)[np.minimum(np.asarray(table), len(pool) - 1)].swapaxes(1, 2)
     return held.reshape(*held.shape[:2], -1, held.shape[-1])
 
 
 def copy_entry(array: jax.Array, target: jax.Array, of: jax.Array, source: jax.Array) -> jax.Array:
-    """The array with its entry `target` replaced by entry `source` of another, which may lie in another memory, or of
-    itself; int32 scalars. Nothing but the entry is moved."""
+    """The array with its entry `target` replaced by entry `source` of another, which may lie in
+    another memory, or of itself; int32 scalars. Nothing but the entry is moved."""
     entry, space = jax.lax.dynamic_slice_in_dim(of, source, 1), jax.typeof(array).memory_space
     if jax.typeof(of).memory_space != space:
         entry = jax.device_put(entry, space)
@@ -99,10 +106,11 @@ def copy_entry(array: jax.Array, target: jax.Array, of: jax.Array, source: jax.A
 
 
 def copy_block(cache: Cache, target: jax.Array, of: Cache, source: jax.Array) -> Cache:
-    """The cache with its block `target` replaced by block `source` of another or of itself, in every layer; int32
-    scalars."""
+    """The cache with its block `target` replaced by block `source` of another or of itself, in
+    every layer; int32 scalars."""
     def copy(pools: tuple[jax.Array, ...], others: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(copy_entry(pool, target, other, source) for pool, other in zip(pools, others, strict=True))
+        return tuple(copy_entry(pool, target, other, source)
+                     for pool, other in zip(pools, others, strict=True))
 
     return cache.replace(k=copy(cache.k, of.k), v=copy(cache.v, of.v))
 
@@ -112,7 +120,8 @@ class FreeBlocks:
     """A stack of the blocks that no row has.
 
     Attributes:
-      ids: int32 [blocks + M]; the first `count` are free, the rest is garbage (room for a whole line to be pushed).
+      ids: int32 [blocks + M]; the first `count` are free, the rest is garbage (room for a whole
+        line to be pushed).
       count: int32 scalar. fewest: int32 scalar, the smallest count so far.
     """
 
@@ -122,14 +131,15 @@ class FreeBlocks:
 
 
 def all_free(first: jax.Array, blocks: int, columns: int) -> FreeBlocks:
-    """Blocks first (int32 scalar) .. blocks - 1, of which the lowest is taken first; lines have at most `columns`
-    entries."""
+    """Blocks first (int32 scalar) .. blocks - 1, of which the lowest is taken first; lines have at
+    most `columns` entries."""
     count = jnp.asarray(blocks - first, jnp.int32)
     return FreeBlocks(blocks - 1 - jnp.arange(blocks + columns, dtype=jnp.int32), count, count)
 
 
 def take(free: FreeBlocks, wanted: jax.Array) -> tuple[jax.Array, FreeBlocks]:
-    """A block for each true of wanted, bool [...]: int32 [...], garbage where it is false. There must be as many."""
+    """A block for each true of wanted, bool [...]: int32 [...], garbage where it is false. There
+    must be as many."""
     order = jnp.cumsum(wanted.ravel()).reshape(wanted.shape)
     ids = free.ids[jnp.maximum(free.count - order, 0)]
     count = free.count - wanted.sum(dtype=jnp.int32)

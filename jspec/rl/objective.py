@@ -1,6 +1,8 @@
-"""What the update minimises: the policy's clipped objective, and the draft's own loss, of one forward.
+"""What the update minimises: the policy's clipped objective, and the draft's own loss, of one
+forward.
 
-Prompts are computed once, before the responses, which continue their keys and values in micro-batches.
+Prompts are computed once, before the responses, which continue their keys and values in
+micro-batches.
 """
 
 from __future__ import annotations
@@ -15,14 +17,7 @@ from jspec.drafts import Draft
 from jspec.drafts.base import DraftBatch
 from jspec.model import Policy, Trunk, prompt_forward, response_forward
 from jspec.rl.batch import TrainBatch, join
-from jspec.rl.losses import (
-    clipped_objective,
-    histogram,
-    k3,
-    outside,
-    predicting,
-    token_logprobs,
-)
+from jspec.rl.losses import clipped_objective, histogram, k3, outside, predicting, token_logprobs
 from jspec.rl.micro_batches import MicroBatch, blocks_of, least_tokens, shapes
 from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import block_rows, constrain
@@ -47,8 +42,8 @@ def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
                   features: tuple[int, ...] = ()) -> tuple[PromptStates, Trunk]:
     """What responses continue, and the prompts' Trunk with `features`.
 
-    As many prompts at a time as hold no more tokens than a micro-batch. Where that is not all of them, the backward
-    pass computes them anew.
+    As many prompts at a time as hold no more tokens than a micro-batch. Where that is not all of
+    them, the backward pass computes them anew.
     """
     def of_some(prompts, lengths, routes) -> tuple[PromptStates, Trunk]:
         trunk, keys_values = jax.lax.optimization_barrier(
@@ -70,11 +65,13 @@ def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
         return of_some(batch.prompts, batch.prompt_lengths, batch.prompt_routes)
 
     def split(x) -> jax.Array:
-        return x.reshape(blocks, -1, together, *x.shape[1:]).swapaxes(0, 1).reshape(-1, blocks * together, *x.shape[1:])
+        return x.reshape(blocks, -1, together,
+                         *x.shape[1:]).swapaxes(0, 1).reshape(-1, blocks * together, *x.shape[1:])
 
     def merged(x, axis) -> jax.Array:  # [chunks, ..., blocks x together, ...] -> [..., P, ...]
         x = jnp.moveaxis(x, 0, axis)
-        x = x.reshape(*x.shape[:axis], -1, blocks, together, *x.shape[axis + 2:]).swapaxes(axis, axis + 1)
+        x = x.reshape(*x.shape[:axis], -1, blocks, together,
+                      *x.shape[axis + 2:]).swapaxes(axis, axis + 1)
         return x.reshape(*x.shape[:axis], count, *x.shape[axis + 3:])
 
     states, trunk = jax.lax.map(lambda chunk: jax.checkpoint(of_some)(*chunk),
@@ -87,26 +84,30 @@ def prompt_states(policy: Policy, batch: TrainBatch, settings: UpdateSettings,
 
 
 def flipped(chosen: jax.Array, routes: jax.Array) -> jax.Array:
-    """The share of the sparse layers that would have a token computed by other experts than `routes`, both uint8
-    [..., sparse layers, top_k]: float32 [...]. The order of the experts does not count."""
+    """The share of the sparse layers that would have a token computed by other experts than
+    `routes`, both uint8 [..., sparse layers, top_k]: float32 [...]. The order of the experts does
+    not count."""
     among = (chosen[..., :, None] == routes[..., None, :]).any(-1).all(-1)
     return jnp.mean(~among, axis=-1, dtype=jnp.float32)
 
 
-def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tuple[Policy, PromptStates] | None,
+def policy_loss(weights: Any, prompts: PromptStates, policy: Policy,
+                anchor: tuple[Policy, PromptStates] | None,
                 micro: MicroBatch, count: jax.Array, settings: UpdateSettings,
                 features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict, Trunk, jax.Array]]:
-    """The clipped objective of a micro-batch's rows over the global `count` of trained tokens, plus the KL where asked
-    for. prompts: of the policy; anchor: the reference with its own.
+    """The clipped objective of a micro-batch's rows over the global `count` of trained tokens, plus
+    the KL where asked for. prompts: of the policy; anchor: the reference with its own.
 
-    Returns (loss, (metrics, the responses' trunk with `features`, log-probabilities of their tokens)). Metrics are the
-    rows' share of token means over `count`, so that those of micro-batches add up; `gap_counts` are the
-    `losses.histogram` of the gaps, and `logprob_gap` is their maximum.
+    Returns (loss, (metrics, the responses' trunk with `features`, log-probabilities of their
+    tokens)). Metrics are the rows' share of token means over `count`, so that those of
+    micro-batches add up; `gap_counts` are the `losses.histogram` of the gaps, and `logprob_gap` is
+    their maximum.
     """
     rows = micro.rows
-    trunk, logprobs, entropy = response_logprobs(policy.replace(weights=weights), prompts, micro, settings, features)
-    surrogate, clipped = clipped_objective(logprobs, rows.logprobs, rows.advantages, rows.mask, settings.clip_low,
-                                           settings.clip_high)
+    trunk, logprobs, entropy = response_logprobs(policy.replace(weights=weights), prompts, micro,
+                                                 settings, features)
+    surrogate, clipped = clipped_objective(logprobs, rows.logprobs, rows.advantages, rows.mask,
+                                           settings.clip_low, settings.clip_high)
     gap = jnp.where(rows.mask, jnp.abs(logprobs - rows.logprobs), 0.0)
 
     def mean(x) -> jax.Array:
@@ -119,7 +120,8 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tup
                                                      settings.clip_high))}
     if rows.routes is not None:
         flips = flipped(trunk.routes, rows.routes)
-        metrics["route_flip_rate"] = mean(predicting(block_rows(prompts.flips, micro.prompts), flips))
+        metrics["route_flip_rate"] = mean(predicting(block_rows(prompts.flips, micro.prompts),
+                                                     flips))
     if anchor is not None:
         _, anchored, _ = response_logprobs(*anchor, micro, settings)
         metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchored), rows.mask))
@@ -127,34 +129,42 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy, anchor: tup
     return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunk, logprobs)
 
 
-def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch, settings: UpdateSettings,
+def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch,
+                      settings: UpdateSettings,
                       features: tuple[int, ...] = ()) -> tuple[Trunk, jax.Array, jax.Array]:
     """(trunk of the responses, log-probabilities of their tokens, entropy, both float32 [N, T])."""
     tokens = micro.rows.tokens
     trunk = jax.lax.optimization_barrier(response_forward(
-        policy, tokens, micro.rows.prompt_lengths, prompts.keys_values, micro.prompts, depths=features,
+        policy, tokens, micro.rows.prompt_lengths, prompts.keys_values, micro.prompts,
+        depths=features,
         remat=settings.remat, routes=micro.rows.routes if settings.replay_routes else None))
     hidden = predicting(block_rows(prompts.last, micro.prompts), trunk.hidden)
     return trunk, *token_logprobs(policy, hidden, tokens, settings.temperature)
 
 
-def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk] | None, logprobs: jax.Array,
-               batch: TrainBatch, settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The drafter's own loss, a sum over trained tokens, with the policy and all that it computed detached.
+def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk] | None,
+               logprobs: jax.Array, batch: TrainBatch,
+               settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The drafter's own loss, a sum over trained tokens, with the policy and all that it computed
+    detached.
 
-    trunks: of the rows' prompts and of their responses, routes left out; None: the states are those of the batch,
-    whose rows have no gap already.
+    trunks: of the rows' prompts and of their responses, routes left out; None: the states are those
+    of the batch, whose rows have no gap already.
     Returns (loss, metrics), all of them sums over trained tokens.
     """
-    # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA must not share or
-    # fuse anything of the two.
-    policy, trunks, logprobs = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, trunks, logprobs)))
+    # The barrier is what keeps the policy's gradients the same bits with and without a draft: XLA
+    # must not share or fuse anything of the two.
+    policy, trunks, logprobs = jax.lax.optimization_barrier(jax.lax.stop_gradient((policy, trunks,
+                                                                                   logprobs)))
     tokens = join(batch.prompts, batch.prompt_lengths, batch.tokens)
     if trunks is None:
-        trunk = jax.tree.map(lambda x: constrain(x[:, :tokens.shape[1]], "train", "batch", None, None), batch.trunk)
+        trunk = jax.tree.map(lambda x: constrain(x[:, :tokens.shape[1]], "train", "batch", None,
+                                                 None), batch.trunk)
     else:
-        trunk = jax.tree.map(lambda prompt, response: join(prompt, batch.prompt_lengths, response), *trunks)
+        trunk = jax.tree.map(lambda prompt, response: join(prompt, batch.prompt_lengths, response),
+                             *trunks)
     start = jnp.repeat(batch.prompt_lengths, batch.group_size)
     rows = DraftBatch(trunk, tokens, start, batch.mask, logprobs, jnp.asarray(settings.temperature))
-    loss, _, metrics = draft.drafter.loss(policy, draft.replace(weights=weights), rows, settings.draft_loss)
+    loss, _, metrics = draft.drafter.loss(policy, draft.replace(weights=weights), rows,
+                                          settings.draft_loss)
     return loss, {**metrics, "loss": loss}

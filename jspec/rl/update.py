@@ -1,15 +1,18 @@
-"""The GRPO update: policy loss and detached draft loss from one forward, each with an optimizer of its own.
+"""The GRPO update: policy loss and detached draft loss from one forward, each with an optimizer of
+its own.
 
-One jitted, donated step. Prompts are computed once, before the responses, which continue their keys and values in
-micro-batches of like length (`jspec.rl.micro_batches`); what the responses' gradients say of those keys and values then
-goes back through the prompts, once as well. The draft's gradient is taken of the draft's weights only, from hidden
-states behind `stop_gradient`, so that nothing of it reaches the policy; a barrier on those states keeps XLA from
-compiling the policy's part differently because somebody else reads them.
+One jitted, donated step. Prompts are computed once, before the responses, which continue their keys
+and values in micro-batches of like length (`jspec.rl.micro_batches`); what the responses' gradients
+say of those keys and values then goes back through the prompts, once as well. The draft's gradient
+is taken of the draft's weights only, from hidden states behind `stop_gradient`, so that nothing of
+it reaches the policy; a barrier on those states keeps XLA from compiling the policy's part
+differently because somebody else reads them.
 
-With `draft_features="rollout"` the draft learns in a step of its own (`update_draft`), from the states that the
-verifier computed, before the policy's update or while rewards are computed.
+With `draft_features="rollout"` the draft learns in a step of its own (`update_draft`), from the
+states that the verifier computed, before the policy's update or while rewards are computed.
 
-A loop of one's own finds all that it takes here: `UpdateSettings`, `init_state`, `make_batch`, `update`.
+A loop of one's own finds all that it takes here: `UpdateSettings`, `init_state`, `make_batch`,
+`update`.
 """
 
 from __future__ import annotations
@@ -41,12 +44,13 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
               settings: UpdateSettings) -> tuple[Any, Any]:
     """Gradients and metrics of all rows, micro-batch by micro-batch, accumulated in float32.
 
-    Returns ((policy gradients, policy metrics), (draft gradients, draft metrics) or None). Gradients of the policy are
-    of the token mean over all rows; the draft's too.
+    Returns ((policy gradients, policy metrics), (draft gradients, draft metrics) or None).
+    Gradients of the policy are of the token mean over all rows; the draft's too.
     """
     count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
     with_draft = trains_draft(state.draft, settings) and learned_from(state.draft, settings) is None
-    features, config = state.draft.drafter.features(state.draft.config) if with_draft else (), state.policy.config
+    features, config = (state.draft.drafter.features(state.draft.config) if with_draft else (),
+                        state.policy.config)
 
     def of_prompts(weights) -> tuple[PromptStates, Trunk]:
         with jax.named_scope("policy_loss"):
@@ -57,12 +61,14 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
 
     prompts, pull, prompt_trunk = jax.vjp(of_prompts, state.policy.weights, has_aux=True)
     with jax.named_scope("policy_loss"):
-        anchor = (reference, prompt_states(reference, batch, settings)[0]) if settings.kl_weight else None
+        anchor = ((reference, prompt_states(reference, batch, settings)[0]) if settings.kl_weight
+                  else None)
 
     def of_rows(micro: MicroBatch) -> tuple[tuple, Any]:
         with jax.named_scope("policy_loss"):
             of_policy = jax.value_and_grad(policy_loss, (0, 1), has_aux=True)
-            (_, (metrics, trunk, logprobs)), grads = of_policy(state.policy.weights, prompts, state.policy, anchor,
+            (_, (metrics, trunk, logprobs)), grads = of_policy(state.policy.weights, prompts,
+                                                               state.policy, anchor,
                                                                micro, count, settings, features)
         grads, gap = (as_weights(grads[0]), in_float32(grads[1])), metrics.pop("logprob_gap")
         if not with_draft:
@@ -72,13 +78,16 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
                                    prompt_trunk.replace(routes=None)), trunk.replace(routes=None))
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
             (_, draft_metrics), draft_grads = every(
-                settings, state.updates, lambda: of_draft(state.draft.weights, state.draft, state.policy, trunks,
-                                                          logprobs, micro.rows, settings))
+                settings, state.updates,
+                lambda: of_draft(state.draft.weights, state.draft, state.policy, trunks,
+                                 logprobs, micro.rows, settings))
         return (grads, metrics, draft_grads, draft_metrics), gap
 
     cut = shapes(batch, settings.micro_batch, settings.widths)
-    ((grads, to_prompts), metrics, draft_grads, draft_metrics), gap = accumulate(of_rows, batch, cut)
-    (through_prompts,) = pull(jax.tree.map(lambda x, like: x.astype(like.dtype), to_prompts, prompts))
+    ((grads, to_prompts), metrics, draft_grads,
+     draft_metrics), gap = accumulate(of_rows, batch, cut)
+    (through_prompts,) = pull(jax.tree.map(lambda x, like: x.astype(like.dtype), to_prompts,
+                                           prompts))
     grads = jax.tree.map(jnp.add, grads, as_weights(through_prompts))
     metrics |= {"logprob_gap": gap, **gap_quantiles(metrics.pop("gap_counts"), gap)}
     if not with_draft:
@@ -108,14 +117,15 @@ def every(settings: UpdateSettings, updates: jax.Array, compute: Callable[[], An
 
 def draft_gradients(state: TrainState, batch: TrainBatch,
                     settings: UpdateSettings) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients and metrics of the draft alone, from the batch's own states: means over trained tokens."""
+    """Gradients and metrics of the draft alone, from the batch's own states: means over trained
+    tokens."""
     count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
 
     def of_rows(micro: MicroBatch) -> tuple[tuple, Any]:
         with jax.named_scope("draft_loss"):
             of_draft = jax.value_and_grad(draft_loss, has_aux=True)
-            (_, metrics), grads = of_draft(state.draft.weights, state.draft, state.policy, None, micro.rows.logprobs,
-                                           micro.rows, settings)
+            (_, metrics), grads = of_draft(state.draft.weights, state.draft, state.policy, None,
+                                           micro.rows.logprobs, micro.rows, settings)
         return (grads, metrics), ()
 
     sums, _ = accumulate(of_rows, batch, shapes(batch, settings.micro_batch, settings.widths))
@@ -127,13 +137,15 @@ def described(batch: TrainBatch, settings: UpdateSettings) -> str:
     blocks, cut = blocks_of(batch), shapes(batch, settings.micro_batch, settings.widths)
     prompts, length = batch.prompts.shape
     return (f"{prompts} prompts of {length} tokens, then by length "
-            + ", ".join(f"{blocks * rows} x {width}" for rows, width in cut) + " rows x tokens at a time")
+            + ", ".join(f"{blocks * rows} x {width}" for rows, width in cut)
+            + " rows x tokens at a time")
 
 
-def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_state: Any, grads: Any,
-                    sound: jax.Array) -> tuple[Any, Any]:
+def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_state: Any,
+                    grads: Any, sound: jax.Array) -> tuple[Any, Any]:
     """One optimizer step where `sound`, nothing at all where not. Returns (weights, opt_state)."""
-    # not optax.apply_if_finite: after some failures in a row that lets one through, and it sees gradients, not the loss
+    # not optax.apply_if_finite: after some failures in a row that lets one through, and it sees
+    # gradients, not the loss
     changes, new_state = optimizer.update(grads, opt_state, weights)
     new = (optax.apply_updates(weights, changes), new_state)
     return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (weights, opt_state))
@@ -141,15 +153,18 @@ def apply_gradients(optimizer: optax.GradientTransformation, weights: Any, opt_s
 
 def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
            settings: UpdateSettings) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the policy and, where it is due, of the draft. Jittable; the loop donates `state`.
+    """One update of the policy and, where it is due, of the draft. Jittable; the loop donates
+    `state`.
 
-    A non-finite loss or gradient leaves its own side as it was, optimizer state included, and is counted.
+    A non-finite loss or gradient leaves its own side as it was, optimizer state included, and is
+    counted.
 
-    Returns (state, metrics): float32 scalars `loss`, `entropy`, `clip_fraction`, `kl` (with a reference),
-    `logprob_gap`, `logprob_gap_mean` and `logprob_gap_p50/p99/p999` (|verifier's - own log-probability|, nats),
-    `logprob_gap_flip_rate` (of tokens, out of the clip's range), `route_flip_rate` (of a sparse policy: of tokens and
-    sparse layers, to other experts than the verifier's), `grad_norm` (before the clip),
-    `trained_tokens`, and `draft/...` the same of the draft; and int32 counts of skipped updates.
+    Returns (state, metrics): float32 scalars `loss`, `entropy`, `clip_fraction`, `kl` (with a
+    reference), `logprob_gap`, `logprob_gap_mean` and `logprob_gap_p50/p99/p999` (|verifier's - own
+    log-probability|, nats), `logprob_gap_flip_rate` (of tokens, out of the clip's range),
+    `route_flip_rate` (of a sparse policy: of tokens and sparse layers, to other experts than the
+    verifier's), `grad_norm` (before the clip), `trained_tokens`, and `draft/...` the same of the
+    draft; and int32 counts of skipped updates.
     """
     log.info("compiling the update: %s", described(batch, settings))
     (grads, metrics), of_draft = gradients(state, reference, batch, settings)
@@ -157,13 +172,16 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        weights, opt_state = apply_gradients(optimizer, state.policy.weights, state.opt_state, grads, sound)
+        weights, opt_state = apply_gradients(optimizer, state.policy.weights, state.opt_state,
+                                             grads, sound)
     metrics = {**metrics, "grad_norm": norm, "trained_tokens": batch.mask.sum(dtype=jnp.float32)}
-    new = state.replace(policy=state.policy.replace(weights=weights), opt_state=opt_state, updates=state.updates + 1,
+    new = state.replace(policy=state.policy.replace(weights=weights), opt_state=opt_state,
+                        updates=state.updates + 1,
                         skipped=state.skipped + (~sound).astype(jnp.int32),
                         skipped_in_row=jnp.where(sound, 0, state.skipped_in_row + 1))
     if of_draft is not None:
-        new, draft_metrics = step_draft(new, draft_optimizer, *of_draft, due=draft_due(settings, state.updates))
+        new, draft_metrics = step_draft(new, draft_optimizer, *of_draft,
+                                        due=draft_due(settings, state.updates))
         metrics |= draft_metrics
     counts = ("skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
     return new, {**metrics, **{name: getattr(new, name) for name in counts}}
@@ -171,23 +189,30 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
 
 def update_draft(state: TrainState, batch: TrainBatch,
                  settings: UpdateSettings) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the draft alone, from the verifier's states in `batch.trunk`. Jittable; the loop donates `state`.
+    """One update of the draft alone, from the verifier's states in `batch.trunk`. Jittable; the
+    loop donates `state`.
 
-    The states are those of `state.policy`: call it before `update`. Returns (state, metrics `draft/...`).
+    The states are those of `state.policy`: call it before `update`. Returns (state, metrics
+    `draft/...`).
     """
     _, optimizer = optimizers(settings)
-    return step_draft(state, optimizer, *draft_gradients(state, batch, settings), due=jnp.array(True))
+    return step_draft(state, optimizer, *draft_gradients(state, batch, settings),
+                      due=jnp.array(True))
 
 
-def step_draft(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, metrics: dict[str, jax.Array],
+def step_draft(state: TrainState, optimizer: optax.GradientTransformation, grads: Any,
+               metrics: dict[str, jax.Array],
                due: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of the draft's optimizer; nothing changes where it is not due."""
     with jax.named_scope("draft_optimizer"):
         norm = optax.tree.norm(grads)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        weights, opt_state = apply_gradients(optimizer, state.draft.weights, state.draft_opt_state, grads, sound & due)
+        weights, opt_state = apply_gradients(optimizer, state.draft.weights, state.draft_opt_state,
+                                             grads, sound & due)
     failed = ~sound & due
-    in_row = jnp.where(due, jnp.where(sound, 0, state.draft_skipped_in_row + 1), state.draft_skipped_in_row)
+    in_row = jnp.where(due, jnp.where(sound, 0, state.draft_skipped_in_row + 1),
+                       state.draft_skipped_in_row)
     state = state.replace(draft=state.draft.replace(weights=weights), draft_opt_state=opt_state,
-                          draft_skipped=state.draft_skipped + failed.astype(jnp.int32), draft_skipped_in_row=in_row)
+                          draft_skipped=state.draft_skipped + failed.astype(jnp.int32),
+                          draft_skipped_in_row=in_row)
     return state, {f"draft/{name}": value for name, value in {**metrics, "grad_norm": norm}.items()}

@@ -25,7 +25,8 @@ from jspec.speculate.cycle import split_features
 from jspec.speculate.loops import decode, loops
 from jspec.speculate.pausing import none_paused
 from jspec.speculate.state import Counts, Prompts, Sequences, State, admit
-from jspec.speculate.types import Batching, PromptBatch, Rollout, RolloutStats, Sampling, Speculation
+from jspec.speculate.results import Rollout, RolloutStats
+from jspec.speculate.types import Batching, PromptBatch, Sampling, Speculation
 from pallas_kernels.noise import key_words
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,10 @@
-"""The decode loop's state in three parts, prompts, slots and sequences, and how a sequence moves through them.
+"""The decode loop's state in three parts, prompts, slots and sequences, and how a sequence moves
+through them.
 
-A sequence waits until a slot is free; `admit` gives it the slot, its prompt's full blocks and a copy of the last,
-partial one; `grow` gives it blocks as it gets longer; `retire` takes slot and blocks back; `compact` moves the rows
-that are left together. All that a rollout returns is written to the sequences, so no move can be seen in it.
+A sequence waits until a slot is free; `admit` gives it the slot, its prompt's full blocks and a
+copy of the last, partial one; `grow` gives it blocks as it gets longer; `retire` takes slot and
+blocks back; `compact` moves the rows that are left together. All that a rollout returns is written
+to the sequences, so no move can be seen in it.
 """
 
 from __future__ import annotations
@@ -46,11 +48,14 @@ class Sequences:
       logprobs, entropy: float32 [N, T + K], by generated token; garbage beyond what is committed.
       done: bool [N], finished or at its limit. finished: bool [N], an end token was emitted.
       temperature: float32 [N]. top_p: float32 [N] or None. limit: int32 [N], of generated tokens.
-      trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1 on.
+      trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1
+        on.
       cycles: int32 [N], see `RolloutStats`.
-      routes: uint8 [N, T + K, sparse layers x top_k], by generated token, the experts of the token before it, which
-        is the prompt's last of the first one; None of a dense policy. Flat, as a TPU pads what is short.
-      group_size: static; each group_size adjacent sequences, from the first one on, continue one prompt.
+      routes: uint8 [N, T + K, sparse layers x top_k], by generated token, the experts of the token
+        before it, which is the prompt's last of the first one; None of a dense policy. Flat, as a
+        TPU pads what is short.
+      group_size: static; each group_size adjacent sequences, from the first one on, continue one
+        prompt.
     """
 
     ids: jax.Array
@@ -73,7 +78,8 @@ class Sequences:
 
 @struct.dataclass
 class Counts:
-    """What happened, see `RolloutStats`: drafted, accepted int32 [K]; loop_cycles, loop_live int32 [loops]."""
+    """What happened, see `RolloutStats`: drafted, accepted int32 [K]; loop_cycles, loop_live int32
+    [loops]."""
 
     drafted: jax.Array
     accepted: jax.Array
@@ -86,9 +92,10 @@ class Paused:
     """Rows that are paused, always the youngest in flight: a stack, the oldest of them on top.
 
     Attributes:
-      cache: blocks of the policy's cache, in host memory; each row's lie together, in their order. It has no table.
-        draft: the drafter's, its rows of B on the device; None: no draft.
-      sequences: int32 [B], the first `count`, int32 scalar, are paused. blocks: int32 scalar, how many are filled.
+      cache: blocks of the policy's cache, in host memory; each row's lie together, in their order.
+        It has no table. draft: the drafter's, its rows of B on the device; None: no draft.
+      sequences: int32 [B], the first `count`, int32 scalar, are paused. blocks: int32 scalar, how
+        many are filled.
       turns: int32 [N], which place each sequence has among `State.waiting`: a row's age.
       pauses: int32 scalar, how often a row was paused so far.
     """
@@ -104,16 +111,18 @@ class Paused:
 
 @struct.dataclass
 class State:
-    """B slots and all that stands around them. The last committed token of a row is pending: its keys and values are
-    not in the cache yet.
+    """B slots and all that stands around them. The last committed token of a row is pending: its
+    keys and values are not in the cache yet.
 
     Attributes:
       slots: int32 [B], the sequence of each; N where the slot is free.
-      cache: the policy's, with the slots' lines of the block table. draft: the drafter's, of the slots; None: no draft.
+      cache: the policy's, with the slots' lines of the block table. draft: the drafter's, of the
+        slots; None: no draft.
       free: the blocks that are nobody's.
-      waiting: int32 [N], the sequences in the order in which they get a slot; the first `admitted`, int32 scalar, have
-        got theirs. wanted: int32 scalar, how many will ever want one.
-      paused: rows that had to leave their slot; None: there are blocks for all, and no row ever has to.
+      waiting: int32 [N], the sequences in the order in which they get a slot; the first `admitted`,
+        int32 scalar, have got theirs. wanted: int32 scalar, how many will ever want one.
+      paused: rows that had to leave their slot; None: there are blocks for all, and no row ever has
+        to.
     """
 
     prompts: Prompts
@@ -147,7 +156,8 @@ class State:
 
 @struct.dataclass
 class Rows:
-    """What a cycle has to know of the sequence in each of the B slots, of `Sequences`; garbage where none is live."""
+    """What a cycle has to know of the sequence in each of the B slots, of `Sequences`; garbage
+    where none is live."""
 
     live: jax.Array
     ids: jax.Array
@@ -161,7 +171,8 @@ class Rows:
 def rows_in_slots(state: State) -> Rows:
     of = state.sequences
     fields = (of.ids, of.prompt_lengths, of.lengths, of.temperature, of.top_p, of.limit)
-    return Rows(state.live, *jax.tree.map(lambda x: jnp.take(x, state.slots, axis=0, mode="clip"), fields))
+    return Rows(state.live,
+                *jax.tree.map(lambda x: jnp.take(x, state.slots, axis=0, mode="clip"), fields))
 
 
 def with_table(state: State, table: jax.Array) -> State:
@@ -173,9 +184,11 @@ def with_table(state: State, table: jax.Array) -> State:
 
 
 def shared_blocks(state: State, sequences: jax.Array) -> jax.Array:
-    """How many blocks at the front of their line sequences int32 [...] share with the others of their prompt: those
-    that it fills, but for one with its last token, which is pending and will be written again."""
-    return (jnp.take(state.sequences.prompt_lengths, sequences, mode="clip") - 1) // state.cache.size
+    """How many blocks at the front of their line sequences int32 [...] share with the others of
+    their prompt: those that it fills, but for one with its last token, which is pending and will be
+    written again."""
+    return ((jnp.take(state.sequences.prompt_lengths, sequences,
+                      mode="clip") - 1) // state.cache.size)
 
 
 def own_blocks(state: State) -> jax.Array:
@@ -185,14 +198,16 @@ def own_blocks(state: State) -> jax.Array:
 
 
 def fitting(state: State, sequences: jax.Array, asking: jax.Array, k: int) -> jax.Array:
-    """How many of sequences int32 [B], one after the other, can have a slot, int32 scalar; asking: bool [B], true at
-    the front. For each of them, and each row that has one already, there must be blocks for a cycle of up to k drafts
-    and one block more, unless it will never need it: so no row soon has to leave its slot again."""
+    """How many of sequences int32 [B], one after the other, can have a slot, int32 scalar; asking:
+    bool [B], true at the front. For each of them, and each row that has one already, there must be
+    blocks for a cycle of up to k drafts and one block more, unless it will never need it: so no row
+    soon has to leave its slot again."""
     def foreseen(sequences: jax.Array) -> jax.Array:
         of, size = state.sequences, state.cache.size
         lengths, prompts, limit = (jnp.take(x, sequences, mode="clip")
                                    for x in (of.lengths, of.prompt_lengths, of.limit))
-        needed = jnp.minimum(blocks_of(lengths + k + 1, size) + 1, blocks_of(prompts + limit + k, size))
+        needed = jnp.minimum(blocks_of(lengths + k + 1, size) + 1,
+                             blocks_of(prompts + limit + k, size))
         return needed - shared_blocks(state, sequences)
 
     kept = jnp.where(state.live, foreseen(state.slots) - own_blocks(state), 0).sum(dtype=jnp.int32)
@@ -202,23 +217,24 @@ def fitting(state: State, sequences: jax.Array, asking: jax.Array, k: int) -> ja
 
 def _for_each(slots: jax.Array, most: jax.Array | int, step: Callable[[State, jax.Array], State],
               state: State) -> State:
-    """step(state, slot) for each slot that is true in bool [B], in order, `most` of them at most. What it costs follows
-    how many there are: mostly none."""
+    """step(state, slot) for each slot that is true in bool [B], in order, `most` of them at most.
+    What it costs follows how many there are: mostly none."""
     order = jnp.argsort(~slots, stable=True)
     count = jnp.minimum(slots.sum(dtype=jnp.int32), most)
     return jax.lax.fori_loop(0, count, lambda i, state: step(state, order[i]), state)
 
 
 def admit(state: State, k: int) -> State:
-    """Give every free slot the next sequence that waits, as far as there are blocks; none while rows are paused. k: the
-    most that a cycle drafts."""
+    """Give every free slot the next sequence that waits, as far as there are blocks; none while
+    rows are paused. k: the most that a cycle drafts."""
     def step(state: State, slot: jax.Array) -> State:
         cache, prompts = state.cache, state.prompts
         size, columns = cache.size, cache.table.shape[1]
         sequence = state.waiting[state.admitted]
         prompt = state.sequences.prompts[sequence]
         length, theirs = prompts.lengths[prompt], prompts.table[prompt]
-        # the pending token is written again: what holds it must be the row's own, even where the prompt fills it
+        # the pending token is written again: what holds it must be the row's own, even where the
+        # prompt fills it
         shared = (length - 1) // size
         own = jnp.arange(2) < blocks_of(length + k + 1, size) - shared
         ids, free = take(state.free, own)
@@ -228,24 +244,28 @@ def admit(state: State, k: int) -> State:
         state = with_table(state, cache.table.at[slot].set(line))
         draft, source = state.draft, theirs[shared]
         if draft is not None:
-            rows = jax.tree.map(lambda all, of: all.at[slot].set(of[prompt]), draft.rows, prompts.draft)
-            cache = None if draft.cache is None else copy_block(draft.cache, ids[0], draft.cache, source)
+            rows = jax.tree.map(lambda all, of: all.at[slot].set(of[prompt]), draft.rows,
+                                prompts.draft)
+            cache = (None if draft.cache is None
+                     else copy_block(draft.cache, ids[0], draft.cache, source))
             draft = DraftState(rows, cache)
-        return state.replace(cache=copy_block(state.cache, ids[0], state.cache, source), draft=draft, free=free,
+        return state.replace(cache=copy_block(state.cache, ids[0], state.cache, source),
+                             draft=draft, free=free,
                              slots=state.slots.at[slot].set(sequence), admitted=state.admitted + 1)
 
     with jax.named_scope("admit"):
         waiting = state.wanted - state.admitted
         if state.paused is not None:
             next_ones = jnp.arange(len(state.slots), dtype=jnp.int32)
-            waiting = fitting(state, jnp.take(state.waiting, state.admitted + next_ones, mode="clip"),
+            waiting = fitting(state,
+                              jnp.take(state.waiting, state.admitted + next_ones, mode="clip"),
                               (next_ones < waiting) & (state.paused.count == 0), k)
         return _for_each(~state.live, waiting, step, state)
 
 
 def grow(state: State, k: int) -> State:
-    """Give every live row the blocks that a cycle of up to k drafts may write to: at most two, as it is one cycle
-    longer than when it was last asked."""
+    """Give every live row the blocks that a cycle of up to k drafts may write to: at most two, as
+    it is one cycle longer than when it was last asked."""
     table, blocks = state.cache.table, state.cache.blocks
     lengths = jnp.take(state.sequences.lengths, state.slots, mode="clip")
     held = (table < blocks).sum(1, dtype=jnp.int32)
@@ -258,7 +278,8 @@ def grow(state: State, k: int) -> State:
 
 
 def retire(state: State) -> State:
-    """Free the slots whose sequence is done, and their blocks; a prompt's with the last of its sequences."""
+    """Free the slots whose sequence is done, and their blocks; a prompt's with the last of its
+    sequences."""
     def step(state: State, slot: jax.Array) -> State:
         blocks, table, prompts = state.cache.blocks, state.cache.table, state.prompts
         prompt, line = state.sequences.prompts[state.slots[slot]], table[slot]
@@ -278,7 +299,8 @@ def retire(state: State) -> State:
 
 
 def compact(state: State, rows: int) -> State:
-    """The state with that many slots: the live rows, of which there must not be more, in the order they are in."""
+    """The state with that many slots: the live rows, of which there must not be more, in the order
+    they are in."""
     order = jnp.argsort(~state.live, stable=True)[:rows]
     draft = state.draft
     if draft is not None:

@@ -1,4 +1,5 @@
-"""What goes into a rollout and what comes out: immutable pytrees, with every field's shape."""
+"""What goes into a rollout: immutable pytrees, with every field's shape; what comes out is in
+`results.py`."""
 
 from __future__ import annotations
 
@@ -26,14 +27,15 @@ from jspec.arguments import (
 )
 from jspec.choices import MAX_NEW_TOKENS, MOST_SAMPLES
 from jspec.errors import InputError
-from jspec.model import Trunk
 from pallas_kernels import noise
 
-NOISE = {"rejection": noise.rejection_noise, "block": noise.block_noise, "coupled": noise.coupled_noise}
+NOISE = {"rejection": noise.rejection_noise, "block": noise.block_noise,
+         "coupled": noise.coupled_noise}
 """Of every rule the noise that it judges by, which is all that tells one from another."""
 
 # prompt lengths are padded up to one of these, so that a new length is seldom a new compilation
-BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
+BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144,
+           8192, 16384, 32768)
 
 
 _GROUP = whole(1, MOST_SAMPLES)
@@ -45,31 +47,36 @@ Schedule = tuple[tuple[int, int], ...]
 def _drafted(label: str, value: Any) -> int | Schedule:
     """A number of drafts, or a schedule: sorted by rows."""
     if isinstance(value, str) and value == "auto":
-        raise InputError(f"{label} = 'auto' is for configurations; give what jspec.choose_k(params, draft_params, "
-                         "batch) finds to be best here")
+        raise InputError(f"{label} = 'auto' is for configurations; give what "
+                         "jspec.choose_k(params, draft_params, batch) finds to be best here")
     if not isinstance(value, list | tuple):
         return whole(hint="; 0 turns speculation off")(label, value)
     if not value or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
-        raise wrong(label, value, "a number or a schedule of (rows, k) pairs, such as ((4, 7), (16, 3))")
-    pairs = sorted((whole(1)(f"{label}: rows", rows), whole()(f"{label}: k", k)) for rows, k in value)
+        raise wrong(label, value,
+                    "a number or a schedule of (rows, k) pairs, such as ((4, 7), (16, 3))")
+    pairs = sorted((whole(1)(f"{label}: rows", rows), whole()(f"{label}: k", k))
+                   for rows, k in value)
     if len({rows for rows, _ in pairs}) < len(pairs):
-        raise InputError(f"{label}: a schedule gives one k for each number of rows; {pairs} has two")
+        raise InputError(f"{label}: a schedule gives one k for each number of rows; {pairs} has "
+                         "two")
     return tuple(pairs)
 
 
 @struct.dataclass
 class PromptBatch:
-    """P prompts, each to be continued by `group_size` sequences; N = P x group_size, row i belongs to i // group_size.
+    """P prompts, each to be continued by `group_size` sequences; N = P x group_size, row i belongs
+    to i // group_size.
 
     Attributes:
       tokens: int32 [P, L], right-padded.
       lengths: int32 [P], each at least 1.
-      sequence_ids: int32 [N], global over all processes; together with `key` they name a sequence's noise.
+      sequence_ids: int32 [N], global over all processes; together with `key` they name a sequence's
+        noise.
       key: a typed key (`jax.random.key`). The same key gives the same noise: fold the step into it.
       group_size: static.
-      expected_lengths: int32 [P], how long the outputs of each prompt are thought to become, or None. Where sequences
-        wait for a slot (`Batching`) those of the longest get one first, else they get it in order: nothing else follows
-        from it.
+      expected_lengths: int32 [P], how long the outputs of each prompt are thought to become, or
+        None. Where sequences wait for a slot (`Batching`) those of the longest get one first, else
+        they get it in order: nothing else follows from it.
     """
 
     tokens: jax.Array
@@ -83,23 +90,25 @@ class PromptBatch:
         settle(self, "", group_size=_GROUP)
 
     @classmethod
-    def from_tokens(cls, prompts: Sequence[Sequence[int]], *, group_size: int, seed: int | jax.Array,
-                    sequence_ids: Sequence[int] | None = None, buckets: Sequence[int] = BUCKETS,
-                    pad_token: int = 0, expected_lengths: Sequence[int] | None = None) -> PromptBatch:
+    def from_tokens(cls, prompts: Sequence[Sequence[int]], *, group_size: int,
+                    seed: int | jax.Array, sequence_ids: Sequence[int] | None = None,
+                    buckets: Sequence[int] = BUCKETS, pad_token: int = 0,
+                    expected_lengths: Sequence[int] | None = None) -> PromptBatch:
         """Pad token lists to a bucket.
 
         Args:
           prompts: lists or integer arrays of token ids, none of them empty.
           group_size: sequences for each prompt.
-          seed: a whole number from 0 to 2**64 - 1 or a typed key. No default: a silent constant would give every step
-            the same noise.
+          seed: a whole number from 0 to 2**64 - 1 or a typed key. No default: a silent constant
+            would give every step the same noise.
           sequence_ids: N distinct whole numbers below 2**31; 0..N-1 by default.
           buckets: ascending lengths to pad to.
           expected_lengths: one for each prompt, or None.
 
-        Raises InputError for an empty batch, an empty prompt, text, masked arrays, ids that are no whole numbers or do
-        not fit int32, a prompt longer than the largest bucket, and an argument of another kind. Ids that the policy
-        does not have, those below 0 among them, are refused by the rollout, which knows its vocabulary.
+        Raises InputError for an empty batch, an empty prompt, text, masked arrays, ids that are no
+        whole numbers or do not fit int32, a prompt longer than the largest bucket, and an argument
+        of another kind. Ids that the policy does not have, those below 0 among them, are refused by
+        the rollout, which knows its vocabulary.
         """
         rows, group_size = _token_rows(prompts), _GROUP("group_size", group_size)
         buckets, pad_token = whole_numbers("buckets", buckets), whole()("pad_token", pad_token)
@@ -108,21 +117,24 @@ class PromptBatch:
         lengths = [len(row) for row in rows]
         bucket = next((b for b in buckets if b >= max(lengths)), None)
         if bucket is None:
-            raise InputError(f"prompt {int(np.argmax(lengths))} has {max(lengths)} tokens, more than the longest "
-                             f"bucket, {buckets[-1]}; shorten it or pass buckets=")
+            raise InputError(f"prompt {int(np.argmax(lengths))} has {max(lengths)} tokens, more "
+                             f"than the longest bucket, {buckets[-1]}; shorten it or pass buckets=")
         tokens = np.full((len(rows), bucket), pad_token, np.int32)
         for to, row in zip(tokens, rows, strict=True):
             to[: len(row)] = row
-        ids = range(len(rows) * group_size) if sequence_ids is None else whole_numbers("sequence_ids", sequence_ids)
+        ids = (range(len(rows) * group_size) if sequence_ids is None
+               else whole_numbers("sequence_ids", sequence_ids))
         if len(ids) != len(rows) * group_size or len(set(ids)) != len(ids):
-            raise InputError(f"sequence_ids must be {len(rows) * group_size} distinct integers (prompts x group_size); "
-                             f"got {len(ids)}, {len(set(ids))} of them distinct")
-        expected = None if expected_lengths is None else whole_numbers("expected_lengths", expected_lengths)
+            raise InputError(f"sequence_ids must be {len(rows) * group_size} distinct integers "
+                             f"(prompts x group_size); got {len(ids)}, {len(set(ids))} of them "
+                             "distinct")
+        expected = (None if expected_lengths is None
+                    else whole_numbers("expected_lengths", expected_lengths))
         if expected is not None and len(expected) != len(rows):
-            raise InputError(f"expected_lengths must be one number for each of the {len(rows)} prompts; got "
-                             f"{len(expected)}")
-        return cls(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.asarray(ids, jnp.int32),
-                   random_key("seed", seed), group_size,
+            raise InputError(f"expected_lengths must be one number for each of the {len(rows)} "
+                             f"prompts; got {len(expected)}")
+        return cls(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32),
+                   jnp.asarray(ids, jnp.int32), random_key("seed", seed), group_size,
                    None if expected is None else jnp.asarray(expected, jnp.int32))
 
 
@@ -130,7 +142,8 @@ def _token_rows(prompts: Any) -> list[np.ndarray]:
     """Integer arrays [length], one a prompt."""
     expected = "lists of token ids, such as [[1, 2, 3], [4, 5]]"
     if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
-        raise InputError(f"prompts is a {type(prompts).__name__}, and must be {expected}; give its [\"input_ids\"]")
+        raise InputError(f"prompts is a {type(prompts).__name__}, and must be {expected}; give its "
+                         "[\"input_ids\"]")
     if isinstance(prompts, str | bytes | Mapping | Set):
         raise wrong("prompts", prompts, expected)
     unmasked("prompts", prompts)
@@ -145,25 +158,28 @@ def _token_rows(prompts: Any) -> list[np.ndarray]:
 
 def _token_row(i: int, prompt: Any) -> np.ndarray:
     if isinstance(prompt, str | bytes):
-        raise InputError(f"prompt {i} is {show(prompt)}; prompts must be lists of token ids, not text; encode them "
-                         "with the model's tokenizer")
+        raise InputError(f"prompt {i} is {show(prompt)}; prompts must be lists of token ids, not "
+                         "text; encode them with the model's tokenizer")
     if isinstance(prompt, numbers.Number | np.generic):
-        raise InputError(f"prompt {i} is the number {show(prompt)}, and must be a list of token ids; a single prompt "
-                         "is a batch too: [[1, 2, 3]]")
+        raise InputError(f"prompt {i} is the number {show(prompt)}, and must be a list of token "
+                         "ids; a single prompt is a batch too: [[1, 2, 3]]")
     unmasked(f"prompt {i}", prompt)
     try:
         row = np.asarray(prompt)
         empty = len(prompt) == 0
-        has_flag = isinstance(prompt, list | tuple) and any(isinstance(token, bool | np.bool_) for token in prompt)
-    except Exception:  # lists of different lengths, traced values, or what an object's own methods raise
+        has_flag = (isinstance(prompt, list | tuple)
+                    and any(isinstance(token, bool | np.bool_) for token in prompt))
+    except Exception:
+        # lists of different lengths, traced values, or what an object's own methods raise
         raise wrong(f"prompt {i}", prompt, "a list of token ids") from None
     if empty:
         raise InputError(f"prompt {i} is empty; a prompt needs at least one token")
     if row.ndim != 1 or not (is_whole(row.dtype) or row.dtype == object):
-        raise InputError(f"prompt {i} must be a list of token ids, whole numbers, and not {row.dtype} of shape "
-                         f"{row.shape}")
+        raise InputError(f"prompt {i} must be a list of token ids, whole numbers, and not "
+                         f"{row.dtype} of shape {row.shape}")
     if row.dtype == object or has_flag or row.max() > INT32 or row.min() < -INT32:
-        raise InputError(f"prompt {i} holds what is no token id: they are whole numbers from 0 to {INT32}")
+        raise InputError(f"prompt {i} holds what is no token id: they are whole numbers from 0 to "
+                         f"{INT32}")
     return row
 
 
@@ -180,7 +196,8 @@ class Sampling:
       stop_tokens: ids in any collection; None means the checkpoint's end tokens; () means none.
       limit: scalar or [N], each sequence's own cap, from 1 to max_new_tokens; None: max_new_tokens.
 
-    Raises InputError for a static field that is of another type or out of range. Leaves are judged by the rollout.
+    Raises InputError for a static field that is of another type or out of range. Leaves are judged
+    by the rollout.
     """
 
     temperature: Any = 1.0
@@ -192,13 +209,14 @@ class Sampling:
     limit: Any = None
 
     def __post_init__(self) -> None:
-        settle(self, "sampling ", max_new_tokens=whole(1), min_new_tokens=whole(), top_k=whole(hint="; 0 turns it off"),
-               stop_tokens=optional(whole_numbers))
+        settle(self, "sampling ", max_new_tokens=whole(1), min_new_tokens=whole(),
+               top_k=whole(hint="; 0 turns it off"), stop_tokens=optional(whole_numbers))
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError("sampling needs 0 <= min_new_tokens <= max_new_tokens >= 1; got "
                              f"{self.min_new_tokens} and {self.max_new_tokens}")
         # off must be visible when tracing: truncation by top_p sorts the vocabulary
-        if isinstance(self.top_p, numbers.Real) and self.top_p == 1 and not isinstance(self.top_p, bool):
+        if (isinstance(self.top_p, numbers.Real) and self.top_p
+            == 1 and not isinstance(self.top_p, bool)):
             object.__setattr__(self, "top_p", None)
 
 
@@ -207,18 +225,20 @@ class Speculation:
     """How drafts are made and judged; all static.
 
     Attributes:
-      k: drafted tokens a cycle, 0 for none; or a schedule of them by live rows (of one shard of the batch axes):
-        ((4, 7), (16, 3)): up to 4 rows draft 7, up to 16 draft 3, more draft none.
-      rule: "rejection", "block" or "coupled". All are lossless; block judges the drafts of a cycle together, and on
-        average accepts as many as rejection or more; coupled also reproduces, token for token, what autoregressive
-        decoding with the same key gives.
-      kernels: "auto" is the chip's Pallas kernels where they take the shapes, else the reference; "reference" is plain
-        JAX; "pallas" is the kernels or an error (a CPU interprets them, slowly). Or an `Implementation`.
-      depths: of the trunk (see `model.Trunk`): the rollout returns their states as the verifier computed them, besides
-        the final hidden states, so that a draft can be trained without another forward. (): the final ones alone;
-        None: no states.
+      k: drafted tokens a cycle, 0 for none; or a schedule of them by live rows (of one shard of the
+        batch axes): ((4, 7), (16, 3)): up to 4 rows draft 7, up to 16 draft 3, more draft none.
+      rule: "rejection", "block" or "coupled". All are lossless; block judges the drafts of a cycle
+        together, and on average accepts as many as rejection or more; coupled also reproduces,
+        token for token, what autoregressive decoding with the same key gives.
+      kernels: "auto" is the chip's Pallas kernels where they take the shapes, else the reference;
+        "reference" is plain JAX; "pallas" is the kernels or an error (a CPU interprets them,
+        slowly). Or an `Implementation`.
+      depths: of the trunk (see `model.Trunk`): the rollout returns their states as the verifier
+        computed them, besides the final hidden states, so that a draft can be trained without
+        another forward. (): the final ones alone; None: no states.
 
-    Raises InputError for a field of another type, an unknown rule, a k below 0, and a schedule that is none.
+    Raises InputError for a field of another type, an unknown rule, a k below 0, and a schedule that
+    is none.
     """
 
     k: int | Schedule = struct.field(pytree_node=False, default=3)
@@ -236,7 +256,8 @@ class Speculation:
 
     def without_drafts(self) -> Speculation:
         """The same with nothing drafted; the loops that a schedule names stay."""
-        return self.replace(k=0 if isinstance(self.k, int) else tuple((rows, 0) for rows, _ in self.k))
+        return self.replace(k=0 if isinstance(self.k, int)
+                            else tuple((rows, 0) for rows, _ in self.k))
 
 
 @struct.dataclass
@@ -244,11 +265,11 @@ class Batching:
     """How sequences share the device; all static.
 
     Attributes:
-      slots: sequences in flight at most, over all shards of the batch axes; one that ends makes room for the next.
-        None: all of them.
-      kv_tokens: positions of keys and values on the device, in blocks, over all shards of the batch axes and for the
-        prompts too. Where they do not suffice the youngest sequences wait in host memory; nothing is computed twice.
-        None: what the slots need at worst.
+      slots: sequences in flight at most, over all shards of the batch axes; one that ends makes
+        room for the next. None: all of them.
+      kv_tokens: positions of keys and values on the device, in blocks, over all shards of the batch
+        axes and for the prompts too. Where they do not suffice the youngest sequences wait in host
+        memory; nothing is computed twice. None: what the slots need at worst.
 
     Raises InputError for what is no whole number of at least 1.
     """
@@ -258,74 +279,3 @@ class Batching:
 
     def __post_init__(self) -> None:
         settle(self, "batching ", slots=optional(whole(1)), kv_tokens=optional(whole(1)))
-
-
-@struct.dataclass
-class RolloutStats:
-    """Counts over live rows' cycles.
-
-    Attributes:
-      cycles: int32 [N], of each row.
-      drafted: int32 [K], by draft position: drafts that could have been emitted. What lies after a drafted end token or
-        beyond the cap could not, whatever the verdict, and is not counted.
-      accepted: int32 [K], those of them that were emitted. accepted / drafted is an unbiased measure of the draft.
-      loop_cycles: int32 [D, loops], of each loop of the chain on each of D shards of the batch axes, which do not wait
-        for each other. loop_live: int32 [D, loops], the live rows of all those cycles.
-      blocks: int32 [D], the most KV blocks that were in use at one time. pauses: int32 [D], how often a sequence had to
-        leave the device.
-      slots, ks: static, the rows that each loop is compiled for, and what it drafts.
-    """
-
-    cycles: jax.Array
-    drafted: jax.Array
-    accepted: jax.Array
-    loop_cycles: jax.Array | None = None
-    loop_live: jax.Array | None = None
-    blocks: jax.Array | None = None
-    pauses: jax.Array | None = None
-    slots: tuple[int, ...] = struct.field(pytree_node=False, default=())
-    ks: tuple[int, ...] = struct.field(pytree_node=False, default=())
-
-    @property
-    def occupancy(self) -> jax.Array:
-        """Live rows over computed rows, float32 scalar: 1 where no cycle computes a row that is over."""
-        return self.loop_live.sum() / jnp.maximum((self.loop_cycles * jnp.array(self.slots)).sum(), 1)
-
-
-@struct.dataclass
-class Rollout:
-    """N generated sequences of at most T = max_new_tokens tokens.
-
-    Attributes:
-      tokens: int32 [N, T], the pad token where `mask` is false.
-      mask: bool [N, T], true for every generated token, the end token included.
-      logprobs: float32 [N, T], log-softmax(logits / T) of each token over the whole vocabulary, with no truncation and
-        no bans, from the verifier's own logits; at temperature 0 with T = 1. 0 where `mask` is false.
-      loss_mask: bool [N, T], what the update trains; equal to `mask`, unless a caller leaves tokens out.
-      entropy: float32 [N, T], nats, of the distribution that `logprobs` is taken from.
-      lengths: int32 [N], generated tokens.
-      finished: bool [N], false where the cap cut the sequence before an end token.
-      stats: `RolloutStats`.
-      trunk: with `Speculation.depths`, a `Trunk` over [N, S] in the compute dtype: entry p of a row is the state at
-        position p of prompt and output without a gap, zero from its last token on (which nothing came after).
-      routes: uint8 [N, T, sparse layers, top_k], the experts that the verifier computed each token with, when it
-        came after it; the last one it never had, and there, as outside of `mask`, the experts in turn. None of a
-        dense policy. prompt_routes: uint8 [P, L, sparse layers, top_k], those of the prompts.
-    """
-
-    tokens: jax.Array
-    mask: jax.Array
-    logprobs: jax.Array
-    loss_mask: jax.Array
-    entropy: jax.Array
-    lengths: jax.Array
-    finished: jax.Array
-    stats: RolloutStats
-    trunk: Trunk | None = None
-    routes: jax.Array | None = None
-    prompt_routes: jax.Array | None = None
-
-    @property
-    def acceptance_length(self) -> jax.Array:
-        """Mean tokens emitted a cycle, float32 scalar: 1 for autoregressive decoding."""
-        return self.lengths.sum() / jnp.maximum(self.stats.cycles.sum(), 1)

@@ -14,5 +14,5 @@ export JAX_PLATFORMS=cpu
 prepare "cpu,dev"
 "$venv/bin/python" -m ruff check --quiet .
 "$venv/bin/python" -m mypy --no-error-summary
-# whole files to a process: what a file compiled stays with its tests
-exec "$venv/bin/python" -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+# whole files to a process: what a file compiled stays with its tests; in the order of tests/conftest.py
+exec "$venv/bin/python" -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -33,8 +33,18 @@ def in_full(config):
     return config.getoption("markexpr") != "not slow"
 
 
+LONG = ["test_train.py", "speculate/test_enumeration.py", "speculate/test_chi_square.py",
+        "test_sharding.py", "drafts/test_self.py", "speculate/test_rollout.py", "test_session.py",
+        "test_kernels.py", "speculate/test_batching.py", "rl/test_update.py",
+        "pallas_kernels/test_verify_attention_kernels.py", "speculate/test_coupled.py"]
+"""What takes longest. A file is one process's, so these begin first: the end waits for none."""
+
+
 def pytest_collection_modifyitems(items):
-    """The full version of a check may take its time, on a machine that others use too."""
+    """Long files first. The full version of a check may take its time, on a machine that others use
+    too."""
+    files = {Path(__file__).parent / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: files.get(item.path, len(files)))
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))

@@ -24,8 +24,6 @@ from tests.speculate import tiny
 from tests.speculate.enumeration import enumerate_sequences
 from tests.speculate.ties import assert_same, generated
 
-pytestmark = pytest.mark.optimized
-
 MODULE = importlib.import_module("jspec.drafts.self")
 PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6], [4, 4, 4]]
 SAMPLING = Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0]), 8),

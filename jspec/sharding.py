@@ -1,8 +1,9 @@
-"""The mesh, the table of logical axes, the training and rollout layouts, and the reshard between them.
+"""The mesh, the table of logical axes, the training and rollout layouts, and the reshard between
+them.
 
-Everything runs the same on one device and on many: the mesh is found through `jax.set_mesh`, and without one nothing is
-split. Whether there is one is asked here alone (`current_mesh`, `placement`). Mesh axes are Auto: XLA's partitioner
-propagates from the constraints given here.
+Everything runs the same on one device and on many: the mesh is found through `jax.set_mesh`, and
+without one nothing is split. Whether there is one is asked here alone (`current_mesh`,
+`placement`). Mesh axes are Auto: XLA's partitioner propagates from the constraints given here.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ T = TypeVar("T")
 _TENSOR = dict.fromkeys(("vocab", "q_heads", "kv_heads", "mlp", "expert_mlp"), ("tensor",))
 _WIDE = dict.fromkeys(_TENSOR, ("fsdp", "tensor"))
 
-# logical axis -> mesh axes, by layout; a logical axis that is not listed is replicated. Rows are split over `expert`
-# as well: attention is data-parallel there, and only the experts are not
+# logical axis -> mesh axes, by layout; a logical axis that is not listed is replicated. Rows are
+# split over `expert` as well: attention is data-parallel there, and only the experts are not
 LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "train": {"batch": ("data", "fsdp", "expert"), "embed": ("fsdp", "expert"), "expert": ("expert",),
-              "expert_embed": ("fsdp",), **_TENSOR},
+    "train": {"batch": ("data", "fsdp", "expert"), "embed": ("fsdp", "expert"),
+              "expert": ("expert",), "expert_embed": ("fsdp",), **_TENSOR},
     "rollout": {"batch": ("data", "fsdp", "expert"), "expert": ("expert",), **_TENSOR},
     "rollout_wide": {"batch": ("data", "expert"), "expert": ("expert",), **_WIDE},
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None, expert: int = 1) -> Mesh:
-    """A mesh with axes (data, fsdp, expert, tensor), all Auto. One of the sizes may be -1: what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None,
+              expert: int = 1) -> Mesh:
+    """A mesh with axes (data, fsdp, expert, tensor), all Auto. One of the sizes may be -1: what the
+    others leave.
 
     Of several slices of TPUs, `data` goes over them first: all else stays within one.
 
@@ -109,7 +112,8 @@ def mesh_of_rows(model: Any, rows: int, devices: Sequence[Any] | None = None) ->
     devices = jax.devices() if devices is None else devices
     most = len(devices)
     tensors = [n for n in range(1, most + 1) if _splits_heads(model, n)]
-    pairs = [(n, tensor) for n in range(1, most + 1) if rows % n == 0 for tensor in tensors if n * tensor <= most]
+    pairs = [(n, tensor) for n in range(1, most + 1) if rows % n == 0 for tensor in tensors
+             if n * tensor <= most]
     split, tensor = max(pairs, key=lambda pair: (pair[0] * pair[1], pair[0]))
     fsdp = math.gcd(model.hidden_size, split)
     return make_mesh(split // fsdp, fsdp, tensor, list(devices[:split * tensor]))
@@ -124,7 +128,8 @@ def _splits_heads(model: Any, degree: int) -> bool:
 def split_sizes(model: Any) -> dict[str, int]:
     """What tensor parallelism splits of a model, KV heads apart, by logical axis."""
     sizes = {"vocab": model.vocab_size, "q_heads": model.num_heads, "mlp": model.intermediate_size}
-    return sizes if model.experts is None else {**sizes, "expert_mlp": model.experts.intermediate_size}
+    return (sizes if model.experts is None
+            else {**sizes, "expert_mlp": model.experts.intermediate_size})
 
 
 def current_mesh() -> Mesh | AbstractMesh:
@@ -140,20 +145,23 @@ def _degree(mesh: Any, axes: tuple[str, ...]) -> int:
     return int(np.prod([mesh.shape[a] for a in axes if a in mesh.shape]))
 
 
-def partition(mesh: Any, layout: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Partition spec of an array with logical `axes`; mesh axes that do not divide a dimension are left out, and those
-    that a `shard_map` around this has split already."""
+def partition(mesh: Any, layout: str, shape: tuple[int, ...],
+              axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Partition spec of an array with logical `axes`; mesh axes that do not divide a dimension are
+    left out, and those that a `shard_map` around this has split already."""
     manual, entries = getattr(mesh, "manual_axes", ()), []
     for size, name in zip(shape, axes, strict=True):
         used: tuple[str, ...] = ()
         for axis in LAYOUTS[layout].get(name, ()) if name else ():
-            if axis in mesh.shape and axis not in manual and size % _degree(mesh, (*used, axis)) == 0:
+            if (axis in mesh.shape and axis not in manual and size % _degree(mesh, (*used, axis))
+                == 0):
                 used = (*used, axis)
         entries.append(used or None)
     return PartitionSpec(*entries)
 
 
-def placement(shape: tuple[int, ...], layout: str, *axes: str | None, mesh: Any = None) -> NamedSharding | None:
+def placement(shape: tuple[int, ...], layout: str, *axes: str | None,
+              mesh: Any = None) -> NamedSharding | None:
     """Where an array with logical `axes` lies on a mesh (default: the current one). Without one,
     None: wherever JAX puts what nobody places."""
     mesh = mesh or current_mesh()
@@ -161,18 +169,22 @@ def placement(shape: tuple[int, ...], layout: str, *axes: str | None, mesh: Any 
 
 
 def place(x: Any, layout: str, *axes: str | None) -> jax.Array:
-    """An array that every process has whole, split over the mesh of `jax.set_mesh` by its logical axes."""
+    """An array that every process has whole, split over the mesh of `jax.set_mesh` by its logical
+    axes."""
     x = np.asarray(x)
     sharding = placement(x.shape, layout, *axes)
-    return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+    return (jnp.asarray(x) if sharding is None
+            else jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]))
 
 
 def constrain(x: jax.Array, layout: str, *axes: str | None) -> jax.Array:
-    """Constrain an intermediate array to `layout`'s sharding on the current mesh; no-op without one."""
+    """Constrain an intermediate array to `layout`'s sharding on the current mesh; no-op without
+    one."""
     mesh = current_mesh()
     if mesh.size <= 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, layout, x.shape, axes)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, layout, x.shape,
+                                                                             axes)))
 
 
 def filled(items: Sequence[T], shards: int, rows: int = 1) -> list[T]:
@@ -183,9 +195,11 @@ def filled(items: Sequence[T], shards: int, rows: int = 1) -> list[T]:
 
 
 def block_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of x [R, ...], of each of its equal blocks those at index int32 [blocks, n] within it: [blocks x n, ...].
+    """Rows of x [R, ...], of each of its equal blocks those at index int32 [blocks, n] within it:
+    [blocks x n, ...].
 
-    Where the blocks are the shards that a batch is split into, every device takes from what it holds.
+    Where the blocks are the shards that a batch is split into, every device takes from what it
+    holds.
     """
     blocks = x.reshape(index.shape[0], -1, *x.shape[1:])
     rows = jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds"))(blocks, index)
@@ -195,7 +209,8 @@ def block_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 def check_mesh(model: Any, mesh: Any, layout: str = "train") -> None:
     """`check_divides`, and InputError for an axis that splits experts where a policy has none."""
     if model.experts is None and _degree(mesh, ("expert",)) > 1:
-        raise InputError(f"mesh.expert = {mesh.shape['expert']} splits experts, and this model has none; set it to 1")
+        raise InputError(f"mesh.expert = {mesh.shape['expert']} splits experts, and this model has "
+                         "none; set it to 1")
     check_divides(model, mesh, layout)
 
 
@@ -208,12 +223,13 @@ def check_divides(model: Any, mesh: Any, layout: str = "train") -> None:
     for name, size in sizes.items():
         degree = _degree(mesh, rules.get(name, ()))
         if size % degree:
-            raise InputError(f"mesh axes {rules[name]} of {degree} shards do not divide the model's {name} = {size}; "
-                             "use a divisor")
+            raise InputError(f"mesh axes {rules[name]} of {degree} shards do not divide the "
+                             f"model's {name} = {size}; use a divisor")
     degree = _degree(mesh, rules["kv_heads"])
     if model.num_kv_heads % degree and degree <= model.num_kv_heads:
-        raise InputError(f"mesh axes {rules['kv_heads']} of {degree} shards do not divide num_kv_heads = "
-                         f"{model.num_kv_heads}; use a divisor, or more shards than heads (they are then replicated)")
+        raise InputError(f"mesh axes {rules['kv_heads']} of {degree} shards do not divide "
+                         f"num_kv_heads = {model.num_kv_heads}; use a divisor, or more shards than "
+                         "heads (they are then replicated)")
 
 
 def heads_replicated(model: Any, layout: str, mesh: Any = None) -> bool:
@@ -223,7 +239,8 @@ def heads_replicated(model: Any, layout: str, mesh: Any = None) -> bool:
 
 
 def spec_sharding(specs: Any, model: Any, layout: str = "train", mesh: Any = None) -> Any:
-    """Where every leaf of a tree with `shape` and `axes` (see `model.ParamSpec`) lies, as `placement` says it.
+    """Where every leaf of a tree with `shape` and `axes` (see `model.ParamSpec`) lies, as
+    `placement` says it.
 
     mesh: default the current one. Raises InputError where it does not divide the model.
     """
@@ -271,5 +288,6 @@ def check_rows(rows: int, mesh: Any = None, layout: str = "train",
     what says how many they are."""
     degree = batch_shards(layout, mesh)
     if rows % degree:
-        raise InputError(f"a batch of {rows} sequences is not divided by the mesh's {degree} batch shards "
-                         f"({' x '.join(LAYOUTS[layout]['batch'])}); change {of} or the mesh")
+        raise InputError(f"a batch of {rows} sequences is not divided by the mesh's {degree} batch "
+                         f"shards ({' x '.join(LAYOUTS[layout]['batch'])}); change {of} or the "
+                         "mesh")

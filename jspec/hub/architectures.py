@@ -20,7 +20,8 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
 _DEFAULTS = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "eos_token_id": 2},
     "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None},
-    "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None, "head_dim": 128},
+    "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None,
+              "head_dim": 128},
     "qwen3_moe": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "eos_token_id": None,
                   "num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
 }
@@ -30,12 +31,14 @@ MOST_LAYERS = 10_000  # which are listed one by one
 
 @dataclasses.dataclass(frozen=True)
 class MtpLayout:
-    """The native multi-token-prediction head of a published architecture: what its tensors are called, and which
-    conventions it was trained with. Embedding and output head are the trunk's in all of them.
+    """The native multi-token-prediction head of a published architecture: what its tensors are
+    called, and which conventions it was trained with. Embedding and output head are the trunk's in
+    all of them.
 
     Attributes:
       architecture, model_type: of its config.json.
-      prefix: of the head's tensors; {index} is the head's number from 0, {layer} that number after the trunk's layers.
+      prefix: of the head's tensors; {index} is the head's number from 0, {layer} that number after
+        the trunk's layers.
       embed_norm, hidden_norm: the norms of the two inputs. proj: from both, concatenated, to one.
       block: what goes before the names that a decoder layer's tensors have in the trunk.
       final_norm: before the output head, and before the next depth.
@@ -55,11 +58,13 @@ class MtpLayout:
     first: int
 
 
-# MiMo (https://arxiv.org/abs/2505.07608): its modelling code has the block, its authors' serving code (in vLLM, mimo.py
-# and mimo_mtp.py) what the block is given: the trunk's state before the final norm, and pairs of a state with the token
-# after it, so that position 0 has none ("not needed by MTP" is said where its embedding is masked).
+# MiMo (https://arxiv.org/abs/2505.07608): its modelling code has the block, its authors' serving
+# code (in vLLM, mimo.py and mimo_mtp.py) what the block is given: the trunk's state before the
+# final norm, and pairs of a state with the token after it, so that position 0 has none ("not needed
+# by MTP" is said where its embedding is masked).
 _MTP = (
-    MtpLayout("MiMoForCausalLM", "mimo", prefix="model.mtp_layers.{index}.", embed_norm="token_layernorm.weight",
+    MtpLayout("MiMoForCausalLM", "mimo", prefix="model.mtp_layers.{index}.",
+              embed_norm="token_layernorm.weight",
               hidden_norm="hidden_layernorm.weight", proj="input_proj.weight", block="",
               final_norm="final_layernorm.weight", hidden_first=True, normed_trunk=False, first=1),
 )
@@ -72,16 +77,20 @@ def _mtp_prefix(layout: MtpLayout, config: ModelConfig, index: int) -> str:
 
 
 def mtp_prefixes(hf: dict, config: ModelConfig) -> tuple[str, ...]:
-    """How the tensors of the MTP heads begin that a config.json speaks of; they are no part of the policy."""
+    """How the tensors of the MTP heads begin that a config.json speaks of; they are no part of the
+    policy."""
     layout = MTP_LAYOUTS.get(texts(hf, "architectures")[0])
-    return () if layout is None else tuple(_mtp_prefix(layout, config, i) for i in range(mtp_count(hf)))
+    return (() if layout is None
+            else tuple(_mtp_prefix(layout, config, i) for i in range(mtp_count(hf))))
 
 
 def mtp_count(hf: dict) -> int:
-    """How many MTP heads a config.json speaks of. Raises InputError if that is no number, or beyond reason."""
+    """How many MTP heads a config.json speaks of. Raises InputError if that is no number, or beyond
+    reason."""
     count = whole(hf, "num_nextn_predict_layers", 0, least=0)
     if count > MOST_MTP_HEADS:
-        raise InputError(f"config.json has {count} as num_nextn_predict_layers; expected at most {MOST_MTP_HEADS}")
+        raise InputError(f"config.json has {count} as num_nextn_predict_layers; expected at most "
+                         f"{MOST_MTP_HEADS}")
     return count
 
 
@@ -109,23 +118,29 @@ def end_tokens(*ids: Any) -> tuple[int, ...]:
 
 
 def family_of(config: dict) -> str:
-    """The family of a config.json. Raises InputError, naming the supported architectures, for any other."""
+    """The family of a config.json. Raises InputError, naming the supported architectures, for any
+    other."""
     names = texts(config, "architectures")
     if len(names) != 1 or names[0] not in ARCHITECTURES:
-        what = ", ".join(names)[:200] or f"model_type {short(config.get('model_type'))} without an architecture"
-        raise InputError(f"architecture {what} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        what = (", ".join(names)[:200]
+                or f"model_type {short(config.get('model_type'))} without an architecture")
+        raise InputError(f"architecture {what} is not supported; supported: "
+                         f"{', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[names[0]]
 
 
 def rope_from_hf(config: dict, max_position: int) -> RopeConfig:
-    """RopeConfig of a config.json, in its old spelling (rope_theta, rope_scaling) or its new one (rope_parameters)."""
+    """RopeConfig of a config.json, in its old spelling (rope_theta, rope_scaling) or its new one
+    (rope_parameters)."""
     params = section(config, "rope_parameters") or section(config, "rope_scaling")
     if any(isinstance(v, dict) for v in params.values()):
         raise InputError("rope parameters that differ by layer type are not supported; "
                          f"supported: one of {', '.join(ROPE_SCALINGS)} for all layers")
-    scaling = next((params[key] for key in ("rope_type", "type") if params.get(key) is not None), "default")
+    scaling = next((params[key] for key in ("rope_type", "type") if params.get(key) is not None),
+                   "default")
     if scaling not in ROPE_SCALINGS:
-        raise InputError(f"rope scaling {short(scaling)} is not supported; supported: {', '.join(ROPE_SCALINGS)}")
+        raise InputError(f"rope scaling {short(scaling)} is not supported; supported: "
+                         f"{', '.join(ROPE_SCALINGS)}")
     both = {**config, **params}
     if number(both, "partial_rotary_factor", 1.0) != 1.0:
         raise InputError("partial_rotary_factor other than 1 is not supported")
@@ -141,7 +156,8 @@ def rope_from_hf(config: dict, max_position: int) -> RopeConfig:
             rope, factor=number(params, "factor", max_position / original),
             beta_fast=number(params, "beta_fast", 32.0), beta_slow=number(params, "beta_slow", 1.0),
             attention_factor=number(params, "attention_factor") if given else None,
-            mscale=number(params, "mscale", 0.0), mscale_all_dim=number(params, "mscale_all_dim", 0.0),
+            mscale=number(params, "mscale", 0.0),
+            mscale_all_dim=number(params, "mscale_all_dim", 0.0),
             truncate=flag(params, "truncate", True))
     rope = dataclasses.replace(rope, factor=number(params, "factor"))
     if scaling == "llama3":
@@ -153,9 +169,11 @@ def rope_from_hf(config: dict, max_position: int) -> RopeConfig:
 def _check_supported(config: dict, family: str, layers: int, max_position: int) -> None:
     """Raise InputError for what a config may ask that our transformer does not compute."""
     if config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"hidden_act {short(config['hidden_act'])} is not supported; supported: silu")
+        raise InputError(f"hidden_act {short(config['hidden_act'])} is not supported; supported: "
+                         "silu")
     if config.get("quantization_config"):
-        raise InputError("a checkpoint with a quantization_config is not supported; load the unquantized one or a GGUF")
+        raise InputError("a checkpoint with a quantization_config is not supported; load the "
+                         "unquantized one or a GGUF")
     window = whole(config, "sliding_window", max_position, least=0)
     if not flag(config, "use_sliding_window") or window >= max_position:
         return
@@ -166,8 +184,8 @@ def _check_supported(config: dict, family: str, layers: int, max_position: int) 
     else:
         sliding = whole(config, "max_window_layers", 28, least=0) < layers
     if sliding:
-        raise InputError(f"sliding-window attention (window {window}) is not supported; supported: full attention, "
-                         "that is use_sliding_window false")
+        raise InputError(f"sliding-window attention (window {window}) is not supported; supported: "
+                         "full attention, that is use_sliding_window false")
 
 
 def _experts_from_hf(config: dict, layers: int) -> Experts:
@@ -197,30 +215,33 @@ def _experts_to_hf(experts: Experts) -> dict[str, Any]:
 def config_from_hf(config: dict, generation_config: dict | None = None) -> ModelConfig:
     """ModelConfig of a config.json and, if there is one, its generation_config.json.
 
-    Raises InputError for an unsupported architecture, rope scaling, sliding window or activation (naming what is
-    supported), and for a missing or malformed key.
+    Raises InputError for an unsupported architecture, rope scaling, sliding window or activation
+    (naming what is supported), and for a missing or malformed key.
     """
     family = family_of(config)
     config = {**_DEFAULTS[family], **config}
     generation = generation_config or {}
     heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
-    layers, max_position = whole(config, "num_hidden_layers"), whole(config, "max_position_embeddings")
+    layers, max_position = whole(config,
+                                 "num_hidden_layers"), whole(config, "max_position_embeddings")
     if layers > MOST_LAYERS:
-        raise InputError(f"config.json has {layers} as num_hidden_layers; expected at most {MOST_LAYERS}")
+        raise InputError(f"config.json has {layers} as num_hidden_layers; expected at most "
+                         f"{MOST_LAYERS}")
     _check_supported(config, family, layers, max_position)
     bias = flag(config, "attention_bias")
     stop = end_tokens(config.get("eos_token_id"), generation.get("eos_token_id"))
     return ModelConfig(
         family=family, vocab_size=whole(config, "vocab_size"), hidden_size=hidden,
         intermediate_size=whole(config, "intermediate_size"), num_layers=layers, num_heads=heads,
-        num_kv_heads=whole(config, "num_key_value_heads", heads), head_dim=whole(config, "head_dim", hidden // heads),
+        num_kv_heads=whole(config, "num_key_value_heads", heads),
+        head_dim=whole(config, "head_dim", hidden // heads),
         rms_norm_eps=number(config, "rms_norm_eps"), rope=rope_from_hf(config, max_position),
         tie_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=True if family == "qwen2" else bias, out_bias=False if family == "qwen2" else bias,
         mlp_bias=family == "llama" and flag(config, "mlp_bias"),
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        experts=_experts_from_hf(config, layers) if family == "qwen3_moe" else None,
-        max_position_embeddings=max_position, initializer_range=number(config, "initializer_range", 0.02),
+        qk_norm=family in ("qwen3", "qwen3_moe"), experts=_experts_from_hf(config, layers)
+        if family == "qwen3_moe" else None, max_position_embeddings=max_position,
+        initializer_range=number(config, "initializer_range", 0.02),
         stop_tokens=stop, pad_token=_pad_token(config, generation, stop))
 
 
@@ -236,7 +257,8 @@ def _pad_token(config: dict, generation: dict, stop: tuple[int, ...]) -> int:
 
 
 def rope_to_hf(rope: RopeConfig) -> dict | None:
-    """The `rope_scaling` entry of a config.json (theta apart), in the spelling that every transformers reads."""
+    """The `rope_scaling` entry of a config.json (theta apart), in the spelling that every
+    transformers reads."""
     out: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
     if rope.scaling == "default":
         return None
@@ -253,18 +275,22 @@ def rope_to_hf(rope: RopeConfig) -> dict | None:
 
 
 def config_to_hf(config: ModelConfig, bos_token: int | None = None) -> tuple[dict, dict]:
-    """(config.json, generation_config.json) of a ModelConfig; `config_from_hf` reads the same ModelConfig back.
+    """(config.json, generation_config.json) of a ModelConfig; `config_from_hf` reads the same
+    ModelConfig back.
 
     Raises InputError if no supported architecture has this combination of biases and norms.
     """
     bias = config.qkv_bias
     variants = {"llama": (bias, bias, config.mlp_bias, False), "qwen2": (True, False, False, False),
                 "qwen3": (bias, bias, False, True), "qwen3_moe": (bias, bias, False, True)}
-    if variants[config.family] != (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm):
-        raise InputError(f"no published {config.family} architecture has qkv_bias={config.qkv_bias}, "
-                         f"out_bias={config.out_bias}, mlp_bias={config.mlp_bias}, qk_norm={config.qk_norm}; "
-                         "such a policy cannot be exported")
-    eos = config.stop_tokens[0] if len(config.stop_tokens) == 1 else list(config.stop_tokens) or None
+    if (variants[config.family]
+        != (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)):
+        raise InputError(f"no published {config.family} architecture has "
+                         f"qkv_bias={config.qkv_bias}, out_bias={config.out_bias}, "
+                         f"mlp_bias={config.mlp_bias}, qk_norm={config.qk_norm}; such a policy "
+                         "cannot be exported")
+    eos = (config.stop_tokens[0] if len(config.stop_tokens) == 1
+           else list(config.stop_tokens) or None)
     tokens = {"bos_token_id": bos_token, "eos_token_id": eos, "pad_token_id": config.pad_token}
     hf = {
         "architectures": [next(a for a, f in ARCHITECTURES.items() if f == config.family)],
@@ -272,10 +298,11 @@ def config_to_hf(config: ModelConfig, bos_token: int | None = None) -> tuple[dic
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope.theta,
+        "head_dim": config.head_dim, "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
         "rope_scaling": rope_to_hf(config.rope), "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_position_embeddings, "initializer_range": config.initializer_range,
-        "use_cache": True, **tokens,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range, "use_cache": True, **tokens,
     }
     if config.family != "qwen2":
         hf["attention_bias"] = bias

@@ -1,5 +1,6 @@
-"""A mixture of experts in the place of a dense feed-forward: the router, and the products of each token with the
-experts that it chose. Dropless: every token is computed by all of its experts, whatever the others chose.
+"""A mixture of experts in the place of a dense feed-forward: the router, and the products of each
+token with the experts that it chose. Dropless: every token is computed by all of its experts,
+whatever the others chose.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ EXPERT_AXES: dict[str, tuple[str | None, ...]] = {
 
 def route(experts: Experts, router: jax.Array, x: jax.Array,
           routes: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(which experts compute each token, uint8 [..., top_k], with which gates, float32 [..., top_k],
-    and which ones x itself chooses, uint8 [..., top_k]).
+    """(which experts compute each token, uint8 [..., top_k], with which gates, float32
+    [..., top_k], and which ones x itself chooses, uint8 [..., top_k]).
 
-    Softmax over all experts, in float32, and the top_k of it, ties to the lowest; the gates are scaled to sum to one
-    where the config says so.
+    Softmax over all experts, in float32, and the top_k of it, ties to the lowest; the gates are
+    scaled to sum to one where the config says so.
 
     Args:
       router: [E, D]. x: [..., D].
-      routes: uint8 [..., top_k], to be taken as they are; the gates are those that x gives them. None: x chooses.
+      routes: uint8 [..., top_k], to be taken as they are; the gates are those that x gives them.
+        None: x chooses.
     """
     probs = jax.nn.softmax(linear(x.astype(jnp.float32), router.astype(jnp.float32)), axis=-1)
     chosen = jax.lax.top_k(probs, experts.top_k)[1].astype(jnp.uint8)
     routes = chosen if routes is None else routes
-    # gathered from the probabilities for replayed routes too: the gates' gradients are of live logits
+    # gathered from the probabilities for replayed routes too: the gates' gradients are of live
+    # logits
     gates = jnp.take_along_axis(probs, routes.astype(jnp.int32), axis=-1)
     if experts.renormalize:
         gates = gates / gates.sum(-1, keepdims=True)

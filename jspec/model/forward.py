@@ -1,4 +1,5 @@
-"""The transformer's ways through: training (stacked, scanned), prefill and verification (unrolled, cached)."""
+"""The transformer's ways through: training (stacked, scanned), prefill and verification (unrolled,
+cached)."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ class Trunk:
 
     Attributes:
       hidden: [B, T, D], final-normed: the output head's input.
-      features: one [B, T, D] for each requested depth; depth i is the residual stream after i layers (0: embeddings).
-      routes: uint8 [B, T, sparse layers, top_k], the experts that each token chose, and that computed it unless
-        others were replayed; None of a dense policy.
+      features: one [B, T, D] for each requested depth; depth i is the residual stream after i
+        layers (0: embeddings).
+      routes: uint8 [B, T, sparse layers, top_k], the experts that each token chose, and that
+        computed it unless others were replayed; None of a dense policy.
     """
 
     hidden: jax.Array
@@ -40,11 +42,13 @@ def embed(policy: Policy, tokens: jax.Array) -> jax.Array:
     return jnp.take(policy.weights["embed"], tokens, axis=0, mode="clip").astype(policy.dtype)
 
 
-def without_tokenless(model: ModelConfig, logits: jax.Array, ids: jax.Array | None = None) -> jax.Array:
-    """Logits [..., n] of `ids` int32 [n] (None: 0..n-1), -inf where the tokenizer has no token for an id.
+def without_tokenless(model: ModelConfig, logits: jax.Array,
+                      ids: jax.Array | None = None) -> jax.Array:
+    """Logits [..., n] of `ids` int32 [n] (None: 0..n-1), -inf where the tokenizer has no token for
+    an id.
 
-    It is the policy itself that lacks them, so nothing normalised over the vocabulary counts them, and no rule of
-    sampling has to ban them.
+    It is the policy itself that lacks them, so nothing normalised over the vocabulary counts them,
+    and no rule of sampling has to ban them.
     """
     if not model.tokenless:
         return logits
@@ -56,22 +60,25 @@ def without_tokenless(model: ModelConfig, logits: jax.Array, ids: jax.Array | No
 
 
 def logits(policy: Policy, hidden: jax.Array) -> jax.Array:
-    """Next-token logits, float32 [..., V], of final-normed hidden states [..., D]; -inf for `tokenless` ids."""
+    """Next-token logits, float32 [..., V], of final-normed hidden states [..., D]; -inf for
+    `tokenless` ids."""
     with jax.named_scope("head"):
         table = policy.weights["embed" if policy.config.tie_embeddings else "head"]
         out = without_tokenless(policy.config, linear(hidden, table, out_dtype=jnp.float32))
         return constrain(out, policy.layout, "batch", *(None,) * (out.ndim - 2), "vocab")
 
 
-def _final(policy: Policy, x: jax.Array, features: Sequence[jax.Array], routes: jax.Array | None) -> Trunk:
+def _final(policy: Policy, x: jax.Array, features: Sequence[jax.Array],
+           routes: jax.Array | None) -> Trunk:
     hidden = rms_norm(x, policy.weights["final_norm"], policy.config.rms_norm_eps)
     return Trunk(hidden, tuple(features), routes)
 
 
-def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, depths: tuple[int, ...], remat: bool,
-             routes: jax.Array | None) -> tuple[Trunk, Any]:
-    """Scan `layer(weights, x, its entry of by_layer, its routes) -> (x, kept, routes)` over the stacked layers, one
-    scan for each run of layers of one kind: a Trunk over `tokens`, and what the layers kept, stacked."""
+def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any,
+             depths: tuple[int, ...], remat: bool, routes: jax.Array | None) -> tuple[Trunk, Any]:
+    """Scan `layer(weights, x, its entry of by_layer, its routes) -> (x, kept, routes)` over the
+    stacked layers, one scan for each run of layers of one kind: a Trunk over `tokens`, and what the
+    layers kept, stacked."""
     def step(carry, xs) -> tuple[Any, Any]:
         x, states = carry
         w, depth, entry, replayed = xs
@@ -86,13 +93,16 @@ def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any, 
     with jax.named_scope("trunk"):
         runs = layer_runs(policy.config, policy.weights["layers"])
         for run, weights in runs:
-            entries = by_layer if len(runs) == 1 else jax.tree.map(lambda x, run=run: x[run.start:run.stop], by_layer)
+            entries = (by_layer if len(runs) == 1
+                       else jax.tree.map(lambda x, run=run: x[run.start:run.stop], by_layer))
             replayed = None
             if "router" in weights:
-                replayed = None if routes is None else jnp.moveaxis(routes, 2, 0)[before:before + len(run)]
+                replayed = (None if routes is None
+                            else jnp.moveaxis(routes, 2, 0)[before:before + len(run)])
                 before += len(run)
             xs = (weights, 1 + jnp.arange(run.start, run.stop), entries, replayed)
-            carry, (of_run, chosen) = jax.lax.scan(jax.checkpoint(step) if remat else step, carry, xs)
+            carry, (of_run, chosen) = jax.lax.scan(jax.checkpoint(step) if remat else step, carry,
+                                                   xs)
             kept.append(of_run)
             taken += [] if chosen is None else [chosen]
     x, states = carry
@@ -109,13 +119,15 @@ def _embedded(policy: Policy, tokens: jax.Array) -> jax.Array:
     return constrain(embed(policy, tokens), policy.layout, "batch", None, None)
 
 
-def train_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False,
-                  routes: jax.Array | None = None) -> Trunk:
-    """All positions of tokens int32 [B, S], causal, positions 0..S-1, differentiable. Training layout only.
+def train_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (),
+                  remat: bool = False, routes: jax.Array | None = None) -> Trunk:
+    """All positions of tokens int32 [B, S], causal, positions 0..S-1, differentiable. Training
+    layout only.
 
-    Rows are right-padded: padding can only influence positions after it. `remat` recomputes each layer in the
-    backward pass, so that only one residual stream a layer is kept. `routes`, of a sparse policy: the experts that
-    compute each token, as `Trunk.routes` has them; None: the tokens choose.
+    Rows are right-padded: padding can only influence positions after it. `remat` recomputes each
+    layer in the backward pass, so that only one residual stream a layer is kept. `routes`, of a
+    sparse policy: the experts that compute each token, as `Trunk.routes` has them; None: the tokens
+    choose.
     """
     return _causal(policy, tokens, lambda k, v: None, depths, remat, routes)[0]
 
@@ -123,8 +135,8 @@ def train_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] 
 def prompt_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (),
                    remat: bool = False,
                    routes: jax.Array | None = None) -> tuple[Trunk, tuple[jax.Array, jax.Array]]:
-    """`train_forward` of prompts, with their keys and values of all layers, [layers, B, S, kv_heads, head_dim] each,
-    for `response_forward` to continue."""
+    """`train_forward` of prompts, with their keys and values of all layers,
+    [layers, B, S, kv_heads, head_dim] each, for `response_forward` to continue."""
     return _causal(policy, tokens, lambda k, v: (k, v), depths, remat, routes)
 
 
@@ -133,36 +145,44 @@ def _causal(policy: Policy, tokens: jax.Array, keep: Callable, depths: tuple[int
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
     def layer(w, x, _, replayed) -> tuple[jax.Array, Any, jax.Array | None]:
-        return decoder_layer(policy.config, w, x, rope, lambda q, k, v: (causal_attention(q, k, v), keep(k, v)),
+        return decoder_layer(policy.config, w, x, rope,
+                             lambda q, k, v: (causal_attention(q, k, v), keep(k, v)),
                              routes=replayed, layout=policy.layout)
 
     return _scanned(policy, tokens, layer, None, depths, remat, routes)
 
 
-def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array, keys_values: tuple[jax.Array, jax.Array],
+def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array,
+                     keys_values: tuple[jax.Array, jax.Array],
                      prompts: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False,
                      routes: jax.Array | None = None) -> Trunk:
-    """What `train_forward` computes of responses after their prompts, the prompts being computed already.
+    """What `train_forward` computes of responses after their prompts, the prompts being computed
+    already.
 
-    Responses int32 [N, T]; lengths int32 [N], of each one's prompt; keys_values: of all prompts (`prompt_forward`);
-    prompts int32 [blocks, N // blocks], which of them each row continues, as `block_rows` has it. Returns the Trunk
-    over [N, T].
+    Responses int32 [N, T]; lengths int32 [N], of each one's prompt; keys_values: of all prompts
+    (`prompt_forward`); prompts int32 [blocks, N // blocks], which of them each row continues, as
+    `block_rows` has it. Returns the Trunk over [N, T].
     """
     rope = rope_table(policy.config, lengths[:, None] + jnp.arange(tokens.shape[1])[None])
 
     def layer(w, x, before, replayed) -> tuple[jax.Array, Any, jax.Array | None]:
-        before = (constrain(block_rows(x, prompts), policy.layout, "batch", None, "kv_heads", None) for x in before)
-        return decoder_layer(policy.config, w, x, rope,
-                             lambda q, k, v: (continued_attention(q, k, v, *before, lengths), None),  # type: ignore[call-arg]
-                             routes=replayed, layout=policy.layout)
+        k_before, v_before = (
+            constrain(block_rows(x, prompts), policy.layout, "batch", None, "kv_heads", None)
+            for x in before)
+
+        def attend(q, k, v) -> tuple[jax.Array, None]:
+            return continued_attention(q, k, v, k_before, v_before, lengths), None
+
+        return decoder_layer(policy.config, w, x, rope, attend, routes=replayed,
+                             layout=policy.layout)
 
     return _scanned(policy, tokens, layer, keys_values, depths, remat, routes)[0]
 
 
 def _unrolled(policy: Policy, tokens: jax.Array, positions: jax.Array, depths: tuple[int, ...],
               attend: Callable[[int], Callable]) -> tuple[Trunk, tuple]:
-    """Run the layers one by one; `attend(i)` gives layer i's attention. Returns (Trunk, a pair of keys and values, or
-    of their pools, a layer)."""
+    """Run the layers one by one; `attend(i)` gives layer i's attention. Returns (Trunk, a pair of
+    keys and values, or of their pools, a layer)."""
     model = policy.config
     rope = rope_table(model, positions)
     x = _embedded(policy, tokens)
@@ -192,13 +212,15 @@ def prefill(policy: Policy, tokens: jax.Array, *,
 
 def verify(policy: Policy, tokens: jax.Array, cache: Cache, lengths: jax.Array, *,
            depths: tuple[int, ...] = ()) -> tuple[Trunk, Cache]:
-    """T new tokens a row, int32 [B, T], at positions lengths .. lengths+T-1 after the cached ones. Rollout layout only.
+    """T new tokens a row, int32 [B, T], at positions lengths .. lengths+T-1 after the cached ones.
+    Rollout layout only.
 
     Returns (Trunk over [B, T], Cache with the new keys and values written at those positions).
     """
     def attend(i) -> Callable:
         def ragged(q, k, v) -> tuple[jax.Array, list[jax.Array]]:
-            out, *pools = attend_cached(policy, q, k, v, cache.k[i], cache.v[i], cache.table, lengths)
+            out, *pools = attend_cached(policy, q, k, v, cache.k[i], cache.v[i], cache.table,
+                                        lengths)
             return out, pools
         return ragged
 

@@ -81,7 +81,8 @@ def _rows_of_a_tile(rows: int, groups: int) -> int:
 
 
 def _divisor(size: int, most: int) -> int:
-    """The largest tile of a matrix's side of `size` that leaves no part of one over, if any does."""
+    """The largest tile of a matrix's side of `size` that leaves no part of one over, if any
+    does."""
     fitting = [n for n in range(128, min(size, most) + 1, 128) if size % n == 0]
     return max(fitting, default=min(size, most))
 

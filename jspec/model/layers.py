@@ -25,7 +25,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _yarn(inv_freq: np.ndarray, rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """YaRN: frequencies blended between extrapolation and interpolation (https://arxiv.org/abs/2309.00071)."""
+    """YaRN: frequencies blended between extrapolation and interpolation
+    (https://arxiv.org/abs/2309.00071)."""
 
     def dimension(rotations: float) -> float:
         length = rope.original_max_position / (rotations * 2 * math.pi)
@@ -44,12 +45,14 @@ def _yarn(inv_freq: np.ndarray, rope: RopeConfig, head_dim: int) -> tuple[np.nda
     if attention_factor is None:
         attention_factor = mscale(rope.factor)
         if rope.mscale and rope.mscale_all_dim:
-            attention_factor = mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
+            attention_factor = (mscale(rope.factor,
+                                       rope.mscale) / mscale(rope.factor, rope.mscale_all_dim))
     return blended, attention_factor
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies float64 [head_dim / 2] and the factor on cos and sin, for every supported scaling."""
+    """Inverse frequencies float64 [head_dim / 2] and the factor on cos and sin, for every supported
+    scaling."""
     inv_freq = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if rope.scaling == "linear":
         return inv_freq / rope.factor, 1.0
@@ -72,19 +75,22 @@ def rope_table(model: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of x [B, T, heads, head_dim], halves convention (https://arxiv.org/abs/2104.09864)."""
+    """Rotary embedding of x [B, T, heads, head_dim], halves convention
+    (https://arxiv.org/abs/2104.09864)."""
     cos, sin = (t[:, :, None, :] for t in rope)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def fuse(model: ModelConfig, w: dict[str, Any], layout: str) -> dict[str, Any]:
-    """A layer's weights with the projections that share an input as one matrix each: `qkv` and `gate_up`.
+    """A layer's weights with the projections that share an input as one matrix each: `qkv` and
+    `gate_up`.
 
-    One wide product instead of three narrow ones: 1.4-1.7x faster on a CPU at decode sizes. (Training leaves them
-    apart: many tokens fill a matrix unit anyway, and the backward pass would pay for copies.) `qkv` is laid out by
-    key/value head, [kv_heads, group + 2, head_dim, D], and `gate_up` [2, F, D], so that tensor parallelism still shards
-    whole heads and columns. Where `layout` has more shards than KV heads, those are replicated and `qkv` stays apart.
+    One wide product instead of three narrow ones: 1.4-1.7x faster on a CPU at decode sizes.
+    (Training leaves them apart: many tokens fill a matrix unit anyway, and the backward pass would
+    pay for copies.) `qkv` is laid out by key/value head, [kv_heads, group + 2, head_dim, D], and
+    `gate_up` [2, F, D], so that tensor parallelism still shards whole heads and columns. Where
+    `layout` has more shards than KV heads, those are replicated and `qkv` stays apart.
     """
     kv, g, hd = model.num_kv_heads, model.group, model.head_dim
     fused = {name: x for name, x in w.items() if name not in ("gate", "up", "gate_bias", "up_bias")}
@@ -103,8 +109,8 @@ def fuse(model: ModelConfig, w: dict[str, Any], layout: str) -> dict[str, Any]:
 
 def qkv(model: ModelConfig, w: dict[str, Any], x: jax.Array,
         rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries [B, T, heads, head_dim] and keys, and values, [B, T, kv_heads, head_dim], of x [B, T, D].
-    rope: `rope_table` at x's positions."""
+    """Rotated queries [B, T, heads, head_dim] and keys, and values, [B, T, kv_heads, head_dim], of
+    x [B, T, D]. rope: `rope_table` at x's positions."""
     b, t, _ = x.shape
     if "qkv" in w:
         y = linear(x, w["qkv"], w.get("qkv_bias"))
@@ -138,15 +144,16 @@ def feed_forward(model: ModelConfig, layout: str, w: dict[str, Any], x: jax.Arra
     return mixture(model, layout, w, x, routes) if "router" in w else (mlp(w, x), None)
 
 
-def decoder_layer(model: ModelConfig, w: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array],
-                  attend: Callable, inputs: jax.Array | None = None,
-                  routes: jax.Array | None = None,
+def decoder_layer(model: ModelConfig, w: dict[str, Any], x: jax.Array,
+                  rope: tuple[jax.Array, jax.Array], attend: Callable,
+                  inputs: jax.Array | None = None, routes: jax.Array | None = None,
                   layout: str = "train") -> tuple[jax.Array, Any, jax.Array | None]:
     """One pre-norm layer over x [B, T, D], its weights fused (see `fuse`) or not.
 
-    `attend(q, k, v) -> (out [B, T, heads, head_dim], cache)` holds all that differs between training, prefill and
-    verification. `inputs`: what the attention reads, [B, T, as wide as its projections]; None: x, normed. `layout`: of
-    the weights, where they have experts. Returns (x, cache, routes), see `feed_forward`.
+    `attend(q, k, v) -> (out [B, T, heads, head_dim], cache)` holds all that differs between
+    training, prefill and verification. `inputs`: what the attention reads,
+    [B, T, as wide as its projections]; None: x, normed. `layout`: of the weights, where they have
+    experts. Returns (x, cache, routes), see `feed_forward`.
     """
     with jax.named_scope("attention"):
         inputs = rms_norm(x, w["attn_norm"], model.rms_norm_eps) if inputs is None else inputs

@@ -1,4 +1,5 @@
-"""Parameters, declared once: shape, logical axes and initializer; everything else is derived from the declaration."""
+"""Parameters, declared once: shape, logical axes and initializer; everything else is derived from
+the declaration."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from pallas_kernels.implementation import REFERENCE, Implementation
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter. `axes` are logical names that `jspec.sharding` maps to mesh axes; masters are float32."""
+    """One parameter. `axes` are logical names that `jspec.sharding` maps to mesh axes; masters are
+    float32."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -38,7 +40,8 @@ class Policy:
     """A language model: weights and the static config that says how to use them.
 
     Training layout: `weights["layers"]` is one dict of arrays with a leading layer axis, float32.
-    Rollout layout: `weights["layers"]` is a tuple with one dict a layer, fused (`layers.fuse`), in `dtype`.
+    Rollout layout: `weights["layers"]` is a tuple with one dict a layer, fused (`layers.fuse`), in
+    `dtype`.
 
     Attributes:
       weights: the tree that `param_specs(config)` declares.
@@ -61,21 +64,25 @@ class Policy:
 
 
 def check_weights(label: str, weights: Any, specs: Any) -> None:
-    """Raise InputError, naming it, for the first array that `specs` declares and `weights` lack or have in another
-    shape, masked, or not of floating-point numbers. What else is there is not judged."""
+    """Raise InputError, naming it, for the first array that `specs` declares and `weights` lack or
+    have in another shape, masked, or not of floating-point numbers. What else is there is not
+    judged."""
     flat, _ = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
     for path, spec in flat:
         found = weights
         for step in path:
             key = getattr(step, "key", getattr(step, "idx", None))
-            known = range(len(found)) if isinstance(found, list | tuple) else found if isinstance(found, dict) else ()
+            known = (range(len(found)) if isinstance(found, list | tuple) else found
+                     if isinstance(found, dict) else ())
             found = found[key] if key in known else None
-        shape, name = getattr(found, "shape", None), jax.tree_util.keystr(path, simple=True, separator=".")
+        shape, name = getattr(found, "shape",
+                              None), jax.tree_util.keystr(path, simple=True, separator=".")
         if shape != spec.shape:
             has = "is missing" if shape is None else f"has shape {list(shape)}"
             raise InputError(f"weight {name} of {label} {has}; its config says {list(spec.shape)}")
         if not jnp.issubdtype(unmasked(f"weight {name} of {label}", found).dtype, jnp.floating):
-            raise InputError(f"weight {name} of {label} is {show(found)}, and must be of floating-point numbers")
+            raise InputError(f"weight {name} of {label} is {show(found)}, and must be of "
+                             "floating-point numbers")
 
 
 def check_static(label: str, policy: Any) -> None:
@@ -94,19 +101,22 @@ def check_policy(label: str, policy: Any, stacked: bool = False) -> None:
     """
     check_static(label, policy)
     model = policy.config
-    specs, layers = param_specs(model), policy.weights.get("layers") if isinstance(policy.weights, dict) else None
+    specs, layers = (param_specs(model),
+                     policy.weights.get("layers") if isinstance(policy.weights, dict) else None)
     if isinstance(layers, tuple):
         if stacked:
-            raise InputError(f"{label} must be in the training layout, and this one is in a rollout layout; give the "
-                             "policy that jspec.reshard was given")
+            raise InputError(f"{label} must be in the training layout, and this one is in "
+                             "a rollout layout; give the policy that jspec.reshard was given")
         del specs["layers"]
         if len(layers) != model.num_layers:
-            raise InputError(f"{label} has {len(layers)} layers; its config says {model.num_layers}")
+            raise InputError(f"{label} has {len(layers)} layers; its config says "
+                             f"{model.num_layers}")
     check_weights(label, policy.weights, specs)
 
 
 def layer_specs(model: ModelConfig, sparse: bool = False) -> dict[str, ParamSpec]:
-    """The parameters of one decoder layer (no layer axis). Linear weights are [out, in], as checkpoints have them.
+    """The parameters of one decoder layer (no layer axis). Linear weights are [out, in], as
+    checkpoints have them.
 
     sparse: of one with experts, stacked, where others have a dense feed-forward.
     """
@@ -160,8 +170,8 @@ def expert_specs(model: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def stacks(model: ModelConfig) -> dict[str, tuple[ParamSpec, tuple[int, ...]]]:
-    """Every parameter of layers by name: its spec in one layer, and the layers that have it, in the order of its
-    stack."""
+    """Every parameter of layers by name: its spec in one layer, and the layers that have it, in the
+    order of its stack."""
     layers: dict[str, tuple[ParamSpec, tuple[int, ...]]] = {}
     for i in range(model.num_layers):
         for name, spec in layer_specs(model, i in model.sparse_layers).items():
@@ -170,8 +180,9 @@ def stacks(model: ModelConfig) -> dict[str, tuple[ParamSpec, tuple[int, ...]]]:
 
 
 def layer_runs(model: ModelConfig, layers: dict[str, Any]) -> list[tuple[range, dict[str, Any]]]:
-    """The longest runs of adjacent layers that have the same parameters, each with its part of the stacks `layers`:
-    what one scan goes over. A model of one kind of layers is one run, and its stacks are taken as they are."""
+    """The longest runs of adjacent layers that have the same parameters, each with its part of the
+    stacks `layers`: what one scan goes over. A model of one kind of layers is one run, and its
+    stacks are taken as they are."""
     held = stacks(model)
     sparse = [i in model.sparse_layers for i in range(model.num_layers)]
     starts = [i for i in range(model.num_layers) if i == 0 or sparse[i] != sparse[i - 1]]
@@ -181,14 +192,16 @@ def layer_runs(model: ModelConfig, layers: dict[str, Any]) -> list[tuple[range, 
 
     def part(run: range) -> dict[str, Any]:
         at = {name: having.index(run[0]) for name, (_, having) in held.items() if run[0] in having}
-        return {name: jax.tree.map(lambda x, i=i: x[i:i + len(run)], layers[name]) for name, i in at.items()}
+        return {name: jax.tree.map(lambda x, i=i: x[i:i + len(run)], layers[name])
+                for name, i in at.items()}
 
     return [(run, part(run)) for run in runs]
 
 
 def param_specs(model: ModelConfig) -> dict[str, Any]:
     """The whole tree of parameters in the training layout (layers stacked along a leading axis)."""
-    layers = {name: dataclasses.replace(spec, shape=(len(having), *spec.shape), axes=("layers", *spec.axes))
+    layers = {name: dataclasses.replace(spec, shape=(len(having), *spec.shape),
+                                        axes=("layers", *spec.axes))
               for name, (spec, having) in stacks(model).items()}
     specs = {
         "embed": ParamSpec((model.vocab_size, model.hidden_size), ("vocab", "embed")),
@@ -205,7 +218,8 @@ def is_spec(x: Any) -> bool:
 
 
 def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
-    """Arrays for a tree of `ParamSpec`; each leaf's key is folded from its path, so that trees can grow."""
+    """Arrays for a tree of `ParamSpec`; each leaf's key is folded from its path, so that trees can
+    grow."""
 
     def drawn(path, spec: ParamSpec) -> jax.Array:
         if spec.init == "zeros":
@@ -220,12 +234,14 @@ def init_weights(specs: Any, key: jax.Array, scale: float) -> Any:
 
 
 def place_on_mesh(build: Any, specs: Any, model: ModelConfig) -> Any:
-    """`build` jitted, its result (a tree as `specs` declares it) placed in the training layout on the current mesh."""
+    """`build` jitted, its result (a tree as `specs` declares it) placed in the training layout on
+    the current mesh."""
     return jax.jit(build, out_shardings=spec_sharding(specs, model))
 
 
 def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32") -> Policy:
-    """A policy from random initialisation (normal, `config.initializer_range`), in the training layout.
+    """A policy from random initialisation (normal, `config.initializer_range`), in the training
+    layout.
 
     Placed on the mesh of `jax.set_mesh`, if there is one; the values do not depend on it.
 
@@ -245,19 +261,23 @@ def init_policy(config: ModelConfig, key: jax.Array | int, dtype: str = "float32
 
 
 def abstract_policy(model: ModelConfig, dtype: str = "float32") -> Policy:
-    """A policy in the training layout with `jax.ShapeDtypeStruct`s for weights, each with its sharding: all that can be
-    known of it before any are read. Raises InputError where the mesh of `jax.set_mesh` does not divide the model."""
+    """A policy in the training layout with `jax.ShapeDtypeStruct`s for weights, each with its
+    sharding: all that can be known of it before any are read. Raises InputError where the mesh of
+    `jax.set_mesh` does not divide the model."""
     return Policy(abstract_weights(param_specs(model), model), model, dtype)
 
 
 def abstract_weights(specs: Any, model: ModelConfig) -> Any:
-    """A tree of `ParamSpec` as `jax.ShapeDtypeStruct`s, placed in the training layout on the current mesh."""
-    return jax.tree.map(lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+    """A tree of `ParamSpec` as `jax.ShapeDtypeStruct`s, placed in the training layout on the
+    current mesh."""
+    return jax.tree.map(lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype,
+                                                                    sharding=sharding),
                         specs, spec_sharding(specs, model), is_leaf=is_spec)
 
 
 def policy_sharding(model: ModelConfig, mesh: Any) -> Any:
-    """NamedSharding of every weight in the training layout. Raises InputError where the mesh does not divide."""
+    """NamedSharding of every weight in the training layout. Raises InputError where the mesh does
+    not divide."""
     return spec_sharding(param_specs(model), model, mesh=mesh)
 
 
@@ -268,10 +288,12 @@ def rollout_specs(model: ModelConfig) -> dict[str, Any]:
 
 
 def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
-    """Training layout to rollout layout: one dict a layer, fused, in the compute dtype, sharded as `layout` has it.
+    """Training layout to rollout layout: one dict a layer, fused, in the compute dtype, sharded as
+    `layout` has it.
 
-    Jittable, and a no-op on a policy that is in a rollout layout already. `layout`: "rollout" is tensor parallel over
-    the tensor axis, "rollout_wide" over fsdp x tensor; both replicate over the other axes.
+    Jittable, and a no-op on a policy that is in a rollout layout already. `layout`: "rollout" is
+    tensor parallel over the tensor axis, "rollout_wide" over fsdp x tensor; both replicate over the
+    other axes.
     """
     if not policy.stacked:
         return policy
@@ -279,7 +301,8 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), policy.weights)
     held = stacks(model)
     layers = tuple({name: weights["layers"][name][having.index(i)]
-                    for name, (_, having) in held.items() if i in having} for i in range(model.num_layers))
+                    for name, (_, having) in held.items() if i in having}
+                   for i in range(model.num_layers))
     weights = {**weights, "layers": layers}
     weights = constrain_tree(weights, rollout_specs(model), model, layout)
     weights["layers"] = tuple(fuse(model, w, layout) for w in weights["layers"])
@@ -292,4 +315,5 @@ _reshard = jax.jit(to_rollout, static_argnames="layout")
 def reshard(policy: Policy, layout: str = "rollout") -> Policy:
     """`to_rollout`, jitted. Raises InputError for a policy that is none, and for another layout."""
     check_policy("policy", policy)
-    return _reshard(policy, layout=one_of(name for name in LAYOUTS if name != "train")("layout", layout))
+    return _reshard(policy,
+                    layout=one_of(name for name in LAYOUTS if name != "train")("layout", layout))

@@ -1,12 +1,15 @@
-"""Matrices in 8 or 4 bits, and products with them. qwix quantises: symmetric, rounded to nearest, largest to largest.
+"""Matrices in 8 or 4 bits, and products with them. qwix quantises: symmetric, rounded to nearest,
+largest to largest.
 
-Products are of integers: activations enter them as two int8 digits, 16 bits in all, since one digit costs more
-acceptance than the weights' rounding does (for the outliers, https://arxiv.org/abs/2208.07339: SmolLM2-135M's overlap
-with itself is 0.97 with two, 0.90 with one). Every scale is of a row and enters after the product, so that XLA reads
-the integers as they are: scales within a row cost a bfloat16 copy of the matrix, on TPUs and GPUs alike.
+Products are of integers: activations enter them as two int8 digits, 16 bits in all, since one digit
+costs more acceptance than the weights' rounding does (for the outliers,
+https://arxiv.org/abs/2208.07339: SmolLM2-135M's overlap with itself is 0.97 with two, 0.90 with
+one). Every scale is of a row and enters after the product, so that XLA reads the integers as they
+are: scales within a row cost a bfloat16 copy of the matrix, on TPUs and GPUs alike.
 
-In 4 bits one scale a row is too coarse (overlap 0.45). So of every GROUP inputs the one in OUTLIERS whose weights are
-largest has them in 8 bits, in a matrix of its own (0.64, as with a scale for every 32 inputs): 5 bits a weight.
+In 4 bits one scale a row is too coarse (overlap 0.45). So of every GROUP inputs the one in OUTLIERS
+whose weights are largest has them in 8 bits, in a matrix of its own (0.64, as with a scale for
+every 32 inputs): 5 bits a weight.
 """
 
 from __future__ import annotations
@@ -25,15 +28,18 @@ from jspec.sharding import current_mesh, partition
 
 BITS = (8, 4)
 GROUP, OUTLIERS = 32, 8
-BLOCKS = 16  # ways at most that shards may split the inputs of a matrix in 4 bits and read only their own outliers
+# ways at most that shards may split the inputs of a matrix in 4 bits and read only their own
+# outliers
+BLOCKS = 16
 
 
 @struct.dataclass
 class Quantized:
     """A matrix [*out, in] as a `qwix.QArray`: integers of its shape, and float32 scales [*out, 1].
 
-    In 4 bits `outliers` [*out, groups * n] has n inputs of every group in 8 bits, which are zero in `array`, and
-    `chosen` says which they are: int8 [groups, n, in / groups], one-hot. `layout` and `inputs` are `quantize`'s.
+    In 4 bits `outliers` [*out, groups * n] has n inputs of every group in 8 bits, which are zero in
+    `array`, and `chosen` says which they are: int8 [groups, n, in / groups], one-hot. `layout` and
+    `inputs` are `quantize`'s.
     """
 
     array: Any
@@ -48,11 +54,13 @@ class Quantized:
         return self.array.shape
 
 
-def quantize(w: jax.Array, bits: int, layout: str = "rollout", inputs: str | None = None) -> Quantized:
-    """w [*out, in] in 8 or 4 bits, off by at most half a step: the largest |w| that shares the scale over 254 or 14.
+def quantize(w: jax.Array, bits: int, layout: str = "rollout",
+             inputs: str | None = None) -> Quantized:
+    """w [*out, in] in 8 or 4 bits, off by at most half a step: the largest |w| that shares the
+    scale over 254 or 14.
 
-    A group of 4 bits is of the largest divisor of `in` up to GROUP. inputs: the logical axis that `in` is in `layout`;
-    None: one that no mesh splits.
+    A group of 4 bits is of the largest divisor of `in` up to GROUP. inputs: the logical axis that
+    `in` is in `layout`; None: one that no mesh splits.
     """
     if bits == 8:
         return Quantized(_by_row(w, jnp.int8), layout=layout, inputs=inputs)
@@ -68,7 +76,8 @@ def quantize(w: jax.Array, bits: int, layout: str = "rollout", inputs: str | Non
 
 
 def _take(w: jax.Array, columns: jax.Array, blocks: int) -> jax.Array:
-    """w[..., columns], of which every one of `blocks` parts of w has as many, so that shards have their own.
+    """w[..., columns], of which every one of `blocks` parts of w has as many, so that shards have
+    their own.
 
     By products with zeros and ones, which are exact: a TPU gathers number by number.
     """
@@ -98,7 +107,8 @@ def dequantize(w: Quantized) -> jax.Array:
 
 
 def _digits(x: jax.Array) -> Any:
-    """x [..., in] as a QArray [2, ..., in] of int8, whose sum over the first axis is x to within max |x| / 64,516."""
+    """x [..., in] as a QArray [2, ..., in] of int8, whose sum over the first axis is x to within
+    max |x| / 64,516."""
     import qwix
 
     x = x.astype(jnp.float32)
@@ -124,20 +134,22 @@ def product(x: jax.Array, w: Quantized) -> jax.Array:
 
 
 def _product_of_parts(x: jax.Array, w: Quantized, axes: str | tuple[str, ...]) -> jax.Array:
-    """`product` where mesh axes split the inputs: each shard scales and adds up its own, and the sums that cross the
-    mesh are in x's dtype, as without quantisation. (XLA would send the integers, up to 8 times as many bytes.)"""
+    """`product` where mesh axes split the inputs: each shard scales and adds up its own, and the
+    sums that cross the mesh are in x's dtype, as without quantisation. (XLA would send the
+    integers, up to 8 times as many bytes.)"""
     def part(x, w) -> jax.Array:
         return jax.lax.psum(_product(x, w).astype(x.dtype), axes)
 
     def spec(a, *leading) -> PartitionSpec:
         """Of the quantised arrays the last dimension is the inputs', or a scale's."""
-        return PartitionSpec(*leading, *(None,) * (a.ndim - 1 - len(leading)), axes if a.shape[-1] > 1 else None)
+        return PartitionSpec(*leading, *(None,) * (a.ndim - 1 - len(leading)),
+                             axes if a.shape[-1] > 1 else None)
 
     batch = partition(current_mesh(), w.layout, x.shape[:1], ("batch",))[0]
     split = w.replace(array=jax.tree.map(spec, w.array), outliers=jax.tree.map(spec, w.outliers),
                       chosen=None if w.chosen is None else PartitionSpec(axes))
-    return jax.shard_map(part, in_specs=(spec(x, batch), split), out_specs=PartitionSpec(batch), check_vma=False)(
-        x, w).astype(jnp.float32)
+    return jax.shard_map(part, in_specs=(spec(x, batch), split), out_specs=PartitionSpec(batch),
+                         check_vma=False)(x, w).astype(jnp.float32)
 
 
 def _product(x: jax.Array, w: Quantized) -> jax.Array:

@@ -7,11 +7,12 @@ Runs on a CPU. The real compilers run: libtpu's for TPU v5e, v5p, v6e and tpu7x,
 Mosaic GPU and ptxas for sm_90. Recorded are, for a kernel, the vector memory or shared memory,
 registers and spills it takes, and for a rollout the memory a device needs and what its decode loops
 do (compiled_text.py): a collective in them that crosses the shards of the batch, or a copy of a
-pool of keys and values, is a failure. `refused` is a shape that an implementation does not take:
-the reference runs there. Exit code 1 if anything else does not compile, or does so badly. libtpu
-lets one process in at a time. Lines about nvdisasm, which the packages lack, mean nothing.
-`--what step` compiles all programs of a training step (`jspec/step.py`) and records the memory a
-device needs for each.
+pool of keys and values, is a failure. `experts` are a block of Qwen3-30B-A3B's: one that counts
+more than EXCESS times the useful operations, or copies its weights, is a failure on a TPU.
+`refused` is a shape that an implementation does not take: the reference runs there. Exit code 1 if
+anything else does not compile, or does so badly. libtpu lets one process in at a time. Lines about
+nvdisasm, which the packages lack, mean nothing. `--what step` compiles all programs of a training
+step (`jspec/step.py`) and records the memory a device needs for each.
 
 A rollout is of a heavy tail: 256 sequences in 64 slots a shard of the batch, and a schedule of k,
 so that its chain has two loops. Every chip compiles it with `mtp`, and one of them with each of the
@@ -51,7 +52,9 @@ from benchmarks.options import open_results, program
 from benchmarks.shapes import SHAPES
 from jspec.config import load_config
 from jspec.console import PlainConsole
+from jspec.hlo import instructions
 from jspec.model import abstract_policy
+from jspec.model.experts import compute as of_experts
 from jspec.model.pool import BLOCK
 from jspec.profiling import memory_of
 from jspec.rl.state import TrainState, state_specs
@@ -87,14 +90,17 @@ rows are paused."""
 PROMPTS, LENGTH, GROUP, SLOTS, CAP = 16, 128, 16, 64, 1024  # slots of each shard of the batch
 KV_TOKENS = SLOTS * (LENGTH + CAP) * 6 // 10  # of each shard, where rows are paused
 SCHEDULE = ((16, 3), (SLOTS, 1))
+EXPERTS = {"count": 128, "top_k": 8, "width": 2048, "hidden": 768}
+EXPERT_ROWS = {"forward": (8, 64), "gradient": (4096,)}
+EXCESS = 1.1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", nargs="+", choices=[*TPUS, GPU], default=[*TPUS, GPU])
-    parser.add_argument("--what", nargs="+", choices=["kernels", "rollout", "step"],
-                        default=["kernels", "rollout"])
+    parser.add_argument("--what", nargs="+", choices=["kernels", "experts", "rollout", "step"],
+                        default=["kernels", "experts", "rollout"])
     parser.add_argument("--shape", default="", help="only shapes whose name contains this")
     parser.add_argument("--drafts", nargs="+", choices=DRAFTS,
                         help="of the rollouts, for every chip and shape")
@@ -150,6 +156,38 @@ def kernels(chip: str, wanted: str) -> Any:
                                      implementation=implementation), donate_argnums=(3, 4))
             yield "verify_attention", shape.name, None, attend, on(SingleDeviceSharding(device),
                                                                    args)
+
+
+def experts(chip: str, what: str, rows: int) -> dict[str, Any]:
+    """A row of a block of experts on one device: its operations over those that are useful, and
+    what copies its weights."""
+    count, top_k, width, hidden = EXPERTS.values()
+    matrices = {"expert_gate_up": (count, 2, hidden, width), "expert_down": (count, width, hidden)}
+    shapes = ({name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in matrices.items()},
+              jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
+              jax.ShapeDtypeStruct((rows, top_k), jnp.uint8),
+              jax.ShapeDtypeStruct((rows, top_k), jnp.float32))
+    useful = 6 * rows * top_k * width * hidden * (1 if what == "forward" else 3)
+    function = of_experts if what == "forward" else jax.grad(
+        lambda w, x, routes, gates: of_experts(w, x, routes, gates).sum(), (0, 1, 3))
+    begin = time.perf_counter()
+    try:
+        made = compiled(jax.jit(function), on(SingleDeviceSharding(devices(chip)[0]), shapes), chip)
+    except Exception as error:  # a compiler's: this is what the run is there to find
+        return {"failed": str(error)[:500]}
+    found = instructions(made.as_text())
+    # the gradients of the weights are as large, and are what the kernels are there to make
+    copied = [text for text in compiled_text.copied(found, matrices.values())
+              if "custom-call" not in text]
+    row = {"seconds": round(time.perf_counter() - begin, 2), **memory_of(made),
+           "weights_copied": copied}
+    if chip == GPU:  # its compiler counts nothing
+        return row
+    row["operations_over_useful"] = round(made.cost_analysis()["flops"] / useful, 3)
+    if row["operations_over_useful"] > EXCESS or copied:
+        row["failed"] = (f"{row['operations_over_useful']} times the useful operations; copied: "
+                         f"{'; '.join(copied)}")[:2000]
+    return row
 
 
 def prompts_of(shards: int) -> int:
@@ -238,6 +276,11 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for kernel, shape, rule, function, values in kernels(chip, args.shape):
                 yield {"chip": chip, "what": kernel, "shape": shape, "rule": rule,
                        **timed(chip, function, values)}
+    if "experts" in args.what and args.shape in "qwen3-30b-a3b":
+        for chip in (chip for chip in args.chip if chip != POD):
+            for what, rows in ((what, n) for what, many in EXPERT_ROWS.items() for n in many):
+                yield {"chip": chip, "what": "experts", "shape": "qwen3-30b-a3b",
+                       "rule": f"{what}, {rows} rows", **experts(chip, what, rows)}
     if "rollout" in args.what:
         for chip, shape, draft, pausing in chosen(args):
             fsdp, tensor = MESHES[chip]

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jspec.model.linear import linear
 from jspec.model.quantized import Quantized
 
-TILES = (64, 8)
-"""Rows that a CPU computes together: as many of the first as there are, then of the second."""
+FEW, MANY = (4,), (64, 8)
+"""Rows that a CPU computes together, where a group has few rows as in decoding, and where it has
+many: as many of the first as there are, then of the second."""
 
 
 def grouped(x: jax.Array, w: jax.Array | Quantized, sizes: jax.Array) -> jax.Array:
@@ -121,13 +122,18 @@ def _kernel_backward(x: jax.Array, w: jax.Array, sizes: jax.Array,
     return dx[:len(x)], _kernel("tgmm", of, mine, sizes, len(x), w.dtype)
 
 
-def _over_groups(sizes: jax.Array, body: Callable[[jax.Array, Callable, Any], Any],
+def _tiles(rows: int, groups: int) -> tuple[int, ...]:
+    return FEW if rows <= groups * min(FEW) else MANY
+
+
+def _over_groups(rows: int, sizes: jax.Array, body: Callable[[jax.Array, Callable, Any], Any],
                  start: Any) -> Any:
     """body(group, over, carry) -> carry, of every group that has rows, in order.
 
     over(step, carry) -> carry goes over the group's rows in tiles: step(first row of the tile,
-    which of TILES rows are the group's bool [tile, 1], carry) -> carry.
+    which of its rows are the group's bool [tile, 1], carry) -> carry.
     """
+    tiles = _tiles(rows, len(sizes))
     begins, order = jnp.cumsum(sizes) - sizes, jnp.argsort(sizes == 0, stable=True)
 
     def of_group(i: jax.Array, carry: Any) -> Any:
@@ -136,8 +142,8 @@ def _over_groups(sizes: jax.Array, body: Callable[[jax.Array, Callable, Any], An
 
         def over(step: Callable, carry: Any) -> Any:
             first = begin
-            for tile in TILES:
-                count = (end - first) // tile if tile > min(TILES) else -(-(end - first) // tile)
+            for tile in tiles:
+                count = (end - first) // tile if tile > min(tiles) else -(-(end - first) // tile)
 
                 def at(j: jax.Array, carry: Any, first: jax.Array = first, tile: int = tile) -> Any:
                     row = first + j * tile
@@ -164,7 +170,7 @@ def _matrix(w: Any, group: jax.Array) -> Any:
 
 def _padded(x: jax.Array) -> jax.Array:
     """x [R, ...] with room for a tile that begins at its last row."""
-    return jnp.pad(x, ((0, max(TILES)), *((0, 0),) * (x.ndim - 1)))
+    return jnp.pad(x, ((0, max(MANY)), (0, 0)))
 
 
 def _by_tiles(x: jax.Array, w: jax.Array | Quantized, sizes: jax.Array) -> jax.Array:
@@ -181,7 +187,7 @@ def _by_tiles(x: jax.Array, w: jax.Array | Quantized, sizes: jax.Array) -> jax.A
         return over(step, y)
 
     out = w.array.shape[1:-1] if isinstance(w, Quantized) else w.shape[1:-1]
-    y = _over_groups(sizes, body, jnp.zeros((len(padded), *out), x.dtype))
+    y = _over_groups(len(x), sizes, body, jnp.zeros((len(padded), *out), x.dtype))
     return _within(y[:len(x)], sizes)
 
 
@@ -206,5 +212,5 @@ def _tiles_backward(x: jax.Array, w: jax.Array, sizes: jax.Array,
         dx, mine = over(step, (dx, jnp.zeros(w.shape[1:], w.dtype)))
         return dx, dw.at[group].set(mine, mode="promise_in_bounds")
 
-    dx, dw = _over_groups(sizes, body, (jnp.zeros_like(padded), jnp.zeros_like(w)))
+    dx, dw = _over_groups(len(x), sizes, body, (jnp.zeros_like(padded), jnp.zeros_like(w)))
     return dx[:len(x)], dw

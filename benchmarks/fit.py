@@ -27,7 +27,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "v6e-64": ("qwen3-30b-a3b-pod", "mesh.expert=16", "rollout.slots=512",
                "grpo.micro_batch=64", *SHORT),
     "v5p-1024": ("qwen3-235b-a22b-pod", *SHORT),
-    "tpu7x-128": ("qwen3-235b-a22b-pod", "mesh.expert=16", "mesh.fsdp=2", "rollout.slots=1024",
+    "tpu7x-128": ("qwen3-235b-a22b-pod", "mesh.fsdp=4", "rollout.slots=1024",
                   "grpo.micro_batch=32", *SHORT),
 }
 """By machine, the config of `configs/` that is asked about, and what of it is set otherwise."""

@@ -48,7 +48,7 @@ def depths(model: ModelConfig, asked: Sequence[int] = ()) -> list[ModelConfig]:
 
 
 def extended(model: ModelConfig, compiled: Sequence[ModelConfig], values: Sequence[float]) -> float:
-    """What the model would give, of what each of the shallower ones gave; never below the largest
+    """What the model would give, of what each of the shallower ones gave; never below the last
     of these."""
     if len(compiled) == 1:
         return float(values[0])
@@ -60,4 +60,4 @@ def extended(model: ModelConfig, compiled: Sequence[ModelConfig], values: Sequen
 
     rows = np.array([terms(kinds(one)) for one in compiled])
     line, *_ = np.linalg.lstsq(rows, np.array(values, float), rcond=None)
-    return max(float(np.dot(terms((dense, sparse)), line)), *map(float, values))
+    return max(float(np.dot(terms((dense, sparse)), line)), float(values[-1]))

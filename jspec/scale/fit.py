@@ -204,12 +204,13 @@ def only_widest(config: Config) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Shallow:
-    """The reshard and the rollout at one depth, the draft as cycles use it (None without one), and
-    its keys and values of the prompts, as shapes."""
+    """The reshard and the rollout at one depth, with the step that they are of; drafted: bytes of
+    the draft as cycles use it; of_draft: its keys and values of the prompts, as shapes."""
 
+    made: Declared
     reshard: Compiled
     rollout: Compiled
-    prepared: Any
+    drafted: int
     of_draft: Any
 
     @classmethod
@@ -226,7 +227,22 @@ class Shallow:
                          subject.k)
             rollout = compile_one(subject, "rollout", made.step.rollout, arguments, once,
                                   pools_of(subject, made, of_draft).is_pool)
-        return cls(reshard, rollout, prepared, of_draft)
+        drafted = prepared_bytes(reshard.made, prepared, made.layout)
+        return cls(made, reshard, rollout, drafted, of_draft)
+
+
+def known(subject: Subject, made: Declared, drafted: int, of_draft: Any,
+          out: Any) -> dict[str, tuple[int, dict[str, int]]]:
+    """Of reshard and rollout at one depth, (bytes of what lies beside it, all of it by kind)."""
+    state, copy = state_bytes(made.state, made.reference), shard_bytes(made.copy)
+    in_pool, in_draft_pool, _ = pools_of(subject, made, of_draft).bytes()
+    own = 0 if made.state.draft is None else shard_bytes(made.state.draft)
+    kinds = state | {"rollout copy": copy, "KV pool": in_pool,
+                     "draft": state["draft"] + in_draft_pool + drafted,
+                     "prompts and answers": shard_bytes((made.prompts, out))}
+    always = sum(state.values())
+    return {"reshard": (always - state["master weights"], state | {"rollout copy": copy}),
+            "rollout": (always - own, kinds)}
 
 
 def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
@@ -235,22 +251,19 @@ def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
     whole = Declared.of(subject, subject.model)
     found = [Shallow.of(subject, model) for model in models]
     last = found[-1]
-    pools = pools_of(subject, whole, last.of_draft)
     out = at_depth(last.rollout.made, subject.model).replace(stats=None)
-    state, draft = state_bytes(whole.state, whole.reference), whole.state.draft
-    copy, always = shard_bytes(whole.copy), sum(state.values())
-    programs = [assembled(subject, "reshard", models, [one.reshard for one in found],
-                          always - state["master weights"], state | {"rollout copy": copy})]
-    in_pool, in_draft_pool, _ = pools.bytes()
-    drafted = int(extended(subject.model, models, [
-        prepared_bytes(one.reshard.made, one.prepared, whole.layout) for one in found]))
-    own = 0 if draft is None else shard_bytes(draft)
-    kinds = state | {"rollout copy": copy, "KV pool": in_pool,
-                     "draft": state["draft"] + in_draft_pool + drafted,
-                     "prompts and answers": shard_bytes((whole.prompts, out))}
-    programs.append(assembled(subject, "rollout", models, [one.rollout for one in found],
-                              always - own, kinds))
-    return programs, pools, whole, out
+    drafted = int(extended(subject.model, models, [one.drafted for one in found]))
+    here = known(subject, whole, drafted, last.of_draft, out)
+    there = [known(subject, one.made, one.drafted, one.of_draft,
+                   one.rollout.made.replace(stats=None)) for one in found]
+    programs = []
+    for name in here:
+        resident, kinds = here[name]
+        explained = [sum(kinds.values()) - resident
+                     for resident, kinds in (of_depth[name] for of_depth in there)]
+        programs.append(assembled(subject, name, models, [getattr(one, name) for one in found],
+                                  resident, kinds, explained))
+    return programs, pools_of(subject, whole, last.of_draft), whole, out
 
 
 def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
@@ -302,27 +315,21 @@ def at_depth(out: Any, model: ModelConfig) -> Any:
     return out.replace(routes=cut(out.routes), prompt_routes=cut(out.prompt_routes))
 
 
-def assembled(
-    subject: Subject,
-    name: str,
-    models: Sequence[ModelConfig],
-    found: Sequence[Compiled],
-    resident: int,
-    kinds: dict[str, int],
-) -> Program:
-    """A program of which some depths are known. resident, kinds: see `Program`."""
-    size = int(extended(subject.model, models, [one.bytes for one in found]))
-    rest = resident + size - sum(kinds.values())
-    return Program(
-        name,
-        resident,
-        size,
-        kinds | {TEMPORARIES: max(rest, 0)},
-        lined_up(subject.model, models, found),
-        tuple(m.num_layers for m in models),
-        any(one.refused for one in found),
-        sum(one.seconds for one in found),
-    )
+def assembled(subject: Subject, name: str, models: Sequence[ModelConfig],
+              found: Sequence[Compiled], resident: int, kinds: dict[str, int],
+              explained: Sequence[int] | None = None) -> Program:
+    """A program of which some depths are known. resident, kinds: see `Program`. explained: bytes of
+    the program at each depth that have a kind; None: all depths are the model's own.
+
+    What goes on in a straight line is what has none, the temporaries: a few layers may need the
+    most while there is no pool yet, and many when there is."""
+    own = sum(kinds.values()) - resident
+    explained = [own] * len(found) if explained is None else explained
+    rest = [one.bytes - part for one, part in zip(found, explained, strict=True)]
+    temporaries = max(0, int(extended(subject.model, models, rest)))
+    return Program(name, resident, own + temporaries, kinds | {TEMPORARIES: temporaries},
+                   lined_up(subject.model, models, found), tuple(m.num_layers for m in models),
+                   any(one.refused for one in found), sum(one.seconds for one in found))
 
 
 def lined_up(

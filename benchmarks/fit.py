@@ -24,11 +24,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "v5e-16": ("qwen3-8b-pod", "mesh.fsdp=4", "rollout.slots=256", "grpo.micro_batch=4",
                "speculation.k=[[64,3]]"),
     "v5p-64": ("qwen3-30b-a3b-pod", *SHORT),
-    "v6e-64": ("qwen3-30b-a3b-pod", "mesh.expert=16", "rollout.slots=512",
-               "grpo.micro_batch=64", *SHORT),
+    "v6e-64": ("qwen3-30b-a3b-pod", "mesh.fsdp=8", "rollout.slots=512", "grpo.micro_batch=64",
+               "sampling.max_new_tokens=4096", *SHORT),
     "v5p-1024": ("qwen3-235b-a22b-pod", *SHORT),
-    "tpu7x-128": ("qwen3-235b-a22b-pod", "mesh.fsdp=4", "rollout.slots=1024",
-                  "grpo.micro_batch=32", *SHORT),
+    "tpu7x-128": ("qwen3-235b-a22b-pod", "mesh.fsdp=8", "rollout.slots=1024",
+                  "grpo.micro_batch=32", "sampling.max_new_tokens=8192", *SHORT),
 }
 """By machine, the config of `configs/` that is asked about, and what of it is set otherwise."""
 

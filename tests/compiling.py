@@ -15,7 +15,7 @@ def compile_plainly():
 
 
 def as_users_compile():
-    """`compiler_options` of programs that must agree with others to the bit: the older emitters
-    round a part of a program by what is fused with it."""
+    """`compiler_options` of programs that are read, or must agree with others to the bit: the older
+    emitters round a part of a program by what is fused with it."""
     plainly = FLAG in os.environ.get("XLA_FLAGS", "")
     return {"xla_cpu_use_fusion_emitters": True} if plainly else {}

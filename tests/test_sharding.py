@@ -28,6 +28,7 @@ from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import check_rows, configured_mesh, make_mesh, partition
 from pallas_kernels.noise import BlockNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import draw, rejection_sampling
+from tests.compiling import as_users_compile
 from tests.pallas_kernels.interpreters import PLAIN
 from tests.pallas_kernels.test_rejection_sampling_kernels import assert_same as assert_same_verdicts
 from tests.pallas_kernels.test_rejection_sampling_kernels import case, chilled, ruined, verdict
@@ -66,7 +67,7 @@ def run_and_read(policy, mesh, kv_heads):
     draft, tensor = jspec.drafts.mtp(policy, jax.random.key(1)), mesh.shape["tensor"]
     rollout = jax.jit(partial(jspec.rollout, sampling=SAMPLING,
                               speculation=jspec.Speculation(k=2, rule="coupled")))
-    compiled = rollout.lower(policy, draft, make_batch()).compile()
+    compiled = rollout.lower(policy, draft, make_batch()).compile(as_users_compile())
     heads = kv_heads if kv_heads % tensor else kv_heads // tensor
     shards = [device // tensor for device in range(mesh.size)]
     return (compiled(policy, draft, make_batch()),

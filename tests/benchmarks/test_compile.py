@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import compiled_text, measure
 from jspec.hlo import instructions
+from tests.compiling import as_users_compile
 
 COLLECTIVE = """
 %body (param: f32[8]) -> f32[8] {{
@@ -72,8 +73,8 @@ def test_a_pool_that_a_loop_copies_is_seen(body, copies):
             return jax.lax.fori_loop(0, pool[0, 0, 0, 0].astype(jnp.int32),
                                      lambda i, pool: body(pool, i), pool)
 
-    text = jax.jit(decode, donate_argnums=0).lower(jnp.zeros(POOL)).compile().as_text()
-    found = compiled_text.read(text, BLOCK, [0])
+    lowered = jax.jit(decode, donate_argnums=0).lower(jnp.zeros(POOL))
+    found = compiled_text.read(lowered.compile(as_users_compile()).as_text(), BLOCK, [0])
     assert found["pools"] == [POOL] and found["loops"] == [16] and bool(found["copied"]) == copies
 
 

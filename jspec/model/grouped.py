@@ -1,10 +1,10 @@
 """Products of rows and the matrix of each one's group, whose cost follows the rows: what no row is
 of is not read. Rows come sorted by group, and there may be some that are of none.
 
-Every platform has its own way. A CPU loops over tiles of rows (`ragged_dot` computes every group
-for every row there), a TPU runs the kernels that come with JAX (the weights' gradient of
-`ragged_dot` is dense there up to JAX 0.10, and its gradient by the rows copies all weights),
-others `ragged_dot`.
+A TPU runs the kernels that come with JAX: the weights' gradient of `ragged_dot` is dense there up
+to JAX 0.10, and its gradient by the rows copies all weights. Elsewhere it is a loop over tiles of
+rows: on a CPU `ragged_dot` computes every group for every row, and on a GPU it copies all weights
+and takes 52 GB for the gradient of a block of Qwen3-30B-A3B's with 4,096 rows, where this takes 1.3.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jspec.model.linear import linear
 from jspec.model.quantized import Quantized
 
 FEW, MANY = (4,), (64, 8)
-"""Rows that a CPU computes together, where a group has few rows as in decoding, and where it has
+"""Rows that the loop computes together, where a group has few rows as in decoding, and where it has
 many: as many of the first as there are, then of the second."""
 
 
@@ -40,7 +40,7 @@ def grouped(x: jax.Array, w: jax.Array | Quantized, sizes: jax.Array) -> jax.Arr
 @jax.custom_vjp
 def _grouped(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     """`grouped` with w [E, out, in]. (What is in the middle of a sum is kept in float32.)"""
-    y = jax.lax.platform_dependent(x, w, sizes, cpu=_by_tiles, tpu=_by_kernel, default=_ragged)
+    y = jax.lax.platform_dependent(x, w, sizes, tpu=_by_kernel, default=_by_tiles)
     return _within(y, sizes)
 
 
@@ -50,8 +50,8 @@ def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, t
 
 def _backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = kept
-    dx, dw = jax.lax.platform_dependent(x, w, sizes, dy, cpu=_tiles_backward,
-                                        tpu=_kernel_backward, default=_ragged_backward)
+    dx, dw = jax.lax.platform_dependent(x, w, sizes, dy, tpu=_kernel_backward,
+                                        default=_tiles_backward)
     return _within(dx, sizes), dw, None
 
 
@@ -62,17 +62,6 @@ def _within(y: jax.Array, sizes: jax.Array) -> jax.Array:
     """y [R, ...] with zeros beyond the groups, where kernels leave what was in memory."""
     inside = jnp.arange(y.shape[0]) < sizes.sum()
     return jnp.where(inside.reshape(-1, *(1,) * (y.ndim - 1)), y, 0)
-
-
-def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot(x, w.astype(x.dtype).swapaxes(1, 2), sizes, precision=precision,
-                              preferred_element_type=x.dtype)
-
-
-def _ragged_backward(x: jax.Array, w: jax.Array, sizes: jax.Array,
-                     dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.vjp(lambda x, w: _ragged(x, w, sizes), x, w)[1](dy)
 
 
 def _rows_of_a_tile(rows: int, groups: int) -> int:

@@ -183,9 +183,10 @@ def experts(chip: str, what: str, rows: int) -> dict[str, Any]:
            "weights_copied": copied}
     if chip == GPU:  # its compiler counts nothing
         return row
-    row["operations_over_useful"] = round(made.cost_analysis()["flops"] / useful, 3)
-    if row["operations_over_useful"] > EXCESS or copied:
-        row["failed"] = (f"{row['operations_over_useful']} times the useful operations; copied: "
+    excess = round(made.cost_analysis()["flops"] / useful, 3)
+    row["operations_over_useful"] = excess
+    if excess > EXCESS or copied:
+        row["failed"] = (f"{excess} times the useful operations; copied: "
                          f"{'; '.join(copied)}")[:2000]
     return row
 

@@ -28,7 +28,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
                "sampling.max_new_tokens=4096", *SHORT),
     "v5p-1024": ("qwen3-235b-a22b-pod", *SHORT),
     "tpu7x-128": ("qwen3-235b-a22b-pod", "mesh.fsdp=8", "rollout.slots=1024",
-                  "grpo.micro_batch=32", "sampling.max_new_tokens=8192", *SHORT),
+                  "grpo.micro_batch=32", *SHORT),
 }
 """By machine, the config of `configs/` that is asked about, and what of it is set otherwise."""
 

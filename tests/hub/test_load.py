@@ -72,8 +72,10 @@ def test_tensors_missing_left_over_or_misshapen(tmp_path):
 
 
 def test_more_layers_than_tensors_are_not_even_listed(tmp_path):
-    directory = edit_config(copy("llama", tmp_path / "m"), num_hidden_layers=10**9)
-    assert "the config says 1000000000 layers, and there are only 21 tensors" in message(directory)
+    directory = edit_config(copy("llama", tmp_path / "m"), num_hidden_layers=10**4)
+    assert "the config says 10000 layers, and there are only 21 tensors" in message(directory)
+    directory = edit_config(directory, num_hidden_layers=10**9)
+    assert "1000000000 as num_hidden_layers; expected at most 10000" in message(directory)
     directory = edit_config(copy("mimo", tmp_path / "n"), num_nextn_predict_layers=10**9)
     assert "1000000000 as num_nextn_predict_layers; expected at most 64" in message(directory)
 

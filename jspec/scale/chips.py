@@ -8,6 +8,8 @@ import difflib
 from jspec.errors import InputError
 
 GIB = 2**30
+HOP = 1e-6
+"""Seconds from one chip to its neighbour, about."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,11 @@ from jspec.choices import PRECISIONS
 from jspec.drafts import Draft
 from jspec.model import ModelConfig, param_specs
 from jspec.model.params import is_spec
-from jspec.scale.chips import Chip
+from jspec.scale.chips import HOP, Chip
 
 Numbers = Any
 """A float, or float [...]: all arguments of a call are broadcast together."""
 
-HOP = 1e-6
-"""Seconds from a chip to its neighbour, about."""
 RACK = {"gb200": 72}
 """GPUs behind one NVLink switch, where these are more than a host's."""
 
@@ -112,7 +110,7 @@ def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes
     of_policy = 0 if "head" in draft.weights else vocabulary * model.hidden_size
     blocks = getattr(draft.config, "blocks", 1)  # each drafts a depth of its own
     dense = sum(math.prod(spec.shape) for spec in specs) / blocks + of_policy
-    block = getattr(draft.config, "block", model)
+    block = draft.drafter.model(draft.config)
     return Sizes(dense, 1, model.hidden_size, 2 * block.num_kv_heads * block.head_dim,
                  block.num_kv_heads, 4 * block.num_heads * block.head_dim)
 

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jspec.profiling import Phase
+from jspec.scale.chips import HOP
 from jspec.scale.counts import Collective, Count
 from jspec.scale.topologies import Topology
 
-HOP = 1e-6
-"""Seconds from one chip to the next."""
 _PASSES = {"all-reduce": 2.0, "all-to-all": 0.25, "ragged-all-to-all": 0.25}
 """By how much a collective takes longer than an all-gather or a reduce-scatter of as many bytes."""
 

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jspec.model import KeyValues, Policy
 from jspec.model.params import rollout_specs
@@ -84,11 +85,8 @@ class Pools:
         def block(heads: int, size: int) -> int:
             shape = (1, heads, counts.size, size)
             sharding = placement(shape, layout, None, "kv_heads", None, None)
-            return (
-                math.prod(shape if sharding is None else sharding.shard_shape(shape))
-                * 2
-                * itemsize(policy.dtype)
-            )
+            mine = math.prod(shape if sharding is None else sharding.shard_shape(shape))
+            return 2 * mine * jnp.dtype(policy.dtype).itemsize
 
         drafted = sum(block(*keys.shape[2:]) for keys, _ in of_draft)
         return cls(
@@ -121,11 +119,6 @@ class Pools:
             blocks * self.block_bytes[1],
             away * sum(self.block_bytes),
         )
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of a number."""
-    return {"float32": 4, "bfloat16": 2}[dtype]
 
 
 def prepared_bytes(policy: Any, draft: Any, layout: str) -> int:

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
+
+from jspec import hub
+from jspec.errors import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -31,6 +35,14 @@ def edit_tensors(directory, change):
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def message(directory):
+    """What loading a model that is broken says, in one line."""
+    with pytest.raises(InputError) as e:
+        hub.load(str(directory))
+    assert "\n" not in str(e.value)
+    return str(e.value)
 
 
 def one_by_one(tensors):

@@ -16,17 +16,10 @@ from jspec import hub
 from jspec.errors import InputError
 from jspec.hub.exporter import write_checkpoint
 from jspec.model.config import ModelConfig
-from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
+from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors, message
 
 ROOT = Path(__file__).parents[2]
 NORM = "model.layers.1.input_layernorm.weight"
-
-
-def message(directory):
-    with pytest.raises(InputError) as e:
-        hub.load(str(directory))
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 def test_a_file_cut_short(tmp_path):

@@ -1,16 +1,14 @@
 """What parameters are stored as: every name, every place, and experts however they are stored."""
 
 import numpy as np
-import pytest
 from safetensors.numpy import load_file
 
 from jspec import hub
-from jspec.errors import InputError
 from jspec.hub import assemble
 from jspec.hub.tensors import stored_tensors
 from jspec.model.config import Experts, ModelConfig
 from jspec.model.params import param_specs
-from tests.hub.checkpoints import copy, edit_config, edit_tensors
+from tests.hub.checkpoints import copy, edit_config, edit_tensors, message
 
 STACKED = "qwen3_moe_mixed_stacked"
 SPARSE = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=3, num_heads=2,
@@ -75,13 +73,6 @@ def test_only_experts_that_a_device_holds_are_read():
         assemble._fill({((0, 2), (1, 2), (1, 2), (0, 5), (0, 4)): buffer}, source, tensor)
     assert read == [f"model.layers.{i}.mlp.experts.1.up_proj.weight" for i in (0, 2)]
     assert sorted(set(buffer.ravel())) == [3, 9]
-
-
-def message(directory):
-    with pytest.raises(InputError) as e:
-        hub.load(str(directory))
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 def test_experts_missing_misshapen_or_stored_twice(tmp_path):

@@ -70,11 +70,16 @@ def metrics(place: Path, overrides: tuple[str, ...]) -> Records:
 
 
 def difference(ours: Records, theirs: Records) -> str:
-    """The first metric that differs, in words; "" if none does."""
-    for mine, other in zip(ours, theirs, strict=True):
-        for key in sorted(mine.keys() | other.keys()):
-            if mine.get(key) != other.get(key):
-                return f"step {mine['step']}: {key} is {mine.get(key)}, was {other.get(key)}"
+    """The first metric that differs, in words, of those that both have before those that only one
+    has; "" if none does."""
+    steps = list(zip(ours, theirs, strict=True))
+    both = [(key, mine, other) for mine, other in steps
+            for key in sorted(mine.keys() & other.keys())]
+    one = [(key, mine, other) for mine, other in steps
+           for key in sorted(mine.keys() ^ other.keys())]
+    for key, mine, other in [*both, *one]:
+        if mine.get(key) != other.get(key):
+            return f"step {mine['step']}: {key} is {mine.get(key)}, was {other.get(key)}"
     return ""
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 
 from jspec import hub
-from jspec.config import Config, ModelSection
+from jspec.config import Config
 from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
 from jspec.hub.vocabulary import of_tokenizer, with_vocabulary
 from jspec.model import Experts, ModelConfig, Policy, RopeConfig, abstract_policy, init_policy
 from jspec.purposes import POLICY_KEY, purpose_key
+from jspec.sections import ModelSection
 
 
 @dataclasses.dataclass(frozen=True)

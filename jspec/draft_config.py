@@ -3,14 +3,8 @@
 import dataclasses
 
 from jspec.choices import LOG_LEVELS, RULES, SEED_HIGH
-from jspec.config import (
-    DraftLearningSection,
-    MeshSection,
-    ModelSection,
-    SamplingSection,
-    check_shared,
-    demand,
-)
+from jspec.config import check_shared, demand
+from jspec.sections import DraftLearningSection, MeshSection, ModelSection, SamplingSection
 from jspec.settings import setting
 
 

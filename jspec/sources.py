@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 import jspec
 from jspec import arguments, user_code
 from jspec.base_model import BaseModel, with_tokenizer
-from jspec.config import Config, MeshSection, load_config
+from jspec.config import Config, load_config
 from jspec.drafts import Draft, find
 from jspec.drafts.base import check_finite
 from jspec.errors import InputError
@@ -26,6 +26,7 @@ from jspec.prepare import check_fresh_draft, fresh_draft, rollout_layout
 from jspec.progress import say
 from jspec.purposes import DRAFT_KEY, purpose_key
 from jspec.run_dir import load_draft, load_policy, policy_shape, run_config
+from jspec.sections import MeshSection
 from jspec.settings import Override
 from jspec.sharding import configured_mesh, mesh_of_weights
 

@@ -14,12 +14,14 @@ import pytest
 import jspec
 from jspec import checkpoint, formats
 from jspec.checkpoint import Checkpoints
-from jspec.config import Config, DraftSection, GrpoSection
+from jspec.config import Config
 from jspec.errors import InputError
+from jspec.learning_sections import GrpoSection
 from jspec.model import ModelConfig, init_policy
 from jspec.rl.state import init_state, state_specs
 from jspec.rl.update_settings import UpdateSettings
 from jspec.run_dir import data_position, keep_config, load_draft, load_policy, load_run
+from jspec.sections import DraftSection
 from jspec.settings import to_yaml
 from jspec.sharding import make_mesh
 

@@ -44,6 +44,12 @@ def test_every_link_leads_somewhere(path):
     assert not missing(path)
 
 
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CHANGELOG.md"],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_merge_was_left_half_done(path):
+    assert not re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", path.read_text(), re.M)
+
+
 def test_a_link_to_nowhere_is_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A title, here\n[a](b.md) [c](#a-title-here) [d](#else)\n"

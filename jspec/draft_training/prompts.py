@@ -16,9 +16,9 @@ import jax
 
 import jspec
 from jspec.answering import batch_on_mesh, decoded
-from jspec.config import DataSection
 from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
+from jspec.learning_sections import DataSection
 from jspec.model import Policy
 from jspec.prepare import rollout_layout
 from jspec.purposes import INSTRUCTIONS_KEY, purpose_key

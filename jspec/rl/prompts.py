@@ -64,7 +64,7 @@ class PromptData:
                  held_out: bool = False, check_answer: Callable[[str], None] | None = None) -> None:
         """
         Args:
-            config: `jspec.config.DataSection`.
+            config: `jspec.learning_sections.DataSection`.
             tokenizer: of `jspec.load_tokenizer`.
             seed: of the run; decides the order, which prompts are held out, and reasoning_gym's
                 questions unless `config.options` has a seed.

@@ -98,7 +98,7 @@ class Selected(Sequence):
 
 def load_records(config, seed: int, setting: str = "data.source",
                  held_out: bool = False) -> Records:
-    """The records that a `jspec.config.DataSection` trains on.
+    """The records that a `jspec.learning_sections.DataSection` trains on.
 
     Args:
         config: the section.

@@ -11,11 +11,11 @@ from typing import Any
 
 from jspec import arguments, hub
 from jspec.base_model import architecture
-from jspec.config import ModelSection
 from jspec.errors import InputError
 from jspec.hub.architectures import config_from_hf
 from jspec.hub.names import SHORT_NAMES, PackagedModel
 from jspec.model import ModelConfig
+from jspec.sections import ModelSection
 
 TABLE = Path(__file__).with_name("published.json")
 

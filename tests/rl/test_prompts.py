@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from jspec.config import DataSection
 from jspec.errors import InputError
 from jspec.hub.tokenizer import character_tokenizer
+from jspec.learning_sections import DataSection
 from jspec.rl.prompts import PromptData
 from jspec.rl.records import JsonLines
 

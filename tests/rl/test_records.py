@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from jspec.config import DataSection
 from jspec.errors import InputError
 from jspec.hub import character_tokenizer
+from jspec.learning_sections import DataSection
 from jspec.rl.prompts import PromptData
 from jspec.rl.records import ARITHMETIC, LONGEST_LINE, load_records, parse_line, read_jsonl
 from jspec.rl.rewards import answer_check

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from jspec.config import DataSection
 from jspec.errors import InputError
+from jspec.learning_sections import DataSection
 from jspec.rl import rewards
 from jspec.rl.records import load_records, task_seed
 from jspec.rl.tasks import ReasoningGym, create, score

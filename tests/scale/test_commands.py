@@ -5,12 +5,12 @@ import argparse
 import pytest
 
 from jspec.config import Config
-from jspec.config import DraftSection as Draft
-from jspec.config import SpeculationSection as Speculation
 from jspec.errors import InputError
 from jspec.parsing import Parser
 from jspec.scale.commands import check
 from jspec.scale.options import add_fit
+from jspec.sections import DraftSection as Draft
+from jspec.sections import SpeculationSection as Speculation
 
 
 def asked(*more: str) -> argparse.Namespace:

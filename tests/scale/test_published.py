@@ -3,7 +3,6 @@ import json
 import jax
 import pytest
 
-from jspec.config import ModelSection
 from jspec.drafts import find
 from jspec.errors import InputError
 from jspec.hub.names import SHORT_NAMES
@@ -13,6 +12,7 @@ from jspec.rl.state import state_specs
 from jspec.rl.update_settings import UpdateSettings
 from jspec.scale.memory import rollout_shape, shard_bytes, state_bytes
 from jspec.scale.published import published, shape_of
+from jspec.sections import ModelSection
 
 
 def test_every_short_name_has_a_published_shape():

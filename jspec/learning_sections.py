@@ -1,0 +1,69 @@
+"""Sections of a configuration that say what a run learns from, and how: prompts, rewards, the
+objective."""
+
+import dataclasses
+
+from jspec.choices import ADVANTAGES, MOST_SAMPLES
+from jspec.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    """The prompts."""
+
+    source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, or "
+                          "'reasoning_gym:TASK'", filled=True, path=True)
+    prompts_per_step: int = setting(4, "prompts a step, over all processes; different ones, but "
+                                    "where two epochs meet", low=1)
+    group_size: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES)
+    max_prompt_tokens: int = setting(128, "a longer prompt is an error", low=1)
+    system_prompt: str | None = setting(None, "first message of the chat; null: what the chat "
+                                        "template does by itself")
+    chat_template: bool = setting(True, "wrap prompts in the tokenizer's chat template")
+    held_out: int = setting(0, "different prompts that training never draws, chosen by the seed: "
+                            "for `jspec eval`", low=0)
+    shuffle: bool = setting(True, "shuffle the prompts, anew at every epoch, by the run's seed")
+    options: dict = setting({}, "further arguments of the task, such as reasoning_gym's parameters")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSection:
+    """How answers are graded, on the host, by a pool of processes."""
+
+    function: str = setting("math_verify", "'math_verify', 'reasoning_gym', or your own as "
+                            "'path/to/file.py:function'", filled=True, path=True)
+    workers: int = setting(2, "grading processes", low=1, high=1024)
+    timeout_s: float = setting(10.0, "seconds after which an answer's grading is killed and scores "
+                               "0", above=0, high=1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoSection:
+    """The policy's objective and optimizer."""
+
+    advantage: str = setting("group", "group: (reward - mean) / deviation in the group; dr_grpo: "
+                             "reward - mean", choices=ADVANTAGES)
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", low=0, high=1)
+    clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high", low=0)
+    kl_weight: float = setting(0.0, "weight of the k3 KL to the frozen first policy; 0: no "
+                               "reference is kept", low=0)
+    updates_per_rollout: int = setting(1, "optimizer steps on each rollout", low=1)
+    replay_routes: bool = setting(True, "compute answers with the experts that the rollout chose "
+                                  "for each token; a dense model has none")
+    micro_batch: int = setting(0, "rows per forward and backward; more need more memory, and fewer "
+                               "are of more like length; 0: what keeps a device busy, one at least",
+                               low=0)
+    widths: tuple[int, ...] = setting(
+        (), "tokens that answers are trimmed to, besides sampling.max_new_tokens, before the "
+        "update computes them, those of like length together. Each is compiled: more of them waste "
+        "less and compile longer; none named: up to five", low=1)
+    learning_rate: float = setting(1e-6, "peak learning rate of the policy's AdamW", low=0)
+    clip: float = setting(1.0, "global-norm clip of the policy's gradient", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
+    warmup_steps: int = setting(0, "GRPO steps over which the learning rate rises linearly", low=0)
+    biased_sampling: bool = setting(False,
+                                    "train although answers are drawn from another distribution "
+                                    "than the one whose gradient is taken (sampling.top_k, top_p, "
+                                    "min_new_tokens, temperature=0): the update is then biased")
+    max_skipped: int = setting(5, "stop after this many updates in a row with a non-finite loss or "
+                               "gradient", low=1)

@@ -24,11 +24,13 @@ class Grades:
       rewards: float32 [N], of all rows.
       failures: for each of `rewards.FAILURES`, how many of the N scored 0 for that reason.
       message: what the first failure on this process said; "": there was none.
+      by_name: float32 [N] of each reward function by itself, NaN where it does not apply to a row.
     """
 
     rewards: np.ndarray
     failures: dict[str, int]
     message: str
+    by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def failed(self) -> int:
@@ -45,10 +47,11 @@ def grade(pool: RewardPool, tokenizer: Any, prompts: Sequence[Prompt], out: Roll
     """Grades a rollout that is on the host. All processes call it."""
     rows = np.array_split(np.arange(len(out.lengths)), jax.process_count())[jax.process_index()]
     graded = pool.grade(reward_inputs(tokenizer, prompts, out, rows))
-    rewards = np.zeros(len(out.lengths), np.float32)
-    rewards[rows] = graded.rewards
+    columns = np.zeros((1 + len(graded.by_name), len(out.lengths)), np.float32)
+    columns[:, rows] = [graded.rewards, *graded.by_name.values()]
     counts = np.array([graded.failures[kind] for kind in FAILURES], np.int32)
     if jax.process_count() > 1:
-        rewards, counts = (multihost_utils.process_allgather(x).sum(0) for x in (rewards, counts))
+        columns, counts = (multihost_utils.process_allgather(x).sum(0) for x in (columns, counts))
     failures = {kind: int(count) for kind, count in zip(FAILURES, counts, strict=True)}
-    return Grades(rewards, failures, next(iter(graded.messages.values()), ""))
+    return Grades(columns[0], failures, next(iter(graded.messages.values()), ""),
+                  dict(zip(graded.by_name, columns[1:], strict=True)))

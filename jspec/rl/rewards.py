@@ -85,11 +85,13 @@ class RewardResult:
         rewards: float32 [N], finite.
         failures: for each of `FAILURES`, how many of the N scored 0 for that reason.
         messages: for each kind of failure that happened, what the first of its kind said.
+        by_name: float32 [N] of each reward function by itself, NaN where it does not apply.
     """
 
     rewards: np.ndarray
     failures: dict[str, int]
     messages: dict[str, str]
+    by_name: dict[str, np.ndarray]
 
 
 def reasoning_gym(prompt: str, response: str, answer: str, *, task: str, options: dict, entry: dict,
@@ -321,7 +323,8 @@ class RewardPool:
                         messages[kind])
         self.logged |= messages.keys()
         rewards = np.asarray([reward for reward, _, _ in grades], dtype=np.float32)
-        return RewardResult(rewards, {kind: counts[kind] for kind in FAILURES}, messages)
+        return RewardResult(rewards, {kind: counts[kind] for kind in FAILURES}, messages,
+                            {self.function.rpartition(":")[2]: rewards})
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""

@@ -8,7 +8,6 @@ Anything wrong is an `InputError` that names the key and where it came from.
 
 import dataclasses
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from jspec import yaml_text
+from jspec.config_files import BASE, layers
 from jspec.errors import InputError, shortened
 from jspec.setting_values import checked, choices_of, shown, type_name
 
@@ -40,19 +40,19 @@ def setting(default: Any, help: str, *, low: float | None = None, above: float |
 
 
 def read(kind: type, path: str | Path | None, overrides: Sequence[Override]) -> Any:
-    """A `kind` of its defaults, then a YAML file's values (None: no file), then overrides, later
-    ones winning.
+    """A `kind` of its defaults, then a YAML file's values (None: no file) over those of its bases
+    (`jspec.config_files`), then overrides, later ones winning.
 
     `${section.key}` in a text stands for that key's value; a backslash before it makes it text.
 
     Raises InputError for a missing or malformed file, an unknown key (with the nearest known one),
     a wrong type and a value out of range, each with the key and where it was set.
     """
-    layers = [] if path is None else [(str(path), _read_file(Path(os.path.expanduser(path))))]
-    layers += [_parse_override(override) for override in overrides]
+    above = [_parse_override(override) for override in overrides]
+    bases = [(source, layer.pop(BASE)) for source, layer in above if BASE in layer]
     origin: dict[str, str] = {}
     values = _plain(dataclasses.asdict(kind()))
-    for source, layer in layers:
+    for source, layer in [*layers(path, bases[-1] if bases else None), *above]:
         _check_keys(kind, layer, (), source, origin)
         values = _merged(values, layer)
     return _build(kind, _resolved(values, origin), (), origin)
@@ -176,18 +176,6 @@ def _sections(kind: type) -> Iterator[tuple[tuple[str, ...], type]]:
             yield (field.name,), field.type
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    if not os.path.exists(path):  # unlike Path's, quiet about names that no file can have
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1,
-                                         0.4)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise InputError(f"config file {shortened(str(path))} does not exist{hint}")
-    loaded = yaml_text.read(path)
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path} must hold key: value pairs, such as 'steps: 10'")
-    return loaded
-
-
 def _parse_override(override: Override) -> tuple[str, dict[str, Any]]:
     """(where it comes from, for errors; the layer that it makes)."""
     if isinstance(override, str):
@@ -227,8 +215,8 @@ def _check_keys(section: type, values: Any, path: tuple[str, ...], source: str,
 def _nearest(path: tuple[str, ...], kind: type) -> str:
     """The known dotted key most like `path`, by spelling of the whole and of the name; `lr` is
     learning_rate."""
-    known = [".".join((*prefix, field.name)) for prefix, section in _sections(kind)
-             for field in dataclasses.fields(section)]
+    known = [BASE, *(".".join((*prefix, field.name)) for prefix, section in _sections(kind)
+                     for field in dataclasses.fields(section))]
     wanted = ".".join(path)
 
     def likeness(candidate: str) -> float:

@@ -30,6 +30,14 @@ AdvantageForm = Literal["group", "dr_grpo"]
 ADVANTAGES = get_args(AdvantageForm)
 """From rewards to advantages; see `jspec.rl.advantages`."""
 
+LORA_TARGETS = {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "o_proj": ("o",),
+                "gate_proj": ("gate", "expert_gate_up"), "up_proj": ("up", "expert_gate_up"),
+                "down_proj": ("down", "expert_down")}
+"""What can have adapters, as PEFT names it, and whose parameters those are. Routers have none."""
+
+BASE_DTYPES = ("bfloat16", "float32", "int8", "int4")
+"""What a policy is kept in that is not trained itself, but its adapters."""
+
 PRECISIONS = ("bfloat16", "int8", "fp8")
 ENGINES = ("jspec", "server")
 """Of `jspec project`: what the rollout's weights are in; and what decodes. jspec: every token goes

@@ -14,7 +14,7 @@ from typing import Any
 from jspec import settings
 from jspec.choices import LOG_LEVELS, SEED_HIGH
 from jspec.errors import InputError
-from jspec.learning_sections import DataSection, GrpoSection, RewardSection
+from jspec.learning_sections import DataSection, GrpoSection, LoraSection, RewardSection
 from jspec.sections import (
     CheckpointSection,
     DraftSection,
@@ -46,6 +46,7 @@ class Config:
     data: DataSection = DataSection()
     reward: RewardSection = RewardSection()
     grpo: GrpoSection = GrpoSection()
+    lora: LoraSection = LoraSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
     profile: ProfileSection = ProfileSection()

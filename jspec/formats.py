@@ -9,9 +9,9 @@ from typing import Any
 from jspec import __version__
 from jspec.errors import InputError
 
-CHECKPOINT = 2
+CHECKPOINT = 3
 """Of a run's checkpoints, in the item `meta`. 2: a draft's drafter stands beside its config, not in
-it."""
+it. 3: a policy may have adapters."""
 HEAD = 1
 """Of a trained draft (jspec/heads/files.py), in its config.json."""
 DRAFT_CHECKPOINT = 1

@@ -14,6 +14,7 @@ import numpy as np
 
 from jspec.config import Config
 from jspec.drafts.base import RUN_AWAY, largest
+from jspec.model.lora import trained
 from jspec.rl.state import TrainState
 
 SAME_STEPS = 5
@@ -57,8 +58,8 @@ def troubles(config: Config, state: TrainState, learned: dict[str, Any], rewardl
             "reward", f"{rewardless} ({in_row} steps in a row)" if in_row > 1 else rewardless,
             "look at reward.function and at data.source, not at the learning rate"
             + f"; grpo.max_skipped={limit} such steps in a row: stopping" * waited, final=waited))
-    if learned["skipped_in_row"] or not float(largest(state.policy.weights)) < RUN_AWAY:
-        found.append(_skipped(config, "policy", state.policy.weights, learned, "",
+    if learned["skipped_in_row"] or not float(largest(trained(state.policy))) < RUN_AWAY:
+        found.append(_skipped(config, "policy", trained(state.policy), learned, "",
                               int(state.updates)))
     if learned["draft_skipped_in_row"] or learned.get("draft_finite") is False:
         found.append(_skipped(config, "draft", state.draft.weights, learned, "draft_",

@@ -3,7 +3,7 @@ objective."""
 
 import dataclasses
 
-from jspec.choices import ADVANTAGES, MOST_SAMPLES
+from jspec.choices import ADVANTAGES, BASE_DTYPES, LORA_TARGETS, MOST_SAMPLES
 from jspec.settings import setting
 
 
@@ -67,3 +67,17 @@ class GrpoSection:
                                     "min_new_tokens, temperature=0): the update is then biased")
     max_skipped: int = setting(5, "stop after this many updates in a row with a non-finite loss or "
                                "gradient", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSection:
+    """Low-rank adapters, trained in the place of the policy's own weights, which stay as they are
+    and are the KL's reference too."""
+
+    rank: int = setting(0, "of the adapters; 0: there are none, and all weights are trained", low=0)
+    alpha: float = setting(16.0, "an adapter's product is multiplied with alpha / rank", above=0)
+    targets: tuple[str, ...] = setting(tuple(LORA_TARGETS), "the matrices that have adapters, in "
+                                       "experts too", choices=tuple(LORA_TARGETS), filled=True)
+    base_dtype: str = setting("bfloat16", "what all other weights are kept in; int8, int4: the "
+                              "matrices that have adapters in 8 or 4 bits, the rest in bfloat16",
+                              choices=BASE_DTYPES)

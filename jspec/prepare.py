@@ -18,8 +18,9 @@ from jspec.draft_config import DraftTrainingConfig
 from jspec.drafts import Draft, Drafter, constructor, find
 from jspec.errors import InputError
 from jspec.heads import load_draft
-from jspec.model import ModelConfig, Policy, abstract_policy
-from jspec.purposes import DRAFT_KEY, purpose_key
+from jspec.model import Lora, ModelConfig, Policy, abstract_policy
+from jspec.model.lora import with_adapters
+from jspec.purposes import DRAFT_KEY, LORA_KEY, purpose_key
 from jspec.rl.rewards import check_reward
 from jspec.rl.state import TrainState, init_state, state_specs
 from jspec.rl.update_settings import UpdateSettings
@@ -91,10 +92,20 @@ def ends(config: Config, policy: ModelConfig, tokenizer: Any) -> str:
              "answer") + (f", {lacking} ids without a token are never sampled" if lacking else ""))
 
 
+def needs_reference(config: Config) -> bool:
+    """Whether a run keeps a copy of its first policy."""
+    return bool(config.grpo.kl_weight) and not config.lora.rank
+
+
+def make_lora(config: Config) -> Lora | None:
+    """The adapters that a configuration asks for."""
+    return Lora(**dataclasses.asdict(config.lora)) if config.lora.rank else None
+
+
 def make_reference(config: Config, policy: Policy) -> Policy | None:
     """A frozen copy of the first policy, or of its shape, in its compute dtype, if the objective
-    has a KL term."""
-    if not config.grpo.kl_weight:
+    has a KL term. Beside adapters there is none: the base that they are added to is that."""
+    if not needs_reference(config):
         return None
     if isinstance(policy.weights["embed"], jax.ShapeDtypeStruct):
         return policy.replace(weights=jax.tree.map(
@@ -143,14 +154,18 @@ def check_draft(config: AnyConfig, model: ModelConfig) -> Draft | None:
 
 def make_state(config: Config, policy: Policy) -> TrainState:
     """A run's state before the first step, whose policy is given."""
-    return init_state(policy, make_draft(config, policy), UpdateSettings.of(config), config.seed)
+    draft, lora = make_draft(config, policy), make_lora(config)
+    if lora is not None:
+        policy = with_adapters(policy, lora, purpose_key(config.seed, LORA_KEY))
+    return init_state(policy, draft, UpdateSettings.of(config), config.seed)
 
 
 def make_state_specs(config: Config, shape: Policy) -> TrainState:
     """A run's state as `jax.ShapeDtypeStruct`s, each with its sharding: what it is restored to,
     compiled for and what a checkpoint has to have room for, before any weights are read. shape: see
     `BaseModel.shape`."""
-    return state_specs(shape, check_draft(config, shape.config), UpdateSettings.of(config))
+    return state_specs(shape.replace(lora=make_lora(config)), check_draft(config, shape.config),
+                       UpdateSettings.of(config))
 
 
 def fresh_draft(policy: Policy, key: jax.Array, drafter: Drafter, options: Mapping[str, Any],

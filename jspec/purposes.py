@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.noise import seed_key
 
-POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY = range(
-    2**32 - 1, 2**32 - 8, -1)
+(POLICY_KEY, DRAFT_KEY, INSTRUCTIONS_KEY, EVAL_KEY, REPORT_KEY, SAMPLES_KEY, BENCH_KEY,
+ LORA_KEY) = range(2**32 - 1, 2**32 - 9, -1)
 """What noise is for, folded into a seed's key before anything else is: training folds in its steps
 there, and no step has these numbers. So no two purposes share noise, whatever their seeds."""
 

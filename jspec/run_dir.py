@@ -18,7 +18,8 @@ from jspec.distributed import on_main
 from jspec.drafts import Draft, Drafter, known
 from jspec.drafts.base import config_from_fields, model_config
 from jspec.errors import InputError
-from jspec.model import Policy, abstract_policy
+from jspec.model import Lora, Policy, abstract_policy
+from jspec.model.lora import abstract_adapted, merge
 from jspec.output_dir import brief, written
 from jspec.rl.state import draft_specs
 from jspec.settings import Override, refuse_changes, to_yaml
@@ -117,7 +118,7 @@ def policy_shape(run_dir: str | Path, dtype: str | None = None) -> Policy:
 
 def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
     """The policy of a run's latest checkpoint, in the training layout, on the mesh of
-    `jax.set_mesh` if there is one.
+    `jax.set_mesh` if there is one; adapters are added to its weights.
 
     Args:
       run_dir: a run's output_dir.
@@ -125,9 +126,22 @@ def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
 
     Raises InputError if there is no such run or checkpoint, or it cannot be read.
     """
-    policy = policy_shape(run_dir, dtype)
-    wanted = ocp.args.StandardRestore(to_restore(policy.weights))
-    return policy.replace(weights=_restore(run_dir, policy=wanted)["policy"])
+    policy = adapted_policy(run_dir, dtype)
+    return policy if policy.adapters is None else jax.jit(merge)(policy)
+
+
+def adapted_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
+    """`load_policy`, its adapters, if it has any, apart from its weights."""
+    policy, meta = policy_shape(run_dir, dtype), _meta(run_dir)
+    with meaning(run_dir):
+        lora = Lora.of(meta.get("lora"))
+    if lora is None:
+        wanted = ocp.args.StandardRestore(to_restore(policy.weights))
+        return policy.replace(weights=_restore(run_dir, policy=wanted)["policy"])
+    policy = abstract_adapted(policy, lora)
+    items = _restore(run_dir, policy=ocp.args.StandardRestore(to_restore(policy.weights)),
+                     adapters=ocp.args.StandardRestore(to_restore(policy.adapters)))
+    return policy.replace(weights=items["policy"], adapters=items["adapters"])
 
 
 def load_draft(run_dir: str | Path, drafter: Drafter | None = None) -> Draft | None:

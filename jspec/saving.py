@@ -12,7 +12,7 @@ from jspec.clock import Clock
 from jspec.config import Config
 from jspec.health import Trouble
 from jspec.model import Policy
-from jspec.prepare import make_reference, make_state
+from jspec.prepare import make_reference, make_state, needs_reference
 from jspec.progress import telling
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
@@ -71,7 +71,7 @@ def begin(config: Config, base: BaseModel, checkpoints: Checkpoints, data: Promp
             policy = base.policy()
             reference = make_reference(config, policy)
             return 0, make_state(config, policy), reference
-        reference = make_reference(config, base.policy()) if config.grpo.kl_weight else None
+        reference = make_reference(config, base.policy()) if needs_reference(config) else None
     done, state, position = checkpoints.restore(specs)
     data.restore(position)
     if data.trouble and done < config.steps:

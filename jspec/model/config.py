@@ -4,6 +4,7 @@ differ in, and nothing else."""
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jspec.arguments import (
     flag,
@@ -100,6 +101,26 @@ class Experts:
         if self.count > MOST_EXPERTS:
             raise InputError(f"experts count = {self.count} is more than {MOST_EXPERTS}, and "
                              "routes are kept in bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Which of a policy's matrices have adapters; `jspec.config` says what each of them means."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    base_dtype: str
+
+    @classmethod
+    def of(cls, fields: Any) -> Lora | None:
+        """From its fields as JSON has them; None: there are no adapters."""
+        return fields and cls(**{**fields, "targets": tuple(fields["targets"])})
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices is multiplied with."""
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)

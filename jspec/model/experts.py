@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jspec.model.adapted import Adapted
 from jspec.model.config import Experts, ModelConfig
 from jspec.model.grouped import grouped
 from jspec.model.linear import linear
@@ -150,4 +151,6 @@ def mixture(model: ModelConfig, layout: str, w: dict[str, Any], x: jax.Array,
     x chooses are taken.
     """
     routes, gates, chosen = route(model.experts, w["router"], x, routes)
+    w = {name: each.astype(x.dtype) if isinstance(each, Adapted) else each
+         for name, each in w.items()}
     return _on_mesh(layout, w, x, routes, gates).astype(x.dtype), chosen

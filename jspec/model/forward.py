@@ -91,7 +91,7 @@ def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any,
     carry, kept, taken = (x, (x,) * len(depths)), [], []
     before = 0  # sparse layers that there were
     with jax.named_scope("trunk"):
-        runs = layer_runs(policy.config, policy.weights["layers"])
+        runs = layer_runs(policy.config, policy.layers)
         for run, weights in runs:
             entries = (by_layer if len(runs) == 1
                        else jax.tree.map(lambda x, run=run: x[run.start:run.stop], by_layer))

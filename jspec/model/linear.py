@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jspec.model.adapted import Adapted, adapted_product
 from jspec.model.quantized import Quantized, product
 from jspec.sharding import current_mesh
 
@@ -20,12 +21,15 @@ from jspec.sharding import current_mesh
 FEW_ROWS, LEAST_PART = 64, 256
 
 
-def linear(x: jax.Array, w: jax.Array | Quantized, b: jax.Array | None = None,
+def linear(x: jax.Array, w: jax.Array | Quantized | Adapted, b: jax.Array | None = None,
            out_dtype: Any = None) -> jax.Array:
     """x [..., in] times w [*out, in], plus b [*out] -> [..., *out], in x's dtype, or in out_dtype.
 
-    float32 stays float32: never TF32 or bfloat16 passes. w may be quantised.
+    float32 stays float32: never TF32 or bfloat16 passes. w may be quantised, or have adapters.
     """
+    if isinstance(w, Adapted):
+        y = adapted_product(x, w, linear)
+        return y if b is None else y + b.astype(y.dtype)
     if isinstance(w, Quantized):
         y = product(x, w).astype(out_dtype or x.dtype)
         return y if b is None else y + b.astype(y.dtype)

@@ -14,7 +14,8 @@ from flax import struct
 from jspec.arguments import compute_dtype, instance, one_of, random_key, show, unmasked
 from jspec.choices import DTYPES
 from jspec.errors import InputError
-from jspec.model.config import ModelConfig
+from jspec.model.adapted import Adapted
+from jspec.model.config import Lora, ModelConfig
 from jspec.model.experts import EXPERT_AXES
 from jspec.model.layers import fuse
 from jspec.sharding import LAYOUTS, constrain_tree, spec_sharding
@@ -49,6 +50,9 @@ class Policy:
       dtype: static; what is computed in ("float32" or "bfloat16"), over float32 masters.
       layout: static; the row of `jspec.sharding.LAYOUTS` that places weights and activations.
       kernels: static; which implementation of the kernels decoding runs. `jspec.rollout` sets it.
+      adapters: the tree that `lora.adapter_specs` declares, float32, in the training layout only:
+        what is trained in the place of `weights`. None: the weights are.
+      lora: static; what adapters there are.
     """
 
     weights: Any
@@ -56,6 +60,17 @@ class Policy:
     dtype: str = struct.field(pytree_node=False, default="float32")
     layout: str = struct.field(pytree_node=False, default="train")
     kernels: Implementation = struct.field(pytree_node=False, default=REFERENCE)
+    adapters: Any = None
+    lora: Lora | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def layers(self) -> Any:
+        """The layers' weights, those that have adapters as `Adapted`."""
+        layers = self.weights["layers"]
+        if self.adapters is None:
+            return layers
+        return {**layers, **{name: Adapted(layers[name], pair["a"], pair["b"], self.lora.scale)
+                             for name, pair in self.adapters.items()}}
 
     @property
     def stacked(self) -> bool:
@@ -298,7 +313,9 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     if not policy.stacked:
         return policy
     model = policy.config
-    weights = jax.tree.map(lambda x: x.astype(policy.dtype), policy.weights)
+    weights = jax.tree.map(lambda x: x.astype(policy.dtype),
+                           {**policy.weights, "layers": policy.layers},
+                           is_leaf=lambda x: isinstance(x, Adapted))
     held = stacks(model)
     layers = tuple({name: weights["layers"][name][having.index(i)]
                     for name, (_, having) in held.items() if i in having}
@@ -306,7 +323,7 @@ def to_rollout(policy: Policy, layout: str = "rollout") -> Policy:
     weights = {**weights, "layers": layers}
     weights = constrain_tree(weights, rollout_specs(model), model, layout)
     weights["layers"] = tuple(fuse(model, w, layout) for w in weights["layers"])
-    return policy.replace(weights=weights, layout=layout)
+    return policy.replace(weights=weights, layout=layout, adapters=None, lora=None)
 
 
 _reshard = jax.jit(to_rollout, static_argnames="layout")

@@ -16,6 +16,7 @@ from flax import struct
 from jspec.drafts import Draft
 from jspec.drafts.base import DraftBatch
 from jspec.model import Policy, Trunk, prompt_forward, response_forward
+from jspec.model.lora import with_trained
 from jspec.rl.batch import TrainBatch, join
 from jspec.rl.losses import clipped_objective, histogram, k3, outside, predicting, token_logprobs
 from jspec.rl.micro_batches import MicroBatch, blocks_of, least_tokens, shapes
@@ -104,7 +105,7 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy,
     their maximum.
     """
     rows = micro.rows
-    trunk, logprobs, entropy = response_logprobs(policy.replace(weights=weights), prompts, micro,
+    trunk, logprobs, entropy = response_logprobs(with_trained(policy, weights), prompts, micro,
                                                  settings, features)
     surrogate, clipped = clipped_objective(logprobs, rows.logprobs, rows.advantages, rows.mask,
                                            settings.clip_low, settings.clip_high)

@@ -14,6 +14,7 @@ from flax import struct
 
 from jspec.drafts import Draft
 from jspec.model import Policy, abstract_policy
+from jspec.model.lora import abstract_adapted, trained
 from jspec.model.params import abstract_weights
 from jspec.rl.optimizers import optimizers
 from jspec.rl.update_settings import UpdateSettings, trains_draft
@@ -26,7 +27,7 @@ class TrainState:
     """What an update takes and gives back; a checkpoint holds all of it.
 
     Attributes:
-      policy: training layout, float32 masters.
+      policy: training layout, float32 masters; with adapters, those are what is trained.
       draft: float32 masters, or None for autoregressive rollouts.
       opt_state, draft_opt_state: of the two optimizers, which share nothing; the latter is () for a
         draft without weights to train.
@@ -60,11 +61,13 @@ def state_specs(policy: Policy, draft: Draft | None, settings: UpdateSettings) -
     policy, draft: arrays, or `jax.ShapeDtypeStruct`s, of which only static config, shapes and
     dtypes are looked at.
     """
-    policy, draft = abstract_policy(policy.config, policy.dtype), draft_specs(draft)
+    lora, draft = policy.lora, draft_specs(draft)
+    policy = abstract_policy(policy.config, policy.dtype)
+    policy = policy if lora is None else abstract_adapted(policy, lora)
     optimizer, draft_optimizer = optimizers(settings)
     count = everywhere((), jnp.int32)
     return TrainState(
-        policy, draft, moments(optimizer, policy.weights),
+        policy, draft, moments(optimizer, trained(policy)),
         moments(draft_optimizer, draft.weights) if trains_draft(draft, settings) else (),
         **dict.fromkeys(COUNTERS, count), key=everywhere((), seed_key(0).dtype))
 
@@ -129,5 +132,5 @@ def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings,
                 for name in COUNTERS}
     words = np.asarray(key_words(seed_key(seed)))
     key = jax.random.wrap_key_data(made(lambda: jnp.asarray(words), specs.key), impl="threefry2x32")
-    return TrainState(policy, draft, made(optimizer.init, specs.opt_state, policy.weights),
+    return TrainState(policy, draft, made(optimizer.init, specs.opt_state, trained(policy)),
                       draft_opt_state, **counters, key=key)

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jspec.model import Policy, Trunk, param_specs
+from jspec.model import Policy, Trunk
+from jspec.model.lora import trained, trained_specs, with_trained
 from jspec.rl.batch import TrainBatch
 from jspec.rl.batch import make_batch as make_batch
 from jspec.rl.losses import quantiles
@@ -54,12 +55,15 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
 
     def of_prompts(weights) -> tuple[PromptStates, Trunk]:
         with jax.named_scope("policy_loss"):
-            return prompt_states(state.policy.replace(weights=weights), batch, settings, features)
+            return prompt_states(with_trained(state.policy, weights), batch, settings, features)
 
     def as_weights(grads) -> Any:  # else XLA may well sum them up whole on every device
-        return constrain_tree(in_float32(grads), param_specs(config), config, state.policy.layout)
+        return constrain_tree(in_float32(grads), trained_specs(state.policy), config,
+                              state.policy.layout)
 
-    prompts, pull, prompt_trunk = jax.vjp(of_prompts, state.policy.weights, has_aux=True)
+    if settings.kl_weight and state.policy.adapters is not None:
+        reference = state.policy.replace(adapters=None)  # the base
+    prompts, pull, prompt_trunk = jax.vjp(of_prompts, trained(state.policy), has_aux=True)
     with jax.named_scope("policy_loss"):
         anchor = ((reference, prompt_states(reference, batch, settings)[0]) if settings.kl_weight
                   else None)
@@ -67,7 +71,7 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
     def of_rows(micro: MicroBatch) -> tuple[tuple, Any]:
         with jax.named_scope("policy_loss"):
             of_policy = jax.value_and_grad(policy_loss, (0, 1), has_aux=True)
-            (_, (metrics, trunk, logprobs)), grads = of_policy(state.policy.weights, prompts,
+            (_, (metrics, trunk, logprobs)), grads = of_policy(trained(state.policy), prompts,
                                                                state.policy, anchor,
                                                                micro, count, settings, features)
         grads, gap = (as_weights(grads[0]), in_float32(grads[1])), metrics.pop("logprob_gap")
@@ -172,10 +176,10 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        weights, opt_state = apply_gradients(optimizer, state.policy.weights, state.opt_state,
+        weights, opt_state = apply_gradients(optimizer, trained(state.policy), state.opt_state,
                                              grads, sound)
     metrics = {**metrics, "grad_norm": norm, "trained_tokens": batch.mask.sum(dtype=jnp.float32)}
-    new = state.replace(policy=state.policy.replace(weights=weights), opt_state=opt_state,
+    new = state.replace(policy=with_trained(state.policy, weights), opt_state=opt_state,
                         updates=state.updates + 1,
                         skipped=state.skipped + (~sound).astype(jnp.int32),
                         skipped_in_row=jnp.where(sound, 0, state.skipped_in_row + 1))

@@ -24,13 +24,13 @@ class Adapted:
 
     Attributes:
       base: W, [*lead, out, in] in any floating dtype, or a `qwix.QArray` of that shape. Frozen.
-      a: A, float32 [*lead, rank, in]. b: B, float32 [*lead, out, rank].
+      a: A, float32 [*lead, rank, in]. b: B, float32 [*lead, out, rank]. None, both: W alone.
       scale: static, alpha / rank.
     """
 
     base: Any
-    a: jax.Array
-    b: jax.Array
+    a: jax.Array | None
+    b: jax.Array | None
     scale: float = struct.field(pytree_node=False, default=1.0)
 
     @property
@@ -40,6 +40,8 @@ class Adapted:
 
     def astype(self, dtype: Any) -> jax.Array:
         """The sum as one matrix. Added up in float32."""
+        if self.a is None:
+            return plain(self.base).astype(dtype)
         return merged(self.base, self.a, self.b, self.scale, dtype)
 
 
@@ -51,16 +53,23 @@ def merged(base: Any, a: jax.Array, b: jax.Array, scale: float, dtype: Any) -> j
 
 def plain(base: Any) -> jax.Array:
     """A frozen matrix as an array."""
-    if isinstance(base, jax.Array):
+    if not is_quantised(base):
         return base
     import qwix
 
     return qwix.dequantize(base)
 
 
+def is_quantised(x: Any) -> bool:
+    """Whether this is a `qwix.QArray`, of whatever leaves."""
+    return hasattr(x, "qvalue")
+
+
 def adapted_product(x: jax.Array, w: Adapted, dot: Any) -> jax.Array:
     """x [..., in] times w [out, in] -> what `dot(x, matrix)` gives of the whole matrix, in x's
     dtype. Gradients are of x, A and B."""
+    if w.a is None:
+        return dot(x, w.astype(x.dtype))
     return _product(dot, w.scale, x, w.base, w.a, w.b)
 
 

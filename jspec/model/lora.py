@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jspec.choices import LORA_TARGETS
-from jspec.model.adapted import plain
+from jspec.model.adapted import is_quantised
 from jspec.model.config import Lora, ModelConfig
 from jspec.model.params import (
     ParamSpec,
@@ -85,7 +85,7 @@ def as_base(weights: Any, specs: Any) -> Any:
 
 def _is_matrix(x: Any) -> bool:
     """Whether this is one weight of a tree, quantised or not."""
-    return is_spec(x) or hasattr(x, "qvalue")
+    return is_spec(x) or is_quantised(x)
 
 
 def fresh_adapters(model: ModelConfig, lora: Lora, key: jax.Array) -> Any:
@@ -122,10 +122,8 @@ def merge(policy: Policy) -> Policy:
     what it is without them is gone. Jittable, and a no-op without adapters."""
     if policy.adapters is None:
         return policy
-    layers = {name: x.astype(jnp.float32) if hasattr(x, "astype") else x
-              for name, x in policy.layers.items()}
-    weights = jax.tree.map(lambda x: plain(x).astype(jnp.float32),
-                           {**policy.weights, "layers": layers})
+    layers = {name: x.astype(jnp.float32) for name, x in policy.layers.items()}
+    weights = jax.tree.map(lambda x: x.astype(jnp.float32), {**policy.weights, "layers": layers})
     return policy.replace(weights=weights, adapters=None, lora=None)
 
 

@@ -14,7 +14,7 @@ from flax import struct
 from jspec.arguments import compute_dtype, instance, one_of, random_key, show, unmasked
 from jspec.choices import DTYPES
 from jspec.errors import InputError
-from jspec.model.adapted import Adapted
+from jspec.model.adapted import Adapted, is_quantised
 from jspec.model.config import Lora, ModelConfig
 from jspec.model.experts import EXPERT_AXES
 from jspec.model.layers import fuse
@@ -65,12 +65,14 @@ class Policy:
 
     @property
     def layers(self) -> Any:
-        """The layers' weights, those that have adapters as `Adapted`."""
+        """The layers' weights, those that have adapters, or had some, as `Adapted`."""
         layers = self.weights["layers"]
-        if self.adapters is None:
+        if self.lora is None:
             return layers
+        none = dict.fromkeys("ab")
+        pairs = self.adapters or {name: none for name, x in layers.items() if is_quantised(x)}
         return {**layers, **{name: Adapted(layers[name], pair["a"], pair["b"], self.lora.scale)
-                             for name, pair in self.adapters.items()}}
+                             for name, pair in pairs.items()}}
 
     @property
     def stacked(self) -> bool:

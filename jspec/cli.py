@@ -22,7 +22,7 @@ EPILOG = """\
 a first look:
   jspec rollout smollm2-135m-instruct --prompt "Count from one to twenty."
   jspec train configs/quickstart.yaml
-  jspec train --help                     every key of a config, with default and meaning
+  jspec train --help                     every key of a config; --help grpo: what a section's mean
 """
 
 NAMED = "short name (smollm2-135m-instruct), hub id, directory of safetensors or .gguf file"

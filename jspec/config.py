@@ -34,9 +34,9 @@ class Config:
 
     seed: int = setting(0, "of everything drawn: fresh weights, prompts' order, sampling noise",
                         low=0, high=SEED_HIGH)
-    steps: int = setting(6, "GRPO steps in all, those before a resume included", low=1)
+    steps: int = setting(6, "GRPO steps in all, those before a resume included", low=1, often=True)
     output_dir: str = setting("runs/quickstart", "metrics, checkpoints and traces; the same one "
-                              "again resumes", filled=True, path=True)
+                              "again resumes", filled=True, path=True, often=True)
     log_level: str = setting("info", "how much is told", choices=LOG_LEVELS)
     model: TrainedModelSection = TrainedModelSection()
     draft: DraftSection = DraftSection()

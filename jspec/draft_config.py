@@ -16,7 +16,7 @@ class SamplesSection:
                                        "turn: 'self' (instructions that the policy writes itself), "
                                        "and whatever data.source may be; one that is named twice "
                                        "has two turns", filled=True, path=True)
-    count: int = setting(4096, "answers in all", low=1)
+    count: int = setting(4096, "answers in all", low=1, often=True)
     batch: int = setting(32, "answers decoded together; also the rows of one file of samples",
                          low=1)
     temperatures: tuple[float, ...] = setting((), "of one file of samples after the other, in "
@@ -36,7 +36,7 @@ class TrainingSection:
                               "all, or those of the draft at draft.path", low=0)
     state_steps: int = setting(300, "steps on the policy's next states, before distributions are "
                                "compared: cheap", low=0)
-    steps: int = setting(1000, "steps on draft.loss", low=1)
+    steps: int = setting(1000, "steps on draft.loss", low=1, often=True)
     rows: int = setting(8, "answers of a step", low=1)
     warmup_steps: int = setting(10, "over which the learning rate rises, in either stage; then it "
                                 "falls by a cosine", low=0)
@@ -63,7 +63,7 @@ class DraftTrainingConfig:
 
     seed: int = setting(0, "of everything drawn", low=0, high=SEED_HIGH)
     output_dir: str = setting("runs/draft", "samples, checkpoints, report and the draft; the same "
-                              "one again resumes", filled=True, path=True)
+                              "one again resumes", filled=True, path=True, often=True)
     log_level: str = setting("info", "how much is told", choices=LOG_LEVELS)
     model: ModelSection = ModelSection()
     draft: DraftLearningSection = DraftLearningSection()

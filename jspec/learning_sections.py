@@ -12,10 +12,11 @@ class DataSection:
     """The prompts."""
 
     source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, or "
-                          "'reasoning_gym:TASK'", filled=True, path=True)
+                          "'reasoning_gym:TASK'", filled=True, path=True, often=True)
     prompts_per_step: int = setting(4, "prompts a step, over all processes; different ones, but "
-                                    "where two epochs meet", low=1)
-    group_size: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES)
+                                    "where two epochs meet", low=1, often=True)
+    group_size: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES,
+                              often=True)
     max_prompt_tokens: int = setting(128, "a longer prompt is an error", low=1)
     system_prompt: str | None = setting(None, "first message of the chat; null: what the chat "
                                         "template does by itself")
@@ -31,7 +32,7 @@ class RewardSection:
     """How answers are graded, on the host, by a pool of processes."""
 
     function: str = setting("math_verify", "'math_verify', 'reasoning_gym', or your own as "
-                            "'path/to/file.py:function'", filled=True, path=True)
+                            "'path/to/file.py:function'", filled=True, path=True, often=True)
     workers: int = setting(2, "grading processes", low=1, high=1024)
     timeout_s: float = setting(10.0, "seconds after which an answer's grading is killed and scores "
                                "0", above=0, high=1e6)
@@ -57,7 +58,8 @@ class GrpoSection:
         (), "tokens that answers are trimmed to, besides sampling.max_new_tokens, before the "
         "update computes them, those of like length together. Each is compiled: more of them waste "
         "less and compile longer; none named: up to five", low=1)
-    learning_rate: float = setting(1e-6, "peak learning rate of the policy's AdamW", low=0)
+    learning_rate: float = setting(1e-6, "peak learning rate of the policy's AdamW", low=0,
+                                   often=True)
     clip: float = setting(1.0, "global-norm clip of the policy's gradient", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
     warmup_steps: int = setting(0, "GRPO steps over which the learning rate rises linearly", low=0)

@@ -2,9 +2,7 @@
 its keys. Free of JAX, for it is read before anything starts."""
 
 import argparse
-import importlib
 import math
-import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -14,19 +12,31 @@ from jspec.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `keys` appends the keys of that class, "config:Config", to
-    the help."""
+    """Says what is wrong in one line; with `keys`, a class such as "config:Config", the help tells
+    of its keys, a page of all or one section."""
 
     def __init__(self, *arguments, keys: str | None = None, **options) -> None:
         super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         **options)
+                         **({"add_help": False} if keys else {}), **options)
         self.keys = keys
+        if keys:
+            self.add_argument("-h", "--help", action=_KeysHelp, nargs="?", metavar="SECTION",
+                              help="show this message and exit; of a SECTION, a key or 'all': "
+                              "every key with type, default and meaning")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see `{self.prog} --help`)")
 
-    def format_help(self) -> str:
-        return super().format_help() + (f"\n{keys_help(self.keys)}" if self.keys else "")
+
+class _KeysHelp(argparse.Action):
+    """`--help [SECTION]`."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        from jspec.keys_help import keys_help
+
+        said = keys_help(parser.keys, parser.prog, values)
+        print(f"{parser.format_help()}\n{said}" if values is None else said, end="")
+        parser.exit()
 
 
 def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], Any]:
@@ -58,22 +68,6 @@ def drafter(text: str) -> str:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(DRAFTERS)}, none, "
                                          f"{user_code.EXAMPLE}, not {text!r}")
     return text
-
-
-def keys_help(kind: str) -> str:
-    """Every configuration key with its type, default and meaning, as text."""
-    from jspec import settings
-
-    module, _, name = kind.partition(":")
-    kind = getattr(importlib.import_module(f"jspec.{module}"), name)
-    lines = ["keys of a config, each also settable as key=value after it:"]
-    for key, type_name, default, meaning in settings.describe(kind):
-        if not type_name:
-            lines.append(f"\n  {key}: {meaning}")
-            continue
-        lines.append(f"    {key + ' = ' + default:<44} {type_name}")
-        lines += textwrap.wrap(meaning, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join(lines) + "\n"
 
 
 def add_config(made: Parser) -> None:

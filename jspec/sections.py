@@ -21,7 +21,7 @@ class ModelSection:
     """The policy."""
 
     name: str = setting("smollm2-135m-instruct", "short name, hub id, safetensors directory, .gguf "
-                        "file, or 'random'", filled=True, path=True)
+                        "file, or 'random'", filled=True, path=True, often=True)
     dtype: str = setting("auto", "what is computed in; auto: bfloat16 on accelerators, float32 on "
                          "the CPU", choices=("auto", *DTYPES))
     architecture: dict | None = setting(None, "ModelConfig fields of a policy drawn at random; "
@@ -63,7 +63,7 @@ class DraftSection(DraftLearningSection):
     """The drafter that makes rollouts fast; it never changes what they are distributed as."""
 
     name: str = setting("mtp", "the drafter, or your own; none: plain autoregressive rollouts",
-                        choices=(*DRAFTERS, "none"), file=True, path=True)
+                        choices=(*DRAFTERS, "none"), file=True, path=True, often=True)
     train: bool = setting(True, "train the draft in the update step (where it has weights)")
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
     features: str = setting("update", "whose states of the policy the draft learns from. update: "
@@ -80,7 +80,7 @@ class SpeculationSection:
         "auto", "tokens drafted per cycle: a number; a schedule [[4, 7], [16, 3]] (up to 4 live "
         "rows draft 7, up to 16 draft 3, more none); or auto: what promises the most tokens "
         "a second, by what cycles are measured to cost here and by what earlier steps accepted, no "
-        "drafts included. draft.name=none turns speculation off", low=1, high=64)
+        "drafts included. draft.name=none turns speculation off", low=1, high=64, often=True)
     rule: str = setting("rejection", "rejection: exact in distribution, each draft judged by "
                         "itself; block: exact in distribution, the drafts judged together, which "
                         "accepts no fewer on average; coupled: token for token what autoregressive "
@@ -108,9 +108,9 @@ class RolloutSection:
 class SamplingSection:
     """What the policy is sampled with."""
 
-    max_new_tokens: int = setting(MAX_NEW_TOKENS, "longest answer, in tokens", low=1)
+    max_new_tokens: int = setting(MAX_NEW_TOKENS, "longest answer, in tokens", low=1, often=True)
     min_new_tokens: int = setting(0, "end tokens are banned before this many tokens", low=0)
-    temperature: float = setting(1.0, "divides the logits; 0: greedy", low=0)
+    temperature: float = setting(1.0, "divides the logits; 0: greedy", low=0, often=True)
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all", low=0)
     top_p: float = setting(1.0, "keep the smallest set of likeliest tokens with this much "
                            "probability", above=0, high=1)

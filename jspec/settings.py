@@ -27,13 +27,13 @@ Override = str | tuple[str, Any]
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
             high: float | None = None, choices: tuple[str, ...] = (), filled: bool = False,
-            path: bool = False, file: bool = False) -> Any:
+            path: bool = False, file: bool = False, often: bool = False) -> Any:
     """A dataclass field with its meaning and bounds: low <= value <= high, value > above, one of
     choices. Those of a list are each entry's; `filled`: it has one at least. `path`: a text that
     may name a file, where `~` is the home; `file`: or `path/to/file.py:NAME` in the place of one of
-    choices."""
+    choices. `often`: most runs set it, so the first page of help has it."""
     bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices,
-              "filled": filled, "path": path, "file": file}
+              "filled": filled, "path": path, "file": file, "often": often}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=bounds)
     return dataclasses.field(default=default, metadata=bounds)
@@ -167,6 +167,12 @@ def describe(kind: type) -> list[tuple[str, str, str, str]]:
             rows.append((".".join((*prefix, field.name)), kind or type_name(field.type),
                          shown(default), meaning))
     return rows
+
+
+def often(kind: type) -> list[str]:
+    """The dotted keys that most runs set, in order."""
+    return [".".join((*prefix, field.name)) for prefix, section in _sections(kind)
+            for field in dataclasses.fields(section) if field.metadata.get("often")]
 
 
 def _sections(kind: type) -> Iterator[tuple[tuple[str, ...], type]]:

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from jspec.cli import main
-from jspec.config import load_config
+from jspec.config import Config, load_config
+from jspec.settings import describe
 
 
 def run(capsys, *arguments):
@@ -46,6 +47,33 @@ def test_train_help_lists_the_keys(capsys):
         main(["train", "--help"])
     out = capsys.readouterr().out
     assert "speculation.k = 'auto'" in out and "tokens drafted per cycle" in out
+
+
+def told(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(list(arguments))
+    assert exit.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_train_help_is_one_page_with_every_key_by_section(capsys):
+    out = told(capsys, "train", "--help")
+    assert len(out.splitlines()) <= 100 and max(map(len, out.splitlines())) <= 100
+    words = out[out.index("all, by section"):].split()
+    assert all(key.split(".")[-1] in words for key, *_ in describe(Config))
+
+
+def test_help_of_a_section_a_key_or_all_has_defaults_and_meanings(capsys):
+    section = told(capsys, "train", "--help", "sampling")
+    assert "sampling.top_k = 0" in section and "keep the k likeliest tokens" in section
+    assert "sampling: What" in section and "grpo." not in section and "usage" not in section
+    assert told(capsys, "profile", "--help", "grpo.clip").startswith("    grpo.clip = 1.0 ")
+    everything = told(capsys, "train", "-h", "all")
+    assert all(f"{key} = {default}" in everything for key, kind, default, _ in describe(Config)
+               if kind)
+    assert run(capsys, "train", "--help", "grpo.clap") == (
+        2, "", "jspec: error: --help: there is no section and no key 'grpo.clap'; did you mean "
+        "'grpo.clip'?\n")
 
 
 def test_help_does_not_wait_for_jax():

@@ -54,6 +54,9 @@ def parser() -> Parser:
                      "write a directory that transformers loads")
     export.add_argument("source", metavar="SOURCE", help=MODEL)
     export.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty")
+    export.add_argument("--adapter", action="store_true", help="of a run with lora.rank: its "
+                        "adapters alone, as PEFT reads them; without this they are added to the "
+                        "weights")
     command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts "
             "MODEL` compares drafters, `bench tail MODEL` times answers of natural lengths, `bench "
             "cost MODEL` what a cycle costs", add_help=False)

@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,18 +18,23 @@ from jspec.answering import batch_on_mesh
 from jspec.arguments import path
 from jspec.distributed import fetch
 from jspec.drafts import Draft
+from jspec.drafts.base import check_finite
+from jspec.errors import InputError
 from jspec.heads import publish
+from jspec.hub.adapter import export_adapter
 from jspec.hub.architectures import config_to_hf
 from jspec.hub.exporter import new_directory
 from jspec.hub.names import hub_id
 from jspec.model import Policy
+from jspec.model.lora import trained
 from jspec.output import screen
 from jspec.prepare import make_sampling, make_speculation
 from jspec.progress import telling
 from jspec.rl.answers import answer_text
 from jspec.rl.encode import encode_prompt
+from jspec.run_dir import adapted_policy
 from jspec.session import Session, mesh_for, session
-from jspec.sources import choose_draft, mesh_of, open_source
+from jspec.sources import Source, choose_draft, mesh_of, open_source
 from jspec.speculate.arguments import check
 
 
@@ -149,18 +155,33 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
 
 def export(arguments: argparse.Namespace) -> int:
     """`jspec export`: a model, or a run's last checkpoint, as a directory that transformers
-    loads."""
+    loads, or the run's adapters as one that PEFT does."""
     with session() as opened:
         new_directory(arguments.directory)
         source = open_source(arguments.source, [], drafters=())
         config_to_hf(source.shape.config)
         opened.use(mesh_of(source)[0])
+        if arguments.adapter:
+            written = adapter_of(source, arguments.directory)
+            screen().print(written, soft_wrap=True)
+            return 0
         with telling(f"loading {arguments.source}"):
             policy = source.load_finite()
         with telling(f"writing {arguments.directory}"):
             written = jspec.export(policy, arguments.directory, source.tokenizer)
         screen().print(written, soft_wrap=True)
     return 0
+
+
+def adapter_of(source: Source, directory: str) -> Path:
+    """Writes a run's adapters. Raises InputError for what is no run, or has none, or none that are
+    finite."""
+    if source.own is None:
+        raise InputError(f"{source.name} is no run, and adapters are those of one; leave --adapter "
+                         "out")
+    policy = adapted_policy(Path(source.name).expanduser())
+    check_finite(source.name, trained(policy), "take a checkpoint from before")
+    return export_adapter(policy, directory, source.own.model.name)
 
 
 def export_draft(arguments: argparse.Namespace) -> int:

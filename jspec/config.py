@@ -15,6 +15,7 @@ from jspec import settings
 from jspec.choices import LOG_LEVELS, SEED_HIGH
 from jspec.errors import InputError
 from jspec.learning_sections import DataSection, GrpoSection, LoraSection, RewardSection
+from jspec.reward_parts import reward_parts
 from jspec.sections import (
     CheckpointSection,
     DraftSection,
@@ -54,6 +55,7 @@ class Config:
     def check(self) -> None:
         """Raise InputError for what no field can know by itself."""
         check_shared(self)
+        reward_parts(self.reward.function)
         data, grpo, k = self.data, self.grpo, self.speculation.k
         rows = data.prompts_per_step * data.group_size
         demand(data.group_size > 1, f"data.group_size must be at least 2, not {data.group_size}: "

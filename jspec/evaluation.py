@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from jspec.output import open_output, screen
 from jspec.prepare import make_batching, make_sampling, make_speculation
 from jspec.progress import say, telling
 from jspec.purposes import EVAL_KEY, purpose_key, purpose_seed
+from jspec.reward_parts import reward_parts
 from jspec.rl.answers import reward_inputs
 from jspec.rl.prompts import Prompt, PromptData
-from jspec.rl.rewards import RewardPool, answer_check, check_reward
+from jspec.rl.rewards import RewardPool, answer_check, check_columns, check_reward
 from jspec.run_dir import data_position, run_plan
 from jspec.session import Session, session
 from jspec.settings import Override
@@ -66,12 +67,14 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: 
     mesh, layout = mesh_of(source)
     opened.use(mesh)
     check_code(source, arguments.overrides, arguments.run_code)
-    check_reward(source.config.reward.function, source.config.data.source)
+    check_reward(source.config.reward.function, source.config.data.source,
+                 source.config.sampling.max_new_tokens)
     if source.draft is not None:
         source.draft.check_finite(source.name)
     check_kept(source)
     say_unused(arguments.overrides)
     data = prompts_of(source)
+    check_columns(source.config.reward.function, source.config.data.source, data.records[0])
     count = check_count(source, data, arguments.prompts)
     speculation = speculation_of(source)
     batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count),
@@ -97,15 +100,17 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: 
 def check_code(source: Source, overrides: list[str], allowed: bool) -> None:
     """A folder that is opened for its weights runs no code: raise InputError if a run's own config
     names a file as its reward, unless that is allowed or the command line names one itself."""
-    function = source.config.reward.function
-    if user_code.split(function) is None:
+    files = [part.function for part in reward_parts(source.config.reward.function)
+             if user_code.split(part.function)]
+    if not files:
         return
-    named = overridden("reward.function", overrides)
-    if source.own is not None and function == source.own.reward.function and not (allowed or named):
-        raise InputError(f"the config of {source.name} has its answers graded by {function}, which "
+    named, own = overridden("reward.function", overrides), source.own
+    theirs = {part.function for part in reward_parts(own.reward.function)} if own else set()
+    if (run := sorted(theirs & set(files))) and not (allowed or named):
+        raise InputError(f"the config of {source.name} has its answers graded by {run[0]}, which "
                          "would run that file: look at it, then give --run-code, or name "
                          "a function with reward.function=...")
-    say(f"grading with {function}")
+    say(f"grading with {', '.join(files)}")
 
 
 def check_kept(source: Source) -> None:
@@ -203,20 +208,22 @@ def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], 
     config, (batch, samples) = source.config, (len(batches[0][0]), batches[0][1].group_size)
     sampling, batching = make_sampling(config), make_batching(config)
     rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
-    with (RewardPool(config.reward.function, config.reward.workers,
-                     config.reward.timeout_s) as pool,
+    by_name: dict[str, list] = {part.name: [] for part in reward_parts(config.reward.function)}
+    with (RewardPool.of(config) as pool,
           telling("answering (the first batch compiles)", total=prompts) as advance):
         for step, (chosen, made) in enumerate(batches):
             start = time.perf_counter()
             out = decoded(policy, source.draft, made, batch * samples, sampling=sampling,
                           speculation=speculation, batching=batching)
             seconds += time.perf_counter() - start
-            graded = pool.grade(reward_inputs(source.tokenizer, chosen, out))
+            graded = pool.grade(reward_inputs(source.tokenizer, chosen, out, wants=pool.wants))
             keep = min(batch, prompts - step * batch)
             rewards.append(graded.rewards.reshape(batch, samples)[:keep])
             lengths.append(out.lengths.reshape(batch, samples)[:keep])
             finished.append(out.finished.reshape(batch, samples)[:keep])
-            failures += sum(graded.failures.values())
+            for name, values in graded.by_name.items():
+                by_name[name].append(values[:keep * samples])
+            failures += graded.failed
             advance(keep)
             console.print(f"{min(prompts, (step + 1) * batch):>5} prompts, mean reward "
                           f"{np.concatenate(rewards).mean():.3f}")
@@ -226,6 +233,7 @@ def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], 
         "prompts": prompts, "samples": samples, "temperature": config.sampling.temperature,
         "held_out": bool(config.data.held_out),
         "mean_reward": float(grades.mean()),
+        **(means_by_name(by_name) if len(by_name) > 1 else {}),
         "standard_error": float(by_prompt.std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else 0.0,
         "mean_of_the_best_sample": float(grades.max(axis=1).mean()),
         "mean_tokens": float(np.concatenate(lengths).mean()),
@@ -233,3 +241,12 @@ def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], 
         "graded_0_by_failure": int(failures),
         "seconds_of_rollouts_compiling_included": round(seconds, 3),
     }
+
+
+def means_by_name(by_name: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float | None]:
+    """The mean of each reward function over the answers that it applies to, None where those are
+    none."""
+    applied = {name: values[~np.isnan(values)]
+               for name, values in ((name, np.concatenate(of)) for name, of in by_name.items())}
+    return {f"mean_reward/{name}": float(values.mean()) if values.size else None
+            for name, values in applied.items()}

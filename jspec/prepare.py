@@ -35,7 +35,7 @@ AnyConfig = Config | DraftTrainingConfig
 
 def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     """Raise InputError for what would fail later, without loading any weights."""
-    check_reward(config.reward.function, config.data.source)
+    check_reward(config.reward.function, config.data.source, config.sampling.max_new_tokens)
     check_sizes(config, mesh, base.config)
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):
         raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; "

@@ -25,8 +25,9 @@ from jspec.rl.state import draft_specs
 from jspec.settings import Override, refuse_changes, to_yaml
 
 FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile",
-                  "reward.workers", "rollout", "speculation.kernels", "grpo.learning_rate",
-                  "grpo.clip", "grpo.max_skipped", "draft.learning_rate", "draft.clip")
+                  "reward.workers", "reward.concurrency", "rollout", "speculation.kernels",
+                  "grpo.learning_rate", "grpo.clip", "grpo.max_skipped",
+                  "draft.learning_rate", "draft.clip")
 """What a run may be resumed with another value of: what decides nothing that it computes, and what
 a run whose updates are not finite has to be rescued with."""
 

@@ -36,10 +36,12 @@ def checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str,
 
 
 def _at_home(value: Any, label: str) -> Any:
-    """A path, or each of several, with the home in the place of its ~. Raises InputError, which
-    begins with `label`, for the home of a user who is not there."""
+    """A path, or each of several, by name too, with the home in the place of its ~. Raises
+    InputError, which begins with `label`, for the home of a user who is not there."""
     if isinstance(value, tuple):
         return tuple(_at_home(entry, label) for entry in value)
+    if isinstance(value, dict):
+        return {key: _at_home(entry, label) for key, entry in value.items()}
     if not isinstance(value, str) or ("/" not in value and value != "~"):  # ~name is a name
         return value
     expanded = os.path.expanduser(value)

@@ -39,7 +39,7 @@ from jspec.rl.answers import answer_text as answer_text
 from jspec.rl.collate import collate, may_wait
 from jspec.rl.grading import grade
 from jspec.rl.prompts import PromptData
-from jspec.rl.rewards import RewardPool, answer_check
+from jspec.rl.rewards import RewardPool, answer_check, check_columns
 from jspec.rl.state import COUNTERS, TrainState
 from jspec.run_dir import keep_config, run_plan
 from jspec.run_lines import Ending, closing, opening
@@ -75,12 +75,12 @@ def train(config: Config) -> int:
         base = BaseModel.of(config)
         check(config, mesh, base)
         stack.enter_context(stop)
-        pool = stack.enter_context(RewardPool(config.reward.function, config.reward.workers,
-                                              config.reward.timeout_s))
+        pool = stack.enter_context(RewardPool.of(config))
         with telling(f"reading {config.data.source}"):
             tokenizer = base.tokenizer
             data = PromptData(config.data, tokenizer, seed=config.seed,
                               check_answer=answer_check(config.reward.function, config.data.source))
+            check_columns(config.reward.function, config.data.source, data.records[0])
         stack.enter_context(claimed(config.output_dir))
         keep_config(config)
         checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jspec.reward_parts import reward_parts
 from jspec.rl.records import read_jsonl
-from jspec.rl.rewards import RewardInput, grade_one
+from jspec.rl.reward_calls import RewardInput, calls_of
+from jspec.rl.reward_functions import Signature
+from jspec.rl.reward_processes import Job, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -40,7 +43,9 @@ def test_a_reward_of_ones_own():
 
         def grade(response, length, record=record, meta=meta):
             item = RewardInput(record["prompt"], response, record["answer"], meta, True, length)
-            return grade_one(f"{EXAMPLES}/own_reward.py:short_and_right", item, 60.0)
+            (part,) = reward_parts(f"{EXAMPLES}/own_reward.py:short_and_right")
+            calls = calls_of(part, Signature(), [item], 64)
+            return run(Job(part, Signature(), calls, 60.0, 1))[0][0]
 
         right = f"It is {record['answer'].upper()}."
         assert [grade(right, 16)[0], grade(right, 17)[0], grade("?", 16)[0]] == [1.0, 0.5, 0.0]

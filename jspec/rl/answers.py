@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jspec.rl.rewards import RewardInput
@@ -14,17 +14,31 @@ if TYPE_CHECKING:
 
 
 def reward_inputs(tokenizer: Any, prompts: Sequence[Prompt], out: Rollout,
-                  rows: Iterable[int] | None = None) -> list[RewardInput]:
+                  rows: Iterable[int] | None = None,
+                  wants: Collection[str] = ()) -> list[RewardInput]:
     """What a reward function is told of each of `rows` (all where none are named) of a rollout on
     the host.
 
     Row i answers prompt i // group_size, group_size being the rollout's rows over `prompts`.
+    wants: of `reward_functions.ON_REQUEST`, what the functions are to be given as well.
     """
     group = len(out.lengths) // len(prompts)
-    asked = ((row, prompts[row // group])
-             for row in (range(len(out.lengths)) if rows is None else rows))
-    return [RewardInput(prompt.text, answer_text(tokenizer, out, row), prompt.answer, prompt.meta,
-                        bool(out.finished[row]), int(out.lengths[row])) for row, prompt in asked]
+    return [reward_input(tokenizer, prompts[row // group], out, row, row // group, wants)
+            for row in (range(len(out.lengths)) if rows is None else rows)]
+
+
+def reward_input(tokenizer: Any, prompt: Prompt, out: Rollout, row: int, group: int,
+                 wants: Collection[str]) -> RewardInput:
+    """What a reward function is told of one row, the answer to prompt number `group`."""
+    text, more = answer_text(tokenizer, out, row), {}
+    if "messages" in wants:
+        more["messages"] = [*prompt.messages, {"role": "assistant", "content": text}]
+    if "token_ids" in wants:
+        more["token_ids"] = out.tokens[row][out.mask[row]].tolist()
+    if "prompt_token_ids" in wants:
+        more["prompt_token_ids"] = list(prompt.tokens)
+    return RewardInput(prompt.text, text, prompt.answer, prompt.meta, bool(out.finished[row]),
+                       int(out.lengths[row]), group, **more)
 
 
 def answer_text(tokenizer: Any, out: Rollout, row: int) -> str:

@@ -22,36 +22,42 @@ class Grades:
 
     Attributes:
       rewards: float32 [N], of all rows.
-      failures: for each of `rewards.FAILURES`, how many of the N scored 0 for that reason.
+      failures: for each of `rewards.FAILURES`, how often an answer scored 0 for that reason.
       message: what the first failure on this process said; "": there was none.
       by_name: float32 [N] of each reward function by itself, NaN where it does not apply to a row.
+      failed: how many of the N a function with a weight could not grade.
     """
 
     rewards: np.ndarray
     failures: dict[str, int]
     message: str
     by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    failed: int = 0
 
-    @property
-    def failed(self) -> int:
-        """How many answers could not be graded."""
-        return sum(self.failures.values())
-
-    def record(self) -> dict[str, int]:
-        """The failures, as the step's metrics have them."""
-        return {"reward_failures": self.failed,
-                **{f"reward_failures/{kind}": count for kind, count in self.failures.items()}}
+    def record(self) -> dict[str, int | float | None]:
+        """The failures, as the step's metrics have them, and where there are several functions the
+        mean and deviation of each over the answers that it applies to."""
+        record = {"reward_failures": self.failed,
+                  **{f"reward_failures/{kind}": count for kind, count in self.failures.items()}}
+        for name, values in self.by_name.items() if len(self.by_name) > 1 else ():
+            values = values[~np.isnan(values)].astype(np.float64)
+            record |= {f"reward/{name}": float(values.mean()) if values.size else None,
+                       f"reward_std/{name}": float(values.std()) if values.size else None}
+        return record
 
 
 def grade(pool: RewardPool, tokenizer: Any, prompts: Sequence[Prompt], out: Rollout) -> Grades:
     """Grades a rollout that is on the host. All processes call it."""
-    rows = np.array_split(np.arange(len(out.lengths)), jax.process_count())[jax.process_index()]
-    graded = pool.grade(reward_inputs(tokenizer, prompts, out, rows))
+    unit = len(out.lengths) // len(prompts) if pool.whole_groups else 1
+    rows = np.array_split(np.arange(len(out.lengths)).reshape(-1, unit),
+                          jax.process_count())[jax.process_index()].reshape(-1)
+    graded = pool.grade(reward_inputs(tokenizer, prompts, out, rows, pool.wants))
     columns = np.zeros((1 + len(graded.by_name), len(out.lengths)), np.float32)
     columns[:, rows] = [graded.rewards, *graded.by_name.values()]
-    counts = np.array([graded.failures[kind] for kind in FAILURES], np.int32)
+    counts = np.array([graded.failed, *(graded.failures[kind] for kind in FAILURES)], np.int32)
     if jax.process_count() > 1:
         columns, counts = (multihost_utils.process_allgather(x).sum(0) for x in (columns, counts))
-    failures = {kind: int(count) for kind, count in zip(FAILURES, counts, strict=True)}
-    return Grades(columns[0], failures, next(iter(graded.messages.values()), ""),
-                  dict(zip(graded.by_name, columns[1:], strict=True)))
+    failed, *failures = counts.tolist()
+    return Grades(columns[0], dict(zip(FAILURES, failures, strict=True)),
+                  next(iter(graded.messages.values()), ""),
+                  dict(zip(graded.by_name, columns[1:], strict=True)), failed)

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from jspec.errors import InputError
+from jspec.rl.chat import conversation
 from jspec.rl.encode import encode_prompt, encode_prompts, shown
 from jspec.rl.records import ARITHMETIC, load_records, parse_line  # noqa: F401 - as from here
 
@@ -34,6 +35,7 @@ class Prompt:
           arguments.
         expected_length: tokens of an answer to it, as `PromptData.answered` was told last; None:
           never.
+        messages: what a chat template writes out: each {role, content}.
     """
 
     text: str
@@ -41,6 +43,7 @@ class Prompt:
     answer: str
     meta: Mapping[str, Any]
     expected_length: int | None = None
+    messages: Sequence[Mapping[str, str]] = ()
 
 
 class PromptData:
@@ -157,7 +160,8 @@ class PromptData:
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
-        return Prompt(text, tuple(tokens), record["answer"], meta, self.expected.get(number))
+        return Prompt(text, tuple(tokens), record["answer"], meta, self.expected.get(number),
+                      conversation(text, config.system_prompt))
 
     def check(self, numbers: Sequence[int]) -> None:
         """Looks at the records of these numbers. Raises InputError, naming where it stands, for the

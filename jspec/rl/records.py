@@ -19,7 +19,7 @@ ARITHMETIC = Path(__file__).parent / "data" / "arithmetic.jsonl"
 LONGEST_LINE = 16 << 20
 HELD_OUT = 2**63
 """Beside the seed where an order has its epoch: no epoch is that late."""
-OF_THE_RESPONSE = {"response", "finished", "length"}
+OF_THE_RESPONSE = {"response", "finished", "length", "max_new_tokens"}
 """What reward functions are told about a response: no record may say it."""
 
 

@@ -1,20 +1,10 @@
-"""Rewards: functions of a response's text, run in processes of their own that may hang or die
-without harm.
-
-The processes are spawned and import this module, so neither it nor what it imports may import jax:
-that would cost each of them seconds and memory, and on some machines the accelerator.
-"""
+"""Rewards: functions of what the policy answered, run in processes of their own that may hang or
+die without harm."""
 
 import dataclasses
-import faulthandler
-import functools
-import inspect
-import io
 import logging
 import multiprocessing
-import numbers
-import os
-import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,59 +12,39 @@ from concurrent.futures import FIRST_COMPLETED
 from concurrent.futures import TimeoutError as Expired
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pebble
 
-from jspec import user_code
+from jspec.choices import MAX_NEW_TOKENS
+from jspec.config import Config
 from jspec.errors import InputError
-from jspec.rl import tasks
-from jspec.rl.math_grading import check_gold, math_verify
+from jspec.reward_parts import RewardPart, reward_parts
+from jspec.rl.reward_calls import FAILURES, LARGEST, Grade, calls_of, too_late
+from jspec.rl.reward_calls import RewardInput as RewardInput
+from jspec.rl.reward_functions import Signature, cached_reward
+from jspec.rl.reward_functions import answer_check as answer_check
+from jspec.rl.reward_functions import check_columns as check_columns
+from jspec.rl.reward_functions import check_reward as check_reward
+from jspec.rl.reward_functions import load_reward as load_reward
+from jspec.rl.reward_functions import reasoning_gym as reasoning_gym
+from jspec.rl.reward_processes import Job, read_journal, run, start_process
 from jspec.user_code import one_line
 
 log = logging.getLogger(__name__)
-LARGEST = float(np.finfo(np.float32).max)
-ORPHAN_S = 5.0
-"""Seconds past its time-out that a hung reward process may outlive a training process that was
-killed."""
-
 READY_S = 300.0
-"""Seconds that the processes may take to import the function before the first of them begins to
+"""Seconds that the processes may take to import the functions before the first of them begins to
 grade."""
 
 ATTEMPTS = 3
 """How often a response is handed to processes that die before they begin with it."""
 
-Reward = Callable[..., float]
-Grade = tuple[float, str | None, str]
-"""(reward, kind of failure or None, message)"""
+CONCURRENCY = 32
+"""Async calls in flight, if nothing is said."""
 Task = tuple[pebble.ProcessPool, pebble.ProcessFuture | None]
-"""A response handed to a pool; None if it took no more."""
-FAILURES = ("raised", "timed_out", "invalid", "died")
-"""Why a response scores 0 unjudged: the function raised, ran past the time-out, returned what is no
-finite number, or its process ended."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardInput:
-    """One response to grade; a reward function is handed all of it by name.
-
-    Attributes:
-        prompt: the prompt's text as its source has it.
-        response: what the policy wrote.
-        answer: what the source says is right.
-        meta: everything else the source says about the prompt.
-        finished: the policy ended the response itself; it was not cut off at the longest length.
-        length: tokens generated, the end token included.
-    """
-
-    prompt: str
-    response: str
-    answer: str
-    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    finished: bool = True
-    length: int = 0
+"""A job handed to a pool; None if it took no more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,157 +52,77 @@ class RewardResult:
     """Grades of N responses, in the order they were given in.
 
     Attributes:
-        rewards: float32 [N], finite.
-        failures: for each of `FAILURES`, how many of the N scored 0 for that reason.
+        rewards: float32 [N], finite: the weighted sum over the functions.
+        failures: for each of `FAILURES`, how often a response scored 0 for that reason.
         messages: for each kind of failure that happened, what the first of its kind said.
         by_name: float32 [N] of each reward function by itself, NaN where it does not apply.
+        failed: how many of the N a function with a weight could not grade.
     """
 
     rewards: np.ndarray
     failures: dict[str, int]
     messages: dict[str, str]
     by_name: dict[str, np.ndarray]
-
-
-def reasoning_gym(prompt: str, response: str, answer: str, *, task: str, options: dict, entry: dict,
-                  **meta) -> float:
-    """The verdict of the reasoning_gym task that the prompt is from; a response may put it in
-    <answer></answer>."""
-    return tasks.score(response, task, options, entry)
-
-
-def check_reward(function: str, source: str | None = None) -> None:
-    """Refuses a reward that cannot work, before anything expensive is done.
-
-    Args:
-        function: "math_verify", "reasoning_gym", or "path/to/file.py:function".
-        source: the prompts' `data.source`, if it is to fit.
-
-    Raises:
-        InputError: the function is not there, does not import, is not callable, or does not take
-            (prompt, response, answer, **meta); or it is reasoning_gym's and the prompts are not.
-    """
-    if function == "reasoning_gym" and source is not None and not source.startswith(tasks.PREFIX):
-        raise InputError(
-            f"reward.function=reasoning_gym grades only its own tasks, not data.source={source!r}; "
-            f"use math_verify or a function of yours"
-        )
-    load_reward(function)
-
-
-def answer_check(function: str, source: str) -> Callable[[str], None] | None:
-    """What raises ValueError for an answer that this reward cannot grade against; None where all
-    will do, and for tasks, which make their own."""
-    return check_gold if function == "math_verify" and not source.startswith(tasks.PREFIX) else None
-
-
-def load_reward(function: str) -> Reward:
-    """The function that `reward.function` names; raises as `check_reward` does."""
-    if function == "math_verify":
-        return math_verify
-    if function == "reasoning_gym":
-        tasks.import_gym()  # takes seconds, which no response shall pay for
-        return reasoning_gym
-    parts = user_code.split(function)
-    if parts is None:
-        raise InputError(
-            f"reward.function={function!r} is none of 'math_verify', 'reasoning_gym', "
-            "'path/to/file.py:function'"
-        )
-    reward = user_code.load(f"reward.function={function!r}", function, "function",
-                            inspect.isfunction)
-    if not callable(reward):
-        raise InputError(f"reward.function={function!r}: {parts[1]!r} is not a function, but "
-                         f"{type(reward).__name__}")
-    try:
-        inspect.signature(reward).bind(prompt="", response="", answer="", finished=True, length=0,
-                                        any_other_key=None)
-    except TypeError as error:
-        raise InputError(
-            f"reward.function={function!r} must take (prompt, response, answer, **meta) by name: "
-            f"{error}"
-        ) from error
-    return reward
-
-
-cached_reward = functools.cache(load_reward)
-nowhere = functools.cache(functools.partial(open, os.devnull, "w"))
-
-
-class Unheard(io.FileIO):
-    """Where a reward function prints to: that nobody reads it, or the disk is full, is no
-    response's fault."""
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
-def start_process(function: str) -> None:
-    """Prepares a reward process: no accelerator for it, nothing that it prints can fail, and the
-    function imported before the first response."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is not None:
-            raw = Unheard(number, "w", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), errors="backslashreplace",
-                                                line_buffering=True))
-    try:
-        reward = cached_reward(function)
-        if reward is math_verify:
-            # imports sympy and builds the parsers: seconds, no response's
-            math_verify("", "x", r"\sqrt{2}")
-    except BaseException:  # noqa: B036
-        return  # what is wrong will be said by the first response that is graded
-
-
-def grade_one(function: str, item: RewardInput, timeout_s: float) -> Grade:
-    """In a reward process."""
-    # The pool kills what hangs. Should the pool itself be killed, the process must still not hang
-    # for ever, and this is the one timer that works while C code holds the interpreter.
-    faulthandler.dump_traceback_later(timeout_s + ORPHAN_S, exit=True, file=nowhere())
-    try:
-        value = cached_reward(function)(prompt=item.prompt, response=item.response,
-                                        answer=item.answer,
-                                        finished=item.finished, length=item.length, **item.meta)
-        if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST:
-            return float(value), None, ""
-        return (0.0, "invalid",
-                f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32")
-    # SystemExit included: nothing that a reward does may stop the run
-    except BaseException as error:  # noqa: B036
-        return 0.0, "raised", one_line(error)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    failed: int
 
 
 class RewardPool:
-    """Grades responses in `workers` spawned processes, each response within `timeout_s` seconds.
+    """Grades responses in `workers` spawned processes, each call of a function within `timeout_s`
+    seconds.
 
         with RewardPool("math_verify", workers=2, timeout_s=10.0) as pool:
             result = pool.grade(items)                # waits
             pending = pool.submit(items)              # does not
             result = pending()
 
-    A response whose grading raises, hangs, dies or returns no finite number scores 0, is counted,
-    and stops nothing; the first of each kind is logged with what it said. What was waiting when a
-    process died is graded by another. Check the function with `check_reward` beforehand.
+    A call that raises, hangs, dies or returns what is no finite number for each of its responses
+    gives them 0, is counted, and stops nothing; the first of each kind is logged with what it said.
+    What was waiting when a process died is graded by another. Check the function with
+    `check_reward` beforehand.
     """
 
-    def __init__(self, function: str, workers: int = 2, timeout_s: float = 10.0,
-                 ready_s: float = READY_S) -> None:
-        self.function, self.workers, self.timeout_s, self.ready_s = (function, workers, timeout_s,
-                                                                     ready_s)
-        self.logged: set[str] = set()
+    def __init__(self, function: str | Mapping[str, Any], workers: int = 2, timeout_s: float = 10.0,
+                 ready_s: float = READY_S, concurrency: int = CONCURRENCY,
+                 max_new_tokens: int = MAX_NEW_TOKENS) -> None:
+        """
+        Args:
+            function: as `reward.function` has it: one, or several by name.
+            ready_s: seconds that importing them may take.
+            concurrency: calls of an async function in flight at once.
+            max_new_tokens: the longest answer, which functions are told.
+        """
+        self.parts, self.workers, self.timeout_s = reward_parts(function), workers, timeout_s
+        self.ready_s, self.concurrency, self.max_new_tokens = ready_s, concurrency, max_new_tokens
+        self.signatures = [signature_of(part) for part in self.parts]
+        self.logged: set[tuple[str, str]] = set()
+        self.journals = tempfile.TemporaryDirectory(prefix="jspec-rewards-",
+                                                    ignore_cleanup_errors=True)
+        self.written = 0
         self.pool = self.start()
+
+    @classmethod
+    def of(cls, config: Config) -> "RewardPool":
+        """The pool that a run's configuration asks for."""
+        reward = config.reward
+        return cls(reward.function, reward.workers, reward.timeout_s,
+                   concurrency=reward.concurrency, max_new_tokens=config.sampling.max_new_tokens)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What of `reward_functions.ON_REQUEST` the functions are to be given."""
+        return frozenset().union(*(signature.wants for signature in self.signatures))
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether a function compares the answers to one prompt, so that they have to be graded
+        together."""
+        return any(signature.kind != "answer" for signature in self.signatures)
 
     def living(self) -> pebble.ProcessPool:
         """A pool that takes work: pebble gives one up when a process of it dies between two
         tasks."""
         if not self.pool.active:
-            self.close()
+            self.stop()
             self.pool = self.start()
         return self.pool
 
@@ -240,7 +130,7 @@ class RewardPool:
         pool = pebble.ProcessPool(
             max_workers=self.workers,
             initializer=start_process,
-            initargs=(self.function,),
+            initargs=([part.function for part in self.parts],),
             context=multiprocessing.get_context("spawn"),
         )
         _ = pool.active  # to ask is to start the processes: they import while the model loads
@@ -248,39 +138,61 @@ class RewardPool:
 
     def submit(self, items: Sequence[RewardInput]) -> Callable[[], RewardResult]:
         """Starts grading; the function returned waits for the grades and may be called once."""
-        tasks = self.begin(items)
-        return lambda: self.collect(items, tasks)
+        jobs = [self.jobs(part, signature, items)
+                for part, signature in zip(self.parts, self.signatures, strict=True)]
+        tasks = self.begin([job for of_part in jobs for job in of_part])
+        return lambda: self.collect(len(items), jobs, tasks)
 
     def grade(self, items: Sequence[RewardInput]) -> RewardResult:
         """Grades of all items, in order."""
         return self.submit(items)()
 
-    def begin(self, items: Sequence[RewardInput]) -> list[Task]:
-        """Hands the items to the processes."""
-        pool, timeout = self.living(), self.timeout_s
-        tasks = []
-        for item in items:
+    def jobs(self, part: RewardPart, signature: Signature,
+             items: Sequence[RewardInput]) -> list[Job]:
+        """What the processes have to do for one function: each call by itself, or all calls of an
+        async one in one process, whose event loop they share."""
+        calls = calls_of(part, signature, items, self.max_new_tokens)
+        job = Job(part, signature, (), part.timeout_s or self.timeout_s, self.concurrency)
+        if signature.is_async and calls:
+            return [self.fresh(job, calls)]
+        return [dataclasses.replace(job, calls=[call]) for call in calls]
+
+    def fresh(self, job: Job, calls: Sequence[Any], starts: int = 0) -> Job:
+        """An async job of these calls, with a journal of its own."""
+        self.written += 1
+        journal = Path(self.journals.name) / str(self.written)
+        return dataclasses.replace(job, calls=calls, journal=journal, starts=starts)
+
+    def begin(self, jobs: Sequence[Job]) -> list[Task]:
+        """Hands jobs to the processes."""
+        pool, tasks = self.living(), []
+        for job in jobs:
             try:
-                tasks.append((pool, pool.schedule(grade_one, (self.function, item, timeout),
-                                                  timeout=timeout)))
+                tasks.append((pool, pool.schedule(run, (job,), timeout=job.longest_s)))
             except RuntimeError:  # it was given up this very moment
                 tasks.append((pool, None))
         return tasks
 
-    def collect(self, items: Sequence[RewardInput], tasks: Sequence[Task]) -> RewardResult:
+    def collect(self, count: int, jobs: Sequence[Sequence[Job]],
+                tasks: Sequence[Task]) -> RewardResult:
         if not self.ready(tasks):
-            self.close()
+            self.stop()
             self.pool = self.start()
             why = f"no process has begun: after {self.ready_s:g} s none had imported the function"
-            return self.count([(0.0, "timed_out", why)] * len(items))
-        grades = [self.wait(*task) for task in tasks]
-        for _ in range(ATTEMPTS - 1):
-            left = [index for index, grade in enumerate(grades) if grade is None]
-            again = self.begin([items[index] for index in left]) if left else ()
-            for index, task in zip(left, again, strict=True):
-                grades[index] = self.wait(*task)
-        return self.count([grade or (0.0, "died", "no process lived until it was its turn")
-                           for grade in grades])
+            return self.count([[(0.0, "timed_out", why)] * count] * len(self.parts))
+        grades = [[(0.0, None, "")] * count for _ in self.parts]
+        number = {part.name: place for place, part in enumerate(self.parts)}
+        waiting = list(zip((job for of_part in jobs for job in of_part), tasks, strict=True))
+        while waiting:
+            again: list[Job] = []
+            for job, task in waiting:
+                given, left = self.wait(job, *task)
+                again += left
+                for call, of_call in zip(job.calls, given, strict=True):
+                    for row, grade in zip(call.rows if of_call else (), of_call or (), strict=True):
+                        grades[number[job.part.name]][row] = grade
+            waiting = list(zip(again, self.begin(again) if again else (), strict=True))
+        return self.count(grades)
 
     def ready(self, tasks: Sequence[Task]) -> bool:
         """Waits until a process has begun with one of the tasks, from when pebble's own time-outs
@@ -295,44 +207,92 @@ class RewardPool:
             wait_for([future for _, future in tasks], timeout=0.1, return_when=FIRST_COMPLETED)
         return True
 
-    def wait(self, pool: pebble.ProcessPool, future: pebble.ProcessFuture | None) -> Grade | None:
-        """A grade, or None if no process began with it."""
+    def wait(self, job: Job, pool: pebble.ProcessPool,
+             future: pebble.ProcessFuture | None) -> tuple[list[list[Grade] | None], list[Job]]:
+        """(grades of each of the job's calls, None of one that is to be made again, by the jobs
+        that are to make them)."""
         while future and not future.done() and pool.active:
             # a pool that is given up forgets what it had not yet sent
             wait_for([future], timeout=1.0)
-        if not (future and future.done()):
-            return None
+        begun = bool(future and future.done())
         try:
-            return future.result()
+            if begun:
+                return future.result(), []
+            failure = "died", "no process lived until it was its turn"
         except BrokenProcessPool:
-            return None
+            begun, failure = False, ("died", "no process lived until it was its turn")
         except Expired:
-            return (0.0, "timed_out",
-                    f"took longer than reward.timeout_s={self.timeout_s:g} seconds and was killed")
+            failure = too_late(job.timeout_s, 1)[0][1:]
         except pebble.ProcessExpired as error:
-            return 0.0, "died", f"its process ended with exit code {error.exitcode}"
+            failure = "died", f"its process ended with exit code {error.exitcode}"
         except Exception as error:  # no process could be sent the response
-            return 0.0, "died", one_line(error)
+            failure = "died", one_line(error)
+        return self.salvage(job, begun, failure)
 
-    def count(self, grades: Sequence[Grade]) -> RewardResult:
-        """The grades together. The first failure of each kind is logged."""
-        counts = Counter(kind for _, kind, _ in grades if kind)
-        messages = {kind: message for _, kind, message in reversed(grades) if kind}
-        for kind in messages.keys() - self.logged:
-            log.warning("reward %s scored a response 0 (%s): %s", self.function, kind,
-                        messages[kind])
-        self.logged |= messages.keys()
-        rewards = np.asarray([reward for reward, _, _ in grades], dtype=np.float32)
-        return RewardResult(rewards, {kind: counts[kind] for kind in FAILURES}, messages,
-                            {self.function.rpartition(":")[2]: rewards})
+    def salvage(self, job: Job, begun: bool,
+                failure: tuple[str, str]) -> tuple[list[list[Grade] | None], list[Job]]:
+        """What is left of a job whose process is gone, as `wait` has it. Of calls that shared the
+        process, those that had ended keep their grades, each of those that it had begun is made
+        again by itself, since nobody knows which of them ended it, and the others are once more
+        made together."""
+        lost = [[(0.0, *failure)] * len(call.rows) for call in job.calls]
+        ended, open_calls = read_journal(job.journal) if job.journal else ({}, set())
+        if ended or (open_calls and len(job.calls) > 1):
+            alone = [self.fresh(job, [job.calls[number]]) for number in sorted(open_calls)]
+            rest = [call for number, call in enumerate(job.calls)
+                    if number not in ended and number not in open_calls]
+            return ([ended.get(number) for number in range(len(job.calls))],
+                    alone + ([self.fresh(job, rest)] if rest else []))
+        if open_calls or (begun and not job.journal) or job.starts + 1 >= ATTEMPTS:
+            return lost, []
+        again = (self.fresh(job, job.calls, job.starts + 1) if job.journal
+                 else dataclasses.replace(job, starts=job.starts + 1))
+        return [None] * len(job.calls), [again]
 
-    def close(self) -> None:
+    def count(self, grades: Sequence[Sequence[Grade]]) -> RewardResult:
+        """The grades of each function together. The first failure of each kind is logged."""
+        counts, messages, several = Counter(), {}, len(self.parts) > 1
+        for part, of_part in zip(self.parts, grades, strict=True):
+            counts.update(kind for _, kind, _ in of_part if kind)
+            first = {kind: message for _, kind, message in reversed(of_part) if kind}
+            for kind, message in first.items():
+                messages.setdefault(kind, f"{part.name}: {message}" if several else message)
+                if (part.name, kind) not in self.logged:
+                    log.warning("reward %s scored a response 0 (%s): %s", part.function, kind,
+                                message)
+                self.logged.add((part.name, kind))
+        columns = np.asarray([[reward for reward, _, _ in of_part] for of_part in grades])
+        weights = np.asarray([part.weight for part in self.parts])
+        total = weights @ np.nan_to_num(columns)
+        lacking = np.asarray([[kind is not None for _, kind, _ in of_part] for of_part in grades])
+        return RewardResult(
+            np.clip(total, -LARGEST, LARGEST).astype(np.float32),
+            {kind: counts[kind] for kind in FAILURES}, messages,
+            {part.name: column.astype(np.float32)
+             for part, column in zip(self.parts, columns, strict=True)},
+            int(lacking[weights != 0].any(axis=0).sum()))
+
+    def stop(self) -> None:
         """Ends the processes, whatever they are doing."""
         self.pool.stop()
         self.pool.join()
+
+    def close(self) -> None:
+        """Ends the processes, and forgets what they wrote down."""
+        self.stop()
+        self.journals.cleanup()
 
     def __enter__(self) -> "RewardPool":
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def signature_of(part: RewardPart) -> Signature:
+    """How a part's function is to be called. What has become wrong with it since it was checked is
+    said by the processes, of each response."""
+    try:
+        return Signature.of(cached_reward(part.function))
+    except (InputError, TypeError, ValueError):
+        return Signature()

@@ -24,7 +24,7 @@ import numpy as np
 class Mute(Exception):
     def __str__(self): raise OSError("no")
 
-def behave(prompt, response, answer, finished, length, **meta):
+def behave(prompt, response, answer, finished, length, max_new_tokens, **meta):
     if response == "raise": raise ValueError("two\\nlines")
     if response == "loud": raise ValueError("\\ud800 \\x1b[31m" + 9999 * "x")
     if response == "print": print(prompt, flush=True); return 0.5
@@ -340,7 +340,7 @@ def test_a_function_that_cannot_work_is_refused_at_once(tmp_path, content, name,
 @pytest.mark.parametrize("function", ["exact", "mine.py", "mine:f", ":f", "mine.py:", ""])
 def test_a_function_that_is_none(function):
     with pytest.raises(InputError, match="is none of 'math_verify', 'reasoning_gym', "
-                       "'path/to/file.py:function'"):
+                       "'soft_overlong', 'path/to/file.py:function'"):
         check_reward(function)
 
 

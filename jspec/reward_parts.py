@@ -1,0 +1,84 @@
+"""What `reward.function` says: one reward function, or several by name, each with its weight."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jspec.errors import InputError, shortened
+
+KEYS = ("function", "weight", "options", "timeout_s")
+NAME = re.compile(r"[A-Za-z0-9_.-]+")
+"""What every logger takes in the name of a metric."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardPart:
+    """One of a run's reward functions.
+
+    Attributes:
+        name: what its metrics are called.
+        function: "math_verify", "reasoning_gym", "soft_overlong", or "path/to/file.py:NAME".
+        weight: what its value is multiplied by before they are added up; 0: it is only logged.
+        options: further keyword arguments of every call.
+        timeout_s: seconds of one call; None: `reward.timeout_s`.
+        key: where it was set, for errors.
+    """
+
+    name: str
+    function: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    timeout_s: float | None = None
+    key: str = "reward.function"
+
+    @property
+    def label(self) -> str:
+        """What an error about it begins with."""
+        return f"{self.key}={self.function!r}"
+
+
+def reward_parts(function: str | Mapping[str, Any]) -> tuple[RewardPart, ...]:
+    """The reward functions that `reward.function` names: a text is one, of weight 1, called what
+    stands behind its last colon; a mapping has each under a name of its own, as a text or as
+    {function, weight, options, timeout_s}.
+
+    Raises InputError for what is none of these, and for weights that are all 0.
+    """
+    if isinstance(function, str):
+        return (RewardPart(function.rpartition(":")[2], function),)
+    parts = tuple(_part(name, value) for name, value in function.items())
+    if not parts:
+        raise InputError("reward.function is a mapping of nothing: name one function at least")
+    if not any(part.weight for part in parts):
+        raise InputError("reward.function: the weights are all 0, and nothing would be learned; "
+                         "give one of them another weight")
+    return parts
+
+
+def _part(name: str, value: Any) -> RewardPart:
+    key = f"reward.function.{name}"
+    if not NAME.fullmatch(name):
+        raise InputError(f"reward.function has the name {shortened(repr(name))}; it names metrics, "
+                         "so it takes letters, digits and _ . - only")
+    said = {"function": value} if isinstance(value, str) else value
+    if not isinstance(said, Mapping) or not isinstance(said.get("function"), str):
+        raise InputError(f"{key} must be a function's name, or a mapping such as "
+                         f"{{function: math_verify, weight: 0.5}}, not {shortened(repr(value))}")
+    if unknown := said.keys() - set(KEYS):
+        raise InputError(f"{key} has no {min(unknown)!r}; its keys are {', '.join(KEYS)}")
+    weight, timeout_s = said.get("weight", 1.0), said.get("timeout_s")
+    if not _is_number(weight):
+        raise InputError(f"{key}.weight must be a number, not {shortened(repr(weight))}")
+    if timeout_s is not None and not (_is_number(timeout_s) and 0 < timeout_s <= 1e6):
+        raise InputError(f"{key}.timeout_s must be a number of seconds above 0 and at most 1e6, "
+                         f"not {shortened(repr(timeout_s))}")
+    options = said.get("options", {})
+    if not isinstance(options, Mapping):
+        raise InputError(f"{key}.options must be a mapping of the function's further arguments, "
+                         f"not {shortened(repr(options))}")
+    return RewardPart(name, said["function"], float(weight), dict(options), timeout_s, key)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -52,6 +52,8 @@ class GrpoSection:
     clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high", low=0)
     kl_weight: float = setting(0.0, "weight of the k3 KL to the frozen first policy; 0: no "
                                "reference is kept", low=0)
+    mask_truncated: bool = setting(False, "leave answers that were cut off at the cap out of the "
+                                   "loss; their rewards still count in their group's mean")
     updates_per_rollout: int = setting(1, "optimizer steps on each rollout", low=1)
     replay_routes: bool = setting(True, "compute answers with the experts that the rollout chose "
                                   "for each token; a dense model has none")

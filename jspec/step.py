@@ -25,7 +25,7 @@ from jspec.drafts import Draft
 from jspec.model import Policy, to_rollout
 from jspec.prepare import make_batching, make_sampling, make_speculation, rollout_layout
 from jspec.rl.advantages import AdvantageForm, group_advantages
-from jspec.rl.batch import make_batch
+from jspec.rl.batch import make_batch, without_truncated
 from jspec.rl.state import TrainState
 from jspec.rl.update import update, update_draft
 from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
@@ -170,6 +170,8 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         return update_draft(state, make_batch(prompts, out, None), settings)
 
     def learn(state, reference, prompts, out, rewards) -> tuple[TrainState, Any]:
+        if settings.mask_truncated:
+            out = without_truncated(out)
         advantages = group_advantages(rewards, prompts.group_size, advantage)
         return update(state, reference, make_batch(prompts, out, advantages), settings)
 

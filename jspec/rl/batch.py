@@ -49,6 +49,12 @@ def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array | N
                       rollout.prompt_routes)
 
 
+def without_truncated(rollout: Rollout) -> Rollout:
+    """The rollout with nothing to train in the rows that were cut off at the cap (DAPO's overlong
+    filtering). Jittable."""
+    return rollout.replace(loss_mask=rollout.loss_mask & rollout.finished[:, None])
+
+
 def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Array:
     """Prompts [P, L, ...] and responses [N, T, ...] as rows [N, L + T, ...] without a gap, zeros
     after them."""

@@ -19,6 +19,7 @@ class UpdateSettings:
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl_weight: float = 0.0
+    mask_truncated: bool = False
     updates_per_rollout: int = 1
     replay_routes: bool = True
     micro_batch: int = 0
@@ -40,8 +41,9 @@ class UpdateSettings:
     def of(cls, config: Config) -> UpdateSettings:
         """The settings that a run's configuration gives."""
         grpo, draft = config.grpo, config.draft
-        same = ("clip_low", "clip_high", "kl_weight", "updates_per_rollout", "replay_routes",
-                "micro_batch", "widths", "learning_rate", "clip", "weight_decay", "warmup_steps")
+        same = ("clip_low", "clip_high", "kl_weight", "mask_truncated", "updates_per_rollout",
+                "replay_routes", "micro_batch", "widths", "learning_rate", "clip", "weight_decay",
+                "warmup_steps")
         return cls(temperature=config.sampling.temperature, remat=config.model.remat,
                    train_draft=draft.train, draft_every=draft.every_n_steps,
                    draft_features=draft.features, draft_loss=draft.loss,

@@ -19,6 +19,7 @@ from jspec.rl.losses import token_logprobs
 from jspec.rl.optimizers import draft_optimizer, inside_blocks, optimizers
 from jspec.rl.state import init_state
 from jspec.rl.update_settings import UpdateSettings, learned_from
+from jspec.step import declare
 from tests.compiling import as_users_compile
 
 CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
@@ -331,3 +332,24 @@ def test_the_updates_own_logprobs_are_the_rollouts():
             np.testing.assert_allclose(metrics["entropy"],
                                        rollout.entropy.sum() / float(rollout.mask.sum()), rtol=1e-5)
     assert max(gaps) < 1e-5
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_answers_that_were_cut_off_may_be_left_out_but_for_their_groups_mean(monkeypatch,
+                                                                             mask_truncated):
+    settings = dataclasses.replace(SETTINGS, mask_truncated=mask_truncated)
+    seen, ones = [], jnp.ones((4, 3), bool)
+    monkeypatch.setattr("jspec.step.update", lambda state, reference, batch, settings: (
+        seen.append(batch) or state, {}))
+    finished = jnp.array([True, False, True, True])
+    zeros = jnp.zeros((4, 3))
+    out = jspec.Rollout(ones.astype(jnp.int32), ones, zeros, ones.at[0, 2].set(False), zeros,
+                        jnp.full(4, 3), finished, None)
+    prompts = jspec.PromptBatch.from_tokens([[1, 2], [4, 5]], group_size=2, seed=3)
+    state = make_state(None)
+    with jax.disable_jit():
+        declare(state, settings).update(state, None, prompts, out, jnp.array([3.0, 1.0, 2.0, 2.0]))
+    (batch,) = seen
+    trained = np.array([[1, 1, 0], [1 - mask_truncated] * 3, [1] * 3, [1] * 3], bool)
+    np.testing.assert_array_equal(batch.mask, trained)
+    np.testing.assert_allclose(batch.advantages, [1, -1, 0, 0], atol=1e-5)

@@ -12,7 +12,8 @@ import pytest
 
 import jspec
 from jspec.model import Experts, init_policy, logits, policy_sharding, train_forward
-from jspec.sharding import check_mesh, make_mesh
+from jspec.model.experts import mixture
+from jspec.sharding import LAYOUTS, check_mesh, make_mesh
 from tests.speculate import tiny
 from tests.speculate.ties import assert_same
 from tests.test_sharding import learned, message, on_devices
@@ -104,6 +105,17 @@ def test_eight_devices_give_what_one_gives(meshes, drafters, tmp_path):
                                            atol=1e-5 * (1e-3 + np.abs(x).max()))
         expert, fsdp, tensor = (sizes.get(name, 1) for name in ("expert", "fsdp", "tensor"))
         assert placed[i] == [1, 8 // expert, 32 // fsdp, 16 // tensor]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_device_may_have_a_mesh(layout):
+    """As every command has: all of its axes are of one device."""
+    policy = make()
+    w = {name: x[-1] for name, x in policy.weights["layers"].items()}
+    x = jax.random.normal(jax.random.key(0), (2, 4, 32))
+    want = mixture(policy.config, layout, w, x)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        jax.tree.map(np.testing.assert_array_equal, mixture(policy.config, layout, w, x), want)
 
 
 def test_what_a_mesh_must_divide():

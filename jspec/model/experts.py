@@ -5,6 +5,7 @@ whatever the others chose.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -111,34 +112,34 @@ def _on_mesh(layout: str, w: dict[str, Any], x: jax.Array, routes: jax.Array,
     rows, weights = partition(mesh, layout, x.shape[:1], ("batch",))[0], _split(mesh, layout, w)
     several = mesh.shape.get("expert", 1) > 1
     spread = several and ("expert" in mesh.manual_axes or "expert" in (rows or ()))
-    hidden, inputs = weights["expert_gate_up"], weights["expert_down"]
-    hidden, inputs = (x.array.qvalue if isinstance(x, Quantized) else x for x in (hidden, inputs))
 
-    def run(w, x, routes, gates) -> jax.Array:
+    def run(w, x, routes, gates, embed=None, mlp=None) -> jax.Array:
         shape = x.shape
         x, routes, gates = (a.reshape(shape[0] * shape[1], -1) for a in (x, routes, gates))
         if spread:
             x, routes, gates = (jax.lax.all_gather(a, "expert", tiled=True)
                                 for a in (x, routes, gates))
         # what training splits once more is whole where it is used, and its gradient split again
-        for name, at, axes in (("expert_gate_up", 3, hidden[3]), ("expert_down", 1, inputs[1])):
-            if axes is not None:
-                cast = w[name].astype(x.dtype)
-                w = {**w, name: jax.lax.all_gather(cast, axes, axis=at, tiled=True)}
+        if embed is not None:
+            w = {name: jax.lax.all_gather(w[name].astype(x.dtype), embed, axis=at, tiled=True)
+                 for name, at in (("expert_gate_up", 3), ("expert_down", 1))}
         first = jax.lax.axis_index("expert") * w["expert_down"].shape[0] if several else 0
         y = compute(w, x, routes, gates, first)
         if spread:
             y = jax.lax.psum_scatter(y, "expert", tiled=True)
         elif several:
             y = jax.lax.psum(y, "expert")
-        y = y if inputs[2] is None else jax.lax.psum(y, inputs[2])
+        y = y if mlp is None else jax.lax.psum(y, mlp)
         return y.reshape(shape)
 
     experts = {name: w[name] for name in EXPERT_AXES}
     if all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items()):
         return run(experts, x, routes, gates)
-    tokens = PartitionSpec(rows)
-    return jax.shard_map(run, in_specs=(weights, tokens, tokens, tokens), out_specs=tokens,
+    # named only inside a `shard_map`: they may be axes of one device, which is as well not in one
+    down, tokens = weights["expert_down"], PartitionSpec(rows)
+    _, embed, mlp = down.array.qvalue if isinstance(down, Quantized) else down
+    return jax.shard_map(partial(run, embed=embed, mlp=mlp),
+                         in_specs=(weights, tokens, tokens, tokens), out_specs=tokens,
                          check_vma=False)(experts, x, routes, gates)
 
 

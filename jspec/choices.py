@@ -26,9 +26,31 @@ DRAFT_LOSSES = ("kl", "tv", "overlap")
 
 DRAFT_OPTIMIZERS = ("adamw", "muon")
 
-AdvantageForm = Literal["group", "dr_grpo"]
+AdvantageForm = Literal["group", "dr_grpo", "leave_one_out", "whitened", "whitened_baseline"]
 ADVANTAGES = get_args(AdvantageForm)
 """From rewards to advantages; see `jspec.rl.advantages`."""
+
+Aggregation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant_length"]
+AGGREGATIONS = get_args(Aggregation)
+"""From losses of tokens to the loss of a batch; see `jspec.rl.aggregation`."""
+
+OBJECTIVES: dict[str, tuple[AdvantageForm, Aggregation]] = {
+    "grpo": ("group", "token_mean"),
+    "dr_grpo": ("dr_grpo", "constant_length"),
+    "dapo": ("group", "token_mean"),
+    "gspo": ("group", "sequence_mean"),
+    "gspo_token": ("group", "sequence_mean"),
+    "cispo": ("group", "token_mean"),
+    "rloo": ("leave_one_out", "sequence_mean"),
+    "reinforce_plus_plus": ("whitened", "token_mean"),
+    "reinforce_plus_plus_baseline": ("whitened_baseline", "token_mean"),
+    "sapo": ("group", "sequence_mean"),
+}
+"""What a policy minimises (`jspec.rl.objectives`), and the advantages and the aggregation that each
+goes with; one of a user's own goes with GRPO's."""
+
+KL_ESTIMATES = ("k1", "k2", "k3")
+"""Of the KL of one token; see `jspec.rl.losses.kl_estimate`."""
 
 LORA_TARGETS = {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "o_proj": ("o",),
                 "gate_proj": ("gate", "expert_gate_up"), "up_proj": ("up", "expert_gate_up"),

@@ -52,6 +52,12 @@ class Config:
     checkpoint: CheckpointSection = CheckpointSection()
     profile: ProfileSection = ProfileSection()
 
+    def chosen(self) -> "Config":
+        """This, with what it leaves to its objective said."""
+        advantage, aggregation = self.grpo.chosen()
+        return dataclasses.replace(self, grpo=dataclasses.replace(
+            self.grpo, advantage=advantage, aggregation=aggregation))
+
     def check(self) -> None:
         """Raise InputError for what no field can know by itself."""
         check_shared(self)
@@ -66,6 +72,12 @@ class Config:
                    f"speculation.k={[list(pair) for pair in k]} is no schedule: pairs of [rows, "
                    "k], with k from 0 to 64 and no number of rows twice, such as [[4, 7], [16, "
                    "3]]")
+        advantage, aggregation = grpo.chosen()
+        demand(grpo.constant_length is None or aggregation == "constant_length",
+               f"grpo.constant_length is what grpo.aggregation constant_length divides by, and "
+               f"grpo.aggregation is {aggregation}; leave it out")
+        demand(len(grpo.sapo_tau) == 2, f"grpo.sapo_tau is {list(grpo.sapo_tau)}: two numbers, for "
+               "advantages above 0 and for the others")
         demand(not grpo.micro_batch or rows % grpo.micro_batch == 0,
                f"grpo.micro_batch ({grpo.micro_batch}) must divide the rows of a step, "
                f"data.prompts_per_step x data.group_size = {rows}")

@@ -2,8 +2,19 @@
 objective."""
 
 import dataclasses
+from typing import cast
 
-from jspec.choices import ADVANTAGES, BASE_DTYPES, LORA_TARGETS, MOST_SAMPLES
+from jspec.choices import (
+    ADVANTAGES,
+    AGGREGATIONS,
+    BASE_DTYPES,
+    KL_ESTIMATES,
+    LORA_TARGETS,
+    MOST_SAMPLES,
+    OBJECTIVES,
+    AdvantageForm,
+    Aggregation,
+)
 from jspec.settings import setting
 
 
@@ -46,12 +57,33 @@ class RewardSection:
 class GrpoSection:
     """The policy's objective and optimizer."""
 
-    advantage: str = setting("group", "group: (reward - mean) / deviation in the group; dr_grpo: "
-                             "reward - mean", choices=ADVANTAGES)
+    objective: str = setting("grpo", "the loss of a token, or your own as "
+                             "'path/to/file.py:function'", choices=tuple(OBJECTIVES), file=True,
+                             path=True, often=True)
+    aggregation: str | None = setting(
+        None, "from tokens' losses to the batch's: the mean over tokens; over answers, or prompts, "
+        "of each one's mean; or the sum over a constant; null: what the objective goes with",
+        choices=AGGREGATIONS)
+    constant_length: int | None = setting(None, "tokens of an answer that constant_length divides "
+                                          "by; null: sampling.max_new_tokens", low=1)
+    advantage: str | None = setting(
+        None, "group: (reward - mean) / deviation in the group; dr_grpo: reward - mean; "
+        "leave_one_out: reward - the others' mean; whitened: (reward - mean) / deviation over all "
+        "tokens of the step; whitened_baseline: that of dr_grpo's; null: what the objective goes "
+        "with", choices=ADVANTAGES)
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", low=0, high=1)
     clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high", low=0)
-    kl_weight: float = setting(0.0, "weight of the k3 KL to the frozen first policy; 0: no "
-                               "reference is kept", low=0)
+    dual_clip: float | None = setting(None, "where the advantage is negative, the loss of a token "
+                                      "is at most this times its size; null: not bounded", above=1)
+    sapo_tau: tuple[float, ...] = setting((1.0, 1.05), "of objective sapo: its temperature for "
+                                          "positive advantages, and for the others", above=0)
+    kl_weight: float = setting(0.0, "weight of the KL to the frozen first policy; 0: no reference "
+                               "is kept", low=0)
+    kl_estimate: str = setting("k3", "of the KL, from a sampled token's log-ratio d to the "
+                               "reference: k1: -d; k2: d^2 / 2; k3: exp(d) - d - 1",
+                               choices=KL_ESTIMATES)
+    entropy_weight: float = setting(0.0, "weight of the policy's entropy, which is to be large",
+                                    low=0)
     mask_truncated: bool = setting(False, "leave answers that were cut off at the cap out of the "
                                    "loss; their rewards still count in their group's mean")
     updates_per_rollout: int = setting(1, "optimizer steps on each rollout", low=1)
@@ -75,6 +107,12 @@ class GrpoSection:
                                     "min_new_tokens, temperature=0): the update is then biased")
     max_skipped: int = setting(5, "stop after this many updates in a row with a non-finite loss or "
                                "gradient", low=1)
+
+    def chosen(self) -> tuple[AdvantageForm, Aggregation]:
+        """Advantages and aggregation: those that are set, else what the objective goes with."""
+        advantage, aggregation = OBJECTIVES.get(self.objective, OBJECTIVES["grpo"])
+        return (cast(AdvantageForm, self.advantage or advantage),
+                cast(Aggregation, self.aggregation or aggregation))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ def keep_config(config: Config) -> None:
     """
     path = Path(config.output_dir) / "config.yaml"
     if path.exists() and has_checkpoints(config.output_dir):
-        refuse_changes(config.output_dir, load_config(path), config, FREE_TO_CHANGE)
+        refuse_changes(config.output_dir, load_config(path).chosen(), config.chosen(),
+                       FREE_TO_CHANGE)
 
     def write() -> None:
         with written(config.output_dir):

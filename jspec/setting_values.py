@@ -58,8 +58,8 @@ def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:
     if bounds["filled"] and not fitted:
         return f"{type_name(field.type)} with one {'entry' if is_list else 'character'} at least"
     if (bounds["choices"]
-        and not all(entry in bounds["choices"] or (bounds["file"] and user_code.split(entry))
-                   for entry in entries)):
+        and not all(entry is None or entry in bounds["choices"]
+                    or (bounds["file"] and user_code.split(entry)) for entry in entries)):
         return f"{each}one of {', '.join(choices_of(field))}"
     for entry in (entry for entry in entries if isinstance(entry, int | float)):
         if bounds["low"] is not None and entry < bounds["low"]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from jspec.distributed import fetch
 from jspec.drafts import Draft
 from jspec.model import Policy, to_rollout
 from jspec.prepare import make_batching, make_sampling, make_speculation, rollout_layout
-from jspec.rl.advantages import AdvantageForm, group_advantages
+from jspec.rl.advantages import advantages_of
 from jspec.rl.batch import make_batch, without_truncated
 from jspec.rl.state import TrainState
 from jspec.rl.update import update, update_draft
@@ -148,14 +148,14 @@ def to_learn_from(out: Rollout) -> Rollout:
 
 def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling | None = None,
             speculation: Speculation | None = None, batching: Batching | None = None,
-            layout: str = "rollout", advantage: AdvantageForm = "group") -> Step:
+            layout: str = "rollout") -> Step:
     """The step's programs as jits that have not run.
 
     Args:
       state: arrays, or `jax.ShapeDtypeStruct`s with shardings: every program gives it back as it is
         placed here.
       speculation: its `depths` are set here: they follow from what the draft learns from.
-      layout: of the rollout's weights. advantage: see `group_advantages`.
+      layout: of the rollout's weights.
     """
     batching = Batching() if batching is None else batching
     speculation = (Speculation() if speculation is None else speculation).replace(
@@ -172,7 +172,7 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
     def learn(state, reference, prompts, out, rewards) -> tuple[TrainState, Any]:
         if settings.mask_truncated:
             out = without_truncated(out)
-        advantages = group_advantages(rewards, prompts.group_size, advantage)
+        advantages = advantages_of(rewards, out.loss_mask, prompts.group_size, settings.advantage)
         return update(state, reference, make_batch(prompts, out, advantages), settings)
 
     learning = partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
@@ -191,8 +191,7 @@ def declared(config: Config, state: TrainState) -> Step:
     `Step.take` asks for it."""
     return declare(state, UpdateSettings.of(config), sampling=make_sampling(config),
                    speculation=make_speculation(config), batching=make_batching(config),
-                   layout=rollout_layout(config),
-                   advantage=cast(AdvantageForm, config.grpo.advantage))
+                   layout=rollout_layout(config))
 
 
 def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: PromptBatch,

@@ -89,7 +89,7 @@ def test_every_field_has_a_meaning():
     assert all(meaning for *_, meaning in rows)
     kinds = "a whole number or a list of lists of whole numbers or auto"
     assert ("speculation.k", kinds, "'auto'") in [row[:3] for row in rows]
-    assert ("grpo.advantage", "group | dr_grpo", "'group'") in [row[:3] for row in rows]
+    assert ("grpo.kl_estimate", "k1 | k2 | k3", "'k3'") in [row[:3] for row in rows]
 
 
 @pytest.mark.parametrize(("override", "message"), [

@@ -357,9 +357,9 @@ def test_five_updates_in_a_row_that_are_no_numbers_stop_the_run(whole, tmp_path,
                                                                 capsys):
     assert train.train(tiny(tmp_path, "steps=2")) == 0
     shutil.copytree(tmp_path, tmp_path / "other")
-    real = step.group_advantages
+    real = step.advantages_of
     with monkeypatch.context() as patch:
-        patch.setattr(step, "group_advantages", lambda *a: real(*a) * np.nan)
+        patch.setattr(step, "advantages_of", lambda *a: real(*a) * np.nan)
         # fewer in a row, but the last of all
         assert train.train(tiny(tmp_path / "other", "steps=4")) == 1
         said = " ".join(capsys.readouterr().out.split())

@@ -21,9 +21,11 @@ class TrainBatch:
       tokens: int32 [N, T], the responses.
       logprobs: float32 [N, T], of the responses' tokens, from the verifier.
       mask: bool [N, T], the responses' tokens that are trained.
-      advantages: float32 [N]. None where nothing but the draft learns.
+      advantages: float32 [N], or [N, T] of its tokens. None where nothing but the draft learns.
       trunk: the verifier's states (`Rollout.trunk`), or None.
       routes, prompt_routes: the verifier's, as in `Rollout`; None of a dense policy.
+      shares: float32 [N], what a trained token of a row counts in the loss
+        (`aggregation.token_shares`); None before the update has found it.
     """
 
     prompts: jax.Array
@@ -35,6 +37,7 @@ class TrainBatch:
     trunk: Trunk | None = None
     routes: jax.Array | None = None
     prompt_routes: jax.Array | None = None
+    shares: jax.Array | None = None
 
     @property
     def group_size(self) -> int:

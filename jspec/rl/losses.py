@@ -1,9 +1,8 @@
 """The losses of the update, as pure functions of hidden states: nothing here knows how they were
 computed.
 
-The papers: GRPO (https://arxiv.org/abs/2402.03300), DAPO's token-level mean and separate clips
-(https://arxiv.org/abs/2503.14476), Dr. GRPO (https://arxiv.org/abs/2503.20783), and J. Schulman's
-note on approximating KL divergence for the k3 estimator (http://joschu.net/blog/kl-approx.html).
+The objectives' papers stand in `jspec.rl.objectives`; J. Schulman's note on approximating the KL
+divergence is http://joschu.net/blog/kl-approx.html.
 """
 
 from __future__ import annotations
@@ -15,6 +14,10 @@ import jax.numpy as jnp
 
 from jspec.model import Policy, logits
 from jspec.model.chunks import CHUNK_TOKENS, map_chunks
+from jspec.rl.aggregation import Totals
+from jspec.rl.batch import TrainBatch
+from jspec.rl.objectives import Tokens, loss_of, ratio
+from jspec.rl.update_settings import UpdateSettings
 from pallas_kernels.rejection_sampling import scaled
 
 
@@ -28,7 +31,8 @@ def predicting(last: jax.Array, of_responses: jax.Array) -> jax.Array:
 
 
 def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, temperature: jax.Array,
-                   chunk_tokens: int = CHUNK_TOKENS) -> tuple[jax.Array, jax.Array]:
+                   chunk_tokens: int = CHUNK_TOKENS,
+                   through_entropy: bool = False) -> tuple[jax.Array, jax.Array]:
     """Log-probability of `tokens` and entropy of what they were drawn from, the output head applied
     in chunks.
 
@@ -38,10 +42,11 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
       hidden: [N, T, D], final-normed, the states that predict `tokens`.
       tokens: int32 [N, T].
       temperature: float32 scalar or [N]; 0 counts as 1, as in the rollout.
+      through_entropy: whether the entropy carries a gradient.
 
     Returns:
       (logprobs, entropy), float32 [N, T], of softmax(logits / temperature) over the whole
-      vocabulary. The entropy carries no gradient.
+      vocabulary.
     """
     n, t, _ = hidden.shape
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (n,))[:, None]
@@ -51,9 +56,11 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
         z = scaled(logits(policy, hidden), temperature)
         normaliser = jnp.log(jnp.sum(jnp.exp(z), axis=-1))  # the largest z is 0
         chosen = jnp.take_along_axis(z, tokens[..., None], axis=-1)[..., 0]
-        still = jax.lax.stop_gradient(z - normaliser[..., None])
+        each = z - normaliser[..., None]
+        each = each if through_entropy else jax.lax.stop_gradient(each)
         # the logit of an id without a token is -inf, and 0 x -inf is not 0
-        entropy = -jnp.sum(jnp.where(jnp.isneginf(still), 0.0, jnp.exp(still) * still), axis=-1)
+        there = jnp.where(jnp.isneginf(each), 0.0, each)
+        entropy = -jnp.sum(jnp.where(jnp.isneginf(each), 0.0, jnp.exp(each) * there), axis=-1)
         return chosen - normaliser, entropy
 
     with jax.named_scope("token_logprobs"):
@@ -61,33 +68,52 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
         return tuple(x.swapaxes(0, 1).reshape(n, -1)[:, :t] for x in out)
 
 
-def clipped_objective(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array,
-                      mask: jax.Array,
-                      clip_low: float, clip_high: float) -> tuple[jax.Array, jax.Array]:
-    """The clipped surrogate of every token, to be maximised, and where the clip is what decides.
-
-    min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs): PPO's
-    surrogate with a group-relative advantage (GRPO), and the two sides of the clip apart (DAPO).
+def answer_loss(logprobs: jax.Array, entropy: jax.Array, anchored: jax.Array | None,
+                rows: TrainBatch, totals: Totals,
+                settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of some answers as a function of their tokens' log-probabilities: the objective, the
+    KL to the reference and the entropy, each token counted with its row's share.
 
     Args:
-      logprobs, old_logprobs: float32 [N, T]; the latter are the verifier's.
-      advantages: float32 [N], one for each sequence.
-      mask: bool [N, T]; values elsewhere are ignored, whatever they are.
+      logprobs, entropy: float32 [N, T], the policy's. Outside of the rows' mask whatever they are.
+      anchored: float32 [N, T], the reference's; None: there is no KL in the loss.
+      rows: answers, whole, with `shares` and `advantages`.
 
-    Returns:
-      (surrogate float32 [N, T], clipped bool [N, T]), 0 and False outside the mask.
+    Returns (loss, metrics `loss`, `clip_fraction`, `clip_fraction/low`, `clip_fraction/high` and,
+    with a KL, `kl`): float32 scalars that are sums over rows, so that those of micro-batches add up
+    to the update's.
     """
-    ratio = jnp.exp(jnp.where(mask, logprobs - old_logprobs, 0.0))
-    advantages = advantages[:, None]
-    free = ratio * advantages
-    bound = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
-    return jnp.where(mask, jnp.minimum(free, bound), 0.0), mask & (bound < free)
+    advantages = rows.advantages.reshape(rows.mask.shape[0], -1)
+    log_ratio = jnp.where(rows.mask, logprobs - rows.logprobs, 0.0)
+    each, bounded = loss_of(settings.objective, Tokens(logprobs, log_ratio, advantages, rows.mask),
+                            settings)
+    # what weighs a token for who sampled it belongs here: it multiplies `each`, and not the KL
+
+    def summed(x: jax.Array) -> jax.Array:
+        return jnp.sum(rows.shares[:, None] * x, where=rows.mask, dtype=jnp.float32) / totals.shares
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.sum(x, where=rows.mask, dtype=jnp.float32) / totals.tokens
+
+    loss = summed(each)
+    low = (ratio(bounded) < 1.0 - settings.clip_low) & (advantages < 0)
+    high = (ratio(bounded) > 1.0 + settings.clip_high) & (advantages > 0)
+    metrics = {"clip_fraction": mean(low | high), "clip_fraction/low": mean(low),
+               "clip_fraction/high": mean(high)}
+    if anchored is not None:
+        kl = kl_estimate(logprobs, jax.lax.stop_gradient(anchored), rows.mask,
+                         settings.kl_estimate)
+        metrics["kl"] = mean(kl)
+        loss = loss + settings.kl_weight * summed(kl)
+    if settings.entropy_weight:
+        loss = loss - settings.entropy_weight * summed(entropy)
+    return loss, {**metrics, "loss": loss}
 
 
 def outside(logprobs: jax.Array, old_logprobs: jax.Array, clip_low: float,
             clip_high: float) -> jax.Array:
-    """Where the ratio of the two is outside of the clip's range, whatever the advantage. Arguments
-    as in `clipped_objective`; bool [N, T], garbage outside of its mask."""
+    """Where the ratio of the two, float32 [N, T], is outside of the clip's range, whatever the
+    advantage: bool [N, T]."""
     ratio = jnp.exp(logprobs - old_logprobs)
     return (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
 
@@ -117,11 +143,16 @@ def quantiles(counts: jax.Array, most: jax.Array, shares: Sequence[float]) -> ja
     return jnp.minimum(jnp.where(bins < BINS - 1, edges, jnp.inf), most)
 
 
-def k3(logprobs: jax.Array, reference_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Schulman's k3 estimate of KL(policy || reference) for each token, float32 [N, T], 0 outside
-    the mask.
+def kl_estimate(logprobs: jax.Array, reference_logprobs: jax.Array, mask: jax.Array,
+                estimate: str) -> jax.Array:
+    """J. Schulman's estimates of KL(policy || reference) from each sampled token, float32 [N, T],
+    0 outside the mask. With d = reference - policy, of their log-probabilities:
 
-    exp(d) - d - 1 with d = reference - policy at the sampled token: unbiased, and never negative.
+    - `k1`, -d: unbiased, of either sign. Its gradient in a loss is 0 in the mean: for the reward.
+    - `k2`, d^2 / 2: biased, never negative; its gradient in a loss is that of the KL.
+    - `k3`, exp(d) - d - 1: unbiased, never negative.
     """
     d = jnp.where(mask, reference_logprobs - logprobs, 0.0)
-    return jnp.exp(d) - d - 1.0
+    if estimate == "k1":
+        return -d
+    return jnp.square(d) / 2.0 if estimate == "k2" else jnp.exp(d) - d - 1.0

@@ -140,9 +140,13 @@ def take(batch: TrainBatch, order: jax.Array, done: jax.Array, rows: int, width:
 
     live = jnp.broadcast_to(place < order.shape[1], index.shape).reshape(-1, 1)
     trunk = jax.tree.map(lambda x: by_row(x[:, :batch.prompts.shape[1] + width]), batch.trunk)
+    advantages = batch.advantages
+    if advantages is not None:
+        advantages = by_row(advantages[:, :width] if advantages.ndim == 2 else advantages)
     rows = TrainBatch(by_prompt(batch.prompts), by_prompt(batch.prompt_lengths),
                       by_row(batch.tokens[:, :width]),
                       by_row(batch.logprobs[:, :width]), by_row(batch.mask[:, :width]) & live,
-                      None if batch.advantages is None else by_row(batch.advantages), trunk,
-                      None if batch.routes is None else by_row(batch.routes[:, :width]))
+                      advantages, trunk,
+                      None if batch.routes is None else by_row(batch.routes[:, :width]),
+                      shares=None if batch.shares is None else by_row(batch.shares))
     return MicroBatch(rows, prompts)

@@ -1,5 +1,5 @@
-"""What the update minimises: the policy's clipped objective, and the draft's own loss, of one
-forward.
+"""What the update minimises, of one forward: the policy's loss (`losses.answer_loss`), and the
+draft's own.
 
 Prompts are computed once, before the responses, which continue their keys and values in
 micro-batches.
@@ -17,8 +17,9 @@ from jspec.drafts import Draft
 from jspec.drafts.base import DraftBatch
 from jspec.model import Policy, Trunk, prompt_forward, response_forward
 from jspec.model.lora import with_trained
+from jspec.rl.aggregation import Totals
 from jspec.rl.batch import TrainBatch, join
-from jspec.rl.losses import clipped_objective, histogram, k3, outside, predicting, token_logprobs
+from jspec.rl.losses import answer_loss, histogram, outside, predicting, token_logprobs
 from jspec.rl.micro_batches import MicroBatch, blocks_of, least_tokens, shapes
 from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import block_rows, constrain
@@ -94,40 +95,35 @@ def flipped(chosen: jax.Array, routes: jax.Array) -> jax.Array:
 
 def policy_loss(weights: Any, prompts: PromptStates, policy: Policy,
                 anchor: tuple[Policy, PromptStates] | None,
-                micro: MicroBatch, count: jax.Array, settings: UpdateSettings,
+                micro: MicroBatch, totals: Totals, settings: UpdateSettings,
                 features: tuple[int, ...] = ()) -> tuple[jax.Array, tuple[dict, Trunk, jax.Array]]:
-    """The clipped objective of a micro-batch's rows over the global `count` of trained tokens, plus
-    the KL where asked for. prompts: of the policy; anchor: the reference with its own.
+    """The share that a micro-batch's rows have in the loss (`losses.answer_loss`). prompts: of the
+    policy; anchor: the reference with its own, where the KL to it is in the loss.
 
     Returns (loss, (metrics, the responses' trunk with `features`, log-probabilities of their
-    tokens)). Metrics are the rows' share of token means over `count`, so that those of
+    tokens)). Metrics are the rows' share of token means over all that are trained, so that those of
     micro-batches add up; `gap_counts` are the `losses.histogram` of the gaps, and `logprob_gap` is
     their maximum.
     """
     rows = micro.rows
     trunk, logprobs, entropy = response_logprobs(with_trained(policy, weights), prompts, micro,
                                                  settings, features)
-    surrogate, clipped = clipped_objective(logprobs, rows.logprobs, rows.advantages, rows.mask,
-                                           settings.clip_low, settings.clip_high)
+    anchored = None if anchor is None else response_logprobs(*anchor, micro, settings)[1]
+    loss, metrics = answer_loss(logprobs, entropy, anchored, rows, totals, settings)
     gap = jnp.where(rows.mask, jnp.abs(logprobs - rows.logprobs), 0.0)
 
     def mean(x) -> jax.Array:
-        return jnp.sum(x, where=rows.mask, dtype=jnp.float32) / count
+        return jnp.sum(x, where=rows.mask, dtype=jnp.float32) / totals.tokens
 
-    loss = -mean(surrogate)
-    metrics = {"entropy": mean(entropy), "clip_fraction": mean(clipped),
-               "logprob_gap_mean": mean(gap), "gap_counts": histogram(gap, rows.mask),
-               "logprob_gap_flip_rate": mean(outside(logprobs, rows.logprobs, settings.clip_low,
-                                                     settings.clip_high))}
+    metrics |= {"entropy": mean(entropy), "logprob_gap_mean": mean(gap),
+                "gap_counts": histogram(gap, rows.mask), "logprob_gap": gap.max(),
+                "logprob_gap_flip_rate": mean(outside(logprobs, rows.logprobs, settings.clip_low,
+                                                      settings.clip_high))}
     if rows.routes is not None:
         flips = flipped(trunk.routes, rows.routes)
         metrics["route_flip_rate"] = mean(predicting(block_rows(prompts.flips, micro.prompts),
                                                      flips))
-    if anchor is not None:
-        _, anchored, _ = response_logprobs(*anchor, micro, settings)
-        metrics["kl"] = mean(k3(logprobs, jax.lax.stop_gradient(anchored), rows.mask))
-        loss = loss + settings.kl_weight * metrics["kl"]
-    return loss, ({**metrics, "loss": loss, "logprob_gap": gap.max()}, trunk, logprobs)
+    return loss, (metrics, trunk, logprobs)
 
 
 def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch,
@@ -140,7 +136,8 @@ def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch,
         depths=features,
         remat=settings.remat, routes=micro.rows.routes if settings.replay_routes else None))
     hidden = predicting(block_rows(prompts.last, micro.prompts), trunk.hidden)
-    return trunk, *token_logprobs(policy, hidden, tokens, settings.temperature)
+    return trunk, *token_logprobs(policy, hidden, tokens, settings.temperature,
+                                  through_entropy=bool(settings.entropy_weight))
 
 
 def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk] | None,

@@ -27,6 +27,7 @@ import optax
 
 from jspec.model import Policy, Trunk
 from jspec.model.lora import trained, trained_specs, with_trained
+from jspec.rl.aggregation import Totals, token_shares
 from jspec.rl.batch import TrainBatch
 from jspec.rl.batch import make_batch as make_batch
 from jspec.rl.losses import quantiles
@@ -46,9 +47,9 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
     """Gradients and metrics of all rows, micro-batch by micro-batch, accumulated in float32.
 
     Returns ((policy gradients, policy metrics), (draft gradients, draft metrics) or None).
-    Gradients of the policy are of the token mean over all rows; the draft's too.
+    The draft's are of the token mean over all rows.
     """
-    count = jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0)
+    batch, totals = with_shares(batch, settings)
     with_draft = trains_draft(state.draft, settings) and learned_from(state.draft, settings) is None
     features, config = (state.draft.drafter.features(state.draft.config) if with_draft else (),
                         state.policy.config)
@@ -73,7 +74,7 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
             of_policy = jax.value_and_grad(policy_loss, (0, 1), has_aux=True)
             (_, (metrics, trunk, logprobs)), grads = of_policy(trained(state.policy), prompts,
                                                                state.policy, anchor,
-                                                               micro, count, settings, features)
+                                                               micro, totals, settings, features)
         grads, gap = (as_weights(grads[0]), in_float32(grads[1])), metrics.pop("logprob_gap")
         if not with_draft:
             return (grads, metrics, None, None), gap
@@ -96,7 +97,16 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
     metrics |= {"logprob_gap": gap, **gap_quantiles(metrics.pop("gap_counts"), gap)}
     if not with_draft:
         return (grads, metrics), None
-    return (grads, metrics), jax.tree.map(lambda x: x / count, (draft_grads, draft_metrics))
+    return ((grads, metrics),
+            jax.tree.map(lambda x: x / totals.tokens, (draft_grads, draft_metrics)))
+
+
+def with_shares(batch: TrainBatch, settings: UpdateSettings) -> tuple[TrainBatch, Totals]:
+    """The batch with what its tokens count in the loss, and what that is divided by."""
+    shares, whole = token_shares(batch.mask, batch.group_size, settings.aggregation,
+                                 settings.constant_length or batch.mask.shape[1])
+    return (batch.replace(shares=shares),
+            Totals(jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0), whole))
 
 
 def gap_quantiles(counts: jax.Array, most: jax.Array) -> dict[str, jax.Array]:
@@ -163,12 +173,12 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
     A non-finite loss or gradient leaves its own side as it was, optimizer state included, and is
     counted.
 
-    Returns (state, metrics): float32 scalars `loss`, `entropy`, `clip_fraction`, `kl` (with a
-    reference), `logprob_gap`, `logprob_gap_mean` and `logprob_gap_p50/p99/p999` (|verifier's - own
-    log-probability|, nats), `logprob_gap_flip_rate` (of tokens, out of the clip's range),
-    `route_flip_rate` (of a sparse policy: of tokens and sparse layers, to other experts than the
-    verifier's), `grad_norm` (before the clip), `trained_tokens`, and `draft/...` the same of the
-    draft; and int32 counts of skipped updates.
+    Returns (state, metrics): float32 scalars `loss`, `entropy`, `clip_fraction` (and of it
+    `clip_fraction/low` and `/high`), `kl` (with a reference), `logprob_gap`, `logprob_gap_mean` and
+    `logprob_gap_p50/p99/p999` (|verifier's - own log-probability|, nats), `logprob_gap_flip_rate`
+    (of tokens, out of the clip's range), `route_flip_rate` (of a sparse policy: of tokens and
+    sparse layers, to other experts than the verifier's), `grad_norm` (before the clip),
+    `trained_tokens`, and `draft/...` the same of the draft; and int32 counts of skipped updates.
     """
     log.info("compiling the update: %s", described(batch, settings))
     (grads, metrics), of_draft = gradients(state, reference, batch, settings)

@@ -6,19 +6,25 @@ import dataclasses
 
 import jax
 
+from jspec.choices import AdvantageForm, Aggregation
 from jspec.config import Config
 from jspec.drafts import Draft
+from jspec.rl.objectives import Limits, Objective, find, grpo
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdateSettings:
+class UpdateSettings(Limits):
     """What an update needs to know and what is fixed for a run; `jspec.config` says what each of
     them means."""
 
     temperature: float = 1.0
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    objective: Objective = grpo
+    aggregation: Aggregation = "token_mean"
+    constant_length: int | None = None
+    advantage: AdvantageForm = "group"
     kl_weight: float = 0.0
+    kl_estimate: str = "k3"
+    entropy_weight: float = 0.0
     mask_truncated: bool = False
     updates_per_rollout: int = 1
     replay_routes: bool = True
@@ -41,10 +47,13 @@ class UpdateSettings:
     def of(cls, config: Config) -> UpdateSettings:
         """The settings that a run's configuration gives."""
         grpo, draft = config.grpo, config.draft
-        same = ("clip_low", "clip_high", "kl_weight", "mask_truncated", "updates_per_rollout",
+        same = ("clip_low", "clip_high", "dual_clip", "sapo_tau", "constant_length", "kl_weight",
+                "kl_estimate", "entropy_weight", "mask_truncated", "updates_per_rollout",
                 "replay_routes", "micro_batch", "widths", "learning_rate", "clip", "weight_decay",
                 "warmup_steps")
-        return cls(temperature=config.sampling.temperature, remat=config.model.remat,
+        advantage, aggregation = grpo.chosen()
+        return cls(objective=find(grpo.objective), advantage=advantage, aggregation=aggregation,
+                   temperature=config.sampling.temperature, remat=config.model.remat,
                    train_draft=draft.train, draft_every=draft.every_n_steps,
                    draft_features=draft.features, draft_loss=draft.loss,
                    draft_optimizer=draft.optimizer, draft_learning_rate=draft.learning_rate,

@@ -77,7 +77,7 @@ def test_integer_rewards_become_float32():
     [
         ([6], 4, "group", r"\(6,\) do not divide into groups of 4"),
         ([2, 2], 2, "group", "do not divide"),
-        ([4], 2, "grpo", "'grpo' is neither 'group' nor 'dr_grpo'"),
+        ([4], 2, "grpo", "'grpo' is none of a group's: group, dr_grpo, leave"),
     ],
 )
 def test_misuse_is_refused(shape, size, form, message):

@@ -9,6 +9,10 @@ import pytest
 
 from jspec.model import ModelConfig, init_policy, logits
 from jspec.rl import losses
+from jspec.rl.aggregation import Totals
+from jspec.rl.batch import TrainBatch
+from jspec.rl.objectives import Tokens, loss_of
+from jspec.rl.update_settings import UpdateSettings
 
 CONFIG = ModelConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2,
                      num_kv_heads=1, head_dim=8, initializer_range=0.5)
@@ -94,9 +98,8 @@ def test_ids_without_a_token_are_not_counted(policy):
     def loss(weights, hidden):
         logprobs, _ = losses.token_logprobs(lacking.replace(weights=weights), hidden,
                                             jnp.where(mask, tokens, 36), 0.7)
-        surrogate, _ = losses.clipped_objective(logprobs, jnp.zeros_like(logprobs), jnp.ones(N),
-                                                mask, 0.2, 0.28)
-        return surrogate.sum() + losses.k3(logprobs, logprobs - 0.1, mask).sum()
+        each, _ = grpo_losses(logprobs, jnp.ones(N), mask)
+        return losses.kl_estimate(logprobs, logprobs - 0.1, mask, "k3").sum() - each.sum()
 
     grads = jax.jit(jax.grad(loss, (0, 1)))(policy.weights, hidden)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
@@ -144,37 +147,47 @@ def test_states_that_predict_the_response():
                                   [[0, 100, 101], [0, 103, 104], [7, 106, 107], [7, 109, 110]])
 
 
-def test_clipped_objective_by_hand():
+def test_grpo_by_hand():
     ratio = np.array([0.5, 0.9, 1.0, 1.25, 1.5, 9.0])
     mask = np.array([True] * 5 + [False])
-    old = np.full(6, -1.0)
-    rows = np.stack([np.log(ratio) + old] * 2)
-    surrogate, clipped = losses.clipped_objective(jnp.array(rows), jnp.stack([jnp.array(old)] * 2),
-                                                  jnp.array([2.0, -2.0]),
-                                                  jnp.stack([jnp.array(mask)] * 2), 0.2, 0.28)
+    loss, metrics = grpo_losses(jnp.log(jnp.array([ratio] * 2)), jnp.array([2.0, -2.0]),
+                                jnp.array([mask] * 2))
     # gains are capped at 1.28
-    np.testing.assert_allclose(surrogate[0], [1.0, 1.8, 2.0, 2.5, 2.56, 0], rtol=1e-6)
+    np.testing.assert_allclose(-loss[0], [1.0, 1.8, 2.0, 2.5, 2.56, 0], rtol=1e-6)
     # losses at 0.8
-    np.testing.assert_allclose(surrogate[1], [-1.6, -1.8, -2.0, -2.5, -3.0, 0], rtol=1e-6)
-    np.testing.assert_array_equal(clipped, [[0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]])
+    np.testing.assert_allclose(-loss[1], [-1.6, -1.8, -2.0, -2.5, -3.0, 0], rtol=1e-6)
+    assert metrics["clip_fraction/high"] == metrics["clip_fraction/low"] == np.float32(0.1)
+    assert metrics["clip_fraction"] == np.float32(0.2)
+    np.testing.assert_allclose(metrics["loss"], loss.sum(), rtol=1e-6)
 
 
 def test_a_clipped_token_has_no_gradient_and_a_masked_one_may_hold_anything():
-    old = jnp.zeros((1, 4))
     logprobs = jnp.log(jnp.array([[1.5, 1.0, 1.1, jnp.nan]]))
     mask = jnp.array([[True, True, True, False]])
-    grad = jax.grad(lambda x: losses.clipped_objective(x, old, jnp.array([3.0]), mask, 0.2,
-                                                       0.28)[0].sum())(logprobs)
+    grad = jax.grad(lambda x: -grpo_losses(x, jnp.array([3.0]), mask)[0].sum())(logprobs)
     np.testing.assert_allclose(grad, [[0, 3.0, 3.3, 0]], rtol=1e-6)
+
+
+def grpo_losses(log_ratio, advantages, mask):
+    """(the loss of each token of answers whose sampled log-probabilities are 0, metrics)."""
+    settings = UpdateSettings()
+    rows = TrainBatch(None, None, None, jnp.zeros(mask.shape), mask, advantages,
+                      shares=jnp.ones(len(mask)))
+    totals = Totals(mask.sum(dtype=jnp.float32), jnp.float32(1))
+    tokens = Tokens(log_ratio, jnp.where(mask, log_ratio, 0), advantages[:, None], mask)
+    each, _ = loss_of(settings.objective, tokens, settings)
+    return each, losses.answer_loss(log_ratio, jnp.zeros(mask.shape), None, rows, totals,
+                                    settings)[1]
 
 
 def test_k3_is_an_unbiased_and_never_negative_kl():
     a, b = jax.random.split(jax.random.key(3))
     p, q = (jax.nn.log_softmax(jax.random.normal(k, (50,))) for k in (a, b))
-    each = losses.k3(p[None], q[None], jnp.ones((1, 50), bool))[0]
+    each = losses.kl_estimate(p[None], q[None], jnp.ones((1, 50), bool), "k3")[0]
     assert jnp.all(each >= 0)
     np.testing.assert_allclose(jnp.sum(jnp.exp(p) * each), jnp.sum(jnp.exp(p) * (p - q)), rtol=1e-5)
-    assert not jnp.any(losses.k3(p[None], q[None], jnp.zeros((1, 50), bool)))
+    nothing = jnp.zeros((1, 50), bool)
+    assert not jnp.any(losses.kl_estimate(p[None], q[None], nothing, "k3"))
 
 
 def test_quantiles_of_histograms_that_are_added_up():

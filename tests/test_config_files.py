@@ -25,14 +25,14 @@ def test_a_file_wins_over_its_bases_key_by_key_and_overrides_over_all(tmp_path):
     assert (config.steps, config.seed, data.group_size, data.held_out) == (4, 6, 2, 8)
     assert data.options == {"a": 1, "b": 2}
     (tmp_path / "written.yaml").write_text(to_yaml(config))
-    assert load_config(tmp_path / "written.yaml") == config and "base" not in to_yaml(config)
+    assert load_config(tmp_path / "written.yaml") == config and "base:" not in to_yaml(config)
 
 
 def test_a_preset_is_named_by_its_name_and_a_file_of_that_name_hides_it(tmp_path):
     for name in ("dr_grpo", "dr_grpo.yaml"):
         files(tmp_path, top=f"base: {name}\nsteps: 2\n")
         config = load_config(tmp_path / "top.yaml")
-        assert (config.grpo.advantage, config.steps) == ("dr_grpo", 2)
+        assert (config.grpo.objective, config.steps) == ("dr_grpo", 2)
     files(tmp_path, top="base: dr_grpo.yaml\n", dr_grpo="base: dr_grpo.yaml\nsteps: 3\n")
     with pytest.raises(InputError, match="leads in a circle"):
         load_config(tmp_path / "top.yaml")
@@ -44,7 +44,7 @@ def test_a_base_on_the_command_line_takes_the_place_of_the_files_own(tmp_path, m
     monkeypatch.chdir(tmp_path)
     config = load_config("top.yaml", ["base=other.yaml"])
     assert (config.steps, config.seed, config.grpo.clip) == (9, 1, 1.0)
-    assert load_config(None, ["base=dr_grpo"]).grpo.advantage == "dr_grpo"
+    assert load_config(None, ["base=dr_grpo"]).grpo.objective == "dr_grpo"
 
 
 @pytest.mark.parametrize("name", presets())

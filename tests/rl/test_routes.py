@@ -56,10 +56,11 @@ def metrics_of(policy, batch, settings):
     """Those of an update, of which nothing but the loss is computed."""
     prompts = prompt_states(policy, batch, settings)[0]
     anchor = (policy, prompts) if settings.kl_weight else None
+    batch, totals = up.with_shares(batch, settings)
 
     def one(micro):
-        _, (metrics, *_) = policy_loss(policy.weights, prompts, policy, anchor, micro,
-                                       batch.mask.sum(dtype=jnp.float32), settings)
+        _, (metrics, *_) = policy_loss(policy.weights, prompts, policy, anchor, micro, totals,
+                                       settings)
         return metrics, metrics.pop("logprob_gap")
 
     metrics, gap = accumulate(one, batch, shapes(batch, settings.micro_batch, settings.widths))

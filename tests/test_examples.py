@@ -1,15 +1,17 @@
 """The examples do what they say, at tiny shapes."""
 
+import asyncio
 import importlib.util
 import runpy
 from pathlib import Path
 
 import numpy as np
 
+from jspec.config import load_config
 from jspec.reward_parts import reward_parts
 from jspec.rl.records import read_jsonl
 from jspec.rl.reward_calls import RewardInput, calls_of
-from jspec.rl.reward_functions import Signature
+from jspec.rl.reward_functions import Signature, check_reward
 from jspec.rl.reward_processes import Job, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -50,6 +52,22 @@ def test_a_reward_of_ones_own():
         right = f"It is {record['answer'].upper()}."
         assert [grade(right, 16)[0], grade(right, 17)[0], grade("?", 16)[0]] == [1.0, 0.5, 0.0]
         assert grade(right, 16)[1:] == (None, "")
+
+
+def test_a_judge_that_is_asked_over_http():
+    judge = example("judge")
+
+    async def asked(*responses):
+        async with await asyncio.start_server(judge.answered, judge.HOST, 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            return await asyncio.gather(*(
+                judge.judge([{"role": "user", "content": "1"}, {"role": "assistant", "content": x}],
+                            "2345", port, length=4) for x in responses))
+
+    assert asyncio.run(asked("2345", "23", "9999", "2346")) == [1.0, 0.5, 0.0, 0.75]
+    config = load_config(EXAMPLES / "judge.yaml")
+    check_reward(config.reward.function, config.data.source, config.sampling.max_new_tokens)
+    assert [part.weight for part in reward_parts(config.reward.function)] == [1.0, 0.1]
 
 
 def test_a_draft_that_learns_online():

@@ -188,6 +188,8 @@ class RewardPool:
             for job, task in waiting:
                 given, left = self.wait(job, *task)
                 again += left
+                if job.journal:
+                    job.journal.unlink(missing_ok=True)
                 for call, of_call in zip(job.calls, given, strict=True):
                     for row, grade in zip(call.rows if of_call else (), of_call or (), strict=True):
                         grades[number[job.part.name]][row] = grade

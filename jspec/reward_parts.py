@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jspec.errors import InputError, shortened
+from jspec.setting_values import FLOAT_HIGH
 
 KEYS = ("function", "weight", "options", "timeout_s")
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -61,7 +62,7 @@ def _part(name: str, value: Any) -> RewardPart:
     if not NAME.fullmatch(name):
         raise InputError(f"reward.function has the name {shortened(repr(name))}; it names metrics, "
                          "so it takes letters, digits and _ . - only")
-    said = {"function": value} if isinstance(value, str) else value
+    said: Any = {"function": value} if isinstance(value, str) else value
     if not isinstance(said, Mapping) or not isinstance(said.get("function"), str):
         raise InputError(f"{key} must be a function's name, or a mapping such as "
                          f"{{function: math_verify, weight: 0.5}}, not {shortened(repr(value))}")
@@ -69,7 +70,8 @@ def _part(name: str, value: Any) -> RewardPart:
         raise InputError(f"{key} has no {min(unknown)!r}; its keys are {', '.join(KEYS)}")
     weight, timeout_s = said.get("weight", 1.0), said.get("timeout_s")
     if not _is_number(weight):
-        raise InputError(f"{key}.weight must be a number, not {shortened(repr(weight))}")
+        raise InputError(f"{key}.weight must be a number that float32 holds, not "
+                         f"{shortened(repr(weight))}")
     if timeout_s is not None and not (_is_number(timeout_s) and 0 < timeout_s <= 1e6):
         raise InputError(f"{key}.timeout_s must be a number of seconds above 0 and at most 1e6, "
                          f"not {shortened(repr(timeout_s))}")
@@ -81,4 +83,5 @@ def _part(name: str, value: Any) -> RewardPart:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return (isinstance(value, int | float) and not isinstance(value, bool)
+            and abs(value) <= FLOAT_HIGH)

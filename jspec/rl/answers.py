@@ -23,14 +23,14 @@ def reward_inputs(tokenizer: Any, prompts: Sequence[Prompt], out: Rollout,
     wants: of `reward_functions.ON_REQUEST`, what the functions are to be given as well.
     """
     group = len(out.lengths) // len(prompts)
-    return [reward_input(tokenizer, prompts[row // group], out, row, row // group, wants)
+    return [reward_input(tokenizer, prompts[row // group], out, row, int(row) // group, wants)
             for row in (range(len(out.lengths)) if rows is None else rows)]
 
 
 def reward_input(tokenizer: Any, prompt: Prompt, out: Rollout, row: int, group: int,
                  wants: Collection[str]) -> RewardInput:
     """What a reward function is told of one row, the answer to prompt number `group`."""
-    text, more = answer_text(tokenizer, out, row), {}
+    text, more = answer_text(tokenizer, out, row), dict[str, Any]()
     if "messages" in wants:
         more["messages"] = [*prompt.messages, {"role": "assistant", "content": text}]
     if "token_ids" in wants:

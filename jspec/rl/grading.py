@@ -37,8 +37,9 @@ class Grades:
     def record(self) -> dict[str, int | float | None]:
         """The failures, as the step's metrics have them, and where there are several functions the
         mean and deviation of each over the answers that it applies to."""
-        record = {"reward_failures": self.failed,
-                  **{f"reward_failures/{kind}": count for kind, count in self.failures.items()}}
+        record: dict[str, int | float | None] = {
+            "reward_failures": self.failed,
+            **{f"reward_failures/{kind}": count for kind, count in self.failures.items()}}
         for name, values in self.by_name.items() if len(self.by_name) > 1 else ():
             values = values[~np.isnan(values)].astype(np.float64)
             record |= {f"reward/{name}": float(values.mean()) if values.size else None,

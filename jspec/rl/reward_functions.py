@@ -153,7 +153,7 @@ def columns(part: RewardPart, reward: Reward) -> set[str]:
         if clash := told.keys() & part.options.keys():
             raise InputError(f"{part.key}.options: {min(clash)!r} is what a reward is told of "
                              "the answer; give the option another name")
-        given = told | part.options
+        given = {**told, **part.options}
         demanded = {name for name, parameter in taken.parameters.items()
                     if parameter.default is parameter.empty and parameter.kind in (
                         parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)} - given.keys()

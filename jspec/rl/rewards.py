@@ -180,7 +180,7 @@ class RewardPool:
             self.pool = self.start()
             why = f"no process has begun: after {self.ready_s:g} s none had imported the function"
             return self.count([[(0.0, "timed_out", why)] * count] * len(self.parts))
-        grades = [[(0.0, None, "")] * count for _ in self.parts]
+        grades: list[list[Grade]] = [[(0.0, None, "")] * count for _ in self.parts]
         number = {part.name: place for place, part in enumerate(self.parts)}
         waiting = list(zip((job for of_part in jobs for job in of_part), tasks, strict=True))
         while waiting:

@@ -7,6 +7,7 @@ a configuration's `check`.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from typing import Any
 from jspec import settings
 from jspec.choices import LOG_LEVELS, SEED_HIGH
 from jspec.errors import InputError
-from jspec.learning_sections import DataSection, GrpoSection, LoraSection, RewardSection
+from jspec.learning_sections import (
+    DataSection,
+    EvaluationSection,
+    GrpoSection,
+    LoraSection,
+    RewardSection,
+)
 from jspec.reward_parts import reward_parts
 from jspec.sections import (
     CheckpointSection,
@@ -46,6 +53,7 @@ class Config:
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
     reward: RewardSection = RewardSection()
+    evaluation: EvaluationSection = EvaluationSection()
     grpo: GrpoSection = GrpoSection()
     lora: LoraSection = LoraSection()
     mesh: MeshSection = MeshSection()
@@ -62,6 +70,7 @@ class Config:
         """Raise InputError for what no field can know by itself."""
         check_shared(self)
         reward_parts(self.reward.function)
+        check_evaluation(self)
         data, grpo, k = self.data, self.grpo, self.speculation.k
         rows = data.prompts_per_step * data.group_size
         demand(data.group_size > 1, f"data.group_size must be at least 2, not {data.group_size}: "
@@ -121,3 +130,28 @@ def check_shared(config: Any) -> None:
     demand(0 not in axes and axes.count(-1) <= 1,
            f"mesh.data, mesh.fsdp, mesh.expert and mesh.tensor are {axes}: each at least 1, and "
            "one of them at most may be -1")
+
+
+def check_evaluation(config: Config) -> None:
+    """What no field can know by itself, of evaluations and of the best checkpoint by one."""
+    section, best = config.evaluation, config.checkpoint.best
+    most = max(section.ks)
+    demand(most <= section.samples,
+           f"evaluation.at has {most}, and {section.samples} answers to a prompt have no "
+           f"pass@{most}: raise evaluation.samples={section.samples}, or leave {most} out")
+    demand(not section.every or bool(section.sources) or config.data.held_out > 0,
+           f"evaluation.every={section.every} needs prompts that training does not draw: set "
+           "data.held_out or evaluation.sources")
+    demand(len(set(section.labels)) == len(section.labels),
+           f"evaluation.sources names {max(section.sources, key=section.sources.count)} twice")
+    longest = section.max_new_tokens
+    demand(longest is None or longest >= config.sampling.min_new_tokens,
+           f"evaluation.max_new_tokens ({longest}) is below sampling.min_new_tokens "
+           f"({config.sampling.min_new_tokens})")
+    if best is not None and best.startswith("eval/"):
+        demand(section.every > 0, f"checkpoint.best={best} is a metric of evaluations, and there "
+               "are none: set evaluation.every")
+        near = difflib.get_close_matches(best, section.metrics, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        demand(best in section.metrics, f"checkpoint.best={best} is no metric of this "
+               f"evaluation{hint} (there are {', '.join(section.metrics)})")

@@ -2,6 +2,7 @@
 objective."""
 
 import dataclasses
+from pathlib import Path
 from typing import cast
 
 from jspec.choices import (
@@ -51,6 +52,61 @@ class RewardSection:
                                "it was to grade scores 0", above=0, high=1e6)
     concurrency: int = setting(32, "calls of an async function in flight at once", low=1,
                                high=65536)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSection:
+    """Answers to prompts that training does not draw, graded: while training, and by `jspec
+    eval`."""
+
+    every: int = setting(0, "steps between evaluations while training; 0: none", low=0, often=True)
+    at_start: bool = setting(False, "with every: before the first step too")
+    at_end: bool = setting(True, "with every: after the last step too")
+    sources: tuple[str, ...] = setting((), "prompts to evaluate on, each as data.source may be, "
+                                       "with scores of each; none named: those that data.held_out "
+                                       "kept from training", path=True)
+    prompts: int | None = setting(None, "how many prompts, of each source; null: 64, or all if "
+                                  "there are fewer", low=1)
+    samples: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES)
+    at: tuple[int, ...] = setting((), "the k of pass@k and maj@k, at most samples; none named: 1, "
+                                  "2, 4, 8 ... samples", low=1)
+    right_from: float = setting(1.0, "pass@k and maj@k: an answer is right whose reward is at "
+                                "least this")
+    temperature: float | None = setting(None, "divides the logits; 0: greedy; null, as below: what "
+                                        "sampling has", low=0)
+    top_k: int | None = setting(None, "keep the k likeliest tokens; 0: all", low=0)
+    top_p: float | None = setting(None, "keep the smallest set of likeliest tokens with this much "
+                                  "probability", above=0, high=1)
+    max_new_tokens: int | None = setting(None, "longest answer, in tokens", low=1)
+    batch: int = setting(8, "prompts decoded together", low=1)
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The k of pass@k and maj@k, ascending."""
+        powers = (2**i for i in range(self.samples.bit_length()))
+        return tuple(sorted({*(self.at or (*powers, self.samples))}))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the sources are called in metrics: the names of their files or tasks, or as they
+        were given where two have one name."""
+        names = [Path(source).stem if source.endswith(".jsonl") else source.rpartition(":")[2]
+                 for source in self.sources]
+        return tuple(source if names.count(name) > 1 else name
+                     for source, name in zip(self.sources, names, strict=True))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what an evaluation while training says, in its order."""
+        scores = (f"mean@{self.samples}", *(f"pass@{k}" for k in self.ks),
+                  *(f"maj@{k}" for k in self.ks if k > 1))
+        parts = ("", *(f"{label}/" for label in self.labels)) if len(self.sources) > 1 else ("",)
+        return (*(f"eval/{part}{score}" for part in parts for score in scores),
+                *(f"eval/{name}" for name in EVALUATED))
+
+
+EVALUATED = ("length", "finished", "reward_failures", "prompts")
+"""What an evaluation says beside its scores."""
 
 
 @dataclasses.dataclass(frozen=True)

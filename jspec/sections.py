@@ -136,6 +136,9 @@ class CheckpointSection:
 
     every: int = setting(1, "steps between checkpoints; the last step always has one", low=1)
     keep: int = setting(2, "how many are kept", low=1)
+    best: str | None = setting(None, "a metric whose best step is kept beside them, such as "
+                               "eval/pass@1 or reward: `RUN@best`; null: none")
+    best_is: str = setting("max", "which value of it is the best", choices=("max", "min"))
     resume: bool = setting(True, "go on from output_dir's last checkpoint; false: refuse "
                            "a directory that has one")
 

@@ -47,7 +47,7 @@ def parser() -> Parser:
     _add_rollout(command("rollout", _computing("commands:rollout"),
                          "speculative and autoregressive decoding of one prompt, side by side"))
     _add_eval(command("eval", _computing("evaluation:evaluate"),
-                      "mean reward of a policy over a task"))
+                      "mean reward, pass@k and maj@k of a policy over a task"))
     fetch = command("fetch", _fetch, "download a model into the cache; a second time does nothing")
     fetch.add_argument("model", metavar="NAME", help="short name (smollm2-135m-instruct) or hub id")
     export = command("export", _computing("commands:export"),
@@ -148,12 +148,14 @@ def _add_eval(made: Parser) -> None:
                       help=MODEL + ", or a config's .yaml file")
     made.add_argument("overrides", metavar="key=value", nargs="*",
                       help="of a config, such as data.source=my.jsonl")
-    made.add_argument("--prompts", type=int,
-                      help="how many prompts (default: 64, or all if there are fewer)")
-    made.add_argument("--samples", type=int, default=4, help="answers to each (default: 4)")
+    made.add_argument("--prompts", type=int, help="how many prompts of each source, as "
+                      "evaluation.prompts=N (default: 64, or all if there are fewer)")
+    made.add_argument("--samples", type=int, help="answers to each, as evaluation.samples=N "
+                      "(default: 4)")
     made.add_argument("--temperature", type=float,
                       help="instead of sampling.temperature; 0 is greedy")
-    made.add_argument("--batch", type=int, default=8, help="prompts decoded together (default: 8)")
+    made.add_argument("--batch", type=int, help="prompts decoded together, as evaluation.batch=N "
+                      "(default: 8)")
     made.add_argument("--json", metavar="FILE", help="write the result as JSON, '-' for stdout")
     made.add_argument("--run-code", action="store_true", help="run the Python file that a run's "
                       "own config names as its reward or its drafter")

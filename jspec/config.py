@@ -143,7 +143,8 @@ def check_evaluation(config: Config) -> None:
            f"evaluation.every={section.every} needs prompts that training does not draw: set "
            "data.held_out or evaluation.sources")
     demand(len(set(section.labels)) == len(section.labels),
-           f"evaluation.sources names {max(section.sources, key=section.sources.count)} twice")
+           "evaluation.sources names "
+           f"{max(section.sources, key=section.sources.count, default='')} twice")
     longest = section.max_new_tokens
     demand(longest is None or longest >= config.sampling.min_new_tokens,
            f"evaluation.max_new_tokens ({longest}) is below sampling.min_new_tokens "

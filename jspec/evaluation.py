@@ -1,63 +1,56 @@
-"""What `jspec eval` does: answers to a task's prompts, graded."""
+"""What `jspec eval` does: answers to a task's prompts, graded, by `jspec.evaluator`."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import jspec
 from jspec import user_code
-from jspec.answering import batch_on_mesh, decoded
 from jspec.choices import MOST_SAMPLES
 from jspec.distributed import is_main
 from jspec.errors import InputError
-from jspec.model import Policy
+from jspec.evaluator import Answered, Asked, answered, asked, drawn, eval_sampling, streams
 from jspec.output import open_output, screen
-from jspec.prepare import make_batching, make_sampling, make_speculation
+from jspec.prepare import make_speculation
 from jspec.progress import say, telling
-from jspec.purposes import EVAL_KEY, purpose_key, purpose_seed
 from jspec.reward_parts import reward_parts
-from jspec.rl.answers import reward_inputs
-from jspec.rl.prompts import Prompt, PromptData
-from jspec.rl.rewards import RewardPool, answer_check, check_columns, check_reward
+from jspec.rl.prompts import PromptData
+from jspec.rl.rewards import RewardPool
+from jspec.rl.scores import interval
 from jspec.run_dir import data_position, run_plan
 from jspec.session import Session, session
 from jspec.settings import Override
-from jspec.sharding import batch_shards
 from jspec.sources import Source, mesh_of, open_source, overridden
-from jspec.speculate.arguments import check, check_batching
 
-PROMPTS = 64
-"""How many prompts, if nothing is said and the data has as many."""
 UNUSED = {"steps", "output_dir", "log_level", "draft", "grpo", "checkpoint", "profile"}
 """Sections and keys of a config that an evaluation does not look at (but draft.name=none does go
 without a run's)."""
+FLAGS = ("prompts", "samples", "batch", "temperature")
+"""Options that say what a key of the section `evaluation` says too."""
+NO_TRAINING: tuple[Override, ...] = (("evaluation.every", 0), ("checkpoint.best", None))
+"""What is asked of a config's other keys by these is nothing to who only evaluates."""
 
 
 def evaluate(arguments) -> int:
-    """`jspec eval`: samples answers to a task's prompts, grades them, and reports the mean
-    reward."""
+    """`jspec eval`: samples answers to a task's prompts, grades them, and reports their scores."""
     for name in ("prompts", "samples", "batch"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
-    if arguments.samples > MOST_SAMPLES:
+    if (arguments.samples or 0) > MOST_SAMPLES:
         raise InputError(f"--samples must be at most {MOST_SAMPLES}, not {arguments.samples}")
-    overrides: list[Override] = list(arguments.overrides)
-    if arguments.temperature is not None:
-        overrides.append(("sampling.temperature", arguments.temperature))
+    flags = [(f"evaluation.{name}", value) for name in FLAGS
+             if (value := getattr(arguments, name)) is not None]
     with session() as opened:
-        return _evaluate(arguments, overrides, opened)
+        return _evaluate(arguments, [*arguments.overrides, *flags, *NO_TRAINING], opened)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: Session) -> int:
@@ -67,29 +60,22 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: 
     mesh, layout = mesh_of(source)
     opened.use(mesh)
     check_code(source, arguments.overrides, arguments.run_code)
-    check_reward(source.config.reward.function, source.config.data.source,
-                 source.config.sampling.max_new_tokens)
     if source.draft is not None:
         source.draft.check_finite(source.name)
     check_kept(source)
     say_unused(arguments.overrides)
-    data = prompts_of(source)
-    check_columns(source.config.reward.function, source.config.data.source, data.records[0])
-    count = check_count(source, data, arguments.prompts)
+    prompts = {label: drawn(source.config, data, "--prompts " if arguments.prompts else
+                            "evaluation.prompts=") for label, data in prompts_of(source).items()}
     speculation = speculation_of(source)
-    batches = batches_of(source, data, count, arguments.samples, min(arguments.batch, count),
-                         speculation, layout)
+    ask = asked(source.config, prompts, source.shape, source.draft, speculation, layout)
     with telling(f"loading {arguments.source}"):
         policy = jspec.reshard(source.load_finite(), layout)
     console = screen(stderr=arguments.json == "-")
+    answers, seconds = take(source, policy, ask, speculation, console)
     result = {"source": arguments.source, "overrides": arguments.overrides,
-              **score(source, policy, batches, count, speculation, console)}
-    table = Table(show_edge=False, show_header=False)
-    for key, value in result.items():
-        if isinstance(value, int | float):
-            table.add_row(key.replace("_", " "),
-                          f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
+              **summary(source, answers, seconds)}
+    console.print(score_table(result["scores"], source.config.evaluation.right_from))
+    console.print(summary_table(result))
     if is_main() and written:
         written.write(json.dumps(result, indent=2) + "\n")
     elif is_main() and arguments.json == "-":
@@ -117,8 +103,9 @@ def check_kept(source: Source) -> None:
     """Raise InputError if the data of a run that kept prompts are no longer those that it was
     trained on: others would be held out now, and what it was trained on among them."""
     own = source.own
-    if own is None or not own.data.held_out or not source.config.data.held_out or (
-            source.config.data.source != own.data.source):
+    data, named = source.config.data, source.config.evaluation.sources
+    if own is None or not own.data.held_out or not data.held_out or named or (
+            data.source != own.data.source):
         return
     training = PromptData(own.data, source.tokenizer, seed=own.seed)
     try:
@@ -130,35 +117,22 @@ def check_kept(source: Source) -> None:
                          "(data.source=..., data.held_out=0)") from None
 
 
-def prompts_of(source: Source) -> PromptData:
-    """The prompts to answer, one a step: those that the run kept from training, else its own, in an
-    order of their own (of procedural tasks: other questions), which is said of a run."""
+def prompts_of(source: Source) -> dict[str, PromptData]:
+    """`evaluator.streams`: of a run those that it kept from training, else its training's, which is
+    said."""
     config, own = source.config, source.own
-    section = dataclasses.replace(config.data, prompts_per_step=1)
-    held_out = bool(section.held_out)
-    if own is not None and section.source == own.data.source:
+    data = config.data
+    if own is not None and data.source == own.data.source and not config.evaluation.sources:
         chosen = [(c.data.held_out, c.seed, c.data.options) for c in (config, own)]
-        if held_out and chosen[0] != chosen[1]:
+        if data.held_out and chosen[0] != chosen[1]:
             options = f", of data.options={own.data.options}," if own.data.options else ""
             raise InputError(f"{source.name} kept data.held_out={own.data.held_out} prompts by "
                              f"seed={own.seed}{options} from its training, and others were trained "
                              "on; leave that as it is")
-        if not held_out:
+        if not data.held_out:
             say(f"{source.name} kept no prompts from training (data.held_out=0): these are its "
                 "training's")
-    seed = config.seed if held_out else purpose_seed(config.seed, EVAL_KEY)
-    return PromptData(section, source.tokenizer, seed=seed, held_out=held_out,
-                      check_answer=answer_check(config.reward.function, section.source))
-
-
-def check_count(source: Source, data: PromptData, wanted: int | None) -> int:
-    """How many prompts to answer. Raises InputError for more than there are."""
-    available = len(data.records)
-    if wanted is not None and wanted > available:
-        held_out = " held out (data.held_out)" if source.config.data.held_out else ""
-        raise InputError(f"--prompts {wanted} is more than {source.config.data.source} "
-                         f"has{held_out}: {available}")
-    return min(PROMPTS, available) if wanted is None else wanted
+    return streams(config, source.tokenizer)
 
 
 def say_unused(overrides: Sequence[str]) -> None:
@@ -178,75 +152,64 @@ def speculation_of(source: Source) -> jspec.Speculation:
                             (auto and run_plan(Path(source.name).expanduser()).k) or 0)
 
 
-def batches_of(source: Source, data: PromptData, count: int, samples: int, batch: int,
-               speculation: jspec.Speculation,
-               layout: str) -> list[tuple[list[Prompt], jspec.PromptBatch]]:
-    """The prompts to answer, `batch` at a time; the last batch is filled up with prompts that are
-    not asked for, and each with as many as the mesh needs to split its rows.
+def take(source: Source, policy: jspec.Policy, ask: Asked, speculation: jspec.Speculation,
+         console: Console) -> tuple[Answered, float]:
+    """(the answers and their grades, the seconds of it all). `policy` is in the rollout layout."""
+    done, start = 0, time.perf_counter()
+    with (RewardPool.of(source.config) as pool,
+          telling("answering (the first batch compiles)", total=len(ask.prompts)) as advance):
 
-    Raises InputError for what a rollout of them would refuse, so that it is said before any weights
-    are read.
-    """
-    config, key = source.config, purpose_key(source.config.seed, EVAL_KEY)
-    steps = [[prompt for _ in range(batch) for prompt in next(data)]
-             for _ in range(math.ceil(count / batch))]
-    made = [batch_on_mesh([prompt.tokens for prompt in chosen], layout, group_size=samples,
-                          seed=jax.random.fold_in(key, step)) for step, chosen in enumerate(steps)]
-    sampling, batching = make_sampling(config), make_batching(config)
-    for prompts in made:  # `check` would not name the setting
-        rows, length = len(prompts.sequence_ids), prompts.tokens.shape[1]
-        check_batching("rollout.", batching, batch_shards(layout), rows, samples, length,
-                       sampling.max_new_tokens, 0 if source.draft is None else speculation.most)
-        check(source.shape, source.draft, prompts, sampling, speculation, batching)
-    return list(zip(steps, made, strict=True))
+        def told(part: Answered) -> None:
+            nonlocal done
+            advance(len(part.rewards) - done)
+            done = len(part.rewards)
+            console.print(f"{done:>5} prompts, mean reward {part.rewards.mean():.3f}")
+
+        answers = answered(source.config, source.tokenizer, pool, policy, source.draft, ask,
+                           speculation, told)
+    return answers, time.perf_counter() - start
 
 
-def score(source: Source, policy: Policy, batches: Sequence[tuple[list[Prompt], jspec.PromptBatch]],
-          prompts: int, speculation: jspec.Speculation, console: Console) -> dict[str, Any]:
-    """Mean reward of the answers to the first `prompts` prompts of `batches`, with its standard
-    error over prompts. `policy` is in the rollout layout."""
-    config, (batch, samples) = source.config, (len(batches[0][0]), batches[0][1].group_size)
-    sampling, batching = make_sampling(config), make_batching(config)
-    rewards, lengths, finished, failures, seconds = [], [], [], 0, 0.0
-    by_name: dict[str, list] = {part.name: [] for part in reward_parts(config.reward.function)}
-    with (RewardPool.of(config) as pool,
-          telling("answering (the first batch compiles)", total=prompts) as advance):
-        for step, (chosen, made) in enumerate(batches):
-            start = time.perf_counter()
-            out = decoded(policy, source.draft, made, batch * samples, sampling=sampling,
-                          speculation=speculation, batching=batching)
-            seconds += time.perf_counter() - start
-            graded = pool.grade(reward_inputs(source.tokenizer, chosen, out, wants=pool.wants))
-            keep = min(batch, prompts - step * batch)
-            rewards.append(graded.rewards.reshape(batch, samples)[:keep])
-            lengths.append(out.lengths.reshape(batch, samples)[:keep])
-            finished.append(out.finished.reshape(batch, samples)[:keep])
-            for name, values in graded.by_name.items():
-                by_name[name].append(values[:keep * samples])
-            failures += graded.failed
-            advance(keep)
-            console.print(f"{min(prompts, (step + 1) * batch):>5} prompts, mean reward "
-                          f"{np.concatenate(rewards).mean():.3f}")
-    grades = np.concatenate(rewards)
-    by_prompt = grades.mean(axis=1)
+def summary(source: Source, answers: Answered, seconds: float) -> dict[str, Any]:
+    """What is written as JSON; of every score its mean and the bounds of `scores.interval`."""
+    config, rewards = source.config, answers.rewards
+    by_prompt, count = rewards.mean(axis=1), len(rewards)
+    tables = {label or "all": {name: [float(values.mean()), *interval(values)]
+                               for name, values in table.items()}
+              for label, table in answers.by_source(config).items()}
     return {
-        "prompts": prompts, "samples": samples, "temperature": config.sampling.temperature,
-        "held_out": bool(config.data.held_out),
-        "mean_reward": float(grades.mean()),
-        **(means_by_name(by_name) if len(by_name) > 1 else {}),
-        "standard_error": float(by_prompt.std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else 0.0,
-        "mean_of_the_best_sample": float(grades.max(axis=1).mean()),
-        "mean_tokens": float(np.concatenate(lengths).mean()),
-        "share_finished": float(np.concatenate(finished).mean()),
-        "graded_0_by_failure": int(failures),
-        "seconds_of_rollouts_compiling_included": round(seconds, 3),
+        "prompts": count, "samples": rewards.shape[1],
+        "temperature": float(eval_sampling(config).temperature),
+        "held_out": bool(config.data.held_out) and not config.evaluation.sources,
+        "mean_reward": float(rewards.mean()),
+        **{f"mean_reward/{name}": mean for name, mean in answers.by_function().items()},
+        "standard_error": float(by_prompt.std(ddof=1) / math.sqrt(count)) if count > 1 else 0.0,
+        "mean_of_the_best_sample": float(rewards.max(axis=1).mean()),
+        "mean_tokens": float(answers.lengths.mean()),
+        "share_finished": float(answers.finished.mean()),
+        "graded_0_by_failure": answers.failures, "scores": tables,
+        "seconds_compiling_included": round(seconds, 3),
     }
 
 
-def means_by_name(by_name: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float | None]:
-    """The mean of each reward function over the answers that it applies to, None where those are
-    none."""
-    applied = {name: values[~np.isnan(values)]
-               for name, values in ((name, np.concatenate(of)) for name, of in by_name.items())}
-    return {f"mean_reward/{name}": float(values.mean()) if values.size else None
-            for name, values in applied.items()}
+def score_table(scores: dict[str, dict[str, list[float]]], right_from: float) -> Table:
+    """Scores by source, each with its interval."""
+    shown = Table(show_edge=False, title="mean [95% interval: percentile bootstrap over prompts]; "
+                  f"right: reward at least {right_from:g}")
+    shown.add_column("")
+    for label in scores:
+        shown.add_column(label, justify="right")
+    for name in next(iter(scores.values())):
+        cells = (scores[label][name] for label in scores)
+        shown.add_row(name, *(f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in cells))
+    return shown
+
+
+def summary_table(result: dict[str, Any]) -> Table:
+    """All other numbers."""
+    shown = Table(show_edge=False, show_header=False)
+    for key, value in result.items():
+        if isinstance(value, int | float):
+            shown.add_row(key.replace("_", " "),
+                          f"{value:.4g}" if isinstance(value, float) else str(value))
+    return shown

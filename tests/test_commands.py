@@ -19,14 +19,8 @@ from jspec.cli import main
 from jspec.commands import Timed, compare, speed_table
 from jspec.config import load_config
 from jspec.errors import InputError
-from jspec.evaluation import (
-    batches_of,
-    check_code,
-    check_count,
-    check_kept,
-    prompts_of,
-    speculation_of,
-)
+from jspec.evaluation import check_code, check_kept, prompts_of, speculation_of
+from jspec.evaluator import asked, drawn
 from jspec.heads import files
 from jspec.hub import load_tokenizer
 from jspec.rl.prompts import PromptData
@@ -133,6 +127,10 @@ def test_eval_counts_each_prompt_once(capsys, model, task, tmp_path):
     assert 0 < result["mean_tokens"] <= 8
     assert result["graded_0_by_failure"] == 0
     assert "mean reward" in err
+    mean, low, high = result["scores"]["all"]["pass@2"]
+    assert mean == 0.5 and low < 0.5 < high and list(result["scores"]["all"]) == [
+        "mean@2", "pass@1", "pass@2", "maj@2"]
+    assert "0.500 [" in err and "bootstrap over prompts" in " ".join(err.split())
 
 
 def test_eval_of_more_prompts_than_there_are(capsys, model, task):
@@ -214,14 +212,14 @@ def test_evaluation_takes_what_was_held_out_and_a_runs_code_needs_permission(cap
     config = load_config(None, [*task, ("model.name", model), "data.held_out=2"])
     source = dataclasses.replace(open_source(model, [*task, "data.held_out=2"]), own=config,
                                  name="RUN")
-    data = prompts_of(source)
+    (data,) = prompts_of(source).values()
     training = PromptData(dataclasses.replace(config.data, prompts_per_step=1), source.tokenizer,
                           seed=config.seed)
-    assert check_count(source, data, None) == 2 and len(training.records) == 4
+    assert len(drawn(source.config, data)) == 2 and len(training.records) == 4
     ours, theirs = ({next(stream)[0].text for _ in range(4)} for stream in (data, training))
     assert len(ours) == 2 and not ours & theirs
     with pytest.raises(InputError, match="--prompts 3 is more than .* held out"):
-        check_count(source, data, 3)
+        drawn(load_config(None, [*task, "evaluation.prompts=3"]), data, "--prompts ")
     with pytest.raises(InputError, match="RUN kept data.held_out=0 prompts by seed=0"):
         prompts_of(dataclasses.replace(source, own=load_config(None, task)))
     prompts_of(dataclasses.replace(source, config=load_config(None, task),
@@ -269,12 +267,19 @@ def test_what_auto_drafts_in_an_evaluation(monkeypatch, model, task):
     assert speculation_of(source).k == 0  # no draft, or draft.name=none
     monkeypatch.setattr("jspec.evaluation.run_plan", lambda run: pytest.fail("the plan is auto's"))
     fixed = dataclasses.replace(own, config=load_config(None, [*task, "speculation.k=40",
-                                                               "rollout.kv_tokens=64"]))
+                                                               "rollout.kv_tokens=64",
+                                                               "evaluation.prompts=1",
+                                                               "evaluation.samples=2"]))
     assert speculation_of(fixed).k == 40
     plain = dataclasses.replace(fixed, read_draft=lambda: None)
-    batches_of(plain, prompts_of(fixed), 1, 2, 1, speculation_of(fixed), "rollout")
+
+    def ask(draft):
+        prompts = {"": drawn(fixed.config, prompts_of(fixed)[""])}
+        return asked(fixed.config, prompts, fixed.shape, draft, speculation_of(fixed), "rollout")
+
+    assert ask(plain.draft).batches[0][1].group_size == 2
     with pytest.raises(InputError, match="rollout.kv_tokens = 64 are"):
-        batches_of(fixed, prompts_of(fixed), 1, 2, 1, speculation_of(fixed), "rollout")
+        ask(fixed.draft)
 
 
 def test_a_runs_draft_that_is_not_finite_is_refused_where_it_drafts(model, task):

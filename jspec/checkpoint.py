@@ -13,15 +13,17 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from jspec import checksums, formats
+from jspec.best import best_step, most, numbers, worth
 from jspec.choosing import Plan
 from jspec.distributed import any_process, on_main
 from jspec.drafts import Draft
@@ -102,18 +104,32 @@ class Checkpoints:
     not be written.
     """
 
-    def __init__(self, output_dir: str | Path, keep: int) -> None:
+    def __init__(self, output_dir: str | Path, keep: int, best: str | None = None,
+                 best_is: str = "max") -> None:
+        """
+        Args:
+          keep: how many of the newest are kept.
+          best: a metric: beside them the one is kept that has the best value of it.
+          best_is: "max" or "min".
+        """
         self.directory = Path(output_dir).absolute() / "checkpoints"
-        self.keep = keep
+        self.keep, self.worth = keep, worth(best, best_is)
         with checkpoints_written(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        policies: list[Any] = [checkpoint_managers.LatestN(n=self.keep)]
+        if self.worth:
+            policies.append(checkpoint_managers.BestN(get_metric_fn=self.worth, n=1,
+                                               keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=self.worth, cleanup_tmp_directories=True, enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums))
-        return ocp.CheckpointManager(self.directory, options=options)
+        manager = ocp.CheckpointManager(self.directory, options=options)
+        self.most = most(manager, self.worth)
+        return manager
 
     def _add_checksums(self) -> None:
         """Called when all processes have written their files, and before the folder gets its name:
@@ -127,9 +143,20 @@ class Checkpoints:
         self.wait()
         return self.manager.latest_step() or 0
 
-    def save(self, step: int, state: TrainState, data: dict, plan: Plan | None = None) -> None:
+    def best(self) -> int:
+        """The step of the best checkpoint, once all are on disk; 0 if none has the metric, or there
+        is none."""
+        self.wait()
+        return best_step(self.manager, self.worth)
+
+    def better(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether a step with these metrics is better than every checkpoint there is."""
+        return self.worth is not None and self.worth(metrics) > self.most
+
+    def save(self, step: int, state: TrainState, data: dict, plan: Plan | None = None,
+             metrics: Mapping[str, Any] | None = None) -> None:
         """Save the state after `step` steps. `data` is the position in the data, as JSON can hold
-        it."""
+        it; metrics: of the step, one of which may be what the best checkpoint is chosen by."""
         policy = state.policy
         meta = {"format": formats.CHECKPOINT, "step": step,
                 "model": dataclasses.asdict(policy.config), "dtype": policy.dtype, "data": data,
@@ -140,7 +167,9 @@ class Checkpoints:
         self.check_room(state)
         with checkpoints_written(self.directory):
             self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
-                              force=True)
+                              metrics=numbers(metrics or {}), force=True)
+        if self.worth:
+            self.most = max(self.most, self.worth(metrics or {}))
 
     def check_room(self, state: TrainState) -> None:
         """Raise InputError if the disk has no room for one more checkpoint of a state, of which the

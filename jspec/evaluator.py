@@ -33,6 +33,7 @@ from jspec.rl.votes import vote_of
 from jspec.sharding import batch_shards
 from jspec.speculate import PromptBatch, Sampling, Speculation
 from jspec.speculate.arguments import check, check_batching
+from jspec.speculate.schedule import MOST
 from jspec.speculate.types import BUCKETS
 
 PROMPTS = 64
@@ -257,17 +258,13 @@ class Evaluation:
 
     @classmethod
     def of(cls, config: Config, tokenizer: Any, pool: RewardPool, shape: Policy,
-           draft: Draft | None, most: int) -> Evaluation | None:
+           draft: Draft | None) -> Evaluation | None:
         """As a configuration has it. Raises InputError for what no evaluation could be made of,
-        before any weights are read.
-
-        Args:
-          shape, draft: with `jax.ShapeDtypeStruct`s. most: drafts of a cycle, at most.
-        """
+        before any weights are read. shape, draft: with `jax.ShapeDtypeStruct`s."""
         if not config.evaluation.every:
             return None
         prompts = {label: drawn(config, data) for label, data in streams(config, tokenizer).items()}
-        ask = asked(config, prompts, shape, draft, make_speculation(config, most),
+        ask = asked(config, prompts, shape, draft, make_speculation(config, MOST),
                     rollout_layout(config))
         return cls(config, tokenizer, pool, ask)
 

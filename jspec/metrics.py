@@ -82,9 +82,10 @@ def _record(text: bytes, where: str) -> dict[str, Any]:
 
 
 def keep_steps(path: Path, steps: int) -> list[dict[str, Any]]:
-    """Cut a metrics.jsonl back to its first `steps` steps, in one move, and return their
-    records."""
-    records = [record for record in read_records(path) if record["step"] <= steps]
+    """Cut a metrics.jsonl back to its first `steps` steps, in one move, and return their records;
+    with them what an evaluation before the first step wrote as step 0, which no start without a
+    checkpoint keeps."""
+    records = [record for record in read_records(path) if record["step"] <= steps and steps]
     if path.exists():
         shorter = path.with_suffix(".tmp")
         shorter.write_text("".join(json.dumps(record) + "\n" for record in records),
@@ -107,8 +108,8 @@ class Board:
         self.event, self.scalar = event_pb2.Event, scalar
         self.writer = event_file_writer.EventsWriter(str(directory / "events"),
                                                      f".{os.getpid()}.{done}")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self.writer.write_event(self.event(wall_time=time.time(), step=done + 1, session_log=start))
+        start, first = event_pb2.SessionLog(status=event_pb2.SessionLog.START), done and done + 1
+        self.writer.write_event(self.event(wall_time=time.time(), step=first, session_log=start))
 
     def write(self, step: int, scalars: Iterator[tuple[str, float]]) -> None:
         for name, value in scalars:
@@ -137,7 +138,8 @@ class Metrics:
         if write:
             with self._written(f"metrics after step {done}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self.records = keep_steps(self.directory / "metrics.jsonl", done)
+                kept = keep_steps(self.directory / "metrics.jsonl", done)
+                self.records = [record for record in kept if record["step"]]
                 self.file = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
                 self.board = Board(self.directory / "tensorboard", done)
         self.compile_seconds = CompileSeconds()
@@ -162,7 +164,7 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """One step's record: numbers, lists of numbers and text. It gets the time, and numbers that
-        are not finite become null in the JSON."""
+        are not finite become null in the JSON. Of step 0 there is an evaluation, and no step."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {key: _plain(value) for key, value in {**record, "time": now}.items()}
         if self.file is not None:
@@ -170,6 +172,10 @@ class Metrics:
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
                 self.board.write(record["step"], _scalars(record))
+        if scores := evaluation_line(record):
+            self.say(scores)
+        if not record["step"]:
+            return
         alarm = acceptance_alarm(self.records, record)
         self.records.append(record)
         self.say(line(record, self.steps))
@@ -258,6 +264,13 @@ def line(record: dict[str, Any], steps: int) -> str:
     if record.get("seconds/compile"):
         parts.append(f"(compiling {record['seconds/compile']:.1f} s)")
     return "  ".join(parts)
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    """The scores of a record's evaluation over all sources; "" where it has none."""
+    scores = [f"{name[5:]} {value:.3f}" for name, value in record.items()
+              if name.startswith("eval/") and "@" in name and name.count("/") == 1]
+    return f"evaluation after step {record['step']}:  {'  '.join(scores)}" if scores else ""
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:

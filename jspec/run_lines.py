@@ -16,12 +16,13 @@ from jspec.kernels import picked
 @dataclasses.dataclass(frozen=True)
 class Ending:
     """How a run ended: its exit code, steps done in all, the step of its newest checkpoint (0:
-    none), and what was wrong with its last step."""
+    none) and of its best one (0: none is kept), and what was wrong with its last step."""
 
     code: int
     steps: int
     newest: int
     troubles: Sequence[Trouble] = ()
+    best: int = 0
 
 
 def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:
@@ -37,6 +38,8 @@ def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:
 def closing(config: Config, ending: Ending) -> str:
     """The last line of a run."""
     where = f"metrics and checkpoints are in {config.output_dir}"
+    if ending.best:
+        where += f", the best by {config.checkpoint.best} of step {ending.best}"
     if ending.code > 1:
         return (f"stopped after step {ending.steps} of {config.steps}; {where}; the same command "
                 "goes on")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jspec.base_model import BaseModel
 from jspec.checkpoint import Checkpoints
@@ -27,7 +28,7 @@ class Saver:
     data: PromptData
 
     def save(self, step: int, state: TrainState, plan: Plan, found: Sequence[Trouble],
-             code: int) -> float:
+             code: int, record: Mapping[str, Any]) -> float:
         """Save where it is time to. Returns the seconds for which the loop had to wait.
 
         Weights that ran away are never saved. While updates are skipped a checkpoint waits until
@@ -38,6 +39,7 @@ class Saver:
           step: steps done in all.
           found: what was wrong with the last one. code: the exit code that the run ends with now;
             0: it goes on.
+          record: the step's metrics: one that is better than any before is saved whenever it comes.
         """
         lost = {trouble.side for trouble in found if trouble.lost}
         if "policy" in lost:
@@ -47,11 +49,12 @@ class Saver:
             skipped = int(state.skipped_in_row) // self.config.grpo.updates_per_rollout
             if not code or self.checkpoints.newest() >= (1 if lost else step - skipped):
                 return 0.0
-        elif not (last or code or step % self.config.checkpoint.every == 0):
+        elif not (last or code or step % self.config.checkpoint.every == 0
+                  or self.checkpoints.better(record)):
             return 0.0
         clock = Clock()
         with clock("checkpoint"):
-            self.checkpoints.save(step, state, self.data.state(), plan)
+            self.checkpoints.save(step, state, self.data.state(), plan, record)
         return clock.seconds["checkpoint"]
 
 

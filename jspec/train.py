@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,12 @@ import numpy as np
 from jspec.base_model import BaseModel
 from jspec.checkpoint import Checkpoints
 from jspec.choosing import Chooser, Plan
+from jspec.clock import Clock
 from jspec.config import Config
 from jspec.console import PlainConsole
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
+from jspec.evaluator import Evaluation
 from jspec.health import Trouble, all_failed, never_varied, troubles
 from jspec.metrics import Metrics, phase_table, table
 from jspec.model import Policy
@@ -48,7 +50,7 @@ from jspec.session import session
 from jspec.sharding import configured_mesh
 from jspec.speculate import PromptBatch
 from jspec.speculate.types import Schedule
-from jspec.step import declared
+from jspec.step import Step, declared
 from jspec.step_record import described, draft_health, learned
 from jspec.stopping import StopSignal
 
@@ -83,13 +85,17 @@ def train(config: Config) -> int:
             check_columns(config.reward.function, config.data.source, data.records[0])
         stack.enter_context(claimed(config.output_dir))
         keep_config(config)
-        checkpoints = stack.enter_context(Checkpoints(config.output_dir, config.checkpoint.keep))
+        checkpoints = stack.enter_context(Checkpoints(
+            config.output_dir, config.checkpoint.keep, config.checkpoint.best,
+            config.checkpoint.best_is))
         specs = make_state_specs(config, base.shape)
+        evaluation = Evaluation.of(config, tokenizer, pool, base.shape, specs.draft)
         done, state, reference = begin(config, base, checkpoints, data, specs)
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console,
                                               write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
-        run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data), metrics, stop)
+        run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data), metrics, stop,
+                  evaluation)
         ending = loop(run, state, reference, done)
     console.print(table(metrics.records))
     console.print(phase_table(metrics.records))
@@ -108,6 +114,7 @@ class Run:
     saver: Saver
     metrics: Metrics
     stop: StopSignal
+    evaluation: Evaluation | None
 
 
 def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> Ending:
@@ -118,6 +125,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
     chooser = Chooser(step.sampling, step.speculation, step.batching, config.steps, run.metrics.say)
     code, found = as_it_ended(run, state) if done >= config.steps else (0, [])
     first, saving, rewardless = done, 0.0, 0
+    if not done:
+        before_the_first(run, step, state, plan)
 
     def choose(policy: Policy, draft: Draft | None, batch: PromptBatch) -> int | Schedule:
         nonlocal plan
@@ -142,18 +151,37 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             plan = plan.after(out)
         if may_wait(config):
             run.data.answered(out.lengths.reshape(len(prompts), -1).mean(1))
+        record |= evaluated(run, step, state, plan, done, clock)
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
-        run.metrics.write({"step": done, **described(out, grades.rewards, config.data.group_size,
-                                                     clock), **grades.record(), **record,
-                           "compilations": clock.compilations(), **clock.record()})
+        record = {"step": done, **described(out, grades.rewards, config.data.group_size, clock),
+                  **grades.record(), **record, "compilations": clock.compilations(),
+                  **clock.record()}
+        run.metrics.write(record)
         useless = all_failed(grades.rewards, grades.failed, grades.message)
         rewardless = rewardless + 1 if useless else 0
         last = done == config.steps
         found = troubles(config, state, record, useless, rewardless)
-        say(run, found)
+        say(run, found, record)
         code = exit_code(run, found, last) or (0 if last else prompt_trouble(run))
-        saving = run.saver.save(done, state, plan, found, code)
-    return Ending(code, done, run.saver.checkpoints.newest(), found)
+        saving = run.saver.save(done, state, plan, found, code, record)
+    checkpoints = run.saver.checkpoints
+    return Ending(code, done, checkpoints.newest(), found, checkpoints.best())
+
+
+def before_the_first(run: Run, step: Step, state: TrainState, plan: Plan) -> None:
+    """Writes what the policy that a run begins with scores, as a record of step 0."""
+    clock = run.metrics.clock()
+    if record := evaluated(run, step, state, plan, 0, clock):
+        run.metrics.write({"step": 0, **record, **clock.record()})
+
+
+def evaluated(run: Run, step: Step, state: TrainState, plan: Plan, done: int,
+              clock: Clock) -> dict[str, float | int]:
+    """The fields of an evaluation after `done` steps; none where there is none."""
+    if run.evaluation is None or not run.evaluation.due(done):
+        return {}
+    with clock("evaluation"):
+        return run.evaluation.record(step.reshard(state.policy), state.draft, plan.k or 0)
 
 
 def traced(config: Config, step: int) -> AbstractContextManager:
@@ -162,9 +190,12 @@ def traced(config: Config, step: int) -> AbstractContextManager:
             else nullcontext())
 
 
-def say(run: Run, found: Sequence[Trouble]) -> None:
-    """Say what is wrong with the step that was just written, and with the run's first steps
-    together."""
+def say(run: Run, found: Sequence[Trouble], record: Mapping[str, Any]) -> None:
+    """Say whether the step that was just written is the best one, what is wrong with it, and with
+    the run's first steps together."""
+    if run.saver.checkpoints.better(record):
+        best = run.config.checkpoint.best
+        run.metrics.say(f"the best {best} so far: {record[best]:.4g}")
     for trouble in found:
         run.metrics.say(str(trouble), "bold red")
     if same := never_varied(run.metrics.records):

@@ -24,7 +24,7 @@ from jspec.output_dir import brief, written
 from jspec.rl.state import draft_specs
 from jspec.settings import Override, refuse_changes, to_yaml
 
-FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile",
+FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile", "evaluation",
                   "reward.workers", "reward.concurrency", "rollout", "speculation.kernels",
                   "grpo.learning_rate", "grpo.clip", "grpo.max_skipped",
                   "draft.learning_rate", "draft.clip")

@@ -176,7 +176,7 @@ def before_the_first(run: Run, step: Step, state: TrainState, plan: Plan) -> Non
 
 
 def evaluated(run: Run, step: Step, state: TrainState, plan: Plan, done: int,
-              clock: Clock) -> dict[str, float | int]:
+              clock: Clock) -> dict[str, float | int | None]:
     """The fields of an evaluation after `done` steps; none where there is none."""
     if run.evaluation is None or not run.evaluation.due(done):
         return {}

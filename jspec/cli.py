@@ -26,7 +26,7 @@ a first look:
 """
 
 NAMED = "short name (smollm2-135m-instruct), hub id, directory of safetensors or .gguf file"
-MODEL = NAMED + ", or a run's output_dir"
+MODEL = NAMED + ", or a run's output_dir (its last checkpoint; RUN@best, RUN@STEP: another)"
 Handler = Callable[[argparse.Namespace], int]
 
 

@@ -1,5 +1,5 @@
 """A run's output_dir, read without training: its configuration, and policy, draft and plan of its
-latest checkpoint."""
+latest checkpoint, or of another one (`RUN@best`, `RUN@120`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jspec import checksums, formats
+from jspec.best import best_step, worth
 from jspec.checkpoint import check_meta, drafter_name, has_checkpoints, meaning, to_restore
 from jspec.choosing import Plan
 from jspec.config import Config, load_config
@@ -53,19 +54,35 @@ def keep_config(config: Config) -> None:
     on_main(write)
 
 
+def located(run_dir: str | Path) -> tuple[Path, str]:
+    """(output_dir, which): of `RUN@best` and `RUN@120` which checkpoint is meant; of any other path
+    itself, and "", which is the latest."""
+    whole, (folder, _, which) = Path(run_dir), str(run_dir).rpartition("@")
+    if folder and not whole.exists() and (Path(folder) / "checkpoints").is_dir():
+        return Path(folder), which
+    return whole, ""
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether this is the output_dir of a run, or of one with a checkpoint that is meant."""
+    return (located(path)[0] / "checkpoints").is_dir()
+
+
 def run_config(run_dir: str | Path, overrides: Sequence[Override] = ()) -> Config:
     """The configuration of a run, with overrides (`settings.read`). Raises InputError if the
     directory is not one."""
-    path = Path(run_dir) / "config.yaml"
+    run_dir, _ = located(run_dir)
+    path = run_dir / "config.yaml"
     if not path.exists():
         raise InputError(f"{run_dir} is not the output_dir of a run: it has no config.yaml")
     return load_config(path, overrides)
 
 
 def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
-    """Items of a run's latest checkpoint. Raises InputError if there is none, or it cannot be
-    read."""
-    directory = Path(run_dir).absolute() / "checkpoints"
+    """Items of a run's latest checkpoint, or the one that is meant. Raises InputError if there is
+    none, or it cannot be read."""
+    run_dir, which = located(run_dir)
+    directory = run_dir.absolute() / "checkpoints"
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file, and a folder of checkpoints is needed there; "
                          "give another run")
@@ -73,7 +90,7 @@ def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
         raise InputError(f"{run_dir} has no checkpoint yet; train with it first")
     with ocp.CheckpointManager(directory,
                                options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
+        step = _meant(manager, run_dir, which)
         folder = directory / str(step)
         reason = checksums.damage(folder, tuple(items)) if checksums.known(folder) else ""
         try:
@@ -85,6 +102,24 @@ def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
         raise InputError(f"the checkpoint {folder} cannot be read ({reason}); move it away, and "
                          "the one before it is taken")
     return restored
+
+
+def _meant(manager: ocp.CheckpointManager, run_dir: Path, which: str) -> int:
+    """The step of the checkpoint that `which` names. Raises InputError where there is none."""
+    steps = sorted(manager.all_steps())
+    there = f"its checkpoints are of {', '.join(map(str, steps))}"
+    if not which:
+        return steps[-1]
+    if which == "best":
+        section = run_config(run_dir).checkpoint
+        if step := best_step(manager, worth(section.best, section.best_is)):
+            return step
+        raise InputError(f"{run_dir} has no best checkpoint: train with checkpoint.best=METRIC, "
+                         f"or name a step; {there}")
+    if not which.isdecimal() or int(which) not in steps:
+        raise InputError(f"{run_dir} has no checkpoint {which!r}: after the @ comes best, or a "
+                         f"step; {there}")
+    return int(which)
 
 
 def _meta(run_dir: str | Path) -> dict:
@@ -104,7 +139,7 @@ def data_position(run_dir: str | Path) -> dict:
 def run_plan(run_dir: str | Path) -> Plan:
     """What a run with speculation.k=auto drafts, as of its latest checkpoint; without one, or in
     another run, nothing is chosen. Raises InputError if it cannot be read."""
-    fields = _meta(run_dir).get("plan") if has_checkpoints(run_dir) else None
+    fields = _meta(run_dir).get("plan") if has_checkpoints(located(run_dir)[0]) else None
     with meaning(run_dir):
         return Plan.from_json(fields) if fields else Plan()
 
@@ -123,7 +158,8 @@ def load_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
     `jax.set_mesh` if there is one; adapters are added to its weights.
 
     Args:
-      run_dir: a run's output_dir.
+      run_dir: a run's output_dir; with @best or @STEP behind it, that checkpoint instead of the
+        latest.
       dtype: what is computed in; default what the run computed in.
 
     Raises InputError if there is no such run or checkpoint, or it cannot be read.

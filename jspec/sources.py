@@ -25,7 +25,7 @@ from jspec.model import Policy
 from jspec.prepare import check_fresh_draft, fresh_draft, rollout_layout
 from jspec.progress import say
 from jspec.purposes import DRAFT_KEY, purpose_key
-from jspec.run_dir import load_draft, load_policy, policy_shape, run_config
+from jspec.run_dir import is_run, load_draft, load_policy, policy_shape, run_config
 from jspec.sections import MeshSection
 from jspec.settings import Override
 from jspec.sharding import configured_mesh, mesh_of_weights
@@ -76,7 +76,8 @@ class Source:
 
 def open_source(name: str, overrides: Sequence[Override], dtype: str | None = None,
                 drafters: Collection[str] | None = None, run_code: bool = False) -> Source:
-    """A run's output_dir (its last checkpoint), a config file, or any name that `jspec.load` takes.
+    """A run's output_dir (its last checkpoint, or RUN@best, RUN@STEP), a config file, or any name
+    that `jspec.load` takes.
 
     Args:
       drafters: of a run, the draft is read if it is of one of these; None: whichever it is of.
@@ -86,7 +87,7 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
     Raises InputError for what cannot be found or read, or would run a file that may not be run.
     """
     path = arguments.path("model", name)
-    if (path / "checkpoints").is_dir():
+    if is_run(path):
         config = run_config(path, overrides)
         own, tokenizer, shape = (run_config(path), BaseModel.of(config).tokenizer,
                                  policy_shape(path, dtype))

@@ -13,6 +13,7 @@ from jspec.hub.eagle3_config import EAGLE3_LAYOUTS
 from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json
 from jspec.model import Policy, check_policy
+from jspec.run_dir import is_run
 from jspec.run_dir import load_draft as draft_of_run
 
 _HOME = Path(__file__).parent
@@ -58,7 +59,7 @@ def _find(policy: Policy, source: str, drafter: Drafter | None) -> Draft:
                          "command again goes on")
     if (path / files.CONFIG).is_file():
         return read_published(path, policy)
-    if (path / "checkpoints").is_dir():
+    if is_run(path):
         draft = draft_of_run(path, drafter)
         if draft is None:
             raise InputError(f"{source} is a run without a draft")

@@ -114,10 +114,13 @@ def grades_of(signature: Signature, returned: Any, count: int) -> list[Grade]:
 
 
 def grade_of(value: Any) -> Grade:
-    if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST:
-        return float(value), None, ""
-    return (0.0, "invalid",
-            f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32")
+    try:
+        if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST:
+            return float(value), None, ""
+        return (0.0, "invalid",
+                f"returned {type(value).__name__} {str(value)[:60]!r}, which is no finite float32")
+    except Exception as error:  # of a user's own type, and no fault of the answers beside it
+        return failed(error, 1)[0]
 
 
 def failed(error: BaseException, count: int) -> list[Grade]:

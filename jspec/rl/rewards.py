@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED
 from concurrent.futures import TimeoutError as Expired
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,7 @@ class RewardPool:
         self.ready_s, self.concurrency, self.max_new_tokens = ready_s, concurrency, max_new_tokens
         self.signatures = [signature_of(part) for part in self.parts]
         self.logged: set[tuple[str, str]] = set()
-        self.journals = tempfile.TemporaryDirectory(prefix="jspec-rewards-",
-                                                    ignore_cleanup_errors=True)
+        self.journals = journals(self.signatures)
         self.written = 0
         self.pool = self.start()
 
@@ -153,14 +153,14 @@ class RewardPool:
         async one in one process, whose event loop they share."""
         calls = calls_of(part, signature, items, self.max_new_tokens)
         job = Job(part, signature, (), part.timeout_s or self.timeout_s, self.concurrency)
-        if signature.is_async and calls:
-            return [self.fresh(job, calls)]
-        return [dataclasses.replace(job, calls=[call]) for call in calls]
+        shares = [calls] if signature.is_async and calls else [[call] for call in calls]
+        return [self.fresh(job, share) for share in shares]
 
     def fresh(self, job: Job, calls: Sequence[Any], starts: int = 0) -> Job:
-        """An async job of these calls, with a journal of its own."""
+        """A job of these calls; an async one has a journal of its own."""
         self.written += 1
-        journal = Path(self.journals.name) / str(self.written)
+        journal = (Path(self.journals.name) / str(self.written)
+                   if self.journals and job.signature.is_async else None)
         return dataclasses.replace(job, calls=calls, journal=journal, starts=starts)
 
     def begin(self, jobs: Sequence[Job]) -> list[Task]:
@@ -238,18 +238,17 @@ class RewardPool:
         again by itself, since nobody knows which of them ended it, and the others are once more
         made together."""
         lost = [[(0.0, *failure)] * len(call.rows) for call in job.calls]
-        ended, open_calls = read_journal(job.journal) if job.journal else ({}, set())
+        ended, open_calls = read_journal(job.journal) if job.journal else (
+            {}, set(range(len(job.calls))) if begun else set())
         if ended or (open_calls and len(job.calls) > 1):
             alone = [self.fresh(job, [job.calls[number]]) for number in sorted(open_calls)]
             rest = [call for number, call in enumerate(job.calls)
                     if number not in ended and number not in open_calls]
             return ([ended.get(number) for number in range(len(job.calls))],
                     alone + ([self.fresh(job, rest)] if rest else []))
-        if open_calls or (begun and not job.journal) or job.starts + 1 >= ATTEMPTS:
+        if open_calls or job.starts + 1 >= ATTEMPTS:
             return lost, []
-        again = (self.fresh(job, job.calls, job.starts + 1) if job.journal
-                 else dataclasses.replace(job, starts=job.starts + 1))
-        return [None] * len(job.calls), [again]
+        return [None] * len(job.calls), [self.fresh(job, job.calls, job.starts + 1)]
 
     def count(self, grades: Sequence[Sequence[Grade]]) -> RewardResult:
         """The grades of each function together. The first failure of each kind is logged."""
@@ -282,13 +281,23 @@ class RewardPool:
     def close(self) -> None:
         """Ends the processes, and forgets what they wrote down."""
         self.stop()
-        self.journals.cleanup()
+        if self.journals:
+            self.journals.cleanup()
 
     def __enter__(self) -> "RewardPool":
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def journals(signatures: Sequence[Signature]) -> tempfile.TemporaryDirectory | None:
+    """A folder for what async jobs write down; None where there are none, or there is no room."""
+    if not any(signature.is_async for signature in signatures):
+        return None
+    with suppress(OSError):
+        return tempfile.TemporaryDirectory(prefix="jspec-rewards-", ignore_cleanup_errors=True)
+    return None
 
 
 def signature_of(part: RewardPart) -> Signature:

@@ -18,6 +18,7 @@ def act(response):
     if response == "die": os._exit(3)
     if response == "hang": time.sleep(1000)
     if response == "nan": return float("nan")
+    if response == "long": return 10**400
     return None if response == "none" else float(len(response))
 
 def several(responses):
@@ -121,6 +122,9 @@ def test_what_hangs_harms_only_its_own_call(pool, monkeypatch):
 def test_values_that_are_none_and_lists_of_another_length(pool):
     groups = [["a", "nan", "none"], ["short", "ccc"], ["text"]]
     result = pool.grade(items(*groups))
+    beside = pool.grade(items(["long", "a"]))
+    np.testing.assert_array_equal(list(beside.by_name.values()), [[0, 1]] * len(KINDS))
+    assert beside.failures == dict.fromkeys(FAILURES, 0) | {"raised": len(KINDS)}
     for name in ("answer", "one"):  # of one answer None is a return that was forgotten
         np.testing.assert_array_equal(result.by_name[name], [1, 0, 0, 5, 3, 4])
     for name in ("group", "panel"):

@@ -1,10 +1,10 @@
 """Checkpoints of a run: all that training carries, saved in the background, kept by count, whole or
 not there at all.
 
-`output_dir/checkpoints/STEP` holds the items `policy`, its `adapters`, `draft`, `optimizer` (with
-counters and key) and `meta` (model config, position in the data), so that a policy can be read
-without the rest, and the checksums of their files, which are compared before they are read;
-`output_dir/config.yaml` is the run's configuration.
+`output_dir/checkpoints/STEP` holds the items `policy`, its `adapters`, `reference` (where it
+moves), `draft`, `optimizer` (with counters and key) and `meta` (model config, position in the
+data), so that a policy can be read without the rest, and the checksums of their files, which are
+compared before they are read; `output_dir/config.yaml` is the run's configuration.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def _items(state: TrainState) -> dict[str, Any]:
     items = {
         "policy": state.policy.weights,
         "adapters": state.policy.adapters,
+        "reference": state.reference,
         "draft": None if state.draft is None else {"weights": state.draft.weights,
                                                    "state": state.draft.state},
         "optimizer": {"policy": state.opt_state, "draft": state.draft_opt_state,
@@ -65,7 +66,7 @@ def _put_back(state: TrainState, items: dict[str, Any]) -> TrainState:
     optimizer = items["optimizer"]
     draft = state.draft.replace(**items["draft"]) if "draft" in items else state.draft
     policy = state.policy.replace(weights=items["policy"], adapters=items.get("adapters"))
-    return state.replace(policy=policy, draft=draft,
+    return state.replace(policy=policy, draft=draft, reference=items.get("reference"),
                          opt_state=optimizer["policy"], draft_opt_state=optimizer["draft"],
                          key=jax.random.wrap_key_data(optimizer["key"], impl="threefry2x32"),
                          **{name: optimizer[name] for name in COUNTERS})

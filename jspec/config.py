@@ -71,8 +71,8 @@ class Config:
         check_shared(self)
         reward_parts(self.reward.function)
         check_evaluation(self)
-        data, grpo, k = self.data, self.grpo, self.speculation.k
-        rows = data.prompts_per_step * data.group_size
+        check_grpo(self)
+        data, k = self.data, self.speculation.k
         demand(data.group_size > 1, f"data.group_size must be at least 2, not {data.group_size}: "
                "an answer's advantage is measured against the others of its group")
         if isinstance(k, tuple):
@@ -81,19 +81,6 @@ class Config:
                    f"speculation.k={[list(pair) for pair in k]} is no schedule: pairs of [rows, "
                    "k], with k from 0 to 64 and no number of rows twice, such as [[4, 7], [16, "
                    "3]]")
-        advantage, aggregation = grpo.chosen()
-        demand(grpo.constant_length is None or aggregation == "constant_length",
-               f"grpo.constant_length is what grpo.aggregation constant_length divides by, and "
-               f"grpo.aggregation is {aggregation}; leave it out")
-        demand(len(grpo.sapo_tau) == 2, f"grpo.sapo_tau is {list(grpo.sapo_tau)}: two numbers, for "
-               "advantages above 0 and for the others")
-        demand(not grpo.micro_batch or rows % grpo.micro_batch == 0,
-               f"grpo.micro_batch ({grpo.micro_batch}) must divide the rows of a step, "
-               f"data.prompts_per_step x data.group_size = {rows}")
-        longest = self.sampling.max_new_tokens
-        demand(all(width <= longest for width in grpo.widths),
-               f"grpo.widths is {list(grpo.widths)}, and no answer is longer than "
-               f"sampling.max_new_tokens = {longest}: leave out what is above it")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[Override] = (),
@@ -108,6 +95,35 @@ def load_config(path: str | Path | None = None, overrides: Sequence[Override] = 
 def demand(holds: bool, message: str) -> None:
     if not holds:
         raise InputError(message)
+
+
+def check_grpo(config: Config) -> None:
+    """What the objective's settings demand of each other and of the data's."""
+    data, grpo = config.data, config.grpo
+    demand(data.prompts_per_step % grpo.mini_batches == 0,
+           f"grpo.mini_batches ({grpo.mini_batches}) are of whole prompts, so it must divide "
+           f"data.prompts_per_step = {data.prompts_per_step}")
+    rows = data.prompts_per_step // grpo.mini_batches * data.group_size
+    parts = f" / grpo.mini_batches {grpo.mini_batches}" if grpo.mini_batches > 1 else ""
+    demand(not grpo.micro_batch or rows % grpo.micro_batch == 0,
+           f"grpo.micro_batch ({grpo.micro_batch}) must divide the rows of a step, "
+           f"data.prompts_per_step x data.group_size{parts} = {rows}")
+    longest = config.sampling.max_new_tokens
+    demand(all(width <= longest for width in grpo.widths),
+           f"grpo.widths is {list(grpo.widths)}, and no answer is longer than "
+           f"sampling.max_new_tokens = {longest}: leave out what is above it")
+    _, aggregation = grpo.chosen()
+    demand(grpo.constant_length is None or aggregation == "constant_length",
+           "grpo.constant_length is what grpo.aggregation=constant_length divides by, and "
+           f"grpo.aggregation is {aggregation}; leave it out")
+    demand(len(grpo.sapo_tau) == 2, f"grpo.sapo_tau is {list(grpo.sapo_tau)}: two numbers, for "
+           "advantages above 0 and for the others")
+    for key in ("kl_in_reward", "kl_reference_every"):
+        demand(not getattr(grpo, key) or grpo.kl_weight > 0, f"grpo.{key} is of the KL to a "
+               "reference, and there is none: set grpo.kl_weight above 0, or leave it out")
+    demand(grpo.kl_reference_mix == 1 or grpo.kl_reference_every > 0,
+           "grpo.kl_reference_mix says how far the reference moves, and it never does: set "
+           "grpo.kl_reference_every, or leave it out")
 
 
 def check_shared(config: Any) -> None:

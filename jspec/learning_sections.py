@@ -133,16 +133,25 @@ class GrpoSection:
                                       "is at most this times its size; null: not bounded", above=1)
     sapo_tau: tuple[float, ...] = setting((1.0, 1.05), "of objective sapo: its temperature for "
                                           "positive advantages, and for the others", above=0)
-    kl_weight: float = setting(0.0, "weight of the KL to the frozen first policy; 0: no reference "
-                               "is kept", low=0)
+    kl_weight: float = setting(0.0, "weight of the KL to the reference, which is the first policy; "
+                               "0: none is kept", low=0)
     kl_estimate: str = setting("k3", "of the KL, from a sampled token's log-ratio d to the "
                                "reference: k1: -d; k2: d^2 / 2; k3: exp(d) - d - 1",
                                choices=KL_ESTIMATES)
+    kl_in_reward: bool = setting(False, "take the KL of an answer off its reward, before "
+                                 "advantages are, and not into the loss")
+    kl_reference_every: int = setting(0, "GRPO steps after which the reference moves to the "
+                                      "policy; 0: it stays the first one", low=0)
+    kl_reference_mix: float = setting(1.0, "how far it moves: 1: it is the policy from then on",
+                                      above=0, high=1)
     entropy_weight: float = setting(0.0, "weight of the policy's entropy, which is to be large",
                                     low=0)
     mask_truncated: bool = setting(False, "leave answers that were cut off at the cap out of the "
                                    "loss; their rewards still count in their group's mean")
-    updates_per_rollout: int = setting(1, "optimizer steps on each rollout", low=1)
+    updates_per_rollout: int = setting(1, "optimizer steps on each rollout, or on each of its "
+                                       "mini-batches", low=1)
+    mini_batches: int = setting(1, "parts of a rollout, of whole prompts, that have optimizer "
+                                "steps of their own", low=1)
     replay_routes: bool = setting(True, "compute answers with the experts that the rollout chose "
                                   "for each token; a dense model has none")
     micro_batch: int = setting(0, "rows per forward and backward; more need more memory, and fewer "
@@ -163,6 +172,11 @@ class GrpoSection:
                                     "min_new_tokens, temperature=0): the update is then biased")
     max_skipped: int = setting(5, "stop after this many updates in a row with a non-finite loss or "
                                "gradient", low=1)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on a rollout and all its parts."""
+        return self.updates_per_rollout * self.mini_batches
 
     def chosen(self) -> tuple[AdvantageForm, Aggregation]:
         """Advantages and aggregation: those that are set, else what the objective goes with."""

@@ -47,6 +47,8 @@ def check_sizes(config: Config, mesh: Mesh, model: ModelConfig) -> None:
     check_unbiased(config)
     rows, layout = config.data.prompts_per_step * config.data.group_size, "train"
     check_rows(rows, mesh, layout)
+    if config.grpo.mini_batches > 1:
+        check_rows(rows // config.grpo.mini_batches, mesh, layout, "grpo.mini_batches")
     if config.grpo.micro_batch:
         check_rows(config.grpo.micro_batch, mesh, layout, "grpo.micro_batch")
     shards = batch_shards(rollout_layout(config), mesh)
@@ -94,7 +96,8 @@ def ends(config: Config, policy: ModelConfig, tokenizer: Any) -> str:
 
 def needs_reference(config: Config) -> bool:
     """Whether a run keeps a copy of its first policy."""
-    return bool(config.grpo.kl_weight) and not config.lora.rank
+    grpo = config.grpo
+    return bool(grpo.kl_weight) and not config.lora.rank and not grpo.kl_reference_every
 
 
 def make_lora(config: Config) -> Lora | None:

@@ -46,7 +46,7 @@ class Saver:
             return 0.0
         last = step == self.config.steps or code > 1
         if not last and any(trouble.side != "reward" for trouble in found):
-            skipped = int(state.skipped_in_row) // self.config.grpo.updates_per_rollout
+            skipped = int(state.skipped_in_row) // self.config.grpo.updates_per_step
             if not code or self.checkpoints.newest() >= (1 if lost else step - skipped):
                 return 0.0
         elif not (last or code or step % self.config.checkpoint.every == 0

@@ -1,7 +1,7 @@
 """A training step, declared once: its programs, and how they follow each other on the device.
 
     reshard ─► rollout ─► draft (learning from the verifier's states) ─► remember
-            ─► update, updates_per_rollout times
+            ─► update, updates_per_rollout times for each mini-batch
 
 `jspec train` takes it, `jspec profile` times it, and benchmarks and compilation for chips that are
 not here lower it.
@@ -26,6 +26,7 @@ from jspec.model import Policy, to_rollout
 from jspec.prepare import make_batching, make_sampling, make_speculation, rollout_layout
 from jspec.rl.advantages import advantages_of
 from jspec.rl.batch import make_batch, without_truncated
+from jspec.rl.penalty import penalised
 from jspec.rl.state import TrainState
 from jspec.rl.update import update, update_draft
 from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
@@ -75,6 +76,8 @@ class Step:
         the verifier's states. None: it learns in the update, or not at all.
       remember: (draft, prompts, rollout) -> draft, the draft donated. None: the drafter remembers
         nothing.
+      penalise: (state, reference, prompts, rollout, rewards) -> (rewards less the KL, metrics).
+        None: rewards stay as they are.
       update: (state, reference, prompts, rollout, rewards) -> (state, metrics), the state donated.
     """
 
@@ -86,6 +89,7 @@ class Step:
     rollout: Callable[..., Rollout]
     draft: Callable[..., tuple[TrainState, dict]] | None
     remember: Callable[..., Draft] | None
+    penalise: Callable[..., tuple[jax.Array, dict]] | None
     update: Callable[..., tuple[TrainState, dict]]
 
     def take(self, state: TrainState, reference: Policy | None, prompts: PromptBatch, clock: Clock,
@@ -127,10 +131,12 @@ class Step:
                 state = state.replace(draft=jax.block_until_ready(self.remember(state.draft,
                                                                                 prompts, out)))
         with clock("update"):
-            rewards, metrics = place(graded.rewards, "rollout", "batch"), []
-            for _ in range(self.settings.updates_per_rollout):
+            rewards, metrics, kl = place(graded.rewards, "rollout", "batch"), [], {}
+            if self.penalise is not None:
+                rewards, kl = self.penalise(state, reference, prompts, out, rewards)
+            for _ in range(self.settings.updates_per_step):
                 state, of_update = self.update(state, reference, prompts, out, rewards)
-                metrics.append(of_update)
+                metrics.append({**of_update, **kl})
             metrics = jax.device_get(metrics)
         return state, Taken(on_host, graded, metrics, jax.device_get(of_draft), due)
 
@@ -175,6 +181,9 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         advantages = advantages_of(rewards, out.loss_mask, prompts.group_size, settings.advantage)
         return update(state, reference, make_batch(prompts, out, advantages), settings)
 
+    def penalise(state, reference, prompts, out, rewards) -> tuple[jax.Array, Any]:
+        return penalised(state, reference, make_batch(prompts, out, None), rewards, settings)
+
     learning = partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     remember = None if state.draft is None else state.draft.drafter.remember
     return Step(
@@ -183,7 +192,7 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         rollout=jax.jit(rollout, static_argnums=4),
         draft=None if speculation.depths is None else learning(learn_draft),
         remember=remember and jax.jit(remember, donate_argnums=0, out_shardings=shardings.draft),
-        update=learning(learn))
+        penalise=jax.jit(penalise) if settings.kl_in_reward else None, update=learning(learn))
 
 
 def declared(config: Config, state: TrainState) -> Step:
@@ -225,6 +234,8 @@ def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: P
         made("remember", state.draft, prompts, out)
     rows = out.lengths.shape
     rewards = jax.ShapeDtypeStruct(rows, np.float32, sharding=placement(rows, "rollout", "batch"))
+    if step.penalise is not None:
+        rewards, _ = made("penalise", state, reference, prompts, out, rewards)
     made("update", state, reference, prompts, out, rewards)
 
     def rollout(policy, draft, prompts, sampling, _) -> Rollout:

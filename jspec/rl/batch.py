@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.model import Trunk
-from jspec.sharding import constrain
+from jspec.sharding import batch_shards, constrain
 from jspec.speculate import PromptBatch, Rollout
 
 
@@ -56,6 +56,21 @@ def without_truncated(rollout: Rollout) -> Rollout:
     """The rollout with nothing to train in the rows that were cut off at the cap (DAPO's overlong
     filtering). Jittable."""
     return rollout.replace(loss_mask=rollout.loss_mask & rollout.finished[:, None])
+
+
+def part_of(batch: TrainBatch, index: jax.Array | int, parts: int) -> TrainBatch:
+    """The index-th of so many equal parts of a batch: whole prompts, and of every shard's as many,
+    where there are that many. Jittable; only `parts` is static."""
+    shards = batch_shards("train")
+    blocks = shards if batch.prompts.shape[0] % (shards * parts) == 0 else 1
+
+    def of_rows(x: jax.Array) -> jax.Array:
+        split = x.reshape(blocks, parts, -1, *x.shape[1:])
+        taken = jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False)
+        return constrain(taken.reshape(-1, *x.shape[1:]), "train", "batch",
+                         *(None,) * (x.ndim - 1))
+
+    return batch if parts == 1 else jax.tree.map(of_rows, batch)
 
 
 def join(prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> jax.Array:

@@ -38,10 +38,24 @@ class MicroBatch:
         have been computed, and no routes.
       prompts: int32 [blocks, rows // blocks], which of the batch's prompts each row continues,
         within its block (`sharding.block_rows`).
+      index: int32 likewise, which of the batch's rows each is; what fills the micro-batch up has
+        the place of a row that is in it or another one.
+      of_block: static, rows of a block of the batch.
     """
 
     rows: TrainBatch
     prompts: jax.Array
+    index: jax.Array
+    of_block: int = struct.field(pytree_node=False)
+
+    def back(self, x: jax.Array, length: int) -> jax.Array:
+        """Values float [rows, T] of the rows' tokens, 0 outside of their masks, at their places in
+        the batch, float [N, length]; 0 at those of all other rows."""
+        blocks, rows = self.index.shape
+        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]))).reshape(blocks, rows, length)
+        empty = jnp.zeros((blocks, self.of_block, length), x.dtype)
+        return jax.vmap(lambda empty, index, x: empty.at[index].add(x))(
+            empty, self.index, x).reshape(-1, length)
 
 
 def blocks_of(batch: TrainBatch) -> int:
@@ -149,4 +163,4 @@ def take(batch: TrainBatch, order: jax.Array, done: jax.Array, rows: int, width:
                       advantages, trunk,
                       None if batch.routes is None else by_row(batch.routes[:, :width]),
                       shares=None if batch.shares is None else by_row(batch.shares))
-    return MicroBatch(rows, prompts)
+    return MicroBatch(rows, prompts, index, order.shape[1])

@@ -16,7 +16,7 @@ def optimizers(settings: UpdateSettings) -> tuple[optax.GradientTransformation,
     rate = settings.learning_rate
     if settings.warmup_steps:
         by_step = warmup(rate, settings.warmup_steps)
-        rate = lambda updates: by_step(updates // settings.updates_per_rollout)  # noqa: E731
+        rate = lambda updates: by_step(updates // settings.updates_per_step)  # noqa: E731
     policy = optax.chain(optax.clip_by_global_norm(settings.clip),
                          optax.adamw(rate, weight_decay=settings.weight_decay))
     return policy, draft_optimizer(settings.draft_optimizer, settings.draft_learning_rate,

@@ -31,11 +31,13 @@ class TrainState:
       draft: float32 masters, or None for autoregressive rollouts.
       opt_state, draft_opt_state: of the two optimizers, which share nothing; the latter is () for a
         draft without weights to train.
-      updates: int32 scalar, optimizer updates so far, skipped ones included; `updates_per_rollout`
-        of them are a step.
+      updates: int32 scalar, optimizer updates so far, skipped ones included; `updates_per_step` of
+        them are a step.
       skipped, draft_skipped: int32 scalars, updates left out for a non-finite loss or gradient.
       skipped_in_row, draft_skipped_in_row: int32 scalars, how many of the latest updates in a row.
       key: the run's typed key. It never changes: a step folds its number into it.
+      reference: what the KL is taken against where it moves (`kl_reference_every`), in the place of
+        what is trained of the policy; else None.
     """
 
     policy: Policy
@@ -48,6 +50,7 @@ class TrainState:
     draft_skipped: jax.Array
     draft_skipped_in_row: jax.Array
     key: jax.Array
+    reference: Any = None
 
 
 COUNTERS = ("updates", "skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
@@ -69,7 +72,8 @@ def state_specs(policy: Policy, draft: Draft | None, settings: UpdateSettings) -
     return TrainState(
         policy, draft, moments(optimizer, trained(policy)),
         moments(draft_optimizer, draft.weights) if trains_draft(draft, settings) else (),
-        **dict.fromkeys(COUNTERS, count), key=everywhere((), seed_key(0).dtype))
+        **dict.fromkeys(COUNTERS, count), key=everywhere((), seed_key(0).dtype),
+        reference=trained(policy) if settings.kl_reference_every else None)
 
 
 def draft_specs(draft: Draft | None) -> Draft | None:
@@ -133,4 +137,7 @@ def init_state(policy: Policy, draft: Draft | None, settings: UpdateSettings,
     words = np.asarray(key_words(seed_key(seed)))
     key = jax.random.wrap_key_data(made(lambda: jnp.asarray(words), specs.key), impl="threefry2x32")
     return TrainState(policy, draft, made(optimizer.init, specs.opt_state, trained(policy)),
-                      draft_opt_state, **counters, key=key)
+                      draft_opt_state, **counters, key=key,
+                      reference=None if specs.reference is None else made(
+                          lambda weights: jax.tree.map(lambda x: x + 0, weights), specs.reference,
+                          trained(policy)))

@@ -28,12 +28,13 @@ import optax
 from jspec.model import Policy, Trunk
 from jspec.model.lora import trained, trained_specs, with_trained
 from jspec.rl.aggregation import Totals, token_shares
-from jspec.rl.batch import TrainBatch
+from jspec.rl.batch import TrainBatch, part_of
 from jspec.rl.batch import make_batch as make_batch
 from jspec.rl.losses import quantiles
 from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, shapes
 from jspec.rl.objective import PromptStates, draft_loss, policy_loss, prompt_states
 from jspec.rl.optimizers import optimizers
+from jspec.rl.penalty import reference_of
 from jspec.rl.state import TrainState
 from jspec.rl.state import init_state as init_state
 from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
@@ -47,9 +48,11 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
     """Gradients and metrics of all rows, micro-batch by micro-batch, accumulated in float32.
 
     Returns ((policy gradients, policy metrics), (draft gradients, draft metrics) or None).
-    The draft's are of the token mean over all rows.
+    The draft's are of the token mean. With mini-batches, all of it is of the part whose turn it is
+    by `state.updates`.
     """
-    batch, totals = with_shares(batch, settings)
+    batch, totals = with_shares(batch, settings, state.updates)
+    log.info("compiling the update: %s", described(batch, settings))
     with_draft = trains_draft(state.draft, settings) and learned_from(state.draft, settings) is None
     features, config = (state.draft.drafter.features(state.draft.config) if with_draft else (),
                         state.policy.config)
@@ -62,12 +65,11 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
         return constrain_tree(in_float32(grads), trained_specs(state.policy), config,
                               state.policy.layout)
 
-    if settings.kl_weight and state.policy.adapters is not None:
-        reference = state.policy.replace(adapters=None)  # the base
     prompts, pull, prompt_trunk = jax.vjp(of_prompts, trained(state.policy), has_aux=True)
     with jax.named_scope("policy_loss"):
-        anchor = ((reference, prompt_states(reference, batch, settings)[0]) if settings.kl_weight
-                  else None)
+        reference = reference_of(state, reference)
+        anchor = ((reference, prompt_states(reference, batch, settings)[0])
+                  if settings.kl_weight and not settings.kl_in_reward else None)
 
     def of_rows(micro: MicroBatch) -> tuple[tuple, Any]:
         with jax.named_scope("policy_loss"):
@@ -94,19 +96,37 @@ def gradients(state: TrainState, reference: Policy | None, batch: TrainBatch,
     (through_prompts,) = pull(jax.tree.map(lambda x, like: x.astype(like.dtype), to_prompts,
                                            prompts))
     grads = jax.tree.map(jnp.add, grads, as_weights(through_prompts))
-    metrics |= {"logprob_gap": gap, **gap_quantiles(metrics.pop("gap_counts"), gap)}
+    metrics |= {"trained_tokens": batch.mask.sum(dtype=jnp.float32), "logprob_gap": gap,
+                **gap_quantiles(metrics.pop("gap_counts"), gap)}
     if not with_draft:
         return (grads, metrics), None
     return ((grads, metrics),
             jax.tree.map(lambda x: x / totals.tokens, (draft_grads, draft_metrics)))
 
 
-def with_shares(batch: TrainBatch, settings: UpdateSettings) -> tuple[TrainBatch, Totals]:
-    """The batch with what its tokens count in the loss, and what that is divided by."""
+def with_shares(batch: TrainBatch, settings: UpdateSettings,
+                updates: jax.Array | int = 0) -> tuple[TrainBatch, Totals]:
+    """What an update learns from, after so many others: the mini-batch whose turn it is, with what
+    its tokens count in the loss, and what that is divided by.
+
+    They count what they count in the rollout's loss, which is the mean of its mini-batches'.
+    """
     shares, whole = token_shares(batch.mask, batch.group_size, settings.aggregation,
                                  settings.constant_length or batch.mask.shape[1])
-    return (batch.replace(shares=shares),
-            Totals(jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0), whole))
+    parts = settings.mini_batches
+    batch = part_of(batch.replace(shares=shares), updates % parts, parts)
+    return batch, Totals(jnp.maximum(batch.mask.sum(dtype=jnp.float32), 1.0), whole / parts)
+
+
+def moved(state: TrainState, weights: Any, settings: UpdateSettings) -> Any:
+    """The state's reference after an update to `weights`: it moves with the last update of every
+    `kl_reference_every`-th step."""
+    if state.reference is None:
+        return None
+    due = (state.updates + 1) % (settings.kl_reference_every * settings.updates_per_step) == 0
+    mix = settings.kl_reference_mix
+    return jax.tree.map(lambda old, new: jnp.where(due, mix * new + (1.0 - mix) * old, old),
+                        state.reference, weights)
 
 
 def gap_quantiles(counts: jax.Array, most: jax.Array) -> dict[str, jax.Array]:
@@ -180,7 +200,6 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
     sparse layers, to other experts than the verifier's), `grad_norm` (before the clip),
     `trained_tokens`, and `draft/...` the same of the draft; and int32 counts of skipped updates.
     """
-    log.info("compiling the update: %s", described(batch, settings))
     (grads, metrics), of_draft = gradients(state, reference, batch, settings)
     optimizer, draft_optimizer = optimizers(settings)
     with jax.named_scope("optimizer"):
@@ -188,9 +207,9 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         weights, opt_state = apply_gradients(optimizer, trained(state.policy), state.opt_state,
                                              grads, sound)
-    metrics = {**metrics, "grad_norm": norm, "trained_tokens": batch.mask.sum(dtype=jnp.float32)}
+    metrics = {**metrics, "grad_norm": norm}
     new = state.replace(policy=with_trained(state.policy, weights), opt_state=opt_state,
-                        updates=state.updates + 1,
+                        reference=moved(state, weights, settings), updates=state.updates + 1,
                         skipped=state.skipped + (~sound).astype(jnp.int32),
                         skipped_in_row=jnp.where(sound, 0, state.skipped_in_row + 1))
     if of_draft is not None:

@@ -24,9 +24,13 @@ class UpdateSettings(Limits):
     advantage: AdvantageForm = "group"
     kl_weight: float = 0.0
     kl_estimate: str = "k3"
+    kl_in_reward: bool = False
+    kl_reference_every: int = 0
+    kl_reference_mix: float = 1.0
     entropy_weight: float = 0.0
     mask_truncated: bool = False
     updates_per_rollout: int = 1
+    mini_batches: int = 1
     replay_routes: bool = True
     micro_batch: int = 0
     widths: tuple[int, ...] = ()
@@ -43,12 +47,18 @@ class UpdateSettings(Limits):
     draft_learning_rate: float = 1e-3
     draft_clip: float = 1.0
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on a rollout and all its parts."""
+        return self.updates_per_rollout * self.mini_batches
+
     @classmethod
     def of(cls, config: Config) -> UpdateSettings:
         """The settings that a run's configuration gives."""
         grpo, draft = config.grpo, config.draft
         same = ("clip_low", "clip_high", "dual_clip", "sapo_tau", "constant_length", "kl_weight",
-                "kl_estimate", "entropy_weight", "mask_truncated", "updates_per_rollout",
+                "kl_estimate", "kl_in_reward", "kl_reference_every", "kl_reference_mix",
+                "entropy_weight", "mini_batches", "mask_truncated", "updates_per_rollout",
                 "replay_routes", "micro_batch", "widths", "learning_rate", "clip", "weight_decay",
                 "warmup_steps")
         advantage, aggregation = grpo.chosen()
@@ -76,4 +86,4 @@ def learned_from(draft: Draft | None, settings: UpdateSettings) -> tuple[int, ..
 def draft_due(settings: UpdateSettings, updates: jax.Array | int) -> jax.Array | bool:
     """Whether this update is of a step that trains the draft: the first, and every `draft_every`-th
     after it."""
-    return updates // settings.updates_per_rollout % settings.draft_every == 0
+    return updates // settings.updates_per_step % settings.draft_every == 0

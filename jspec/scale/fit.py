@@ -127,7 +127,7 @@ class Fit:
         not counted."""
         if not all(program.floors for program in self.programs):
             return None
-        again = {"update": self.config.grpo.updates_per_rollout}
+        again = {"update": self.config.grpo.updates_per_step}
         return sum(self.floor(program).seconds * again.get(program.name, 1)
                    for program in self.programs)
 

@@ -149,7 +149,8 @@ def state_bytes(state: TrainState, reference: Policy | None) -> dict[str, int]:
         if state.draft is not None
         else 0,
     }
-    return found if reference is None else found | {"reference": shard_bytes(reference)}
+    kept = shard_bytes((state.reference, reference))
+    return found | {"reference": kept} if kept else found
 
 
 def needed(compiled: Any, platform: str) -> int:

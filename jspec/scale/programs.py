@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jspec.errors import InputError
 from jspec.hlo import Instruction
 from jspec.model import ModelConfig, Policy, abstract_policy
 from jspec.prepare import make_reference, make_state_specs, rollout_layout
-from jspec.rl.batch import TrainBatch
+from jspec.rl.batch import TrainBatch, part_of
 from jspec.rl.collate import may_wait
 from jspec.rl.micro_batches import blocks_of, shapes
 from jspec.rl.state import TrainState, everywhere
@@ -195,9 +196,11 @@ def micro_batches(made: Declared, out: Any) -> tuple[int, int]:
     batch = TrainBatch(
         made.prompts.tokens, made.prompts.lengths, out.tokens, out.logprobs, out.mask, None
     )
-    blocks, settings = blocks_of(batch), made.step.settings
+    settings = made.step.settings
+    batch = jax.eval_shape(partial(part_of, index=0, parts=settings.mini_batches), batch)
+    blocks = blocks_of(batch)
     rows, _ = shapes(batch, settings.micro_batch, settings.widths)[0]
-    return rows * blocks, -(-out.tokens.shape[0] // blocks // rows)
+    return rows * blocks, -(-batch.tokens.shape[0] // blocks // rows)
 
 
 def compile_update(subject: Subject, made: Declared, out: Any) -> Compiled:

@@ -39,7 +39,7 @@ from jspec.progress import telling
 # what a run grades, for programs that ask it
 from jspec.rl.answers import answer_text as answer_text
 from jspec.rl.collate import collate, may_wait
-from jspec.rl.grading import grade
+from jspec.rl.grading import grade, ungraded
 from jspec.rl.prompts import PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_columns
 from jspec.rl.state import COUNTERS, TrainState
@@ -157,7 +157,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
                   **grades.record(), **record, "compilations": clock.compilations(),
                   **clock.record()}
         run.metrics.write(record)
-        useless = all_failed(grades.rewards, grades.failed, grades.message)
+        useless = all_failed(grades.rewards, grades.ungraded, grades.message)
         rewardless = rewardless + 1 if useless else 0
         last = done == config.steps
         found = troubles(config, state, record, useless, rewardless)
@@ -206,7 +206,7 @@ def as_it_ended(run: Run, state: TrainState) -> tuple[int, list[Trouble]]:
     """The exit code of a run that was over already, and what was wrong with its last step."""
     rows = run.config.data.prompts_per_step * run.config.data.group_size
     written = run.metrics.records[-1:]  # of the process that writes them
-    failed = any_process(any(record.get("reward_failures") == rows for record in written))
+    failed = any_process(any(ungraded(record) == rows for record in written))
     found = troubles(run.config, state, {name: int(getattr(state, name)) for name in COUNTERS},
                      all_failed(np.zeros(rows), rows) if failed else "", 1)
     return exit_code(run, found, last=True), found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ class Grades:
       failures: for each of `rewards.FAILURES`, how often an answer scored 0 for that reason.
       message: what the first failure on this process said; "": there was none.
       by_name: float32 [N] of each reward function by itself, NaN where it does not apply to a row.
-      failed: how many of the N a function with a weight could not grade.
+      failed: how many of the N a function with a weight could not grade. ungraded: how many of
+        them none could.
     """
 
     rewards: np.ndarray
@@ -33,6 +34,7 @@ class Grades:
     message: str
     by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     failed: int = 0
+    ungraded: int = 0
 
     def record(self) -> dict[str, int | float | None]:
         """The failures, as the step's metrics have them, and where there are several functions the
@@ -40,11 +42,20 @@ class Grades:
         record: dict[str, int | float | None] = {
             "reward_failures": self.failed,
             **{f"reward_failures/{kind}": count for kind, count in self.failures.items()}}
-        for name, values in self.by_name.items() if len(self.by_name) > 1 else ():
+        if len(self.by_name) < 2:
+            return record
+        record["reward_ungraded"] = self.ungraded
+        for name, values in self.by_name.items():
             values = values[~np.isnan(values)].astype(np.float64)
             record |= {f"reward/{name}": float(values.mean()) if values.size else None,
                        f"reward_std/{name}": float(values.std()) if values.size else None}
         return record
+
+
+def ungraded(record: Mapping[str, Any]) -> int | None:
+    """How many answers of a step no reward function could grade, of its record in metrics.jsonl;
+    None where an earlier jspec did not say it."""
+    return record.get("reward_ungraded", record.get("reward_failures"))
 
 
 def grade(pool: RewardPool, tokenizer: Any, prompts: Sequence[Prompt], out: Rollout) -> Grades:
@@ -55,10 +66,11 @@ def grade(pool: RewardPool, tokenizer: Any, prompts: Sequence[Prompt], out: Roll
     graded = pool.grade(reward_inputs(tokenizer, prompts, out, rows, pool.wants))
     columns = np.zeros((1 + len(graded.by_name), len(out.lengths)), np.float32)
     columns[:, rows] = [graded.rewards, *graded.by_name.values()]
-    counts = np.array([graded.failed, *(graded.failures[kind] for kind in FAILURES)], np.int32)
+    counts = np.array([graded.failed, graded.ungraded,
+                       *(graded.failures[kind] for kind in FAILURES)], np.int32)
     if jax.process_count() > 1:
         columns, counts = (multihost_utils.process_allgather(x).sum(0) for x in (columns, counts))
-    failed, *failures = counts.tolist()
+    failed, ungraded, *failures = counts.tolist()
     return Grades(columns[0], dict(zip(FAILURES, failures, strict=True)),
                   next(iter(graded.messages.values()), ""),
-                  dict(zip(graded.by_name, columns[1:], strict=True)), failed)
+                  dict(zip(graded.by_name, columns[1:], strict=True)), failed, ungraded)

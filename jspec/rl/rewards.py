@@ -57,7 +57,8 @@ class RewardResult:
         failures: for each of `FAILURES`, how often a response scored 0 for that reason.
         messages: for each kind of failure that happened, what the first of its kind said.
         by_name: float32 [N] of each reward function by itself, NaN where it does not apply.
-        failed: how many of the N a function with a weight could not grade.
+        failed: how many of the N a function with a weight could not grade. ungraded: how many of
+            them none could.
     """
 
     rewards: np.ndarray
@@ -65,6 +66,7 @@ class RewardResult:
     messages: dict[str, str]
     by_name: dict[str, np.ndarray]
     failed: int
+    ungraded: int
 
 
 class RewardPool:
@@ -265,13 +267,14 @@ class RewardPool:
         columns = np.asarray([[reward for reward, _, _ in of_part] for of_part in grades])
         weights = np.asarray([part.weight for part in self.parts])
         total = weights @ np.nan_to_num(columns)
-        lacking = np.asarray([[kind is not None for _, kind, _ in of_part] for of_part in grades])
+        lacking = np.asarray([[kind is not None for _, kind, _ in of_part] for of_part in grades],
+                             dtype=bool)[weights != 0]
         return RewardResult(
             np.clip(total, -LARGEST, LARGEST).astype(np.float32),
             {kind: counts[kind] for kind in FAILURES}, messages,
             {part.name: column.astype(np.float32)
              for part, column in zip(self.parts, columns, strict=True)},
-            int(lacking[weights != 0].any(axis=0).sum()))
+            int(lacking.any(axis=0).sum()), int(lacking.all(axis=0).sum()))
 
     def stop(self) -> None:
         """Ends the processes, whatever they are doing."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jspec.hub.tokenizer import character_tokenizer
-from jspec.rl.grading import Grades, grade
+from jspec.rl.grading import Grades, grade, ungraded
 from jspec.rl.prompts import Prompt
 from jspec.rl.rewards import FAILURES, RewardResult
 
@@ -27,7 +27,7 @@ class Pool:
         self.seen += [(item.group, item.messages[-1]["content"]) for item in items]
         values = np.array([float(item.response) for item in items], np.float32)
         return RewardResult(values, NONE | {"raised": 1}, {"raised": "no"},
-                            {"a": values, "b": values * np.nan}, 1)
+                            {"a": values, "b": values * np.nan}, 2, 1)
 
 
 @pytest.mark.parametrize("whole_groups, shares",
@@ -50,7 +50,8 @@ def test_each_process_grades_its_share_and_whole_groups_where_they_are_compared(
         parts.append(graded)
         groups = sorted({group for group, _ in pool.seen})
         assert tuple(groups) == shares[index] and len(gathered) == 2
-        assert graded.failures == NONE | {"raised": 1} and graded.failed == 1
+        assert graded.failures == NONE | {"raised": 1}
+        assert (graded.failed, graded.ungraded) == (2, 1)
     np.testing.assert_array_equal(parts[0].rewards + parts[1].rewards, range(6))
     seen = [~np.isnan(part.by_name["b"]) for part in parts]  # of the rows that the other graded
     assert not np.any(seen[0] & seen[1]) and np.all(seen[0] | seen[1])
@@ -58,10 +59,13 @@ def test_each_process_grades_its_share_and_whole_groups_where_they_are_compared(
 
 def test_functions_are_logged_each_by_its_name_where_there_are_several():
     a, b = np.float32([0, 1]), np.float32([np.nan, 3])
-    both = Grades(a, NONE, "", {"a": a, "b": b, "c": a * np.nan}).record()
+    both = Grades(a, NONE, "", {"a": a, "b": b, "c": a * np.nan}, 2, 1).record()
+    assert both["reward_failures"] == 2 and ungraded(both) == 1
     assert {key: both[key] for key in both if not key.startswith("reward_failures")} == {
+        "reward_ungraded": 1,
         "reward/a": 0.5, "reward_std/a": 0.5, "reward/b": 3.0, "reward_std/b": 0.0,
         "reward/c": None, "reward_std/c": None}
-    alone = Grades(a, NONE | {"died": 1}, "", {"a": a}, 1).record()
+    alone = Grades(a, NONE | {"died": 1}, "", {"a": a}, 1, 1).record()
     assert alone == {"reward_failures": 1} | {
         f"reward_failures/{kind}": int(kind == "died") for kind in FAILURES}
+    assert ungraded(alone) == 1

@@ -74,7 +74,10 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[Override], opened: 
     answers, seconds = take(source, policy, ask, speculation, console)
     result = {"source": arguments.source, "overrides": arguments.overrides,
               **summary(source, answers, seconds)}
-    console.print(score_table(result["scores"], source.config.evaluation.right_from))
+    console.print("scores: mean over prompts [95% interval: percentile bootstrap over prompts]; an "
+                  "answer is right whose reward is at least "
+                  f"{source.config.evaluation.right_from:g}", soft_wrap=True, markup=False)
+    console.print(score_table(result["scores"]))
     console.print(summary_table(result))
     if is_main() and written:
         written.write(json.dumps(result, indent=2) + "\n")
@@ -192,10 +195,9 @@ def summary(source: Source, answers: Answered, seconds: float) -> dict[str, Any]
     }
 
 
-def score_table(scores: dict[str, dict[str, list[float]]], right_from: float) -> Table:
+def score_table(scores: dict[str, dict[str, list[float]]]) -> Table:
     """Scores by source, each with its interval."""
-    shown = Table(show_edge=False, title="mean [95% interval: percentile bootstrap over prompts]; "
-                  f"right: reward at least {right_from:g}")
+    shown = Table(show_edge=False)
     shown.add_column("")
     for label in scores:
         shown.add_column(label, justify="right")

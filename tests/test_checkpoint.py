@@ -278,7 +278,7 @@ def test_a_newer_checkpoint_is_named_and_stays(tmp_path):
     folder = tmp_path / "checkpoints" / "3"
     assert json.loads((folder / "meta" / "metadata").read_text())["format"] == formats.CHECKPOINT
     edit_meta(folder, lambda meta: {"format": 99, "elsewhere": meta})
-    said = (r"checkpoint .* has format 99, and this jspec \(.*\) reads formats up to 2: a newer "
+    said = (r"checkpoint .* has format 99, and this jspec \(.*\) reads formats up to 3: a newer "
             r"jspec wrote it")
     with pytest.raises(InputError, match=said):
         load_policy(tmp_path)
@@ -378,3 +378,26 @@ def test_a_file_where_checkpoints_should_be(tmp_path):
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(InputError, match="checkpoints is a file"):
         load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("best_is, best", [("max", 2), ("min", 4)])
+def test_the_best_is_kept_beside_the_newest_and_found_again(tmp_path, best_is, best):
+    state = make_state(None)
+    with Checkpoints(tmp_path, 1, "eval/pass@1", best_is) as checkpoints:
+        assert checkpoints.best() == 0
+        values = (0.5, 0.75, 0.75, 0.25, None, float("nan"))
+        for step, value in enumerate(values, start=1):
+            metrics = {"reward": 1.0, "eval/pass@1": value, "list": [1], "step": step}
+            better = checkpoints.better(metrics)
+            assert better == (step in {"max": (1, 2), "min": (1, 4)}[best_is])
+            if step != 3:  # as good as the one before it, and not due
+                checkpoints.save(step, state, DATA, metrics=metrics)
+        assert checkpoints.best() == best and checkpoints.newest() == 6
+    with Checkpoints(tmp_path, 1, "eval/pass@1", best_is) as checkpoints:
+        assert sorted(checkpoints.manager.all_steps()) == [best, 6] and checkpoints.best() == best
+        assert not checkpoints.better({"eval/pass@1": {"max": 0.75, "min": 0.25}[best_is]})
+        assert checkpoints.restore(make_state(None))[0] == 6  # it goes on from the newest
+    with Checkpoints(tmp_path, 1, "reward") as checkpoints:  # of which both have as much
+        assert checkpoints.best() == 6
+    with Checkpoints(tmp_path, 1, "loss") as checkpoints:
+        assert checkpoints.best() == 0 and checkpoints.better({"loss": 3})

@@ -53,7 +53,8 @@ def test_evaluations_stand_in_the_steps_records_and_change_nothing_of_the_run(wh
     names = tiny(whole, *EVALUATED).evaluation.metrics
     assert tuple(scores(every[2])) == names and set(every[0]) == {"step", *names}
     assert every[0]["eval/prompts"] == 8 and every[0]["eval/reward_failures"] == 0
-    assert "seconds/evaluation" in read_records(whole / "metrics.jsonl")[2]
+    timed = read_records(whole / "metrics.jsonl")
+    assert timed[2]["seconds/evaluation"] > 0 == timed[4]["compilations"]  # all was compiled before
     assert train.train(tiny(tmp_path, *EVALUATED[2:4], *EVALUATED[6:], "steps=3")) == 0
     for plain, record in zip(records(tmp_path), every[1:4], strict=True):
         assert plain == {name: record[name] for name in record if not name.startswith("eval/")}

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 LOCK = "jspec.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 RUN_FOLDERS = ("checkpoints", "tensorboard")
-RUN_NAMES = (*RUN_FOLDERS, "config.yaml", "metrics.jsonl", "broken_checkpoints", "trace")
+RUN_NAMES = (*RUN_FOLDERS, "config.yaml", "changes.jsonl", "metrics.jsonl", "broken_checkpoints",
+             "trace")
 """What `jspec train` makes in its output_dir."""
 
 

@@ -3,6 +3,7 @@ latest checkpoint, or of another one (`RUN@best`, `RUN@120`)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,35 +24,49 @@ from jspec.model import Lora, Policy, abstract_policy
 from jspec.model.lora import abstract_adapted, merge
 from jspec.output_dir import brief, written
 from jspec.rl.state import draft_specs
+from jspec.setting_values import shown
 from jspec.settings import Override, refuse_changes, to_yaml
 
-FREE_TO_CHANGE = ("steps", "output_dir", "log_level", "mesh", "checkpoint", "profile", "evaluation",
-                  "reward.workers", "reward.concurrency", "rollout", "speculation.kernels",
-                  "grpo.learning_rate", "grpo.clip", "grpo.max_skipped",
-                  "draft.learning_rate", "draft.clip")
-"""What a run may be resumed with another value of: what decides nothing that it computes, and what
-a run whose updates are not finite has to be rescued with."""
+FREE_TO_CHANGE = (
+    "steps", "output_dir", "log_level", "mesh", "checkpoint", "profile", "evaluation", "rollout",
+    "reward.workers", "reward.concurrency", "reward.timeout_s", "speculation.kernels",
+    *(f"grpo.{key}" for key in (
+        "learning_rate", "clip", "weight_decay", "warmup_steps", "clip_low", "clip_high",
+        "dual_clip", "kl_weight", "kl_reference_mix", "entropy_weight", "micro_batch", "widths",
+        "max_skipped")),
+    "draft.learning_rate", "draft.clip", "draft.every_n_steps", "model.remat")
+"""What a run may be resumed with another value of: how it is carried out, and by how much it
+learns. What it learns, and from what, and whatever gives its state another shape, stays."""
+CHANGES = "changes.jsonl"
+"""The file that says with which other values a run went on, a line each time."""
 
 
-def keep_config(config: Config) -> None:
-    """Refuse to go on from checkpoints under another configuration. Without any, this one is the
-    run's from now on.
+def keep_config(config: Config) -> str:
+    """Makes this configuration the run's from now on. From checkpoints a run goes on under another
+    one only in what is `FREE_TO_CHANGE`, and its folder keeps a record of that.
 
-    Raises InputError naming the key, and what it was.
+    Returns what has changed, in a line, or "". Raises InputError naming the key, and what it was.
     """
-    path = Path(config.output_dir) / "config.yaml"
+    path, changed, step = Path(config.output_dir) / "config.yaml", {}, 0
     if path.exists() and has_checkpoints(config.output_dir):
-        refuse_changes(config.output_dir, load_config(path).chosen(), config.chosen(),
-                       FREE_TO_CHANGE)
+        changed = refuse_changes(config.output_dir, load_config(path).chosen(), config.chosen(),
+                                 FREE_TO_CHANGE)
+        step = max(int(folder.name) for folder in path.parent.glob("checkpoints/*")
+                   if folder.name.isdigit())
 
     def write() -> None:
         with written(config.output_dir):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if changed:  # before the configuration: a change that was made is never left out
+                with open(path.with_name(CHANGES), "a") as file:
+                    file.write(json.dumps({"step": step, "changed": changed}) + "\n")
             whole = path.with_suffix(".tmp")
             whole.write_text(to_yaml(config))
             whole.replace(path)
 
     on_main(write)
+    return f"changed after step {step}: " * bool(changed) + ", ".join(
+        f"{key} from {shown(was)} to {shown(now)}" for key, (was, now) in changed.items())
 
 
 def located(run_dir: str | Path) -> tuple[Path, str]:

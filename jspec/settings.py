@@ -121,14 +121,18 @@ def to_yaml(config: Any) -> str:
 
 def refuse_changes(directory: str | Path, before: Any, after: Any, free: tuple[str, ...],
                    remedy: str = "give that value to go on with it, or choose another "
-                   "output_dir") -> None:
-    """Raise InputError, naming the key, if two configurations differ in more than the keys and
-    sections in `free`."""
-    old = dict(_flat(before))
+                   "output_dir") -> dict[str, tuple[Any, Any]]:
+    """What of `free`, keys and sections, differs between two configurations: (before, after) by
+    key. Raises InputError, naming the key, for a difference in anything else."""
+    old, changed = dict(_flat(before)), {}
     for key, value in _flat(after):
-        if value != old[key] and not any(f"{key}.".startswith(f"{name}.") for name in free):
+        if value == old[key]:
+            continue
+        if not any(f"{key}.".startswith(f"{name}.") for name in free):
             was, now = (x if isinstance(x, str) else shown(x) for x in (old[key], value))
             raise InputError(f"{directory} holds a run with {key}={was}, not {now}; {remedy}")
+        changed[key] = old[key], value
+    return changed
 
 
 def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

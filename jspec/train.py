@@ -84,7 +84,7 @@ def train(config: Config) -> int:
                               check_answer=answer_check(config.reward.function, config.data.source))
             check_columns(config.reward.function, config.data.source, data.records[0])
         stack.enter_context(claimed(config.output_dir))
-        keep_config(config)
+        changed = keep_config(config)
         checkpoints = stack.enter_context(Checkpoints(
             config.output_dir, config.checkpoint.keep, config.checkpoint.best,
             config.checkpoint.best_is))
@@ -94,6 +94,8 @@ def train(config: Config) -> int:
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console,
                                               write=is_main()))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
+        if changed:
+            metrics.say(changed)
         run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data), metrics, stop,
                   evaluation)
         ending = loop(run, state, reference, done)

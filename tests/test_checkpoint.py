@@ -21,7 +21,7 @@ from jspec.model import ModelConfig, init_policy
 from jspec.rl.state import init_state, state_specs
 from jspec.rl.update_settings import UpdateSettings
 from jspec.run_dir import data_position, keep_config, load_draft, load_policy, load_run
-from jspec.sections import DraftSection
+from jspec.sections import DraftSection, TrainedModelSection
 from jspec.settings import to_yaml
 from jspec.sharding import make_mesh
 
@@ -176,7 +176,7 @@ def test_a_run_whose_checkpoint_is_cut_short_says_so(tmp_path):
 
 @pytest.mark.parametrize("change, key", [
     ({"seed": 1}, "seed=0, not 1"),
-    ({"grpo": GrpoSection(clip_low=0.1)}, "grpo.clip_low=0.2, not 0.1"),
+    ({"grpo": GrpoSection(objective="gspo")}, "grpo.objective=grpo, not gspo"),
     ({"draft": DraftSection(options={"depths": 3})}, "draft.options={}, not {'depths': 3}")])
 def test_a_run_is_not_resumed_under_another_configuration(tmp_path, change, key):
     config = Config(output_dir=str(tmp_path))
@@ -197,8 +197,29 @@ def test_more_steps_and_another_mesh_are_no_other_run(tmp_path):
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     longer = dataclasses.replace(config, steps=50, mesh=dataclasses.replace(config.mesh, fsdp=2),
                                  checkpoint=dataclasses.replace(config.checkpoint, keep=9))
-    keep_config(longer)
+    assert keep_config(longer) == ("changed after step 1: steps from 6 to 50, mesh.fsdp from 1 to "
+                                   "2, checkpoint.keep from 2 to 9")
     assert (tmp_path / "config.yaml").read_text() == to_yaml(longer)
+
+
+def test_other_hyper_parameters_are_recorded_each_time_that_they_change(tmp_path):
+    config = Config(output_dir=str(tmp_path))
+    assert keep_config(config) == ""
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    bolder = dataclasses.replace(config, grpo=GrpoSection(learning_rate=1e-5, clip_low=0.1,
+                                                          kl_weight=0.01))
+    keep_config(bolder)
+    assert keep_config(bolder) == ""  # as the same command, once more
+    (tmp_path / "checkpoints" / "9").mkdir()
+    assert (keep_config(dataclasses.replace(bolder, model=TrainedModelSection(remat=True)))
+            == "changed after step 9: model.remat from false to true")
+    with pytest.raises(InputError, match="seed=0, not 1"):
+        keep_config(dataclasses.replace(bolder, seed=1))
+    lines = (tmp_path / "changes.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 7, "changed": {"grpo.clip_low": [0.2, 0.1], "grpo.kl_weight": [0.0, 0.01],
+                                "grpo.learning_rate": [1e-6, 1e-5]}},
+        {"step": 9, "changed": {"model.remat": [False, True]}}]
 
 
 def test_the_data_position_is_json(tmp_path):

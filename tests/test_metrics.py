@@ -75,6 +75,20 @@ def test_resuming_takes_back_what_came_after_the_checkpoint(tmp_path):
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_an_evaluation_before_the_first_step_is_no_step(tmp_path):
+    """It is written anew by a start from nothing, and kept by one from a checkpoint."""
+    for done, steps, kept in ((0, [0, 1], [0, 1]), (0, [0, 1, 2], [0, 1, 2]), (1, [2], [0, 1, 2])):
+        out = console()
+        with Metrics(tmp_path, done, 9, out) as opened:
+            for step in steps:
+                scores = {"step": 0, "eval/pass@1": 0.5, "eval/length": 3, "eval/a/pass@1": 1}
+                opened.write(record(step) if step else scores)
+        assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == kept
+        assert [r["step"] for r in opened.records] == kept[1:]
+        assert ("evaluation after step 0:  pass@1 0.500\n" in out.file.getvalue()) == (done == 0)
+        assert "step 0/9" not in out.file.getvalue()
+
+
 def test_a_cut_line_ends_the_file_for_its_readers(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(record(1)) + '\n{"step": 2')
     assert [r["step"] for r in read_records(tmp_path / "m.jsonl")] == [1]

@@ -49,7 +49,8 @@ def test_a_base_on_the_command_line_takes_the_place_of_the_files_own(tmp_path, m
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_is_a_config_with_a_reason(name):
-    assert load_config(PRESETS / f"{name}.yaml") != load_config()
+    config = load_config(PRESETS / f"{name}.yaml")
+    assert config != load_config() and config.grpo.objective == name
     assert (PRESETS / f"{name}.yaml").read_text().startswith("# ")
 
 

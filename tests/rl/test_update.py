@@ -3,6 +3,7 @@ none."""
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -346,7 +347,7 @@ def test_answers_that_were_cut_off_may_be_left_out_but_for_their_groups_mean(mon
     out = jspec.Rollout(ones.astype(jnp.int32), ones, zeros, ones.at[0, 2].set(False), zeros,
                         jnp.full(4, 3), finished, None)
     prompts = jspec.PromptBatch.from_tokens([[1, 2], [4, 5]], group_size=2, seed=3)
-    state = make_state(None)
+    state = SimpleNamespace(draft=None, sharding=None)  # nothing here looks into it
     with jax.disable_jit():
         declare(state, settings).update(state, None, prompts, out, jnp.array([3.0, 1.0, 2.0, 2.0]))
     (batch,) = seen

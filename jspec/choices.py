@@ -66,6 +66,10 @@ ENGINES = ("jspec", "server")
 to every shard of experts, and loops are compiled for a few numbers of rows. A server, as other
 systems have one: a token goes to the shards of its own experts, and a cycle has live rows alone."""
 
+LOGGERS = {"tensorboard": ("tensorboardX", ""), "wandb": ("wandb", "wandb"),
+           "mlflow": ("mlflow", "mlflow"), "trackio": ("trackio", "trackio")}
+"""Where a run can be looked at: the package that each needs, and the extra that installs it."""
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 MOST_SAMPLES = 2**20

@@ -26,6 +26,7 @@ from jspec.reward_parts import reward_parts
 from jspec.sections import (
     CheckpointSection,
     DraftSection,
+    LoggingSection,
     MeshSection,
     ProfileSection,
     RolloutSection,
@@ -58,6 +59,7 @@ class Config:
     lora: LoraSection = LoraSection()
     mesh: MeshSection = MeshSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
     profile: ProfileSection = ProfileSection()
 
     def chosen(self) -> "Config":

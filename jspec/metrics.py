@@ -1,16 +1,13 @@
-"""What a run says of itself: a JSON line and TensorBoard scalars a step, lines and a table for
-people to read."""
+"""What a run says of itself: a JSON line a step, for loggers too, and lines and a table for people
+to read."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import logging
 import math
-import os
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,13 +27,17 @@ from rich.table import Table
 from jspec.clock import PHASES, Clock, CompileSeconds
 from jspec.console import PlainConsole
 from jspec.errors import InputError
-from jspec.hub.json_io import parse_json
-
-log = logging.getLogger(__name__)
-
-TIMINGS = ("seconds/", "tokens_per_second", "compilations")
-"""Prefixes of the fields that differ, as `time` does, between two runs of the same thing; all
-others are equal."""
+from jspec.loggers import Loggers, RunCard
+from jspec.run_files import (  # noqa: F401 - read_records and untimed as from here
+    METRICS,
+    Sample,
+    keep_samples,
+    keep_steps,
+    read_records,
+    untimed,
+    write_samples,
+)
+from jspec.sections import LoggingSection
 
 WINDOW = 20  # steps in the running mean that acceptance is compared with
 # accepted tokens that the mean promises for a step: with fewer, half of them is within chance
@@ -45,85 +46,9 @@ TABLE_ROWS = 12
 WIDE = 1e7  # numbers from here on are shown by their first digits
 
 
-def untimed(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what may differ between two runs of the same thing."""
-    return {key: value
-            for key, value in record.items() if key != "time" and not key.startswith(TIMINGS)}
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; none if there is no such file. Lines that are no
-    records are left out: a last one that a crash cut short, and others with a warning. Raises
-    InputError if it cannot be read."""
-    path, records = Path(path), []
-    if not path.exists():
-        return records
-    try:
-        if not path.is_file():
-            raise InputError(f"{path} is no file, and metrics are written there; move it away")
-        *lines, unended = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    for number, text in enumerate((*lines, unended), start=1):
-        try:
-            if text.strip():
-                records.append(_record(text, f"{path}:{number}"))
-        except InputError as error:
-            if number <= len(lines):
-                log.warning("%s: left out", error)
-    return records
-
-
-def _record(text: bytes, where: str) -> dict[str, Any]:
-    record = parse_json(text, where)
-    if type(record.get("step")) is not int:
-        raise InputError(f"{where}: no record of a step: it has no whole number 'step'")
-    return record
-
-
-def keep_steps(path: Path, steps: int) -> list[dict[str, Any]]:
-    """Cut a metrics.jsonl back to its first `steps` steps, in one move, and return their records;
-    with them what an evaluation before the first step wrote as step 0, which no start without a
-    checkpoint keeps."""
-    records = [record for record in read_records(path) if record["step"] <= steps and steps]
-    if path.exists():
-        shorter = path.with_suffix(".tmp")
-        shorter.write_text("".join(json.dumps(record) + "\n" for record in records),
-                           encoding="utf-8")
-        os.replace(shorter, path)
-    return records
-
-
-class Board:
-    """TensorBoard's scalars, written as they come: tensorboardX's own SummaryWriter hangs on a full
-    disk."""
-
-    def __init__(self, directory: Path, done: int) -> None:
-        """What the files in `directory` say of steps after `done` is shown no more."""
-        from tensorboardX import event_file_writer
-        from tensorboardX.proto import event_pb2
-        from tensorboardX.summary import scalar
-
-        directory.mkdir(exist_ok=True)
-        self.event, self.scalar = event_pb2.Event, scalar
-        self.writer = event_file_writer.EventsWriter(str(directory / "events"),
-                                                     f".{os.getpid()}.{done}")
-        start, first = event_pb2.SessionLog(status=event_pb2.SessionLog.START), done and done + 1
-        self.writer.write_event(self.event(wall_time=time.time(), step=first, session_log=start))
-
-    def write(self, step: int, scalars: Iterator[tuple[str, float]]) -> None:
-        for name, value in scalars:
-            self.writer.write_event(self.event(wall_time=time.time(), step=step,
-                                               summary=self.scalar(name, value)))
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
-
-
 class Metrics:
-    """Writes records to output_dir/metrics.jsonl and output_dir/tensorboard, and lines to the
-    terminal.
+    """Writes records to output_dir/metrics.jsonl, samples beside it, both to the loggers, and lines
+    to the terminal.
 
     Opened at step `done`, it first takes back what an interrupted run wrote beyond that step: what
     the files say is then what an uninterrupted run would have written. Opening and writing raise
@@ -131,17 +56,23 @@ class Metrics:
     """
 
     def __init__(self, output_dir: str | Path, done: int, steps: int,
-                 console: Console | None = None, write: bool = True) -> None:
-        """`write` is false on all processes but one: they keep records and write nothing."""
+                 console: Console | None = None, write: bool = True,
+                 section: LoggingSection = LoggingSection(),  # noqa: B008 - frozen
+                 config: Mapping[str, Any] | None = None) -> None:
+        """`write` is false on all processes but one: they keep records and write nothing. config:
+        the value of each dotted key, for loggers that show it."""
         self.directory = Path(output_dir)
-        self.steps, self.file, self.board, self.records = steps, None, None, []
+        self.steps, self.file, self.loggers, self.records = steps, None, None, []
         if write:
             with self._written(f"metrics after step {done}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                kept = keep_steps(self.directory / "metrics.jsonl", done)
-                self.records = [record for record in kept if record["step"]]
-                self.file = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
-                self.board = Board(self.directory / "tensorboard", done)
+                kept = keep_steps(self.directory / METRICS, done)
+                keep_samples(self.directory, done)
+                self.file = (self.directory / METRICS).open("a", encoding="utf-8")
+            card = RunCard(self.directory, section.project, section.name
+                           or self.directory.resolve().name, config or {})
+            self.records = [record for record in kept if record["step"]]
+            self.loggers = Loggers(section.loggers, card, kept, done)
         self.compile_seconds = CompileSeconds()
         self.console = console or PlainConsole()
         self.progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(),
@@ -171,7 +102,7 @@ class Metrics:
             with self._written(f"the metrics of step {record['step']}"):
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
-                self.board.write(record["step"], _scalars(record))
+            self.loggers.write(record)
         if scores := evaluation_line(record):
             self.say(scores)
         if not record["step"]:
@@ -182,6 +113,13 @@ class Metrics:
         if alarm:
             self.say(alarm, "bold red")
         self.progress.advance(self.task)
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Keep some of the answers of a step. Call it before the step's `write`, for whoever reads
+        its record finds them."""
+        if self.file is not None:
+            with self._written(f"the samples of step {step}"):
+                write_samples(self.directory, step, samples)
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line above the progress bar."""
@@ -199,7 +137,7 @@ class Metrics:
             # every record has been flushed; what one could not be written for has been said
             with suppress(OSError):
                 self.file.close()
-                self.board.close()
+            self.loggers.close()
 
 
 def _plain(value: Any) -> Any:
@@ -208,14 +146,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_plain(item) for item in value]
     return float(value) if math.isfinite(value) else None
-
-
-def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        many = isinstance(value, list)
-        for i, item in enumerate(value if many else [value]):
-            if isinstance(item, int | float):
-                yield f"{name}/{i + 1}" if many else name, item
 
 
 def acceptance_alarm(before: Sequence[dict[str, Any]], record: dict[str, Any]) -> str | None:

@@ -30,7 +30,7 @@ LOCK = "jspec.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 RUN_FOLDERS = ("checkpoints", "tensorboard")
 RUN_NAMES = (*RUN_FOLDERS, "config.yaml", "changes.jsonl", "metrics.jsonl", "broken_checkpoints",
-             "trace")
+             "trace", "samples", "loggers")
 """What `jspec train` makes in its output_dir."""
 
 

@@ -18,6 +18,7 @@ from jspec.draft_config import DraftTrainingConfig
 from jspec.drafts import Draft, Drafter, constructor, find
 from jspec.errors import InputError
 from jspec.heads import load_draft
+from jspec.loggers import check_installed
 from jspec.model import Lora, ModelConfig, Policy, abstract_policy
 from jspec.model.lora import with_adapters
 from jspec.purposes import DRAFT_KEY, LORA_KEY, purpose_key
@@ -35,6 +36,7 @@ AnyConfig = Config | DraftTrainingConfig
 
 def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     """Raise InputError for what would fail later, without loading any weights."""
+    check_installed(config.logging.loggers)
     check_reward(config.reward.function, config.data.source, config.sampling.max_new_tokens)
     check_sizes(config, mesh, base.config)
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):

@@ -28,8 +28,8 @@ from jspec.setting_values import shown
 from jspec.settings import Override, refuse_changes, to_yaml
 
 FREE_TO_CHANGE = (
-    "steps", "output_dir", "log_level", "mesh", "checkpoint", "profile", "evaluation", "rollout",
-    "reward.workers", "reward.concurrency", "reward.timeout_s", "speculation.kernels",
+    "steps", "output_dir", "log_level", "logging", "mesh", "checkpoint", "profile", "evaluation",
+    "rollout", "reward.workers", "reward.concurrency", "reward.timeout_s", "speculation.kernels",
     *(f"grpo.{key}" for key in (
         "learning_rate", "clip", "weight_decay", "warmup_steps", "clip_low", "clip_high",
         "dual_clip", "kl_weight", "kl_reference_mix", "entropy_weight", "micro_batch", "widths",

@@ -10,6 +10,7 @@ from jspec.choices import (
     DRAFTERS,
     DTYPES,
     KERNELS,
+    LOGGERS,
     MAX_NEW_TOKENS,
     RULES,
 )
@@ -141,6 +142,19 @@ class CheckpointSection:
     best_is: str = setting("max", "which value of it is the best", choices=("max", "min"))
     resume: bool = setting(True, "go on from output_dir's last checkpoint; false: refuse "
                            "a directory that has one")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingSection:
+    """Where a run is looked at, beside its output_dir, which always has metrics.jsonl."""
+
+    loggers: tuple[str, ...] = setting(("tensorboard",), "each is given every step; wandb, mlflow "
+                                       "and trackio need the extra of that name", often=True,
+                                       choices=tuple(LOGGERS))
+    project: str = setting("jspec", "of wandb and trackio; mlflow: the experiment", filled=True)
+    name: str | None = setting(None, "of the run, in its project; null: output_dir's last part")
+    samples: int = setting(8, "answers of each step that are written to output_dir/samples and "
+                           "logged, whole groups first; 0: none", low=0)
 
 
 @dataclasses.dataclass(frozen=True)

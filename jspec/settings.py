@@ -135,6 +135,11 @@ def refuse_changes(directory: str | Path, before: Any, after: Any, free: tuple[s
     return changed
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """The value of every dotted key; mappings are whole."""
+    return dict(_flat(config))
+
+
 def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every field; mappings are whole, for their keys are not the
     configuration's."""

@@ -1,7 +1,8 @@
-"""A step in numbers: what of it goes into metrics.jsonl."""
+"""A step in numbers, and some of its answers in full: what of it is kept on disk."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,11 @@ import numpy as np
 from jspec.clock import Clock
 from jspec.drafts import Draft
 from jspec.drafts.base import RUN_AWAY, largest
+from jspec.rl.answers import answer_text
+from jspec.rl.grading import Grades
+from jspec.rl.prompts import Prompt
 from jspec.rl.update_settings import UpdateSettings, trains_draft
+from jspec.run_files import Sample
 from jspec.speculate import Rollout
 from jspec.step import Taken
 
@@ -53,3 +58,21 @@ def draft_health(draft: Draft | None, settings: UpdateSettings) -> dict[str, boo
     """Whether the weights of a draft that is trained are finite, and what they compute can be."""
     return ({"draft_finite": float(largest(draft.weights)) < RUN_AWAY}
             if trains_draft(draft, settings) else {})
+
+
+def samples(step: int, count: int, tokenizer: Any, prompts: Sequence[Prompt], out: Rollout,
+            grades: Grades) -> list[Sample]:
+    """The first `count` answers of a step, as JSON can hold them; `out` is on the host. A sample's
+    `accepted` is what its cycles yielded beyond a token each: the drafts that were accepted."""
+    group, kept = len(out.lengths) // len(prompts), []
+    for row in range(min(count, len(out.lengths))):
+        prompt, length, cycles = prompts[row // group], *(int(x[row]) for x in (out.lengths,
+                                                                                out.stats.cycles))
+        rewards = {name: None if np.isnan(column[row]) else float(column[row])
+                   for name, column in grades.by_name.items()}
+        kept.append({"step": step, "sample": row, "prompt": prompt.text,
+                     "response": answer_text(tokenizer, out, row), "answer": prompt.answer,
+                     "reward": float(grades.rewards[row]), "rewards": rewards, "length": length,
+                     "finished": bool(out.finished[row]), "cycles": cycles,
+                     "accepted": length - cycles})
+    return kept

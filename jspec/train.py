@@ -47,11 +47,12 @@ from jspec.run_dir import keep_config, run_plan
 from jspec.run_lines import Ending, closing, opening
 from jspec.saving import Saver, begin
 from jspec.session import session
+from jspec.settings import flat
 from jspec.sharding import configured_mesh
 from jspec.speculate import PromptBatch
 from jspec.speculate.types import Schedule
 from jspec.step import Step, declared
-from jspec.step_record import described, draft_health, learned
+from jspec.step_record import described, draft_health, learned, samples
 from jspec.stopping import StopSignal
 
 
@@ -92,7 +93,7 @@ def train(config: Config) -> int:
         evaluation = Evaluation.of(config, tokenizer, pool, base.shape, specs.draft)
         done, state, reference = begin(config, base, checkpoints, data, specs)
         metrics = stack.enter_context(Metrics(config.output_dir, done, config.steps, console,
-                                              write=is_main()))
+                                              is_main(), config.logging, flat(config)))
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
         if changed:
             metrics.say(changed)
@@ -155,6 +156,8 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             run.data.answered(out.lengths.reshape(len(prompts), -1).mean(1))
         record |= evaluated(run, step, state, plan, done, clock)
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
+        run.metrics.write_samples(done, samples(done, config.logging.samples, run.tokenizer,
+                                                prompts, out, grades))
         record = {"step": done, **described(out, grades.rewards, config.data.group_size, clock),
                   **grades.record(), **record, "compilations": clock.compilations(),
                   **clock.record()}

@@ -13,6 +13,7 @@ from jspec import metrics
 from jspec.clock import Clock, CompileSeconds
 from jspec.errors import InputError
 from jspec.metrics import Metrics, acceptance_alarm, read_records, untimed
+from jspec.run_files import read_samples, steps_with_samples
 
 
 def record(step, **more):
@@ -87,6 +88,22 @@ def test_an_evaluation_before_the_first_step_is_no_step(tmp_path):
         assert [r["step"] for r in opened.records] == kept[1:]
         assert ("evaluation after step 0:  pass@1 0.500\n" in out.file.getvalue()) == (done == 0)
         assert "step 0/9" not in out.file.getvalue()
+
+
+def test_samples_are_kept_and_taken_back_as_records_are(tmp_path):
+    def sample(step, text):
+        return {"step": step, "sample": 0, "prompt": "p", "response": text, "reward": 1.0}
+
+    with Metrics(tmp_path, 0, 9, console()) as opened:
+        for step in (1, 2, 3):
+            opened.write_samples(step, [sample(step, f"é\u2028{step}")] * 2)
+            opened.write(record(step))
+        opened.write_samples(4, [])
+    assert steps_with_samples(tmp_path) == [1, 2, 3]
+    assert read_samples(tmp_path, 2) == [sample(2, "é\u20282")] * 2
+    (tmp_path / "samples" / "000003.jsonl").write_text('{"step": 3, "resp')  # killed while writing
+    write(tmp_path, 2, [])
+    assert steps_with_samples(tmp_path) == [1, 2] and read_samples(tmp_path, 3) == []
 
 
 def test_a_cut_line_ends_the_file_for_its_readers(tmp_path):

@@ -28,6 +28,7 @@ from jspec.rl.prompts import PromptData
 from jspec.rl.records import JsonLines
 from jspec.rl.update_settings import UpdateSettings
 from jspec.run_dir import load_draft, run_plan
+from jspec.run_files import read_samples
 from jspec.speculate.schedule import Costs
 from jspec.stopping import StopSignal
 
@@ -95,6 +96,13 @@ def test_a_run_says_everything_that_is_asked_of_it(whole):
     assert every[0]["compilations"] > 0 == every[-1]["compilations"]
     assert (whole / "config.yaml").exists() and list((whole / "tensorboard").iterdir())
     assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [8, 10]
+    for record in every:
+        samples = read_samples(whole, record["step"])
+        assert [sample["sample"] for sample in samples] == list(range(8))  # two groups of 4
+        assert len({sample["prompt"] for sample in samples}) == 2
+        assert all(sample["rewards"] == {"count_up": sample["reward"]}
+                   and sample["accepted"] == sample["length"] - sample["cycles"] >= 0
+                   for sample in samples)
 
 
 def test_every_key_of_the_metrics_is_documented(whole):

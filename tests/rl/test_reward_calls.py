@@ -108,7 +108,7 @@ def test_what_raises_or_dies_harms_only_its_own_call(pool, response, failure, me
 
 def test_what_hangs_harms_only_its_own_call(pool, monkeypatch):
     """An async call that blocks the event loop, and one that refuses to be cancelled, too."""
-    monkeypatch.setattr(pool, "timeout_s", 1.0)
+    monkeypatch.setattr(pool, "timeout_s", 2.0)
     groups = [["a", "bb"], ["hang", "ccc"], ["block", "dddd"], ["deaf", "e"]]
     result = pool.grade(items(*groups))
     sync = {name: kind for name, kind in KINDS.items() if name in ("answer", "group", "batch")}
@@ -118,7 +118,7 @@ def test_what_hangs_harms_only_its_own_call(pool, monkeypatch):
         np.testing.assert_array_equal(result.by_name[name], values, name)
     lost = sum(values.count(0.0) for values in wanted.values())
     assert result.failures == dict.fromkeys(FAILURES, 0) | {"timed_out": lost}
-    assert "reward.timeout_s=1 seconds and was killed" in result.messages["timed_out"]
+    assert "reward.timeout_s=2 seconds and was killed" in result.messages["timed_out"]
 
 
 def test_values_that_are_none_and_lists_of_another_length(pool):

@@ -3,6 +3,7 @@ are left say it."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,16 @@ def worth(metric: str | None, best_is: str) -> Worth | None:
         return -math.inf if value is None else -value if best_is == "min" else value
 
     return of if metric else None
+
+
+def unknown(metric: str | None, first: Mapping[str, Any]) -> str:
+    """What to say of a metric that the record of a run's first step does not have; "" if it does,
+    or comes with an evaluation."""
+    if metric is None or metric in numbers(first) or metric.startswith("eval/"):
+        return ""
+    near = difflib.get_close_matches(metric, numbers(first), n=1)
+    return (f"checkpoint.best={metric} is no number of the first step's record"
+            f"{f'; did you mean {near[0]}?' if near else ''}: until a step has it there is no best")
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

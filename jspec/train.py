@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from jspec.base_model import BaseModel
+from jspec.best import unknown
 from jspec.checkpoint import Checkpoints
 from jspec.choosing import Chooser, Plan
 from jspec.clock import Clock
@@ -205,6 +206,8 @@ def say(run: Run, found: Sequence[Trouble], record: Mapping[str, Any]) -> None:
         run.metrics.say(str(trouble), "bold red")
     if same := never_varied(run.metrics.records):
         run.metrics.say(f"WARNING: {same}", "bold red")
+    if record["step"] == 1 and (said := unknown(run.config.checkpoint.best, record)):
+        run.metrics.say(f"WARNING: {said}", "bold red")
 
 
 def as_it_ended(run: Run, state: TrainState) -> tuple[int, list[Trouble]]:

@@ -13,6 +13,7 @@ import pytest
 
 import jspec
 from jspec import checkpoint, formats
+from jspec.best import unknown
 from jspec.checkpoint import Checkpoints
 from jspec.config import Config
 from jspec.errors import InputError
@@ -399,6 +400,13 @@ def test_a_file_where_checkpoints_should_be(tmp_path):
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(InputError, match="checkpoints is a file"):
         load_policy(tmp_path)
+
+
+def test_a_metric_that_no_step_has_is_named_with_one_like_it():
+    first = {"reward": 0.5, "reward_std": 0.1, "loop_k": [1], "kl": None}
+    assert unknown(None, first) == unknown("reward", first) == unknown("eval/pass@1", first) == ""
+    assert "checkpoint.best=rewrad is no number" in unknown("rewrad", first)
+    assert "did you mean reward?" in unknown("rewrad", first) and "kl is no" in unknown("kl", first)
 
 
 @pytest.mark.parametrize("best_is, best", [("max", 2), ("min", 4)])

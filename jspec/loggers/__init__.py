@@ -62,7 +62,7 @@ class _Kept:
     def __init__(self, name: str, card: RunCard) -> None:
         self.name, self.card = name, card
         self.logger: Logger | None = None
-        self.failures, self.next_try = 0, 0
+        self.failures, self.next_try = 0, -1
 
     def give(self, records: Sequence[dict[str, Any]], done: int, must: bool = False) -> None:
         """Give the logger the records that it lacks; one that has to be opened takes back what

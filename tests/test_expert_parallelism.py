@@ -12,8 +12,9 @@ import pytest
 
 import jspec
 from jspec.model import Experts, init_policy, logits, policy_sharding, train_forward
-from jspec.model.experts import mixture
-from jspec.sharding import LAYOUTS, check_mesh, make_mesh
+from jspec.model.experts import EXPERT_AXES, mixture
+from jspec.model.quantized import dequantize, quantize
+from jspec.sharding import check_mesh, make_mesh
 from tests.speculate import tiny
 from tests.speculate.ties import assert_same
 from tests.test_sharding import learned, message, on_devices
@@ -107,15 +108,19 @@ def test_eight_devices_give_what_one_gives(meshes, drafters, tmp_path):
         assert placed[i] == [1, 8 // expert, 32 // fsdp, 16 // tensor]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_device_may_have_a_mesh(layout):
+@pytest.mark.parametrize("layout, bits", [("train", None), ("rollout", None), ("rollout", 4)])
+def test_one_device_may_have_a_mesh(layout, bits):
     """As every command has: all of its axes are of one device."""
     policy = make()
     w = {name: x[-1] for name, x in policy.weights["layers"].items()}
-    x = jax.random.normal(jax.random.key(0), (2, 4, 32))
-    want = mixture(policy.config, layout, w, x)
+    exact = {name: quantize(w[name], bits) if bits else w[name] for name in EXPERT_AXES}
+    w, exact = w | exact, w | {name: dequantize(x) if bits else x for name, x in exact.items()}
+    x = jax.random.normal(jax.random.key(0), (1, 4, 32))
+    want, routes = mixture(policy.config, layout, exact, x)
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
-        jax.tree.map(np.testing.assert_array_equal, mixture(policy.config, layout, w, x), want)
+        got, same = mixture(policy.config, layout, w, x)
+    np.testing.assert_array_equal(same, routes)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * float(jnp.abs(want).max()))
 
 
 def test_what_a_mesh_must_divide():

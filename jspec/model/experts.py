@@ -96,7 +96,8 @@ def _split(mesh: Any, layout: str, w: dict[str, Any]) -> dict[str, Any]:
     def of_matrix(x: Any, axes: tuple[str | None, ...]) -> Any:
         if not isinstance(x, Quantized):
             return partition(mesh, layout, x.shape, axes)
-        split = jax.tree.map(lambda a: partition(mesh, layout, a.shape, axes), x)
+        split = jax.tree.map(lambda a: partition(mesh, layout, a.shape, axes),
+                             x.replace(chosen=None))
         return split if x.chosen is None else split.replace(
             chosen=partition(mesh, layout, x.chosen.shape, (axes[-1], None, None)))
 

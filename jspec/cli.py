@@ -133,6 +133,7 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     made.add_argument("--top-k", type=int, default=0, help="0: off (default)")
     made.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
+    made.add_argument("--min-p", type=float, default=0.0, help="0: off (default)")
     made.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS,
                       help="longest answer (default: %(default)s)")
     made.add_argument("--samples", type=number(int, 1, MOST_SAMPLES), default=1, metavar="N",

@@ -75,7 +75,7 @@ def rollout(arguments: argparse.Namespace) -> int:
 def side_by_side(arguments: argparse.Namespace, opened: Session) -> int:
     """`rollout`, once the session is open."""
     overrides = [(f"sampling.{key}", getattr(arguments, key))
-                 for key in ("temperature", "top_k", "top_p", "max_new_tokens")]
+                 for key in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")]
     overrides += [(f"speculation.{name}", getattr(arguments, name))
                   for name in ("k", "rule", "kernels")]
     wanted = None if arguments.draft is None else (arguments.draft,)

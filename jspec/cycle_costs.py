@@ -83,8 +83,9 @@ class Subject:
                      params.config.max_position_embeddings - cap - PROBED)
         temperature = jnp.asarray(sampling.temperature, jnp.float32).max()
         top_p = None if sampling.top_p is None else jnp.asarray(sampling.top_p, jnp.float32).min()
+        min_p = None if sampling.min_p is None else jnp.asarray(sampling.min_p, jnp.float32).max()
         short = Sampling(max_new_tokens=cap, temperature=temperature, top_k=sampling.top_k,
-                         top_p=top_p, stop_tokens=())
+                         top_p=top_p, min_p=min_p, stop_tokens=())
         # k must not follow from the noise that judges: that of the batch is not to be used before
         # its rollout
         batch = batch.replace(key=jax.random.fold_in(batch.key, 2**32 - 1))
@@ -101,6 +102,7 @@ class Subject:
                      self.draft.name, digest(self.draft.drafter), self.draft.config, shapes,
                      self.batch.tokens.shape, self.batch.group_size, self.rows, self.length,
                      self.sampling.max_new_tokens, self.sampling.top_k, self.sampling.top_p is None,
+                     self.sampling.min_p is None,
                      self.speculation.rule, picked(self.speculation.kernels),
                      self.speculation.depths))
 

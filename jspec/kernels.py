@@ -22,7 +22,7 @@ from jspec.errors import InputError
 from jspec.sharding import constrain, current_mesh, heads_replicated, partition
 from pallas_kernels.implementation import REFERENCE, Implementation
 from pallas_kernels.noise import CoupledNoise, Noise
-from pallas_kernels.rejection_sampling import Verdict, rejection_sampling
+from pallas_kernels.rejection_sampling import Verdict, is_cut, rejection_sampling
 from pallas_kernels.rejection_sampling import draw as _draw
 from pallas_kernels.verify_attention import verify_attention
 
@@ -156,8 +156,8 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Ar
 
 def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
           noise: Any, temperature: jax.Array, top_p: jax.Array | None = None, *,
-          draft_vocab: jax.Array | None = None, top_k: int = 0, ban: jax.Array | None = None,
-          banned_tokens: tuple[int, ...] = ()) -> Verdict:
+          draft_vocab: jax.Array | None = None, top_k: int = 0, min_p: jax.Array | None = None,
+          ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()) -> Verdict:
     """`rejection_sampling` as `policy.kernels` says, on the shards of `policy.layout`: the verdict
     on draft_tokens int32 [B, K], drawn from draft_log_q float32 [B, K, Vd], by logits
     [B, K + 1, V]."""
@@ -167,7 +167,8 @@ def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
             **where) -> Verdict:
         return rejection_sampling(logits, draft_tokens, draft_log_q, noise, temperature, top_p,
                                   draft_vocab=draft_vocab,
-                                  top_k=top_k, ban=ban, banned_tokens=banned_tokens, **where)
+                                  top_k=top_k, min_p=min_p, ban=ban,
+                                  banned_tokens=banned_tokens, **where)
 
     def reference() -> Verdict:
         # only reduces over the vocabulary
@@ -178,7 +179,7 @@ def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
         return run(scores, draft_tokens, q, *args[3:])
 
     def kernel() -> Verdict:
-        if top_k or top_p is not None:  # truncation sorts: the reference's
+        if is_cut(top_k, top_p, min_p):  # the reference's, as two of them sort
             return reference()
         if _one_device():
             return run(*args, implementation=policy.kernels)

@@ -115,6 +115,8 @@ class SamplingSection:
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all", low=0)
     top_p: float = setting(1.0, "keep the smallest set of likeliest tokens with this much "
                            "probability", above=0, high=1)
+    min_p: float = setting(0.0, "cut off tokens less than min_p times as likely as the likeliest; "
+                           "0: none", low=0, high=1)
     stop_tokens: tuple[int, ...] | None = setting(None, "token ids that end an answer; null: the "
                                                   "checkpoint's own", low=0)
 

@@ -155,7 +155,7 @@ class Sampler:
 
     Attributes:
       noise: of this cycle.
-      temperature: float32 [B]. top_p: float32 [B] or None. top_k, k: static.
+      temperature: float32 [B]. top_p, min_p: float32 [B] or None. top_k, k: static.
       layout: of the policy, which says how rows and whole vocabularies are split.
     """
 
@@ -165,6 +165,7 @@ class Sampler:
     top_k: int = struct.field(pytree_node=False)
     k: int = struct.field(pytree_node=False)
     layout: str = struct.field(pytree_node=False, default="rollout")
+    min_p: jax.Array | None = None
 
     def draw(self, logits: jax.Array, offset: int,
              vocab: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -175,5 +176,6 @@ class Sampler:
         """
         if self.top_k or self.top_p is not None:
             logits = whole_vocabulary(self.layout, logits)
-        log_q = process_logits(logits, self.temperature, self.top_p, top_k=self.top_k)
+        log_q = process_logits(logits, self.temperature, self.top_p, top_k=self.top_k,
+                               min_p=self.min_p)
         return draw(self.layout, log_q, self.noise, offset, vocab), log_q

@@ -39,8 +39,9 @@ def check(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
     _check_batch(batch)
     rows, model = batch.tokens.shape[0] * batch.group_size, policy.config
     _check_leaf("temperature", sampling.temperature, rows, high=np.inf)
-    if sampling.top_p is not None:
-        _check_leaf("top_p", sampling.top_p, rows, high=1)
+    for name in ("top_p", "min_p"):
+        if (share := getattr(sampling, name)) is not None:
+            _check_leaf(name, share, rows, high=1)
     if sampling.limit is not None:
         _check_leaf("limit", sampling.limit, rows, low=1, high=sampling.max_new_tokens)
         if (not is_whole((sampling.limit if hasattr(sampling.limit, "dtype")
@@ -92,9 +93,10 @@ def answerable(model: ModelConfig, batch: PromptBatch, sampling: Sampling) -> ja
     prompts = (batch.lengths >= 1) & (batch.lengths <= length) & known.all(1)
     temperature = jnp.asarray(sampling.temperature, jnp.float32)
     settings = (temperature >= 0) & jnp.isfinite(temperature)
-    if sampling.top_p is not None:
-        top_p = jnp.asarray(sampling.top_p, jnp.float32)
-        settings &= (top_p >= 0) & (top_p <= 1)
+    for share in (sampling.top_p, sampling.min_p):
+        if share is not None:
+            share = jnp.asarray(share, jnp.float32)
+            settings &= (share >= 0) & (share <= 1)
     if sampling.limit is not None:
         limit = jnp.asarray(sampling.limit)
         settings &= (limit >= 1) & (limit <= sampling.max_new_tokens)
@@ -108,7 +110,8 @@ def in_32_bits(batch: PromptBatch, sampling: Sampling) -> tuple[PromptBatch, Sam
            for name in ("tokens", "lengths", "sequence_ids", "expected_lengths")}
     batch = batch.replace(**{name: jnp.asarray(x, jnp.int32) for name, x in ids.items()
                              if x is not None and x.dtype != jnp.int32})
-    dtypes = {"temperature": np.float32, "top_p": np.float32, "limit": np.int32}
+    dtypes = {"temperature": np.float32, "top_p": np.float32, "min_p": np.float32,
+              "limit": np.int32}
     leaves = {name: (getattr(sampling, name), dtype) for name, dtype in dtypes.items()}
     return batch, sampling.replace(**{name: np.asarray(x, dtype) for name, (
         x, dtype) in leaves.items() if isinstance(x, numbers.Real | list | tuple)})

@@ -35,7 +35,7 @@ def propose(policy: Policy, draft: Draft | None, state: State, rows: Rows, noise
     """The Proposal, of K tokens a row, and the drafter's state."""
     if draft is None or k == 0:
         return Proposal(jnp.zeros((rows.lengths.shape[0], 0), jnp.int32)), state.draft
-    sampler = Sampler(noise, rows.temperature, rows.top_p, top_k, k, policy.layout)
+    sampler = Sampler(noise, rows.temperature, rows.top_p, top_k, k, policy.layout, rows.min_p)
     return draft.drafter.propose(policy, draft, state.draft, committed(state, rows), sampler)
 
 
@@ -49,8 +49,8 @@ def _accept(policy: Policy, rows: Rows, hidden: jax.Array, proposal: Proposal, n
     # copied to where they do
     scores = logits(policy, hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
     return judge(policy, scores, proposal.tokens, proposal.log_q, noise, rows.temperature,
-                 rows.top_p, draft_vocab=proposal.vocab, top_k=sampling.top_k, ban=ban,
-                 banned_tokens=stop_tokens)
+                 rows.top_p, draft_vocab=proposal.vocab, top_k=sampling.top_k, min_p=rows.min_p,
+                 ban=ban, banned_tokens=stop_tokens)
 
 
 def _counted(drafts: jax.Array, live: jax.Array, room: jax.Array,
@@ -94,6 +94,8 @@ def _commit(state: State, rows: Rows, drafts: jax.Array, verdict: Verdict, route
         tokens=by_token(of.tokens, verdict.tokens, rows.lengths),
         logprobs=by_token(of.logprobs, verdict.logprobs, generated),
         entropy=by_token(of.entropy, verdict.entropy, generated),
+        behaviour_logprobs=None if of.behaviour_logprobs is None else by_token(
+            of.behaviour_logprobs, verdict.behaviour_logprobs, generated),
         routes=None if routes is None else by_token(
             of.routes, routes.reshape(*routes.shape[:2], -1), generated),
         lengths=by_row(of.lengths, rows.lengths + count),

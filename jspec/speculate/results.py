@@ -55,6 +55,10 @@ class Rollout:
       logprobs: float32 [N, T], log-softmax(logits / T) of each token over the whole vocabulary,
         with no truncation and no bans, from the verifier's own logits; at temperature 0 with T = 1.
         0 where `mask` is false.
+      behaviour_logprobs: float32 [N, T], log-probability of each token under what it was drawn
+        from: the distribution after end-token ban, temperature, top-k, top-p and min-p, normalised;
+        0 at temperature 0, where it was certain, and where `mask` is false. None without top_k,
+        top_p and min_p.
       loss_mask: bool [N, T], what the update trains; equal to `mask`, unless a caller leaves tokens
         out.
       entropy: float32 [N, T], nats, of the distribution that `logprobs` is taken from.
@@ -81,6 +85,7 @@ class Rollout:
     trunk: Trunk | None = None
     routes: jax.Array | None = None
     prompt_routes: jax.Array | None = None
+    behaviour_logprobs: jax.Array | None = None
 
     @property
     def acceptance_length(self) -> jax.Array:

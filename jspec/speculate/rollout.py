@@ -16,12 +16,13 @@ from jax.sharding import PartitionSpec
 
 from jspec.drafts.base import Draft, DraftState, Prefill
 from jspec.kernels import choose, picked
-from jspec.model import Cache, KeyValues, ModelConfig, Policy, Trunk, prefill, to_rollout
+from jspec.model import Cache, KeyValues, Policy, Trunk, prefill, to_rollout
 from jspec.model.experts import weight_specs
 from jspec.model.pool import all_free, blocks_of, write_prompts
 from jspec.sharding import batch_axes, batch_shards, constrain, current_mesh
 from jspec.speculate.arguments import answerable, check, in_32_bits
 from jspec.speculate.blocks import Blocks, prompts_of_shards
+from jspec.speculate.collect import collect, collect_routes
 from jspec.speculate.cycle import split_features
 from jspec.speculate.loops import decode, loops
 from jspec.speculate.pausing import none_paused
@@ -63,6 +64,7 @@ class Asked:
     done: jax.Array
     temperature: jax.Array
     top_p: jax.Array | None
+    min_p: jax.Array | None
     limit: jax.Array
     expected: jax.Array | None
 
@@ -98,13 +100,15 @@ def _asked(policy: Policy, batch: PromptBatch, sampling: Sampling, shards: int) 
                  by_row(sequence // batch.group_size - first // batch.group_size, jnp.int32),
                  by_row(~answerable(policy.config, batch, sampling), bool),
                  by_row(sampling.temperature, jnp.float32),
-                 None if sampling.top_p is None else by_row(sampling.top_p, jnp.float32),
+                 *(None if x is None else by_row(x, jnp.float32)
+                   for x in (sampling.top_p, sampling.min_p)),
                  by_row(limit, jnp.int32), None if batch.expected_lengths is None
                  else by_row(jnp.repeat(batch.expected_lengths, batch.group_size), jnp.int32))
 
 
 def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots: int, k: int,
-          chain: int, group_size: int, kv_tokens: int | None = None, shards: int = 1) -> State:
+          chain: int, group_size: int, cuts: bool, kv_tokens: int | None = None,
+          shards: int = 1) -> State:
     """The state before the first sequence has a slot.
 
     Args:
@@ -112,7 +116,7 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
         loops there will be.
       group_size: how many adjacent sequences continue one prompt, 1 where that is not known.
       kv_tokens: of the pools of all shards, see `Batching`. shards: how many there are of this
-        state.
+        state. cuts: `Sampling.cuts`.
     """
     prompts, length = prefilled.tokens.shape
     rows = asked.ids.shape[0]
@@ -148,8 +152,8 @@ def begin(policy: Policy, prefilled: Prefilled, asked: Asked, *, cap: int, slots
     sequences = Sequences(
         asked.ids, asked.prompts, lengths, lengths, share(prefilled.tokens), values, values,
         asked.done, jnp.zeros(rows, bool), asked.temperature, asked.top_p, asked.limit,
-        jax.tree.map(share, prefilled.trunk),
-        jnp.zeros(rows, jnp.int32), routes, group_size=group_size)
+        jax.tree.map(share, prefilled.trunk), jnp.zeros(rows, jnp.int32), routes, asked.min_p,
+        values if cuts else None, group_size=group_size)
     readers = jnp.zeros(prompts, jnp.int32).at[asked.prompts].add((~asked.done).astype(jnp.int32))
     cache = pool(prefilled.key_values)
     last = (asked.done if asked.expected is None
@@ -169,7 +173,7 @@ def start(policy: Policy, draft: Draft | None, batch: PromptBatch, sampling: Sam
     rows = batch.tokens.shape[0] * batch.group_size
     state = begin(policy, prefill_prompts(policy, draft, batch, depths),
                   _asked(policy, batch, sampling, 1), cap=sampling.max_new_tokens, slots=rows, k=k,
-                  chain=1, group_size=batch.group_size)
+                  chain=1, group_size=batch.group_size, cuts=sampling.cuts)
     return admit(state, k)
 
 
@@ -211,45 +215,6 @@ def _on_shards(policy: Policy, run: Callable[..., Any], *args: Any) -> Any:
                          axis_names={*over, *alone}, check_vma=False)(policy, *args)
 
 
-def _collect(sequences: Sequences, max_new_tokens: int, pad_token: int,
-             stats: RolloutStats) -> Rollout:
-    """The generated part of every sequence, with nothing but zeros and padding outside the mask."""
-    lengths = sequences.lengths - sequences.prompt_lengths
-    mask = jnp.arange(max_new_tokens) < lengths[:, None]
-    width = sequences.tokens.shape[1]
-    columns = jnp.minimum(sequences.prompt_lengths[:, None] + jnp.arange(max_new_tokens), width - 1)
-    tokens = jnp.where(mask, jnp.take_along_axis(sequences.tokens, columns, axis=1), pad_token)
-    logprobs, entropy = (jnp.where(mask, x[:, :max_new_tokens], 0.0)
-                         for x in (sequences.logprobs, sequences.entropy))
-    known = jnp.arange(width) < sequences.lengths[:, None] - 1
-    trunk = jax.tree.map(lambda x: jnp.where(known[..., None], x, 0), sequences.trunk)
-    return Rollout(tokens, mask, logprobs, mask, entropy, lengths, sequences.finished, stats, trunk)
-
-
-def _routes(model: ModelConfig, of_prompts: jax.Array, sequences: Sequences, lengths: jax.Array,
-            max_new_tokens: int) -> dict[str, jax.Array]:
-    """`prompt_routes` and `routes` of a Rollout. of_prompts: of the prefill; lengths: int32 [P],
-    of the prompts."""
-    experts, (prompts, _, layers, top_k) = model.experts, of_prompts.shape
-
-    def known(routes, count) -> jax.Array:
-        # elsewhere nothing depends on them; but when they are replayed, padding is computed too,
-        # and no expert is to have more of it than another
-        position = jnp.arange(routes.shape[1])[:, None, None]
-        others = (position * top_k + jnp.arange(top_k)) % experts.count
-        return jnp.where((position < count[:, None, None, None]), routes, others.astype(jnp.uint8))
-
-    generated = sequences.lengths - sequences.prompt_lengths
-    routes = sequences.routes.reshape(*sequences.routes.shape[:2], layers, top_k)
-    # the verifier computes a prompt's last token again: once for each sibling, of which one is
-    # taken
-    first, row, last = (slice(None, None, len(generated) // prompts), jnp.arange(prompts),
-                        lengths - 1)
-    of_last = jnp.where(generated[first, None, None] > 0, routes[first, 0], of_prompts[row, last])
-    return {"prompt_routes": known(of_prompts.at[row, last].set(of_last), lengths),
-            "routes": known(routes[:, 1:1 + max_new_tokens], generated - 1)}
-
-
 def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, batch: PromptBatch,
                      sampling: Sampling, speculation: Speculation, batching: Batching) -> Rollout:
     """All of a rollout after the prompts. policy, draft: as cycles use them; no draft:
@@ -264,13 +229,13 @@ def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, 
                               shards)
         asked = _asked(policy, batch, sampling, shards)
     # the leaves are the sequences' own
-    static = sampling.replace(temperature=1.0, top_p=None, limit=None)
+    static = sampling.replace(temperature=1.0, top_p=None, min_p=None, limit=None)
 
     def run(policy, draft, prefilled, asked, key) -> tuple[Any, ...]:
         state = begin(policy, prefilled, asked, cap=static.max_new_tokens, slots=slots,
                       k=speculation.most,
                       chain=len(chain), group_size=_adjacent(rows // shards, batch.group_size),
-                      kv_tokens=batching.kv_tokens, shards=shards)
+                      kv_tokens=batching.kv_tokens, shards=shards, cuts=sampling.cuts)
         state = decode(policy, draft, state, key, chain, sampling=static, stop_tokens=stops,
                        rule=speculation.rule, depths=speculation.depths)
         used = state.cache.blocks - state.free.fewest
@@ -285,8 +250,8 @@ def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, 
                              counts.accepted.sum(0, dtype=jnp.int32), counts.loop_cycles,
                              counts.loop_live, used, pauses, slots=tuple(rows for rows, _ in chain),
                              ks=tuple(k for _, k in chain))
-        out = _collect(sequences, sampling.max_new_tokens, policy.config.pad_token, stats)
-        return out if of_prompts is None else out.replace(**_routes(
+        out = collect(sequences, sampling.max_new_tokens, policy.config.pad_token, stats)
+        return out if of_prompts is None else out.replace(**collect_routes(
             policy.config, of_prompts, sequences, lengths, sampling.max_new_tokens))
 
 
@@ -319,8 +284,8 @@ def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *,
     Pure, and jitted already: it compiles anew for another shape of the batch, another layout of the
     weights, and other static settings (all of `speculation` and `batching`; `max_new_tokens`,
     `min_new_tokens`, `top_k`, `stop_tokens`, `group_size`). Inside a caller's own `jax.jit` the
-    policy, the draft and the batch are arguments, `temperature`, `top_p` and `limit` may be, and
-    those settings must be Python values; the mesh is found by `jax.set_mesh`.
+    policy, the draft and the batch are arguments, `temperature`, `top_p`, `min_p` and `limit` may
+    be, and those settings must be Python values; the mesh is found by `jax.set_mesh`.
 
     Args:
       params: the policy, in the training or a rollout layout.
@@ -334,10 +299,10 @@ def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *,
 
     Returns:
       `Rollout` with N = prompts x group_size rows. What is refused below cannot be seen where it is
-      traced: a row whose prompt length, tokens, temperature, top_p or limit turn out to be none
-      then comes back empty, with nothing in its mask. Weights are not judged, which would read them
-      all once more: where they hold NaN the log-probabilities are NaN and the tokens mean nothing,
-      and an update from them is skipped for its loss (`jspec.rl.update`).
+      traced: a row whose prompt length, tokens, temperature, top_p, min_p or limit turn out to be
+      none then comes back empty, with nothing in its mask. Weights are not judged, which would read
+      them all once more: where they hold NaN the log-probabilities are NaN and the tokens mean
+      nothing, and an update from them is skipped for its loss (`jspec.rl.update`).
 
     Raises InputError for a bad argument, a prompt that does not fit the model's positions, a batch
     or slots that the mesh does not divide, and a draft made for another policy.

@@ -46,8 +46,10 @@ class Sequences:
       prompt_lengths, lengths: int32 [N]; lengths counts committed tokens, the prompt included.
       tokens: int32 [N, S], prompt and output; garbage from `lengths` on.
       logprobs, entropy: float32 [N, T + K], by generated token; garbage beyond what is committed.
+      behaviour_logprobs: the same, or None where nothing is cut off (`Sampling.cuts`).
       done: bool [N], finished or at its limit. finished: bool [N], an end token was emitted.
-      temperature: float32 [N]. top_p: float32 [N] or None. limit: int32 [N], of generated tokens.
+      temperature: float32 [N]. top_p, min_p: float32 [N] or None. limit: int32 [N], of
+        generated tokens.
       trunk: `Trunk` over [N, S] of the states to be returned, or None; garbage from `lengths` - 1
         on.
       cycles: int32 [N], see `RolloutStats`.
@@ -73,6 +75,8 @@ class Sequences:
     trunk: Trunk | None
     cycles: jax.Array
     routes: jax.Array | None = None
+    min_p: jax.Array | None = None
+    behaviour_logprobs: jax.Array | None = None
     group_size: int = struct.field(pytree_node=False, default=1)
 
 
@@ -165,12 +169,14 @@ class Rows:
     lengths: jax.Array
     temperature: jax.Array
     top_p: jax.Array | None
+    min_p: jax.Array | None
     limit: jax.Array
 
 
 def rows_in_slots(state: State) -> Rows:
     of = state.sequences
-    fields = (of.ids, of.prompt_lengths, of.lengths, of.temperature, of.top_p, of.limit)
+    fields = (of.ids, of.prompt_lengths, of.lengths, of.temperature, of.top_p, of.min_p,
+              of.limit)
     return Rows(state.live,
                 *jax.tree.map(lambda x: jnp.take(x, state.slots, axis=0, mode="clip"), fields))
 

@@ -28,6 +28,7 @@ from jspec.arguments import (
 from jspec.choices import MAX_NEW_TOKENS, MOST_SAMPLES
 from jspec.errors import InputError
 from pallas_kernels import noise
+from pallas_kernels.rejection_sampling import is_cut
 
 NOISE = {"rejection": noise.rejection_noise, "block": noise.block_noise,
          "coupled": noise.coupled_noise}
@@ -185,7 +186,7 @@ def _token_row(i: int, prompt: Any) -> np.ndarray:
 
 @struct.dataclass
 class Sampling:
-    """How tokens are drawn. temperature, top_p and limit are leaves, the rest is static.
+    """How tokens are drawn. temperature, top_p, min_p and limit are leaves, the rest is static.
 
     Attributes:
       max_new_tokens: the cap on generated tokens, the end token included.
@@ -193,6 +194,8 @@ class Sampling:
       temperature: scalar or [N]; 0 (in any row) is greedy.
       top_k: 0 is off.
       top_p: scalar or [N], or None for off; a plain 1.0 is off too.
+      min_p: scalar or [N], or None for off; a plain 0.0 is off too. Tokens less than min_p times as
+        likely as the likeliest that top_k and top_p left are cut off.
       stop_tokens: ids in any collection; None means the checkpoint's end tokens; () means none.
       limit: scalar or [N], each sequence's own cap, from 1 to max_new_tokens; None: max_new_tokens.
 
@@ -207,6 +210,7 @@ class Sampling:
     top_k: int = struct.field(pytree_node=False, default=0)
     stop_tokens: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     limit: Any = None
+    min_p: Any = None
 
     def __post_init__(self) -> None:
         settle(self, "sampling ", max_new_tokens=whole(1), min_new_tokens=whole(),
@@ -215,9 +219,15 @@ class Sampling:
             raise InputError("sampling needs 0 <= min_new_tokens <= max_new_tokens >= 1; got "
                              f"{self.min_new_tokens} and {self.max_new_tokens}")
         # off must be visible when tracing: truncation by top_p sorts the vocabulary
-        if (isinstance(self.top_p, numbers.Real) and self.top_p
-            == 1 and not isinstance(self.top_p, bool)):
-            object.__setattr__(self, "top_p", None)
+        for name, off in (("top_p", 1), ("min_p", 0)):
+            value = getattr(self, name)
+            if isinstance(value, numbers.Real) and value == off and not isinstance(value, bool):
+                object.__setattr__(self, name, None)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether unlikely tokens are cut off: known when tracing."""
+        return is_cut(self.top_k, self.top_p, self.min_p)
 
 
 @struct.dataclass

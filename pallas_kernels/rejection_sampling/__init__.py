@@ -2,7 +2,7 @@
 ones."""
 
 from pallas_kernels.rejection_sampling.api import Verdict, draw, process_logits, rejection_sampling
-from pallas_kernels.rejection_sampling.reference import divisor, scaled, scaled_logprobs
+from pallas_kernels.rejection_sampling.processing import divisor, is_cut, scaled, scaled_logprobs
 
-__all__ = ["Verdict", "divisor", "draw", "process_logits", "rejection_sampling", "scaled",
-           "scaled_logprobs"]
+__all__ = ["Verdict", "divisor", "draw", "is_cut", "process_logits", "rejection_sampling",
+           "scaled", "scaled_logprobs"]

@@ -10,7 +10,7 @@ from flax import struct
 
 from pallas_kernels.implementation import REFERENCE, Implementation
 from pallas_kernels.noise import CoupledNoise, Noise
-from pallas_kernels.rejection_sampling import reference
+from pallas_kernels.rejection_sampling import processing, reference
 from pallas_kernels.rejection_sampling.verdict import inverse_transform, judge
 
 
@@ -24,19 +24,22 @@ class Verdict:
       logprobs: float32 [B, K + 1], log-softmax(logits / T) of each of `tokens`, over the whole
         vocabulary, with no truncation and no bans; at T = 0 with T = 1.
       entropy: float32 [B, K + 1], nats, of that same distribution at each position.
+      behaviour_logprobs: float32 [B, K + 1], log p of each of `tokens`, p being what is sampled
+        from (`process_logits`), 0 at T = 0; None without top_k, top_p and min_p.
     """
 
     accepted: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
     entropy: jax.Array
+    behaviour_logprobs: jax.Array | None = None
 
 
 def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array | None = None, *,
-                   top_k: int = 0,
+                   top_k: int = 0, min_p: jax.Array | None = None,
                    ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = ()) -> jax.Array:
     """Log-probabilities, float32 [..., V], of what is sampled from: ban, temperature, top-k, top-p,
-    normalised.
+    min-p, normalised after each.
 
     Args:
       logits: [..., V], any float dtype.
@@ -45,10 +48,12 @@ def process_logits(logits: jax.Array, temperature: jax.Array, top_p: jax.Array |
       top_p: broadcasts to [...], or None for no truncation. The token that crosses is kept; ties go
         to the lowest id.
       top_k: static; 0 is off.
+      min_p: broadcasts to [...], or None; tokens less than min_p times as likely as the likeliest
+        one are cut off (https://arxiv.org/abs/2407.01082).
       ban: bool [...], where true `banned_tokens` have probability zero.
     """
-    return reference.process_logits(logits, temperature, top_p, top_k=top_k, ban=ban,
-                                    banned_tokens=banned_tokens)
+    return processing.process_logits(logits, temperature, top_p, top_k=top_k, min_p=min_p,
+                                    ban=ban, banned_tokens=banned_tokens)
 
 
 def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | None = None,
@@ -71,7 +76,8 @@ def draw(log_q: jax.Array, noise: Noise, offset: int, draft_vocab: jax.Array | N
 def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,
                        noise: Noise, temperature: jax.Array, top_p: jax.Array | None = None, *,
                        draft_vocab: jax.Array | None = None, top_k: int = 0,
-                       ban: jax.Array | None = None, banned_tokens: tuple[int, ...] = (),
+                       min_p: jax.Array | None = None, ban: jax.Array | None = None,
+                       banned_tokens: tuple[int, ...] = (),
                        implementation: Implementation = REFERENCE,
                        axis: tuple[str, ...] | None = None) -> Verdict:
     """Judge K drafted tokens a row, without changing the distribution of what is emitted.
@@ -97,8 +103,8 @@ def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
         from, or None for deterministic drafts. Of a row that is NaN the draft is refused, and q is
         0: what is emitted there is from p.
       temperature: float32 [B]; 0, and what is below float32's normal numbers, is greedy.
-      top_p: float32 [B] or None. top_k: static, 0 is off. With either of them the reference runs:
-        both sort.
+      top_p, min_p: float32 [B] or None. top_k: static, 0 is off. With any of them the reference
+        runs: two of them sort.
       draft_vocab: int32 [Vd], distinct global ids of a reduced draft vocabulary, outside of which q
         is 0; None: Vd = V.
       ban: bool [B, K + 1] or None; where true `banned_tokens` have probability zero in p.
@@ -111,14 +117,15 @@ def rejection_sampling(logits: jax.Array, draft_tokens: jax.Array, draft_log_q: 
     Raises NotImplementedError where the kernel does not take these shapes, and for `axis` where the
     reference runs.
     """
-    if implementation.name == "reference" or top_k or top_p is not None:
+    if implementation.name == "reference" or processing.is_cut(top_k, top_p, min_p):
         if axis is not None:
             raise NotImplementedError("the reference judges a whole vocabulary, not a shard of it: "
                                       "leave out axis, and XLA partitions it")
         return Verdict(*reference.rejection_sampling(
             logits, draft_tokens, draft_log_q, noise, temperature, top_p,
-            draft_vocab=draft_vocab, top_k=top_k, ban=ban, banned_tokens=banned_tokens))
-    temperature = reference.flushed(temperature)
+            draft_vocab=draft_vocab, top_k=top_k, min_p=min_p, ban=ban,
+            banned_tokens=banned_tokens))
+    temperature = processing.flushed(temperature)
     summarize = partial(implementation.load(__package__).summarize,
                         interpret=implementation.interpret)
     return Verdict(*judge(summarize, logits, draft_tokens, draft_log_q, noise, temperature,

@@ -26,7 +26,7 @@ class Summary:
     """Of R rows of logits [R, V] in C = ceil(V / CHUNK) chunks. All arrays are [R, C].
 
     With x the logits in float32, T = 0 counting as 1, and id = column + offset the global
-    vocabulary id. Only differences are divided by T: see `reference.scaled`.
+    vocabulary id. Only differences are divided by T: see `processing.scaled`.
 
     Attributes:
       top: float32, the largest x; -inf if all are.

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels.noise import BlockNoise, CoupledNoise, CycleNoise, Noise
+from pallas_kernels.rejection_sampling.processing import divisor
 from pallas_kernels.rejection_sampling.reference import (
     block_chances,
     block_weights,
-    divisor,
     draft_logprobs,
     draft_mass,
     first_above,

@@ -9,7 +9,7 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def process(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
+def process(logits, temperature=1.0, top_k=0, top_p=1.0, banned=(), min_p=0.0):
     """Probabilities float64 [V] that one row of logits [V] is sampled from."""
     x = np.array(logits, np.float64)
     x[list(banned)] = -np.inf
@@ -27,6 +27,7 @@ def process(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
         cut = before >= top_p
         cut[0] = False
         p[order[cut]] = 0
+    p[p < min_p * p.max()] = 0
     return p / p.sum()
 
 

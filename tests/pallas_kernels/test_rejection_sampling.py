@@ -32,16 +32,18 @@ def judge(*args, **options):
 
 @few
 @given(logit_rows, temperatures, st.sampled_from([0, 1, 2, 3, 6, 7, 9]),
-       st.sampled_from([0.0, 0.05, 0.35, 0.62, 0.93]), st.booleans(), st.booleans())
-def test_process_logits(row, temperature, top_k, top_p, truncate, banned):
+       st.sampled_from([0.0, 0.05, 0.35, 0.62, 0.93]), st.booleans(), st.booleans(),
+       st.sampled_from([0.0, 0.07, 0.31, 1.0]))
+def test_process_logits(row, temperature, top_k, top_p, truncate, banned, min_p):
     ban = (1, 4) if banned else ()
     assume(not banned or max(x for i, x in enumerate(row) if i not in ban) > -np.inf)
     top_p = top_p if truncate else 1.0
     assume(top_p == 0 or top_p == 1 or oracle.crossing_margin(row, temperature, top_k, top_p, ban)
            > 1e-5)
     got = _process(jnp.array(row, jnp.float32), jnp.float32(temperature), jnp.float32(top_p)
-                   if truncate else None, top_k=top_k, ban=jnp.array(banned), banned_tokens=(1, 4))
-    want = oracle.process(row, temperature, top_k, top_p, ban)
+                   if truncate else None, top_k=top_k, min_p=jnp.float32(min_p),
+                   ban=jnp.array(banned), banned_tokens=(1, 4))
+    want = oracle.process(row, temperature, top_k, top_p, ban, min_p)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(got) > -np.inf, want > 0)
     np.testing.assert_allclose(np.exp(np.asarray(got, np.float64)), want, atol=1e-6)
@@ -58,8 +60,8 @@ def test_ties_go_to_the_lowest_id():
 
 
 def test_the_order_of_processing():
-    """Ban, temperature, top-k, renormalised, then top-p: a top-p before any of these would keep
-    other tokens."""
+    """Ban, temperature, top-k, renormalised, top-p, then min-p: a top-p or a min-p before any of
+    these would keep other tokens."""
     row = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
     one = jnp.float32(1)
 
@@ -71,6 +73,10 @@ def test_the_order_of_processing():
     assert kept(top_p=jnp.float32(0.55), top_k=2) == (0,)  # 0.4 / 0.7 reaches 0.55 on its own
     assert kept(top_p=jnp.float32(0.65), temperature=jnp.float32(0.25)) == (0,)
     assert kept(top_p=jnp.float32(0.65), ban=jnp.array(True), banned_tokens=(0,)) == (1, 2)
+    assert kept(min_p=jnp.float32(0.6)) == (0, 1)
+    assert kept(min_p=jnp.float32(0.6), temperature=jnp.float32(2)) == (0, 1, 2)
+    assert kept(min_p=jnp.float32(0.6), ban=jnp.array(True), banned_tokens=(0,)) == (1, 2)
+    assert kept(min_p=jnp.float32(0.2), top_p=jnp.float32(0.75)) == (0, 1, 2)
 
 
 def _with_block(size):

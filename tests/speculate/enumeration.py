@@ -245,13 +245,16 @@ def _carry(first, last, count, k):
 
 def enumerate_sequences(policy, draft, prompt, *, k, rule="rejection", keep_noise=False,
                         max_new_tokens,
-                        min_new_tokens=0, stop_tokens=(), temperature=1.0, top_k=0, top_p=None):
+                        min_new_tokens=0, stop_tokens=(), temperature=1.0, top_k=0, top_p=None,
+                        min_p=None, behaviour=None):
     """({(tokens, stopped): probability}, cycles) of all sequences that chains of cycles emit.
+
+    behaviour: gets of each (tokens, stopped) the sums of `behaviour_logprobs` and of `logprobs`.
 
     keep_noise: a planted bug; a position's uniforms for drafting and judging are the same in every
     cycle that reaches it. The twin of noise that is keyed by position.
     """
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k,
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                         max_new_tokens=max_new_tokens,
                         min_new_tokens=min_new_tokens, stop_tokens=stop_tokens)
     cycle = Cycle(policy, draft, prompt, sampling, k, rule)
@@ -269,6 +272,11 @@ def enumerate_sequences(policy, draft, prompt, *, k, rule="rejection", keep_nois
         for (tokens, stopped, done, _), rows in members.items():
             if done:
                 out[tokens, stopped] = out.get((tokens, stopped), 0.0) + weight[rows].sum()
+                if behaviour is not None:
+                    of = pool.sequences
+                    behaviour[tokens, stopped] = [
+                        float(np.sum(np.asarray(x)[rows[0], :len(tokens)], dtype=np.float64))
+                        for x in (of.behaviour_logprobs, of.logprobs)]
         going = [rows for (_, _, done, _), rows in members.items() if not done]
         # rows that committed the same tokens are one state from here on: a draft's state depends on
         # nothing else

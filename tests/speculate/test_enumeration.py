@@ -30,13 +30,27 @@ def make(draft, vocab, k):
 def check(draft, vocab, k, cycles, rule="rejection", kernels=REFERENCE, **sampling):
     policy, made = make(draft, vocab, k)
     policy = policy.replace(kernels=kernels)
-    got, seen = enumerate_sequences(policy, made, PROMPT, k=k, rule=rule, **sampling)
+    behaviour = {} if {"top_k", "top_p", "min_p"} & set(sampling) else None
+    got, seen = enumerate_sequences(policy, made, PROMPT, k=k, rule=rule, behaviour=behaviour,
+                                    **sampling)
     want = tiny.autoregressive(policy, PROMPT,
                                **{**sampling, "top_p": sampling.get("top_p") or 1.0})
     assert seen >= cycles
     assert abs(sum(got.values()) - 1) < 1e-9
     assert set(got) <= set(want)
-    assert tiny.distance(got, want) < TOLERANCE * (2 if policy.config.num_layers > 1 else 1)
+    tolerance = TOLERANCE * (2 if policy.config.num_layers > 1 else 1)
+    assert tiny.distance(got, want) < tolerance
+    if behaviour is not None:
+        check_behaviour(behaviour, want, 10 * tolerance)
+
+
+def check_behaviour(behaviour, want, tolerance):
+    """Behaviour log-probabilities add up to what each sequence is drawn with; those of the whole
+    distribution do not, or this would show nothing."""
+    sums = np.array([behaviour[key] for key in want if key in behaviour])
+    exact = np.log([want[key] for key in want if key in behaviour])
+    assert np.abs(sums[:, 0] - exact).max() < tolerance
+    assert np.abs(sums[:, 1] - exact).max() > 0.01
 
 
 CASES = [
@@ -46,14 +60,14 @@ CASES = [
     ("mtp", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(), temperature=0.7)),
     ("table", 4, 2, 2, dict(max_new_tokens=3, stop_tokens=(3,), top_k=3, top_p=0.8)),
     ("ngram", 4, 3, 3, dict(max_new_tokens=4, stop_tokens=(0,), min_new_tokens=1)),
-    ("fixed", 5, 2, 3, dict(max_new_tokens=3, stop_tokens=(4, 2), temperature=0.7, top_k=4)),
+    ("fixed", 5, 2, 3, dict(max_new_tokens=3, stop_tokens=(4, 2), temperature=0.7, min_p=0.2)),
     ("suffix", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
 ]
 
 BLOCK = [
     ("sharp", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
     ("fixed", 4, 2, 2, dict(max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3, top_p=0.9,
-                            min_new_tokens=2)),
+                            min_p=0.3, min_new_tokens=2)),
 ]
 
 LONG = [

@@ -96,14 +96,14 @@ def prefix_logits(policy, prompt, depth):
 
 
 def autoregressive(policy, prompt, *, max_new_tokens, min_new_tokens=0, stop_tokens=(),
-                   temperature=1.0, top_k=0, top_p=1.0):
+                   temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """{(tokens, stopped): probability} of sampling one token at a time, in float64."""
     scores = prefix_logits(policy, prompt, max_new_tokens)
     out = {}
 
     def walk(prefix, mass):
         banned = stop_tokens if len(prefix) < min_new_tokens else ()
-        p = process(scores[prefix], temperature, top_k, top_p, banned)
+        p = process(scores[prefix], temperature, top_k, top_p, banned, min_p)
         for token in np.flatnonzero(p):
             tokens, stopped = (*prefix, int(token)), int(token) in stop_tokens
             if stopped or len(tokens) == max_new_tokens:

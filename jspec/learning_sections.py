@@ -166,10 +166,14 @@ class GrpoSection:
     clip: float = setting(1.0, "global-norm clip of the policy's gradient", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
     warmup_steps: int = setting(0, "GRPO steps over which the learning rate rises linearly", low=0)
+    truncated_ratio: bool = setting(True, "under sampling.top_k, top_p and min_p: learn the "
+                                    "distribution that they leave, which answers are drawn from; "
+                                    "false: the whole one, which biases the update")
     biased_sampling: bool = setting(False,
                                     "train although answers are drawn from another distribution "
-                                    "than the one whose gradient is taken (sampling.top_k, top_p, "
-                                    "min_new_tokens, temperature=0): the update is then biased")
+                                    "than the one whose gradient is taken (min_new_tokens, "
+                                    "temperature=0, truncated_ratio=false): the update is then "
+                                    "biased")
     max_skipped: int = setting(5, "stop after this many updates in a row with a non-finite loss or "
                                "gradient", low=1)
 

@@ -75,14 +75,17 @@ def check_unbiased(config: Config) -> None:
     be drawn from, the policy's own at a temperature above 0, and the configuration does not say
     that this is known."""
     sampling = config.sampling
-    cuts = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1,
+    whole = not config.grpo.truncated_ratio
+    cuts = {"top_k": whole and sampling.top_k > 0, "top_p": whole and sampling.top_p < 1,
+            "min_p": whole and sampling.min_p > 0,
             "min_new_tokens": sampling.min_new_tokens > 0, "temperature": sampling.temperature == 0}
     named = [f"sampling.{name}={str(getattr(sampling, name)).removesuffix('.0')}"
              for name, holds in cuts.items() if holds]
     if named and not config.grpo.biased_sampling:
         raise InputError(f"{', '.join(named)}: answers would be drawn from another distribution "
                          "than the one whose gradient the update takes, which biases it; leave "
-                         "that out, or say grpo.biased_sampling=true")
+                         "that out" + " or grpo.truncated_ratio as it is" * whole
+                         + ", or say grpo.biased_sampling=true")
 
 
 def ends(config: Config, policy: ModelConfig, tokenizer: Any) -> str:

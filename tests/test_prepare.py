@@ -32,13 +32,21 @@ def test_no_two_purposes_share_noise_and_none_is_a_step_s(seed):
             == len(numbers) and all(0 <= value < 2**32 and value != seed for value in seeds))
 
 
-@pytest.mark.parametrize("cut", ["top_k=2", "top_p=0.99999999", "top_p=0.6", "min_new_tokens=2",
-                                 "temperature=0"])
+CUTS = ("top_k=2", "top_p=0.99999999", "top_p=0.6", "min_p=0.1")
+
+
+@pytest.mark.parametrize("cut", [*CUTS, "min_new_tokens=2", "temperature=0"])
 def test_training_on_answers_of_another_distribution_has_to_be_asked_for(cut):
+    whole = [f"sampling.{cut}", f"grpo.truncated_ratio={str(cut not in CUTS).lower()}"]
     with pytest.raises(InputError,
                        match=f"sampling.{cut}: .* biases it; .* grpo.biased_sampling=true"):
-        prepare.check_unbiased(load_config(None, [f"sampling.{cut}"]))
-    prepare.check_unbiased(load_config(None, [f"sampling.{cut}", "grpo.biased_sampling=true"]))
+        prepare.check_unbiased(load_config(None, whole))
+    prepare.check_unbiased(load_config(None, [*whole, "grpo.biased_sampling=true"]))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_tokens_that_are_cut_off_bias_nothing(cut):
+    prepare.check_unbiased(load_config(None, [f"sampling.{cut}"]))
 
 
 def test_a_temperature_is_no_bias_for_the_update_divides_by_it_too():

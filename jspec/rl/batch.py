@@ -26,6 +26,7 @@ class TrainBatch:
       routes, prompt_routes: the verifier's, as in `Rollout`; None of a dense policy.
       shares: float32 [N], what a trained token of a row counts in the loss
         (`aggregation.token_shares`); None before the update has found it.
+      behaviour_logprobs: float32 [N, T], as in `Rollout`; None: they are `logprobs`.
     """
 
     prompts: jax.Array
@@ -38,6 +39,7 @@ class TrainBatch:
     routes: jax.Array | None = None
     prompt_routes: jax.Array | None = None
     shares: jax.Array | None = None
+    behaviour_logprobs: jax.Array | None = None
 
     @property
     def group_size(self) -> int:
@@ -49,7 +51,7 @@ def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array | N
     """What a rollout gives the update to learn from. Jittable."""
     return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs,
                       rollout.loss_mask, advantages, rollout.trunk, rollout.routes,
-                      rollout.prompt_routes)
+                      rollout.prompt_routes, behaviour_logprobs=rollout.behaviour_logprobs)
 
 
 def without_truncated(rollout: Rollout) -> Rollout:

@@ -17,7 +17,7 @@ from jspec.model.chunks import CHUNK_TOKENS, map_chunks
 from jspec.rl.aggregation import Totals
 from jspec.rl.batch import TrainBatch
 from jspec.rl.objectives import Tokens, loss_of, ratio
-from jspec.rl.update_settings import UpdateSettings
+from jspec.rl.update_settings import Cut, UpdateSettings
 from pallas_kernels.rejection_sampling import scaled
 
 
@@ -31,10 +31,9 @@ def predicting(last: jax.Array, of_responses: jax.Array) -> jax.Array:
 
 
 def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, temperature: jax.Array,
-                   chunk_tokens: int = CHUNK_TOKENS,
-                   through_entropy: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of `tokens` and entropy of what they were drawn from, the output head applied
-    in chunks.
+                   chunk_tokens: int = CHUNK_TOKENS, through_entropy: bool = False,
+                   cut: Cut | None = None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Log-probability of `tokens` and entropy of the policy, the output head applied in chunks.
 
     Logits [N, T, V] never exist at once, neither forward nor backward: see `model.chunks`.
 
@@ -43,17 +42,21 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
       tokens: int32 [N, T].
       temperature: float32 scalar or [N]; 0 counts as 1, as in the rollout.
       through_entropy: whether the entropy carries a gradient.
+      cut: what tokens are drawn with, if unlikely ones are cut off.
 
     Returns:
       (logprobs, entropy), float32 [N, T], of softmax(logits / temperature) over the whole
-      vocabulary.
+      vocabulary, and with `cut` the log-probabilities under what is left of it, normalised: -inf of
+      a token that is cut off. Which ones are left carries no gradient.
     """
     n, t, _ = hidden.shape
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (n,))[:, None]
 
-    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]
+                 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         hidden, tokens = chunk
-        z = scaled(logits(policy, hidden), temperature)
+        scores = logits(policy, hidden)
+        z = scaled(scores, temperature)
         normaliser = jnp.log(jnp.sum(jnp.exp(z), axis=-1))  # the largest z is 0
         chosen = jnp.take_along_axis(z, tokens[..., None], axis=-1)[..., 0]
         each = z - normaliser[..., None]
@@ -61,16 +64,25 @@ def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, tempera
         # the logit of an id without a token is -inf, and 0 x -inf is not 0
         there = jnp.where(jnp.isneginf(each), 0.0, each)
         entropy = -jnp.sum(jnp.where(jnp.isneginf(each), 0.0, jnp.exp(each) * there), axis=-1)
-        return chosen - normaliser, entropy
+        behaviour = None if cut is None else left(z, cut.kept(scores, temperature), tokens)
+        return chosen - normaliser, entropy, behaviour
 
     with jax.named_scope("token_logprobs"):
         out = map_chunks(of_chunk, (hidden, tokens), chunk_tokens)
-        return tuple(x.swapaxes(0, 1).reshape(n, -1)[:, :t] for x in out)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n, -1)[:, :t], out)
+
+
+def left(z: jax.Array, kept: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities of tokens int32 [...] under softmax(z) of the ids that are kept, float32
+    and bool [..., V]; the largest z is 0, and kept."""
+    z = jnp.where(kept, z, -jnp.inf)
+    chosen = jnp.take_along_axis(z, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jnp.log(jnp.sum(jnp.exp(z), axis=-1))
 
 
 def answer_loss(logprobs: jax.Array, entropy: jax.Array, anchored: jax.Array | None,
-                rows: TrainBatch, totals: Totals,
-                settings: UpdateSettings) -> tuple[jax.Array, dict[str, jax.Array]]:
+                rows: TrainBatch, totals: Totals, settings: UpdateSettings,
+                behaviour: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of some answers as a function of their tokens' log-probabilities: the objective, the
     KL to the reference and the entropy, each token counted with its row's share.
 
@@ -78,15 +90,22 @@ def answer_loss(logprobs: jax.Array, entropy: jax.Array, anchored: jax.Array | N
       logprobs, entropy: float32 [N, T], the policy's. Outside of the rows' mask whatever they are.
       anchored: float32 [N, T], the reference's; None: there is no KL in the loss.
       rows: answers, whole, with `shares` and `advantages`.
+      behaviour: float32 [N, T], the policy's `logprobs` where unlikely tokens are cut off, as they
+        were when the rows were drawn; the objective is then of these. None: of `logprobs`.
 
     Returns (loss, metrics `loss`, `clip_fraction`, `clip_fraction/low`, `clip_fraction/high` and,
     with a KL, `kl`): float32 scalars that are sums over rows, so that those of micro-batches add up
     to the update's.
     """
     advantages = rows.advantages.reshape(rows.mask.shape[0], -1)
-    log_ratio = jnp.where(rows.mask, logprobs - rows.logprobs, 0.0)
-    each, bounded = loss_of(settings.objective, Tokens(logprobs, log_ratio, advantages, rows.mask),
+    drawn, before, mask = logprobs, rows.logprobs, rows.mask
+    if behaviour is not None:  # a token that the policy cuts off by now has no gradient
+        mask = mask & (behaviour > -jnp.inf)
+        drawn, before = jnp.where(mask, behaviour, 0.0), rows.behaviour_logprobs
+    log_ratio = jnp.where(mask, drawn - before, 0.0)
+    each, bounded = loss_of(settings.objective, Tokens(drawn, log_ratio, advantages, mask),
                             settings)
+    each = jnp.where(mask, each, 0.0)
     # what weighs a token for who sampled it belongs here: it multiplies `each`, and not the KL
 
     def summed(x: jax.Array) -> jax.Array:
@@ -100,6 +119,9 @@ def answer_loss(logprobs: jax.Array, entropy: jax.Array, anchored: jax.Array | N
     high = (ratio(bounded) > 1.0 + settings.clip_high) & (advantages > 0)
     metrics = {"clip_fraction": mean(low | high), "clip_fraction/low": mean(low),
                "clip_fraction/high": mean(high)}
+    if behaviour is not None:
+        metrics["kept_mass"] = mean(jnp.exp(rows.logprobs - rows.behaviour_logprobs))
+        metrics["cut_flip_rate"] = mean(rows.mask & ~mask)
     if anchored is not None:
         kl = kl_estimate(logprobs, jax.lax.stop_gradient(anchored), rows.mask,
                          settings.kl_estimate)

@@ -162,5 +162,7 @@ def take(batch: TrainBatch, order: jax.Array, done: jax.Array, rows: int, width:
                       by_row(batch.logprobs[:, :width]), by_row(batch.mask[:, :width]) & live,
                       advantages, trunk,
                       None if batch.routes is None else by_row(batch.routes[:, :width]),
-                      shares=None if batch.shares is None else by_row(batch.shares))
+                      shares=None if batch.shares is None else by_row(batch.shares),
+                      behaviour_logprobs=None if batch.behaviour_logprobs is None
+                      else by_row(batch.behaviour_logprobs[:, :width]))
     return MicroBatch(rows, prompts, index, order.shape[1])

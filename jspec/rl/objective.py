@@ -21,7 +21,7 @@ from jspec.rl.aggregation import Totals
 from jspec.rl.batch import TrainBatch, join
 from jspec.rl.losses import answer_loss, histogram, outside, predicting, token_logprobs
 from jspec.rl.micro_batches import MicroBatch, blocks_of, least_tokens, shapes
-from jspec.rl.update_settings import UpdateSettings
+from jspec.rl.update_settings import Cut, UpdateSettings
 from jspec.sharding import block_rows, constrain
 
 
@@ -106,10 +106,10 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy,
     their maximum.
     """
     rows = micro.rows
-    trunk, logprobs, entropy = response_logprobs(with_trained(policy, weights), prompts, micro,
-                                                 settings, features)
+    trunk, logprobs, entropy, behaviour = response_logprobs(
+        with_trained(policy, weights), prompts, micro, settings, features, settings.cut)
     anchored = None if anchor is None else response_logprobs(*anchor, micro, settings)[1]
-    loss, metrics = answer_loss(logprobs, entropy, anchored, rows, totals, settings)
+    loss, metrics = answer_loss(logprobs, entropy, anchored, rows, totals, settings, behaviour)
     gap = jnp.where(rows.mask, jnp.abs(logprobs - rows.logprobs), 0.0)
 
     def mean(x) -> jax.Array:
@@ -127,9 +127,10 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy,
 
 
 def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch,
-                      settings: UpdateSettings,
-                      features: tuple[int, ...] = ()) -> tuple[Trunk, jax.Array, jax.Array]:
-    """(trunk of the responses, log-probabilities of their tokens, entropy, both float32 [N, T])."""
+                      settings: UpdateSettings, features: tuple[int, ...] = (),
+                      cut: Cut | None = None) -> tuple[Trunk, jax.Array, jax.Array,
+                                                       jax.Array | None]:
+    """(trunk of the responses, and `token_logprobs` of their tokens)."""
     tokens = micro.rows.tokens
     trunk = jax.lax.optimization_barrier(response_forward(
         policy, tokens, micro.rows.prompt_lengths, prompts.keys_values, micro.prompts,
@@ -137,7 +138,7 @@ def response_logprobs(policy: Policy, prompts: PromptStates, micro: MicroBatch,
         remat=settings.remat, routes=micro.rows.routes if settings.replay_routes else None))
     hidden = predicting(block_rows(prompts.last, micro.prompts), trunk.hidden)
     return trunk, *token_logprobs(policy, hidden, tokens, settings.temperature,
-                                  through_entropy=bool(settings.entropy_weight))
+                                  through_entropy=bool(settings.entropy_weight), cut=cut)
 
 
 def draft_loss(weights: Any, draft: Draft, policy: Policy, trunks: tuple[Trunk, Trunk] | None,

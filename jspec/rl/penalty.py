@@ -37,7 +37,7 @@ def penalised(state: TrainState, reference: Policy | None, batch: TrainBatch, re
 
     def of_rows(micro: MicroBatch) -> tuple[jax.Array, tuple]:
         rows = micro.rows
-        _, anchored, _ = response_logprobs(reference, prompts, micro, settings)
+        _, anchored, *_ = response_logprobs(reference, prompts, micro, settings)
         kl = kl_estimate(rows.logprobs, anchored, rows.mask, settings.kl_estimate)
         return micro.back(kl, batch.mask.shape[1]), ()
 

@@ -5,11 +5,37 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from jspec.choices import AdvantageForm, Aggregation
 from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.rl.objectives import Limits, Objective, find, grpo
+from pallas_kernels.rejection_sampling import process_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Which unlikely tokens were cut off when answers were drawn, as in `Sampling`."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def kept(self, logits: jax.Array, temperature: jax.Array) -> jax.Array:
+        """The ids that are left of logits [..., V], bool; no gradient goes through it."""
+        top_p, min_p = (None if value == off else value
+                        for value, off in ((self.top_p, 1.0), (self.min_p, 0.0)))
+        return process_logits(jax.lax.stop_gradient(logits), temperature, top_p,
+                              top_k=self.top_k, min_p=min_p) > -jnp.inf
+
+    @classmethod
+    def of(cls, config: Config) -> Cut | None:
+        """What a run's updates take into account; None: nothing is cut off, or it is not to be."""
+        sampling = config.sampling
+        cut = cls(sampling.top_k, sampling.top_p, sampling.min_p)
+        whole = cut == cls() or sampling.temperature == 0 or not config.grpo.truncated_ratio
+        return None if whole else cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +44,7 @@ class UpdateSettings(Limits):
     them means."""
 
     temperature: float = 1.0
+    cut: Cut | None = None
     objective: Objective = grpo
     aggregation: Aggregation = "token_mean"
     constant_length: int | None = None
@@ -63,7 +90,8 @@ class UpdateSettings(Limits):
                 "warmup_steps")
         advantage, aggregation = grpo.chosen()
         return cls(objective=find(grpo.objective), advantage=advantage, aggregation=aggregation,
-                   temperature=config.sampling.temperature, remat=config.model.remat,
+                   temperature=config.sampling.temperature, cut=Cut.of(config),
+                   remat=config.model.remat,
                    train_draft=draft.train, draft_every=draft.every_n_steps,
                    draft_features=draft.features, draft_loss=draft.loss,
                    draft_optimizer=draft.optimizer, draft_learning_rate=draft.learning_rate,

@@ -86,7 +86,7 @@ def test_samples_hold_the_policys_own_states_and_logprobs(model, trained):
     assert batch.tokens.shape[1] % stages.UNIT == 0
     batch = jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float32) if x.dtype.itemsize == 2
                          else x, batch)
-    logprobs, _ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(),
+    logprobs, *_ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(),
                                  batch.temperature)
     # states are kept in bfloat16
     np.testing.assert_allclose(np.where(batch.mask, logprobs, 0),

@@ -38,7 +38,7 @@ def lesson(policy, draft, tokens, start, mask, temperature=1.0):
     """A DraftBatch of the policy's own states and log-probabilities."""
     made = base.DraftBatch(trunk_states(policy, draft, tokens), tokens, start, mask, None,
                            jnp.asarray(temperature))
-    logprobs, _ = token_logprobs(policy, made.predicting(made.trunk.hidden), made.response(),
+    logprobs, *_ = token_logprobs(policy, made.predicting(made.trunk.hidden), made.response(),
                                  made.temperature)
     return made.replace(logprobs=logprobs)
 

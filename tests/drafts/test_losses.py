@@ -29,7 +29,7 @@ def make_lesson(temperature):
     mask = jnp.array([[True] * 4, [True, True, False, False]])
     batch = DraftBatch(Trunk(jax.random.normal(a, (B, S, 16))), tokens, jnp.array([3, 1]), mask,
                        None, jnp.float32(temperature))
-    logprobs, _ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(),
+    logprobs, *_ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(),
                                  temperature)
     return policy, batch.replace(logprobs=logprobs), [jax.random.normal(key, (B, T, 16))
                                                       for key in (b, c)]

@@ -122,5 +122,6 @@ def _part(label: str, kind: type, given: Any) -> Any:
 def _check_names(label: str, given: Mapping[str, Any], known: Collection[str]) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise InputError(f"unknown key '{label}.{name}'; did you mean '{near}'?")
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            raise InputError(f"unknown key '{label}.{name}'; {hint}")

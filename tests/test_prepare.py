@@ -89,6 +89,8 @@ def test_drafts_that_cannot_be_are_refused_without_weights(override, message):
     ({"hidden_size": "x"}, "hidden_size"), ({"rope": "text"}, "rope"),
     ({"rope": {"theta": -1}}, "theta"),
     ({"rope": {"thet": 1}}, "unknown key 'model.architecture.rope.thet'; did you mean 'theta'"),
+    ({"experts": {"num_experts": 8}}, "unknown key 'model.architecture.experts.num_experts'; "
+     "known: count, top_k, intermediate_size, renormalize, dense_layers"),
     ({"num_layers": 10**30}, "num_layers"), ({"stop_tokens": 5}, "stop_tokens"),
     ({"hidden": 1}, "hidden"), ({"stop_tokens": ["a"]}, "stop_tokens"),
     ({"num_heads": True}, "num_heads"), ({"family": []}, "family"),

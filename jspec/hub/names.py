@@ -76,7 +76,9 @@ def resolve(name: str) -> PackagedModel | Path | str:
                          "or a .gguf file; this is another file")
     if _HUB_ID.fullmatch(name) and path.suffix != ".gguf" and not name.startswith("."):
         return name
-    near = difflib.get_close_matches(name.lower(), SHORT_NAMES, n=1)
+    word = name.lower()
+    near = ([short for short in SHORT_NAMES if short.startswith(word)]
+            or difflib.get_close_matches(word, SHORT_NAMES, n=1))
     some = list(SHORT_NAMES)[::5]  # all of them are more than a line
     hint = f"; did you mean {near[0]}?" if near else f"; short names: {', '.join(some)}, ..."
     raise InputError(f"model {name!r} is not there: no short name, no hub id (owner/name), no "

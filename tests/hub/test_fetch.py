@@ -50,6 +50,7 @@ def test_paths_are_taken_as_they_are(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, text", [
     ("smollm2-135m-instrct", "did you mean smollm2-135m-instruct?"),
+    ("Qwen3-30B", "did you mean qwen3-30b-a3b?"),
     ("nothing-like-it", "short names: smollm2-135m-instruct, "),
     ("./not/there", "is not there"), ("/not/there", "is not there"),
     ("not/there.gguf", "is not there"), (__file__, "this is another file"),

@@ -119,8 +119,9 @@ def answer_loss(logprobs: jax.Array, entropy: jax.Array, anchored: jax.Array | N
     high = (ratio(bounded) > 1.0 + settings.clip_high) & (advantages > 0)
     metrics = {"clip_fraction": mean(low | high), "clip_fraction/low": mean(low),
                "clip_fraction/high": mean(high)}
-    if behaviour is not None:
+    if rows.behaviour_logprobs is not None:
         metrics["kept_mass"] = mean(jnp.exp(rows.logprobs - rows.behaviour_logprobs))
+    if behaviour is not None:
         metrics["cut_flip_rate"] = mean(rows.mask & ~mask)
     if anchored is not None:
         kl = kl_estimate(logprobs, jax.lax.stop_gradient(anchored), rows.mask,

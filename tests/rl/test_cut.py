@@ -51,6 +51,8 @@ def test_the_first_ratio_is_one(rolled):
     on_policy = -np.sum(np.asarray(batch.advantages)[:, None] * np.asarray(batch.mask)
                         ) / np.asarray(batch.mask).sum()
     np.testing.assert_allclose(metrics["loss"], on_policy, atol=1e-5)
+    _, whole = learned(rolled, dataclasses.replace(SETTINGS, cut=None))
+    np.testing.assert_allclose(whole["kept_mass"], metrics["kept_mass"])  # the bias is said then
     wrong = dataclasses.replace(batch, behaviour_logprobs=batch.logprobs)
     _, metrics = learned((state, wrong), SETTINGS)
     assert abs(float(metrics["loss"]) - on_policy) > 1e-3

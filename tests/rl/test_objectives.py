@@ -3,6 +3,7 @@ however many devices; and what is refused of a user's own."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,56 @@ def check(found, data):
                                    err_msg=key)
         np.testing.assert_allclose(grads, wanted_grads, rtol=0, err_msg=key,
                                    atol=1e-6 * np.abs(wanted_grads).max())
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "objectives.npz"
+EMPTY = 11 / 12
+"""Of the golden batch's 12 rows one is empty. TRL's means over answers count it; ours do not."""
+TRL = {  # case: (objective, aggregation, other settings, TRL's loss over ours)
+    "grpo": ("grpo", "sequence_mean", {}, EMPTY),
+    "dr_grpo": ("dr_grpo", "constant_length", {}, 1),
+    "dapo": ("dapo", "token_mean", {}, 1),
+    "bnpo": ("grpo", "token_mean", {}, 1),
+    "gspo": ("gspo", "sequence_mean", {}, EMPTY),
+    "gspo_token_mean": ("gspo", "token_mean", {}, 1),
+    "cispo": ("cispo", "token_mean", dict(clip_low=1.0), 1),
+    "sapo": ("sapo", "sequence_mean", {}, EMPTY),
+    "dual_clip": ("grpo", "token_mean", dict(dual_clip=1.5), 1),
+    "entropy": ("grpo", "token_mean", dict(entropy_weight=0.02), 1),
+    "kl": ("grpo", "token_mean", dict(kl_weight=0.1), 1),
+    "rloo": ("rloo", "sequence_mean", {}, EMPTY),
+}
+
+
+@pytest.mark.parametrize("case", TRL)
+def test_trl_has_the_same_losses(case):
+    """`tests/golden/make_objectives.py` says how those were made."""
+    with np.load(GOLDEN) as file:
+        data = dict(file)
+    name, aggregation, options, over = TRL[case]
+    settings = UpdateSettings(objective=find(name), aggregation=aggregation, clip_high=0.3,
+                              constant_length=7, **options)
+    given = {key: jnp.asarray(x, x.dtype if x.dtype == bool else jnp.float32)
+             for key, x in data.items() if key in (*FIELDS, "advantages", "mask")}
+    batch = TrainBatch(jnp.zeros((6, 1)), None, given["old"], given["old"], given["mask"],
+                       given["advantages"])
+    batch, totals = up.with_shares(batch, settings)
+
+    def loss(logprobs):
+        return answer_loss(logprobs, given["entropy"],
+                           given["anchored"] if settings.kl_weight else None, batch, totals,
+                           settings)
+
+    (got, metrics), grads = jax.value_and_grad(loss, has_aux=True)(given["logprobs"])
+    wanted = data[f"{case}/loss"]
+    if case == "rloo":  # where the empty row has a loss, its advantage, and no gradient
+        wanted = wanted + data["advantages"][5] / 12
+    np.testing.assert_allclose(over * got, wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(over * grads, data[f"{case}/grad"], rtol=0,
+                               atol=1e-6 * np.abs(data[f"{case}/grad"]).max())
+    if case == "dapo":
+        for side in ("low", "high"):
+            np.testing.assert_allclose(metrics[f"clip_fraction/{side}"], data[f"dapo/{side}"])
 
 
 ALL = [(name, aggregation) for name in EACH for aggregation in AGGREGATIONS]

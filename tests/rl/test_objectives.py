@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from jspec.choices import AGGREGATIONS, OBJECTIVES
+from jspec.errors import InputError
 from jspec.rl import micro_batches as mb
 from jspec.rl import update as up
 from jspec.rl.aggregation import token_shares
 from jspec.rl.batch import TrainBatch
 from jspec.rl.losses import answer_loss
-from jspec.rl.objectives import find
+from jspec.rl.objectives import Limits, Tokens, find, loss_of
 from jspec.rl.update_settings import UpdateSettings
 from tests.test_sharding import on_devices
 
@@ -249,3 +250,23 @@ def test_a_mean_of_micro_batches_means_is_caught(aggregation, monkeypatch):
     found = of_micro_batches(data, [("grpo", aggregation)], 3)
     with pytest.raises(AssertionError):
         check(found, data)
+
+
+def test_an_objective_of_a_users_own(tmp_path):
+    own = find("examples/own_objective.py:weighted")
+    shape = jnp.ones((2, 3))
+    tokens = Tokens(-shape, jnp.array([[0.0, 1.0, 0.0]] * 2), jnp.array([[1.0], [-1.0]]), shape > 0)
+    each, bounded = loss_of(own, tokens, Limits())
+    np.testing.assert_allclose(each, [[1, 2, 1], [-1, -2, -1]])
+    np.testing.assert_array_equal(bounded, tokens.log_ratio)
+    wrong = {"short": "return tokens.mask.sum(1)", "nothing": "pass", "raises": "return tokens.x",
+             "three": "return (tokens.log_ratio,) * 3"}
+    (tmp_path / "own.py").write_text("".join(f"def {name}(tokens, limits): {body}\n"
+                                             for name, body in wrong.items()))
+    for name in wrong:
+        said = "raises AttributeError" if name == "raises" else "must return the loss of each token"
+        with pytest.raises(InputError, match=f"{name}: it {said}") as error:
+            find(f"{tmp_path / 'own.py'}:{name}")
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="has no 'less'; its functions are: short, nothing"):
+        find(f"{tmp_path / 'own.py'}:less")

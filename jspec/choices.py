@@ -52,6 +52,11 @@ goes with; one of a user's own goes with GRPO's."""
 KL_ESTIMATES = ("k1", "k2", "k3")
 """Of the KL of one token; see `jspec.rl.losses.kl_estimate`."""
 
+CORRECTIONS = {"none": (0.0, 0.0), "tis": (0.0, 2.0), "icepop": (0.5, 5.0),
+               "sequence_mask": (0.999, 1.002)}
+"""For the gap between the update's own log-probabilities and the verifier's, each with its bounds
+where none are set; see `jspec.rl.corrections`."""
+
 LORA_TARGETS = {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "o_proj": ("o",),
                 "gate_proj": ("gate", "expert_gate_up"), "up_proj": ("up", "expert_gate_up"),
                 "down_proj": ("down", "expert_down")}

@@ -120,6 +120,9 @@ def check_grpo(config: Config) -> None:
            f"grpo.aggregation is {aggregation}; leave it out")
     demand(len(grpo.sapo_tau) == 2, f"grpo.sapo_tau is {list(grpo.sapo_tau)}: two numbers, for "
            "advantages above 0 and for the others")
+    for key in ("correction_low", "correction_high"):
+        demand(grpo.correction != "none" or getattr(grpo, key) is None, f"grpo.{key} bounds the "
+               "weights of a correction, and there is none: set grpo.correction, or leave it out")
     for key in ("kl_in_reward", "kl_reference_every"):
         demand(not getattr(grpo, key) or grpo.kl_weight > 0, f"grpo.{key} is of the KL to a "
                "reference, and there is none: set grpo.kl_weight above 0, or leave it out")

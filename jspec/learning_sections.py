@@ -9,6 +9,7 @@ from jspec.choices import (
     ADVANTAGES,
     AGGREGATIONS,
     BASE_DTYPES,
+    CORRECTIONS,
     KL_ESTIMATES,
     LORA_TARGETS,
     MOST_SAMPLES,
@@ -146,6 +147,14 @@ class GrpoSection:
                                       above=0, high=1)
     entropy_weight: float = setting(0.0, "weight of the policy's entropy, which is to be large",
                                     low=0)
+    correction: str = setting(
+        "none", "for answers that the verifier computes otherwise than the update, in bfloat16 or "
+        "quantised: weights of tokens by the gap. tis: clipped at the bounds; icepop: 0 outside of "
+        "them; sequence_mask: 0 for answers whose mean gap is outside. The ratio is then to the "
+        "update's own log-probabilities; none: to the verifier's", choices=tuple(CORRECTIONS))
+    correction_low: float | None = setting(None, "lower bound of a weight; null: 0 for tis, 0.5 "
+                                           "for icepop, 0.999 for sequence_mask", low=0, high=1)
+    correction_high: float | None = setting(None, "upper bound; null: 2, 5, 1.002", low=1)
     mask_truncated: bool = setting(False, "leave answers that were cut off at the cap out of the "
                                    "loss; their rewards still count in their group's mean")
     updates_per_rollout: int = setting(1, "optimizer steps on each rollout, or on each of its "
@@ -181,6 +190,13 @@ class GrpoSection:
     def updates_per_step(self) -> int:
         """Optimizer steps on a rollout and all its parts."""
         return self.updates_per_rollout * self.mini_batches
+
+    @property
+    def correction_bounds(self) -> tuple[float, float]:
+        """Of the correction's weights: those that are set, else what it goes with."""
+        low, high = CORRECTIONS[self.correction]
+        return (low if self.correction_low is None else self.correction_low,
+                high if self.correction_high is None else self.correction_high)
 
     def chosen(self) -> tuple[AdvantageForm, Aggregation]:
         """Advantages and aggregation: those that are set, else what the objective goes with."""

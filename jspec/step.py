@@ -27,6 +27,7 @@ from jspec.prepare import make_batching, make_sampling, make_speculation, rollou
 from jspec.rl.advantages import advantages_of
 from jspec.rl.batch import make_batch, without_truncated
 from jspec.rl.penalty import penalised
+from jspec.rl.rescore import own_logprobs
 from jspec.rl.state import TrainState
 from jspec.rl.update import update, update_draft
 from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
@@ -76,6 +77,8 @@ class Step:
         the verifier's states. None: it learns in the update, or not at all.
       remember: (draft, prompts, rollout) -> draft, the draft donated. None: the drafter remembers
         nothing.
+      rescore: (state, prompts, rollout) -> rollout with the update's own log-probabilities. None:
+        the update needs none from before it.
       penalise: (state, reference, prompts, rollout, rewards) -> (rewards less the KL, metrics).
         None: rewards stay as they are.
       update: (state, reference, prompts, rollout, rewards) -> (state, metrics), the state donated.
@@ -89,6 +92,7 @@ class Step:
     rollout: Callable[..., Rollout]
     draft: Callable[..., tuple[TrainState, dict]] | None
     remember: Callable[..., Draft] | None
+    rescore: Callable[..., Rollout] | None
     penalise: Callable[..., tuple[jax.Array, dict]] | None
     update: Callable[..., tuple[TrainState, dict]]
 
@@ -132,6 +136,8 @@ class Step:
                                                                                 prompts, out)))
         with clock("update"):
             rewards, metrics, kl = place(graded.rewards, "rollout", "batch"), [], {}
+            if self.rescore is not None:
+                out = self.rescore(state, prompts, out)
             if self.penalise is not None:
                 rewards, kl = self.penalise(state, reference, prompts, out, rewards)
             for _ in range(self.settings.updates_per_step):
@@ -181,6 +187,10 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         advantages = advantages_of(rewards, out.loss_mask, prompts.group_size, settings.advantage)
         return update(state, reference, make_batch(prompts, out, advantages), settings)
 
+    def rescore(state, prompts, out) -> Rollout:
+        return out.replace(own_logprobs=own_logprobs(state, make_batch(prompts, out, None),
+                                                     settings))
+
     def penalise(state, reference, prompts, out, rewards) -> tuple[jax.Array, Any]:
         return penalised(state, reference, make_batch(prompts, out, None), rewards, settings)
 
@@ -192,6 +202,7 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         rollout=jax.jit(rollout, static_argnums=4),
         draft=None if speculation.depths is None else learning(learn_draft),
         remember=remember and jax.jit(remember, donate_argnums=0, out_shardings=shardings.draft),
+        rescore=jax.jit(rescore) if settings.rescores else None,
         penalise=jax.jit(penalise) if settings.kl_in_reward else None, update=learning(learn))
 
 
@@ -234,6 +245,8 @@ def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: P
         made("remember", state.draft, prompts, out)
     rows = out.lengths.shape
     rewards = jax.ShapeDtypeStruct(rows, np.float32, sharding=placement(rows, "rollout", "batch"))
+    if step.rescore is not None:
+        out = made("rescore", state, prompts, out)
     if step.penalise is not None:
         rewards, _ = made("penalise", state, reference, prompts, out, rewards)
     made("update", state, reference, prompts, out, rewards)

@@ -27,6 +27,7 @@ class TrainBatch:
       shares: float32 [N], what a trained token of a row counts in the loss
         (`aggregation.token_shares`); None before the update has found it.
       behaviour_logprobs: float32 [N, T], as in `Rollout`; None: they are `logprobs`.
+      own_logprobs: float32 [N, T], as in `Rollout`.
     """
 
     prompts: jax.Array
@@ -40,6 +41,7 @@ class TrainBatch:
     prompt_routes: jax.Array | None = None
     shares: jax.Array | None = None
     behaviour_logprobs: jax.Array | None = None
+    own_logprobs: jax.Array | None = None
 
     @property
     def group_size(self) -> int:
@@ -51,7 +53,8 @@ def make_batch(prompts: PromptBatch, rollout: Rollout, advantages: jax.Array | N
     """What a rollout gives the update to learn from. Jittable."""
     return TrainBatch(prompts.tokens, prompts.lengths, rollout.tokens, rollout.logprobs,
                       rollout.loss_mask, advantages, rollout.trunk, rollout.routes,
-                      rollout.prompt_routes, behaviour_logprobs=rollout.behaviour_logprobs)
+                      rollout.prompt_routes, behaviour_logprobs=rollout.behaviour_logprobs,
+                      own_logprobs=rollout.own_logprobs)
 
 
 def without_truncated(rollout: Rollout) -> Rollout:

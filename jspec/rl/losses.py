@@ -16,6 +16,7 @@ from jspec.model import Policy, logits
 from jspec.model.chunks import CHUNK_TOKENS, map_chunks
 from jspec.rl.aggregation import Totals
 from jspec.rl.batch import TrainBatch
+from jspec.rl.corrections import correction
 from jspec.rl.objectives import Tokens, loss_of, ratio
 from jspec.rl.update_settings import Cut, UpdateSettings
 from pallas_kernels.rejection_sampling import scaled
@@ -102,11 +103,16 @@ def answer_loss(logprobs: jax.Array, entropy: jax.Array, anchored: jax.Array | N
     if behaviour is not None:  # a token that the policy cuts off by now has no gradient
         mask = mask & (behaviour > -jnp.inf)
         drawn, before = jnp.where(mask, behaviour, 0.0), rows.behaviour_logprobs
+    weights, about = jnp.ones((), jnp.float32), {}
+    if settings.correction != "none":
+        own = jax.lax.stop_gradient(drawn) if rows.own_logprobs is None else rows.own_logprobs
+        weights, about = correction(own - before, mask, settings.correction,
+                                    *settings.correction_bounds)
+        before = own
     log_ratio = jnp.where(mask, drawn - before, 0.0)
     each, bounded = loss_of(settings.objective, Tokens(drawn, log_ratio, advantages, mask),
                             settings)
-    each = jnp.where(mask, each, 0.0)
-    # what weighs a token for who sampled it belongs here: it multiplies `each`, and not the KL
+    each = jnp.where(mask, weights * each, 0.0)  # not the KL's
 
     def summed(x: jax.Array) -> jax.Array:
         return jnp.sum(rows.shares[:, None] * x, where=rows.mask, dtype=jnp.float32) / totals.shares
@@ -119,6 +125,7 @@ def answer_loss(logprobs: jax.Array, entropy: jax.Array, anchored: jax.Array | N
     high = (ratio(bounded) > 1.0 + settings.clip_high) & (advantages > 0)
     metrics = {"clip_fraction": mean(low | high), "clip_fraction/low": mean(low),
                "clip_fraction/high": mean(high)}
+    metrics |= {name: mean(x) for name, x in about.items()}
     if rows.behaviour_logprobs is not None:
         metrics["kept_mass"] = mean(jnp.exp(rows.logprobs - rows.behaviour_logprobs))
     if behaviour is not None:

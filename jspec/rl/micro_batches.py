@@ -29,6 +29,10 @@ from jspec.sharding import batch_shards, block_rows, constrain
 MOST, RATIO, SHORTEST = 6, 1.5, 64
 
 
+BY_TOKEN = ("behaviour_logprobs", "own_logprobs")
+"""Fields of a batch that it may lack, one number for every token."""
+
+
 @struct.dataclass
 class MicroBatch:
     """Some rows of a batch, trimmed to a width.
@@ -163,6 +167,6 @@ def take(batch: TrainBatch, order: jax.Array, done: jax.Array, rows: int, width:
                       advantages, trunk,
                       None if batch.routes is None else by_row(batch.routes[:, :width]),
                       shares=None if batch.shares is None else by_row(batch.shares),
-                      behaviour_logprobs=None if batch.behaviour_logprobs is None
-                      else by_row(batch.behaviour_logprobs[:, :width]))
+                      **{name: by_row(x[:, :width]) for name in BY_TOKEN
+                         if (x := getattr(batch, name)) is not None})
     return MicroBatch(rows, prompts, index, order.shape[1])

@@ -55,6 +55,8 @@ class UpdateSettings(Limits):
     kl_reference_every: int = 0
     kl_reference_mix: float = 1.0
     entropy_weight: float = 0.0
+    correction: str = "none"
+    correction_bounds: tuple[float, float] = (0.0, 0.0)
     mask_truncated: bool = False
     updates_per_rollout: int = 1
     mini_batches: int = 1
@@ -79,15 +81,21 @@ class UpdateSettings(Limits):
         """Optimizer steps on a rollout and all its parts."""
         return self.updates_per_rollout * self.mini_batches
 
+    @property
+    def rescores(self) -> bool:
+        """Whether a step computes its own log-probabilities before its first update: that one's
+        are what a correction asks for, and there are others after it."""
+        return self.correction != "none" and self.updates_per_step > 1
+
     @classmethod
     def of(cls, config: Config) -> UpdateSettings:
         """The settings that a run's configuration gives."""
         grpo, draft = config.grpo, config.draft
         same = ("clip_low", "clip_high", "dual_clip", "sapo_tau", "constant_length", "kl_weight",
                 "kl_estimate", "kl_in_reward", "kl_reference_every", "kl_reference_mix",
-                "entropy_weight", "mini_batches", "mask_truncated", "updates_per_rollout",
-                "replay_routes", "micro_batch", "widths", "learning_rate", "clip", "weight_decay",
-                "warmup_steps")
+                "entropy_weight", "correction", "correction_bounds", "mini_batches",
+                "mask_truncated", "updates_per_rollout", "replay_routes", "micro_batch", "widths",
+                "learning_rate", "clip", "weight_decay", "warmup_steps")
         advantage, aggregation = grpo.chosen()
         return cls(objective=find(grpo.objective), advantage=advantage, aggregation=aggregation,
                    temperature=config.sampling.temperature, cut=Cut.of(config),

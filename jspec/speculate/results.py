@@ -59,6 +59,8 @@ class Rollout:
         from: the distribution after end-token ban, temperature, top-k, top-p and min-p, normalised;
         0 at temperature 0, where it was certain, and where `mask` is false. None without top_k,
         top_p and min_p.
+      own_logprobs: float32 [N, T]; None from a rollout. Where an update is to know them, what its
+        own forward made of the tokens before its first step (`jspec.rl.rescore`).
       loss_mask: bool [N, T], what the update trains; equal to `mask`, unless a caller leaves tokens
         out.
       entropy: float32 [N, T], nats, of the distribution that `logprobs` is taken from.
@@ -86,6 +88,7 @@ class Rollout:
     routes: jax.Array | None = None
     prompt_routes: jax.Array | None = None
     behaviour_logprobs: jax.Array | None = None
+    own_logprobs: jax.Array | None = None
 
     @property
     def acceptance_length(self) -> jax.Array:

@@ -40,7 +40,6 @@ from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output import Output, screen
 from jspec.prepare import named_drafter
-from jspec.rl.optimizers import draft_optimizer
 from jspec.settings import refuse_changes
 
 HELD_OUT = 16
@@ -71,8 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def trained(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list, kind: str,
             steps: int, seed: int) -> tuple[Draft, list[float]]:
     """The draft after `steps` steps on loss `kind`, and the seconds that each of them took."""
-    optimizer = draft_optimizer(config.draft.optimizer, stages.schedule(config, steps),
-                                config.draft.clip)
+    optimizer = stages.draft_optimizer(config, stages.schedule(config, steps))
     learn = jax.jit(partial(stages.step_of, draft.drafter, draft.config, optimizer, kind))
     saved, seconds = {"weights": draft.weights, "opt": jax.jit(optimizer.init)(draft.weights)}, []
     for chosen in itertools.islice(stages.order(rows, config.training.rows, seed), steps):

@@ -13,7 +13,7 @@ import jspec
 from jspec.rl.batch import make_batch
 from jspec.rl.state import init_state
 from jspec.rl.update import update_draft
-from jspec.rl.update_settings import UpdateSettings, learned_from
+from jspec.rl.update_settings import OptimizerSettings, UpdateSettings, learned_from
 
 CONFIG = jspec.ModelConfig(vocab_size=12, hidden_size=32, intermediate_size=64, num_layers=1,
                            num_heads=4, num_kv_heads=2, head_dim=8, initializer_range=0.3,
@@ -23,7 +23,8 @@ CONFIG = jspec.ModelConfig(vocab_size=12, hidden_size=32, intermediate_size=64, 
 def main(steps: int = 40, rows: int = 32) -> list[float]:
     """Tokens a cycle, step by step."""
     policy = jspec.init_policy(CONFIG, 0)
-    settings = UpdateSettings(draft_features="rollout", draft_learning_rate=1e-2)
+    settings = UpdateSettings(draft_features="rollout",
+                              draft_optimizer=OptimizerSettings(learning_rate=1e-2))
     state = init_state(policy, jspec.drafts.mtp(policy, 1), settings, seed=0)
     speculation = jspec.Speculation(k=2, depths=learned_from(state.draft, settings))
     weights = jspec.reshard(policy)

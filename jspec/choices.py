@@ -24,7 +24,11 @@ DTYPES = ("float32", "bfloat16")
 DRAFT_LOSSES = ("kl", "tv", "overlap")
 """How far a draft's distribution is from the policy's; see `jspec.drafts.parts.losses`."""
 
-DRAFT_OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2"),
+              "muon": ("b1", "b2", "eps", "momentum"), "sgd": ("momentum",)}
+"""Update rules of optax, and what each is set by beside rate and weight decay."""
+SCHEDULES = ("constant", "cosine", "linear")
+"""What a learning rate does after its warm-up; see `jspec.rl.optimizers`."""
 
 AdvantageForm = Literal["group", "dr_grpo", "leave_one_out", "whitened", "whitened_baseline"]
 ADVANTAGES = get_args(AdvantageForm)

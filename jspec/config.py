@@ -22,6 +22,7 @@ from jspec.learning_sections import (
     LoraSection,
     RewardSection,
 )
+from jspec.optimizer_sections import check_optimizer, check_schedule
 from jspec.reward_parts import reward_parts
 from jspec.sections import (
     CheckpointSection,
@@ -74,6 +75,7 @@ class Config:
         reward_parts(self.reward.function)
         check_evaluation(self)
         check_grpo(self)
+        check_optimizers(self)
         data, k = self.data, self.speculation.k
         demand(data.group_size > 1, f"data.group_size must be at least 2, not {data.group_size}: "
                "an answer's advantage is measured against the others of its group")
@@ -129,6 +131,15 @@ def check_grpo(config: Config) -> None:
     demand(grpo.kl_reference_mix == 1 or grpo.kl_reference_every > 0,
            "grpo.kl_reference_mix says how far the reference moves, and it never does: set "
            "grpo.kl_reference_every, or leave it out")
+
+
+def check_optimizers(config: Config) -> None:
+    """What optimizers and schedules demand."""
+    for name, section in (("grpo", config.grpo), ("draft", config.draft)):
+        check_optimizer(name, section)
+        check_schedule(name, section, config.steps)
+    demand(config.grpo.optimizer != "muon" or not config.lora.rank, "grpo.optimizer=muon is of "
+           "whole matrices, and lora.rank trains adapters of them; choose another optimizer")
 
 
 def check_shared(config: Any) -> None:

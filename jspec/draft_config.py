@@ -4,6 +4,7 @@ import dataclasses
 
 from jspec.choices import LOG_LEVELS, RULES, SEED_HIGH
 from jspec.config import check_shared, demand
+from jspec.optimizer_sections import check_optimizer
 from jspec.sections import DraftLearningSection, MeshSection, ModelSection, SamplingSection
 from jspec.settings import setting
 
@@ -76,6 +77,7 @@ class DraftTrainingConfig:
     def check(self) -> None:
         """Raise InputError for what no field can know by itself."""
         check_shared(self)
+        check_optimizer("draft", self.draft)
         demand(self.draft.path is None or not self.training.vocab_size,
                "training.vocab_size is a fresh draft's, and the one at "
                f"draft.path={self.draft.path} has its own; set training.vocab_size=0")

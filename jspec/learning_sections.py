@@ -17,6 +17,7 @@ from jspec.choices import (
     AdvantageForm,
     Aggregation,
 )
+from jspec.optimizer_sections import OptimizerSection, ScheduleSection
 from jspec.settings import setting
 
 
@@ -111,8 +112,8 @@ EVALUATED = ("length", "finished", "reward_failures", "prompts")
 
 
 @dataclasses.dataclass(frozen=True)
-class GrpoSection:
-    """The policy's objective and optimizer."""
+class ObjectiveSection:
+    """What the policy minimises, and how that is computed."""
 
     objective: str = setting("grpo", "the loss of a token, or your own as "
                              "'path/to/file.py:function'", choices=tuple(OBJECTIVES), file=True,
@@ -170,11 +171,6 @@ class GrpoSection:
         (), "tokens that answers are trimmed to, besides sampling.max_new_tokens, before the "
         "update computes them, those of like length together. Each is compiled: more of them waste "
         "less and compile longer; none named: up to five", low=1)
-    learning_rate: float = setting(1e-6, "peak learning rate of the policy's AdamW", low=0,
-                                   often=True)
-    clip: float = setting(1.0, "global-norm clip of the policy's gradient", above=0)
-    weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
-    warmup_steps: int = setting(0, "GRPO steps over which the learning rate rises linearly", low=0)
     truncated_ratio: bool = setting(True, "under sampling.top_k, top_p and min_p: learn the "
                                     "distribution that they leave, which answers are drawn from; "
                                     "false: the whole one, which biases the update")
@@ -203,6 +199,11 @@ class GrpoSection:
         advantage, aggregation = OBJECTIVES.get(self.objective, OBJECTIVES["grpo"])
         return (cast(AdvantageForm, self.advantage or advantage),
                 cast(Aggregation, self.aggregation or aggregation))
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoSection(ScheduleSection, OptimizerSection, ObjectiveSection):
+    """The policy's objective and optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@ latest checkpoint, or of another one (`RUN@best`, `RUN@120`)."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from jspec.drafts.base import config_from_fields, model_config
 from jspec.errors import InputError
 from jspec.model import Lora, Policy, abstract_policy
 from jspec.model.lora import abstract_adapted, merge
+from jspec.optimizer_sections import ScheduleSection
 from jspec.output_dir import brief, written
 from jspec.rl.state import draft_specs
 from jspec.setting_values import shown
@@ -30,11 +32,13 @@ from jspec.settings import Override, refuse_changes, to_yaml
 FREE_TO_CHANGE = (
     "steps", "output_dir", "log_level", "logging", "mesh", "checkpoint", "profile", "evaluation",
     "rollout", "reward.workers", "reward.concurrency", "reward.timeout_s", "speculation.kernels",
+    *(f"{side}.{key}" for side in ("grpo", "draft") for key in (
+        "learning_rate", "clip", "weight_decay", "b1", "b2", "eps",
+        *(field.name for field in dataclasses.fields(ScheduleSection)))),
     *(f"grpo.{key}" for key in (
-        "learning_rate", "clip", "weight_decay", "warmup_steps", "clip_low", "clip_high",
-        "dual_clip", "kl_weight", "kl_reference_mix", "entropy_weight", "micro_batch", "widths",
-        "max_skipped")),
-    "draft.learning_rate", "draft.clip", "draft.every_n_steps", "model.remat")
+        "clip_low", "clip_high", "dual_clip", "kl_weight", "kl_reference_mix", "entropy_weight",
+        "micro_batch", "widths", "max_skipped")),
+    "draft.every_n_steps", "model.remat")
 """What a run may be resumed with another value of: how it is carried out, and by how much it
 learns. What it learns, and from what, and whatever gives its state another shape, stays."""
 CHANGES = "changes.jsonl"

@@ -4,16 +4,8 @@ checkpoints. What a run learns from is in `jspec.learning_sections`."""
 import dataclasses
 from typing import Literal
 
-from jspec.choices import (
-    DRAFT_LOSSES,
-    DRAFT_OPTIMIZERS,
-    DRAFTERS,
-    DTYPES,
-    KERNELS,
-    LOGGERS,
-    MAX_NEW_TOKENS,
-    RULES,
-)
+from jspec.choices import DRAFT_LOSSES, DRAFTERS, DTYPES, KERNELS, LOGGERS, MAX_NEW_TOKENS, RULES
+from jspec.optimizer_sections import OptimizerSection, ScheduleSection
 from jspec.settings import setting
 
 
@@ -40,8 +32,8 @@ class TrainedModelSection(ModelSection):
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftLearningSection:
-    """The drafter, and how it learns."""
+class DraftKeys:
+    """The drafter, and what it learns from."""
 
     name: str = setting("mtp", "the drafter, or your own", choices=DRAFTERS, file=True, path=True)
     path: str | None = setting(None, "a trained draft to start from: a model whose draft ships "
@@ -50,17 +42,20 @@ class DraftLearningSection:
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; "
                         "overlap: -log of the overlap, the likelihood of acceptance",
                         choices=DRAFT_LOSSES)
-    optimizer: str = setting("adamw", "the draft's own; muon: orthogonal updates of the matrices "
-                             "inside blocks, AdamW for the rest", choices=DRAFT_OPTIMIZERS)
-    learning_rate: float = setting(1e-3, "peak learning rate of the draft's own optimizer", low=0)
-    clip: float = setting(1.0, "global-norm clip of the draft's gradient", above=0)
     options: dict | None = setting({}, "further arguments of a fresh drafter, such as ngram's "
                                    "longest match; null: none, as beside draft.path, whose draft "
                                    "has its own")
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftSection(DraftLearningSection):
+class DraftLearningSection(OptimizerSection, DraftKeys):
+    """The drafter, and how it learns."""
+
+    learning_rate: float = setting(1e-3, "the highest that the schedule comes to", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftSection(ScheduleSection, DraftLearningSection):
     """The drafter that makes rollouts fast; it never changes what they are distributed as."""
 
     name: str = setting("mtp", "the drafter, or your own; none: plain autoregressive rollouts",

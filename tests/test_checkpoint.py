@@ -20,7 +20,7 @@ from jspec.errors import InputError
 from jspec.learning_sections import GrpoSection
 from jspec.model import ModelConfig, init_policy
 from jspec.rl.state import init_state, state_specs
-from jspec.rl.update_settings import UpdateSettings
+from jspec.rl.update_settings import OptimizerSettings, UpdateSettings
 from jspec.run_dir import data_position, keep_config, load_draft, load_policy, load_run
 from jspec.sections import DraftSection, TrainedModelSection
 from jspec.settings import to_yaml
@@ -345,7 +345,7 @@ def test_a_good_checkpoint_of_another_configuration_is_never_set_aside(tmp_path)
     other = init_state(wider, None, UpdateSettings(), seed=0)
     muon = init_state(first_state("mtp").policy,
                       jspec.drafts.mtp(first_state("mtp").policy, jax.random.key(1)),
-                      UpdateSettings(draft_optimizer="muon"), seed=0)
+                      UpdateSettings(draft_optimizer=OptimizerSettings("muon")), seed=0)
     for state, message in ((other, "of another run: its hidden_size is 16, the policy's is 32"),
                            (make_state("ngram"), "its draft is mtp, the configuration's is ngram"),
                            (jax.tree.map(jnp.copy, muon),

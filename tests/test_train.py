@@ -510,5 +510,5 @@ def test_config_sections_reach_the_update():
     settings = UpdateSettings.of(dataclasses.replace(
         config, draft=dataclasses.replace(config.draft, clip=7.0, every_n_steps=3),
         grpo=dataclasses.replace(config.grpo, clip=5.0, clip_high=0.5, micro_batch=2)))
-    assert (settings.draft_clip, settings.draft_every, settings.clip, settings.clip_high,
+    assert (settings.draft_optimizer.clip, settings.draft_every, settings.clip, settings.clip_high,
             settings.micro_batch) == (7.0, 3, 5.0, 0.5, 2)

@@ -30,9 +30,10 @@ from jspec.model import Policy, Trunk
 from jspec.output_dir import checkpoints_written
 from jspec.prepare import make_draft
 from jspec.progress import telling
+from jspec.rl import optimizers
 from jspec.rl.collate import place_rows
-from jspec.rl.optimizers import draft_optimizer, warmup
 from jspec.rl.state import moments
+from jspec.rl.update_settings import OptimizerSettings, optimizer_settings
 from jspec.sharding import batch_shards
 from jspec.stopping import StopSignal
 
@@ -76,8 +77,7 @@ def fit(config: DraftTrainingConfig, policy: Policy, directory: Path) -> Draft:
         for stage in stages:
             if done >= stage.before + stage.steps:
                 continue
-            optimizer = draft_optimizer(config.draft.optimizer, schedule(config, stage.steps),
-                                        config.draft.clip)
+            optimizer = draft_optimizer(config, schedule(config, stage.steps))
             if saved is None:
                 with telling("solving for what a fresh draft can start from"):
                     weights = solved(config, policy, draft, rows).weights
@@ -127,11 +127,18 @@ def solved(config: DraftTrainingConfig, policy: Policy, draft: Draft, rows: list
     return draft.drafter.least_squares(policy, draft, batches)
 
 
+def draft_optimizer(config: DraftTrainingConfig,
+                    rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """The optimizer that a configuration asks for."""
+    return optimizers.optimizer(OptimizerSettings(**optimizer_settings(config.draft)), rate)
+
+
 def schedule(config: DraftTrainingConfig, steps: int) -> optax.Schedule:
-    """`warmup` over half of the steps at most, then a cosine down to a tenth."""
+    """Up over half of the steps at most, then a cosine down to a tenth."""
     rate, rising = config.draft.learning_rate, min(config.training.warmup_steps, steps // 2)
-    falling = optax.cosine_decay_schedule(rate, steps - rising, alpha=0.1)
-    return optax.join_schedules([warmup(rate, rising), falling], [rising]) if rising else falling
+    return optimizers.schedule(OptimizerSettings(
+        learning_rate=rate, schedule="cosine", warmup_steps=rising, decay_steps=steps,
+        end_learning_rate=rate / 10))
 
 
 def begin_moments(optimizer: optax.GradientTransformation, weights: Any) -> Any:
@@ -150,7 +157,7 @@ def restore(checkpoints: ocp.CheckpointManager, draft: Draft,
     formats.refuse_newer(checkpoints.metadata(step).custom_metadata, formats.DRAFT_CHECKPOINT,
                          f"the checkpoint {folder}")
     # a schedule, for a constant rate has no counter among its state
-    optimizer = draft_optimizer(config.draft.optimizer, lambda count: 1.0, config.draft.clip)
+    optimizer = draft_optimizer(config, lambda count: 1.0)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
                            draft.weights)
     shapes = {"weights": weights, "opt": moments(optimizer, weights)}

@@ -33,7 +33,7 @@ from jspec.rl.batch import make_batch as make_batch
 from jspec.rl.losses import quantiles
 from jspec.rl.micro_batches import MicroBatch, accumulate, blocks_of, shapes
 from jspec.rl.objective import PromptStates, draft_loss, policy_loss, prompt_states
-from jspec.rl.optimizers import optimizers
+from jspec.rl.optimizers import optimizers, rate
 from jspec.rl.penalty import reference_of
 from jspec.rl.state import TrainState
 from jspec.rl.state import init_state as init_state
@@ -198,16 +198,19 @@ def update(state: TrainState, reference: Policy | None, batch: TrainBatch,
     `logprob_gap_p50/p99/p999` (|verifier's - own log-probability|, nats), `logprob_gap_flip_rate`
     (of tokens, out of the clip's range), `route_flip_rate` (of a sparse policy: of tokens and
     sparse layers, to other experts than the verifier's), `grad_norm` (before the clip),
-    `trained_tokens`, and `draft/...` the same of the draft; and int32 counts of skipped updates.
+    `learning_rate`, `trained_tokens`, and `draft/...` the same of the draft; and int32 counts of
+    skipped updates.
     """
     (grads, metrics), of_draft = gradients(state, reference, batch, settings)
-    optimizer, draft_optimizer = optimizers(settings)
+    optimizer, draft_optimizer = optimizers(settings, state.updates)
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         weights, opt_state = apply_gradients(optimizer, trained(state.policy), state.opt_state,
                                              grads, sound)
-    metrics = {**metrics, "grad_norm": norm}
+    step = state.updates // settings.updates_per_step
+    metrics = {**metrics, "grad_norm": norm,
+               "learning_rate": jnp.asarray(rate(settings, step), jnp.float32)}
     new = state.replace(policy=with_trained(state.policy, weights), opt_state=opt_state,
                         reference=moved(state, weights, settings), updates=state.updates + 1,
                         skipped=state.skipped + (~sound).astype(jnp.int32),
@@ -228,7 +231,7 @@ def update_draft(state: TrainState, batch: TrainBatch,
     The states are those of `state.policy`: call it before `update`. Returns (state, metrics
     `draft/...`).
     """
-    _, optimizer = optimizers(settings)
+    _, optimizer = optimizers(settings, state.updates)
     return step_draft(state, optimizer, *draft_gradients(state, batch, settings),
                       due=jnp.array(True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,36 @@ class Cut:
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdateSettings(Limits):
-    """What an update needs to know and what is fixed for a run; `jspec.config` says what each of
-    them means."""
+class OptimizerSettings:
+    """An optimizer and its learning rate's schedule; `jspec.optimizer_sections` says what each
+    means."""
+
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-6
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    b1: float | None = None
+    b2: float | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    state_dtype: str = "float32"
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    end_learning_rate: float = 0.0
+
+
+def optimizer_settings(section: Any, steps: int | None = None) -> dict[str, Any]:
+    """The fields of `OptimizerSettings` that a section of a configuration has; steps: the run's."""
+    given = {field.name: getattr(section, field.name)
+             for field in dataclasses.fields(OptimizerSettings) if hasattr(section, field.name)}
+    return given | {"decay_steps": given.get("decay_steps") or steps}
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings(Limits, OptimizerSettings):
+    """What an update needs to know and what is fixed for a run, and the policy's optimizer;
+    `jspec.config` says what each of them means."""
 
     temperature: float = 1.0
     cut: Cut | None = None
@@ -64,17 +92,11 @@ class UpdateSettings(Limits):
     micro_batch: int = 0
     widths: tuple[int, ...] = ()
     remat: bool = False
-    learning_rate: float = 1e-6
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
     train_draft: bool = True
     draft_every: int = 1
     draft_features: str = "update"
     draft_loss: str = "kl"
-    draft_optimizer: str = "adamw"
-    draft_learning_rate: float = 1e-3
-    draft_clip: float = 1.0
+    draft_optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-3)
 
     @property
     def updates_per_step(self) -> int:
@@ -94,16 +116,16 @@ class UpdateSettings(Limits):
         same = ("clip_low", "clip_high", "dual_clip", "sapo_tau", "constant_length", "kl_weight",
                 "kl_estimate", "kl_in_reward", "kl_reference_every", "kl_reference_mix",
                 "entropy_weight", "correction", "correction_bounds", "mini_batches",
-                "mask_truncated", "updates_per_rollout", "replay_routes", "micro_batch", "widths",
-                "learning_rate", "clip", "weight_decay", "warmup_steps")
+                "mask_truncated", "updates_per_rollout", "replay_routes", "micro_batch", "widths")
         advantage, aggregation = grpo.chosen()
         return cls(objective=find(grpo.objective), advantage=advantage, aggregation=aggregation,
                    temperature=config.sampling.temperature, cut=Cut.of(config),
                    remat=config.model.remat,
                    train_draft=draft.train, draft_every=draft.every_n_steps,
                    draft_features=draft.features, draft_loss=draft.loss,
-                   draft_optimizer=draft.optimizer, draft_learning_rate=draft.learning_rate,
-                   draft_clip=draft.clip, **{name: getattr(grpo, name) for name in same})
+                   draft_optimizer=OptimizerSettings(**optimizer_settings(draft, config.steps)),
+                   **optimizer_settings(grpo, config.steps),
+                   **{name: getattr(grpo, name) for name in same})
 
 
 def trains_draft(draft: Draft | None, settings: UpdateSettings) -> bool:

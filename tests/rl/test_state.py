@@ -9,7 +9,7 @@ import pytest
 import jspec
 from jspec.model import ModelConfig, abstract_policy, init_policy
 from jspec.rl.state import draft_specs, init_state, state_specs
-from jspec.rl.update_settings import UpdateSettings
+from jspec.rl.update_settings import OptimizerSettings, UpdateSettings
 from jspec.sharding import AXES, make_mesh, place, spec_sharding
 
 MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2,
@@ -22,7 +22,7 @@ def shapes(tree, with_sharding=True):
 
 @pytest.mark.parametrize("mesh, name, options, settings", [
     (True, "mtp", {"vocab": [3, 1, 2]}, UpdateSettings()), (False, "mtp", {}, UpdateSettings()),
-    (True, "eagle3", {}, UpdateSettings(draft_optimizer="muon")),
+    (True, "eagle3", {}, UpdateSettings(draft_optimizer=OptimizerSettings("muon"))),
     (True, "suffix", {"history_prompts": 4}, UpdateSettings()),
     (True, None, {}, UpdateSettings(warmup_steps=3))])
 def test_a_state_begins_as_its_specs_say(mesh, name, options, settings):

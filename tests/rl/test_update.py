@@ -17,15 +17,15 @@ from jspec.rl import update as up
 from jspec.rl.batch import TrainBatch, join
 from jspec.rl.batch import make_batch as batch_of
 from jspec.rl.losses import token_logprobs
-from jspec.rl.optimizers import draft_optimizer, inside_blocks, optimizers
+from jspec.rl.optimizers import inside_blocks, optimizer, optimizers
 from jspec.rl.state import init_state
-from jspec.rl.update_settings import UpdateSettings, learned_from
+from jspec.rl.update_settings import OptimizerSettings, UpdateSettings, learned_from
 from jspec.step import declare
 from tests.compiling import as_users_compile
 
 CONFIG = ModelConfig(vocab_size=23, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
                      num_kv_heads=2, head_dim=8, initializer_range=0.2)
-SETTINGS = UpdateSettings(temperature=0.8, learning_rate=1e-3, draft_learning_rate=1e-3)
+SETTINGS = UpdateSettings(temperature=0.8, learning_rate=1e-3)
 WITH_KL = dataclasses.replace(SETTINGS, kl_weight=0.5)
 TRIMMED = dict(micro_batch=2, widths=(3,))
 P, G, L, T = 2, 4, 16, 6
@@ -229,7 +229,8 @@ def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later():
 
 
 def test_the_drafts_clip_rate_and_pace_are_its_own():
-    theirs = dataclasses.replace(SETTINGS, draft_clip=1e-6, draft_learning_rate=7.0, draft_every=3,
+    own = OptimizerSettings(learning_rate=7.0, clip=1e-6)
+    theirs = dataclasses.replace(SETTINGS, draft_optimizer=own, draft_every=3,
                                  updates_per_rollout=2)
     a = b = make_state()
     batch, moved = make_batch(), []
@@ -245,7 +246,8 @@ def test_the_drafts_clip_rate_and_pace_are_its_own():
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_gradients_are_clipped_to_each_sides_own_norm(side):
-    settings = UpdateSettings(learning_rate=0.5, clip=2.0, draft_learning_rate=0.25, draft_clip=3.0)
+    settings = UpdateSettings(learning_rate=0.5, clip=2.0,
+                              draft_optimizer=OptimizerSettings(learning_rate=0.25, clip=3.0))
     optimizer = optimizers(settings)[side]
     weights = {"a": jnp.zeros(3)}
     _, (_, (adam, *_)) = up.apply_gradients(optimizer, weights, optimizer.init(weights),
@@ -255,10 +257,11 @@ def test_gradients_are_clipped_to_each_sides_own_norm(side):
 
 @pytest.mark.parametrize("per_step", [1, 2])
 def test_warmup_counts_steps_however_many_updates_they_have(per_step):
-    optimizer, _ = optimizers(UpdateSettings(learning_rate=1e-2, warmup_steps=4,
-                                             updates_per_rollout=per_step))
-    weights, opt_state, sizes = {"a": jnp.zeros(2)}, optimizer.init({"a": jnp.zeros(2)}), []
-    for _ in range(6 * per_step):
+    settings = UpdateSettings(learning_rate=1e-2, warmup_steps=4, updates_per_rollout=per_step)
+    weights, sizes = {"a": jnp.zeros(2)}, []
+    opt_state = optimizers(settings)[0].init(weights)
+    for updates in range(6 * per_step):
+        optimizer, _ = optimizers(settings, updates)
         new, opt_state = up.apply_gradients(optimizer, weights, opt_state, {"a": jnp.ones(2)},
                                             jnp.array(True))
         sizes.append(change(new, weights) / np.sqrt(2))
@@ -279,7 +282,7 @@ def test_muon_has_the_matrices_inside_blocks_and_adamw_all_else(draft, options):
     blocks = [f"['blocks'][{i}]['layer']" for i in range(2)] if draft == "mtp" else ["['layer']"]
     assert (muon == {f"{block}['{name}']" for block in blocks
                      for name in ("q", "k", "v", "o", "gate", "up", "down")})
-    state = jax.eval_shape(draft_optimizer("muon", 1e-3, 1.0).init, weights)
+    state = jax.eval_shape(optimizer(OptimizerSettings("muon"), 1e-3).init, weights)
     moments = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     # only AdamW has second moments
     second = {name.split(".nu", 1)[1] for name in moments if ".nu" in name}

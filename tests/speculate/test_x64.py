@@ -12,7 +12,7 @@ import jspec
 from jspec.rl.batch import TrainBatch
 from jspec.rl.state import init_state
 from jspec.rl.update import update
-from jspec.rl.update_settings import UpdateSettings
+from jspec.rl.update_settings import OptimizerSettings, UpdateSettings
 from tests.speculate import drafters
 from tests.speculate.ties import generated
 
@@ -95,7 +95,7 @@ def test_the_tokens_are_the_same():
 @pytest.mark.parametrize("name, options", [
     ("mtp", dict(draft_loss="kl", warmup_steps=3)),
     ("mtp-reduced", dict(draft_loss="tv", micro_batch=2)),
-    ("eagle3", dict(draft_loss="overlap", draft_optimizer="muon"))])
+    ("eagle3", dict(draft_loss="overlap", draft_optimizer=OptimizerSettings(optimizer="muon")))])
 def test_updates_keep_their_dtypes(name, options, wide):
     policy, draft = make(name)
     settings = UpdateSettings(temperature=0.7, **options)

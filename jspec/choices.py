@@ -21,6 +21,9 @@ reference everywhere; the kernel or an error (a CPU interprets the TPU's, slowly
 DTYPES = ("float32", "bfloat16")
 """What a policy may compute in."""
 
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
+"""What the backward pass computes again; see `jspec.model.forward.rematerialised`."""
+
 DRAFT_LOSSES = ("kl", "tv", "overlap")
 """How far a draft's distribution is from the policy's; see `jspec.drafts.parts.losses`."""
 

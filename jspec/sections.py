@@ -4,7 +4,16 @@ checkpoints. What a run learns from is in `jspec.learning_sections`."""
 import dataclasses
 from typing import Literal
 
-from jspec.choices import DRAFT_LOSSES, DRAFTERS, DTYPES, KERNELS, LOGGERS, MAX_NEW_TOKENS, RULES
+from jspec.choices import (
+    DRAFT_LOSSES,
+    DRAFTERS,
+    DTYPES,
+    KERNELS,
+    LOGGERS,
+    MAX_NEW_TOKENS,
+    RULES,
+    Remat,
+)
 from jspec.optimizer_sections import OptimizerSection, ScheduleSection
 from jspec.settings import setting
 
@@ -27,8 +36,10 @@ class ModelSection:
 class TrainedModelSection(ModelSection):
     """The policy, and how its gradient is computed."""
 
-    remat: bool = setting(False, "recompute each layer's activations in the backward pass: slower, "
-                          "far less memory")
+    remat: bool | Remat = setting(
+        False, "what of a layer's activations the backward pass computes again. none: nothing; "
+        "full (true): all, slower and far less memory; dots: all but products of matrices; "
+        "dots_no_batch: all but those with weights")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,8 @@ def test_every_field_has_a_meaning():
     ("steps=true", "override 'steps=true': 'steps' must be a whole number, not true"),
     ("steps=null", "override 'steps=null': 'steps' must be a whole number, not null"),
     ("grpo.clip=.nan", "override 'grpo.clip=.nan': 'grpo.clip' must be a number, not nan"),
-    ("model.remat=1", "override 'model.remat=1': 'model.remat' must be true or false, not 1"),
+    ("model.remat=1", "override 'model.remat=1': 'model.remat' must be true or false or none or "
+     "full or dots or dots_no_batch, not 1"),
     ("model.name=7", "override 'model.name=7': 'model.name' must be text, not 7"),
     ("sampling.stop_tokens=[a]", "override 'sampling.stop_tokens=[a]': 'sampling.stop_tokens' must "
      "be a list of whole numbers or null, not ['a']"),

@@ -4,12 +4,13 @@ cached)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jspec.choices import Remat
 from jspec.kernels import attend as attend_cached
 from jspec.model.attention import causal_attention, continued_attention
 from jspec.model.config import ModelConfig
@@ -75,7 +76,8 @@ def _final(policy: Policy, x: jax.Array, features: Sequence[jax.Array],
 
 
 def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any,
-             depths: tuple[int, ...], remat: bool, routes: jax.Array | None) -> tuple[Trunk, Any]:
+             depths: tuple[int, ...], remat: bool | Remat,
+             routes: jax.Array | None) -> tuple[Trunk, Any]:
     """Scan `layer(weights, x, its entry of by_layer, its routes) -> (x, kept, routes)` over the
     stacked layers, one scan for each run of layers of one kind: a Trunk over `tokens`, and what the
     layers kept, stacked."""
@@ -101,13 +103,21 @@ def _scanned(policy: Policy, tokens: jax.Array, layer: Callable, by_layer: Any,
                             else jnp.moveaxis(routes, 2, 0)[before:before + len(run)])
                 before += len(run)
             xs = (weights, 1 + jnp.arange(run.start, run.stop), entries, replayed)
-            carry, (of_run, chosen) = jax.lax.scan(jax.checkpoint(step) if remat else step, carry,
-                                                   xs)
+            carry, (of_run, chosen) = jax.lax.scan(rematerialised(step, remat), carry, xs)
             kept.append(of_run)
             taken += [] if chosen is None else [chosen]
     x, states = carry
     routes = jnp.moveaxis(_joined(taken), 0, 2) if taken else None
     return _final(policy, x, states, routes), _joined(kept)
+
+
+def rematerialised(step: Callable, remat: bool | Remat) -> Callable:
+    """A layer whose backward pass computes again what `remat` says, and keeps the rest."""
+    keeps = {"full": None, "dots": jax.checkpoint_policies.dots_saveable,
+             "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if remat in (False, "none"):
+        return step
+    return jax.checkpoint(step, policy=keeps["full" if remat is True else cast(str, remat)])
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -120,12 +130,13 @@ def _embedded(policy: Policy, tokens: jax.Array) -> jax.Array:
 
 
 def train_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (),
-                  remat: bool = False, routes: jax.Array | None = None) -> Trunk:
+                  remat: bool | Remat = False, routes: jax.Array | None = None) -> Trunk:
     """All positions of tokens int32 [B, S], causal, positions 0..S-1, differentiable. Training
     layout only.
 
-    Rows are right-padded: padding can only influence positions after it. `remat` recomputes each
-    layer in the backward pass, so that only one residual stream a layer is kept. `routes`, of a
+    Rows are right-padded: padding can only influence positions after it. `remat`
+    (`jspec.choices.Remat`): what the backward pass computes again; with "full" only one residual
+    stream a layer is kept. `routes`, of a
     sparse policy: the experts that compute each token, as `Trunk.routes` has them; None: the tokens
     choose.
     """
@@ -133,15 +144,15 @@ def train_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] 
 
 
 def prompt_forward(policy: Policy, tokens: jax.Array, *, depths: tuple[int, ...] = (),
-                   remat: bool = False,
+                   remat: bool | Remat = False,
                    routes: jax.Array | None = None) -> tuple[Trunk, tuple[jax.Array, jax.Array]]:
     """`train_forward` of prompts, with their keys and values of all layers,
     [layers, B, S, kv_heads, head_dim] each, for `response_forward` to continue."""
     return _causal(policy, tokens, lambda k, v: (k, v), depths, remat, routes)
 
 
-def _causal(policy: Policy, tokens: jax.Array, keep: Callable, depths: tuple[int, ...], remat: bool,
-            routes: jax.Array | None) -> tuple[Trunk, Any]:
+def _causal(policy: Policy, tokens: jax.Array, keep: Callable, depths: tuple[int, ...],
+            remat: bool | Remat, routes: jax.Array | None) -> tuple[Trunk, Any]:
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
     def layer(w, x, _, replayed) -> tuple[jax.Array, Any, jax.Array | None]:
@@ -154,8 +165,8 @@ def _causal(policy: Policy, tokens: jax.Array, keep: Callable, depths: tuple[int
 
 def response_forward(policy: Policy, tokens: jax.Array, lengths: jax.Array,
                      keys_values: tuple[jax.Array, jax.Array],
-                     prompts: jax.Array, *, depths: tuple[int, ...] = (), remat: bool = False,
-                     routes: jax.Array | None = None) -> Trunk:
+                     prompts: jax.Array, *, depths: tuple[int, ...] = (),
+                     remat: bool | Remat = False, routes: jax.Array | None = None) -> Trunk:
     """What `train_forward` computes of responses after their prompts, the prompts being computed
     already.
 

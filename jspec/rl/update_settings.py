@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jspec.choices import AdvantageForm, Aggregation
+from jspec.choices import AdvantageForm, Aggregation, Remat
 from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.rl.objectives import Limits, Objective, find, grpo
@@ -91,7 +91,7 @@ class UpdateSettings(Limits, OptimizerSettings):
     replay_routes: bool = True
     micro_batch: int = 0
     widths: tuple[int, ...] = ()
-    remat: bool = False
+    remat: bool | Remat = False
     train_draft: bool = True
     draft_every: int = 1
     draft_features: str = "update"

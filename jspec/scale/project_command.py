@@ -198,5 +198,6 @@ def rest_of(found: Projection, config: Config, floor: Floor,
         return arguments.rest, "--rest"
     grpo, data = config.grpo, config.data
     tokens = float(floor.lengths.sum()) + data.prompts_per_step * data.max_prompt_tokens
-    passes = grpo.updates_per_rollout * (3 + config.model.remat) + (grpo.kl_weight > 0)
+    forward_twice = config.model.remat in (True, "full")
+    passes = grpo.updates_per_rollout * (3 + forward_twice) + (grpo.kl_weight > 0)
     return update_seconds(floor.decoding, tokens, passes), "the update's operations alone"

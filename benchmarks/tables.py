@@ -20,7 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/drafts.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/configuration.md", "docs/drafts.md",
+             "docs/kernels.md")
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PEERS = {"vllm": "vLLM (CPU build)", "tunix": "Tunix"}
 DRAFTS = {"mtp": "`mtp`, the head that ships", "self": "`self`, 8 bits",
@@ -165,6 +166,13 @@ def online() -> str:
                     map(line, result("online_cpu")["rows"]))
 
 
+def objectives() -> str:
+    """The tiny run under each objective."""
+    return markdown(["objective", "mean reward of the last 10 steps", "above 0.8 from step", "s"],
+                    [[f"`{row['objective']}`", f"{row['last']:.3f}", str(row["above_four_fifths"]),
+                      f"{row['seconds']:.0f}"] for row in result("objectives_cpu")["rows"]])
+
+
 def losses() -> str:
     """The draft's losses, from a trained head and from random initialisation: means over seeds."""
     trained = result("draft_losses_cpu")["rows"]
@@ -260,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "best_drafts": best_drafts,
     "online": online,
     "losses": losses,
+    "objectives": objectives,
     "shares": shares,
     "kernels": kernels,
     "rollouts": rollouts,

@@ -38,6 +38,9 @@ class DataSection:
     held_out: int = setting(0, "different prompts that training never draws, chosen by the seed: "
                             "for `jspec eval`", low=0)
     shuffle: bool = setting(True, "shuffle the prompts, anew at every epoch, by the run's seed")
+    dynamic_sampling: int = setting(1, "rollouts of a step at most: while groups have one reward "
+                                    "for all their answers, which teaches nothing, further prompts "
+                                    "take their places; 1: none do", low=1, high=1024)
     options: dict = setting({}, "further arguments of the task, such as reasoning_gym's parameters")
 
 

@@ -26,6 +26,7 @@ from jspec.model import Policy, to_rollout
 from jspec.prepare import make_batching, make_sampling, make_speculation, rollout_layout
 from jspec.rl.advantages import advantages_of
 from jspec.rl.batch import make_batch, without_truncated
+from jspec.rl.groups import merged, merged_on_host
 from jspec.rl.penalty import penalised
 from jspec.rl.rescore import own_logprobs
 from jspec.rl.state import TrainState
@@ -42,6 +43,20 @@ class Graded(Protocol):
     @property
     def rewards(self) -> np.ndarray:
         """float32 [N], on the host."""
+
+
+class Further(NamedTuple):
+    """Another rollout of a step, whose groups may take the place of others.
+
+    Attributes:
+      prompts: as many as the step's. grade: as in `Step.take`.
+      keep: (graded, graded of this one) -> (which groups of both go on, `groups.kept`; their
+        grades).
+    """
+
+    prompts: PromptBatch
+    grade: Callable[[Rollout], Any]
+    keep: Callable[[Any, Any], tuple[np.ndarray, Any]]
 
 
 class Taken(NamedTuple):
@@ -75,6 +90,8 @@ class Step:
       rollout: (policy, draft, prompts, sampling, k) -> Rollout; k is static.
       draft: (state, prompts, rollout) -> (state, metrics), the state donated: the draft learns from
         the verifier's states. None: it learns in the update, or not at all.
+      merge: ((prompts, rollout), (prompts, rollout), groups) -> (prompts, rollout), of the groups
+        that go on (`groups.merged`).
       remember: (draft, prompts, rollout) -> draft, the draft donated. None: the drafter remembers
         nothing.
       rescore: (state, prompts, rollout) -> rollout with the update's own log-probabilities. None:
@@ -91,6 +108,7 @@ class Step:
     reshard: Callable[..., Policy]
     rollout: Callable[..., Rollout]
     draft: Callable[..., tuple[TrainState, dict]] | None
+    merge: Callable[..., tuple[PromptBatch, Rollout]]
     remember: Callable[..., Draft] | None
     rescore: Callable[..., Rollout] | None
     penalise: Callable[..., tuple[jax.Array, dict]] | None
@@ -98,7 +116,8 @@ class Step:
 
     def take(self, state: TrainState, reference: Policy | None, prompts: PromptBatch, clock: Clock,
              *, choose: Callable[[Policy, Draft | None, PromptBatch], int | Schedule],
-             grade: Callable[[Rollout], Graded]) -> tuple[TrainState, Taken]:
+             grade: Callable[[Rollout], Any],
+             further: Callable[[Any], Further | None] | None = None) -> tuple[TrainState, Taken]:
         """Takes the step. Returns (state, what it did); of `state` only what was returned is to be
         used again.
 
@@ -108,26 +127,35 @@ class Step:
           choose: k, given the policy in its rollout layout, the draft and the prompts.
           grade: grades a rollout on the host, without the verifier's states. A draft that learns
             from them does so meanwhile.
+          further: from what has been graded to another rollout of the step, or None; it is asked
+            again after that one. A draft learns from the verifier's states when there is none.
         """
         with clock("reshard"):
             policy = jax.block_until_ready(self.reshard(state.policy))
         with clock("choose"):
             k = choose(policy, state.draft, prompts)
-        with clock("rollout"):
-            out = self.rollout(policy, state.draft, prompts, self.sampling, k)
-            on_host = fetch(for_host(out))
-            out = to_learn_from(out)
-        del policy  # the rollout's copy of the policy is gone before the update needs the memory
         due = (trains_draft(state.draft, self.settings)
                and draft_due(self.settings, int(state.updates)))
-        of_draft = {}
-        if self.draft is not None and due:
+        learns, of_draft = self.draft is not None and due, {}
+        out, on_host = self.roll(policy, state.draft, prompts, k, clock)
+        if learns and further is None:
+            del policy
             with clock("draft"):
                 # only begun here: the host goes on to the rewards
                 state, of_draft = self.draft(state, prompts, out)
         with clock("reward"):
             graded = grade(on_host)
+        while further is not None and (more := further(graded)) is not None:
+            others, other_host = self.roll(policy, state.draft, more.prompts, k, clock)
+            with clock("reward"):
+                groups, graded = more.keep(graded, more.grade(other_host))
+            with clock("rollout"):
+                prompts, out = self.merge((prompts, out), (more.prompts, others), groups)
+                on_host = merged_on_host(on_host, other_host, groups)
+        policy = None  # the rollout's copy is gone before the update needs the memory
         with clock("draft"):
+            if learns and further is not None:
+                state, of_draft = self.draft(state, prompts, out)
             jax.block_until_ready(of_draft)
         out = out.replace(trunk=None)
         with clock("remember"):
@@ -145,6 +173,13 @@ class Step:
                 metrics.append({**of_update, **kl})
             metrics = jax.device_get(metrics)
         return state, Taken(on_host, graded, metrics, jax.device_get(of_draft), due)
+
+    def roll(self, policy: Policy, draft: Draft | None, prompts: PromptBatch, k: int | Schedule,
+             clock: Clock) -> tuple[Rollout, Rollout]:
+        """A rollout: what is learned from, on the device, and what the host looks at."""
+        with clock("rollout"):
+            out = self.rollout(policy, draft, prompts, self.sampling, k)
+            return to_learn_from(out), fetch(for_host(out))
 
 
 def for_host(out: Rollout) -> Rollout:
@@ -201,6 +236,7 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         reshard=jax.jit(partial(to_rollout, layout=layout)),
         rollout=jax.jit(rollout, static_argnums=4),
         draft=None if speculation.depths is None else learning(learn_draft),
+        merge=jax.jit(merged),
         remember=remember and jax.jit(remember, donate_argnums=0, out_shardings=shardings.draft),
         rescore=jax.jit(rescore) if settings.rescores else None,
         penalise=jax.jit(penalise) if settings.kl_in_reward else None, update=learning(learn))

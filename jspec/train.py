@@ -36,12 +36,13 @@ from jspec.output_dir import claimed
 from jspec.prepare import check, ends, make_state_specs
 from jspec.profiling import trace
 from jspec.progress import telling
+from jspec.refill import Refill
 
 # what a run grades, for programs that ask it
 from jspec.rl.answers import answer_text as answer_text
 from jspec.rl.collate import collate, may_wait
-from jspec.rl.grading import grade, ungraded
-from jspec.rl.prompts import PromptData
+from jspec.rl.grading import Grades, grade, ungraded
+from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool, answer_check, check_columns
 from jspec.rl.state import COUNTERS, TrainState
 from jspec.run_dir import keep_config, run_plan
@@ -50,7 +51,7 @@ from jspec.saving import Saver, begin
 from jspec.session import session
 from jspec.settings import flat
 from jspec.sharding import configured_mesh
-from jspec.speculate import PromptBatch
+from jspec.speculate import PromptBatch, Rollout
 from jspec.speculate.types import Schedule
 from jspec.step import Step, declared
 from jspec.step_record import described, draft_health, learned, samples
@@ -144,21 +145,20 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         clock = run.metrics.clock()
         with traced(config, done + 1):
             with clock("data"):
-                prompts = next(run.data)
-                batch = collate(config, prompts, jax.random.fold_in(state.key, done))
+                prompts, key = next(run.data), jax.random.fold_in(state.key, done)
+                batch = collate(config, prompts, key)
+            refill = Refill(config, run.data, key, prompts, partial(graded, run))
             state, taken = step.take(state, reference, batch, clock, choose=choose,
-                                     grade=partial(grade, run.pool, run.tokenizer, prompts))
-            record = learned(taken) | draft_health(state.draft, step.settings)
+                                     grade=partial(graded, run, prompts), further=refill.asked)
+            record = learned(taken) | draft_health(state.draft, step.settings) | refill.record()
         done += 1
         out, grades = taken.rollout, taken.graded
         if auto:
             plan = plan.after(out)
-        if may_wait(config):
-            run.data.answered(out.lengths.reshape(len(prompts), -1).mean(1))
         record |= evaluated(run, step, state, plan, done, clock)
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
         run.metrics.write_samples(done, samples(done, config.logging.samples, run.tokenizer,
-                                                prompts, out, grades))
+                                                refill.prompts, out, grades))
         record = {"step": done, **described(out, grades.rewards, config.data.group_size, clock),
                   **grades.record(), **record, "compilations": clock.compilations(),
                   **clock.record()}
@@ -172,6 +172,14 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         saving = run.saver.save(done, state, plan, found, code, record)
     checkpoints = run.saver.checkpoints
     return Ending(code, done, checkpoints.newest(), found, checkpoints.best())
+
+
+def graded(run: Run, prompts: Sequence[Prompt], out: Rollout) -> Grades:
+    """Grades of a rollout of the prompts that were drawn last; how long its answers are is
+    remembered."""
+    if may_wait(run.config):
+        run.data.answered(out.lengths.reshape(len(prompts), -1).mean(1))
+    return grade(run.pool, run.tokenizer, prompts, out)
 
 
 def before_the_first(run: Run, step: Step, state: TrainState, plan: Plan) -> None:

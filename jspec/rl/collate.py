@@ -22,12 +22,14 @@ def collate(config: Config, prompts: Sequence[Prompt], key: jax.Array) -> Prompt
     key: the step's typed key.
     """
     longest, expected = config.data.max_prompt_tokens, None
+    # the rollouts of a step are merged, so they are to be of one shape
+    shorter = () if config.data.dynamic_sampling > 1 else (b for b in BUCKETS if b < longest)
     if may_wait(config):  # an answer of which nothing is known may become as long as any
         expected = [config.sampling.max_new_tokens if prompt.expected_length is None
                     else prompt.expected_length for prompt in prompts]
     batch = PromptBatch.from_tokens([prompt.tokens for prompt in prompts],
                                     group_size=config.data.group_size, seed=key,
-                                    buckets=(*(b for b in BUCKETS if b < longest), longest),
+                                    buckets=(*shorter, longest),
                                     expected_lengths=expected)
     return place_batch(batch)
 

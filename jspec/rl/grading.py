@@ -36,6 +36,18 @@ class Grades:
     failed: int = 0
     ungraded: int = 0
 
+    def of_groups(self, other: Grades, rows: np.ndarray) -> Grades:
+        """Of those rows int [N], which count through this rollout's and then the other's, with the
+        failures of both."""
+        def joined(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+            return np.concatenate([x, y])[rows]
+
+        return Grades(joined(self.rewards, other.rewards),
+                      {kind: count + other.failures[kind] for kind, count in self.failures.items()},
+                      self.message or other.message,
+                      {name: joined(x, other.by_name[name]) for name, x in self.by_name.items()},
+                      self.failed + other.failed, min(self.ungraded, other.ungraded))
+
     def record(self) -> dict[str, int | float | None]:
         """The failures, as the step's metrics have them, and where there are several functions the
         mean and deviation of each over the answers that it applies to."""

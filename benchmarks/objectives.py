@@ -26,6 +26,9 @@ from jspec.errors import InputError
 from jspec.metrics import read_records
 from jspec.output import Output
 
+OWN = {"dr_grpo": ["grpo.entropy_weight=0.02"]}
+"""Further overrides of one: its advantages are not divided by a deviation, so that a bonus that suits
+the others outweighs them."""
 LAST = 10
 """Steps that a run's last reward is a mean over."""
 
@@ -48,7 +51,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def learned(config: str, overrides: Sequence[str], folder: Path, name: str) -> dict[str, Any]:
     """A record of the run with an objective, which is made where it is not there."""
-    settings = [*overrides, f"grpo.objective={name}", f"output_dir={folder / name}"]
+    own = OWN.get(name, [])
+    settings = [*overrides, *own, f"grpo.objective={name}", f"output_dir={folder / name}"]
     steps = load_config(config, settings).steps
     path = folder / name / "metrics.jsonl"
     if not path.exists() or len(read_records(path)) < steps:
@@ -59,7 +63,7 @@ def learned(config: str, overrides: Sequence[str], folder: Path, name: str) -> d
     records = read_records(path)
     rewards = [record["reward"] for record in records]
     last = rewards[-LAST:]
-    return {"objective": name, "last": sum(last) / len(last), "reward": rewards,
+    return {"objective": name, "overrides": own, "last": sum(last) / len(last), "reward": rewards,
             "above_four_fifths": next((i for i, x in enumerate(smooth(rewards, LAST), 1)
                                        if x > 0.8), None),
             "seconds": sum(record["seconds/step"] for record in records)}

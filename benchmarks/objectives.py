@@ -27,8 +27,8 @@ from jspec.metrics import read_records
 from jspec.output import Output
 
 OWN = {"dr_grpo": ["grpo.entropy_weight=0.02"]}
-"""Further overrides of one: its advantages are not divided by a deviation, so that a bonus that suits
-the others outweighs them."""
+"""Further overrides of one: its advantages are not divided by a deviation, so that a bonus that
+suits the others outweighs them."""
 LAST = 10
 """Steps that a run's last reward is a mean over."""
 

@@ -126,6 +126,19 @@ def test_entropy_has_no_gradient(policy):
     assert not jnp.any(grad)
 
 
+def test_entropy_has_its_gradient_where_it_is_in_the_loss(policy):
+    hidden, tokens = states()
+
+    def direct(hidden):
+        logp = jax.nn.log_softmax(logits(policy, hidden) / 0.7)
+        return -(jnp.exp(logp) * logp).sum()
+
+    def chunked(hidden):
+        return losses.token_logprobs(policy, hidden, tokens, 0.7, 6, through_entropy=True)[1].sum()
+
+    np.testing.assert_allclose(jax.grad(chunked)(hidden), jax.grad(direct)(hidden), atol=1e-5)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_logits_of_all_positions_never_exist_at_once(policy, backward):
     hidden = jnp.zeros((4, 512, CONFIG.hidden_size))

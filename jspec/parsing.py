@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments, keys: str | None = None, **options) -> None:
         super().__init__(*arguments, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         **({"add_help": False} if keys else {}), **options)
+                         **{"add_help": not keys, **options})
         self.keys = keys
         if keys:
             self.add_argument("-h", "--help", action=_KeysHelp, nargs="?", metavar="SECTION",

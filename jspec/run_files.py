@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def keep_steps(path: Path, steps: int) -> list[dict[str, Any]]:
     return records
 
 
-def write_samples(directory: Path, step: int, samples: list[Sample]) -> None:
+def write_samples(directory: Path, step: int, samples: Sequence[Sample]) -> None:
     """Write a step's samples, a line each; without any there is no file."""
     if samples:
         (directory / SAMPLES).mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ so its state has one shape whatever the schedule, and a run may go on with anoth
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jspec.choices import OPTIMIZERS
 from jspec.errors import InputError
 from jspec.rl.update_settings import OptimizerSettings, UpdateSettings
 
-Rate = float | jax.Array | optax.Schedule
+Rate: TypeAlias = float | jax.Array | optax.Schedule
 
 
 def optimizers(settings: UpdateSettings, updates: jax.Array | None = None) -> tuple[

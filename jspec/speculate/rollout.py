@@ -100,8 +100,8 @@ def _asked(policy: Policy, batch: PromptBatch, sampling: Sampling, shards: int) 
                  by_row(sequence // batch.group_size - first // batch.group_size, jnp.int32),
                  by_row(~answerable(policy.config, batch, sampling), bool),
                  by_row(sampling.temperature, jnp.float32),
-                 *(None if x is None else by_row(x, jnp.float32)
-                   for x in (sampling.top_p, sampling.min_p)),
+                 None if sampling.top_p is None else by_row(sampling.top_p, jnp.float32),
+                 None if sampling.min_p is None else by_row(sampling.min_p, jnp.float32),
                  by_row(limit, jnp.int32), None if batch.expected_lengths is None
                  else by_row(jnp.repeat(batch.expected_lengths, batch.group_size), jnp.int32))
 

@@ -14,7 +14,7 @@ from jspec import user_code
 from jspec.choices import DRAFTERS, DTYPES, KERNELS, MAX_NEW_TOKENS, MOST_SAMPLES, RULES, SEED_HIGH
 from jspec.errors import InputError
 from jspec.exits import guarded
-from jspec.parsing import Parser, add_config, drafter, number
+from jspec.parsing import Parser, add_config, drafter, number, steps
 from jspec.scale.options import add_fit, add_project
 from jspec.stopping import terminate_by_exception
 
@@ -57,6 +57,12 @@ def parser() -> Parser:
     export.add_argument("--adapter", action="store_true", help="of a run with lora.rank: its "
                         "adapters alone, as PEFT reads them; without this they are added to the "
                         "weights")
+    _add_inspect(command("inspect", _computing("viewing.samples:inspect"),
+                         "page through the samples of a run"))
+    report = command("report", _computing("viewing.report:report"),
+                     "write all of a run as one page of HTML, which needs no network")
+    report.add_argument("source", metavar="RUN", help="the output_dir of a run, over or not")
+    report.add_argument("--html", metavar="FILE", help="where to (default: RUN/report.html)")
     command("bench", _bench, "time rollouts (arguments: benchmarks/rollout.py); `bench drafts "
             "MODEL` compares drafters, `bench tail MODEL` times answers of natural lengths, `bench "
             "cost MODEL` what a cycle costs", add_help=False)
@@ -142,6 +148,21 @@ def _add_rollout(made: Parser) -> None:
     made.add_argument("--seed", type=number(int, 0, SEED_HIGH), default=0,
                       help="of the sampling noise (default: 0)")
     made.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, float32 on the CPU")
+
+
+def _add_inspect(made: Parser) -> None:
+    made.add_argument("source", metavar="RUN", help="the output_dir of a run, over or not")
+    made.add_argument("--step", type=steps, metavar="STEPS",
+                      help="of one step, or of some, such as 10-20 (default: all)")
+    made.add_argument("--reward-below", type=float, metavar="X", help="with a smaller reward alone")
+    made.add_argument("--reward-above", type=float, metavar="X", help="with a larger reward alone")
+    made.add_argument("--failed", action="store_true", help="those alone that a reward function "
+                      "could not grade")
+    made.add_argument("--sort", choices=("step", "reward", "length", "accepted"), default="step",
+                      help="the order; step: the newest first (default), others: ascending")
+    made.add_argument("--reverse", action="store_true", help="the other way round")
+    made.add_argument("--count", type=number(int, 1), default=100, metavar="N",
+                      help="how many at most (default: %(default)s)")
 
 
 def _add_eval(made: Parser) -> None:

@@ -62,6 +62,15 @@ def listed(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
+def steps(text: str) -> tuple[int, int]:
+    """A parser of a step, 7, or of some, 7-12: the first and the last one."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+        raise argparse.ArgumentTypeError(f"must be a step, such as 7, or some, such as 7-12, not "
+                                         f"{text!r}")
+    return int(first), int(last or first)
+
+
 def drafter(text: str) -> str:
     """A parser of drafters' names and `none`."""
     if text not in (*DRAFTERS, "none") and user_code.split(text) is None:

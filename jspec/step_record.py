@@ -64,7 +64,7 @@ def samples(step: int, count: int, tokenizer: Any, prompts: Sequence[Prompt], ou
             grades: Grades) -> list[Sample]:
     """The first `count` answers of a step, as JSON can hold them; `out` is on the host. A sample's
     `accepted` is what its cycles yielded beyond a token each: the drafts that were accepted."""
-    group, kept = len(out.lengths) // len(prompts), []
+    group, kept, failed = len(out.lengths) // len(prompts), [], grades.failed_rows
     for row in range(min(count, len(out.lengths))):
         prompt, length, cycles = prompts[row // group], *(int(x[row]) for x in (out.lengths,
                                                                                 out.stats.cycles))
@@ -73,6 +73,7 @@ def samples(step: int, count: int, tokenizer: Any, prompts: Sequence[Prompt], ou
         kept.append({"step": step, "sample": row, "prompt": prompt.text,
                      "response": answer_text(tokenizer, out, row), "answer": prompt.answer,
                      "reward": float(grades.rewards[row]), "rewards": rewards, "length": length,
-                     "finished": bool(out.finished[row]), "cycles": cycles,
+                     "finished": bool(out.finished[row]),
+                     "failed": failed is not None and bool(failed[row]), "cycles": cycles,
                      "accepted": length - cycles})
     return kept

@@ -15,7 +15,7 @@ from jspec.run_files import Sample, read_samples
 
 LONGEST_NAME = 240  # MLflow takes 250 characters
 COLUMNS = ("sample", "prompt", "response", "answer", "reward", "rewards", "length", "finished",
-           "cycles", "accepted")
+           "failed", "cycles", "accepted")
 """Of a table of samples."""
 
 

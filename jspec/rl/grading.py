@@ -26,7 +26,7 @@ class Grades:
       message: what the first failure on this process said; "": there was none.
       by_name: float32 [N] of each reward function by itself, NaN where it does not apply to a row.
       failed: how many of the N a function with a weight could not grade. ungraded: how many of
-        them none could.
+        them none could. failed_rows: bool [N], which they are; None: nobody asked.
     """
 
     rewards: np.ndarray
@@ -35,6 +35,7 @@ class Grades:
     by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     failed: int = 0
     ungraded: int = 0
+    failed_rows: np.ndarray | None = None
 
     def of_groups(self, other: Grades, rows: np.ndarray) -> Grades:
         """Of those rows int [N], which count through this rollout's and then the other's, with the
@@ -46,7 +47,9 @@ class Grades:
                       {kind: count + other.failures[kind] for kind, count in self.failures.items()},
                       self.message or other.message,
                       {name: joined(x, other.by_name[name]) for name, x in self.by_name.items()},
-                      self.failed + other.failed, min(self.ungraded, other.ungraded))
+                      self.failed + other.failed, min(self.ungraded, other.ungraded),
+                      None if self.failed_rows is None
+                      else joined(self.failed_rows, other.failed_rows))
 
     def record(self) -> dict[str, int | float | None]:
         """The failures, as the step's metrics have them, and where there are several functions the
@@ -76,8 +79,9 @@ def grade(pool: RewardPool, tokenizer: Any, prompts: Sequence[Prompt], out: Roll
     rows = np.array_split(np.arange(len(out.lengths)).reshape(-1, unit),
                           jax.process_count())[jax.process_index()].reshape(-1)
     graded = pool.grade(reward_inputs(tokenizer, prompts, out, rows, pool.wants))
-    columns = np.zeros((1 + len(graded.by_name), len(out.lengths)), np.float32)
-    columns[:, rows] = [graded.rewards, *graded.by_name.values()]
+    columns = np.zeros((2 + len(graded.by_name), len(out.lengths)), np.float32)
+    failed = 0 * graded.rewards if graded.failed_rows is None else graded.failed_rows
+    columns[:, rows] = [graded.rewards, *graded.by_name.values(), failed]
     counts = np.array([graded.failed, graded.ungraded,
                        *(graded.failures[kind] for kind in FAILURES)], np.int32)
     if jax.process_count() > 1:
@@ -85,4 +89,5 @@ def grade(pool: RewardPool, tokenizer: Any, prompts: Sequence[Prompt], out: Roll
     failed, ungraded, *failures = counts.tolist()
     return Grades(columns[0], dict(zip(FAILURES, failures, strict=True)),
                   next(iter(graded.messages.values()), ""),
-                  dict(zip(graded.by_name, columns[1:], strict=True)), failed, ungraded)
+                  dict(zip(graded.by_name, columns[1:-1], strict=True)), failed, ungraded,
+                  columns[-1] > 0)

@@ -58,7 +58,7 @@ class RewardResult:
         messages: for each kind of failure that happened, what the first of its kind said.
         by_name: float32 [N] of each reward function by itself, NaN where it does not apply.
         failed: how many of the N a function with a weight could not grade. ungraded: how many of
-            them none could.
+            them none could. failed_rows: bool [N], which they are; None: none of them.
     """
 
     rewards: np.ndarray
@@ -67,6 +67,7 @@ class RewardResult:
     by_name: dict[str, np.ndarray]
     failed: int
     ungraded: int
+    failed_rows: np.ndarray | None = None
 
 
 class RewardPool:
@@ -274,7 +275,8 @@ class RewardPool:
             {kind: counts[kind] for kind in FAILURES}, messages,
             {part.name: column.astype(np.float32)
              for part, column in zip(self.parts, columns, strict=True)},
-            int(lacking.any(axis=0).sum()), int(lacking.all(axis=0).sum()))
+            int(lacking.any(axis=0).sum()), int(lacking.all(axis=0).sum()),
+            lacking.any(axis=0))
 
     def stop(self) -> None:
         """Ends the processes, whatever they are doing."""

@@ -14,7 +14,8 @@ SOUND = {"skipped": 0, "skipped_in_row": 0, "draft_skipped": 0, "draft_skipped_i
 
 def found(learned=(), weights=1.0, draft=1.0, updates=8, rewardless="", in_row=0, *overrides):
     def side(value):
-        return types.SimpleNamespace(weights={"w": np.array([0.5, value], np.float32)})
+        return types.SimpleNamespace(weights={"w": np.array([0.5, value], np.float32)},
+                                     adapters=None)
 
     state = types.SimpleNamespace(policy=side(weights), draft=side(draft),
                                   updates=np.int32(updates))

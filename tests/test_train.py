@@ -482,7 +482,7 @@ def test_a_draft_made_for_another_policy(whole, tmp_path):
 
 
 def test_a_run_under_another_configuration(whole):
-    assert "grpo.clip_low=0.2, not 0.1" in refused(tiny(whole, "grpo.clip_low=0.1"))
+    assert "grpo.mini_batches=1, not 2" in refused(tiny(whole, "grpo.mini_batches=2"))
     assert "checkpoint.resume is false" in refused(tiny(whole, "checkpoint.resume=false"))
 
 

@@ -15,6 +15,7 @@ from jspec.hub.json_io import read_json
 from jspec.model import Policy, check_policy
 from jspec.run_dir import is_run
 from jspec.run_dir import load_draft as draft_of_run
+from jspec.run_files import METRICS
 
 _HOME = Path(__file__).parent
 SHIPPED = tuple(sorted(path.name for path in _HOME.iterdir() if (path / files.CONFIG).is_file()))
@@ -54,7 +55,7 @@ def _find(policy: Policy, source: str, drafter: Drafter | None) -> Draft:
     for head in (path, path / files.HEAD):
         if files.is_head(head):
             return files.read(head, policy, drafter)
-    if (path / "samples").is_dir():
+    if (path / "samples").is_dir() and not (path / METRICS).exists():  # a run has samples too
         raise InputError(f"{source}: `jspec draft train` has not come to its end there; the same "
                          "command again goes on")
     if (path / files.CONFIG).is_file():

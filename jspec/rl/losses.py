@@ -106,6 +106,8 @@ def answer_loss(logprobs: jax.Array, entropy: jax.Array, anchored: jax.Array | N
     weights, about = jnp.ones((), jnp.float32), {}
     if settings.correction != "none":
         own = jax.lax.stop_gradient(drawn) if rows.own_logprobs is None else rows.own_logprobs
+        mask = mask & (own > -jnp.inf)  # the update's own cut may have been another, by rounding
+        own = jnp.where(mask, own, 0.0)
         weights, about = correction(own - before, mask, settings.correction,
                                     *settings.correction_bounds)
         before = own

@@ -16,6 +16,7 @@ from jspec.rl import losses
 from jspec.rl.aggregation import Totals
 from jspec.rl.batch import TrainBatch, make_batch
 from jspec.rl.corrections import correction
+from jspec.rl.objectives import find
 from jspec.rl.rescore import own_logprobs
 from jspec.rl.state import init_state
 from jspec.rl.update_settings import Cut, UpdateSettings
@@ -74,6 +75,25 @@ def slopes(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_is_the_plain_one_weighted(method):
     np.testing.assert_allclose(*slopes(method), atol=1e-6)
+
+
+def test_a_token_that_the_update_cut_off_at_first_spoils_no_answer():
+    """Of several updates: its log-probability from before them is -inf, and of no account."""
+    rng = np.random.default_rng(0)
+    logprobs = jnp.asarray(rng.normal(-2, 0.1, (2, 3)), jnp.float32)
+    rows = TrainBatch(None, None, None, logprobs, jnp.ones((2, 3), bool), jnp.ones(2),
+                      shares=jnp.ones(2), behaviour_logprobs=logprobs,
+                      own_logprobs=logprobs.at[0, 1].set(-jnp.inf))
+    settings = UpdateSettings(objective=find("gspo"), correction="tis",
+                              correction_bounds=(0.0, 2.0))
+
+    def loss(drawn):
+        return losses.answer_loss(logprobs, jnp.zeros((2, 3)), None, rows, Totals(6.0, 6.0),
+                                  settings, drawn)[0]
+
+    grad = np.asarray(jax.grad(loss)(logprobs))
+    assert np.isfinite(grad).all() and grad[0, 1] == 0
+    assert (np.abs(np.delete(grad.reshape(-1), 1)) > 1e-3).all()
 
 
 def test_weights_that_are_learned_through_are_caught(monkeypatch):

@@ -128,7 +128,7 @@ def test_the_longest_get_a_slot_first(policy):
         batch = BATCH.replace(expected_lengths=expected)
         asked = _asked(policy, batch, SAMPLING, 1)
         asked = asked.replace(done=jnp.arange(12) == 3)
-        return begin(policy, made, asked, cap=CAP, slots=3, k=K, chain=1,
+        return begin(policy, made, asked, cap=CAP, slots=3, k=K, chain=1, cuts=False,
                      group_size=3).waiting.tolist()
 
     assert order(None) == [0, 1, 2, *range(4, 12), 3]

@@ -19,6 +19,7 @@ from jspec.choices import MOST_SAMPLES
 from jspec.distributed import is_main
 from jspec.errors import InputError
 from jspec.evaluator import Answered, Asked, answered, asked, drawn, eval_sampling, streams
+from jspec.learning_sections import DataSection
 from jspec.output import open_output, screen
 from jspec.prepare import make_speculation
 from jspec.progress import say, telling
@@ -108,7 +109,7 @@ def check_kept(source: Source) -> None:
     own = source.own
     data, named = source.config.data, source.config.evaluation.sources
     if own is None or not own.data.held_out or not data.held_out or named or (
-            data.source != own.data.source):
+            not same_prompts(data, own.data)):
         return
     training = PromptData(own.data, source.tokenizer, seed=own.seed)
     try:
@@ -120,12 +121,16 @@ def check_kept(source: Source) -> None:
                          "(data.source=..., data.held_out=0)") from None
 
 
+def same_prompts(data: DataSection, own: DataSection) -> bool:
+    return (data.source, data.split) == (own.source, own.split)
+
+
 def prompts_of(source: Source) -> dict[str, PromptData]:
     """`evaluator.streams`: of a run those that it kept from training, else its training's, which is
     said."""
     config, own = source.config, source.own
     data = config.data
-    if own is not None and data.source == own.data.source and not config.evaluation.sources:
+    if own is not None and same_prompts(data, own.data) and not config.evaluation.sources:
         chosen = [(c.data.held_out, c.seed, c.data.options) for c in (config, own)]
         if data.held_out and chosen[0] != chosen[1]:
             options = f", of data.options={own.data.options}," if own.data.options else ""

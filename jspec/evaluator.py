@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -127,7 +128,7 @@ def streams(config: Config, tokenizer: Any) -> dict[str, PromptData]:
 
     def stream(source: str) -> PromptData:
         check_reward(function, source, config.sampling.max_new_tokens)
-        made = PromptData(_alone(data, source, held_out), tokenizer, seed=seed, held_out=held_out,
+        made = PromptData(_alone(config, source, held_out), tokenizer, seed=seed, held_out=held_out,
                           check_answer=answer_check(function, source))
         check_columns(function, source, made.records[0])
         return made
@@ -138,11 +139,14 @@ def streams(config: Config, tokenizer: Any) -> dict[str, PromptData]:
             for label, source in zip(section.labels, section.sources, strict=True)}
 
 
-def _alone(data: DataSection, source: str, held_out: bool) -> DataSection:
+def _alone(config: Config, source: str, held_out: bool) -> DataSection:
     """The section of an evaluation's own source. Options are the training's task's."""
-    return dataclasses.replace(data, source=source, prompts_per_step=1,
-                               held_out=data.held_out if held_out else 0,
-                               options=data.options if source == data.source else {})
+    data, section = config.data, config.evaluation
+    split, options = (data.split, data.options) if source == data.source else (None, {})
+    if section.sources and section.split and Path(source).is_dir():
+        split = section.split
+    return dataclasses.replace(data, source=source, split=split, options=options,
+                               prompts_per_step=1, held_out=data.held_out if held_out else 0)
 
 
 def drawn(config: Config, data: PromptData, setting: str = "evaluation.prompts=") -> list[Prompt]:

@@ -25,8 +25,15 @@ from jspec.settings import setting
 class DataSection:
     """The prompts."""
 
-    source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, or "
+    source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, a "
+                          ".parquet file, a folder of those, a folder that datasets saved, or "
                           "'reasoning_gym:TASK'", filled=True, path=True, often=True)
+    split: str | None = setting(None, "of a folder that has several; null: train, or the only one")
+    prompt_column: str = setting("prompt", "of a file or folder: the key or column of the prompt, "
+                                 "a text or messages {role, content}; where there is no prompt, "
+                                 "messages are taken", filled=True)
+    answer_column: str | None = setting("answer", "the one of the answer; null: there is none, and "
+                                        "rewards are given an empty one")
     prompts_per_step: int = setting(4, "prompts a step, over all processes; different ones, but "
                                     "where two epochs meet", low=1, often=True)
     group_size: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES,
@@ -70,6 +77,8 @@ class EvaluationSection:
     sources: tuple[str, ...] = setting((), "prompts to evaluate on, each as data.source may be, "
                                        "with scores of each; none named: those that data.held_out "
                                        "kept from training", path=True)
+    split: str | None = setting(None, "of those of the sources that are folders; null: data.split "
+                                "of data.source, and of others train, or the only one")
     prompts: int | None = setting(None, "how many prompts, of each source; null: 64, or all if "
                                   "there are fewer", low=1)
     samples: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES)
@@ -95,8 +104,8 @@ class EvaluationSection:
     def labels(self) -> tuple[str, ...]:
         """What the sources are called in metrics: the names of their files or tasks, or as they
         were given where two have one name."""
-        names = [Path(source).stem if source.endswith(".jsonl") else source.rpartition(":")[2]
-                 for source in self.sources]
+        names = [Path(source).stem if source.endswith((".jsonl", ".parquet")) or ":" not in source
+                 else source.rpartition(":")[2] for source in self.sources]
         return tuple(source if names.count(name) > 1 else name
                      for source, name in zip(self.sources, names, strict=True))
 

@@ -65,7 +65,7 @@ def gather(config: DraftTrainingConfig, policy: Policy, tokenizer: Any, director
         held_out[source] = prompts[::HELD_OUT]
         training[source] = [tokens for i, tokens in enumerate(prompts) if i % HELD_OUT]
     if config.report.prompts is not None:
-        records = read_jsonl(Path(config.report.prompts), keys=("prompt",),
+        records = read_jsonl(Path(config.report.prompts), columns=("prompt",),
                              setting="report.prompts")
         held_out = {config.report.prompts: [encode(config, tokenizer, record["prompt"])
                                             for record in records]}

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from jspec.errors import InputError
+from jspec.rl.messages import PromptText, conversation
 from jspec.rl.processes import run_module
 
 SECONDS, MEMORY, CHARACTERS = 10, 1 << 30, 1 << 20
@@ -26,10 +27,10 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render(tokenizer: Any, text: str, system_prompt: str | None = None,
+def render(tokenizer: Any, prompt: PromptText, system_prompt: str | None = None,
            add_generation_prompt: bool = True) -> str:
-    """A user's message, after the system prompt if there is one, as the tokenizer's chat template
-    writes it.
+    """A prompt's messages, after the system prompt if there is one, as the tokenizer's chat
+    template writes them.
 
     Raises:
         InputError: the template does not end, or writes without end.
@@ -42,13 +43,8 @@ def render(tokenizer: Any, text: str, system_prompt: str | None = None,
         raise InputError("the tokenizer's chat template does not end: a short message took more "
                          f"than {SECONDS} s, {MEMORY >> 20} MiB or {CHARACTERS} characters; mend "
                          "the template, or go without it (data.chat_template=false, --raw)")
-    return tokenizer.apply_chat_template(conversation(text, system_prompt), tokenize=False,
+    return tokenizer.apply_chat_template(conversation(prompt, system_prompt), tokenize=False,
                                          add_generation_prompt=add_generation_prompt)
-
-
-def conversation(text: str, system_prompt: str | None) -> list[dict[str, str]]:
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": text}]
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,9 +8,10 @@ from typing import Any
 
 from jspec.errors import InputError
 from jspec.rl.chat import has_template, render
+from jspec.rl.messages import PromptText, plain, text_of
 
 
-def encode_prompt(tokenizer: Any, text: str, system_prompt: str | None = None,
+def encode_prompt(tokenizer: Any, prompt: PromptText, system_prompt: str | None = None,
                   chat_template: bool = True) -> list[int]:
     """Token ids of a prompt, as `encode_prompts` makes them.
 
@@ -18,17 +19,17 @@ def encode_prompt(tokenizer: Any, text: str, system_prompt: str | None = None,
         InputError: naming the prompt and what the tokenizer or its template does not take.
     """
     try:
-        return encode_prompts(tokenizer, [text], system_prompt, chat_template)[0]
+        return encode_prompts(tokenizer, [prompt], system_prompt, chat_template)[0]
     except InputError:
         raise
     except Exception as error:  # tokenizers and templates raise anything
-        reason = (outside_alphabet(tokenizer, plain(text, system_prompt))
+        reason = (outside_alphabet(tokenizer, plain(prompt, system_prompt))
                   or " ".join(str(error).split()))
-        raise InputError(f"the tokenizer cannot encode the prompt {shown(text)!r}: "
+        raise InputError(f"the tokenizer cannot encode the prompt {shown(text_of(prompt))!r}: "
                          f"{reason}") from error
 
 
-def encode_prompts(tokenizer: Any, texts: Sequence[str], system_prompt: str | None = None,
+def encode_prompts(tokenizer: Any, prompts: Sequence[PromptText], system_prompt: str | None = None,
                    chat_template: bool = True) -> list[list[int]]:
     """Token ids of prompts, many at once. Raises whatever the tokenizer does, and InputError as
     `render` does.
@@ -38,16 +39,12 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str], system_prompt: str | No
     go on after its own end token.
     """
     if chat_template and has_template(tokenizer):
-        rendered = [render(tokenizer, text, system_prompt) for text in texts]
+        rendered = [render(tokenizer, prompt, system_prompt) for prompt in prompts]
         return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    texts = [plain(text, system_prompt) for text in texts]
+    texts = [plain(prompt, system_prompt) for prompt in prompts]
     bare = tokenizer(texts, add_special_tokens=False)["input_ids"]
     begin = before(tokenizer(texts[:1])["input_ids"][0], bare[0])
     return [ids if ids[: len(begin)] == begin else begin + ids for ids in bare]
-
-
-def plain(text: str, system_prompt: str | None) -> str:
-    return text if system_prompt is None else f"{system_prompt}\n\n{text}"
 
 
 def before(whole: list[int], part: list[int]) -> list[int]:

@@ -12,8 +12,8 @@ import grain
 import numpy as np
 
 from jspec.errors import InputError
-from jspec.rl.chat import conversation
 from jspec.rl.encode import encode_prompt, encode_prompts, shown
+from jspec.rl.messages import conversation, text_of
 from jspec.rl.records import ARITHMETIC, load_records, parse_line  # noqa: F401 - as from here
 
 EPOCHS = 2**31
@@ -28,7 +28,8 @@ class Prompt:
     """One prompt of a step.
 
     Attributes:
-        text: the prompt as its source has it; this is what a reward function is shown.
+        text: the prompt as its source has it, of messages the last one's text; this is what a
+            reward function is shown.
         tokens: what the policy reads: the text within system prompt and chat template.
         answer: what the response is graded against.
         meta: everything else the source says about it; handed to the reward function as keyword
@@ -43,7 +44,7 @@ class Prompt:
     answer: str
     meta: Mapping[str, Any]
     expected_length: int | None = None
-    messages: Sequence[Mapping[str, str]] = ()
+    messages: Sequence[Mapping[str, Any]] = ()
 
 
 class PromptData:
@@ -143,9 +144,10 @@ class PromptData:
         """The prompt of a record. Raises InputError, naming where it stands, for one that cannot be
         used."""
         record, where = self.records[number], self.records.where(number)
-        text, config = record["prompt"], self.config
+        said, config = record["prompt"], self.config
+        text = text_of(said)
         try:
-            tokens = encode_prompt(self.tokenizer, text, config.system_prompt, config.chat_template)
+            tokens = encode_prompt(self.tokenizer, said, config.system_prompt, config.chat_template)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         if not tokens:
@@ -156,12 +158,12 @@ class PromptData:
                 f"data.max_prompt_tokens={config.max_prompt_tokens}; shorten it or raise the limit"
             )
         try:
-            self.check_answer(record["answer"])
+            self.check_answer(record.get("answer", ""))
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
-        return Prompt(text, tuple(tokens), record["answer"], meta, self.expected.get(number),
-                      conversation(text, config.system_prompt))
+        return Prompt(text, tuple(tokens), record.get("answer", ""), meta,
+                      self.expected.get(number), conversation(said, config.system_prompt))
 
     def check(self, numbers: Sequence[int]) -> None:
         """Looks at the records of these numbers. Raises InputError, naming where it stands, for the
@@ -180,7 +182,7 @@ class PromptData:
             encoded = encode_prompts(self.tokenizer, texts, config.system_prompt,
                                      config.chat_template)
             for number in numbers:
-                self.check_answer(self.records[number]["answer"])
+                self.check_answer(self.records[number].get("answer", ""))
         except Exception:  # whatever it is, it is said of the one that it is the matter with
             return False
         return all(0 < len(tokens) <= config.max_prompt_tokens for tokens in encoded)

@@ -11,16 +11,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jspec.errors import InputError, shortened
+from jspec.errors import InputError
 from jspec.hub.json_io import parse_json
+from jspec.rl import tables
+from jspec.rl.columns import KEYS, record_of
+from jspec.rl.messages import identity
 from jspec.rl.tasks import PREFIX, ReasoningGym
 
 ARITHMETIC = Path(__file__).parent / "data" / "arithmetic.jsonl"
 LONGEST_LINE = 16 << 20
 HELD_OUT = 2**63
 """Beside the seed where an order has its epoch: no epoch is that late."""
-OF_THE_RESPONSE = {"response", "finished", "length", "max_new_tokens"}
-"""What reward functions are told about a response: no record may say it."""
 
 
 class Records(Protocol):
@@ -45,22 +46,36 @@ class Records(Protocol):
         ...
 
 
-class JsonLines(Sequence):
-    """The records of a file of JSON lines."""
+class Held(Sequence):
+    """Records that are held in memory, of one file or of several."""
 
     at_once = 20_000  # a second
+    line = ":{}"
 
-    def __init__(self, path: Path, records: list[dict[str, Any]], lines: Iterable[int],
-                 digests: Iterable[bytes]) -> None:
+    def __init__(self, path: Path,
+                 rows: Iterable[tuple[dict[str, Any], Path, int, str]]) -> None:
         """
         Args:
-            path: the file.
-            records: what its lines say.
-            lines: the number of each record's line, from 1 on.
-            digests: of each record's line, of one size.
+            path: of all, for errors.
+            rows: each record, its file, its line there from 1 on, and what decides its digest.
+
+        Raises:
+            InputError: some prompts are texts and others messages.
         """
-        self.path, self.records = path, records
-        self.lines, self.digests = np.fromiter(lines, np.int64), np.array(list(digests))
+        self.path, self.records, self.files = path, [], []
+        lines, digests = [], []
+        for record, file, line, content in rows:
+            self.records.append(record)
+            self.files.append(file)
+            lines.append(line)
+            digests.append(hashlib.sha256(content.encode()).digest()[:8])
+        self.lines, self.digests = np.array(lines, np.int64), np.array(digests)
+        texts = [isinstance(record["prompt"], str) for record in self.records]
+        if len(set(texts)) > 1:
+            other = texts.index(not texts[0])
+            first, then = ("a text", "messages") if texts[0] else ("messages", "a text")
+            raise InputError(f"{self.where(other)}: the prompt is {then}, and {self.where(0)} has "
+                             f"{first}; write all of a source in one of the two ways")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -69,11 +84,21 @@ class JsonLines(Sequence):
         return self.records[number]
 
     def where(self, number: int) -> str:
-        return f"{self.path}:{self.lines[number]}"
+        return f"{self.files[number]}{self.line.format(self.lines[number])}"
 
     def digest(self, numbers: Sequence[int] | np.ndarray) -> str:
         return hashlib.sha256(self.digests[np.asarray(numbers, np.int64)]
                               .tobytes()).hexdigest()[:16]
+
+
+class JsonLines(Held):
+    """The records of a file of JSON lines."""
+
+
+class TableRows(Held):
+    """The records of parquet files or of a saved data set."""
+
+    line = ": row {}"
 
 
 class Selected(Sequence):
@@ -118,22 +143,33 @@ def load_records(config, seed: int, setting: str = "data.source",
     if config.options:
         raise InputError(f"data.options are for reasoning_gym tasks; data.source={config.source!r} "
                          "takes none")
-    if config.source != "arithmetic" and not config.source.endswith(".jsonl"):
-        raise InputError(
-            f"{setting}={config.source!r} is none of 'arithmetic', a .jsonl file, "
-            "'reasoning_gym:TASK'"
-        )
-    records = read_jsonl(ARITHMETIC if config.source == "arithmetic" else Path(config.source),
-                         setting=setting)
+    records = read_source(config, setting)
     return records if not config.held_out else split_file(records, config.held_out, seed, held_out)
 
 
-def split_file(records: JsonLines, count: int, seed: int, held_out: bool) -> Selected:
+def read_source(config, setting: str) -> Held:
+    """The records of a source that is no task; arguments and errors are those of
+    `load_records`."""
+    source, columns = config.source, (config.prompt_column, config.answer_column)
+    columns = tuple(column for column in columns if column is not None)
+    path = ARITHMETIC if source == "arithmetic" else Path(source)
+    if source == "arithmetic" or source.endswith(".jsonl"):
+        if config.split:
+            raise InputError(f"data.split={config.split!r} is for folders; {setting}={source!r} "
+                             "has no splits")
+        return read_jsonl(path, columns, setting)
+    if source.endswith(".parquet") or path.is_dir():
+        return read_table(path, config.split, columns, setting)
+    raise InputError(f"{setting}={source!r} is none of 'arithmetic', a .jsonl file, "
+                     "'reasoning_gym:TASK', a .parquet file, a folder of those, a saved data set")
+
+
+def split_file(records: Held, count: int, seed: int, held_out: bool) -> Selected:
     """The records to train on, or those of the `count` prompts that are held out. No prompt is on
     both sides, however often the file has it."""
     first = {}
     for number, record in enumerate(records):
-        first.setdefault(record["prompt"], number)
+        first.setdefault(identity(record["prompt"]), number)
     if count >= len(first):
         raise InputError(f"data.held_out={count} leaves nothing to train on: {records.path} has "
                          f"{len(first)} different prompts")
@@ -141,9 +177,9 @@ def split_file(records: JsonLines, count: int, seed: int, held_out: bool) -> Sel
     numbers = np.fromiter(first.values(), np.int64)[np.sort(drawn)]
     if held_out:
         return Selected(records, numbers)
-    kept = {records[number]["prompt"] for number in numbers}
+    kept = {identity(records[number]["prompt"]) for number in numbers}
     return Selected(records, [number for number, record in enumerate(records)
-                              if record["prompt"] not in kept])
+                              if identity(record["prompt"]) not in kept])
 
 
 def split_task(tasks: ReasoningGym, count: int, held_out: bool) -> Selected:
@@ -166,28 +202,44 @@ def task_seed(seed: int) -> int:
     return seed if seed < 2**31 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:3])
 
 
-def read_jsonl(path: Path, keys: Sequence[str] = ("prompt", "answer"),
+def read_jsonl(path: Path, columns: Sequence[str] = KEYS,
                setting: str = "data.source") -> JsonLines:
     """Reads a file of one {"prompt": ..., "answer": ...} a line; further keys are kept, blank lines
     are skipped.
 
     Args:
         path: the file.
-        keys: what every line must have.
+        columns: the keys of the prompt and, where there is to be one, of the answer.
         setting: what named the file, for errors.
 
     Raises:
         InputError: naming file and line, and what is wrong there.
     """
-    records, lines, digests = [], [], []
-    for number, line in read_lines(path, setting):
-        if line.strip():
-            records.append(parse_line(line, f"{path}:{number}", keys))
-            lines.append(number)
-            digests.append(hashlib.sha256(line.encode()).digest()[:8])
+    def records() -> Iterable[tuple[dict[str, Any], Path, int, str]]:
+        for number, line in read_lines(path, setting):
+            if line.strip():
+                record = parse_line(line, f"{path}:{number}", columns, setting)
+                yield record, path, number, line
+
+    return some(JsonLines(path, records()), f"lines of {json.dumps(dict.fromkeys(columns, '...'))}")
+
+
+def read_table(path: Path, split: str | None, columns: Sequence[str],
+               setting: str = "data.source") -> TableRows:
+    """Reads parquet files or a saved data set; `split` is that of `tables.rows`, all else that of
+    `read_jsonl`."""
+    def records() -> Iterable[tuple[dict[str, Any], Path, int, str]]:
+        for row, file, number in tables.rows(path, split, setting):
+            record = record_of(row, f"{file}: row {number}", columns, setting)
+            yield record, file, number, json.dumps(row, sort_keys=True, default=str)
+
+    return some(TableRows(path, records()), "rows")
+
+
+def some(records: Any, what: str) -> Any:
     if not records:
-        raise InputError(f"{path} holds no prompts; it needs lines of {shape_of(keys)}")
-    return JsonLines(path, records, lines, digests)
+        raise InputError(f"{records.path} holds no prompts; it needs {what}")
+    return records
 
 
 def read_lines(path: Path, setting: str) -> Iterable[tuple[int, str]]:
@@ -212,29 +264,10 @@ def read_lines(path: Path, setting: str) -> Iterable[tuple[int, str]]:
                          f"{setting}") from error
 
 
-def shape_of(keys: Sequence[str]) -> str:
-    return json.dumps(dict.fromkeys(keys, "..."))
-
-
-def parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
+def parse_line(line: str, where: str, columns: Sequence[str] = KEYS,
+               setting: str = "") -> dict[str, Any]:
     """The record that a line says; `where` begins every message. Raises InputError for one that is
     none."""
-    record = parse_json(line, where)
-    for key in keys:
-        if key not in record:
-            raise InputError(f"{where}: no {key!r} (it has "
-                             f"{shortened(', '.join(map(repr, record))) or 'no keys'})")
-    for key in OF_THE_RESPONSE & record.keys():
-        raise InputError(f"{where}: the key {key!r} is taken: reward functions are told the "
-                         "response's own by it; rename it")
-    if isinstance(record.get("answer"), float):
-        # as it is written, no digit lost
-        record["answer"] = json.loads(line, parse_float=str)["answer"]
-    elif isinstance(record.get("answer"), int) and not isinstance(record["answer"], bool):
-        record["answer"] = str(record["answer"])
-    for key in keys:
-        if not isinstance(record[key], str):
-            raise InputError(f"{where}: {key!r} is not a string, but {type(record[key]).__name__}")
-    if not record["prompt"].strip():
-        raise InputError(f"{where}: the prompt is empty")
-    return record
+    row = parse_json(line, where)
+    return record_of(row, where, columns, setting,
+                     lambda: json.loads(line, parse_float=str))

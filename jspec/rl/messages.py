@@ -18,7 +18,8 @@ ANSWERING = ("assistant", "tool")
 def conversation(prompt: PromptText, system_prompt: str | None) -> list[Message]:
     """The messages of a prompt, after the system prompt if there is one and they have none of their
     own."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages: list[Message] = ([{"role": "user", "content": prompt}] if isinstance(prompt, str)
+                               else list(prompt))
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]

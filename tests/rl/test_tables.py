@@ -105,7 +105,7 @@ def test_values_that_are_json_are_decoded(tmp_path):
     save(tmp_path / "saved", table(0, 3, any=values.cast(pa.json_()), calls=nested))
     records = load(tmp_path / "saved")
     assert [record["any"] for record in records] == [{"a": 1}, "007", None]
-    assert [record["calls"] for record in records] == [[{"arguments": {"x": [1]}}], None, None]
+    assert [record["calls"] for record in records] == [[{"arguments": {"x": [1]}}], [], None]
 
 
 def test_messages_without_what_tables_fill_them_up_with(tmp_path):
@@ -142,7 +142,8 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "data.source=.*empty is a folder without a data set")
     (tmp_path / "bad.parquet").write_text("no parquet")
-    refused(tmp_path / "bad.parquet", "cannot read the prompts .*bad.parquet: .*; check data.source")
+    refused(tmp_path / "bad.parquet",
+            "cannot read the prompts .*bad.parquet: .*; check data.source")
     refused(tmp_path / "gone.parquet", "cannot read the prompts .*gone.parquet: No such file")
     save(tmp_path / "saved", table())
     (tmp_path / "saved/data-0.arrow").unlink()

@@ -38,7 +38,9 @@ class DataSection:
                                     "where two epochs meet", low=1, often=True)
     group_size: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES,
                               often=True)
-    max_prompt_tokens: int = setting(128, "a longer prompt is an error", low=1)
+    max_prompt_tokens: int = setting(128, "a longer prompt is an error, or left out", low=1)
+    too_long: str = setting("error", "skip: longer prompts are counted at the start and left out",
+                            choices=("error", "skip"))
     system_prompt: str | None = setting(None, "first message of the chat; null: what the chat "
                                         "template does by itself")
     chat_template: bool = setting(True, "wrap prompts in the tokenizer's chat template")

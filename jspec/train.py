@@ -99,6 +99,9 @@ def train(config: Config) -> int:
         metrics.say(opening(config, mesh, done, ends(config, state.policy.config, tokenizer)))
         if changed:
             metrics.say(changed)
+        if data.left_out:
+            metrics.say(f"{data.left_out} prompts are over data.max_prompt_tokens="
+                        f"{config.data.max_prompt_tokens} and left out (data.too_long)")
         run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data), metrics, stop,
                   evaluation)
         ending = loop(run, state, reference, done)

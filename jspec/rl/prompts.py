@@ -14,7 +14,7 @@ import numpy as np
 from jspec.errors import InputError
 from jspec.rl.encode import encode_prompt, encode_prompts, shown
 from jspec.rl.messages import conversation, text_of
-from jspec.rl.records import ARITHMETIC, load_records, parse_line  # noqa: F401 - as from here
+from jspec.rl.records import ARITHMETIC, Selected, load_records, parse_line  # noqa: F401 - as from here
 
 EPOCHS = 2**31
 """As good as endless: grain's own endless is longer than Python's longest sequence, and fails in
@@ -94,6 +94,9 @@ class PromptData:
         self.share = config.prompts_per_step // process_count
         self.first = process_index * self.share
         self.records = load_records(config, seed, held_out=held_out)
+        self.left_out = 0
+        if config.too_long == "skip":
+            self.leave_out()
         if config.prompts_per_step > len(self.records):
             kept = (f" beside the {config.held_out} of data.held_out"
                     if config.held_out and not held_out else "")
@@ -110,6 +113,25 @@ class PromptData:
         self.trouble: InputError | None = None
         self.check([*range(min(self.records.at_once, len(self.records))), *self.coming])
         self.look_on(range(self.records.at_once, len(self.records)))
+
+    def leave_out(self) -> None:
+        """Goes without the records whose prompts are too long, and counts them. What cannot be
+        encoded stays, for `check` to name."""
+        config, kept, count = self.config, [], len(self.records)
+        for begin in range(0, count, CHUNK):
+            chunk = range(begin, min(begin + CHUNK, count))
+            try:
+                lengths = map(len, encode_prompts(
+                    self.tokenizer, [self.records[number]["prompt"] for number in chunk],
+                    config.system_prompt, config.chat_template))
+            except Exception:
+                lengths = [0] * len(chunk)
+            kept += [number for number, length in zip(chunk, lengths, strict=True)
+                     if length <= config.max_prompt_tokens]
+        if not kept:
+            raise InputError(f"all {count} prompts of data.source={config.source} are over "
+                             f"data.max_prompt_tokens={config.max_prompt_tokens}; raise the limit")
+        self.records, self.left_out = Selected(self.records, kept), count - len(kept)
 
     def pipeline(self) -> grain.IterDataset:
         """Steps as lists of record numbers, this process's share."""

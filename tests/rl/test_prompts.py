@@ -46,6 +46,20 @@ def test_a_prompt_has_text_tokens_answer_and_the_rest(numbers):
             == ("3", (1, ord("3")), "3", {"half": 1.5}))
 
 
+def test_prompts_that_are_too_long_are_left_out_where_they_may_be(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(n) * (1 + n), "answer": "a"}) + "\n"
+                            for n in range(10)))
+    asked = section(path, shuffle=False, max_prompt_tokens=7, prompts_per_step=2)
+    with pytest.raises(InputError, match="over data.max_prompt_tokens=7"):
+        PromptData(asked, Characters(), seed=0)
+    data = PromptData(dataclasses.replace(asked, too_long="skip"), Characters(), seed=0)
+    assert data.left_out == 4
+    assert texts(data, 4) == [["0", "11"], ["222", "3333"], ["44444", "555555"], ["0", "11"]]
+    with pytest.raises(InputError, match="all 10 prompts of .* are over data.max_prompt_tokens=1"):
+        PromptData(section(path, max_prompt_tokens=1, too_long="skip"), Characters(), seed=0)
+
+
 def test_without_shuffling_the_files_order_repeats(numbers):
     assert texts(PromptData(section(numbers, shuffle=False), Characters(), seed=0), 3) == [
         list("0123"), list("4567"), list("8901")

@@ -56,6 +56,9 @@ OBJECTIVES: dict[str, tuple[AdvantageForm, Aggregation]] = {
 """What a policy minimises (`jspec.rl.objectives`), and the advantages and the aggregation that each
 goes with; one of a user's own goes with GRPO's."""
 
+UNCLIPPED = ("cispo", "sapo")
+"""Those whose loss is not the smaller one of a token's and a clipped one."""
+
 KL_ESTIMATES = ("k1", "k2", "k3")
 """Of the KL of one token; see `jspec.rl.losses.kl_estimate`."""
 
@@ -89,3 +92,37 @@ MOST_SAMPLES = 2**20
 MAX_NEW_TOKENS = 128
 """Of an answer, where nothing is said; the one default of runs, commands and `jspec.Sampling`."""
 SEED_HIGH = 2**64 - 1
+
+OTHERS_NAMES = {
+    "steps": ("max_steps", "total_training_steps", "max_num_steps"),
+    "data.prompts_per_step": ("train_batch_size", "num_prompts_per_step"),
+    "data.group_size": ("num_generations", "num_generations_per_prompt", "n"),
+    "data.dynamic_sampling": ("use_dynamic_sampling", "filter_groups", "max_num_gen_batches"),
+    "sampling.max_new_tokens": ("max_completion_length", "max_response_length", "max_tokens"),
+    "grpo.objective": ("loss_type", "loss_mode", "adv_estimator", "use_dapo"),
+    "grpo.aggregation": ("loss_agg_mode", "token_level_loss"),
+    "grpo.advantage": ("scale_rewards", "norm_adv_by_std_in_grpo", "normalize_rewards"),
+    "grpo.clip_low": ("epsilon", "clip_ratio", "ratio_clip_min"),
+    "grpo.clip_high": ("epsilon_high", "ratio_clip_max"),
+    "grpo.dual_clip": ("clip_ratio_c", "ratio_clip_c"),
+    "grpo.kl_weight": ("beta", "kl_coef", "kl_loss_coef", "reference_policy_kl_penalty"),
+    "grpo.kl_estimate": ("kl_loss_type", "reference_policy_kl_type"),
+    "grpo.kl_in_reward": ("use_kl_in_reward",),
+    "grpo.kl_reference_every": ("sync_ref_model", "ref_model_sync_steps"),
+    "grpo.kl_reference_mix": ("ref_model_mixup_alpha",),
+    "grpo.correction": ("rollout_is", "use_importance_sampling_correction",
+                        "vllm_importance_sampling_correction", "tis_imp_ratio_cap"),
+    "grpo.mask_truncated": ("mask_truncated_completions", "overlong_filtering"),
+    "grpo.updates_per_rollout": ("num_iterations", "ppo_epochs"),
+    "grpo.mini_batches": ("ppo_mini_batch_size", "steps_per_generation"),
+    "grpo.micro_batch": ("gradient_accumulation_steps", "per_device_train_batch_size"),
+    "grpo.clip": ("max_grad_norm", "grad_clip"),
+    "grpo.schedule": ("lr_scheduler", "lr_scheduler_type"),
+    "lora.rank": ("r", "lora_rank"),
+    "lora.targets": ("target_modules",),
+    "model.remat": ("gradient_checkpointing", "activation_checkpointing"),
+    "checkpoint.every": ("save_steps", "save_freq", "save_period"),
+    "evaluation.every": ("eval_steps", "test_freq", "val_period"),
+    "logging.loggers": ("report_to", "logger"),
+}
+"""What TRL, verl, NeMo RL and PEFT call some of our keys, for those who come from there."""

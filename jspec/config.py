@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jspec import settings
-from jspec.choices import LOG_LEVELS, SEED_HIGH
+from jspec.choices import LOG_LEVELS, OBJECTIVES, SEED_HIGH, UNCLIPPED
 from jspec.errors import InputError
 from jspec.learning_sections import (
     DataSection,
@@ -125,9 +125,18 @@ def check_grpo(config: Config) -> None:
     for key in ("correction_low", "correction_high"):
         demand(grpo.correction != "none" or getattr(grpo, key) is None, f"grpo.{key} bounds the "
                "weights of a correction, and there is none: set grpo.correction, or leave it out")
-    for key in ("kl_in_reward", "kl_reference_every"):
+    for key, off in (("kl_in_reward", "false"), ("kl_reference_every", "0")):
         demand(not getattr(grpo, key) or grpo.kl_weight > 0, f"grpo.{key} is of the KL to a "
-               "reference, and there is none: set grpo.kl_weight above 0, or leave it out")
+               f"reference, and there is none: set grpo.kl_weight above 0, or grpo.{key}={off}")
+    demand(grpo.dual_clip is None or grpo.objective not in UNCLIPPED, "grpo.dual_clip bounds a "
+           f"clipped loss, and grpo.objective={grpo.objective} is none; leave it out")
+    tau = GrpoSection().sapo_tau
+    demand(grpo.sapo_tau == tau or grpo.objective == "sapo" or grpo.objective not in OBJECTIVES,
+           f"grpo.sapo_tau is of grpo.objective=sapo, and that is {grpo.objective}; leave it out")
+    lora, unset = config.lora, LoraSection()
+    for key in ("alpha", "targets", "base_dtype"):
+        demand(bool(lora.rank) or getattr(lora, key) == getattr(unset, key), f"lora.{key} is of "
+               "adapters, and there are none: set lora.rank above 0, or leave it out")
     demand(grpo.kl_reference_mix == 1 or grpo.kl_reference_every > 0,
            "grpo.kl_reference_mix says how far the reference moves, and it never does: set "
            "grpo.kl_reference_every, or leave it out")

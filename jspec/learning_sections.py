@@ -173,7 +173,7 @@ class ObjectiveSection:
     mask_truncated: bool = setting(False, "leave answers that were cut off at the cap out of the "
                                    "loss; their rewards still count in their group's mean")
     updates_per_rollout: int = setting(1, "optimizer steps on each rollout, or on each of its "
-                                       "mini-batches", low=1)
+                                       "mini-batches", low=1, high=1024)
     mini_batches: int = setting(1, "parts of a rollout, of whole prompts, that have optimizer "
                                 "steps of their own", low=1)
     replay_routes: bool = setting(True, "compute answers with the experts that the rollout chose "

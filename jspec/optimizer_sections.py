@@ -22,12 +22,12 @@ class OptimizerSection:
     weight_decay: float = setting(0.0, "decoupled weight decay; sgd's is added to the gradient",
                                   low=0)
     b1: float | None = setting(None, "decay of the first moment; null: optax's own, 0.9", low=0,
-                               high=1)
+                               below=1)
     b2: float | None = setting(None, "of the second moment, 0.999; lion: of its one moment, 0.99",
-                               low=0, high=1)
-    eps: float | None = setting(None, "added where the update divides; null: 1e-8", low=0)
+                               low=0, below=1)
+    eps: float | None = setting(None, "added where the update divides; null: 1e-8", above=0)
     momentum: float | None = setting(None, "sgd: of its updates; null: none, and nothing is kept; "
-                                     "muon: of its matrices'; null: 0.95", low=0, high=1)
+                                     "muon: of its matrices'; null: 0.95", low=0, below=1)
     state_dtype: str = setting("float32", "what first moments and momentum are kept in. Second "
                                "moments stay float32: in bfloat16 a step of 1 - b2 = 0.001 is "
                                "rounded away", choices=DTYPES)

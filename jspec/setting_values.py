@@ -69,6 +69,8 @@ def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:
         high = WHOLE_HIGH if bounds["high"] is None and isinstance(entry, int) else bounds["high"]
         if high is not None and entry > high:
             return f"{each}at most {high}"
+        if bounds["below"] is not None and entry >= bounds["below"]:
+            return f"{each}below {bounds['below']}"
         if isinstance(entry, float) and entry and not FLOAT_LOW <= abs(entry) <= FLOAT_HIGH:
             return (f"{each}0, or between {FLOAT_LOW} and {FLOAT_HIGH} in size, which is what "
                     "float32 holds")

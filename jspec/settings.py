@@ -16,6 +16,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from jspec import yaml_text
+from jspec.choices import OTHERS_NAMES
 from jspec.config_files import BASE, layers
 from jspec.errors import InputError, shortened
 from jspec.setting_values import checked, choices_of, shown, type_name
@@ -26,14 +27,15 @@ Override = str | tuple[str, Any]
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
-            high: float | None = None, choices: tuple[str, ...] = (), filled: bool = False,
-            path: bool = False, file: bool = False, often: bool = False) -> Any:
-    """A dataclass field with its meaning and bounds: low <= value <= high, value > above, one of
-    choices. Those of a list are each entry's; `filled`: it has one at least. `path`: a text that
-    may name a file, where `~` is the home; `file`: or `path/to/file.py:NAME` in the place of one of
-    choices. `often`: most runs set it, so the first page of help has it."""
-    bounds = {"help": help, "low": low, "above": above, "high": high, "choices": choices,
-              "filled": filled, "path": path, "file": file, "often": often}
+            high: float | None = None, below: float | None = None, choices: tuple[str, ...] = (),
+            filled: bool = False, path: bool = False, file: bool = False,
+            often: bool = False) -> Any:
+    """A dataclass field with its meaning and bounds: low <= value <= high, above < value < below,
+    one of choices. Those of a list are each entry's; `filled`: it has one at least. `path`: a text
+    that may name a file, where `~` is the home; `file`: or `path/to/file.py:NAME` in the place of
+    one of choices. `often`: most runs set it, so the first page of help has it."""
+    bounds = {"help": help, "low": low, "above": above, "high": high, "below": below,
+              "choices": choices, "filled": filled, "path": path, "file": file, "often": often}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=bounds)
     return dataclasses.field(default=default, metadata=bounds)
@@ -228,11 +230,15 @@ def _check_keys(section: type, values: Any, path: tuple[str, ...], source: str,
 
 
 def _nearest(path: tuple[str, ...], kind: type) -> str:
-    """The known dotted key most like `path`, by spelling of the whole and of the name; `lr` is
-    learning_rate."""
+    """The known dotted key most like `path`: the one that others call so, of the same section where
+    that has it; else by spelling of the whole and of the name; `lr` is learning_rate."""
     known = [BASE, *(".".join((*prefix, field.name)) for prefix, section in _sections(kind)
                      for field in dataclasses.fields(section))]
     wanted = ".".join(path)
+    for ours in (ours for ours, theirs in OTHERS_NAMES.items() if path[-1] in theirs):
+        for key in (f"{path[0]}.{ours.split('.')[-1]}", ours):
+            if key in known:
+                return key
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, wanted, candidate).ratio()

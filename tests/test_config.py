@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from jspec.choices import DRAFTERS, RULES
+from jspec.choices import DRAFTERS, OTHERS_NAMES, RULES
 from jspec.config import Config, load_config
 from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
@@ -97,6 +97,16 @@ def test_every_field_has_a_meaning():
                             "did you mean 'grpo.learning_rate'?"),
     ("grpo.lr=3",
      "override 'grpo.lr=3': unknown key 'grpo.lr'; did you mean 'grpo.learning_rate'?"),
+    ("grpo.beta=0.1",
+     "override 'grpo.beta=0.1': unknown key 'grpo.beta'; did you mean 'grpo.kl_weight'?"),
+    ("draft.max_grad_norm=1", "override 'draft.max_grad_norm=1': unknown key "
+                              "'draft.max_grad_norm'; did you mean 'draft.clip'?"),
+    ("grpo.b1=1", "override 'grpo.b1=1': 'grpo.b1' must be below 1, not 1"),
+    ("grpo.eps=0", "override 'grpo.eps=0': 'grpo.eps' must be above 0, not 0"),
+    ("lora.alpha=32", "lora.alpha is of adapters, and there are none: set lora.rank above 0, or "
+                      "leave it out"),
+    ("grpo.sapo_tau=[1,2]", "grpo.sapo_tau is of grpo.objective=sapo, and that is grpo; leave it "
+                            "out"),
     ("k=3", "override 'k=3': unknown key 'k'; did you mean 'speculation.k'?"),
     ("temprature=3",
      "override 'temprature=3': unknown key 'temprature'; did you mean 'sampling.temperature'?"),
@@ -238,6 +248,25 @@ def test_a_file_that_is_not_there_is_named_with_its_neighbour(tmp_path):
         load_config(tmp_path / "quickstrat.yaml")
     assert str(caught.value) == (f"config file {tmp_path}/quickstrat.yaml does not exist; "
                                  f"did you mean {tmp_path}/quickstart.yaml?")
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["base=rloo", "grpo.kl_weight=0"], "grpo.kl_in_reward is of the KL to a reference, and there "
+     "is none: set grpo.kl_weight above 0, or grpo.kl_in_reward=false"),
+    (["grpo.objective=cispo", "grpo.dual_clip=3"], "grpo.dual_clip bounds a clipped loss, and "
+     "grpo.objective=cispo is none; leave it out"),
+])
+def test_keys_that_do_not_go_together_are_named(overrides, message):
+    with pytest.raises(InputError) as error:
+        load_config(None, overrides)
+    assert str(error.value) == message
+
+
+def test_what_others_call_a_key_is_no_key_of_ours():
+    keys = {row[0] for row in describe(Config)}
+    assert OTHERS_NAMES.keys() <= keys
+    names = [name for theirs in OTHERS_NAMES.values() for name in theirs]
+    assert len(names) == len({*names}) and not {*names} & {key.split(".")[-1] for key in keys}
 
 
 def test_an_override_of_a_bad_file_value_repairs_it(tmp_path):

@@ -190,7 +190,7 @@ def find(name: str) -> Objective:
 
     try:
         made = jax.eval_shape(losses, tokens)
-    except Exception as error:  # anything may go wrong in a function of the user's
+    except (Exception, SystemExit) as error:  # anything may go wrong in a function of the user's
         raise InputError(f"{label}: it raises {user_code.one_line(error)}") from error
     each = made if isinstance(made, tuple) else (made,)
     if not 1 <= len(each) <= 2 or not all(

@@ -123,7 +123,8 @@ def moved(state: TrainState, weights: Any, settings: UpdateSettings) -> Any:
     `kl_reference_every`-th step."""
     if state.reference is None:
         return None
-    due = (state.updates + 1) % (settings.kl_reference_every * settings.updates_per_step) == 0
+    done, of_step = jnp.divmod(state.updates + 1, settings.updates_per_step)
+    due = (of_step == 0) & (done % settings.kl_reference_every == 0)
     mix = settings.kl_reference_mix
     return jax.tree.map(lambda old, new: jnp.where(due, mix * new + (1.0 - mix) * old, old),
                         state.reference, weights)

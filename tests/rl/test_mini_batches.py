@@ -75,6 +75,9 @@ def test_the_reference_moves_with_the_last_update_of_every_third_step(updates, m
                        key=None, reference={"a": jnp.array([1.0, 2.0])})
     new = up.moved(state, {"a": jnp.array([3.0, 0.0])}, settings)
     np.testing.assert_array_equal(new["a"], [[1.0, 2.0], [1.5, 1.5]][moves])
+    # so many steps have more updates than an int32 holds
+    never = dataclasses.replace(settings, kl_reference_every=2**31 - 1)
+    np.testing.assert_array_equal(up.moved(state, new, never)["a"], [1.0, 2.0])
 
 
 @pytest.mark.slow

@@ -260,11 +260,12 @@ def test_an_objective_of_a_users_own(tmp_path):
     np.testing.assert_allclose(each, [[1, 2, 1], [-1, -2, -1]])
     np.testing.assert_array_equal(bounded, tokens.log_ratio)
     wrong = {"short": "return tokens.mask.sum(1)", "nothing": "pass", "raises": "return tokens.x",
-             "three": "return (tokens.log_ratio,) * 3"}
+             "three": "return (tokens.log_ratio,) * 3", "exits": "raise SystemExit(3)"}
     (tmp_path / "own.py").write_text("".join(f"def {name}(tokens, limits): {body}\n"
                                              for name, body in wrong.items()))
     for name in wrong:
-        said = "raises AttributeError" if name == "raises" else "must return the loss of each token"
+        said = {"raises": "raises AttributeError", "exits": "raises SystemExit"}.get(
+            name, "must return the loss of each token")
         with pytest.raises(InputError, match=f"{name}: it {said}") as error:
             find(f"{tmp_path / 'own.py'}:{name}")
         assert "\n" not in str(error.value)

@@ -129,7 +129,8 @@ def streams(config: Config, tokenizer: Any) -> dict[str, PromptData]:
     def stream(source: str) -> PromptData:
         check_reward(function, source, config.sampling.max_new_tokens)
         made = PromptData(_alone(config, source, held_out), tokenizer, seed=seed, held_out=held_out,
-                          check_answer=answer_check(function, source))
+                          check_answer=answer_check(function, source),
+                          setting="evaluation.sources" if section.sources else "data.source")
         check_columns(function, source, made.records[0])
         return made
 

@@ -19,7 +19,8 @@ def checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str,
     fitted = _fit(value, field.type)
     expected = type_name(field.type) if fitted is _MISFIT else _out_of_bounds(fitted, field)
     if expected:
-        quote = isinstance(value, list | dict) and _fit("", field.type) is not _MISFIT
+        quote = (isinstance(value, list | dict) and _fit("", field.type) is not _MISFIT
+                 and _fit(type(value)(), field.type) is _MISFIT)
         hint = (f"; text with such characters needs quotes, as in {dotted}='\"...\"'" if quote
                 else "")
         raise InputError(f"{origin[dotted]}: '{dotted}' must be {expected}, not "

@@ -244,7 +244,10 @@ def _nearest(path: tuple[str, ...], kind: type) -> str:
         whole = difflib.SequenceMatcher(None, wanted, candidate).ratio()
         name = candidate.split(".")[-1]
         is_initials = "_" in name and path[-1] == "".join(word[0] for word in name.split("_"))
-        return whole + max(is_initials, difflib.SequenceMatcher(None, path[-1], name).ratio())
+        # a section that is right says more about the name than letters do
+        same = len(path) > 1 and candidate.startswith(f"{path[0]}.")
+        of_name = max(is_initials, difflib.SequenceMatcher(None, path[-1], name).ratio())
+        return same / 2 + whole + of_name
 
     return max(known, key=likeness)
 

@@ -101,6 +101,8 @@ def test_every_field_has_a_meaning():
      "override 'grpo.beta=0.1': unknown key 'grpo.beta'; did you mean 'grpo.kl_weight'?"),
     ("draft.max_grad_norm=1", "override 'draft.max_grad_norm=1': unknown key "
                               "'draft.max_grad_norm'; did you mean 'draft.clip'?"),
+    ("logging.to=x",
+     "override 'logging.to=x': unknown key 'logging.to'; did you mean 'logging.loggers'?"),
     ("grpo.b1=1", "override 'grpo.b1=1': 'grpo.b1' must be below 1, not 1"),
     ("grpo.eps=0", "override 'grpo.eps=0': 'grpo.eps' must be above 0, not 0"),
     ("lora.alpha=32", "lora.alpha is of adapters, and there are none: set lora.rank above 0, or "
@@ -190,6 +192,12 @@ def test_a_bad_override_is_named(override, message):
     with pytest.raises(InputError) as caught:
         load_config(None, [override])
     assert str(caught.value) == message
+
+
+def test_quotes_are_no_remedy_where_a_mapping_may_be():
+    with pytest.raises(InputError) as refused:
+        load_config(None, ["reward.function={a: {weight: .nan}}"])
+    assert "finite numbers" in str(refused.value) and "quotes" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("text", "message"), [

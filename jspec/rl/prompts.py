@@ -65,7 +65,8 @@ class PromptData:
     """
 
     def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1,
-                 held_out: bool = False, check_answer: Callable[[str], None] | None = None) -> None:
+                 held_out: bool = False, check_answer: Callable[[str], None] | None = None,
+                 setting: str = "data.source") -> None:
         """
         Args:
             config: `jspec.learning_sections.DataSection`.
@@ -76,6 +77,7 @@ class PromptData:
             process_count: of all, as `jax.process_count()` says.
             held_out: the `config.held_out` prompts that are kept from training, instead of all
               others.
+            setting: what named the source, for errors.
             check_answer: raises ValueError for an answer that the reward cannot grade against.
 
         Raises:
@@ -93,7 +95,7 @@ class PromptData:
         self.check_answer = check_answer or (lambda answer: None)
         self.share = config.prompts_per_step // process_count
         self.first = process_index * self.share
-        self.records = load_records(config, seed, held_out=held_out)
+        self.records = load_records(config, seed, setting, held_out)
         self.left_out = 0
         if config.too_long == "skip":
             self.leave_out()

@@ -128,7 +128,8 @@ def failed(error: BaseException, count: int) -> list[Grade]:
     return [(0.0, "raised", one_line(error))] * count
 
 
-def too_late(timeout_s: float, count: int) -> list[Grade]:
-    """The grades of a call that ran past its time."""
-    return [(0.0, "timed_out", f"took longer than reward.timeout_s={timeout_s:g} seconds and was "
+def too_late(part: RewardPart, timeout_s: float, count: int) -> list[Grade]:
+    """The grades of a call of a part's function that ran past its time."""
+    setting = "reward.timeout_s" if part.timeout_s is None else f"{part.key}.timeout_s"
+    return [(0.0, "timed_out", f"took longer than {setting}={timeout_s:g} seconds and was "
              "killed")] * count

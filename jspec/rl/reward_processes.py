@@ -138,7 +138,7 @@ async def all_calls(job: Job) -> list[list[Grade]]:
             task = asyncio.ensure_future(async_call(job, call))
             done, _ = await asyncio.wait({task}, timeout=job.timeout_s)
             task.cancel()  # and not waited for: it may refuse
-            grades = task.result() if done else too_late(job.timeout_s, len(call.rows))
+            grades = task.result() if done else too_late(job.part, job.timeout_s, len(call.rows))
             journal.write(number, grades)
             return grades
 

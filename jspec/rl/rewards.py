@@ -227,7 +227,7 @@ class RewardPool:
         except BrokenProcessPool:
             begun, failure = False, ("died", "no process lived until it was its turn")
         except Expired:
-            failure = too_late(job.timeout_s, 1)[0][1:]
+            failure = too_late(job.part, job.timeout_s, 1)[0][1:]
         except pebble.ProcessExpired as error:
             failure = "died", f"its process ended with exit code {error.exitcode}"
         except Exception as error:  # no process could be sent the response

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jspec.reward_parts import reward_parts
-from jspec.rl.reward_calls import calls_of
+from jspec.rl.reward_calls import calls_of, too_late
 from jspec.rl.reward_functions import Signature
 from jspec.rl.rewards import FAILURES, RewardInput, RewardPool
 
@@ -205,3 +205,10 @@ def test_a_function_written_for_trl_is_called_as_there():
     assert accuracy(**told) == [1.0, 0.0, None]
     ((_, told),) = arguments(brief)
     assert brief(**told) == [-2.0, -64.0, -1.0]
+
+
+def test_a_time_out_names_the_setting_that_it_is_of():
+    (own,) = reward_parts({"a": {"function": "f.py:f", "timeout_s": 2}})
+    (plain,) = reward_parts("f.py:f")
+    assert "reward.function.a.timeout_s=2 seconds" in too_late(own, 2, 1)[0][2]
+    assert "reward.timeout_s=3 seconds" in too_late(plain, 3, 1)[0][2]

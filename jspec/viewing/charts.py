@@ -10,6 +10,8 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 230, 66, 14, 10, 30
+COLORS = 10
+"""Of the page, --c0 to --c9: as many as a step has phases."""
 MOST = 400
 """Points of a line at most: of more, those next to each other are one, their mean."""
 
@@ -101,7 +103,7 @@ def legend(names: Sequence[str], always: bool = False) -> str:
     if len(names) < 2 and not always:
         return ""
     return '<p class="legend">' + " ".join(
-        f'<span><i style="background:var(--c{i % 8})"></i>{escape(name)}</span>'
+        f'<span><i style="background:var(--c{i % COLORS})"></i>{escape(name)}</span>'
         for i, name in enumerate(names)) + "</p>"
 
 
@@ -120,8 +122,8 @@ def lines(title: str, series: Mapping[str, Points], band: Sequence[tuple[float, 
     axes = Axes([x for x, _ in everything], [y for _, y in everything], log)
     area = (f'<path class="band" d="{path(axes, [*low, *reversed(high)])} Z"/>' if band else "")
     drawn = "".join(
-        f'<path class="line" style="stroke:var(--c{i % 8})" d="{path(axes, points)}"/>'
-        if len(points) > 1 else f'<circle style="fill:var(--c{i % 8})" r="3" '
+        f'<path class="line" style="stroke:var(--c{i % COLORS})" d="{path(axes, points)}"/>'
+        if len(points) > 1 else f'<circle style="fill:var(--c{i % COLORS})" r="3" '
         f'cx="{axes.x(points[0][0]):.1f}" cy="{axes.y(points[0][1]):.1f}"/>'
         for i, points in enumerate(shown.values()))
     return figure(title, legend(list(shown), named), axes.drawn() + area + drawn)
@@ -141,7 +143,7 @@ def stacked(title: str, series: Mapping[str, Points]) -> str:
         below = above
     axes = Axes(steps, [0.0, *below])
     drawn = "".join(
-        f'<path style="fill:var(--c{i % 8})" d="'
+        f'<path style="fill:var(--c{i % COLORS})" d="'
         f'{path(axes, edge(steps, above) + edge(steps, low)[::-1])} Z"/>'
         for i, (low, above) in enumerate(areas))
     return figure(title, legend(list(shown)), axes.drawn() + drawn)

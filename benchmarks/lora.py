@@ -65,7 +65,6 @@ def trained(config: str, overrides: list[str], steps: int) -> dict[str, Any]:
                              f"{process.returncode}")
         records = read_records(Path(folder) / "metrics.jsonl")[1:]
     return {"overrides": overrides, "peak_mib": usage.ru_maxrss / 1024,
-            "programs_mib": programs_mib(config, overrides),
             "update_seconds": statistics.median(r["seconds/update"] for r in records),
             "step_seconds": statistics.median(r["seconds/step"] for r in records),
             "logprob_gap": max(r["logprob_gap"] for r in records)}
@@ -76,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     runs = {name: [*args.overrides, *own] for name, own in RUNS.items()}
     for overrides in runs.values():
         trained(args.config, overrides, args.steps)
-    found = [{"trains": name, **trained(args.config, overrides, args.steps)}
+    found = [{"trains": name, **trained(args.config, overrides, args.steps),
+              "programs_mib": programs_mib(args.config, overrides)}
              for name, overrides in runs.items()]
     table = Table("trains", "process", "of all", "programs", "of all", "update s", "of all", "gap")
     for run in found:

@@ -138,8 +138,9 @@ class Step:
                and draft_due(self.settings, int(state.updates)))
         learns, of_draft = self.draft is not None and due, {}
         out, on_host = self.roll(policy, state.draft, prompts, k, clock)
+        if further is None:
+            del policy  # the rollout's copy is gone before anything else needs the memory
         if learns and further is None:
-            del policy
             with clock("draft"):
                 # only begun here: the host goes on to the rewards
                 state, of_draft = self.draft(state, prompts, out)
@@ -152,7 +153,7 @@ class Step:
             with clock("rollout"):
                 prompts, out = self.merge((prompts, out), (more.prompts, others), groups)
                 on_host = merged_on_host(on_host, other_host, groups)
-        policy = None  # the rollout's copy is gone before the update needs the memory
+        policy = None
         with clock("draft"):
             if learns and further is not None:
                 state, of_draft = self.draft(state, prompts, out)

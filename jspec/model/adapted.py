@@ -33,11 +33,6 @@ class Adapted:
     b: jax.Array | None
     scale: float = struct.field(pytree_node=False, default=1.0)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[*lead, out, in]."""
-        return self.base.shape
-
     def astype(self, dtype: Any) -> jax.Array:
         """The sum as one matrix. Added up in float32."""
         if self.a is None:

@@ -14,6 +14,7 @@ from jspec.clock import Clock, CompileSeconds
 from jspec.errors import InputError
 from jspec.metrics import Metrics, acceptance_alarm, read_records, untimed
 from jspec.run_files import read_samples, steps_with_samples
+from tests.loggers.reading import tfrecord_events
 
 
 def record(step, **more):
@@ -49,22 +50,15 @@ def test_a_record_a_step_flushed_as_it_is_written(tmp_path):
 def test_tensorboard_has_the_scalars_and_forgets_what_was_taken_back(tmp_path):
     from tensorboardX.proto import event_pb2
 
-    def events(path):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            size = int.from_bytes(data[at:at + 8], "little")
-            yield event_pb2.Event.FromString(data[at + 12:at + 12 + size])
-            at += size + 16
-
     write(tmp_path, 0, [1, 2])
     write(tmp_path, 1, [2])
     first, second = sorted((tmp_path / "tensorboard").iterdir(),
                            key=lambda path: path.name.rsplit(".", 1)[1])
-    values = {(event.step, value.tag): value.simple_value for event in events(first)
+    values = {(event.step, value.tag): value.simple_value for event in tfrecord_events(first)
               for value in event.summary.value}
     assert (values[2, "acceptance_by_position/2"] == pytest.approx(0.4) and values[1, "reward"]
             == 0.5)
-    (start,) = [event for event in events(second) if event.HasField("session_log")]
+    (start,) = [event for event in tfrecord_events(second) if event.HasField("session_log")]
     assert start.step == 2 and start.session_log.status == event_pb2.SessionLog.START
 
 

@@ -22,6 +22,7 @@ from jspec.base_model import BaseModel
 from jspec.clock import PHASES
 from jspec.config import Config, load_config
 from jspec.errors import InputError
+from jspec.loggers.tensorboard import TensorBoard
 from jspec.metrics import Metrics, read_records, untimed
 from jspec.output_dir import claimed
 from jspec.rl.prompts import PromptData
@@ -31,6 +32,7 @@ from jspec.run_dir import load_draft, run_plan
 from jspec.run_files import read_samples
 from jspec.speculate.schedule import Costs
 from jspec.stopping import StopSignal
+from tests.loggers.reading import tensorboard_values
 
 ROOT = Path(__file__).resolve().parent.parent
 # smaller than tiny.yaml, and learning with fewer answers; eight devices divide its vocabulary
@@ -133,11 +135,27 @@ def test_a_finished_run_started_again_does_nothing(whole, capsys):
     assert "all 10 steps are done" in capsys.readouterr().out
 
 
-def test_the_next_start_goes_on_where_the_last_one_ended(whole, tmp_path):
-    assert train.train(tiny(tmp_path, "steps=4")) == 0
-    assert records(tmp_path) == records(whole)[:4]
+class Killed(BaseException):
+    """What ends a run at once."""
+
+
+def test_a_run_killed_in_a_loggers_write_resumes_to_the_same_numbers(whole, tmp_path, monkeypatch):
+    write = TensorBoard.write
+
+    def killed(self, entry):
+        if entry.step == 3:
+            self.writer.write_event(self.events.Event(step=3))  # a part of what the step has
+            raise Killed
+        write(self, entry)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TensorBoard, "write", killed)
+        train.train(tiny(tmp_path, "steps=10"))
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
     assert train.train(tiny(tmp_path, "steps=10")) == 0
     assert records(tmp_path) == records(whole)
+    assert ([key for key in tensorboard_values(tmp_path) if key[1] == "reward"]
+            == [(step, "reward") for step in range(1, 11)])
 
 
 def test_what_a_drafter_remembers_is_in_the_checkpoint(tmp_path):

@@ -4,7 +4,9 @@ tokenizer."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,21 +32,49 @@ MAX_SHARD_BYTES = 5 * 10**9
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place on success and vanishes on
-    failure."""
+    failure. Those of writers that were killed vanish now."""
     work = _beside(target)
+    with _holding(work):
+        for left in _others(work):
+            with contextlib.suppress(OSError), _holding(left) as ours:
+                if ours:
+                    shutil.rmtree(left)
+        try:
+            yield work
+            work.chmod(0o755)
+            os.rename(work, target)  # replaces an empty directory, refuses one with files
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _holding(directory: Path) -> Iterator[bool]:
+    """Whether this process has the lock of a directory now: not if another one that lives has it,
+    nor where the file system has no locks."""
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        yield work
-        work.chmod(0o755)
-        os.rename(work, target)  # replaces an empty directory, refuses one with files
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.close(handle)
+
+
+def _others(work: Path) -> list[Path]:
+    """What `_beside` made for the same target."""
+    prefix, _, _ = work.name.rpartition("-")
+    return [path for path in work.parent.iterdir()
+            if path != work and re.fullmatch(re.escape(prefix) + r"-\w{8}", path.name)]
 
 
 def _beside(target: Path) -> Path:
     """A new temporary directory next to `target`. Raises InputError if none can be made."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}-", dir=target.parent))
+        return Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}-unfinished-", dir=target.parent))
     except (OSError, ValueError) as error:  # a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target} cannot be written to: {reason}; choose another "

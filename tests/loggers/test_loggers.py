@@ -13,6 +13,14 @@ from jspec.errors import InputError
 from jspec.loggers import Loggers, RunCard, check_installed
 from jspec.loggers.base import Entry, plain_names
 from jspec.run_files import write_samples
+from tests.loggers.reading import (
+    mlflow_rewards,
+    mlflow_run,
+    tensorboard_values,
+    trackio_logs,
+    wandb_folder,
+    wandb_rows,
+)
 
 TIME = "2026-11-28T05:00:00+00:00"
 
@@ -122,15 +130,6 @@ def test_the_id_of_a_run_stays(tmp_path):
     assert card(tmp_path).id == card(tmp_path).id != card(tmp_path / "other").id
 
 
-def events(path):
-    from tensorboardX.proto import event_pb2
-
-    data, at = path.read_bytes(), 0
-    while (end := at + 16 + int.from_bytes(data[at:at + 8], "little")) <= len(data):
-        yield event_pb2.Event.FromString(data[at + 12:end - 4])
-        at = end
-
-
 def test_tensorboard_has_every_step_once_and_samples_as_text(tmp_path):
     write_samples(tmp_path, 2, [sample(2, "<b>*4*</b>\n# head")])
     loggers = Loggers(["tensorboard"], card(tmp_path), [], 0)
@@ -140,13 +139,7 @@ def test_tensorboard_has_every_step_once_and_samples_as_text(tmp_path):
     (first,) = (tmp_path / "tensorboard").iterdir()
     first.write_bytes(first.read_bytes()[:-5])  # killed while it wrote
     Loggers(["tensorboard"], card(tmp_path), [record(step) for step in (1, 2, 3)], 3).close()
-    shown = {}
-    for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path != first):
-        for event in events(path):
-            if event.HasField("session_log"):  # purges what came before it
-                shown = {key: value for key, value in shown.items() if key[0] < event.step}
-            for value in event.summary.value:
-                shown[event.step, value.tag] = value
+    shown = tensorboard_values(tmp_path)
     assert [step for step, tag in shown if tag == "reward"] == [1, 2, 3]
     assert shown[3, "eval/pass_at_4"].simple_value == 0.5
     text = shown[2, "samples/text_summary"].tensor.string_val[0].decode()
@@ -179,45 +172,16 @@ def real(monkeypatch, tmp_path):
 
 def test_wandb_itself(real):
     run = real("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (folder,) = run.glob("loggers/wandb/wandb/offline-run-*")
-    rows = []
-    for data in leveldb_records(next(folder.glob("*.wandb")).read_bytes()):
-        items = Record.FromString(data).history.item
-        rows.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json)
-                     for item in items})
-    steps = [(row["step"], row["reward"], row["eval/pass@4"]) for row in rows if row]
+    steps = [(row["step"], row["reward"], row["eval/pass@4"]) for row in wandb_rows(run)]
     assert steps == [(1, 0.1, 0.5), (2, 0.2, 0.5), (3, 0.9, 0.5)]
-    (table,) = folder.glob("files/media/table/*.json")
+    (table,) = wandb_folder(run).glob("files/media/table/*.json")
     assert json.loads(table.read_text())["data"][0][1:4] == ["2+2=", "4", "4"]
-
-
-def leveldb_records(data):
-    """Of W&B's file: 7 bytes, then LevelDB's log, whose records lie in blocks of 32 KiB."""
-    at, whole = 7, b""
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
-        whole += data[at + 7:at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # a whole one, or the last part of one
-            yield whole
-            whole = b""
 
 
 def test_mlflow_itself(real):
     run = real("mlflow")
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{run}/loggers/mlflow/mlflow.db")
-    experiment = client.get_experiment_by_name("project").experiment_id
-    (found,) = client.search_runs([experiment])
-    history = client.get_metric_history(found.info.run_id, "reward")
-    assert [(metric.step, metric.value) for metric in history] == [(1, 0.1), (2, 0.2), (3, 0.9)]
+    client, found = mlflow_run(run, "project")
+    assert mlflow_rewards(run, "project") == [(1, 0.1), (2, 0.2), (3, 0.9)]
     assert found.data.metrics["reward"] == 0.9 and found.data.metrics["eval/pass_at_4"] == 0.5
     assert found.data.params["lr"] == "1" and found.data.tags["lr"] == "2"
     (artifact,) = client.list_artifacts(found.info.run_id, "samples")
@@ -225,11 +189,7 @@ def test_mlflow_itself(real):
 
 
 def test_trackio_itself(real):
-    run = real("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    name = f"name-{card(run).id}"
-    logs = SQLiteStorage.get_logs("project", name)
+    logs = trackio_logs(real("trackio"), "project")
     assert [(log["step"], log["reward"]) for log in logs] == [(1, 0.1), (2, 0.2), (3, 0.9)]
     assert logs[0]["samples"]["_value"][0]["response"] == "4"
 

@@ -152,7 +152,7 @@ def kernels(chip: str, wanted: str) -> Any:
             lengths = jnp.zeros(shape.batch, jnp.int32)
             args = jax.eval_shape(partial(kernel_cases.attending, shape, lengths),
                                   jax.random.key(0))
-            attend = jax.jit(partial(verify_attention, window=shape.window,
+            attend = jax.jit(partial(verify_attention, **shape.reach,
                                      implementation=implementation), donate_argnums=(3, 4))
             yield "verify_attention", shape.name, None, attend, on(SingleDeviceSharding(device),
                                                                    args)

@@ -182,7 +182,7 @@ def check_attention(name: str, implementation: Implementation, shape: Any,
                     case: tuple[jax.Array, ...]) -> None:
     """Raise SystemExit unless output and caches are the reference's and a row's result is its own,
     bit for bit."""
-    run, reference = (jax.jit(partial(verify_attention, window=shape.window, implementation=i))
+    run, reference = (jax.jit(partial(verify_attention, **shape.reach, implementation=i))
                       for i in (implementation, REFERENCE))
     lengths = jnp.asarray(np.random.default_rng(0).integers(0, shape.size - shape.t + 1,
                                                             shape.batch), jnp.int32)
@@ -236,7 +236,7 @@ def time_attention(shape: Any, implementation: Implementation, bandwidth: float,
     def again(a, result):
         return (a[0] + _nothing(result[0]), *a[1:3], *result[1:], *a[5:])
 
-    programs = {label: repeated(partial(verify_attention, window=shape.window, implementation=i),
+    programs = {label: repeated(partial(verify_attention, **shape.reach, implementation=i),
                                 case, again, args.repeat)
                 for label, i in (("kernel", implementation), ("xla", REFERENCE))}
     if shape.window is None:

@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16")
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 """What the backward pass computes again; see `jspec.model.forward.rematerialised`."""
 
-DRAFT_LOSSES = ("kl", "tv", "overlap")
+DRAFT_LOSSES = ("kl", "tv", "overlap", "ce", "ce_tv")
 """How far a draft's distribution is from the policy's; see `jspec.drafts.parts.losses`."""
 
 OPTIMIZERS = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2"),

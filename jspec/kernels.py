@@ -129,7 +129,8 @@ def draw(layout: str, log_q: jax.Array, noise: Noise, offset: int,
 
 def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array,
            pool_v: jax.Array, table: jax.Array, lengths: jax.Array,
-           window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+           window: int | None = None,
+           together: str | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`verify_attention` as `policy.kernels` says, on the shards of `policy.layout`: rows are a
     shard's own, heads are split. q [B, T, H, D], k and v [B, T, H_kv, D], pools
     [blocks, H_kv, size, D], table int32 [B, M], lengths int32 [B].
@@ -138,9 +139,10 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Ar
     equal.
     """
     args = (q, k, v, pool_k, pool_v, table, lengths)
+    attention = partial(verify_attention, window=window, together=together)
 
     def kernel() -> tuple[jax.Array, ...]:
-        run = partial(verify_attention, window=window, implementation=policy.kernels)
+        run = partial(attention, implementation=policy.kernels)
         if _one_device():
             return run(*args)
         whole = heads_replicated(policy.config, policy.layout)
@@ -151,7 +153,7 @@ def attend(policy: Any, q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Ar
         return jax.shard_map(run, in_specs=(queries, new, new, pool, pool, rows, rows),
                              out_specs=(queries, pool, pool), check_vma=False)(*args)
 
-    return _or_reference(policy.kernels, kernel, lambda: verify_attention(*args, window=window))
+    return _or_reference(policy.kernels, kernel, lambda: attention(*args))
 
 
 def judge(policy: Any, logits: jax.Array, draft_tokens: jax.Array, draft_log_q: jax.Array | None,

@@ -51,8 +51,9 @@ class DraftKeys:
                                "with jspec, a directory of a published draft, or the output_dir of "
                                "`jspec draft train` or of a run; null: a fresh one", path=True)
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; "
-                        "overlap: -log of the overlap, the likelihood of acceptance",
-                        choices=DRAFT_LOSSES)
+                        "overlap: -log of the overlap, the likelihood of acceptance; ce: "
+                        "cross-entropy with the policy's best token, as DFlash is published; "
+                        "ce_tv: 0.1 ce + 0.9 tv, as DSpark is", choices=DRAFT_LOSSES)
     options: dict | None = setting({}, "further arguments of a fresh drafter, such as ngram's "
                                    "longest match; null: none, as beside draft.path, whose draft "
                                    "has its own")

@@ -300,7 +300,7 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     states = unroll(policy, draft, batch.trunk, batch.tokens,
                     1 if kind == "states" else config.depths)
     if kind == "states":
-        return state_loss(policy, batch, [_normed(config, w, x) for x in states])
+        return state_loss(policy, batch, [batch.predicting(_normed(config, w, x)) for x in states])
     return loss_over_depths(policy, batch, [batch.predicting(x) for x in states],
                             partial(logits, policy, config, w, vocab), vocab, kind)
 

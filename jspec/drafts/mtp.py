@@ -225,12 +225,12 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     depths = draft.config.blocks if kind == "states" else draft.config.depths
     states = recursion.unroll(policy, blocks, *_inputs(draft.config, batch.trunk, batch.tokens),
                               depths)
-    states = [shift(x) for x in states] if draft.config.first else states
+    states = [batch.predicting(shift(x) if draft.config.first else x) for x in states]
     if kind == "states":
         return state_loss(policy, batch, states)
     vocab = draft.state.get("vocab")
     head = partial(table_logits, policy, output_table(policy, vocab), vocab)
-    return loss_over_depths(policy, batch, [batch.predicting(x) for x in states], head, vocab, kind)
+    return loss_over_depths(policy, batch, states, head, vocab, kind)
 
 
 def least_squares(policy: Policy, draft: Draft, batches: Iterable[DraftBatch],

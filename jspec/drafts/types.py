@@ -127,6 +127,8 @@ class DraftBatch:
       logprobs: float32 [B, T], of the response's tokens, log-softmax(logits / temperature) over the
         whole vocabulary, from these very states.
       temperature: float32 scalar or [B], the sampling temperature; 0 counts as 1.
+      turn: int32 scalar, how often the rows have been learned from, or anything else that differs:
+        a drafter that learns from some positions only takes others in another turn.
     """
 
     trunk: Trunk
@@ -135,6 +137,7 @@ class DraftBatch:
     mask: jax.Array
     logprobs: jax.Array
     temperature: jax.Array
+    turn: jax.Array | int = 0
 
     def predicting(self, x: jax.Array) -> jax.Array:
         """The entries of x [B, S, D] at the positions that predict the response's tokens,

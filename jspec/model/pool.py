@@ -89,6 +89,23 @@ def cache_of(prompts: KeyValues, positions: int) -> Cache:
                          .reshape(rows, columns), rows * columns, size)
 
 
+def append(cache: Cache, layers: KeyValues, lengths: jax.Array) -> Cache:
+    """The cache with T new positions a row, lengths .. lengths + T - 1, where the rows have blocks
+    for them: keys and values of every layer [B, T, kv_heads, head_dim]; lengths int32 [B]."""
+    new = lengths[:, None] + jnp.arange(layers[0][0].shape[1])
+    live = cache.table[:, :1] < cache.blocks
+    block = jnp.take_along_axis(cache.table, new // cache.size, axis=1, mode="clip")
+    block, inside = jnp.where(live, block, cache.blocks), new % cache.size
+
+    def write(pool: jax.Array, x: jax.Array) -> jax.Array:
+        return pool.at[block, :, inside].set(x.astype(pool.dtype), mode="drop")
+
+    return cache.replace(k=tuple(write(pool, k) for pool, (k, _) in zip(cache.k, layers,
+                                                                        strict=True)),
+                         v=tuple(write(pool, v) for pool, (_, v) in zip(cache.v, layers,
+                                                                        strict=True)))
+
+
 def rows_of(pool: jax.Array, table: jax.Array) -> np.ndarray:
     """What a pool [blocks, kv_heads, size, head_dim] holds of the rows of a table,
     [B, kv_heads, M * size, head_dim]; for looking at."""

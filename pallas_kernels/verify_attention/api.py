@@ -12,6 +12,7 @@ from pallas_kernels.verify_attention import reference
 
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
                      table: jax.Array, lengths: jax.Array, *, window: int | None = None,
+                     together: str | None = None,
                      implementation: Implementation = REFERENCE) -> tuple[jax.Array, jax.Array,
                                                                           jax.Array]:
     """Write T new keys and values a row into the row's blocks, and attend to all that each new
@@ -29,6 +30,9 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
         0..t of the new. A live row has blocks for lengths + T positions, which must not exceed M *
         size.
       window: static; a position sees itself and the window - 1 before it. None: all before it.
+      together: static. "causal" and "whole": the new positions are the slots of one draft, which
+        all see the `window` cached positions before the first of them; and of the slots "causal"
+        those up to their own, "whole" all of them.
 
     Returns:
       out [B, T, H, D], zeros for a dead row, and the two pools with positions lengths ..
@@ -46,4 +50,5 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     else:
         run = partial(implementation.load(__package__).verify_attention,
                       interpret=implementation.interpret)
-    return run(q, k, v, pool_k, pool_v, table, lengths, window=window)
+    return run(q, k, v, pool_k, pool_v, table, lengths, window=window,
+               together=together)

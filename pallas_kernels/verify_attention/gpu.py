@@ -41,6 +41,7 @@ from pallas_kernels.verify_attention.gpu_tiles import (
     wait_for_all,
 )
 from pallas_kernels.verify_attention.packing import pack, unpack
+from pallas_kernels.verify_attention.reach import first_seen
 from pallas_kernels.verify_attention.schedule import schedule
 
 SPLIT = 512
@@ -52,9 +53,10 @@ SMALLEST = 16  # block in positions, and what larger ones are multiples of
 
 
 # references to GPU memory want a jit around them
-@partial(jax.jit, static_argnames=("window", "interpret"))
+@partial(jax.jit, static_argnames=("window", "together", "interpret"))
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
                      table: jax.Array, lengths: jax.Array, *, window: int | None = None,
+                     together: str | None = None,
                      interpret: Any = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.verify_attention`. interpret: False, or an InterpretGPUParams.
 
@@ -83,7 +85,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     split = SPLIT * pl.cdiv(table.shape[1] * size, SPLIT * MOST_SPLITS)
     splits = pl.cdiv(table.shape[1] * size, split)
     at_once = FEW if interpret else MULTIPROCESSORS * (2 if warpgroups == 1 else 1)
-    plan = Plan(group, new, window, kv_heads, blocks, size, split, splits,
+    plan = Plan(group, new, window, together, kv_heads, blocks, size, split, splits,
                 min(at_once, b * kv_heads * splits),
                  warpgroups, tiles, packed.shape[2] // tiles, d, q.dtype, bool(interpret))
     first, last = _splits(lengths, plan)
@@ -115,9 +117,8 @@ def _pad(x: jax.Array, multiple: int) -> jax.Array:
 def _splits(lengths: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """The first and the last split of every row, int32 [B]."""
     last = jnp.maximum(lengths - 1, 0) // plan.split
-    if plan.window is None:
-        return jnp.zeros_like(last), last
-    return jnp.minimum(jnp.maximum(lengths - plan.window + 1, 0) // plan.split, last), last
+    first = first_seen(lengths, plan.window, plan.together)
+    return jnp.minimum(first // plan.split, last), last
 
 
 def _combine(sums: jax.Array, stats: jax.Array, first: jax.Array, last: jax.Array, live: jax.Array,
@@ -196,8 +197,8 @@ def _split(q, new_k, new_v, table, length, pool_k, pool_v, sums, stats, q_tiles,
 
     begin, stop = split * plan.split, jnp.minimum((split + 1) * plan.split, length)
     if plan.window is not None:
-        begin = jnp.maximum(begin,
-                            lax.div(jnp.maximum(length - plan.window + 1, 0), plan.run) * plan.run)
+        first = first_seen(length, plan.window, plan.together)
+        begin = jnp.maximum(begin, lax.div(first, plan.run) * plan.run)
     cached = lax.div(jnp.maximum(stop - begin, 0) + STEP - 1, STEP)
     steps = cached + last.astype(jnp.int32)
 

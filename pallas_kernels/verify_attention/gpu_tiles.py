@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.verify_attention.reach import seen
+
 STEP = 64  # positions
 ROWS = 64  # of a matrix instruction
 COLUMNS = 64  # of a line of shared memory as matrix instructions want it, bfloat16
@@ -27,6 +29,7 @@ class Plan:
     group: int
     new: int
     window: int | None
+    together: str | None
     kv_heads: int
     blocks: int  # of the pool
     size: int  # positions of a block
@@ -128,10 +131,9 @@ def softmax_step(scores, top, total, tile, start, length, end,
                  plan) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
     """One step of online softmax (https://arxiv.org/abs/1805.02867), in powers of two."""
     position = start + plan.iota(scores.shape, 1)
-    last = length + lax.div(plan.iota(scores.shape, 0) + tile * plan.rows, plan.group)
-    visible = (position < end) & (position <= last)
-    if plan.window is not None:
-        visible &= position > last - plan.window
+    offset = lax.div(plan.iota(scores.shape, 0) + tile * plan.rows, plan.group)
+    visible = (position < end) & seen(position, length, offset, plan.new, plan.window,
+                                      plan.together)
     scores = jnp.where(visible, scores * (LOG2E * plan.head_dim ** -0.5), -jnp.inf)
     highest = jnp.maximum(top, scores.max(1))
     weights = jnp.exp2(scores - lax.broadcast_in_dim(highest, scores.shape, (0,)))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.verify_attention.packing import pack, unpack
+from pallas_kernels.verify_attention.reach import seen
 
 
 def _write(pool: jax.Array, new: jax.Array, block: jax.Array, offset: jax.Array) -> jax.Array:
@@ -35,7 +36,8 @@ def _online_step(carry: tuple[jax.Array, jax.Array, jax.Array], q: jax.Array, k:
 
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
                      table: jax.Array, lengths: jax.Array, *,
-                     window: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+                     window: int | None = None,
+                     together: str | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.verify_attention`: q [B, T, H, D], k and v [B, T, H_kv, D], pools
     [blocks, H_kv, size, D], table int32 [B, M], lengths int32 [B]. Blocks beyond the longest live
     row are not read."""
@@ -47,16 +49,14 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
                       blocks)
     pool_k, pool_v = (_write(pool, x, block, new % size) for pool, x in ((pool_k, k), (pool_v, v)))
     packed = pack(q, kv_heads)
-    last = jnp.repeat(new, h // kv_heads, axis=1)[:, None, :, None]
+    offset = jnp.repeat(jnp.arange(t), h // kv_heads)[:, None]
     table = jnp.minimum(table, blocks - 1)
 
     def step(i, carry) -> tuple[jax.Array, jax.Array, jax.Array]:
         at = jax.lax.dynamic_index_in_dim(table, i, axis=1, keepdims=False)
         keys, values = (pool.at[at].get(mode="promise_in_bounds") for pool in (pool_k, pool_v))
         position = i * size + jnp.arange(size)
-        visible = position <= last
-        if window is not None:
-            visible &= position > last - window
+        visible = seen(position, lengths[:, None, None, None], offset, t, window, together)
         return _online_step(carry, packed, keys, values, visible)
 
     # -1e30 and not -inf: a row whose first block is all masked must not compute inf - inf

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.verify_attention.packing import pack, unpack
+from pallas_kernels.verify_attention.reach import first_seen, seen
 from pallas_kernels.verify_attention.schedule import schedule
 
 TILE = 16  # positions of a tile of bfloat16 in memory, two tiles of float32
@@ -27,6 +28,7 @@ MAX_NEW = 16  # new positions a row: they lie in two tiles
 
 def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array, pool_v: jax.Array,
                      table: jax.Array, lengths: jax.Array, *, window: int | None = None,
+                     together: str | None = None,
                      interpret: Any = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.verify_attention`. interpret: False, True or a `pltpu.InterpretParams`.
 
@@ -43,8 +45,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
                                   f"{q.dtype} and {pool_k.dtype}")
     if size % TILE:
         raise NotImplementedError(f"blocks of {size} positions are not a multiple of {TILE}")
-    first = (jnp.zeros_like(lengths) if window is None
-             else jnp.maximum(lengths - window + 1, 0) // size)
+    first = first_seen(lengths, window, together) // size
     last = (lengths + new - 1) // size
     row, begin, programs = schedule(first, last, table[:, 0] < blocks, table.size)
     packed = pack(q, kv_heads)
@@ -66,7 +67,7 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
     # flat, as memory for scalars pads rows; a row that is dead is not looked up
     scalars = (row, jnp.minimum(table, blocks - 1).ravel(), begin, first, last, lengths, programs)
     out, pool_k, pool_v = pl.pallas_call(
-        partial(_body, new=new, window=window),
+        partial(_body, new=new, window=window, together=together),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars), grid=(jnp.maximum(programs[0], 1),),
             in_specs=[of_row(rows), of_row(new), of_row(new), of_pool(), of_pool()],
@@ -89,7 +90,8 @@ def verify_attention(q: jax.Array, k: jax.Array, v: jax.Array, pool_k: jax.Array
 
 def _body(row_of, table, begin_of, first_of, last_of, lengths, programs, q, new_k, new_v, block_k,
           block_v, out,
-          pool_k, pool_v, whole_k, whole_v, sent, top, total, sums, *, new, window) -> None:
+          pool_k, pool_v, whole_k, whole_v, sent, top, total, sums, *, new, window,
+          together) -> None:
     """References: scalars int32, of `schedule`, table [B * M] and lengths [B]; of a row q and out
     [H_kv, new * group, D], new_k and new_v [H_kv, new, D]; of the block block_k and block_v, and as
     they are completed whole_k and whole_v, [H_kv, size, D]; the pools; of the online softmax top
@@ -101,7 +103,7 @@ def _body(row_of, table, begin_of, first_of, last_of, lengths, programs, q, new_
     at = first_of[row] + i - begin_of[row]
     start = at * size
     attend = partial(_attend, q, top, total, sums, start=start, length=length, new=new,
-                     window=window)
+                     window=window, together=together)
 
     @pl.when(at == first_of[row])
     def _() -> None:
@@ -146,7 +148,8 @@ def _body(row_of, table, begin_of, first_of, last_of, lengths, programs, q, new_
         out[...] = (sums[...] / total[...]).astype(out.dtype)
 
 
-def _attend(q, top, total, sums, keys, values, *, start, length, new, window, causal) -> None:
+def _attend(q, top, total, sums, keys, values, *, start, length, new, window, together,
+            causal) -> None:
     """One block of online softmax (https://arxiv.org/abs/1805.02867)."""
     heads, rows, d = q.shape
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -154,11 +157,8 @@ def _attend(q, top, total, sums, keys, values, *, start, length, new, window, ca
     scores = dot("hrd,hcd->hrc", q[...], keys[...]) * d ** -0.5
     if causal or window is not None:
         position = start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
-        last = (length + jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1),
-                                     rows // new))
-        visible = position <= last
-        if window is not None:
-            visible &= position > last - window
+        offset = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1), rows // new)
+        visible = seen(position, length, offset, new, window, together)
         scores = jnp.where(visible, scores, -jnp.inf)
     old = top[...]
     highest = jnp.maximum(old, scores.max(-1, keepdims=True))

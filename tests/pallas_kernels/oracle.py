@@ -87,16 +87,18 @@ def block(p, drafts, q, accept, residual_u, block):
     return passed, inverse_transform(mass if mass.sum() > 0 else p[passed], residual_u, block)
 
 
-def attention(q, k, v, length, window=None):
+def attention(q, k, v, length, window=None, together=None):
     """Dense attention of one row: q [T, H, D] at positions length.., k and v [S, H_kv, D] with the
-    new ones written; a position sees itself and the window - 1 before it."""
+    new ones written; a position sees itself and the window - 1 before it; of positions that are
+    `together`, the window before them all, and themselves "causal" or "whole"."""
     t, h, d = q.shape
     out = np.zeros((t, h, d))
     for i in range(t):
         for j in range(h):
             head = j // (h // k.shape[1])
-            end = length + i + 1
-            seen = slice(0 if window is None else max(end - window, 0), end)
+            end = length + (t if together == "whole" else i + 1)
+            first = (end if together is None else length) - (end if window is None else window)
+            seen = slice(max(first, 0), end)
             keys, values = (x[seen, head].astype(np.float64) for x in (k, v))
             scores = keys @ q[i, j].astype(np.float64) / np.sqrt(d)
             out[i, j] = np.exp(log_softmax(scores)) @ values

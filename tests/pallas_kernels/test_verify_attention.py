@@ -43,13 +43,14 @@ def with_rows(pool, table, values):
     return pool.at[table].set(jnp.asarray(blocks, pool.dtype))
 
 
-def dense(q, k, v, pool_k, pool_v, table, lengths, window=None):
+def dense(q, k, v, pool_k, pool_v, table, lengths, window=None, together=None):
     out = []
     cached = rows(pool_k, table), rows(pool_v, table)
     for i, length in enumerate(np.asarray(lengths)):
         keys, values = (np.concatenate([c[i].swapaxes(0, 1)[:length], np.asarray(x[i])])
                         for c, x in zip(cached, (k, v), strict=True))
-        out.append(oracle.attention(np.asarray(q[i], np.float64), keys, values, length, window))
+        out.append(oracle.attention(np.asarray(q[i], np.float64), keys, values, length, window,
+                                    together))
     return np.stack(out)
 
 
@@ -115,6 +116,13 @@ def test_window(window):
     args = case(7, [0, 3, 140, 380], 4, 384)
     out = jax.jit(partial(verify_attention, window=window))(*args)[0]
     np.testing.assert_allclose(out, dense(*args, window), atol=2e-6)
+
+
+@pytest.mark.parametrize("window, together", [(None, "whole"), (3, "whole"), (3, "causal")])
+def test_slots_of_one_draft(window, together):
+    args = case(7, [0, 2, 140, 380], 4, 384)
+    out = jax.jit(partial(verify_attention, window=window, together=together))(*args)[0]
+    np.testing.assert_allclose(out, dense(*args, window, together), atol=2e-6)
 
 
 def test_garbage_beyond_the_length_is_not_read():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.verify_attention import gpu, shapes, verify_attention
+from pallas_kernels.verify_attention.reach import TOGETHER
 from tests.pallas_kernels.interpreters import CHIPS, PLAIN, races_found
 from tests.pallas_kernels.test_verify_attention import case, dense, rows, with_rows
 
@@ -34,7 +35,8 @@ def cases(sizes, heads, dims, dtypes, most=8, blocks=(128,)):
         "size": st.sampled_from(sizes), "block": st.sampled_from(blocks), "siblings": st.booleans(),
         "fill": st.lists(st.sampled_from([0.0, 0.3, 0.499, 0.5, 0.9, 1.0, None]), min_size=1,
                          max_size=4), "heads": st.sampled_from(heads), "d": st.sampled_from(dims),
-        "dtype": st.sampled_from(dtypes), "window": st.sampled_from([None, 1, 5, 100, 300])})
+        "dtype": st.sampled_from(dtypes), "window": st.sampled_from([None, 1, 5, 100, 300]),
+        "together": st.sampled_from(TOGETHER)})
 
 
 def positions(table, size, begin, end):
@@ -44,7 +46,7 @@ def positions(table, size, begin, end):
     return table[at // size], at % size
 
 
-def poisoned(args, t, window):
+def poisoned(args, t, window, together):
     """Pools that are NaN, and a table without a block, wherever no row may look."""
     pools, table, lengths = map(np.asarray, args[3:5]), np.asarray(args[5]), np.asarray(args[6])
     blocks, _, size, _ = args[3].shape
@@ -54,14 +56,16 @@ def poisoned(args, t, window):
         if line[0] >= blocks:
             own[:] = line
         else:
-            first = 0 if window is None else max(length - window + 1, 0) // size
+            first = (0 if window is None
+                     else max(length - window + (together is None), 0) // size)
             held[positions(line, size, first * size, length)] = True
             own[first:-(-(length + t) // size)] = line[first:-(-(length + t) // size)]
             own[0] = line[0]
     return [np.where(held[:, None, :, None], x, np.array(np.nan, x.dtype)) for x in pools], needed
 
 
-def check(implementation, seed, t, size, block, siblings, fill, heads, d, dtype, window):
+def check(implementation, seed, t, size, block, siblings, fill, heads, d, dtype, window,
+          together=None):
     """fill: of the room that each row has, how much is taken; None: a dead row. Siblings share full
     blocks."""
     lengths = [int((0.7 if f is None else f) * (size - t)) for f in fill]
@@ -70,12 +74,14 @@ def check(implementation, seed, t, size, block, siblings, fill, heads, d, dtype,
     for i, length in enumerate(lengths):
         shared = min(lengths[0], length) // block if siblings and not dead[0] else 0
         table = table.at[i, :shared].set(table[0, :shared])
-    want = np.where(dead[:, None, None, None], 0, dense(*front, table, lengths, window))
+    want = np.where(dead[:, None, None, None], 0, dense(*front, table, lengths, window,
+                                                            together))
     table = np.array(table)
     table[dead, 0] = len(front[3])
-    held, needed = poisoned((*front, table, lengths), t, window)
+    held, needed = poisoned((*front, table, lengths), t, window, together)
     out, *pools = verify_attention(*front[:3], *map(jnp.asarray, held), jnp.asarray(needed),
-                                   lengths, window=window, implementation=implementation)
+                                   lengths, window=window, together=together,
+                                   implementation=implementation)
     np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=ATOL[dtype])
     for pool, old, new in zip(pools, held, front[1:3], strict=True):
         pool = np.array(pool)
@@ -121,9 +127,9 @@ def on_gpu(heads):
 @example(dict(seed=0, t=8, size=1024, block=128, siblings=True, fill=[0.499, 1.0, None, 0.0],
               heads=(4, 2), d=128, dtype="bfloat16", window=None))
 @example(dict(seed=0, t=8, size=640, block=16, siblings=True, fill=[0.499, 1.0], heads=(4, 2), d=64,
-              dtype="float32", window=290))
+              dtype="float32", window=290, together="causal"))
 @example(dict(seed=0, t=8, size=256, block=128, siblings=False, fill=[0.499, 0.1, None, 0.3],
-              heads=(24, 1), d=64, dtype="bfloat16", window=None))
+              heads=(24, 1), d=64, dtype="bfloat16", window=None, together="whole"))
 def test_gpu(case):
     check(GPU, **case)
     assert not races_found("gpu")
@@ -169,9 +175,9 @@ def test_real_shapes(shape):
     lengths = np.random.default_rng(0).integers(0, shape.size - shape.t + 1, shape.batch)
     args = case(1, lengths, shape.t, shape.size, shape.heads, shape.kv_heads, shape.head_dim,
                 getattr(jnp, shape.dtype))
-    out, *caches = jax.jit(partial(verify_attention, window=shape.window,
+    out, *caches = jax.jit(partial(verify_attention, **shape.reach,
                                    implementation=PLAIN))(*args)
-    want, *reference = jax.jit(partial(verify_attention, window=shape.window))(*args)
+    want, *reference = jax.jit(partial(verify_attention, **shape.reach))(*args)
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(want, np.float32),
                                atol=ATOL[shape.dtype])
     written = (np.arange(shape.size) < lengths[:, None] + shape.t)[:, None, :, None]

@@ -8,6 +8,8 @@ overlap sum(min(p, q)) the probability that a draft from q is accepted
 - `kl`: forward KL, sum(p log(p / q)).
 - `tv`: total variation, 1 - overlap (https://arxiv.org/abs/2310.08461).
 - `overlap`: -log overlap, the negative log-likelihood of acceptance.
+- `ce`: cross-entropy with the token that the policy likes best, as DFlash is published.
+- `ce_tv`: 0.1 `ce` + 0.9 `tv`, as DSpark is (https://arxiv.org/abs/2607.05147).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jspec.drafts.base import DraftBatch, Metrics
 from jspec.drafts.parts.vocabulary import head_rows, output_table, table_logits
@@ -38,6 +41,10 @@ def divergence(log_p: jax.Array, log_q: jax.Array, kind: str) -> tuple[jax.Array
         return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), -1), overlap
     if kind == "tv":
         return 1.0 - overlap, overlap
+    if kind in ("ce", "ce_tv"):
+        best = jnp.argmax(log_p, axis=-1)[..., None]
+        entropy = -jnp.take_along_axis(log_q, best, axis=-1)[..., 0]
+        return (entropy if kind == "ce" else 0.1 * entropy + 0.9 * (1.0 - overlap)), overlap
     # p without any mass in the draft's vocabulary teaches nothing, and log 0 would not be finite
     return -jnp.log(jnp.maximum(overlap, 1e-30)), overlap
 
@@ -62,6 +69,60 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
       the metrics are sums over trained tokens: "overlap" float32 [depths], the probability that the
       draft of that depth is accepted.
     """
+    columns, log_target, log_draft, size = _columns(policy, batch, head, vocab)
+
+    def sums_of(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        *target, mask, states = chunk
+        log_p = log_target(*target)
+        pairs = [divergence(log_p, log_draft(x), kind) for x in states]
+        losses, overlaps = (jnp.stack([jnp.sum(x, where=mask) for x in column])
+                            for column in zip(*pairs, strict=True))
+        return losses.mean(), jax.lax.stop_gradient(overlaps)
+
+    total, overlap = sum_over_chunks(sums_of, (*columns, batch.mask, tuple(states)), size)
+    return total, batch.mask.sum().astype(jnp.float32), {"overlap": overlap}
+
+
+def loss_over_slots(policy: Policy, batch: DraftBatch, states: jax.Array, slots: int,
+                    head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None, kind: str,
+                    decay: float, confidence: jax.Array | None = None
+                    ) -> tuple[jax.Array, jax.Array, Metrics]:
+    """The loss of drafts of one pass, whose slots predict one token each: T is a multiple of
+    `slots`, and entry t is slot t % slots of its draft (`parts.one_pass.anchored`).
+
+    A slot's loss counts exp(-slot / decay): a draft behind a refused one is worth nothing
+    (https://arxiv.org/abs/2602.06036). `confidence` float32 [B, T], logits of each draft's being
+    accepted, learns 1 - total variation by binary cross-entropy, which is added
+    (https://arxiv.org/abs/2607.05147). Otherwise as `loss_over_depths`, of states [B, T, D]; the
+    metric "overlap" float32 [slots] is of each slot the mean over what it predicts, times the
+    count.
+    """
+    columns, log_target, log_draft, size = _columns(policy, batch, head, vocab)
+    slot = jnp.broadcast_to(jnp.arange(batch.mask.shape[1]) % slots, batch.mask.shape)
+    if confidence is not None:
+        columns = (*columns, confidence)
+
+    def sums_of(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden, tokens, logprobs, *confidence, mask, slot, states = chunk
+        losses, overlap = divergence(log_target(hidden, tokens, logprobs), log_draft(states), kind)
+        for logit in confidence:
+            losses += optax.sigmoid_binary_cross_entropy(logit, jax.lax.stop_gradient(overlap))
+        losses *= jnp.exp(-slot.astype(jnp.float32) / decay)
+        of_slot = (slot[..., None] == jnp.arange(slots)) & mask[..., None]
+        sums = jnp.sum(overlap[..., None], axis=(0, 1), where=of_slot)
+        return (jnp.sum(losses, where=mask), jax.lax.stop_gradient(sums),
+                of_slot.sum((0, 1)).astype(jnp.float32))
+
+    total, overlap, counts = sum_over_chunks(sums_of, (*columns, batch.mask, slot, states), size)
+    count = batch.mask.sum().astype(jnp.float32)
+    return total, count, {"overlap": overlap * count / jnp.maximum(counts, 1.0)}
+
+
+def _columns(policy: Policy, batch: DraftBatch, head: Callable[[jax.Array], jax.Array],
+             vocab: jax.Array | None) -> tuple[tuple[jax.Array, ...], Callable, Callable, int]:
+    """What tells the policy's distribution at the trained positions, arrays [B, T, ...]; functions
+    of such columns to log p, and of what the draft's head reads to log q, [B, T, Vd]; and how many
+    tokens are computed at a time."""
     temperature = jnp.broadcast_to(jnp.asarray(batch.temperature, jnp.float32),
                                    batch.mask.shape[:1])[:, None]
     table = None if vocab is None else output_table(policy, vocab)
@@ -77,24 +138,17 @@ def loss_over_depths(policy: Policy, batch: DraftBatch, states: Sequence[jax.Arr
         # must stay finite
         return jnp.minimum(above + logprobs[..., None], 0.0)
 
-    def sums_of(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden, tokens, logprobs, mask, *states = chunk
-        log_p = jax.lax.stop_gradient(log_target(hidden, tokens, logprobs))
-        pairs = [divergence(log_p, scaled_logprobs(head(x), temperature), kind) for x in states]
-        losses, overlaps = (jnp.stack([jnp.sum(x, where=mask) for x in column])
-                            for column in zip(*pairs, strict=True))
-        return losses.mean(), jax.lax.stop_gradient(overlaps)
+    def log_draft(states: jax.Array) -> jax.Array:
+        return scaled_logprobs(head(states), temperature)
 
     # of padding -inf, where no token has its id
     logprobs = jnp.where(batch.mask, batch.logprobs, 0.0)
-    columns = (batch.predicting(batch.trunk.hidden), batch.response(), logprobs, batch.mask,
-               *states)
+    columns = (batch.predicting(batch.trunk.hidden), batch.response(), logprobs)
     # as many logits at a time as of the whole vocabulary: of a reduced one often all, and none is
     # computed twice
     size = policy.config.vocab_size if vocab is None else len(vocab)
-    total, overlap = sum_over_chunks(sums_of, columns,
-                                     CHUNK_TOKENS * policy.config.vocab_size // size)
-    return total, batch.mask.sum().astype(jnp.float32), {"overlap": overlap}
+    return (columns, lambda *column: jax.lax.stop_gradient(log_target(*column)), log_draft,
+            CHUNK_TOKENS * policy.config.vocab_size // size)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -108,12 +162,12 @@ def state_loss(policy: Policy, batch: DraftBatch,
     unit size.
 
     It costs no output head, and leads most of the way (https://arxiv.org/abs/2401.15077). states:
-    for every depth [B, S, D], scaled as the policy's final norm scales. Returns as
+    for every depth [B, T, D], scaled as the policy's final norm scales. Returns as
     `loss_over_depths` does, without metrics.
     """
     scale = policy.weights["final_norm"].astype(jnp.float32)
     target = unit(batch.predicting(batch.trunk.hidden).astype(jnp.float32) / scale)
-    losses = [jnp.sum(jnp.mean(jnp.square(batch.predicting(x).astype(jnp.float32) / scale - target),
-                               -1), where=batch.mask) for x in states]
+    losses = [jnp.sum(jnp.mean(jnp.square(x.astype(jnp.float32) / scale - target), -1),
+                      where=batch.mask) for x in states]
     count = batch.mask.sum().astype(jnp.float32)
     return jnp.stack(losses).mean(), count, {}

@@ -62,7 +62,10 @@ def test_ids_without_a_token_are_no_ones(vocab):
     overlaps = [np.minimum(p, x).sum(-1)[trained] for x in q]
     want = {"kl": [(p * np.log(p / x)).sum(-1)[trained].sum() for x in q],
             "tv": [(1 - a).sum() for a in overlaps],
-            "overlap": [-np.log(a).sum() for a in overlaps]}
+            "overlap": [-np.log(a).sum() for a in overlaps],
+            "ce": [-np.log(np.take_along_axis(x, p.argmax(-1)[..., None], -1))[trained].sum()
+                   for x in q]}
+    want["ce_tv"] = [0.1 * a + 0.9 * b for a, b in zip(want["ce"], want["tv"], strict=True)]
     for kind, ((loss, (_, metrics)), _) in got.items():
         np.testing.assert_allclose(loss, np.mean(want[kind]), rtol=1e-4)
         np.testing.assert_allclose(metrics["overlap"], [a.sum() for a in overlaps], rtol=1e-4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from jspec.drafts.parts.losses import loss_over_slots, state_loss
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.model import ModelConfig, Policy, check_policy
 
+Kind = TypeVar("Kind", bound=one_pass.OnePassConfig)
 DECAY = 4.0
 """By how many slots the weight of a slot's loss falls to 1 / e, as published."""
 
@@ -68,9 +69,9 @@ def init(policy: Policy, key: jax.Array, *, layers: int = 2, block_size: int = 8
                  dflash)
 
 
-def settled(kind: type, policy: Policy, layers: int, aux_depths: Sequence[int] | None,
+def settled(kind: type[Kind], policy: Policy, layers: int, aux_depths: Sequence[int] | None,
             vocab: Sequence[int] | np.ndarray | None, mask_token: int | None, window: int,
-            **options: object) -> tuple[one_pass.OnePassConfig, dict[str, jax.Array]]:
+            **options: Any) -> tuple[Kind, dict[str, jax.Array]]:
     """The config of a fresh draft, and its state: see `init`."""
     name = kind.__name__.removesuffix("Config").lower()
     check_policy(f"the policy of a {name} draft", policy, stacked=True)

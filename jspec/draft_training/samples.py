@@ -53,14 +53,15 @@ def files_of(prompts: list[list[int]], rows: int) -> Iterator[tuple[int, list[li
 
 
 def sample(config: DraftTrainingConfig, policy: Policy, prompts: list[list[int]],
-           directory: Path) -> None:
+           directory: Path, depths: tuple[int, ...] | None = None) -> None:
     """One answer to every prompt, in files of `samples.batch` rows; those that are there already
-    stay."""
+    stay. depths: of the trunk, whose states are kept; None: those that the drafter asks for."""
     directory.mkdir(exist_ok=True)
     layout, sampling = rollout_layout(config), make_sampling(config)
     weights = jspec.reshard(policy, layout)
     temperatures = config.samples.temperatures or (config.sampling.temperature,)
-    speculation = jspec.Speculation(depths=trunk_features(config, policy))
+    depths = trunk_features(config, policy) if depths is None else depths
+    speculation = jspec.Speculation(depths=depths)
     key = purpose_key(config.seed, SAMPLES_KEY)
     jobs = list(files_of(prompts, min(config.samples.batch, len(prompts))))
     for index, (bucket, group) in enumerate(jobs):

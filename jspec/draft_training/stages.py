@@ -182,7 +182,7 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
             break
         if stage.before + index < done:
             continue
-        batch = on_mesh([rows[i] for i in chosen])
+        batch = on_mesh([rows[i] for i in chosen]).replace(turn=np.int32(stage.before + index))
         saved, metrics = learn(saved, policy, draft.state, batch)
         tokens += int(batch.mask.sum())
         step = stage.before + index + 1

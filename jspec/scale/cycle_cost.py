@@ -16,6 +16,7 @@ import numpy as np
 
 from jspec.choices import PRECISIONS
 from jspec.drafts import Draft
+from jspec.drafts.parts.one_pass import OnePassConfig
 from jspec.model import ModelConfig, param_specs
 from jspec.model.params import is_spec
 from jspec.scale.chips import HOP, Chip
@@ -42,6 +43,7 @@ class Sizes:
       score_operations: of one token on one position of its context, in all layers.
       weight_bytes: of a parameter; kv_bytes: of a key's or value's number.
       rate: what matrices are multiplied in, as `Chip.rate` takes it.
+      one_pass: of a draft, that all its tokens come of one pass.
     """
 
     dense: float
@@ -57,6 +59,7 @@ class Sizes:
     weight_bytes: float = 2.0
     kv_bytes: float = 2.0
     rate: str = "bfloat16"
+    one_pass: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, precision: str = "bfloat16") -> Sizes:
@@ -95,7 +98,8 @@ WEIGHT_BYTES = dict(zip(PRECISIONS, (2.0, 1.0, 1.0), strict=True))
 
 def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes | None:
     """What drafting one token reads and computes: one pass over the draft's weights, and over the
-    policy's output head where the draft has none. None: nothing is read (`ngram`, `suffix`).
+    policy's output head where the draft has none; of a draft of one pass, what all its tokens do.
+    None: nothing is read (`ngram`, `suffix`).
 
     draft: `jax.ShapeDtypeStruct`s do.
     """
@@ -110,9 +114,13 @@ def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes
     of_policy = 0 if "head" in draft.weights else vocabulary * model.hidden_size
     blocks = getattr(draft.config, "blocks", 1)  # each drafts a depth of its own
     dense = sum(math.prod(spec.shape) for spec in specs) / blocks + of_policy
-    block = draft.drafter.model(draft.config)
-    return Sizes(dense, 1, model.hidden_size, 2 * block.num_kv_heads * block.head_dim,
-                 block.num_kv_heads, 4 * block.num_heads * block.head_dim)
+    block, one_pass = draft.drafter.model(draft.config), isinstance(draft.config, OnePassConfig)
+    if "markov" in draft.weights:  # of which the first matrix is looked up
+        dense -= draft.weights["markov"]["w1"].size
+    layers = block.num_layers if one_pass else 1
+    return Sizes(dense, layers, model.hidden_size, 2 * layers * block.num_kv_heads * block.head_dim,
+                 block.num_kv_heads, 4 * layers * block.num_heads * block.head_dim,
+                 one_pass=one_pass)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +304,8 @@ def cycle(decoding: Decoding, k: int, rows: Numbers, context: Numbers) -> Cycle:
     if decoding.draft_share is not None:
         draft = k * decoding.draft_share * plain
     elif decoding.draft is not None:
-        draft = k * forward(decoding.draft, *of).seconds
+        passes, tokens = (min(k, 1), max(k, 1)) if decoding.draft.one_pass else (k, 1)
+        draft = passes * forward(decoding.draft, *of, tokens=tokens).seconds
     unit = plain if decoding.overhead.relative else 1.0 + 0.0 * plain
     always, over = (decoding.overhead.of(of) * unit for of in (0, k))
     least = plain + always  # a line beyond what was measured may fall below it

@@ -150,24 +150,36 @@ def specs(config: OnePassConfig) -> dict:
 
 def fresh_weights(policy: Policy, tree: dict, config: OnePassConfig, key: jax.Array) -> dict:
     """Weights from random initialisation, on the mesh of `jax.set_mesh` if there is one. The layers
-    start as the identity (their output projections are zero), their other weights those of the
-    policy's last layers, on an even mix of the fused states."""
+    start as the policy's last ones, and the context as the last of the fused states, normed as they
+    norm it: their keys and values of it are near the policy's own."""
     made, count = policy.config, config.block.num_layers
 
     def fresh(key: jax.Array, layers: dict, final_norm: jax.Array) -> dict:
         weights = init_weights(tree, key, made.initializer_range)
-        mix = jnp.tile(jnp.eye(made.hidden_size, dtype=jnp.float32), (1, len(config.aux_depths)))
         started = []
         for i, layer in enumerate(weights["layers"]):
             # of a sparse layer there is no dense feed-forward to begin with
             last = {name: x[max(len(x) - count + i, 0)] for name, x in layers.items()
-                    if name in layer and name not in ("o", "down")}
+                    if name in layer}
+            if not made.qk_norm:
+                last |= {f"{name}_norm": size_of_heads(last[name], last["attn_norm"],
+                                                       made.head_dim) for name in "qk"}
             started.append(layer | last)
-        return {**weights, "fc": weights["fc"] + mix / len(config.aux_depths),
-                "layers": tuple(started), "norm": final_norm + 0}
+        last_only = jnp.eye(len(config.aux_depths), dtype=jnp.float32)[-1]
+        fc = jnp.kron(last_only, jnp.eye(made.hidden_size, dtype=jnp.float32))
+        return {**weights, "fc": weights["fc"] + fc, "layers": tuple(started),
+                "hidden_norm": started[0]["attn_norm"] + 0, "norm": final_norm + 0}
 
     return place_on_mesh(fresh, tree, config.block)(key, policy.weights["layers"],
                                                    policy.weights["final_norm"])
+
+
+def size_of_heads(w: jax.Array, norm: jax.Array, head_dim: int) -> jax.Array:
+    """[head_dim], the root mean square over heads that a projection w [heads x head_dim, D] makes
+    of what was normed with the scale [D], were its entries independent: a norm of heads with that
+    scale leaves them, on average, as they are."""
+    square = jnp.sum(jnp.square(w * norm), axis=-1)
+    return jnp.sqrt(square.reshape(-1, head_dim).mean(0))
 
 
 def prepare(policy: Policy, draft: Draft) -> dict:

@@ -74,15 +74,17 @@ POD_MESH = load_config(Path(__file__).parent.parent / "configs" / "qwen3-8b-pod.
 # fsdp, tensor
 MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1), POD: (POD_MESH.fsdp, POD_MESH.tensor)}
 DRAFTS: dict[str, dict[str, Any]] = {
-    "mtp": {}, "eagle3": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4},
-    "suffix": {}, "ngram": {}}
+    "mtp": {}, "eagle3": {"vocab": range(32768)}, "dflash": {"layers": 5, "window": 2048},
+    "dspark": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {},
+    "ngram": {}}
 """Options of the drafters that rollouts are compiled with; what follows a comma is no part of the
 drafter's name."""
 ROLLOUTS = [(GPU, "qwen3-8b", "mtp", False), ("v5e", "qwen3-8b", "mtp", False),
             ("v5e", "llama-3.2-1b", "mtp", False), ("v5p", "qwen3-8b", "mtp", False),
             ("v6e", "qwen3-8b", "mtp", False), ("tpu7x", "qwen3-8b", "mtp", False),
             ("v5e", "qwen3-8b", "mtp", True), (GPU, "qwen3-8b", "eagle3", False),
-            ("v6e", "qwen3-8b", "suffix", False),
+            (GPU, "qwen3-8b", "dspark", False), ("v6e", "qwen3-8b", "dspark", False),
+            ("v5p", "qwen3-8b", "dflash", False), ("v6e", "qwen3-8b", "suffix", False),
             ("tpu7x", "qwen3-8b", "ngram", False), ("v5p", "qwen3-8b", "self", False),
             ("v5e", "qwen3-8b", "self, 4 bits", False), (POD, "qwen3-8b", "mtp", False)]
 """What is compiled if nothing is said: chip, shape (the second has heads of 64), draft, and whether

@@ -9,7 +9,7 @@ from jspec.drafts import Draft, Drafter
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.hub import eagle3, mtp_heads
-from jspec.hub.eagle3_config import EAGLE3_LAYOUTS
+from jspec.hub.draft_configs import LAYOUTS
 from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json
 from jspec.model import Policy, check_policy
@@ -76,11 +76,11 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
     """Write a draft in the layout that others publish (`jspec.hub.eagle3.write`,
     `jspec.hub.mtp_heads.write`).
 
-    layout: of an eagle3 draft, one of `eagle3_config.EAGLE3_LAYOUTS`; None: the first. verifier:
+    layout: of an eagle3 draft, one of `hub.draft_configs.LAYOUTS`; None: the first. verifier:
     the hub id of its policy. Raises InputError for a drafter without one, and where those raise it.
     """
     if draft.name == "eagle3":
-        return eagle3.write(draft, directory, layout=layout or EAGLE3_LAYOUTS[0], verifier=verifier)
+        return eagle3.write(draft, directory, layout=layout or LAYOUTS[0], verifier=verifier)
     if draft.name != "mtp":
         raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, mtp can be "
                          "exported")

@@ -15,7 +15,8 @@ from typing import Any
 
 from jspec.drafts.eagle3 import Eagle3Config, default_depths
 from jspec.errors import InputError
-from jspec.hub.architectures import ARCHITECTURES, config_from_hf, config_to_hf
+from jspec.hub.architectures import config_to_hf
+from jspec.hub.draft_configs import completed, layers_of, speculators_config
 from jspec.hub.fields import flag, section, short, texts, whole
 from jspec.model import ModelConfig
 
@@ -23,13 +24,10 @@ AUX_CONVENTIONS = {"input": 0, "output": 1}
 """What is to be added to the id of an auxiliary layer to have its depth, by what of that layer is
 taken."""
 
-EAGLE3_LAYOUTS = ("specforge", "speculators")
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _AUX = "eagle_aux_hidden_state_layer_ids"
 _BLOCKS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _SERVED_AS = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
-_SLIDING = {"sliding_window": None, "use_sliding_window": False, "layer_types": None,
-            "max_window_layers": None}
 
 
 def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int | None,
@@ -64,36 +62,16 @@ def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, int]:
         raise InputError(f"a block of model_type {short(family)} is not supported; supported: "
                          f"{', '.join(_BLOCKS)}")
     if own:
-        layer = _completed(own, family)
+        layer = completed(own, family)
     if whole(layer, "num_hidden_layers", 1) != 1:
         raise InputError(f"a draft of {layer['num_hidden_layers']} blocks is not supported; "
                          "supported: one")
     if not flag(section(hf, "eagle_config"), "use_aux_hidden_state", True):
         raise InputError("a draft without auxiliary hidden states is not supported; take one that "
                          "has them")
-    block = config_from_hf({"num_hidden_layers": 1, **layer, **_SLIDING, "architectures": [
-        _BLOCKS[family]], "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False})
-    for what, made, theirs in (
-            ("hidden size", whole(hf, "target_hidden_size", block.hidden_size), policy.hidden_size),
-            ("hidden size", block.hidden_size, policy.hidden_size),
-            ("vocabulary size", block.vocab_size, policy.vocab_size)):
-        if made != theirs:
-            raise InputError(f"this EAGLE-3 draft was made for another policy: its {what} is "
-                             f"{made}, the policy's is {theirs}; take one made for this policy")
+    block = layers_of("EAGLE-3", {"num_hidden_layers": 1, **layer}, _BLOCKS[family], hf, policy)
     window = _window(layer)
     return block, window if window < policy.max_position_embeddings else 0
-
-
-def _completed(layer: dict[str, Any], family: str) -> dict[str, Any]:
-    """A transformer_layer_config with what the speculators library leaves out: all that is
-    transformers' default."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.for_model(**{**layer, "model_type": family}).to_dict()
-    except Exception as error:  # transformers raises whatever its checks of the values come to
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"transformer_layer_config is refused by transformers: {reason}") from None
 
 
 def _window(layer: dict[str, Any]) -> int:
@@ -153,12 +131,6 @@ def config_json(config: Eagle3Config, dtype: str, layout: str,
                 "eagle_config": {"use_aux_hidden_state": True, _AUX: [
                     depth - AUX_CONVENTIONS["output"] for depth in config.aux_depths]}}
     del block["architectures"], block["torch_dtype"]
-    return {
-        **shared, "architectures": ["Eagle3DraftModel"], "dtype": dtype,
-        "speculators_model_type": "eagle3",
-        "speculators_version": "0.9.0", "embed_requires_grad": False, "speculators_config": {
-            "algorithm": "eagle3", "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.depths}],
-            "verifier": {"name_or_path": verifier, "architectures": [
-                next(name for name, family in ARCHITECTURES.items() if family == policy.family)]}},
-        "transformer_layer_config": block}
+    return {**shared, "dtype": dtype, "embed_requires_grad": False,
+            "transformer_layer_config": block,
+            **speculators_config("eagle3", "Eagle3DraftModel", config.depths, policy, verifier)}

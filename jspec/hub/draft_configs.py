@@ -1,0 +1,64 @@
+"""What the config.json files of published drafts of all kinds have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jspec.errors import InputError
+from jspec.hub.architectures import ARCHITECTURES, config_from_hf
+from jspec.hub.fields import whole
+from jspec.model import ModelConfig
+
+LAYOUTS = ("specforge", "speculators")
+SPECULATORS_VERSION = "0.9.0"
+_SLIDING = {"sliding_window": None, "use_sliding_window": False, "layer_types": None,
+            "max_window_layers": None}
+
+
+def completed(layer: dict[str, Any], family: str) -> dict[str, Any]:
+    """A transformer_layer_config with what the speculators library leaves out: all that is
+    transformers' default. Raises InputError where transformers refuses it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**{**layer, "model_type": family}).to_dict()
+    except Exception as error:  # transformers raises whatever its checks of the values come to
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"transformer_layer_config is refused by transformers: {reason}") from None
+
+
+def layers_of(kind: str, layer: dict[str, Any], architecture: str, hf: dict[str, Any],
+              policy: ModelConfig) -> ModelConfig:
+    """The layers of a draft as a model of their own, from their part `layer` of its config `hf`;
+    windows are left to the caller. Raises InputError for what is not supported, and for a draft of
+    another policy."""
+    block = config_from_hf({**layer, **_SLIDING, "architectures": [architecture],
+                            "eos_token_id": None, "pad_token_id": None,
+                            "tie_word_embeddings": False})
+    for what, made, theirs in (
+            ("hidden size", whole(hf, "target_hidden_size", block.hidden_size), policy.hidden_size),
+            ("hidden size", block.hidden_size, policy.hidden_size),
+            ("vocabulary size", block.vocab_size, policy.vocab_size)):
+        if made != theirs:
+            raise InputError(f"this {kind} draft was made for another policy: its {what} is "
+                             f"{made}, the policy's is {theirs}; take one made for this policy")
+    return block
+
+
+def check_layout(layout: str) -> None:
+    """Raise InputError for a layout that is none of LAYOUTS."""
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+
+
+def speculators_config(algorithm: str, architecture: str, tokens: int, policy: ModelConfig,
+                       verifier: str | None) -> dict[str, Any]:
+    """What every config.json of the speculators library says: of which algorithm and architecture,
+    `tokens` a cycle, for which verifier."""
+    return {"architectures": [architecture], "speculators_model_type": algorithm,
+            "speculators_version": SPECULATORS_VERSION, "speculators_config": {
+                "algorithm": algorithm, "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
+                "verifier": {"name_or_path": verifier, "architectures": [
+                    next(name for name, family in ARCHITECTURES.items()
+                         if family == policy.family)]}}}

@@ -27,7 +27,7 @@ from jspec.drafts.base import (
     Proposal,
     Sampler,
 )
-from jspec.drafts.parts import one_pass
+from jspec.drafts.parts import anchored, one_pass
 from jspec.drafts.parts.losses import loss_over_slots, state_loss
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.model import ModelConfig, Policy, check_policy
@@ -141,8 +141,8 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     """
     config, vocab = draft.config, draft.state.get("vocab")
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    at, batch = one_pass.anchored(config, batch)
-    states = one_pass.slot_states(policy, config, weights, batch, at)
+    at, batch = anchored.spread(config, batch)
+    states = anchored.slot_states(policy, config, weights, batch, at)
     if kind == "states":
         return state_loss(policy, batch, [states])
     head = partial(table_logits, policy, table(policy, draft), vocab)

@@ -31,7 +31,7 @@ from jspec.drafts.base import (
     Sampler,
 )
 from jspec.drafts.dflash import DECAY, drafted, features, model, prepare, settled, table
-from jspec.drafts.parts import one_pass
+from jspec.drafts.parts import anchored, one_pass
 from jspec.drafts.parts.losses import loss_over_slots, state_loss
 from jspec.drafts.parts.vocabulary import table_logits
 from jspec.model import ParamSpec, Policy
@@ -165,8 +165,8 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     there is one."""
     config, vocab, d = draft.config, draft.state.get("vocab"), draft.config.block.hidden_size
     w = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    at, batch = one_pass.anchored(config, batch)
-    states = one_pass.slot_states(policy, config, w, batch, at)
+    at, batch = anchored.spread(config, batch)
+    states = anchored.slot_states(policy, config, w, batch, at)
     if kind == "states":
         return state_loss(policy, batch, [states])
     by_draft = (*at.shape, config.predicted)

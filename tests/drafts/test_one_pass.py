@@ -10,7 +10,7 @@ import pytest
 
 import jspec
 from jspec.drafts import base
-from jspec.drafts.parts import one_pass
+from jspec.drafts.parts import anchored, one_pass
 from jspec.errors import InputError
 from jspec.model import RopeConfig, init_weights, prefill
 from pallas_kernels.noise import rejection_noise
@@ -111,7 +111,7 @@ def differences(policy, draft, turns=4):
     batch = recursive.lesson(policy, draft, whole, jnp.array([2]), jnp.ones((1, 10), bool))
     for turn in range(turns):
         (_, trained), = recursive.spied_loss(policy, draft, batch.replace(turn=turn))
-        at, moved = one_pass.anchored(config, batch.replace(turn=turn))
+        at, moved = anchored.spread(config, batch.replace(turn=turn))
         for i, anchor in enumerate(np.asarray(at[0])):
             for j in range(k):
                 if moved.mask[0, i * k + j]:
@@ -148,7 +148,7 @@ def test_each_trained_token_is_predicted_once(policy):
                             jnp.float32(1))
     seen = []
     for turn in range(3):
-        at, moved = one_pass.anchored(config, batch.replace(turn=turn))
+        at, moved = anchored.spread(config, batch.replace(turn=turn))
         np.testing.assert_array_equal(moved.mask.sum(1), mask.sum(1))
         np.testing.assert_array_equal(moved.logprobs.sum(1), mask.sum(1))
         positions = moved.response_start[:, None] + jnp.arange(moved.mask.shape[1])
@@ -169,7 +169,7 @@ def test_the_loss_is_what_its_name_says(policy, kind):
     batch = recursive.lesson(policy, draft, tokens, jnp.array([2, 3, 4]), mask,
                              jnp.array([1.0, 0.5, 0.0]))
     (log_p, log_q), = recursive.spied_loss(policy, draft, batch)
-    _, moved = one_pass.anchored(draft.config, batch)
+    _, moved = anchored.spread(draft.config, batch)
     at, log_p, log_q = (np.asarray(x, np.float64) for x in (moved.mask, log_p, log_q))
     p, q = np.exp(log_p), np.exp(log_q)
     overlap = np.minimum(p, q).sum(-1)
@@ -199,7 +199,7 @@ def test_parts_of_the_attention_are_the_whole(policy, monkeypatch):
     batch = recursive.lesson(policy, draft, tokens, jnp.array([2, 3]), jnp.ones((2, 11), bool))
 
     def gradient(size):
-        monkeypatch.setattr(one_pass, "QUERY_BLOCK", size)
+        monkeypatch.setattr(anchored, "QUERY_BLOCK", size)
         return jax.jit(jax.grad(lambda w: draft.drafter.loss(policy, draft.replace(weights=w),
                                                              batch, "kl")[0]))(draft.weights)
 

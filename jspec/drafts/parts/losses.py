@@ -88,7 +88,7 @@ def loss_over_slots(policy: Policy, batch: DraftBatch, states: jax.Array, slots:
                     decay: float, confidence: jax.Array | None = None
                     ) -> tuple[jax.Array, jax.Array, Metrics]:
     """The loss of drafts of one pass, whose slots predict one token each: T is a multiple of
-    `slots`, and entry t is slot t % slots of its draft (`parts.one_pass.anchored`).
+    `slots`, and entry t is slot t % slots of its draft (`parts.anchored`).
 
     A slot's loss counts exp(-slot / decay): a draft behind a refused one is worth nothing
     (https://arxiv.org/abs/2602.06036). `confidence` float32 [B, T], logits of each draft's being

@@ -20,7 +20,7 @@ def reward_inputs(tokenizer: Any, prompts: Sequence[Prompt], out: Rollout,
     the host.
 
     Row i answers prompt i // group_size, group_size being the rollout's rows over `prompts`.
-    wants: of `reward_functions.ON_REQUEST`, what the functions are to be given as well.
+    wants: what the functions are to be given as well (`Signature.wants`).
     """
     group = len(out.lengths) // len(prompts)
     return [reward_input(tokenizer, prompts[row // group], out, row, int(row) // group, wants)
@@ -31,8 +31,11 @@ def reward_input(tokenizer: Any, prompt: Prompt, out: Rollout, row: int, group: 
                  wants: Collection[str]) -> RewardInput:
     """What a reward function is told of one row, the answer to prompt number `group`."""
     text, more = answer_text(tokenizer, out, row), dict[str, Any]()
+    messages = [*prompt.messages, {"role": "assistant", "content": text}]
     if "messages" in wants:
-        more["messages"] = [*prompt.messages, {"role": "assistant", "content": text}]
+        more["messages"] = messages
+    if "chat" in wants and prompt.is_chat:
+        more["chat"] = messages
     if "token_ids" in wants:
         more["token_ids"] = out.tokens[row][out.mask[row]].tolist()
     if "prompt_token_ids" in wants:

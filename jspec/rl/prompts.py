@@ -37,6 +37,7 @@ class Prompt:
         expected_length: tokens of an answer to it, as `PromptData.answered` was told last; None:
           never.
         messages: what a chat template writes out: each {role, content}.
+        is_chat: its source has it as messages.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Prompt:
     meta: Mapping[str, Any]
     expected_length: int | None = None
     messages: Sequence[Mapping[str, Any]] = ()
+    is_chat: bool = False
 
 
 class PromptData:
@@ -187,7 +189,8 @@ class PromptData:
             raise InputError(f"{where}: {error}") from error
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
         return Prompt(text, tuple(tokens), record.get("answer", ""), meta,
-                      self.expected.get(number), conversation(said, config.system_prompt))
+                      self.expected.get(number), conversation(said, config.system_prompt),
+                      not isinstance(said, str))
 
     def check(self, numbers: Sequence[int]) -> None:
         """Looks at the records of these numbers. Raises InputError, naming where it stands, for the

@@ -40,6 +40,7 @@ class RewardInput:
         messages: the prompt's messages, each {role, content}, and the response as the last one.
         token_ids: of the response, the end token included.
         prompt_token_ids: what the policy read.
+        chat: the same as messages, of a prompt that came as messages.
     """
 
     prompt: str
@@ -52,6 +53,13 @@ class RewardInput:
     messages: Sequence[Mapping[str, Any]] | None = None
     token_ids: Sequence[int] | None = None
     prompt_token_ids: Sequence[int] | None = None
+    chat: Sequence[Mapping[str, Any]] | None = None
+
+    @property
+    def as_trl(self) -> tuple[Any, Any]:
+        """(prompt, completion) as TRL has them: texts, or of a chat each as messages."""
+        return ((self.prompt, self.response) if self.chat is None
+                else (list(self.chat[:-1]), list(self.chat[-1:])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +80,8 @@ def calls_of(part: RewardPart, signature: Signature, items: Sequence[RewardInput
     shares = {"answer": lambda: [[row] for row in rows], "batch": lambda: [list(rows)],
               "group": lambda: [list(share) for _, share in itertools.groupby(
                   rows, key=lambda row: items[row].group)]}[signature.kind]()
-    return [Call(share, {**signature.named(told(signature, [items[row] for row in share])
-                                           | {"max_new_tokens": max_new_tokens}), **part.options})
+    return [Call(share, {**told(signature, [items[row] for row in share]),
+                         "max_new_tokens": max_new_tokens, **part.options})
             for share in shares]
 
 
@@ -89,9 +97,14 @@ def told(signature: Signature, items: Sequence[RewardInput]) -> dict[str, Any]:
                  **values("answer", *wants & {"prompt_token_ids"})}
     of_answer = values("finished", "length", *wants & {"messages", "token_ids"})
     prompts, responses = [item.prompt for item in items], [item.response for item in items]
+    if "completions" in signature.trl:
+        prompts, of_answer["completions"] = map(list, zip(*(item.as_trl for item in items),
+                                                          strict=True))
+    if "completion_ids" in signature.trl:
+        of_answer["completion_ids"] = of_answer["token_ids"]
     if signature.kind == "batch":
         return {**of_prompt, "prompts": prompts, "responses": responses, **of_answer}
-    one = {name: values[0] for name, values in of_prompt.items()} | {"prompt": prompts[0]}
+    one = {name: values[0] for name, values in of_prompt.items()} | {"prompt": items[0].prompt}
     if signature.kind == "group":
         return {**one, "responses": responses, **of_answer}
     return {**one, "response": responses[0],

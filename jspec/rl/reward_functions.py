@@ -22,6 +22,8 @@ PLURAL = {"prompts", "responses", "completions", "completion_ids"}
 
 ON_REQUEST = ("messages", "token_ids", "prompt_token_ids")
 """What is sent to the processes only where a function names it."""
+TRL = {"completions": "chat", "completion_ids": "token_ids"}
+"""TRL's names of what answers are, and what has to be sent for them."""
 
 TOLD = {kind: (*texts, "answer", "finished", "length", "max_new_tokens") for kind, texts in {
     "answer": ("prompt", "response"), "group": ("prompt", "responses"),
@@ -37,8 +39,7 @@ class Signature:
         kind: "answer" (it is given one), "group" (those of one prompt) or "batch" (all that this
             process grades in a step).
         is_async: it is a coroutine function, of which many calls run at once.
-        asked: of `ON_REQUEST`, and of TRL's names `completions` and `completion_ids`, those that
-            it names.
+        asked: of `ON_REQUEST` and `TRL`, the names that it has.
     """
 
     kind: str = "answer"
@@ -52,21 +53,22 @@ class Signature:
         kind = ("answer" if "response" in named or not PLURAL & named
                 else "group" if "prompt" in named else "batch")
         is_async = any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
-        return cls(kind, is_async,
-                   frozenset(named & {*ON_REQUEST, "completions", "completion_ids"}))
+        return cls(kind, is_async, frozenset(named & {*ON_REQUEST, *TRL}))
+
+    @property
+    def trl(self) -> frozenset[str]:
+        """TRL's names, of those that it is given."""
+        return self.asked & TRL.keys() if self.kind != "answer" else frozenset()
 
     @property
     def wants(self) -> frozenset[str]:
-        """Which of `ON_REQUEST` it is to be given."""
-        also = {"token_ids"} if "completion_ids" in self.asked and self.kind != "answer" else set()
-        return frozenset(self.asked & set(ON_REQUEST) | also)
+        """What of `RewardInput` has to be there for it."""
+        return self.asked & set(ON_REQUEST) | {TRL[name] for name in self.trl}
 
-    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of a call, of what is known of its answers by jspec's names."""
-        trl = {"completions": "responses", "completion_ids": "token_ids"}
-        more = {name: values[ours] for name, ours in trl.items()
-                if name in self.asked and self.kind != "answer"}
-        return {**values, **more}
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is always told, beside what the prompts say."""
+        return (*TOLD[self.kind], *self.wants & set(ON_REQUEST), *self.trl)
 
 
 def reasoning_gym(prompt: str, response: str, answer: str, *, task: str, options: dict, entry: dict,
@@ -149,7 +151,7 @@ def columns(part: RewardPart, reward: Reward) -> set[str]:
     except (TypeError, ValueError) as error:  # of a builtin that does not say
         raise InputError(f"{part.label}: {error}") from error
     try:
-        told = signature.named(dict.fromkeys((*TOLD[signature.kind], *signature.wants)))
+        told = dict.fromkeys(signature.names)
         if clash := told.keys() & part.options.keys():
             raise InputError(f"{part.key}.options: {min(clash)!r} is what a reward is told of "
                              "the answer; give the option another name")

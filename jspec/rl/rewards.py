@@ -112,7 +112,7 @@ class RewardPool:
 
     @property
     def wants(self) -> frozenset[str]:
-        """What of `reward_functions.ON_REQUEST` the functions are to be given."""
+        """What the functions are to be given on request (`Signature.wants`)."""
         return frozenset().union(*(signature.wants for signature in self.signatures))
 
     @property

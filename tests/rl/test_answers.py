@@ -36,6 +36,20 @@ def test_rewards_are_told_prompt_response_and_how_it_ended():
                     RewardInput("b", "3", "2", {}, False, 1)])
 
 
+def test_messages_go_along_where_they_are_asked_for():
+    user = {"role": "user", "content": "a"}
+    prompts = [Prompt("a", (5,), "", {}, messages=[user], is_chat=chat) for chat in (True, False)]
+
+    def given(*wants):
+        return [(item.messages, item.chat)
+                for item in reward_inputs(TOKENIZER, prompts, rollout("1", "1"), None, wants)]
+
+    whole = [user, {"role": "assistant", "content": "1"}]
+    assert given() == [(None, None)] * 2
+    assert given("messages") == [(whole, None)] * 2
+    assert given("chat") == [(None, whole), (None, None)]  # the second came as a text
+
+
 @pytest.mark.parametrize("middle, text",
                          [([0], "4<pad>2"), ([14], "4\ufffd2"), ([14, 99], "4\ufffd2"),
                           ([14, 0], "4\ufffd<pad>2"), ([1], "4<end>2"), ([], "42")])

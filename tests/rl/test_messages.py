@@ -50,6 +50,7 @@ def test_what_the_policy_reads(tmp_path, messages, system, expected):
     assert "".join(map(chr, prompt.tokens)) == expected
     assert prompt.text == "2 + 2" and prompt.meta == {"level": 1} and prompt.answer == "4"
     assert "".join(f"<{m['role']}>{m['content']}" for m in prompt.messages) == expected
+    assert prompt.is_chat
 
 
 def test_without_a_chat_template():

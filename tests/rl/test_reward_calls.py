@@ -1,5 +1,6 @@
 """Every signature of a reward function, with those that raise, die, hang and return nonsense."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -205,6 +206,28 @@ def test_a_function_written_for_trl_is_called_as_there():
     assert accuracy(**told) == [1.0, 0.0, None]
     ((_, told),) = arguments(brief)
     assert brief(**told) == [-2.0, -64.0, -1.0]
+
+
+def test_a_function_written_for_trls_chats_is_called_as_there():
+    """https://huggingface.co/docs/trl/grpo_trainer: messages where the prompts are, else texts."""
+    def said(prompts, completions, **kwargs):
+        assert "chat" not in kwargs and "messages" not in kwargs
+        return [len(prompt[-1]["content"]) + len(completion[0]["content"])
+                for prompt, completion in zip(prompts, completions, strict=True)]
+
+    def of_prompt(prompt, completions, **kwargs):
+        return [(prompt, completion) for completion in completions]
+
+    chats = [dataclasses.replace(item, chat=[{"role": "system", "content": "be brief"},
+                                             {"role": "user", "content": item.prompt},
+                                             {"role": "assistant", "content": item.response}])
+             for item in ANSWERS]
+    (call,) = calls_of(reward_parts("f.py:f")[0], Signature.of(said), chats, 64)
+    assert said(**call.arguments) == [2, 2, 2] and call.arguments["responses"] == ["r", "s", "t"]
+    mixed = [chats[0], ANSWERS[1]]
+    (call,) = calls_of(reward_parts("f.py:f")[0], Signature.of(of_prompt), mixed, 64)
+    assert of_prompt(**call.arguments) == [
+        ("p", [{"role": "assistant", "content": "r"}]), ("p", "s")]
 
 
 def test_a_time_out_names_the_setting_that_it_is_of():

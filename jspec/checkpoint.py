@@ -239,6 +239,7 @@ class Checkpoints:
             return {**self.manager.restore(step, args=ocp.args.Composite(**args)), "meta": meta}, ""
         except Exception as error:
             if verified:
+                _check_counts(folder, specs)
                 raise InputError(f"the checkpoint {folder} is whole, but not of this configuration "
                                  f"({brief(error)}); give the one it was made with, or choose "
                                  "another output_dir") from error
@@ -305,6 +306,27 @@ def _check_same(folder: Path, meta: dict, state: TrainState) -> None:
     if difference:
         raise InputError(f"the checkpoint {folder} is of another run: {difference}; give the "
                          "configuration that it was made with, or choose another output_dir")
+
+
+def _check_counts(folder: Path, specs: TrainState) -> None:
+    """Raise InputError for a checkpoint of which an optimizer counts the steps of its schedule, as
+    those of an earlier jspec did (`jspec.rl.optimizers`)."""
+    def counts(tree: Any) -> int:
+        paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return sum(jax.tree_util.keystr(path[-1:], simple=True) == "count" for path, _ in paths)
+
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            theirs = reader.metadata(folder / "optimizer").item_metadata.tree
+    except Exception:  # whatever it is, it could not be restored
+        return
+    for side, section in (("policy", "grpo"), ("draft", "draft")):
+        if counts(theirs[side]) > counts(_items(specs)["optimizer"][side]):
+            run = folder.parent.parent
+            raise InputError(f"the checkpoint {folder} is of an earlier jspec, whose optimizers "
+                             f"counted the steps of {section}.warmup_steps by themselves; go on "
+                             f"with that one, or begin anew from its weights: jspec export {run} "
+                             "DIR, then model.name=DIR and another output_dir")
 
 
 @contextmanager

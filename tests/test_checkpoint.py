@@ -9,6 +9,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jspec
@@ -76,6 +77,23 @@ def test_everything_comes_back_as_it_was(tmp_path, draft):
                                                                UpdateSettings()))
     assert step == 4 and data == DATA
     same(values(restored), expected)
+
+
+@pytest.mark.parametrize("side, name", [("opt_state", "grpo"), ("draft_opt_state", "draft")])
+def test_one_whose_optimizer_counts_its_schedules_steps_is_of_an_earlier_version(tmp_path, side,
+                                                                                 name):
+    state = make_state()
+    weights = state.draft.weights if name == "draft" else state.policy.weights
+    rule = optax.chain(optax.clip_by_global_norm(1.0),
+                       optax.adamw(optax.linear_schedule(0.0, 1.0, 10)))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state.replace(**{side: rule.init(weights)}), DATA)
+    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(InputError) as error:
+        checkpoints.restore(make_state(seed=5))
+    assert (f"checkpoints/1 is of an earlier jspec, whose optimizers counted the steps of {name}."
+            f"warmup_steps by themselves; go on with that one, or begin anew from its weights: "
+            f"jspec export {tmp_path} DIR" in str(error.value))
+    assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
 def test_what_happens_to_the_arrays_after_save_is_not_saved(tmp_path):

@@ -334,6 +334,8 @@ WRONG = {
     "rope a dict": (lambda: model(rope={"theta": 1e4}), "rope is a dict: give a jspec.RopeConfig"),
     "stop outside": (lambda: model(stop_tokens=(11,)),
                      "stop token 11 is not an id of the vocabulary of 11"),
+    "pad outside": (lambda: model(pad_token=11),
+                    "pad token 11 is not an id of the vocabulary of 11; name one that is"),
     "pad text": (lambda: model(pad_token="0"), "pad_token = '0' must be a whole number"),
     "family": (lambda: model(family=["llama"]),
                "family is a list, and must be one of llama, qwen2, qwen3"),

@@ -4,12 +4,15 @@ stored as."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 from jspec.errors import InputError
-from jspec.hub.fields import flag, number, section, short, texts, whole, wholes
+from jspec.hub.fields import CONFIG, flag, number, section, short, texts, whole, wholes
 from jspec.hub.tensors import StoredTensor, layer_tensor
 from jspec.model.config import ROPE_SCALINGS, Experts, ModelConfig, RopeConfig
+
+log = logging.getLogger(__name__)
 
 # by architecture; a family's first one is what its policies are exported as
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
@@ -246,14 +249,20 @@ def config_from_hf(config: dict, generation_config: dict | None = None) -> Model
 
 
 def _pad_token(config: dict, generation: dict, stop: tuple[int, ...]) -> int:
-    """Some publishers write -1 where there is none; then it is the first end token."""
-    for fields in (config, generation):
-        if fields.get("pad_token_id") is not None:
-            pad = whole(fields, "pad_token_id", least=-1)
-            break
-    else:
-        pad = -1
-    return pad if pad >= 0 else next(iter(stop), 0)
+    given = next((fields for fields in (config, generation)
+                  if fields.get("pad_token_id") is not None), {})
+    return known_pad(whole(given, "pad_token_id", -1, least=-1), stop,
+                     whole(config, "vocab_size"), CONFIG)
+
+
+def known_pad(pad: int, stop: tuple[int, ...], size: int, where: str) -> int:
+    """The padding token of a vocabulary of that size: the first end token where there is none
+    (some publishers write -1), or none that the weights have a row for, which is said."""
+    other = next(iter(stop), 0)
+    if pad >= size:
+        log.warning("the padding token of %s, %d, is no id of the vocabulary of %d: %d takes its "
+                    "place, and no answer is another for it", where, pad, size, other)
+    return pad if 0 <= pad < size else other
 
 
 def rope_to_hf(rope: RopeConfig) -> dict | None:

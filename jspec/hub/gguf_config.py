@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jspec.errors import InputError
-from jspec.hub.architectures import end_tokens
+from jspec.hub.architectures import end_tokens, known_pad
 from jspec.hub.fields import flag, number, short, whole
 from jspec.model.config import Experts, ModelConfig, RopeConfig
 from jspec.model.layers import rope_frequencies
@@ -56,8 +56,10 @@ def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
                          "of a head; supported: all of them")
     stop = end_tokens(fields.get("tokenizer.ggml.eos_token_id"),
                       fields.get("tokenizer.ggml.eot_token_id"))
+    vocab_size = _vocab_size(shapes)
+    pad = whole(fields, "tokenizer.ggml.padding_token_id", -1, _WHERE, least=-1)
     return ModelConfig(
-        family=GGUF_ARCHITECTURES[arch], vocab_size=_vocab_size(shapes), hidden_size=hidden,
+        family=GGUF_ARCHITECTURES[arch], vocab_size=vocab_size, hidden_size=hidden,
         intermediate_size=size("feed_forward_length"), num_layers=size("block_count"),
         num_heads=heads, num_kv_heads=size("attention.head_count_kv", heads), head_dim=head_dim,
         rms_norm_eps=_decimal(number(own, "attention.layer_norm_rms_epsilon", where=_WHERE)),
@@ -66,8 +68,7 @@ def config_from_gguf(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         mlp_bias="blk.0.ffn_gate.bias" in shapes, qk_norm="blk.0.attn_q_norm.weight" in shapes,
         experts=_experts(own, shapes) if arch == "qwen3moe" else None,
         max_position_embeddings=size("context_length"), stop_tokens=stop,
-        pad_token=whole(fields, "tokenizer.ggml.padding_token_id", next(iter(stop), 0), _WHERE,
-                        least=0))
+        pad_token=known_pad(pad, stop, vocab_size, _WHERE))
 
 
 def _experts(own: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Experts:

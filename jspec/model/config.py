@@ -173,6 +173,9 @@ class ModelConfig:
             if token >= self.vocab_size:
                 raise InputError(f"stop token {token} is not an id of the vocabulary of "
                                  f"{self.vocab_size}")
+        if self.pad_token >= self.vocab_size:
+            raise InputError(f"pad token {self.pad_token} is not an id of the vocabulary of "
+                             f"{self.vocab_size}; name one that is")
         self._check_tokenless()
         if self.num_heads % self.num_kv_heads:
             raise InputError(

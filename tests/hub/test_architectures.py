@@ -73,10 +73,15 @@ def test_end_tokens_of_config_and_generation_config_are_united():
     assert end_tokens([1, 1], None, 3) == (1, 3)
 
 
-def test_padding_token():
+def test_padding_token(caplog):
     assert config_from_hf({**LLAMA, "pad_token_id": 5}).pad_token == 5
     assert config_from_hf(LLAMA, {"pad_token_id": 6}).pad_token == 6
     assert config_from_hf({**LLAMA, "pad_token_id": -1}).pad_token == 2
+    assert not caplog.text
+    size = LLAMA["vocab_size"]
+    assert config_from_hf({**LLAMA, "pad_token_id": size}).pad_token == 2
+    assert (f"the padding token of config.json, {size}, is no id of the vocabulary of {size}: 2 "
+            "takes its place" in caplog.text)
 
 
 @pytest.mark.parametrize("base", [LLAMA, QWEN2, QWEN3, {

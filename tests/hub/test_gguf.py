@@ -303,3 +303,10 @@ def test_gguf_of_another_architecture(tmp_path):
     with pytest.raises(InputError, match="architecture 'mamba' is not supported; supported: llama, "
                        "qwen2, qwen3"):
         hub.load(str(tmp_path / "model.gguf"))
+
+
+def test_a_padding_token_that_the_weights_have_no_row_for(caplog):
+    config = config_from_gguf({**BASE, "tokenizer.ggml.padding_token_id": 64},
+                              {"token_embd.weight": (64, 32)})
+    assert config.pad_token == next(iter(config.stop_tokens), 0)
+    assert "the padding token of the GGUF, 64, is no id of the vocabulary of 64" in caplog.text

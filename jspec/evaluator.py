@@ -192,6 +192,12 @@ def asked(config: Config, prompts: dict[str, list[Prompt]], shape: Policy, draft
     check_batching("rollout.", batching, batch_shards(layout), rows, section.samples,
                    batch.tokens.shape[1], sampling.max_new_tokens,
                    0 if draft is None else speculation.most)
+    cap, room = sampling.max_new_tokens, shape.config.max_position_embeddings
+    if longest + cap > room:
+        whose = "sampling" if section.max_new_tokens is None else "evaluation"
+        raise InputError(f"an evaluation's prompt of {longest} tokens and {whose}.max_new_tokens="
+                         f"{cap} do not fit the model's {room} positions; lower it, or leave out "
+                         "longer prompts (data.max_prompt_tokens, data.too_long=skip)")
     for _, batch in made:
         check(shape, draft, batch, sampling, speculation, batching)
     return Asked(every, labels, made)

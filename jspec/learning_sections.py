@@ -93,6 +93,8 @@ class EvaluationSection:
     top_k: int | None = setting(None, "keep the k likeliest tokens; 0: all", low=0)
     top_p: float | None = setting(None, "keep the smallest set of likeliest tokens with this much "
                                   "probability", above=0, high=1)
+    min_p: float | None = setting(None, "cut off tokens less than min_p times as likely as the "
+                                  "likeliest; 0: none", low=0, high=1)
     max_new_tokens: int | None = setting(None, "longest answer, in tokens", low=1)
     batch: int = setting(8, "prompts decoded together", low=1)
 
@@ -225,8 +227,10 @@ class LoraSection:
     """Low-rank adapters, trained in the place of the policy's own weights, which stay as they are
     and are the KL's reference too."""
 
-    rank: int = setting(0, "of the adapters; 0: there are none, and all weights are trained", low=0)
-    alpha: float = setting(16.0, "an adapter's product is multiplied with alpha / rank", above=0)
+    rank: int = setting(0, "of the adapters; 0: there are none, and all weights are trained", low=0,
+                        high=65536)
+    alpha: float = setting(16.0, "an adapter's product is multiplied with alpha / rank", above=0,
+                           high=1e6)
     targets: tuple[str, ...] = setting(tuple(LORA_TARGETS), "the matrices that have adapters, in "
                                        "experts too", choices=tuple(LORA_TARGETS), filled=True)
     base_dtype: str = setting("bfloat16", "what all other weights are kept in; int8, int4: the "

@@ -20,7 +20,7 @@ from jspec.errors import InputError
 from jspec.heads import load_draft
 from jspec.loggers import check_installed
 from jspec.model import Lora, ModelConfig, Policy, abstract_policy
-from jspec.model.lora import with_adapters
+from jspec.model.lora import full_rank, with_adapters
 from jspec.purposes import DRAFT_KEY, LORA_KEY, purpose_key
 from jspec.rl.rewards import check_reward
 from jspec.rl.state import TrainState, init_state, state_specs
@@ -60,6 +60,7 @@ def check_sizes(config: Config, mesh: Mesh, model: ModelConfig) -> None:
     check_mesh(model, mesh)
     check_stops(model, make_sampling(config))
     check_draft(config, model)
+    check_lora(config, model)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > model.max_position_embeddings:
         raise InputError(f"data.max_prompt_tokens + sampling.max_new_tokens = {longest} is more "
@@ -68,6 +69,15 @@ def check_sizes(config: Config, mesh: Mesh, model: ModelConfig) -> None:
     if k >= model.max_position_embeddings:
         raise InputError(f"speculation.k = {k} must be below the model's "
                          f"{model.max_position_embeddings} positions")
+
+
+def check_lora(config: Config, model: ModelConfig) -> None:
+    """Raise InputError for adapters that are more than what they are added to."""
+    lora = make_lora(config)
+    if lora is not None and lora.rank > (most := full_rank(model, lora)):
+        raise InputError(f"lora.rank={lora.rank} is above {most}, the highest rank that a matrix "
+                         "with adapters has: they would be larger than what they are added to; "
+                         "lower it, or leave lora.rank out, which trains all weights")
 
 
 def check_unbiased(config: Config) -> None:

@@ -107,6 +107,10 @@ def test_every_field_has_a_meaning():
     ("grpo.eps=0", "override 'grpo.eps=0': 'grpo.eps' must be above 0, not 0"),
     ("lora.alpha=32", "lora.alpha is of adapters, and there are none: set lora.rank above 0, or "
                       "leave it out"),
+    ("lora.rank=100000", "override 'lora.rank=100000': 'lora.rank' must be at most 65536, not "
+                         "100000"),
+    ("lora.alpha=1e7", "override 'lora.alpha=1e7': 'lora.alpha' must be at most 1000000.0, not "
+                       "10000000.0"),
     ("grpo.sapo_tau=[1,2]", "grpo.sapo_tau is of grpo.objective=sapo, and that is grpo; leave it "
                             "out"),
     ("k=3", "override 'k=3': unknown key 'k'; did you mean 'speculation.k'?"),

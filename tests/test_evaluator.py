@@ -121,12 +121,20 @@ def test_what_an_evaluation_cannot_be_is_one_line(overrides, message):
         load_config(None, overrides)
 
 
+def test_an_answer_too_long_for_the_model_names_whose_setting_it_is(tmp_path):
+    with pytest.raises(InputError, match="an evaluation's prompt of 3 tokens and "
+                       "evaluation.max_new_tokens=62 do not fit the model's 64 positions; lower"):
+        train.train(tiny(tmp_path, *EVALUATED, "evaluation.max_new_tokens=62"))
+
+
 def test_what_an_evaluation_has_of_its_own_and_where_it_is_due():
     config = load_config(None, ["evaluation.temperature=0", "evaluation.top_p=0.5", "steps=5",
+                                "evaluation.min_p=0.1",
                                 "evaluation.every=2", "data.held_out=4", "sampling.top_k=7",
                                 "grpo.biased_sampling=true"])
     sampling = evaluator.eval_sampling(config)
-    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0, 0.5, 7)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (
+        0, 0.5, 7, 0.1)
     due = evaluator.Evaluation(config, None, None, None).due
     assert [step for step in range(6) if due(step)] == [2, 4, 5]
 

@@ -486,6 +486,7 @@ def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
     ("model.architecture.num_kv_heads=3", "not a multiple of num_kv_heads"),
     ("draft.options.depth=3", "draft.options.depth: mtp has no such option"),
     ("draft.path=nowhere", "no draft at nowhere"),
+    ("lora.rank=33", "lora.rank=33 is above 32, the highest rank that a matrix with adapters has"),
 ])
 def test_what_the_user_can_put_right_is_one_line(tmp_path, override, message):
     assert message in refused(tiny(tmp_path, override))

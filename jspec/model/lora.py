@@ -47,6 +47,13 @@ def adapter_specs(model: ModelConfig, lora: Lora) -> dict[str, dict[str, ParamSp
     return {name: pair(specs[name]) for name in adapted_names(model, lora)}
 
 
+def full_rank(model: ModelConfig, lora: Lora) -> int:
+    """The highest rank that the product of an adapter can have, in any of the matrices."""
+    specs = param_specs(model)["layers"]
+    return max((min(specs[name].shape[-2:]) for name in adapted_names(model, lora)),
+               default=lora.rank)
+
+
 def base_specs(model: ModelConfig, lora: Lora) -> dict[str, Any]:
     """`param_specs` as they are kept where they are not trained: all in bfloat16 or float32, or
     with layers' matrices that have adapters in 8 or 4 bits."""

@@ -36,6 +36,7 @@ from jspec.sections import (
     TrainedModelSection,
 )
 from jspec.settings import Override, setting
+from jspec.source_parts import evaluated, source_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Config:
         """Raise InputError for what no field can know by itself."""
         check_shared(self)
         reward_parts(self.reward.function)
+        source_parts(self.data)
         check_evaluation(self)
         check_grpo(self)
         check_optimizers(self)
@@ -183,9 +185,10 @@ def check_evaluation(config: Config) -> None:
     demand(not section.every or bool(section.sources) or config.data.held_out > 0,
            f"evaluation.every={section.every} needs prompts that training does not draw: set "
            "data.held_out or evaluation.sources")
-    demand(len(set(section.labels)) == len(section.labels),
-           "evaluation.sources names "
-           f"{max(section.sources, key=section.sources.count, default='')} twice")
+    sources = list(section.sources)
+    demand(len(set(section.labels)) == len(sources),
+           f"evaluation.sources names {max(sources, key=sources.count, default='')} twice")
+    metrics = section.metrics(evaluated(config.data, section))
     longest = section.max_new_tokens
     demand(longest is None or longest >= config.sampling.min_new_tokens,
            f"evaluation.max_new_tokens ({longest}) is below sampling.min_new_tokens "
@@ -193,7 +196,7 @@ def check_evaluation(config: Config) -> None:
     if best is not None and best.startswith("eval/"):
         demand(section.every > 0, f"checkpoint.best={best} is a metric of evaluations, and there "
                "are none: set evaluation.every")
-        near = difflib.get_close_matches(best, section.metrics, n=1)
+        near = difflib.get_close_matches(best, metrics, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        demand(best in section.metrics, f"checkpoint.best={best} is no metric of this "
-               f"evaluation{hint} (there are {', '.join(section.metrics)})")
+        demand(best in metrics, f"checkpoint.best={best} is no metric of this "
+               f"evaluation{hint} (there are {', '.join(metrics)})")

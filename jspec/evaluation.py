@@ -30,6 +30,7 @@ from jspec.rl.scores import interval
 from jspec.run_dir import data_position, run_plan
 from jspec.session import Session, session
 from jspec.settings import Override
+from jspec.source_parts import in_short, source_parts
 from jspec.sources import Source, mesh_of, open_source, overridden
 
 UNUSED = {"steps", "output_dir", "log_level", "draft", "grpo", "checkpoint", "profile"}
@@ -115,14 +116,17 @@ def check_kept(source: Source) -> None:
     try:
         training.restore(data_position(Path(source.name).expanduser()))
     except InputError:
-        raise InputError(f"{own.data.source} is no longer what {source.name} was trained on, so "
-                         "the prompts that it kept are not known any more; put it back as it was, "
-                         "or evaluate on a file of prompts that training never saw "
+        raise InputError(f"{in_short(own.data.source)} is no longer what {source.name} was trained "
+                         "on, so the prompts that it kept are not known any more; put it back as "
+                         "it was, or evaluate on a file of prompts that training never saw "
                          "(data.source=..., data.held_out=0)") from None
 
 
 def same_prompts(data: DataSection, own: DataSection) -> bool:
-    return (data.source, data.split) == (own.source, own.split)
+    """Whether all of these are of sources that those are of."""
+    ours, theirs = ([(part.source, part.data.split) for part in source_parts(section)]
+                    for section in (data, own))
+    return all(source in theirs for source in ours)
 
 
 def prompts_of(source: Source) -> dict[str, PromptData]:
@@ -131,9 +135,11 @@ def prompts_of(source: Source) -> dict[str, PromptData]:
     config, own = source.config, source.own
     data = config.data
     if own is not None and same_prompts(data, own.data) and not config.evaluation.sources:
-        chosen = [(c.data.held_out, c.seed, c.data.options) for c in (config, own)]
-        if data.held_out and chosen[0] != chosen[1]:
-            options = f", of data.options={own.data.options}," if own.data.options else ""
+        told = {part.source: part.data.options for part in source_parts(own.data)}
+        options = {part.source: part.data.options for part in source_parts(data)}
+        if data.held_out and ((data.held_out, config.seed) != (own.data.held_out, own.seed)
+                              or options != {source: told[source] for source in options}):
+            options = "".join(f", of data.options={said}," for said in told.values() if said)
             raise InputError(f"{source.name} kept data.held_out={own.data.held_out} prompts by "
                              f"seed={own.seed}{options} from its training, and others were trained "
                              "on; leave that as it is")

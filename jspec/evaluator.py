@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,18 +19,25 @@ from jspec.answering import batch_on_mesh, decoded
 from jspec.config import Config
 from jspec.drafts import Draft
 from jspec.errors import InputError
-from jspec.learning_sections import DataSection
 from jspec.model import Policy
-from jspec.prepare import make_batching, make_sampling, make_speculation, rollout_layout
+from jspec.prepare import (
+    check_rewards,
+    make_batching,
+    make_prompts,
+    make_sampling,
+    make_speculation,
+    rollout_layout,
+)
 from jspec.purposes import EVAL_KEY, purpose_key, purpose_seed
 from jspec.reward_parts import reward_parts
 from jspec.rl import scores
 from jspec.rl.answers import answer_text
 from jspec.rl.grading import grade
 from jspec.rl.prompts import Prompt, PromptData
-from jspec.rl.rewards import RewardPool, answer_check, check_columns, check_reward
+from jspec.rl.rewards import RewardPool
 from jspec.rl.votes import vote_of
 from jspec.sharding import batch_shards
+from jspec.source_parts import evaluated
 from jspec.speculate import PromptBatch, Sampling, Speculation
 from jspec.speculate.arguments import check, check_batching
 from jspec.speculate.schedule import MOST
@@ -119,35 +125,18 @@ def streams(config: Config, tokenizer: Any) -> dict[str, PromptData]:
     `evaluation.sources`, in an order of their own, else those that data.held_out keeps from
     training, else, of who trains nothing, the training's.
 
-    Raises InputError as `PromptData`, `check_reward` and `check_columns` do.
+    Raises InputError as `make_prompts` and `check_rewards` do.
     """
     data, section = config.data, config.evaluation
     held_out = data.held_out > 0 and not section.sources
     seed = config.seed if held_out else purpose_seed(config.seed, EVAL_KEY)
-    several, function = len(section.sources) > 1, config.reward.function
-
-    def stream(source: str) -> PromptData:
-        check_reward(function, source, config.sampling.max_new_tokens)
-        made = PromptData(_alone(config, source, held_out), tokenizer, seed=seed, held_out=held_out,
-                          check_answer=answer_check(function, source),
-                          setting="evaluation.sources" if section.sources else "data.source")
-        check_columns(function, source, made.records[0])
-        return made
-
-    if not section.sources:
-        return {"": stream(data.source)}
-    return {label if several else "": stream(source)
-            for label, source in zip(section.labels, section.sources, strict=True)}
-
-
-def _alone(config: Config, source: str, held_out: bool) -> DataSection:
-    """The section of an evaluation's own source. Options are the training's task's."""
-    data, section = config.data, config.evaluation
-    split, options = (data.split, data.options) if source == data.source else (None, {})
-    if section.sources and section.split and Path(source).is_dir():
-        split = section.split
-    return dataclasses.replace(data, source=source, split=split, options=options,
-                               prompts_per_step=1, held_out=data.held_out if held_out else 0)
+    of, made = evaluated(data, section), {}
+    for label, source in of.items():
+        check_rewards(config, source)
+        made[label] = make_prompts(config, tokenizer, source, seed=seed, held_out=held_out,
+                                   setting="evaluation.sources" if section.sources
+                                   else "data.source")
+    return made
 
 
 def drawn(config: Config, data: PromptData, setting: str = "evaluation.prompts=") -> list[Prompt]:
@@ -156,8 +145,8 @@ def drawn(config: Config, data: PromptData, setting: str = "evaluation.prompts="
     wanted, available = config.evaluation.prompts, len(data.records)
     if wanted is not None and wanted > available:
         held_out = " held out (data.held_out)" if data.config.held_out else ""
-        raise InputError(f"{setting}{wanted} is more than {data.config.source} has{held_out}: "
-                         f"{available}")
+        raise InputError(f"{setting}{wanted} is more than {data.records.parts[0].source} "
+                         f"has{held_out}: {available}")
     count = min(PROMPTS, available) if wanted is None else wanted
     return [prompt for _ in range(count) for prompt in next(data)]
 

@@ -2,6 +2,7 @@
 objective."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -25,9 +26,11 @@ from jspec.settings import setting
 class DataSection:
     """The prompts."""
 
-    source: str = setting("arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, a "
-                          ".parquet file, a folder of those, a folder that datasets saved, or "
-                          "'reasoning_gym:TASK'", filled=True, path=True, often=True)
+    source: str | dict = setting(
+        "arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, a .parquet file, a folder "
+        "of those, a folder that datasets saved, or 'reasoning_gym:TASK'; or several by name, "
+        "mixed by weight: {NAME: {source, weight, split, prompt_column, answer_column, options}, "
+        "...}", filled=True, path=True, often=True)
     split: str | None = setting(None, "of a folder that has several; null: train, or the only one")
     prompt_column: str = setting("prompt", "of a file or folder: the key or column of the prompt, "
                                  "a text or messages {role, content}; where there is no prompt, "
@@ -44,8 +47,8 @@ class DataSection:
     system_prompt: str | None = setting(None, "first message of the chat; null: what the chat "
                                         "template does by itself")
     chat_template: bool = setting(True, "wrap prompts in the tokenizer's chat template")
-    held_out: int = setting(0, "different prompts that training never draws, chosen by the seed: "
-                            "for `jspec eval`", low=0)
+    held_out: int = setting(0, "different prompts, of each source, that training never draws, "
+                            "chosen by the seed: for evaluations", low=0)
     shuffle: bool = setting(True, "shuffle the prompts, anew at every epoch, by the run's seed")
     dynamic_sampling: int = setting(1, "rollouts of a step at most: while groups have one reward "
                                     "for all their answers, which teaches nothing, further prompts "
@@ -76,11 +79,12 @@ class EvaluationSection:
     every: int = setting(0, "steps between evaluations while training; 0: none", low=0, often=True)
     at_start: bool = setting(False, "with every: before the first step too")
     at_end: bool = setting(True, "with every: after the last step too")
-    sources: tuple[str, ...] = setting((), "prompts to evaluate on, each as data.source may be, "
-                                       "with scores of each; none named: those that data.held_out "
-                                       "kept from training", path=True)
-    split: str | None = setting(None, "of those of the sources that are folders; null: data.split "
-                                "of data.source, and of others train, or the only one")
+    sources: tuple[str, ...] | dict = setting(
+        (), "prompts to evaluate on, a list of files and the like or several by name, as "
+        "data.source has them, with scores of each; none named: those that data.held_out kept from "
+        "training", path=True)
+    split: str | None = setting(None, "of those of the sources that are folders; null: what "
+                                "training reads of a folder, and of others train, or the only one")
     prompts: int | None = setting(None, "how many prompts, of each source; null: 64, or all if "
                                   "there are fewer", low=1)
     samples: int = setting(4, "answers sampled for each prompt", low=1, high=MOST_SAMPLES)
@@ -106,19 +110,21 @@ class EvaluationSection:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the sources are called in metrics: the names of their files or tasks, or as they
-        were given where two have one name."""
+        """What the sources are called in metrics: their names, or those of their files or tasks,
+        or as they were given where two have one name."""
+        if isinstance(self.sources, dict):
+            return tuple(self.sources)
         names = [Path(source).stem if source.endswith((".jsonl", ".parquet")) or ":" not in source
                  else source.rpartition(":")[2] for source in self.sources]
         return tuple(source if names.count(name) > 1 else name
                      for source, name in zip(self.sources, names, strict=True))
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The names of what an evaluation while training says, in its order."""
+    def metrics(self, labels: Iterable[str]) -> tuple[str, ...]:
+        """The names of what an evaluation while training says, in its order. labels: of its
+        sources."""
         scores = (f"mean@{self.samples}", *(f"pass@{k}" for k in self.ks),
                   *(f"maj@{k}" for k in self.ks if k > 1))
-        parts = ("", *(f"{label}/" for label in self.labels)) if len(self.sources) > 1 else ("",)
+        parts = ("", *(f"{label}/" for label in labels if label))
         return (*(f"eval/{part}{score}" for part in parts for score in scores),
                 *(f"eval/{name}" for name in EVALUATED))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,14 +19,17 @@ from jspec.draft_config import DraftTrainingConfig
 from jspec.drafts import Draft, Drafter, constructor, find
 from jspec.errors import InputError
 from jspec.heads import load_draft
+from jspec.learning_sections import DataSection
 from jspec.loggers import check_installed
 from jspec.model import Lora, ModelConfig, Policy, abstract_policy
 from jspec.model.lora import full_rank, with_adapters
 from jspec.purposes import DRAFT_KEY, LORA_KEY, purpose_key
-from jspec.rl.rewards import check_reward
+from jspec.rl.prompts import PromptData
+from jspec.rl.rewards import answer_check, check_columns, check_reward
 from jspec.rl.state import TrainState, init_state, state_specs
 from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import batch_shards, check_mesh, check_rows
+from jspec.source_parts import source_parts
 from jspec.speculate import Batching, Sampling, Speculation
 from jspec.speculate.arguments import check_batching, check_stops
 from jspec.speculate.schedule import MOST
@@ -37,11 +41,30 @@ AnyConfig = Config | DraftTrainingConfig
 def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     """Raise InputError for what would fail later, without loading any weights."""
     check_installed(config.logging.loggers)
-    check_reward(config.reward.function, config.data.source, config.sampling.max_new_tokens)
+    check_rewards(config, config.data)
     check_sizes(config, mesh, base.config)
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):
         raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; "
                          "choose another output_dir, or checkpoint.resume=true to go on from them")
+
+
+def check_rewards(config: Config, data: DataSection) -> None:
+    """Raise InputError for rewards that cannot work, or not of one of these sources."""
+    for part in source_parts(data):
+        check_reward(config.reward.function, part.source, config.sampling.max_new_tokens)
+
+
+def make_prompts(config: Config, tokenizer: Any, data: DataSection | None = None,
+                 **how: Any) -> PromptData:
+    """The prompts that a run's rewards are to grade: those that it trains on, or of another
+    section. how: further arguments of `PromptData`. Raises InputError as that does, and for prompts
+    that do not say what a reward demands."""
+    function = config.reward.function
+    made = PromptData(data or config.data, tokenizer, **{"seed": config.seed} | how,
+                      answer_check=partial(answer_check, function))
+    for source, record in made.firsts():
+        check_columns(function, source, record)
+    return made
 
 
 def check_sizes(config: Config, mesh: Mesh, model: ModelConfig) -> None:

@@ -69,10 +69,10 @@ def _part(name: str, value: Any) -> RewardPart:
     if unknown := said.keys() - set(KEYS):
         raise InputError(f"{key} has no {min(unknown)!r}; its keys are {', '.join(KEYS)}")
     weight, timeout_s = said.get("weight", 1.0), said.get("timeout_s")
-    if not _is_number(weight):
+    if not is_number(weight):
         raise InputError(f"{key}.weight must be a number that float32 holds, not "
                          f"{shortened(repr(weight))}")
-    if timeout_s is not None and not (_is_number(timeout_s) and 0 < timeout_s <= 1e6):
+    if timeout_s is not None and not (is_number(timeout_s) and 0 < timeout_s <= 1e6):
         raise InputError(f"{key}.timeout_s must be a number of seconds above 0 and at most 1e6, "
                          f"not {shortened(repr(timeout_s))}")
     options = said.get("options", {})
@@ -82,6 +82,7 @@ def _part(name: str, value: Any) -> RewardPart:
     return RewardPart(name, said["function"], float(weight), dict(options), timeout_s, key)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether this is a number that float32 holds."""
     return (isinstance(value, int | float) and not isinstance(value, bool)
             and abs(value) <= FLOAT_HIGH)

@@ -12,7 +12,8 @@ from jspec.drafts import Draft
 from jspec.drafts.base import RUN_AWAY, largest
 from jspec.rl.answers import answer_text
 from jspec.rl.grading import Grades
-from jspec.rl.prompts import Prompt
+from jspec.rl.mixture import SOURCE_NAME
+from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.update_settings import UpdateSettings, trains_draft
 from jspec.run_files import Sample
 from jspec.speculate import Rollout
@@ -52,6 +53,23 @@ def learned(taken: Taken) -> dict[str, Any]:
                if name.startswith("logprob_gap") or name == "route_flip_rate"}
     record |= {name: int(value) for name, value in last.items() if "skipped" in name}
     return record | {name: value.tolist() for name, value in taken.draft.items()}
+
+
+def of_prompts(data: PromptData, prompts: Sequence[Prompt], taken: Taken) -> dict[str, Any]:
+    """What a step says of where its prompts are from: of each of several sources how many they
+    are, and mean reward and length of the answers to them; and how many prompts of all are left
+    out as too long, where they may be."""
+    record: dict[str, Any] = ({"prompts_left_out": data.left_out}
+                              if data.config.too_long == "skip" else {})
+    rewards = taken.graded.rewards.reshape(len(prompts), -1).astype(np.float64)
+    lengths = taken.rollout.lengths.reshape(len(prompts), -1)
+    for name in (part.name for part in data.records.parts if part.name):
+        mine = np.array([prompt.meta[SOURCE_NAME] == name for prompt in prompts])
+        some = bool(mine.any())
+        record |= {f"source/{name}/prompts": int(mine.sum()),
+                   f"source/{name}/reward": float(rewards[mine].mean()) if some else None,
+                   f"source/{name}/length": float(lengths[mine].mean()) if some else None}
+    return record
 
 
 def draft_health(draft: Draft | None, settings: UpdateSettings) -> dict[str, bool]:

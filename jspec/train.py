@@ -33,7 +33,7 @@ from jspec.health import Trouble, all_failed, never_varied, troubles
 from jspec.metrics import Metrics, phase_table, table
 from jspec.model import Policy
 from jspec.output_dir import claimed
-from jspec.prepare import check, ends, make_state_specs
+from jspec.prepare import check, ends, make_prompts, make_state_specs
 from jspec.profiling import trace
 from jspec.progress import telling
 from jspec.refill import Refill
@@ -43,18 +43,19 @@ from jspec.rl.answers import answer_text as answer_text
 from jspec.rl.collate import collate, may_wait
 from jspec.rl.grading import Grades, grade, ungraded
 from jspec.rl.prompts import Prompt, PromptData
-from jspec.rl.rewards import RewardPool, answer_check, check_columns
+from jspec.rl.rewards import RewardPool
 from jspec.rl.state import COUNTERS, TrainState
 from jspec.run_dir import keep_config, run_plan
-from jspec.run_lines import Ending, closing, opening
+from jspec.run_lines import Ending, closing, left_out, opening
 from jspec.saving import Saver, begin
 from jspec.session import session
 from jspec.settings import flat
 from jspec.sharding import configured_mesh
+from jspec.source_parts import in_short
 from jspec.speculate import PromptBatch, Rollout
 from jspec.speculate.types import Schedule
 from jspec.step import Step, declared
-from jspec.step_record import described, draft_health, learned, samples
+from jspec.step_record import described, draft_health, learned, of_prompts, samples
 from jspec.stopping import StopSignal
 
 
@@ -81,11 +82,9 @@ def train(config: Config) -> int:
         check(config, mesh, base)
         stack.enter_context(stop)
         pool = stack.enter_context(RewardPool.of(config))
-        with telling(f"reading {config.data.source}"):
+        with telling(f"reading {in_short(config.data.source)}"):
             tokenizer = base.tokenizer
-            data = PromptData(config.data, tokenizer, seed=config.seed,
-                              check_answer=answer_check(config.reward.function, config.data.source))
-            check_columns(config.reward.function, config.data.source, data.records[0])
+            data = make_prompts(config, tokenizer)
         stack.enter_context(claimed(config.output_dir))
         changed = keep_config(config)
         checkpoints = stack.enter_context(Checkpoints(
@@ -100,8 +99,7 @@ def train(config: Config) -> int:
         if changed:
             metrics.say(changed)
         if data.left_out:
-            metrics.say(f"{data.left_out} prompts are over data.max_prompt_tokens="
-                        f"{config.data.max_prompt_tokens} and left out (data.too_long)")
+            metrics.say(left_out(data))
         run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data), metrics, stop,
                   evaluation)
         ending = loop(run, state, reference, done)
@@ -154,6 +152,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
             state, taken = step.take(state, reference, batch, clock, choose=choose,
                                      grade=partial(graded, run, prompts), further=refill.asked)
             record = learned(taken) | draft_health(state.draft, step.settings) | refill.record()
+            record |= of_prompts(run.data, refill.prompts, taken)
         done += 1
         out, grades = taken.rollout, taken.graded
         if auto:

@@ -50,7 +50,7 @@ def test_evaluations_stand_in_the_steps_records_and_change_nothing_of_the_run(wh
     assert [record["step"] for record in every] == list(range(6))
     evaluated = [record["step"] for record in every if scores(record)]
     assert evaluated == [0, 2, 4, 5]  # before the first, every second, after the last
-    names = tiny(whole, *EVALUATED).evaluation.metrics
+    names = tiny(whole, *EVALUATED).evaluation.metrics([""])
     assert tuple(scores(every[2])) == names and set(every[0]) == {"step", *names}
     assert every[0]["eval/prompts"] == 8 and every[0]["eval/reward_failures"] == 0
     timed = read_records(whole / "metrics.jsonl")
@@ -160,7 +160,7 @@ def test_every_source_has_scores_of_its_own(tmp_path):
         "eval/low/maj@2": 0.75, "eval/high/mean@2": 0, "eval/high/pass@1": 0, "eval/high/pass@2": 0,
         "eval/high/maj@2": 0, "eval/length": 4, "eval/finished": 0.5, "eval/reward_failures": 1,
         "eval/prompts": 3})
-    assert tuple(said) == config.evaluation.metrics
+    assert tuple(said) == config.evaluation.metrics(["low", "high"])
 
 
 KILLER = """import os, pathlib, signal, sys

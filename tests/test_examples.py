@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from jspec.config import load_config
+from jspec.prepare import check_rewards
 from jspec.reward_parts import reward_parts
 from jspec.rl.records import read_jsonl
 from jspec.rl.reward_calls import RewardInput, calls_of
-from jspec.rl.reward_functions import Signature, check_reward
+from jspec.rl.reward_functions import Signature
 from jspec.rl.reward_processes import Job, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -66,7 +67,7 @@ def test_a_judge_that_is_asked_over_http():
 
     assert asyncio.run(asked("2345", "23", "9999", "2346")) == [1.0, 0.5, 0.0, 0.75]
     config = load_config(EXAMPLES / "judge.yaml")
-    check_reward(config.reward.function, config.data.source, config.sampling.max_new_tokens)
+    check_rewards(config, config.data)
     assert [part.weight for part in reward_parts(config.reward.function)] == [1.0, 0.1]
 
 

@@ -54,12 +54,17 @@ def column(row: Mapping[str, Any], name: str, where: str, key: str, setting: str
     if rest and isinstance(row.get(inside), Mapping):
         return column(row[inside], rest, f"{where}: in {inside!r}", key, setting)
     near = difflib.get_close_matches(name, map(str, row), n=1)
-    named = f"{setting.removesuffix('.source') if setting == 'data.source' else setting}.{key}"
+    named = f"{section_of(setting)}.{key}"
     hint = f"; did you mean {near[0]!r}? {named}_column names it" if near else (
         f"; {named}_column names another")
     raise InputError(f"{where}: no {name!r} (it has "
                      f"{shortened(', '.join(map(repr, row))) or 'no keys'})"
                      + (hint if setting.startswith("data.") else ""))
+
+
+def section_of(setting: str) -> str:
+    """Where the further settings of a source stand that `setting` has named."""
+    return "data" if setting == "data.source" else setting
 
 
 def read_answer(value: Any, label: str) -> str:

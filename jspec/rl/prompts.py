@@ -1,26 +1,21 @@
 """Prompts: their order, each step's share of them, and the search for those that cannot be used."""
 
 import dataclasses
-import functools
 import hashlib
+import itertools
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from jspec.errors import InputError
 from jspec.rl.encode import encode_prompt, encode_prompts, shown
 from jspec.rl.messages import conversation, text_of
-from jspec.rl.records import ARITHMETIC, Selected, load_records, parse_line  # noqa: F401 - as from here
-
-EPOCHS = 2**31
-"""As good as endless: grain's own endless is longer than Python's longest sequence, and fails in
-steps of one."""
-CHUNK = 256
-"""Prompts that are checked together."""
+from jspec.rl.mixture import CHUNK, load_mixture
+from jspec.rl.order import Epochs, Order, Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +47,8 @@ class Prompt:
 class PromptData:
     """An endless, deterministic stream of the prompts of each step, one process's share of them.
 
-    The order is that of a grain pipeline: all prompts, shuffled anew at every epoch, in steps of
-    `prompts_per_step`. Of each step process i of n gets the i-th n-th, in order: n processes
-    together see what one would.
+    The order is that of `jspec.rl.order`, in steps of `prompts_per_step`. Of each step process i of
+    n gets the i-th n-th, in order: n processes together see what one would.
 
         data = PromptData(config.data, tokenizer, seed=config.seed)
         prompts = next(data)                         # list[Prompt]
@@ -67,7 +61,8 @@ class PromptData:
     """
 
     def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1,
-                 held_out: bool = False, check_answer: Callable[[str], None] | None = None,
+                 held_out: bool = False,
+                 answer_check: Callable[[str], Callable[[str], None] | None] | None = None,
                  setting: str = "data.source") -> None:
         """
         Args:
@@ -79,12 +74,13 @@ class PromptData:
             process_count: of all, as `jax.process_count()` says.
             held_out: the `config.held_out` prompts that are kept from training, instead of all
               others.
+            answer_check: of a source, what raises ValueError for an answer that the reward cannot
+              grade against (`rewards.answer_check`).
             setting: what named the source, for errors.
-            check_answer: raises ValueError for an answer that the reward cannot grade against.
 
         Raises:
-            InputError: the source is missing or malformed, has fewer prompts than a step or
-                `config.held_out` wants, or one that cannot be encoded or is over
+            InputError: a source is missing or malformed, has fewer prompts than a step or
+                `config.held_out` wants of it, or one that cannot be encoded or is over
                 `config.max_prompt_tokens`; or `config.prompts_per_step` cannot be shared among the
                 processes.
         """
@@ -94,57 +90,53 @@ class PromptData:
                 f"{process_count} processes; make it a multiple of {process_count}"
             )
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self.check_answer = check_answer or (lambda answer: None)
         self.share = config.prompts_per_step // process_count
         self.first = process_index * self.share
-        self.records = load_records(config, seed, setting, held_out)
-        self.left_out = 0
-        if config.too_long == "skip":
-            self.leave_out()
-        if config.prompts_per_step > len(self.records):
-            kept = (f" beside the {config.held_out} of data.held_out"
-                    if config.held_out and not held_out else "")
-            raise InputError(f"data.prompts_per_step={config.prompts_per_step} is more than "
-                             f"data.source={config.source} has: {len(self.records)}{kept}; lower "
-                             "it, or give more prompts")
-        # Not grain's shuffle: for small data sets it takes milliseconds a prompt, and its epoch e
-        # of seed s is epoch e - 1 of seed s + 1.
-        self.order = functools.lru_cache(maxsize=2)(functools.partial(
-            shuffled if config.shuffle else unshuffled, len(self.records), seed))
-        self.steps, self.iterator = 0, iter(self.pipeline())
-        self.coming, self.latest = next(self.iterator), []
+        self.records = load_mixture(config, tokenizer, seed, setting, held_out)
+        parts = self.records.parts
+        checks = [answer_check and answer_check(part.source) for part in parts]
+        self.checks = [check or (lambda answer: None) for check in checks]
+        self.check_count(held_out)
+        self.order = Order(Turns([part.weight for part in parts]),
+                           [Epochs(len(source), seed, part.number, config.shuffle)
+                            for part, source in zip(parts, self.records.sources, strict=True)])
+        self.steps, self.latest = 0, []
+        self.coming = self.step_numbers(0)
         self.expected: dict[int, int] = {}
         self.trouble: InputError | None = None
-        self.check([*range(min(self.records.at_once, len(self.records))), *self.coming])
-        self.look_on(range(self.records.at_once, len(self.records)))
+        now, later = self.records.at_once()
+        self.check([*itertools.chain(*now), *self.coming])
+        self.look_on(later)
 
-    def leave_out(self) -> None:
-        """Goes without the records whose prompts are too long, and counts them. What cannot be
-        encoded stays, for `check` to name."""
-        config, kept, count = self.config, [], len(self.records)
-        for begin in range(0, count, CHUNK):
-            chunk = range(begin, min(begin + CHUNK, count))
-            try:
-                lengths = map(len, encode_prompts(
-                    self.tokenizer, [self.records[number]["prompt"] for number in chunk],
-                    config.system_prompt, config.chat_template))
-            except Exception:
-                lengths = [0] * len(chunk)
-            kept += [number for number, length in zip(chunk, lengths, strict=True)
-                     if length <= config.max_prompt_tokens]
-        if not kept:
-            raise InputError(f"all {count} prompts of data.source={config.source} are over "
-                             f"data.max_prompt_tokens={config.max_prompt_tokens}; raise the limit")
-        self.records, self.left_out = Selected(self.records, kept), count - len(kept)
+    @property
+    def left_out(self) -> int:
+        """How many prompts were too long."""
+        return sum(self.records.left_out)
 
-    def pipeline(self) -> grain.IterDataset:
-        """Steps as lists of record numbers, this process's share."""
-        count, order = len(self.records), self.order
-        steps = grain.MapDataset.range(count).repeat(EPOCHS)
-        steps = steps.map_with_index(lambda index, _: int(order(index // count)[index % count]))
-        steps = steps.batch(self.config.prompts_per_step, batch_fn=list)
-        steps = steps.map(lambda numbers: numbers[self.first : self.first + self.share])
-        return steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    def firsts(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Of each source its text, and its first record."""
+        return [(part.source, self.records[int(start)]) for part, start in
+                zip(self.records.parts, self.records.starts, strict=False)]
+
+    def check_count(self, held_out: bool) -> None:
+        """Raises InputError where a source has fewer prompts than its share of a step."""
+        config, parts = self.config, self.records.parts
+        total = sum(part.weight for part in parts)
+        for part, source in zip(parts, self.records.sources, strict=True):
+            share = math.ceil(config.prompts_per_step * part.weight / total)
+            if share <= len(source):
+                continue
+            kept = (f" beside the {config.held_out} of data.held_out"
+                    if config.held_out and not held_out else "")
+            some = f", of which its share is {share}," if len(parts) > 1 else ""
+            raise InputError(f"data.prompts_per_step={config.prompts_per_step}{some} is more than "
+                             f"{part.label} has: {len(source)}{kept}; lower it, or give more "
+                             "prompts")
+
+    def step_numbers(self, step: int) -> list[int]:
+        """The records of a step, this process's share."""
+        size = self.config.prompts_per_step
+        return self.order.take(step * size, size)[self.first:self.first + self.share]
 
     def __iter__(self) -> "PromptData":
         return self
@@ -156,7 +148,8 @@ class PromptData:
             InputError: one of them cannot be used.
         """
         prompts = [self.prompt(number) for number in self.coming]
-        self.steps, self.latest, self.coming = self.steps + 1, self.coming, next(self.iterator)
+        self.steps, self.latest = self.steps + 1, self.coming
+        self.coming = self.step_numbers(self.steps)
         self.look(self.coming)  # a step ahead, so that a run can end between two steps
         return prompts
 
@@ -184,13 +177,17 @@ class PromptData:
                 f"data.max_prompt_tokens={config.max_prompt_tokens}; shorten it or raise the limit"
             )
         try:
-            self.check_answer(record.get("answer", ""))
+            self.check_answer(number, record)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
         return Prompt(text, tuple(tokens), record.get("answer", ""), meta,
                       self.expected.get(number), conversation(said, config.system_prompt),
                       not isinstance(said, str))
+
+    def check_answer(self, number: int, record: Mapping[str, Any]) -> None:
+        """Raises ValueError for an answer that the reward cannot grade against."""
+        self.checks[self.records.part(number)](record.get("answer", ""))
 
     def check(self, numbers: Sequence[int]) -> None:
         """Looks at the records of these numbers. Raises InputError, naming where it stands, for the
@@ -205,11 +202,11 @@ class PromptData:
         each."""
         config = self.config
         try:
-            texts = [self.records[number]["prompt"] for number in numbers]
-            encoded = encode_prompts(self.tokenizer, texts, config.system_prompt,
-                                     config.chat_template)
-            for number in numbers:
-                self.check_answer(self.records[number].get("answer", ""))
+            records = [self.records[number] for number in numbers]
+            encoded = encode_prompts(self.tokenizer, [record["prompt"] for record in records],
+                                     config.system_prompt, config.chat_template)
+            for number, record in zip(numbers, records, strict=True):
+                self.check_answer(number, record)
         except Exception:  # whatever it is, it is said of the one that it is the matter with
             return False
         return all(0 < len(tokens) <= config.max_prompt_tokens for tokens in encoded)
@@ -221,10 +218,14 @@ class PromptData:
         except InputError as error:
             self.trouble = self.trouble or error
 
-    def look_on(self, numbers: range) -> None:
+    def look_on(self, later: Sequence[range]) -> None:
         """The same in the background."""
-        if numbers:
-            threading.Thread(target=self.look, args=(numbers,), name="prompts", daemon=True).start()
+        def look() -> None:
+            for numbers in later:
+                self.look(numbers)
+
+        if any(later):
+            threading.Thread(target=look, name="prompts", daemon=True).start()
 
     def sequence_ids(self, group_size: int) -> np.ndarray:
         """int32 [share x group_size]: a step's numbers of this process's answers, unique over all
@@ -239,20 +240,18 @@ class PromptData:
                 if self.expected else state)
 
     def state_after(self, steps: int) -> dict:
-        # what decides the order of the records; how many processes share them does not
-        order = [len(self.records), self.config.shuffle, self.seed, self.config.prompts_per_step,
-                 self.config.held_out]
-        return {"order": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
-                "drawn": self.records.digest(self.drawn(steps)),
-                "steps": steps}  # type: ignore[arg-type]
+        drawn = self.order.drawn(steps * self.config.prompts_per_step)
+        return {"order": hashlib.sha256(json.dumps(self.order_said()).encode()).hexdigest()[:16],
+                "drawn": self.records.digest(drawn), "steps": steps}
 
-    def drawn(self, steps: int) -> np.ndarray:
-        """int64: the numbers of the records that so many steps have had, each once, the latest ones
-        last."""
-        epoch, inside = divmod(steps * self.config.prompts_per_step, len(self.records))
-        now, before = (self.order(epoch)[:inside],
-                       self.order(epoch - 1) if epoch else np.zeros(0, np.int64))
-        return np.concatenate([before[~np.isin(before, now)], now])
+    def order_said(self) -> list:
+        """What decides the order of the records; how many processes share them does not."""
+        config, parts = self.config, self.records.parts
+        said = [len(self.records), config.shuffle, self.seed, config.prompts_per_step,
+                config.held_out]
+        mixed = [[part.name, str(part.weight), len(source)] for part, source in
+                 zip(parts, self.records.sources, strict=True) if part.name]
+        return [*said, mixed] if mixed else said
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state` was taken. Records that no step had until then may have changed
@@ -274,8 +273,7 @@ class PromptData:
                 "has changed, or the version of reasoning_gym); undo the change or choose another "
                 "output_dir"
             )
-        self.iterator.set_state({"next_index": steps})
-        self.steps, self.latest, self.coming = steps, [], next(self.iterator)
+        self.steps, self.latest, self.coming = steps, [], self.step_numbers(steps)
         self.expected = {int(number): length for number, length in expected.items()}
         self.look(self.coming)
 
@@ -285,13 +283,3 @@ def is_lengths(expected: Any) -> bool:
     return (isinstance(expected, Mapping) and all(
         isinstance(number, str) and number.isdecimal() and type(length) is int
         for number, length in expected.items()))
-
-
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [count]: an epoch's order."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def unshuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [count]: every epoch's order."""
-    return np.arange(count)

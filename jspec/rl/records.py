@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +13,9 @@ import numpy as np
 
 from jspec.errors import InputError
 from jspec.hub.json_io import parse_json
+from jspec.learning_sections import DataSection
 from jspec.rl import tables
-from jspec.rl.columns import KEYS, record_of
+from jspec.rl.columns import KEYS, record_of, section_of
 from jspec.rl.messages import identity
 from jspec.rl.tasks import PREFIX, ReasoningGym
 
@@ -101,10 +102,14 @@ class TableRows(Held):
     line = ": row {}"
 
 
+Source = Held | ReasoningGym
+"""All records of one source."""
+
+
 class Selected(Sequence):
     """Some of the records of `records`, by their numbers."""
 
-    def __init__(self, records: Records, numbers: Sequence[int]) -> None:
+    def __init__(self, records: Records, numbers: Sequence[int] | np.ndarray) -> None:
         self.records, self.numbers, self.at_once = records, np.asarray(numbers,
                                                                        np.int64), records.at_once
 
@@ -121,9 +126,9 @@ class Selected(Sequence):
         return self.records.digest(self.numbers[np.asarray(numbers, np.int64)])
 
 
-def load_records(config, seed: int, setting: str = "data.source",
+def load_records(config: DataSection, seed: int, setting: str = "data.source",
                  held_out: bool = False) -> Records:
-    """The records that a `jspec.learning_sections.DataSection` trains on.
+    """The records that a section with one source trains on.
 
     Args:
         config: the section.
@@ -136,27 +141,48 @@ def load_records(config, seed: int, setting: str = "data.source",
         InputError: the source is missing or malformed, or has no more prompts than are to be held
           out.
     """
-    if config.source.startswith(PREFIX):
+    return divided([read_records(config, seed, setting)], config.held_out, seed, held_out)[0]
+
+
+def read_records(config: DataSection, seed: int, setting: str = "data.source") -> Source:
+    """All records of a section's one source; arguments and errors are those of `load_records`."""
+    source: Any = config.source
+    if source.startswith(PREFIX):
         options = {"seed": task_seed(seed)} | dict(config.options)
-        tasks = ReasoningGym(config.source.removeprefix(PREFIX), options, further=config.held_out)
-        return tasks if not config.held_out else split_task(tasks, config.held_out, held_out)
+        return ReasoningGym(source.removeprefix(PREFIX), options, further=config.held_out)
     if config.options:
-        raise InputError(f"data.options are for reasoning_gym tasks; data.source={config.source!r} "
-                         "takes none")
-    records = read_source(config, setting)
-    return records if not config.held_out else split_file(records, config.held_out, seed, held_out)
+        raise InputError(f"{section_of(setting)}.options are for reasoning_gym tasks; "
+                         f"{setting}={source!r} takes none")
+    return read_source(config, setting)
 
 
-def read_source(config, setting: str) -> Held:
+def divided(sources: Sequence[Source], count: int, seed: int, held_out: bool) -> list[Records]:
+    """Of each of a run's sources the records to train on, or the `count` prompts that are held
+    out. A prompt that a file holds out is trained on from none. Raises InputError where that leaves
+    a source nothing."""
+    if not count:
+        return list(sources)
+    files = [source for source in sources if isinstance(source, Held)]
+    kept = {id(file): drawn_from(file, count, seed) for file in files}
+    if held_out:
+        return [Selected(source, kept[id(source)]) if isinstance(source, Held)
+                else split_task(source, count, held_out) for source in sources]
+    unseen = {identity(file[int(number)]["prompt"]) for file in files for number in kept[id(file)]}
+    return [without(source, unseen) if isinstance(source, Held)
+            else split_task(source, count, held_out) for source in sources]
+
+
+def read_source(config: DataSection, setting: str) -> Held:
     """The records of a source that is no task; arguments and errors are those of
     `load_records`."""
-    source, columns = config.source, (config.prompt_column, config.answer_column)
-    columns = tuple(column for column in columns if column is not None)
+    source: Any = config.source
+    columns = [column for column in (config.prompt_column, config.answer_column)
+               if column is not None]
     path = ARITHMETIC if source == "arithmetic" else Path(source)
     if source == "arithmetic" or source.endswith(".jsonl"):
         if config.split:
-            raise InputError(f"data.split={config.split!r} is for folders; {setting}={source!r} "
-                             "has no splits")
+            raise InputError(f"{section_of(setting)}.split={config.split!r} is for folders; "
+                             f"{setting}={source!r} has no splits")
         return read_jsonl(path, columns, setting)
     if source.endswith(".parquet") or path.is_dir():
         return read_table(path, config.split, columns, setting)
@@ -164,22 +190,26 @@ def read_source(config, setting: str) -> Held:
                      "'reasoning_gym:TASK', a .parquet file, a folder of those, a saved data set")
 
 
-def split_file(records: Held, count: int, seed: int, held_out: bool) -> Selected:
-    """The records to train on, or those of the `count` prompts that are held out. No prompt is on
-    both sides, however often the file has it."""
-    first = {}
+def drawn_from(records: Held, count: int, seed: int) -> np.ndarray:
+    """int64: the records, one for each, of `count` prompts that the seed chooses."""
+    first: dict[str, int] = {}
     for number, record in enumerate(records):
         first.setdefault(identity(record["prompt"]), number)
     if count >= len(first):
         raise InputError(f"data.held_out={count} leaves nothing to train on: {records.path} has "
                          f"{len(first)} different prompts")
     drawn = np.random.default_rng([seed, HELD_OUT]).permutation(len(first))[:count]
-    numbers = np.fromiter(first.values(), np.int64)[np.sort(drawn)]
-    if held_out:
-        return Selected(records, numbers)
-    kept = {identity(records[number]["prompt"]) for number in numbers}
-    return Selected(records, [number for number, record in enumerate(records)
-                              if identity(record["prompt"]) not in kept])
+    return np.fromiter(first.values(), np.int64)[np.sort(drawn)]
+
+
+def without(records: Held, prompts: Set[str]) -> Selected:
+    """The records of other prompts than these, however often a file has them."""
+    left = [number for number, record in enumerate(records)
+            if identity(record["prompt"]) not in prompts]
+    if not left:
+        raise InputError(f"data.held_out leaves nothing of {records.path} to train on: other "
+                         "sources hold out every prompt that it has")
+    return Selected(records, left)
 
 
 def split_task(tasks: ReasoningGym, count: int, held_out: bool) -> Selected:

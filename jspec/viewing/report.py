@@ -102,6 +102,9 @@ def charts(records: Records) -> str:
         lines("Reward, and its deviation over the step's answers",
               {"reward": series(records, "reward")}, spread),
         lines("Rewards by name", named("reward/"), named=True),
+        lines("Reward by source", {name.removesuffix("/reward"): points for name, points in
+                                   named("source/").items() if name.endswith("/reward")},
+              named=True),
         lines("Evaluation", evaluations, named=True),
         lines("Tokens an answer", {"length": series(records, "length")}),
         lines("Shares", {name: series(records, name)

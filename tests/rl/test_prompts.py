@@ -88,6 +88,19 @@ def test_the_seed_decides_the_order(numbers):
     assert flat[10:20] != late[:10]  # run 8 is not run 7 one epoch later
 
 
+@pytest.mark.parametrize("changes, seed, drawn, order, digest", [
+    ({}, 3, ["9602", "1475", "3841", "2850", "7963"], "f9ee8f251c218ed6", "ea26de0e2cede286"),
+    ({"held_out": 3}, 2**40, ["0935", "2819", "0813", "2598", "1025"], "259187e4a0a34676",
+     "f6f7ea0184fc5025"),
+    ({"shuffle": False}, 0, ["0123", "4567", "8901", "2345", "6789"], "8cd9dc6474259ea8",
+     "a7b167a0388f4036")])
+def test_a_checkpoint_of_an_earlier_jspec_still_says_where_it_is(numbers, changes, seed, drawn,
+                                                                 order, digest):
+    data = PromptData(section(numbers, **changes), Characters(), seed)
+    assert ["".join(step) for step in texts(data, 5)] == drawn
+    assert data.state() == {"order": order, "drawn": digest, "steps": 5}
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3, 6])
 def test_restored_equals_uninterrupted(numbers, steps):
     data = PromptData(section(numbers), Characters(), seed=3)

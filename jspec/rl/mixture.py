@@ -1,0 +1,106 @@
+"""The records of a run's sources, one source after the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jspec.errors import InputError
+from jspec.learning_sections import DataSection
+from jspec.rl.encode import encode_prompts
+from jspec.rl.records import Records, Selected, divided, read_records
+from jspec.source_parts import SourcePart, source_parts
+
+CHUNK = 256
+"""Prompts that are encoded together."""
+SOURCE_NAME = "source_name"
+"""What a record of several sources by name says of where it is from."""
+
+
+class Mixture(Sequence):
+    """The records of sources, counted through. Those of a source with a name say it.
+
+    Attributes:
+        parts: which sources. sources: their records.
+        starts: int64 [sources + 1], the number of the first record of each, and of all of them.
+        left_out: of each the prompts that were too long.
+    """
+
+    def __init__(self, parts: Sequence[SourcePart], sources: Sequence[Records],
+                 left_out: Sequence[int]) -> None:
+        self.parts, self.sources, self.left_out = parts, sources, left_out
+        self.starts = np.cumsum([0, *map(len, sources)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def part(self, number: int) -> int:
+        """Which source a record is of."""
+        return int(np.searchsorted(self.starts, number, side="right")) - 1
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        part = self.part(number)
+        record = self.sources[part][number - int(self.starts[part])]
+        name = self.parts[part].name
+        if name and SOURCE_NAME in record:
+            raise InputError(f"{self.where(number)}: the key {SOURCE_NAME!r} is taken: of several "
+                             "sources rewards are told the prompt's by it; rename it")
+        return {**record, SOURCE_NAME: name} if name else record
+
+    def where(self, number: int) -> str:
+        part = self.part(number)
+        return self.sources[part].where(number - int(self.starts[part]))
+
+    def digest(self, numbers: Sequence[int] | np.ndarray) -> str:
+        numbers = np.asarray(numbers, np.int64)
+        digests = [source.digest(numbers[(start <= numbers) & (numbers < stop)] - start)
+                   for source, start, stop in zip(self.sources, self.starts, self.starts[1:],
+                                                  strict=False)]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(
+            "".join(digests).encode()).hexdigest()[:16]
+
+    def at_once(self) -> tuple[list[range], list[range]]:
+        """Of each source the records that a start looks at before anything else, and its others."""
+        seen = [min(source.at_once, len(source)) for source in self.sources]
+        starts, stops = self.starts[:-1].tolist(), self.starts[1:].tolist()
+        return ([range(start, start + count) for start, count in zip(starts, seen, strict=True)],
+                [range(start + count, stop)
+                 for start, count, stop in zip(starts, seen, stops, strict=True)])
+
+
+def load_mixture(config: DataSection, tokenizer: Any, seed: int, setting: str = "data.source",
+                 held_out: bool = False) -> Mixture:
+    """The records of all sources of a section, without those that are too long where it says so.
+    Arguments and errors are those of `records.load_records`, and `source_parts`' own."""
+    parts = source_parts(config, setting)
+    every = [read_records(part.data, seed, part.key) for part in parts]
+    made = divided(every, config.held_out, seed, held_out)
+    if config.too_long != "skip":
+        return Mixture(parts, made, [0] * len(parts))
+    short = [short_enough(part, source, tokenizer)
+             for part, source in zip(parts, made, strict=True)]
+    return Mixture(parts, short, [len(source) - len(kept)
+                                  for source, kept in zip(made, short, strict=True)])
+
+
+def short_enough(part: SourcePart, records: Records, tokenizer: Any) -> Selected:
+    """The records whose prompts are not too long. What cannot be encoded stays, to be named
+    later."""
+    config, kept, count = part.data, [], len(records)
+    for begin in range(0, count, CHUNK):
+        chunk = range(begin, min(begin + CHUNK, count))
+        try:
+            lengths = [len(tokens) for tokens in encode_prompts(
+                tokenizer, [records[number]["prompt"] for number in chunk],
+                config.system_prompt, config.chat_template)]
+        except Exception:
+            lengths = [0] * len(chunk)
+        kept += [number for number, length in zip(chunk, lengths, strict=True)
+                 if length <= config.max_prompt_tokens]
+    if not kept:
+        raise InputError(f"all {count} prompts of {part.label} are over "
+                         f"data.max_prompt_tokens={config.max_prompt_tokens}; raise the limit")
+    return Selected(records, kept)

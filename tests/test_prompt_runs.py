@@ -1,0 +1,45 @@
+"""Runs over several sources of prompts: what they say of each, and that they go on where they
+were."""
+
+import json
+
+import pytest
+
+from jspec import train
+from jspec.run_files import read_samples
+from tests.test_train import NO_DRAFT, compile_once, records, tiny  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """The settings of a run over two sources, of which one has prompts that are too long."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, texts in (("low", ["0", "1", "2", "012345678"]), ("high", ["7", "8", "9"])):
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"prompt": text, "answer": "12345678"}) + "\n" for text in texts))
+    (folder / "by_name.py").write_text(
+        "def by_name(prompt, response, answer, source_name, **meta):\n"
+        "    return float(source_name == 'low') * len(set(response)) / 16\n")
+    return [("data.source", {"low": {"source": f"{folder}/low.jsonl", "weight": 3},
+                             "high": f"{folder}/high.jsonl"}),
+            f"reward.function={folder}/by_name.py:by_name", "data.too_long=skip",
+            "data.max_prompt_tokens=8", *NO_DRAFT]
+
+
+def test_a_run_over_several_sources_says_what_each_gave_and_resumes(mixed, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.train(tiny(whole, *mixed, "steps=3")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("1 prompts are over data.max_prompt_tokens=8 and left out (data.too_long): 1 of low"
+            in said)
+    for record in records(whole):
+        assert record["prompts_left_out"] == 1
+        assert (record["source/low/prompts"], record["source/high/prompts"]) == (3, 1)
+        assert record["source/low/reward"] > 0 == record["source/high/reward"]
+        assert record["reward"] == pytest.approx(record["source/low/reward"] * 3 / 4)
+        assert record["length"] == pytest.approx(
+            (3 * record["source/low/length"] + record["source/high/length"]) / 4)
+    assert {sample["prompt"] for sample in read_samples(whole, 1)} <= {*"012789"}
+    assert train.train(tiny(parts, *mixed, "steps=2")) == 0
+    assert train.train(tiny(parts, *mixed, "steps=3")) == 0
+    assert records(parts) == records(whole)

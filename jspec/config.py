@@ -79,6 +79,9 @@ class Config:
         check_grpo(self)
         check_optimizers(self)
         data, k = self.data, self.speculation.k
+        demand(data.curriculum or data.curriculum_rest == DataSection().curriculum_rest,
+               "data.curriculum_rest is of a curriculum, and there is none: set "
+               "data.curriculum=true, or leave it out")
         demand(data.group_size > 1, f"data.group_size must be at least 2, not {data.group_size}: "
                "an answer's advantage is measured against the others of its group")
         if isinstance(k, tuple):

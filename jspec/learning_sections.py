@@ -50,6 +50,11 @@ class DataSection:
     held_out: int = setting(0, "different prompts, of each source, that training never draws, "
                             "chosen by the seed: for evaluations", low=0)
     shuffle: bool = setting(True, "shuffle the prompts, anew at every epoch, by the run's seed")
+    curriculum: bool = setting(False, "prompts that this run solves half of the time come again at "
+                               "every pass over the data, and those that it always or never solves "
+                               "in every curriculum_rest-th")
+    curriculum_rest: float = setting(8.0, "passes after which a prompt comes again at the latest",
+                                     low=1, high=1024)
     dynamic_sampling: int = setting(1, "rollouts of a step at most: while groups have one reward "
                                     "for all their answers, which teaches nothing, further prompts "
                                     "take their places; 1: none do", low=1, high=1024)

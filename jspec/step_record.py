@@ -57,10 +57,11 @@ def learned(taken: Taken) -> dict[str, Any]:
 
 def of_prompts(data: PromptData, prompts: Sequence[Prompt], taken: Taken) -> dict[str, Any]:
     """What a step says of where its prompts are from: of each of several sources how many they
-    are, and mean reward and length of the answers to them; and how many prompts of all are left
-    out as too long, where they may be."""
-    record: dict[str, Any] = ({"prompts_left_out": data.left_out}
-                              if data.config.too_long == "skip" else {})
+    are, and mean reward and length of the answers to them. Of all prompts how many are left out as
+    too long, where they may be, and how hard they are, where a curriculum goes by that."""
+    record: dict[str, Any] = {} if data.curriculum is None else dict(data.curriculum.difficulties())
+    if data.config.too_long == "skip":
+        record["prompts_left_out"] = data.left_out
     rewards = taken.graded.rewards.reshape(len(prompts), -1).astype(np.float64)
     lengths = taken.rollout.lengths.reshape(len(prompts), -1)
     for name in (part.name for part in data.records.parts if part.name):

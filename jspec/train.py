@@ -41,6 +41,7 @@ from jspec.refill import Refill
 # what a run grades, for programs that ask it
 from jspec.rl.answers import answer_text as answer_text
 from jspec.rl.collate import collate, may_wait
+from jspec.rl.curriculum import success_rates
 from jspec.rl.grading import Grades, grade, ungraded
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool
@@ -177,11 +178,13 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
 
 
 def graded(run: Run, prompts: Sequence[Prompt], out: Rollout) -> Grades:
-    """Grades of a rollout of the prompts that were drawn last; how long its answers are is
-    remembered."""
+    """Grades of a rollout of the prompts that were drawn last; how long its answers are, and how
+    good, is remembered."""
     if may_wait(run.config):
         run.data.answered(out.lengths.reshape(len(prompts), -1).mean(1))
-    return grade(run.pool, run.tokenizer, prompts, out)
+    grades = grade(run.pool, run.tokenizer, prompts, out)
+    run.data.solved(success_rates(grades.rewards, grades.failed_rows, len(prompts)))
+    return grades
 
 
 def before_the_first(run: Run, step: Step, state: TrainState, plan: Plan) -> None:

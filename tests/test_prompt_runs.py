@@ -1,5 +1,5 @@
-"""Runs over several sources of prompts: what they say of each, and that they go on where they
-were."""
+"""Runs over several sources of prompts, with a curriculum: what they say of each, and that they go
+on where they were."""
 
 import json
 
@@ -23,7 +23,7 @@ def mixed(tmp_path_factory):
     return [("data.source", {"low": {"source": f"{folder}/low.jsonl", "weight": 3},
                              "high": f"{folder}/high.jsonl"}),
             f"reward.function={folder}/by_name.py:by_name", "data.too_long=skip",
-            "data.max_prompt_tokens=8", *NO_DRAFT]
+            "data.max_prompt_tokens=8", "data.curriculum=true", *NO_DRAFT]
 
 
 def test_a_run_over_several_sources_says_what_each_gave_and_resumes(mixed, tmp_path, capsys):
@@ -39,6 +39,10 @@ def test_a_run_over_several_sources_says_what_each_gave_and_resumes(mixed, tmp_p
         assert record["reward"] == pytest.approx(record["source/low/reward"] * 3 / 4)
         assert record["length"] == pytest.approx(
             (3 * record["source/low/length"] + record["source/high/length"]) / 4)
+        assert sum(value for name, value in record.items() if name.startswith("curriculum/")) == (
+            pytest.approx(1))
+    last = records(whole)[-1]
+    assert last["curriculum/unseen"] == 0 and last["curriculum/never"] >= 0.5
     assert {sample["prompt"] for sample in read_samples(whole, 1)} <= {*"012789"}
     assert train.train(tiny(parts, *mixed, "steps=2")) == 0
     assert train.train(tiny(parts, *mixed, "steps=3")) == 0

@@ -1,5 +1,6 @@
 """The order of a run's prompts: whose turn it is among several sources, and which of its records a
-source gives then. Both follow from the position alone, so that a run goes on from any."""
+source gives then. Both follow from the position alone, so that a run goes on from any (but see
+`jspec.rl.curriculum`)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
@@ -100,10 +102,20 @@ class Epochs:
         return np.concatenate([before[~np.isin(before, now)], now])
 
 
+class Draws(Protocol):
+    """How a source gives its `count` records, as `Epochs` does."""
+
+    count: int
+
+    def take(self, start: int, count: int) -> list[int]: ...
+
+    def drawn(self, count: int) -> np.ndarray: ...
+
+
 class Order:
     """The numbers of the records at each position, those of all sources counted through."""
 
-    def __init__(self, turns: Turns, sources: Sequence[Epochs]) -> None:
+    def __init__(self, turns: Turns, sources: Sequence[Draws]) -> None:
         self.turns, self.sources = turns, sources
         self.starts = np.cumsum([0, *(source.count for source in sources)])
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jspec.errors import InputError
+from jspec.rl.curriculum import ByDifficulty, Curriculum
 from jspec.rl.encode import encode_prompt, encode_prompts, shown
 from jspec.rl.messages import conversation, text_of
 from jspec.rl.mixture import CHUNK, load_mixture
@@ -97,15 +98,18 @@ class PromptData:
         checks = [answer_check and answer_check(part.source) for part in parts]
         self.checks = [check or (lambda answer: None) for check in checks]
         self.check_count(held_out)
-        self.order = Order(Turns([part.weight for part in parts]),
-                           [Epochs(len(source), seed, part.number, config.shuffle)
-                            for part, source in zip(parts, self.records.sources, strict=True)])
+        turns = Turns([part.weight for part in parts])
+        epochs = [Epochs(len(source), seed, part.number, config.shuffle)
+                  for part, source in zip(parts, self.records.sources, strict=True)]
+        self.curriculum = ByDifficulty(turns, [Curriculum(each, config.curriculum_rest)
+                                               for each in epochs]) if config.curriculum else None
+        self.order = self.curriculum or Order(turns, epochs)
         self.steps, self.latest = 0, []
-        self.coming = self.step_numbers(0)
+        self.coming: list[int] | None = self.step_numbers()
         self.expected: dict[int, int] = {}
         self.trouble: InputError | None = None
         now, later = self.records.at_once()
-        self.check([*itertools.chain(*now), *self.coming])
+        self.check([*itertools.chain(*now), *self.mine(self.coming)])
         self.look_on(later)
 
     @property
@@ -133,10 +137,14 @@ class PromptData:
                              f"{part.label} has: {len(source)}{kept}; lower it, or give more "
                              "prompts")
 
-    def step_numbers(self, step: int) -> list[int]:
-        """The records of a step, this process's share."""
+    def step_numbers(self) -> list[int]:
+        """The records of the next step, of all processes."""
         size = self.config.prompts_per_step
-        return self.order.take(step * size, size)[self.first:self.first + self.share]
+        return self.order.take(self.steps * size, size)
+
+    def mine(self, numbers: Sequence[int]) -> Sequence[int]:
+        """This process's share of a step's records."""
+        return numbers[self.first:self.first + self.share]
 
     def __iter__(self) -> "PromptData":
         return self
@@ -147,17 +155,32 @@ class PromptData:
         Raises:
             InputError: one of them cannot be used.
         """
-        prompts = [self.prompt(number) for number in self.coming]
-        self.steps, self.latest = self.steps + 1, self.coming
-        self.coming = self.step_numbers(self.steps)
-        self.look(self.coming)  # a step ahead, so that a run can end between two steps
+        coming = self.step_numbers() if self.coming is None else self.coming
+        prompts = [self.prompt(number) for number in self.mine(coming)]
+        self.steps, self.latest, self.coming = self.steps + 1, coming, None
+        if self.curriculum:
+            self.curriculum.drew(coming)  # what comes next, its answers decide
+        else:
+            self.look_ahead()
         return prompts
+
+    def look_ahead(self) -> None:
+        """Looks at the step that comes, so that a run can end between two steps."""
+        self.coming = self.step_numbers()
+        self.look(self.mine(self.coming))
+
+    def solved(self, success: np.ndarray) -> None:
+        """Of the latest step: how often each of its prompts, of all processes, was solved, float64
+        [prompts_per_step] in [0, 1], NaN where that is not known. A curriculum goes by it."""
+        if self.curriculum:
+            self.curriculum.told(self.latest, success)
+            self.look_ahead()
 
     def answered(self, lengths: Sequence[float]) -> None:
         """Remembers, until the prompts come again, how many tokens an answer to each prompt of the
         latest step had."""
         self.expected |= {number: round(float(length))
-                          for number, length in zip(self.latest, lengths, strict=True)}
+                          for number, length in zip(self.mine(self.latest), lengths, strict=True)}
 
     def prompt(self, number: int) -> Prompt:
         """The prompt of a record. Raises InputError, naming where it stands, for one that cannot be
@@ -236,8 +259,11 @@ class PromptData:
     def state(self) -> dict:
         """Where the stream stands, the same on every process: a dict that JSON can hold."""
         state = self.state_after(self.steps)
-        return (state | {"expected": {str(n): length for n, length in self.expected.items()}}
-                if self.expected else state)
+        if self.expected:
+            state["expected"] = {str(n): length for n, length in self.expected.items()}
+        if self.curriculum:
+            state["curriculum"] = self.curriculum.saved()
+        return state
 
     def state_after(self, steps: int) -> dict:
         drawn = self.order.drawn(steps * self.config.prompts_per_step)
@@ -251,7 +277,8 @@ class PromptData:
                 config.held_out]
         mixed = [[part.name, str(part.weight), len(source)] for part, source in
                  zip(parts, self.records.sources, strict=True) if part.name]
-        return [*said, mixed] if mixed else said
+        rest = [["curriculum", config.curriculum_rest]] if config.curriculum else []
+        return [*said, *([mixed] if mixed else []), *rest]
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state` was taken. Records that no step had until then may have changed
@@ -263,19 +290,21 @@ class PromptData:
         """
         state = dict(state) if isinstance(state, Mapping) else {}
         steps, expected = state.get("steps"), state.pop("expected", {})
-        if not isinstance(steps, int) or not 0 <= steps < 2**40 or not is_lengths(expected):
+        places = state.pop("curriculum", {})
+        if (not isinstance(steps, int) or not 0 <= steps < 2**40 or not is_lengths(expected)
+                or (self.curriculum and not self.curriculum.restore(places))):
             raise InputError("the checkpoint's data position is none; move that checkpoint away, "
                              "and the one before it is taken")
         if state != self.state_after(steps):
             raise InputError(
                 "the checkpoint's data position belongs to other prompts (data.source, its "
-                "content, data.options, data.prompts_per_step, data.held_out, data.shuffle or seed "
-                "has changed, or the version of reasoning_gym); undo the change or choose another "
-                "output_dir"
+                "content, data.options, data.prompts_per_step, data.held_out, data.shuffle, "
+                "data.curriculum or seed has changed, or the version of reasoning_gym); undo the "
+                "change or choose another output_dir"
             )
-        self.steps, self.latest, self.coming = steps, [], self.step_numbers(steps)
+        self.steps, self.latest = steps, []
         self.expected = {int(number): length for number, length in expected.items()}
-        self.look(self.coming)
+        self.look_ahead()
 
 
 def is_lengths(expected: Any) -> bool:

@@ -105,7 +105,9 @@ def charts(records: Records) -> str:
         lines("Reward by source", {name.removesuffix("/reward"): points for name, points in
                                    named("source/").items() if name.endswith("/reward")},
               named=True),
-        lines("How hard the prompts are, in shares of them", named("curriculum/"), named=True),
+        stacked("How hard the prompts are, in shares of them",
+                {name: series(records, f"curriculum/{name}") for name in
+                 ("never", "hard", "middling", "easy", "always", "unseen")}),
         lines("Evaluation", evaluations, named=True),
         lines("Tokens an answer", {"length": series(records, "length")}),
         lines("Shares", {name: series(records, name)

@@ -73,8 +73,8 @@ class Config:
     def check(self) -> None:
         """Raise InputError for what no field can know by itself."""
         check_shared(self)
-        reward_parts(self.reward.function)
         source_parts(self.data)
+        check_reward_sources(self)
         check_evaluation(self)
         check_grpo(self)
         check_optimizers(self)
@@ -176,6 +176,18 @@ def check_shared(config: Any) -> None:
     demand(0 not in axes and axes.count(-1) <= 1,
            f"mesh.data, mesh.fsdp, mesh.expert and mesh.tensor are {axes}: each at least 1, and "
            "one of them at most may be -1")
+
+
+def check_reward_sources(config: Config) -> None:
+    """What rewards say of sources."""
+    known = [name for source in (config.data.source, config.evaluation.sources)
+             if isinstance(source, dict) for name in source]
+    for part in reward_parts(config.reward.function):
+        for name in part.sources or ():
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            demand(name in known, f"{part.key}.sources has {name!r}, and data.source names "
+                   f"{', '.join(map(repr, known)) or 'none'}{hint}")
 
 
 def check_evaluation(config: Config) -> None:

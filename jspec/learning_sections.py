@@ -68,7 +68,8 @@ class RewardSection:
     function: str | dict = setting(
         "math_verify", "'math_verify', 'reasoning_gym', 'soft_overlong', or your own as "
         "'path/to/file.py:function'; or several by name, whose weighted sum is learned from: "
-        "{NAME: {function, weight, options, timeout_s}, ...}", filled=True, path=True, often=True)
+        "{NAME: {function, weight, options, timeout_s, sources}, ...}", filled=True, path=True,
+        often=True)
     workers: int = setting(2, "grading processes", low=1, high=1024)
     timeout_s: float = setting(10.0, "seconds after which a call of a function is killed, and what "
                                "it was to grade scores 0", above=0, high=1e6)

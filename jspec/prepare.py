@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from jspec.loggers import check_installed
 from jspec.model import Lora, ModelConfig, Policy, abstract_policy
 from jspec.model.lora import full_rank, with_adapters
 from jspec.purposes import DRAFT_KEY, LORA_KEY, purpose_key
+from jspec.reward_parts import grading
 from jspec.rl.prompts import PromptData
 from jspec.rl.rewards import answer_check, check_columns, check_reward
 from jspec.rl.state import TrainState, init_state, state_specs
@@ -51,7 +51,8 @@ def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
 def check_rewards(config: Config, data: DataSection) -> None:
     """Raise InputError for rewards that cannot work, or not of one of these sources."""
     for part in source_parts(data):
-        check_reward(config.reward.function, part.source, config.sampling.max_new_tokens)
+        check_reward(grading(config.reward.function, part.name), part.source,
+                     config.sampling.max_new_tokens)
 
 
 def make_prompts(config: Config, tokenizer: Any, data: DataSection | None = None,
@@ -61,9 +62,10 @@ def make_prompts(config: Config, tokenizer: Any, data: DataSection | None = None
     that do not say what a reward demands."""
     function = config.reward.function
     made = PromptData(data or config.data, tokenizer, **{"seed": config.seed} | how,
-                      answer_check=partial(answer_check, function))
-    for source, record in made.firsts():
-        check_columns(function, source, record)
+                      answer_check=lambda part: answer_check(grading(function, part.name),
+                                                             part.source))
+    for part, record in made.firsts():
+        check_columns(grading(function, part.name), part.source, record)
     return made
 
 

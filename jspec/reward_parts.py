@@ -8,7 +8,7 @@ from typing import Any
 from jspec.errors import InputError, shortened
 from jspec.setting_values import FLOAT_HIGH
 
-KEYS = ("function", "weight", "options", "timeout_s")
+KEYS = ("function", "weight", "options", "timeout_s", "sources")
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 """What every logger takes in the name of a metric."""
 
@@ -23,6 +23,7 @@ class RewardPart:
         weight: what its value is multiplied by before they are added up; 0: it is only logged.
         options: further keyword arguments of every call.
         timeout_s: seconds of one call; None: `reward.timeout_s`.
+        sources: the names of those that it grades answers of (`data.source`); None: of all.
         key: where it was set, for errors.
     """
 
@@ -31,6 +32,7 @@ class RewardPart:
     weight: float = 1.0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     timeout_s: float | None = None
+    sources: tuple[str, ...] | None = None
     key: str = "reward.function"
 
     @property
@@ -38,11 +40,15 @@ class RewardPart:
         """What an error about it begins with."""
         return f"{self.key}={self.function!r}"
 
+    def grades(self, source: Any) -> bool:
+        """Whether it grades answers to prompts of the source of this name."""
+        return self.sources is None or source in self.sources
+
 
 def reward_parts(function: str | Mapping[str, Any]) -> tuple[RewardPart, ...]:
     """The reward functions that `reward.function` names: a text is one, of weight 1, called what
     stands behind its last colon; a mapping has each under a name of its own, as a text or as
-    {function, weight, options, timeout_s}.
+    {function, weight, options, timeout_s, sources}.
 
     Raises InputError for what is none of these, and for weights that are all 0.
     """
@@ -79,7 +85,26 @@ def _part(name: str, value: Any) -> RewardPart:
     if not isinstance(options, Mapping):
         raise InputError(f"{key}.options must be a mapping of the function's further arguments, "
                          f"not {shortened(repr(options))}")
-    return RewardPart(name, said["function"], float(weight), dict(options), timeout_s, key)
+    sources = said.get("sources")
+    if sources is not None and not (isinstance(sources, list) and sources and all(
+            isinstance(source, str) for source in sources)):
+        raise InputError(f"{key}.sources must be a list of names that data.source gives, not "
+                         f"{shortened(repr(sources))}")
+    return RewardPart(name, said["function"], float(weight), dict(options), timeout_s,
+                      None if sources is None else tuple(sources), key)
+
+
+def grading(function: str | Mapping[str, Any], source: str) -> str | Mapping[str, Any]:
+    """Those of the reward functions that grade answers to prompts of the source of this name.
+    Raises InputError where none of them with a weight does."""
+    parts = [part for part in reward_parts(function) if part.grades(source)]
+    if not any(part.weight for part in parts):
+        where = f"the source {source!r} of data.source" if source else (
+            "data.source, whose prompts have no source by name")
+        raise InputError(f"reward.function: no function with a weight grades {where}; name it "
+                         "under the sources of one, or leave sources out of one")
+    return function if isinstance(function, str) else {part.name: function[part.name]
+                                                       for part in parts}
 
 
 def is_number(value: Any) -> bool:

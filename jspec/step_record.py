@@ -12,8 +12,8 @@ from jspec.drafts import Draft
 from jspec.drafts.base import RUN_AWAY, largest
 from jspec.rl.answers import answer_text
 from jspec.rl.grading import Grades
-from jspec.rl.mixture import SOURCE_NAME
 from jspec.rl.prompts import Prompt, PromptData
+from jspec.rl.reward_calls import SOURCE_NAME
 from jspec.rl.update_settings import UpdateSettings, trains_draft
 from jspec.run_files import Sample
 from jspec.speculate import Rollout

@@ -8,6 +8,8 @@ import pytest
 from jspec.config import load_config
 from jspec.errors import InputError
 from jspec.learning_sections import DataSection, EvaluationSection
+from jspec.prepare import check_rewards
+from jspec.reward_parts import grading
 from jspec.source_parts import evaluated, in_short, source_parts
 
 MIXED = {"sums": "arithmetic", "math": {"source": "m.jsonl", "weight": 0.1,
@@ -92,6 +94,30 @@ def test_an_evaluation_of_a_mixture_has_its_names():
     assert alone[0] == "" and source_parts(alone[1])[0].name == "test"
     (part,) = source_parts(evaluated(data, EvaluationSection(sources=("t.jsonl",)))[""])
     assert part.name == "t"
+
+
+def test_every_source_is_graded():
+    functions = {"math": {"function": "math_verify", "sources": ["math", "sums"]},
+                 "gym": {"function": "reasoning_gym", "sources": ["gym"]}, "brief": "soft_overlong"}
+    assert list(grading(functions, "math")) == ["math", "brief"]
+    assert list(grading(functions, "gym")) == ["gym", "brief"] and grading("m.py:f", "") == "m.py:f"
+    del functions["brief"]
+    with pytest.raises(InputError, match="no function with a weight grades the source 'off' of "
+                       "data.source; name it under the sources of one"):
+        grading(functions, "off")
+    with pytest.raises(InputError, match="grades data.source, whose prompts have no source by na"):
+        grading(functions, "")
+    asked = [("data.source", MIXED), ("reward.function", functions)]
+    check_rewards(load_config(None, asked), DataSection(source={"math": "m.jsonl"}))
+    with pytest.raises(InputError, match="reasoning_gym grades only its own tasks"):
+        check_rewards(load_config(None, asked), DataSection(source={"gym": "m.jsonl"}))
+    functions["gym"]["sources"] = ["gim"]
+    with pytest.raises(InputError, match="reward.function.gym.sources has 'gim', and data.source "
+                       "names 'sums', 'math', 'gym', 'off'; did you mean 'gym'"):
+        load_config(None, asked)
+    functions["gym"]["sources"] = "gym"
+    with pytest.raises(InputError, match="gym.sources must be a list of names that data.source gi"):
+        load_config(None, asked)
 
 
 def test_a_metric_of_a_source_can_choose_the_best_checkpoint():

@@ -12,12 +12,11 @@ from jspec.errors import InputError
 from jspec.learning_sections import DataSection
 from jspec.rl.encode import encode_prompts
 from jspec.rl.records import Records, Selected, divided, read_records
+from jspec.rl.reward_calls import SOURCE_NAME
 from jspec.source_parts import SourcePart, source_parts
 
 CHUNK = 256
 """Prompts that are encoded together."""
-SOURCE_NAME = "source_name"
-"""What a record of several sources by name says of where it is from."""
 
 
 class Mixture(Sequence):

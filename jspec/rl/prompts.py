@@ -17,6 +17,7 @@ from jspec.rl.encode import encode_prompt, encode_prompts, shown
 from jspec.rl.messages import conversation, text_of
 from jspec.rl.mixture import CHUNK, load_mixture
 from jspec.rl.order import Epochs, Order, Turns
+from jspec.source_parts import SourcePart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PromptData:
 
     def __init__(self, config, tokenizer, seed: int, process_index: int = 0, process_count: int = 1,
                  held_out: bool = False,
-                 answer_check: Callable[[str], Callable[[str], None] | None] | None = None,
+                 answer_check: Callable[[SourcePart], Callable[[str], None] | None] | None = None,
                  setting: str = "data.source") -> None:
         """
         Args:
@@ -95,7 +96,7 @@ class PromptData:
         self.first = process_index * self.share
         self.records = load_mixture(config, tokenizer, seed, setting, held_out)
         parts = self.records.parts
-        checks = [answer_check and answer_check(part.source) for part in parts]
+        checks = [answer_check and answer_check(part) for part in parts]
         self.checks = [check or (lambda answer: None) for check in checks]
         self.check_count(held_out)
         turns = Turns([part.weight for part in parts])
@@ -117,9 +118,9 @@ class PromptData:
         """How many prompts were too long."""
         return sum(self.records.left_out)
 
-    def firsts(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Of each source its text, and its first record."""
-        return [(part.source, self.records[int(start)]) for part, start in
+    def firsts(self) -> list[tuple[SourcePart, Mapping[str, Any]]]:
+        """Each source, and its first record."""
+        return [(part, self.records[int(start)]) for part, start in
                 zip(self.records.parts, self.records.starts, strict=False)]
 
     def check_count(self, held_out: bool) -> None:

@@ -16,6 +16,8 @@ from jspec.reward_parts import RewardPart
 from jspec.rl.reward_functions import Signature
 from jspec.user_code import one_line
 
+SOURCE_NAME = "source_name"
+"""What a record of several sources by name says of where it is from."""
 LARGEST = float(np.finfo(np.float32).max)
 FAILURES = ("raised", "timed_out", "invalid", "died")
 """Why a response scores 0 unjudged: the function raised, ran past the time-out, returned what is no
@@ -73,11 +75,12 @@ class Call:
 
 def calls_of(part: RewardPart, signature: Signature, items: Sequence[RewardInput],
              max_new_tokens: int) -> list[Call]:
-    """The calls that grade `items`: one an answer, a prompt, or one in all."""
-    if not items:
+    """The calls that grade those of `items` that are of the part's sources: one an answer, a
+    prompt, or one in all."""
+    rows = [row for row, item in enumerate(items) if part.grades(item.meta.get(SOURCE_NAME))]
+    if not rows:
         return []
-    rows = range(len(items))
-    shares = {"answer": lambda: [[row] for row in rows], "batch": lambda: [list(rows)],
+    shares = {"answer": lambda: [[row] for row in rows], "batch": lambda: [rows],
               "group": lambda: [list(share) for _, share in itertools.groupby(
                   rows, key=lambda row: items[row].group)]}[signature.kind]()
     return [Call(share, {**told(signature, [items[row] for row in share]),

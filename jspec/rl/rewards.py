@@ -3,6 +3,7 @@ die without harm."""
 
 import dataclasses
 import logging
+import math
 import multiprocessing
 import tempfile
 import time
@@ -183,7 +184,7 @@ class RewardPool:
             self.pool = self.start()
             why = f"no process has begun: after {self.ready_s:g} s none had imported the function"
             return self.count([[(0.0, "timed_out", why)] * count] * len(self.parts))
-        grades: list[list[Grade]] = [[(0.0, None, "")] * count for _ in self.parts]
+        grades: list[list[Grade]] = [[(math.nan, None, "")] * count for _ in self.parts]
         number = {part.name: place for place, part in enumerate(self.parts)}
         waiting = list(zip((job for of_part in jobs for job in of_part), tasks, strict=True))
         while waiting:
@@ -270,12 +271,14 @@ class RewardPool:
         total = weights @ np.nan_to_num(columns)
         lacking = np.asarray([[kind is not None for _, kind, _ in of_part] for of_part in grades],
                              dtype=bool)[weights != 0]
+        lost = lacking | np.isnan(columns[weights != 0])  # it failed, or does not apply
         return RewardResult(
             np.clip(total, -LARGEST, LARGEST).astype(np.float32),
             {kind: counts[kind] for kind in FAILURES}, messages,
             {part.name: column.astype(np.float32)
              for part, column in zip(self.parts, columns, strict=True)},
-            int(lacking.any(axis=0).sum()), int(lacking.all(axis=0).sum()),
+            int(lacking.any(axis=0).sum()),
+            int((lost.all(axis=0) & lacking.any(axis=0)).sum()),
             lacking.any(axis=0))
 
     def stop(self) -> None:

@@ -124,8 +124,8 @@ def test_every_source_holds_out_and_nothing_held_out_is_trained_on(data, tmp_pat
 def test_the_answers_of_a_mixture_are_checked_by_source(data):
     seen = []
 
-    def check(text):
-        return None if text.endswith("d.jsonl") else lambda answer: seen.append(text)
+    def check(part):
+        return None if part.name == "digits" else lambda answer: seen.append(part.source)
 
     PromptData(data, TOKENIZER, 0, answer_check=check)
     assert {*seen} == {data.source["letters"]}

@@ -2,7 +2,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 
@@ -125,7 +124,9 @@ def test_an_answer_that_the_reward_cannot_read_is_named(tmp_path):
     path = tmp_path / "golds.jsonl"
     path.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "17 + 25"}\n')
     section = DataSection(source=str(path), prompts_per_step=1)
-    check = partial(answer_check, "math_verify")
+    def check(part):
+        return answer_check("math_verify", part.source)
+
     with pytest.raises(InputError, match="golds.jsonl:2: math_verify cannot read the answer '17 "
                        ". 25': it is to"):
         PromptData(section, character_tokenizer("ab"), seed=0, answer_check=check)

@@ -151,14 +151,17 @@ def test_async_calls_overlap_as_far_as_they_may(planted):
 def test_weights_add_up_what_applies(planted):
     functions = {"long": {"function": f"{planted}:answer", "weight": 2},
                  "batch": {"function": f"{planted}:batch", "weight": -0.5, "timeout_s": 60},
-                 "shown": {"function": f"{planted}:group", "weight": 0}}
+                 "shown": {"function": f"{planted}:group", "weight": 0},
+                 "math": {"function": f"{planted}:answer", "sources": ["math"]}}
     with RewardPool(functions, workers=1, timeout_s=60.0) as pool:
         result = pool.grade(items(["a", "none"], ["ccc", "nan"]))
         assert pool.grade([]).rewards.shape == (0,)
     # 0.5 of a length is not taken from "none", for which the batch's function has no word
     np.testing.assert_array_equal(result.rewards, [1.5, 0, 4.5, 0])
     np.testing.assert_array_equal(result.by_name["batch"], [1, math.nan, 3, 0])
-    assert (result.failed, result.ungraded) == (2, 1)  # "none" of the first, "nan" of the first two
+    assert np.isnan(result.by_name["math"]).all()  # of prompts that are from elsewhere
+    # "nan" of the first two, "none" of the first, where the others do not apply
+    assert (result.failed, result.ungraded) == (2, 2)
 
 
 
@@ -192,6 +195,21 @@ def test_what_each_signature_is_told():
         "prompts": ["p", "p", "q"], "responses": ["r", "s", "t"], "answer": ["a", "a", "b"],
         "x": [1, 1, None], "y": [None, None, 2], "finished": [True, False, True],
         "length": [2, 64, 1], "max_new_tokens": 64, "messages": [[{"role": "user"}]] * 3})]
+
+
+def test_a_function_of_one_source_is_told_of_its_answers_alone():
+    def batch(prompts, responses, answer, **meta): ...
+    def one(prompt, response, answer, **meta): ...
+
+    answers = [dataclasses.replace(answer, meta={"source_name": name})
+               for answer, name in zip(ANSWERS, ("math", "code", "math"), strict=True)]
+    (part,) = reward_parts({"f": {"function": "file.py:f", "sources": ["math"]}})
+    (call,) = calls_of(part, Signature.of(batch), answers, 64)
+    assert (list(call.rows), call.arguments["responses"]) == ([0, 2], ["r", "t"])
+    assert [list(call.rows) for call in calls_of(part, Signature.of(one), answers, 64)] == [[0],
+                                                                                          [2]]
+    (part,) = reward_parts({"f": {"function": "file.py:f", "sources": ["gym"]}})
+    assert calls_of(part, Signature.of(batch), answers, 64) == []
 
 
 def test_a_function_written_for_trl_is_called_as_there():

@@ -110,7 +110,8 @@ def timed(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     texts = [record["prompt"] for record in read_jsonl(args.prompts, ("prompt",), "--prompts")]
     prompts = bench_drafts.encode(texts[:max(args.rows)], source.tokenizer)
     paths = bench_drafts.paths_of_run(args, source) | dict(args.draft_path)
-    makers = {name: bench_drafts.choose_draft(name, source.shape, args.model, paths)
+    makers = {name: bench_drafts.choose_draft(name, source.shape, args.model, paths,
+                                              source.tokenizer)
               for name in args.drafts}
     with telling(f"loading {args.model}"):
         policy = source.load_finite()

@@ -169,8 +169,8 @@ def paths_of_run(args: argparse.Namespace, source: Source) -> dict[str, str]:
     return {name: args.model for name in kinds(args) if source.holds(name)}
 
 
-def choose_draft(name: str, shape: Policy, model_name: str,
-                 paths: dict[str, str]) -> Callable[[Policy], Draft | None]:
+def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str],
+                 tokenizer: Any = None) -> Callable[[Policy], Draft | None]:
     """What makes the drafter `name` of the policy (training layout): trained weights from `paths`,
     else those that ship with jspec, else (and always where it has options) fresh ones, with a
     warning where there would be something to train. Raises InputError, before any weights of the
@@ -188,7 +188,7 @@ def choose_draft(name: str, shape: Policy, model_name: str,
                   f"be accepted; give a trained one with --draft-path {name}=DIR", file=sys.stderr)
         return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), drafter=made_by, options=options,
                        label=label)
-    draft = jspec.load_draft(shape, path, made_by)
+    draft = jspec.load_draft(shape, path, made_by, tokenizer)
     if draft.name != made_by.name:
         raise InputError(f"--draft-path {name}={path} holds a draft of the kind {draft.name}")
     return lambda policy: draft
@@ -254,7 +254,7 @@ def timed(args: argparse.Namespace, source: Source,
           prompts: list[list[int]]) -> list[dict[str, Any]]:
     """The records, measured on the current mesh."""
     paths = paths_of_run(args, source) | args.draft_path
-    makers = {name: choose_draft(name, source.shape, args.model, paths)
+    makers = {name: choose_draft(name, source.shape, args.model, paths, source.tokenizer)
               for name in dict.fromkeys((PLAIN, *args.drafts))}
     with telling(f"loading {args.model}"):
         policy = source.load_finite()

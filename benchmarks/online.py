@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 1 <= args.every <= config.steps or args.batches < 1:
             raise InputError(f"--every {args.every} --batches {args.batches}: give at least 1, and "
                              f"no more than the {config.steps} steps of the run")
-        if (not config.draft.train or config.draft.name == "none"
+        if (not config.draft.trains or config.draft.name == "none"
             or named_drafter(config).loss is None):
             raise InputError(f"draft.name={config.draft.name} "
                              f"draft.train={str(config.draft.train).lower()}: nothing learns; give "

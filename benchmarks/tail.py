@@ -236,7 +236,8 @@ def timed(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """The result, measured on the current mesh."""
     prompts, variants = read_prompts(args, source.tokenizer), bench_drafts.make_variants(args)
     paths = bench_drafts.paths_of_run(args, source)
-    makers = {name: bench_drafts.choose_draft(name, source.shape, args.model, paths)
+    makers = {name: bench_drafts.choose_draft(name, source.shape, args.model, paths,
+                                              source.tokenizer)
               for name in dict.fromkeys((PLAIN, *args.drafts))}
     with telling(f"loading {args.model}"):
         policy = source.load()

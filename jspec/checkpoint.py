@@ -40,21 +40,6 @@ def has_checkpoints(run_dir: str | Path) -> bool:
     return any(path.name.isdigit() for path in Path(run_dir).glob("checkpoints/*"))
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-    """The arrays of a state, or their shapes, by item; those without any are left out."""
-    items = {
-        "policy": state.policy.weights,
-        "adapters": state.policy.adapters,
-        "reference": state.reference,
-        "draft": None if state.draft is None else {"weights": state.draft.weights,
-                                                   "state": state.draft.state},
-        "optimizer": {"policy": state.opt_state, "draft": state.draft_opt_state,
-                      "key": _words(state.key),
-                      **{name: getattr(state, name) for name in COUNTERS}},
-    }
-    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
-
-
 def _words(key: Any) -> Any:
     """What is saved of a typed key, or the shape of that."""
     shape = jax.eval_shape(key_words, key)
@@ -106,15 +91,17 @@ class Checkpoints:
     """
 
     def __init__(self, output_dir: str | Path, keep: int, best: str | None = None,
-                 best_is: str = "max") -> None:
+                 best_is: str = "max", draft_elsewhere: bool = False) -> None:
         """
         Args:
+          draft_elsewhere: the draft's weights never change and lie where they can be read from
+            again: they are not saved, and are not restored.
           keep: how many of the newest are kept.
           best: a metric: beside them the one is kept that has the best value of it.
           best_is: "max" or "min".
         """
         self.directory = Path(output_dir).absolute() / "checkpoints"
-        self.keep, self.worth = keep, worth(best, best_is)
+        self.keep, self.worth, self.draft_elsewhere = keep, worth(best, best_is), draft_elsewhere
         with checkpoints_written(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = self._open()
@@ -138,6 +125,23 @@ class Checkpoints:
         for folder in self.directory.iterdir():
             if folder.is_dir() and not folder.name.isdigit():
                 checksums.write(folder)
+
+    def _items(self, state: TrainState) -> dict[str, Any]:
+        """The arrays of a state, or their shapes, by item; those without any are left out."""
+        draft = None if state.draft is None else {"weights": state.draft.weights,
+                                                  "state": state.draft.state}
+        if draft is not None and self.draft_elsewhere:
+            del draft["weights"]
+        items = {
+            "policy": state.policy.weights,
+            "adapters": state.policy.adapters,
+            "reference": state.reference,
+            "draft": draft,
+            "optimizer": {"policy": state.opt_state, "draft": state.draft_opt_state,
+                          "key": _words(state.key),
+                          **{name: getattr(state, name) for name in COUNTERS}},
+        }
+        return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
     def newest(self) -> int:
         """The step of the newest checkpoint, once all are on disk; 0 if there is none."""
@@ -164,7 +168,7 @@ class Checkpoints:
                 "lora": policy.lora and dataclasses.asdict(policy.lora),
                 "draft": None if state.draft is None else _draft_meta(state.draft),
                 "plan": plan and dataclasses.asdict(plan)}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in self._items(state).items()}
         self.check_room(state)
         with checkpoints_written(self.directory):
             self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
@@ -176,7 +180,7 @@ class Checkpoints:
         """Raise InputError if the disk has no room for one more checkpoint of a state, of which the
         shapes will do: Orbax finds out halfway, with many a stack trace from its threads."""
         def check() -> None:
-            needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_items(state)))
+            needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._items(state)))
             with checkpoints_written(self.directory):  # the folder may have been removed
                 free = shutil.disk_usage(self.directory).free
             if free < needed:
@@ -234,7 +238,7 @@ class Checkpoints:
             return None, brief(error)
         _check_same(folder, meta, specs)
         args = {name: ocp.args.StandardRestore(to_restore(tree))
-                for name, tree in _items(specs).items()}
+                for name, tree in self._items(specs).items()}
         try:
             return {**self.manager.restore(step, args=ocp.args.Composite(**args)), "meta": meta}, ""
         except Exception as error:
@@ -320,8 +324,9 @@ def _check_counts(folder: Path, specs: TrainState) -> None:
             theirs = reader.metadata(folder / "optimizer").item_metadata.tree
     except Exception:  # whatever it is, it could not be restored
         return
-    for side, section in (("policy", "grpo"), ("draft", "draft")):
-        if counts(theirs[side]) > counts(_items(specs)["optimizer"][side]):
+    for side, section, ours in (("policy", "grpo", specs.opt_state),
+                                ("draft", "draft", specs.draft_opt_state)):
+        if counts(theirs[side]) > counts(ours):
             run = folder.parent.parent
             raise InputError(f"the checkpoint {folder} is of an earlier jspec, whose optimizers "
                              f"counted the steps of {section}.warmup_steps by themselves; go on "

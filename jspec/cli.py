@@ -128,6 +128,8 @@ def _add_rollout(made: Parser) -> None:
                       help=f"the drafter: {', '.join(DRAFTERS)}, none, or your own, "
                       f"{user_code.EXAMPLE} (default: the trained one of a run's output_dir, or "
                       "the one that ships for the model; ngram otherwise)")
+    made.add_argument("--draft-path", metavar="SOURCE", help="a trained draft, as jspec.load_draft "
+                      "takes it, or with --draft draft_model a model to draft with, by name")
     made.add_argument("--k", type=int, default=3, help="tokens drafted per cycle (default: 3)")
     made.add_argument("--rule", choices=RULES, default="coupled",
                       help="coupled: the autoregressive tokens themselves, so that both texts are "

@@ -81,7 +81,7 @@ def side_by_side(arguments: argparse.Namespace, opened: Session) -> int:
     wanted = None if arguments.draft is None else (arguments.draft,)
     source = open_source(arguments.model, overrides, arguments.dtype, wanted)
     opened.use(mesh_for(source.shape.config, arguments.samples, "--samples"))
-    make_draft = choose_draft(source, arguments.draft)
+    make_draft = choose_draft(source, arguments.draft, arguments.draft_path)
     tokens = encode_prompt(source.tokenizer, arguments.prompt, arguments.system, not arguments.raw)
     batch = batch_on_mesh([tokens], "rollout", group_size=arguments.samples, seed=arguments.seed)
     sampling, speculation = make_sampling(source.config), make_speculation(source.config)

@@ -65,10 +65,11 @@ class Config:
     profile: ProfileSection = ProfileSection()
 
     def chosen(self) -> "Config":
-        """This, with what it leaves to its objective said."""
+        """This, with what it leaves to its objective or drafter said."""
         advantage, aggregation = self.grpo.chosen()
-        return dataclasses.replace(self, grpo=dataclasses.replace(
-            self.grpo, advantage=advantage, aggregation=aggregation))
+        return dataclasses.replace(
+            self, draft=dataclasses.replace(self.draft, train=self.draft.trains),
+            grpo=dataclasses.replace(self.grpo, advantage=advantage, aggregation=aggregation))
 
     def check(self) -> None:
         """Raise InputError for what no field can know by itself."""
@@ -172,6 +173,10 @@ def check_shared(config: Any) -> None:
     demand(config.draft.path is None or not config.draft.options,
            f"draft.options are a fresh draft's, and the one at draft.path={config.draft.path} has "
            "its own; set draft.options=null")
+    demand(config.draft.name != "draft_model" or config.draft.path is not None
+           or "model" in (config.draft.options or {}),
+           "draft.name=draft_model drafts with a model, and none is named; set draft.path to one, "
+           "any that model.name may be, or a run")
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.expert, config.mesh.tensor)
     demand(0 not in axes and axes.count(-1) <= 1,
            f"mesh.data, mesh.fsdp, mesh.expert and mesh.tensor are {axes}: each at least 1, and "

@@ -18,6 +18,8 @@ from jspec.draft_config import DraftTrainingConfig
 from jspec.drafts import Draft, Drafter, constructor, find
 from jspec.errors import InputError
 from jspec.heads import load_draft
+from jspec.heads.models import NAME as DRAFT_MODEL
+from jspec.heads.models import check_tokens, open_model
 from jspec.learning_sections import DataSection
 from jspec.loggers import check_installed
 from jspec.model import Lora, ModelConfig, Policy, abstract_policy
@@ -42,7 +44,9 @@ def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     """Raise InputError for what would fail later, without loading any weights."""
     check_installed(config.logging.loggers)
     check_rewards(config, config.data)
-    check_sizes(config, mesh, base.config)
+    # a draft model has to have the policy's tokens, and which those are the tokenizer says
+    check_sizes(config, mesh, (base.shape if config.draft.name == DRAFT_MODEL else base).config)
+    check_tokenizer(config, base.config, base.tokenizer)
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):
         raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; "
                          "choose another output_dir, or checkpoint.resume=true to go on from them")
@@ -168,7 +172,8 @@ def make_draft(config: AnyConfig, policy: Policy) -> Draft | None:
         return None
     drafter = named_drafter(config)
     if section.path is not None:
-        draft = load_draft(policy, section.path, drafter)
+        draft = load_draft(policy, section.path, drafter,
+                           make_tokenizer(config) if drafter.name == DRAFT_MODEL else None)
         if draft.name != drafter.name:
             raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.name}, "
                              f"and draft.name is {section.name}; set draft.name={draft.name}")
@@ -188,11 +193,27 @@ def check_draft(config: AnyConfig, model: ModelConfig) -> Draft | None:
     trained. Raises InputError for options that a fresh draft refuses, or a trained one that is not
     there or does not fit."""
     section, shape = config.draft, abstract_policy(model)
-    if section.path is not None:
-        return make_draft(config, shape)
     if section.name == "none":
         return None
-    return check_fresh_draft(shape, named_drafter(config), section.options or {}, "draft.options")
+    if section.path is not None and section.name != DRAFT_MODEL:
+        return make_draft(config, shape)
+    return check_fresh_draft(shape, named_drafter(config), fresh_options(config), "draft.options")
+
+
+def fresh_options(config: AnyConfig) -> dict[str, Any]:
+    """With what options a fresh draft has the shape of the configuration's; of a draft model at
+    `draft.path` no weights are read for this."""
+    section = config.draft
+    if section.name == DRAFT_MODEL and section.path is not None:
+        return {"model": open_model(section.path).config}
+    return dict(section.options or {})
+
+
+def check_tokenizer(config: AnyConfig, model: ModelConfig, tokenizer: Any) -> None:
+    """Raise InputError if a draft model has another tokenizer than the policy, whose shape and
+    tokenizer are given."""
+    if config.draft.name == DRAFT_MODEL and config.draft.path is not None:
+        check_tokens(open_model(config.draft.path), model, tokenizer)
 
 
 def make_state(config: Config, policy: Policy) -> TrainState:

@@ -201,15 +201,9 @@ def adapted_policy(run_dir: str | Path, dtype: str | None = None) -> Policy:
     return policy.replace(weights=items["policy"], adapters=items["adapters"])
 
 
-def load_draft(run_dir: str | Path, drafter: Drafter | None = None) -> Draft | None:
-    """The draft of a run's latest checkpoint, or None if the run had none.
-
-    drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`). Raises as
-    `load_policy` does, and InputError for a draft of another drafter: no file is run because a
-    checkpoint names it.
-    """
-    if run_config(run_dir).draft.name == "none":
-        return None
+def draft_shape(run_dir: str | Path, drafter: Drafter | None = None) -> Draft:
+    """The draft of a run that has one with `jax.ShapeDtypeStruct`s for arrays. Arguments and errors
+    are those of `load_draft`."""
     meta = _meta(run_dir)
     if "draft" not in meta:
         raise InputError(f"the draft of {run_dir} was saved by an earlier jspec, which did not say "
@@ -222,14 +216,31 @@ def load_draft(run_dir: str | Path, drafter: Drafter | None = None) -> Draft | N
         raise InputError(f"the draft of {run_dir}: {error}") from None
     with meaning(run_dir):
         config = config_from_fields(drafter, {**fields, "policy": meta["model"]})
-        draft = Draft(weights={}, state={}, config=config, drafter=drafter)
         state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(tuple(s["shape"]), s["dtype"]),
                              meta["draft"]["state"],
                              is_leaf=lambda s: isinstance(s, dict) and "shape" in s)
-    specs = draft_specs(draft.replace(state=state))
-    if not jax.tree.leaves(specs):
+    return draft_specs(Draft(weights={}, state=state, config=config, drafter=drafter))
+
+
+def load_draft(run_dir: str | Path, drafter: Drafter | None = None) -> Draft | None:
+    """The draft of a run's latest checkpoint, or None if the run had none.
+
+    drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`). Raises as
+    `load_policy` does, and InputError for a draft of another drafter: no file is run because a
+    checkpoint names it. (One whose weights no checkpoint has is for `heads.models.of_run`.)
+    """
+    section = run_config(run_dir).draft
+    if section.name == "none":
+        return None
+    if section.elsewhere is not None:
+        raise InputError(f"the draft of {run_dir} is the model {section.path} as it is, of which "
+                         f"checkpoints have no copy; read that one, jspec.load_draft(policy, "
+                         f"{section.path!r})")
+    draft = draft_shape(run_dir, drafter)
+    arrays = {"weights": draft.weights, "state": draft.state}
+    if not jax.tree.leaves(arrays):
         return draft
-    wanted = ocp.args.StandardRestore(to_restore({"weights": specs.weights, "state": specs.state}))
+    wanted = ocp.args.StandardRestore(to_restore(arrays))
     return draft.replace(**_restore(run_dir, draft=wanted)["draft"])
 
 

@@ -13,7 +13,7 @@ from jspec.clock import Clock
 from jspec.config import Config
 from jspec.health import Trouble
 from jspec.model import Policy
-from jspec.prepare import make_reference, make_state, needs_reference
+from jspec.prepare import make_draft, make_reference, make_state, needs_reference
 from jspec.progress import telling
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
@@ -76,6 +76,9 @@ def begin(config: Config, base: BaseModel, checkpoints: Checkpoints, data: Promp
             return 0, make_state(config, policy), reference
         reference = make_reference(config, base.policy()) if needs_reference(config) else None
     done, state, position = checkpoints.restore(specs)
+    if config.draft.elsewhere is not None:
+        draft = make_draft(config, state.policy)
+        state = state.replace(draft=state.draft.replace(weights=draft.weights))
     data.restore(position)
     if data.trouble and done < config.steps:
         raise data.trouble

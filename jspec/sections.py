@@ -72,12 +72,26 @@ class DraftSection(ScheduleSection, DraftLearningSection):
 
     name: str = setting("mtp", "the drafter, or your own; none: plain autoregressive rollouts",
                         choices=(*DRAFTERS, "none"), file=True, path=True, often=True)
-    train: bool = setting(True, "train the draft in the update step (where it has weights)")
+    train: bool | Literal["auto"] = setting(
+        "auto", "train the draft in the update step; auto: where it has weights, unless it is "
+        "a draft model at draft.path, which others have trained")
     every_n_steps: int = setting(1, "train the draft at every n-th step", low=1)
     features: str = setting("update", "whose states of the policy the draft learns from. update: "
                             "the update's own forward; rollout: the verifier's, kept by the "
                             "rollout, so that the draft learns while rewards are computed, once "
                             "a rollout", choices=("update", "rollout"))
+
+    @property
+    def trains(self) -> bool:
+        """Whether the draft is to be trained."""
+        given = self.name == "draft_model" and self.path is not None
+        return not given if self.train == "auto" else self.train
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Where the weights of a draft model lie that is not trained, which no checkpoint has
+        a copy of; None: checkpoints have the draft's."""
+        return self.path if self.name == "draft_model" and not self.trains else None
 
 
 @dataclasses.dataclass(frozen=True)

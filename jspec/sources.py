@@ -21,11 +21,12 @@ from jspec.drafts import Draft, find
 from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import shipped
+from jspec.heads.models import of_run
 from jspec.model import Policy
 from jspec.prepare import check_fresh_draft, fresh_draft, rollout_layout
 from jspec.progress import say
 from jspec.purposes import DRAFT_KEY, purpose_key
-from jspec.run_dir import is_run, load_draft, load_policy, policy_shape, run_config
+from jspec.run_dir import is_run, load_policy, policy_shape, run_config
 from jspec.sections import MeshSection
 from jspec.settings import Override
 from jspec.sharding import configured_mesh, mesh_of_weights
@@ -96,7 +97,8 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
         named = bool(drafters) or overridden("draft.name", overrides)
         return Source(name, config, own, tokenizer, with_tokenizer(shape, tokenizer),
                       lambda: with_tokenizer(load_policy(path, dtype), tokenizer),
-                      lambda: draft_of_run(name, config, run_code or named) if wanted else None)
+                      lambda: draft_of_run(name, config, shape, run_code or named) if wanted
+                      else None)
     if path.suffix in (".yaml", ".yml"):
         config = load_config(path, overrides)
         if config.model.name == "random":
@@ -138,19 +140,19 @@ def overridden(key: str, overrides: Sequence[Override]) -> bool:
                for text in overrides)
 
 
-def draft_of_run(name: str, config: Config, run_code: bool) -> Draft | None:
-    """The trained draft of a run. A folder that is opened for its weights runs no code: raises
-    InputError if the drafter is in a file, unless that may be run."""
+def draft_of_run(name: str, config: Config, shape: Policy, run_code: bool) -> Draft | None:
+    """The trained draft of a run, for a policy of this shape. A folder that is opened for its
+    weights runs no code: raises InputError if the drafter is in a file, unless that may be run."""
     drafter = config.draft.name
     if drafter == "none":
         return None
     if user_code.split(drafter) is None:
-        return load_draft(arguments.path("model", name))
+        return of_run(shape, arguments.path("model", name))
     if not run_code:
         raise InputError(f"the draft of {name} is of {drafter}, which would run that file: look at "
                          f"it, then give --run-code or name it (eval: draft.name={drafter}; else "
                          f"--draft {drafter}), or go without")
-    return load_draft(arguments.path("model", name), find(drafter, f"draft.name={drafter!r}"))
+    return of_run(shape, arguments.path("model", name), find(drafter, f"draft.name={drafter!r}"))
 
 
 def check_path(name: str) -> None:
@@ -164,15 +166,24 @@ def check_path(name: str) -> None:
                          "name")
 
 
-def choose_draft(source: Source, name: str | None) -> Callable[[Policy], Draft] | None:
+def choose_draft(source: Source, name: str | None,
+                 path: str | None = None) -> Callable[[Policy], Draft] | None:
     """What makes the draft asked for of the policy; None: without one. Where none is named: a run's
-    own, the one that ships for the model, else n-gram look-up.
+    own, the one that ships for the model, else n-gram look-up. path: of a trained one, as
+    `jspec.load_draft` takes it.
 
     Raises InputError, before any weights of the policy are read, if there is no such draft or it
     does not fit.
     """
     if name == "none":
         return None
+    if path is not None:
+        trained = jspec.load_draft(source.shape, path, name and find(name, f"--draft {name}"),
+                                   source.tokenizer)
+        if name not in (None, trained.name):
+            raise InputError(f"--draft-path {path} holds a draft of the kind {trained.name}, and "
+                             f"--draft is {name}")
+        return lambda policy: trained
     if source.holds(name):
         source.draft.check_finite(source.name)
         return lambda policy: source.draft

@@ -90,7 +90,7 @@ def train(config: Config) -> int:
         changed = keep_config(config)
         checkpoints = stack.enter_context(Checkpoints(
             config.output_dir, config.checkpoint.keep, config.checkpoint.best,
-            config.checkpoint.best_is))
+            config.checkpoint.best_is, draft_elsewhere=config.draft.elsewhere is not None))
         specs = make_state_specs(config, base.shape)
         evaluation = Evaluation.of(config, tokenizer, pool, base.shape, specs.draft)
         done, state, reference = begin(config, base, checkpoints, data, specs)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jspec
+from jspec.choices import DRAFTERS
 from jspec.choosing import Plan
 from jspec.cli import main
 from jspec.commands import Timed, compare, speed_table
@@ -75,7 +76,7 @@ def test_rollout_with_a_drafter_in_a_file(capsys, model):
     assert ((code, "bigram (the same tokens)" in out, "fresh, not trained" in err)
             == (0, True, False))
     assert main(["rollout", model, "--prompt", "1+1=", "--draft", "bigram"]) == 2
-    assert ("--draft: must be one of eagle3, mtp, ngram, self, suffix, none, path/to/file.py:NAME, "
+    assert (f"--draft: must be one of {', '.join(DRAFTERS)}, none, path/to/file.py:NAME, "
             "not 'bigram'" in (capsys.readouterr().err))
 
 

@@ -26,7 +26,7 @@ from jspec.drafts.base import check_finite
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.output_dir import claimed, written
-from jspec.prepare import check_draft, make_sampling, named_drafter
+from jspec.prepare import check_draft, check_tokenizer, make_sampling, named_drafter
 from jspec.progress import telling
 from jspec.session import session
 from jspec.settings import refuse_changes, to_yaml
@@ -54,7 +54,8 @@ def train_draft(config: DraftTrainingConfig) -> int:
         mesh = opened.use(configured_mesh(config.mesh))
         check_mesh(base.config, mesh)
         check_stops(base.config, make_sampling(config))
-        check_draft(config, base.config)
+        check_draft(config, base.shape.config)
+        check_tokenizer(config, base.config, base.tokenizer)
         with telling(f"loading {config.model.name}"):
             policy = base.policy()
             check_finite(config.model.name, policy.weights, "take another model")

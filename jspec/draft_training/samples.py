@@ -18,11 +18,10 @@ import jspec
 from jspec import formats
 from jspec.answering import batch_on_mesh, decoded
 from jspec.draft_config import DraftTrainingConfig
-from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.output_dir import written
-from jspec.prepare import make_draft, make_sampling, rollout_layout
+from jspec.prepare import check_draft, make_sampling, rollout_layout
 from jspec.purposes import SAMPLES_KEY, purpose_key
 from jspec.speculate.types import BUCKETS
 
@@ -31,10 +30,7 @@ log = logging.getLogger(__name__)
 
 def trunk_features(config: DraftTrainingConfig, policy: Policy) -> tuple[int, ...]:
     """The trunk depths that the configured drafter asks for."""
-    if config.draft.path is None:
-        draft: Draft = jax.eval_shape(lambda p: make_draft(config, p), policy)
-    else:
-        draft = make_draft(config, policy)
+    draft = check_draft(config, policy.config)
     return draft.drafter.features(draft.config)
 
 

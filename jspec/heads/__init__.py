@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jspec import arguments
 from jspec.drafts import Draft, Drafter
 from jspec.errors import InputError
 from jspec.heads import files
+from jspec.heads.models import NAME as MODEL
+from jspec.heads.models import DraftingModel, check_tokens, of_run, open_model
 from jspec.hub import eagle3, mtp_heads
+from jspec.hub.architectures import ARCHITECTURES, MTP_LAYOUTS, mtp_count
 from jspec.hub.draft_configs import LAYOUTS
 from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json
+from jspec.hub.names import hub_id
 from jspec.model import Policy, check_policy
 from jspec.run_dir import is_run
-from jspec.run_dir import load_draft as draft_of_run
 from jspec.run_files import METRICS
 
 _HOME = Path(__file__).parent
@@ -28,27 +32,44 @@ def shipped(model: str, drafter: str | None = None) -> bool:
     return model in SHIPPED and drafter in (None, files.read_config(_HOME / model).name)
 
 
-def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = None) -> Draft:
+def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = None,
+               tokenizer: Any = None) -> Draft:
     """A trained draft for `policy`, float32 masters, on the mesh of `jax.set_mesh` if there is one.
 
     Args:
       source: the short name of a model whose head ships with jspec (`SHIPPED`), the output_dir of
         `jspec draft train` (or its `head`), a directory with a published EAGLE-3 draft
         (SpecForge's, vLLM's or speculators' layout) or a native MTP head
-        (`jspec.hub.architectures.MTP_LAYOUTS`), or a run's output_dir, whose last checkpoint is
-        taken.
-      drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`).
+        (`jspec.hub.architectures.MTP_LAYOUTS`), a run's output_dir, whose last checkpoint is
+        taken, or a model to draft with, by any name that `jspec.load` takes.
+      drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`), or where a name
+        has a draft and is a model too: with that of draft_model it is the model, of a run its
+        policy.
+      tokenizer: the policy's, which that of a model to draft with is compared with token by token;
+        None: all that is compared is which ids have a token.
 
     Raises InputError if there is none, it cannot be read or is not finite, or it was made for
-    another policy.
+    another policy, or it is
+    a model with another tokenizer than the policy.
     """
     check_policy("policy", policy)
-    draft = _find(policy, arguments.name("draft", source), drafter)
+    source = arguments.name("draft", source)
+    if drafter is not None and drafter.name == MODEL:
+        draft = _of_model(policy, open_model(source), tokenizer)
+    else:
+        draft = _find(policy, source, drafter, tokenizer)
     draft.check_finite(source)
     return draft
 
 
-def _find(policy: Policy, source: str, drafter: Drafter | None) -> Draft:
+def _of_model(policy: Policy, found: DraftingModel, tokenizer: Any) -> Draft:
+    check_tokens(found, policy.config, tokenizer)
+    draft = found.draft(policy)
+    draft.check(policy)
+    return draft
+
+
+def _find(policy: Policy, source: str, drafter: Drafter | None, tokenizer: Any) -> Draft:
     if source in SHIPPED:
         return files.read(_HOME / source, policy)
     path = arguments.path("draft", source)
@@ -58,17 +79,24 @@ def _find(policy: Policy, source: str, drafter: Drafter | None) -> Draft:
     if (path / "samples").is_dir() and not (path / METRICS).exists():  # a run has samples too
         raise InputError(f"{source}: `jspec draft train` has not come to its end there; the same "
                          "command again goes on")
-    if (path / files.CONFIG).is_file():
+    if (path / files.CONFIG).is_file() and not is_model(path):
         return read_published(path, policy)
     if is_run(path):
-        draft = draft_of_run(path, drafter)
+        draft = of_run(policy, path, drafter)
         if draft is None:
             raise InputError(f"{source} is a run without a draft")
         draft.check(policy)
         return draft
-    raise InputError(f"no draft at {source}: give the output_dir of `jspec train` or `jspec draft "
-                     "train`, a published EAGLE-3 draft or MTP "
-                     "head" + "".join(f", or {name}" for name in SHIPPED))
+    none = f"no draft at {source}"
+    if (path / files.CONFIG).is_file() or path.suffix == ".gguf" or hub_id(source):
+        try:
+            found = open_model(source)
+        except InputError as error:
+            raise InputError(f"{none}, and no model to draft with: {error}") from error
+        return _of_model(policy, found, tokenizer)
+    raise InputError(f"{none}: give the output_dir of `jspec train` or `jspec draft train`, "
+                     "a published EAGLE-3 draft or MTP head, a model to draft with"
+                     + "".join(f", or {name}" for name in SHIPPED))
 
 
 def publish(draft: Draft, directory: str | Path, layout: str | None = None,
@@ -88,6 +116,14 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
         raise InputError(f"layout {layout} is for eagle3 drafts; an mtp head is written as its "
                          "architecture has it")
     return mtp_heads.write(draft, directory)
+
+
+def is_model(path: Path) -> bool:
+    """Whether a directory with a config.json holds a model alone, without a draft for it."""
+    hf = read_json(path / files.CONFIG)
+    named = set(texts(hf, "architectures"))
+    return (bool(named) and named <= ARCHITECTURES.keys() - MTP_LAYOUTS.keys()
+            and "draft_vocab_size" not in hf and not mtp_count(hf))
 
 
 def read_published(path: Path, policy: Policy) -> Draft:

@@ -121,7 +121,7 @@ class UpdateSettings(Limits, OptimizerSettings):
         return cls(objective=find(grpo.objective), advantage=advantage, aggregation=aggregation,
                    temperature=config.sampling.temperature, cut=Cut.of(config),
                    remat=config.model.remat,
-                   train_draft=draft.train, draft_every=draft.every_n_steps,
+                   train_draft=draft.trains, draft_every=draft.every_n_steps,
                    draft_features=draft.features, draft_loss=draft.loss,
                    draft_optimizer=OptimizerSettings(**optimizer_settings(draft, config.steps)),
                    **optimizer_settings(grpo, config.steps),

@@ -107,6 +107,8 @@ def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes
         return None
     if draft.name == "self":  # the policy itself, in fewer bits
         return dataclasses.replace(policy, weight_bytes=draft.config.bits / 8)
+    if draft.name == "draft_model":
+        return Sizes.of(draft.config.model)
     specs = jax.tree.leaves(draft.drafter.specs(draft.config), is_leaf=is_spec)
     if not specs:
         return None

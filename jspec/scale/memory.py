@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jspec.model import KeyValues, Policy
-from jspec.model.params import rollout_specs
+from jspec.model.params import is_spec, rollout_specs
 from jspec.rl.state import TrainState
 from jspec.sharding import LAYOUTS, batch_shards, current_mesh, placement, spec_sharding
 from jspec.speculate import Batching, PromptBatch
@@ -126,14 +126,16 @@ def prepared_bytes(policy: Any, draft: Any, layout: str) -> int:
     matrices are.
 
     policy, draft: shapes, the latter prepared, or None. What it takes of the policy as it is (its
-      output head) is not counted.
+      output head) is not counted, unless it declares such a table of its own.
     """
     if draft is None:
         return 0
+    specs = jax.tree.leaves(draft.drafter.specs(draft.config), is_leaf=is_spec)
+    declared = {spec.shape for spec in specs}
     theirs = {
         (x.shape, str(x.dtype))
         for x in (policy.weights["embed"], policy.weights.get("head"))
-        if x is not None
+        if x is not None and x.shape not in declared
     }
     own = [x for x in jax.tree.leaves(draft.weights) if (x.shape, str(x.dtype)) not in theirs]
     degree = math.prod(dict(current_mesh().shape).get(axis, 1) for axis in LAYOUTS[layout]["mlp"])

@@ -34,4 +34,4 @@ def test_mistakes_are_one_line(capsys):
     assert guarded(lambda: online.main([*SMALL, "output_dir=here"])) == 2
     assert "output_dir=here: this benchmark sets it itself" in capsys.readouterr().err
     assert guarded(lambda: online.main([*SMALL, "draft.train=false"])) == 2
-    assert "nothing learns; give one of eagle3, mtp" in capsys.readouterr().err
+    assert f"nothing learns; give one of {', '.join(online.LEARNERS)}" in capsys.readouterr().err

@@ -14,6 +14,9 @@ VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}),
                if "vocab" in inspect.signature(getattr(jspec.drafts, name)).parameters}}
 NAMES = (*jspec.drafts.DRAFTERS, *VARIANTS)
 TABLES = {"table": {}, "fixed": {"sampled": False}, "sharp": {"spread": 2.0}}
+MODEL = {"num_layers": 2, "hidden_size": 8, "intermediate_size": 24, "num_heads": 2,
+         "num_kv_heads": 2, "head_dim": 4, "family": "llama", "experts": None}
+"""Fields of a draft model that is unlike the policy in depth, width and heads."""
 LAYERS = {"eagle3": 3}  # it fuses the states of three depths
 
 
@@ -40,6 +43,8 @@ def make(name, policy, seed=0, scale=0.4):
     if drafter == "suffix":  # with a history
         made = jspec.drafts.suffix(policy, history_prompts=2, history_rows=2, history_tokens=3)
         return made.drafter.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))
+    if drafter == "draft_model":
+        options = {"model": MODEL, **options}
     if "vocab" in options:
         options = {"vocab": range(0, policy.config.vocab_size, 2)}
     return tiny.shaken(getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options),

@@ -1,0 +1,282 @@
+"""Whether what jspec makes runs in vLLM as it runs here: exported, loaded there beside the exported
+policy, greedy text and acceptance compared.
+
+    bash benchmarks/peers/install.sh PEERS                 # once; PEERS/vllm is what is needed
+    python -m benchmarks.served PEERS --draft eagle3=RUN --json benchmarks/results/served_cpu.json
+
+RUN is what `jspec draft export` takes for a draft; a kind whose draft is not given is left out,
+except for those that need none. `draft_model` drafts with the policy itself, its matrices blurred.
+
+Prompts, answers and drafts are the same on both sides, in float32, at temperature 0: above it vLLM
+0.32's CPU build reads temperatures that are not the request's. So texts are to be equal but for
+ties, tokens whose logits differ by less than `TIE`; and so are cycles. Ours begin where vLLM's do,
+behind the first token, which it takes from the prefill. What vLLM accepted behind an end token or
+the cap is not counted here, and stands in the data as `behind`.
+
+The two look-ups (`ngram`) are not the same: of the longest matches vLLM takes the first and stops
+at the text's end, jspec the last, which it repeats. `replay` says what either is to accept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+import jspec
+from benchmarks import drafts as bench_drafts
+from benchmarks import measure
+from benchmarks.options import open_results, program
+from benchmarks.served_answers import (
+    NGRAM,
+    Answer,
+    Impossible,
+    answer_of,
+    counts,
+    replay,
+    same_cycles,
+    theirs,
+)
+from benchmarks.versus import Failed, peer, run
+from jspec import cli
+from jspec.console import PlainConsole
+from jspec.drafts import Draft
+from jspec.model import Policy, logits, train_forward
+
+TIE = 1e-3
+"""Between two logits of float32, in units of the logits: what products of other shapes may turn."""
+FREE = ("ngram",)
+"""Drafts that need no training."""
+
+
+class Kind(NamedTuple):
+    """How one kind is served. draft: the kind of draft; export: options of `jspec draft export`;
+    settings: of vLLM's `speculative_config`."""
+
+    draft: str
+    settings: Mapping[str, Any]
+    export: tuple[str, ...] = ()
+
+
+KINDS = {
+    "ngram": Kind("ngram", {"method": "ngram", "prompt_lookup_max": NGRAM,
+                            "prompt_lookup_min": 1}),
+    "eagle3": Kind("eagle3", {"method": "eagle3"}, ("--layout", "specforge")),
+    "eagle3, speculators": Kind("eagle3", {"method": "eagle3"}, ("--layout", "speculators")),
+}
+
+
+# --- there ---
+
+
+def exported(args: argparse.Namespace, policy: Policy, kind: Kind,
+             directory: Path) -> tuple[Draft, dict[str, Any]]:
+    """A draft as it is read back from what was written for vLLM, and vLLM's settings for it.
+    policy: in the training layout. Raises Failed."""
+    settings = {**kind.settings, "num_speculative_tokens": args.k}
+    if kind.draft == "ngram":
+        return jspec.drafts.find("ngram").init(policy, max_ngram=NGRAM), settings
+    run([sys.executable, "-m", "jspec", "draft", "export", args.model, args.draft[kind.draft],
+         str(directory), *kind.export], args.timeout)
+    return jspec.load_draft(policy, directory), {**settings, "model": str(directory)}
+
+
+def served(args: argparse.Namespace, folder: Path,
+           settings: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What vLLM makes of each prompt: the lines of `peers/vllm_served.py`. Raises Failed."""
+    return peer(args, "vllm", "vllm_served.py", str(folder / "policy"),
+                str(folder / "prompts.jsonl"), "--new-tokens", str(args.max_new_tokens),
+                "--speculative", json.dumps(settings))
+
+
+# --- here ---
+
+
+def ours(args: argparse.Namespace, policy: Policy, draft: Draft | None,
+         prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
+    """Greedy answers, a prompt at a time, so that each has its own counts."""
+    def answer(prompt: Sequence[int]) -> Answer:
+        out = jax.device_get(jspec.rollout(
+            policy, draft, jspec.PromptBatch.from_tokens([prompt], group_size=1, seed=0),
+            sampling=jspec.Sampling(max_new_tokens=new_tokens, temperature=0.0),
+            speculation=jspec.Speculation(k=args.k, rule="coupled")))
+        return Answer(out.tokens[0, :out.lengths[0]].tolist(), int(out.stats.cycles[0]),
+                      out.stats.accepted.tolist())
+
+    return [answer(prompt) for prompt in prompts]
+
+
+def behind_the_first(args: argparse.Namespace, policy: Policy, draft: Draft,
+                     prompts: Sequence[Sequence[int]], alone: Sequence[Answer]) -> list[Answer]:
+    """Ours with a draft, from where vLLM's drafts begin."""
+    firsts = [answer.tokens[:1] for answer in alone]
+    out = ours(args, policy, draft, [[*prompt, *first] for prompt, first
+                                     in zip(prompts, firsts, strict=True)],
+               args.max_new_tokens - 1)
+    ended = [first[0] in policy.config.stop_tokens for first in firsts]
+    return [Answer(first, 0, [0] * args.k) if over
+            else answer._replace(tokens=[*first, *answer.tokens])
+            for first, answer, over in zip(firsts, out, ended, strict=True)]
+
+
+# --- what is compared ---
+
+
+class Part(NamedTuple):
+    """Where two answers part: after `at` tokens, whose logits differ by `margin`."""
+
+    row: int
+    at: int
+    margin: float
+
+
+@jax.jit
+def _logits(policy: Policy, tokens: jax.Array, at: jax.Array) -> jax.Array:
+    return logits(policy, train_forward(policy, tokens[None]).hidden[0, at])
+
+
+def parted(policy: Policy, prompts: Sequence[Sequence[int]], one: Sequence[Answer],
+           other: Sequence[Answer], width: int) -> list[Part]:
+    """The rows whose tokens are not the same. The margin is this policy's, of the two tokens at the
+    first place where they differ; width: no less than a prompt and its answer."""
+    found = []
+    for row, (prompt, a, b) in enumerate(zip(prompts, one, other, strict=True)):
+        if a.tokens == b.tokens:
+            continue
+        at = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y)
+        before = [*prompt, *a.tokens[:at]]
+        padded = jnp.array(before + [0] * (width - len(before)), jnp.int32)
+        row_logits = np.asarray(_logits(policy, padded, jnp.int32(len(before) - 1)))
+        margin = abs(float(row_logits[a.tokens[at]] - row_logits[b.tokens[at]]))
+        found.append(Part(row, at, margin))
+    return found
+
+
+def compare(args: argparse.Namespace, policy: Policy, name: str, draft: Draft,
+            prompts: Sequence[Sequence[int]], alone: tuple[Sequence[Answer], Sequence[Answer]],
+            lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The record of a kind. alone: vLLM's answers and ours, without a draft; lines: vLLM's with it.
+    Raises Impossible."""
+    is_ngram = KINDS[name].draft == "ngram"
+    there = [theirs(line, args.k, replay(prompt, line["tokens"], args.k, first=True)
+                    if is_ngram else None) for prompt, line in zip(prompts, lines, strict=True)]
+    here = behind_the_first(args, policy, draft, prompts, there)
+    width = max(map(len, prompts)) + args.max_new_tokens
+    pairs = {"vllm_alone": (alone[0], there), "jspec_alone": (alone[1], there),
+             "jspec": (here, there)}
+    parts = {what: parted(policy, prompts, *pair, width) for what, pair in pairs.items()}
+    margins = [part.margin for found in parts.values() for part in found]
+    apart = {part.row for part in parts["jspec"]}
+    alike = [row for row in range(len(prompts)) if row not in apart]
+    record = {"draft": name, "k": args.k, "settings": dict(KINDS[name].settings),
+              "prompts": len(prompts),
+              "same_text": {what: len(prompts) - len(found) for what, found in parts.items()},
+              "parts": {what: [part._asdict() for part in found] for what, found in parts.items()},
+              "ties": all(margin < TIE for margin in margins),
+              "rows_compared": len(alike),
+              "same_cycles": same_cycles([here[row] for row in alike],
+                                         [there[row] for row in alike]),
+              "jspec": counts(here), "vllm": counts(there)}
+    if is_ngram:
+        said = [answer_of(a.tokens, [n for _, n in replay(prompt, a.tokens, args.k, first=False)],
+                          args.k)
+                for prompt, a in zip(prompts, here, strict=True)]
+        record["replayed"] = same_cycles(here, said)
+    return record
+
+
+def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    table = Table("draft", "same text as vLLM alone", "as jspec", "same cycles",
+                  "tokens a cycle, vLLM", "jspec", "by position, vLLM", "jspec", title=title)
+    for row in rows:
+        sides = row["vllm"], row["jspec"]
+        table.add_row(row["draft"], *(f"{row['same_text'][what]} of {row['prompts']}"
+                                      for what in ("vllm_alone", "jspec")),
+                      f"{row['same_cycles']} of {row['rows_compared']}",
+                      *(f"{side['acceptance_length']:.3f}" for side in sides),
+                      *("  ".join(f"{x:.1%}" for x in side["acceptance_by_position"])
+                        for side in sides))
+    PlainConsole(width=max(140, PlainConsole().width)).print(table)
+
+
+def draft_at(text: str) -> tuple[str, str]:
+    """A parser of KIND=PATH."""
+    name, equals, path = text.partition("=")
+    known = dict.fromkeys(kind.draft for kind in KINDS.values() if kind.draft not in FREE)
+    if not (equals and path) or name not in known:
+        raise argparse.ArgumentTypeError(f"must be KIND=PATH, of {', '.join(known)}, not {text!r}")
+    return name, path
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Raises InputError for whatever can be known to be wrong before the model is loaded."""
+    parser = cli.Parser(prog="python -m benchmarks.served", description=__doc__)
+    parser.add_argument("peers", type=Path, help="where install.sh put the peers")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help=cli.MODEL)
+    parser.add_argument("--draft", type=draft_at, action="append", default=[], metavar="KIND=PATH",
+                        help="a trained draft, as `jspec draft export` takes it; may be repeated")
+    parser.add_argument("--k", type=cli.number(int, 1), default=3, help="tokens drafted a cycle")
+    parser.add_argument("--count", type=cli.number(int, 1), default=32, metavar="N",
+                        help="the first N held-out prompts (default: 32)")
+    parser.add_argument("--max-new-tokens", type=cli.number(int, 2), default=64, metavar="N")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one program")
+    parser.add_argument("--json", metavar="FILE", help="write the result there")
+    args = parser.parse_args(arguments)
+    args.draft, args.peers = dict(args.draft), args.peers.resolve()
+    args.prompts, args.batch = bench_drafts.HELDOUT, [1]  # what `read_texts` reads
+    open_results(args)
+    return args
+
+
+def given(args: argparse.Namespace) -> list[str]:
+    """The kinds that a draft is there for."""
+    return [name for name, kind in KINDS.items() if kind.draft in {*args.draft, *FREE}]
+
+
+def measured(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The record of every kind, in a folder that exports go to."""
+    console = PlainConsole(stderr=True)
+    tokenizer = jspec.load_tokenizer(args.model)
+    prompts = bench_drafts.encode(bench_drafts.read_texts(args), tokenizer)
+    trained = jspec.load(args.model, dtype="float32")
+    jspec.export(trained, folder / "policy", tokenizer)
+    policy = jspec.reshard(trained)
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"tokens": tokens}) + "\n" for tokens in prompts))
+    alone = ([answer_of(line["tokens"], [], args.k) for line in served(args, folder, None)],
+             ours(args, policy, None, prompts, args.max_new_tokens))
+    for number, name in enumerate(given(args)):
+        console.print(f"{name} (load {os.getloadavg()[0]:.1f})")
+        try:
+            draft, settings = exported(args, trained, KINDS[name], folder / str(number))
+            lines = served(args, folder, settings)
+            yield compare(args, policy, name, draft, prompts, alone, lines)
+        except (Failed, Impossible) as error:
+            console.print(f"{name} failed: {error}", markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 1 if a kind that a draft is there for has no record, or parted otherwise than
+    by a tie."""
+    args = parse(arguments)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in measured(args, Path(folder)):
+            rows.append(row)
+            measure.write_json(args.json, measure.report(rows, model=args.model, tie=TIE))
+    show(rows, f"{args.model}, k = {args.k}, temperature 0")
+    return int(len(rows) < len(given(args)) or not all(row["ties"] for row in rows))
+
+
+if __name__ == "__main__":
+    program(main)

@@ -196,6 +196,24 @@ def shares() -> str:
                      for row in result("draft_share_cpu")["rows"]])
 
 
+def served() -> str:
+    """The kinds that vLLM ran: text and acceptance there and here."""
+    def line(row: Row) -> list[str]:
+        there, here = row["vllm"], row["jspec"]
+        accepted = (" ".join(f"{x:.0%}" for x in side["acceptance_by_position"])
+                    for side in (there, here))
+        return [row["draft"], *(f"{row['same_text'][what]} of {row['prompts']}"
+                                for what in ("vllm_alone", "jspec")),
+                f"{row['same_cycles']} of {row['rows_compared']}",
+                f"{there['acceptance_length']:.2f} / {here['acceptance_length']:.2f}",
+                " / ".join(accepted)]
+
+    return markdown(["draft", "answers as vLLM's without it", "as jspec's with it",
+                     "of these, all cycles the same", "tokens a cycle, vLLM / jspec",
+                     "accepted by position, vLLM / jspec"],
+                    map(line, result("served_cpu")["rows"]))
+
+
 # --- what compiled ---
 
 
@@ -267,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafts": drafts,
     "best_drafts": best_drafts,
     "online": online,
+    "served": served,
     "losses": losses,
     "objectives": objectives,
     "shares": shares,

@@ -4,8 +4,9 @@ policy, greedy text and acceptance compared.
     bash benchmarks/peers/install.sh PEERS                 # once; PEERS/vllm is what is needed
     python -m benchmarks.served PEERS --draft eagle3=RUN --json benchmarks/results/served_cpu.json
 
-RUN is what `jspec draft export` takes for a draft; a kind whose draft is not given is left out,
-except for those that need none. `draft_model` drafts with the policy itself, its matrices blurred.
+RUN is what `jspec draft export` takes for a draft. A kind whose draft is not given is left out, but
+for `ngram`, which has nothing to be trained, and `draft_model`, which then is the policy itself
+with noise in its matrices.
 
 Prompts, answers and drafts are the same on both sides, in float32, at temperature 0: above it vLLM
 0.32's CPU build reads temperatures that are not the request's. So texts are to be equal but for
@@ -55,8 +56,10 @@ from jspec.model import Policy, logits, train_forward
 
 TIE = 1e-3
 """Between two logits of float32, in units of the logits: what products of other shapes may turn."""
-FREE = ("ngram",)
+FREE = ("ngram", "draft_model")
 """Drafts that need no training."""
+BLUR = 0.15
+"""The noise of a `draft_model` that is not given, in standard deviations of each matrix."""
 
 
 class Kind(NamedTuple):
@@ -71,12 +74,23 @@ class Kind(NamedTuple):
 KINDS = {
     "ngram": Kind("ngram", {"method": "ngram", "prompt_lookup_max": NGRAM,
                             "prompt_lookup_min": 1}),
+    "draft_model": Kind("draft_model", {"method": "draft_model"}),
     "eagle3": Kind("eagle3", {"method": "eagle3"}, ("--layout", "specforge")),
     "eagle3, speculators": Kind("eagle3", {"method": "eagle3"}, ("--layout", "speculators")),
 }
 
 
 # --- there ---
+
+
+def blurred(policy: Policy) -> Policy:
+    """The policy with noise in the matrices of its layers, in the training layout."""
+    leaves, tree = jax.tree.flatten(policy.weights["layers"])
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    layers = tree.unflatten([
+        x + BLUR * x.std() * jax.random.normal(key, x.shape, x.dtype) if x.ndim > 2 else x
+        for x, key in zip(leaves, keys, strict=True)])
+    return policy.replace(weights={**policy.weights, "layers": layers})
 
 
 def exported(args: argparse.Namespace, policy: Policy, kind: Kind,
@@ -86,8 +100,11 @@ def exported(args: argparse.Namespace, policy: Policy, kind: Kind,
     settings = {**kind.settings, "num_speculative_tokens": args.k}
     if kind.draft == "ngram":
         return jspec.drafts.find("ngram").init(policy, max_ngram=NGRAM), settings
-    run([sys.executable, "-m", "jspec", "draft", "export", args.model, args.draft[kind.draft],
-         str(directory), *kind.export], args.timeout)
+    source = args.draft.get(kind.draft)
+    if source is None:
+        source = str(jspec.export(blurred(policy), directory.with_suffix(".blurred")))
+    run([sys.executable, "-m", "jspec", "draft", "export", args.model, source, str(directory),
+         *kind.export], args.timeout)
     return jspec.load_draft(policy, directory), {**settings, "model": str(directory)}
 
 
@@ -212,7 +229,7 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
 def draft_at(text: str) -> tuple[str, str]:
     """A parser of KIND=PATH."""
     name, equals, path = text.partition("=")
-    known = dict.fromkeys(kind.draft for kind in KINDS.values() if kind.draft not in FREE)
+    known = dict.fromkeys(kind.draft for kind in KINDS.values() if kind.draft != "ngram")
     if not (equals and path) or name not in known:
         raise argparse.ArgumentTypeError(f"must be KIND=PATH, of {', '.join(known)}, not {text!r}")
     return name, path

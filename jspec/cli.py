@@ -104,9 +104,9 @@ def _add_draft_train(drafts: Any) -> None:
 def _add_draft_export(drafts: Any) -> None:
     made = drafts.add_parser("export", help="write one in the layout that others publish",
                              description="Write a draft in the layout that others publish: an "
-                             "eagle3 draft as SpecForge does (vLLM and SGLang serve it), an mtp "
-                             "head with the conventions of a published architecture as that one's "
-                             "own.")
+                             "eagle3 draft as SpecForge does (vLLM and SGLang serve it), the "
+                             "model of a draft_model as `jspec export` does, an mtp head with the "
+                             "conventions of a published architecture as that one's own.")
     made.set_defaults(run=_computing("commands:export_draft"))
     made.add_argument("model", metavar="MODEL", help=MODEL)
     made.add_argument("draft", metavar="DRAFT", help="the output_dir of `jspec draft train` or of "

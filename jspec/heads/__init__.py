@@ -14,6 +14,7 @@ from jspec.heads.models import DraftingModel, check_tokens, of_run, open_model
 from jspec.hub import eagle3, mtp_heads
 from jspec.hub.architectures import ARCHITECTURES, MTP_LAYOUTS, mtp_count
 from jspec.hub.draft_configs import LAYOUTS
+from jspec.hub.exporter import export
 from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json
 from jspec.hub.names import hub_id
@@ -102,19 +103,21 @@ def _find(policy: Policy, source: str, drafter: Drafter | None, tokenizer: Any) 
 def publish(draft: Draft, directory: str | Path, layout: str | None = None,
             verifier: str | None = None) -> Path:
     """Write a draft in the layout that others publish (`jspec.hub.eagle3.write`,
-    `jspec.hub.mtp_heads.write`).
+    `jspec.hub.mtp_heads.write`; the model of a draft_model as `jspec.export` writes one).
 
     layout: of an eagle3 draft, one of `hub.draft_configs.LAYOUTS`; None: the first. verifier:
     the hub id of its policy. Raises InputError for a drafter without one, and where those raise it.
     """
     if draft.name == "eagle3":
         return eagle3.write(draft, directory, layout=layout or LAYOUTS[0], verifier=verifier)
-    if draft.name != "mtp":
-        raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, mtp can be "
-                         "exported")
+    if draft.name not in ("mtp", MODEL):
+        raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, mtp and {MODEL} "
+                         "can be exported")
     if layout is not None:
-        raise InputError(f"layout {layout} is for eagle3 drafts; an mtp head is written as its "
-                         "architecture has it")
+        raise InputError(f"layout {layout} is for eagle3 drafts; an mtp head and a model are "
+                         "written as their architecture has it")
+    if draft.name == MODEL:
+        return export(Policy(draft.weights, draft.config.model), directory)
     return mtp_heads.write(draft, directory)
 
 

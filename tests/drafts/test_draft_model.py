@@ -14,6 +14,8 @@ import jspec
 from benchmarks import compiled_text
 from jspec.drafts import base
 from jspec.drafts.parts.losses import divergence
+from jspec.errors import InputError
+from jspec.heads import publish
 from jspec.model import abstract_policy, logits, policy_sharding, prefill, train_forward
 from jspec.model.pool import rows_of
 from jspec.sharding import make_mesh
@@ -297,3 +299,13 @@ def test_a_model_by_its_fields(policy):
     assert shape.config.model.num_layers == 2  # where nothing is said, a quarter
     assert base.config_from_fields(made.drafter, json.loads(json.dumps(
         dataclasses.asdict(made.config)))) == made.config
+
+
+def test_it_is_published_as_a_model_and_read_back_as_one(policy, tmp_path):
+    made = small(policy)
+    publish(made, tmp_path / "model")
+    again = jspec.load_draft(policy, tmp_path / "model")
+    assert again.config == made.config
+    jax.tree.map(np.testing.assert_array_equal, again.weights, made.weights)
+    with pytest.raises(InputError, match="layout specforge is for eagle3 drafts; .* a model"):
+        publish(made, tmp_path / "other", "specforge")

@@ -28,6 +28,7 @@ from jspec.prepare import (
     make_speculation,
     rollout_layout,
 )
+from jspec.progress import say
 from jspec.purposes import EVAL_KEY, purpose_key, purpose_seed
 from jspec.reward_parts import reward_parts
 from jspec.rl import scores
@@ -136,6 +137,9 @@ def streams(config: Config, tokenizer: Any) -> dict[str, PromptData]:
         made[label] = make_prompts(config, tokenizer, source, seed=seed, held_out=held_out,
                                    setting="evaluation.sources" if section.sources
                                    else "data.source")
+        if made[label].left_out:
+            say("of an evaluation's prompts "
+                + made[label].records.said_of_left_out(data.max_prompt_tokens))
     return made
 
 

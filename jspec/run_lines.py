@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jspec.config import Config
 from jspec.health import Trouble
 from jspec.kernels import picked
-from jspec.rl.prompts import PromptData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +33,6 @@ def opening(config: Config, mesh: Mesh, done: int, ends: str) -> str:
     start = f"going on after step {done}" if done else "the first step compiles"
     return (f"{config.model.name} on {mesh.size} {jax.default_backend()} device(s) ({shape}), "
             f"{draft}, {picked(config.speculation.kernels)}, {ends}; {start}")
-
-
-def left_out(data: PromptData) -> str:
-    """How many prompts are too long, of each source where there are several."""
-    records = data.records
-    each = ", ".join(f"{count} of {part.name}" for part, count in
-                     zip(records.parts, records.left_out, strict=True) if part.name and count)
-    return (f"{data.left_out} prompts are over data.max_prompt_tokens="
-            f"{data.config.max_prompt_tokens} and left out (data.too_long)"
-            + f": {each}" * bool(each))
 
 
 def closing(config: Config, ending: Ending) -> str:

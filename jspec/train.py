@@ -47,7 +47,7 @@ from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool
 from jspec.rl.state import COUNTERS, TrainState
 from jspec.run_dir import keep_config, run_plan
-from jspec.run_lines import Ending, closing, left_out, opening
+from jspec.run_lines import Ending, closing, opening
 from jspec.saving import Saver, begin
 from jspec.session import session
 from jspec.settings import flat
@@ -100,7 +100,7 @@ def train(config: Config) -> int:
         if changed:
             metrics.say(changed)
         if data.left_out:
-            metrics.say(left_out(data))
+            metrics.say(data.records.said_of_left_out(config.data.max_prompt_tokens))
         run = Run(config, tokenizer, data, pool, Saver(config, checkpoints, data), metrics, stop,
                   evaluation)
         ending = loop(run, state, reference, done)

@@ -2,12 +2,16 @@
 on where they were."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
 from jspec import train
 from jspec.run_files import read_samples
-from tests.test_train import NO_DRAFT, compile_once, records, tiny  # noqa: F401 - a fixture
+from jspec.settings import to_yaml
+from tests.test_train import NO_DRAFT, compile_once, records, same_run, tiny  # noqa: F401 - a fixture is among them
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,21 @@ def test_a_run_over_several_sources_says_what_each_gave_and_resumes(mixed, tmp_p
     last = records(whole)[-1]
     assert last["curriculum/unseen"] == 0 and last["curriculum/never"] >= 0.5
     assert {sample["prompt"] for sample in read_samples(whole, 1)} <= {*"012789"}
-    assert train.train(tiny(parts, *mixed, "steps=2")) == 0
-    assert train.train(tiny(parts, *mixed, "steps=3")) == 0
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints/3")
+    assert train.train(tiny(parts, *mixed, "steps=3")) == 0  # from the checkpoint of step 2
+    assert "going on after step 2" in capsys.readouterr().out
     assert records(parts) == records(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(mixed, tmp_path):
+    config = tiny(tmp_path / "one", *mixed, "steps=5")
+    assert train.train(config) == 0
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    done = subprocess.run([sys.executable, "-m", "jspec.local", "2", "train", str(file),
+                           f"output_dir={tmp_path}/two"], capture_output=True, text=True,
+                          timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same_run(records(tmp_path / "one"), records(tmp_path / "two"))

@@ -70,6 +70,15 @@ class Mixture(Sequence):
                  for start, count, stop in zip(starts, seen, stops, strict=True)])
 
 
+    def said_of_left_out(self, limit: int) -> str:
+        """How many prompts are over the limit of tokens, of each source that has a name; "": none
+        are."""
+        each = ", ".join(f"{count} of {part.name}" for part, count in
+                         zip(self.parts, self.left_out, strict=True) if part.name and count)
+        return (f"{sum(self.left_out)} prompts are over data.max_prompt_tokens={limit} and left "
+                "out (data.too_long)" + f": {each}" * bool(each)) if any(self.left_out) else ""
+
+
 def load_mixture(config: DataSection, tokenizer: Any, seed: int, setting: str = "data.source",
                  held_out: bool = False) -> Mixture:
     """The records of all sources of a section, without those that are too long where it says so.

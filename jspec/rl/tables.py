@@ -15,6 +15,7 @@ from typing import Any
 
 from jspec.errors import InputError, shortened
 from jspec.hub.json_io import read_json
+from jspec.rl.columns import section_of
 
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parquet")
 """What the hub calls the shards of a split."""
@@ -64,9 +65,9 @@ def files_of(path: Path, split: str | None, setting: str) -> list[Path]:
         splits = read_json(path / "dataset_dict.json").get("splits")
         if not isinstance(splits, list):
             raise InputError(f"{path}/dataset_dict.json names no splits; save the data set again")
-        path, split = path / chosen(path, list(map(str, splits)), split), None
+        path, split = path / chosen(path, list(map(str, splits)), split, setting), None
     if (path / "state.json").exists():
-        no_split(path, split)
+        no_split(path, split, setting)
         files = read_json(path / "state.json").get("_data_files")
         if not isinstance(files, list) or not all(
                 isinstance(file, dict) and isinstance(file.get("filename"), str) for file in files):
@@ -76,20 +77,20 @@ def files_of(path: Path, split: str | None, setting: str) -> list[Path]:
     if not files:
         raise InputError(f"{setting}={path} is a folder without a data set: neither .parquet files "
                          "nor what datasets' save_to_disk writes are in it")
-    return shards(path, files, split)
+    return shards(path, files, split, setting)
 
 
-def shards(path: Path, files: list[Path], split: str | None) -> list[Path]:
+def shards(path: Path, files: list[Path], split: str | None, setting: str) -> list[Path]:
     """Those of a folder's parquet files that are of the split."""
     named = [match for file in files if (match := SHARD.fullmatch(file.name))]
     if not named:
-        no_split(path, split)
+        no_split(path, split, setting)
         return files
     if len(named) < len(files):
         strange = next(file.name for file in files if not SHARD.fullmatch(file.name))
         raise InputError(f"{path}: {named[0][0]} names a split and {strange} names none; put them "
                          "into folders of their own")
-    split = chosen(path, list(dict.fromkeys(match["split"] for match in named)), split)
+    split = chosen(path, list(dict.fromkeys(match["split"] for match in named)), split, setting)
     mine = [match for match in named if match["split"] == split]
     if len(mine) != int(mine[0]["count"]):
         raise InputError(f"{path}: the split {split!r} is of {int(mine[0]['count'])} files, and "
@@ -97,19 +98,26 @@ def shards(path: Path, files: list[Path], split: str | None) -> list[Path]:
     return [file for file in files if SHARD.fullmatch(file.name)["split"] == split]
 
 
-def chosen(path: Path, splits: list[str], split: str | None) -> str:
+def chosen(path: Path, splits: list[str], split: str | None, setting: str) -> str:
     """The split to read. Raises InputError if it is not there, or it is not clear which one."""
     wanted = split or (splits[0] if len(splits) == 1 else "train")
     if wanted not in splits:
         has = f"{path} has the splits {shortened(', '.join(map(repr, splits))) or 'of nothing'}"
         raise InputError(f"{has}, and no {split!r}" if split else
-                         f"{has}; choose one (data.split)")
+                         f"{has}; choose one ({split_of(setting)})")
     return wanted
 
 
-def no_split(path: Path, split: str | None) -> None:
+def no_split(path: Path, split: str | None, setting: str) -> None:
     if split:
-        raise InputError(f"{path} has no splits, and so no {split!r}; leave data.split out")
+        raise InputError(f"{path} has no splits, and so no {split!r}; leave {split_of(setting)} "
+                         "out")
+
+
+def split_of(setting: str) -> str:
+    """The setting that chooses a split of what `setting` names."""
+    return "evaluation.split" if setting == "evaluation.sources" else (
+        f"{section_of(setting)}.split")
 
 
 def read_table(path: Path, setting: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,25 +26,25 @@ class Mixture(Sequence):
 
     Attributes:
         parts: which sources. sources: their records.
-        starts: int64 [sources + 1], the number of the first record of each, and of all of them.
+        starts: the number of the first record of each, and of all of them.
         left_out: of each the prompts that were too long.
     """
 
     def __init__(self, parts: Sequence[SourcePart], sources: Sequence[Records],
                  left_out: Sequence[int]) -> None:
         self.parts, self.sources, self.left_out = parts, sources, left_out
-        self.starts = np.cumsum([0, *map(len, sources)])
+        self.starts = [0, *itertools.accumulate(map(len, sources))]
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def part(self, number: int) -> int:
         """Which source a record is of."""
-        return int(np.searchsorted(self.starts, number, side="right")) - 1
+        return bisect.bisect_right(self.starts, number) - 1
 
     def __getitem__(self, number: int) -> Mapping[str, Any]:
         part = self.part(number)
-        record = self.sources[part][number - int(self.starts[part])]
+        record = self.sources[part][number - self.starts[part]]
         name = self.parts[part].name
         if name and SOURCE_NAME in record:
             raise InputError(f"{self.where(number)}: the key {SOURCE_NAME!r} is taken: of several "
@@ -51,7 +53,7 @@ class Mixture(Sequence):
 
     def where(self, number: int) -> str:
         part = self.part(number)
-        return self.sources[part].where(number - int(self.starts[part]))
+        return self.sources[part].where(number - self.starts[part])
 
     def digest(self, numbers: Sequence[int] | np.ndarray) -> str:
         numbers = np.asarray(numbers, np.int64)
@@ -64,10 +66,10 @@ class Mixture(Sequence):
     def at_once(self) -> tuple[list[range], list[range]]:
         """Of each source the records that a start looks at before anything else, and its others."""
         seen = [min(source.at_once, len(source)) for source in self.sources]
-        starts, stops = self.starts[:-1].tolist(), self.starts[1:].tolist()
-        return ([range(start, start + count) for start, count in zip(starts, seen, strict=True)],
+        starts = self.starts
+        return ([range(start, start + count) for start, count in zip(starts, seen, strict=False)],
                 [range(start + count, stop)
-                 for start, count, stop in zip(starts, seen, stops, strict=True)])
+                 for start, count, stop in zip(starts, seen, starts[1:], strict=False)])
 
 
     def said_of_left_out(self, limit: int) -> str:

@@ -120,7 +120,7 @@ class PromptData:
 
     def firsts(self) -> list[tuple[SourcePart, Mapping[str, Any]]]:
         """Each source, and its first record."""
-        return [(part, self.records[int(start)]) for part, start in
+        return [(part, self.records[start]) for part, start in
                 zip(self.records.parts, self.records.starts, strict=False)]
 
     def check_count(self, held_out: bool) -> None:

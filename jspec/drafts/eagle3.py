@@ -1,9 +1,10 @@
 """EAGLE-3: a decoder block on three layers of the policy's trunk, with an output head of its own
 (https://arxiv.org/abs/2503.01840).
 
-The residual streams at three depths are fused into one hidden state by a projection. At position p
-the block reads that of position p - 1 and the embedding of token p, and predicts token p + 1; its
-attention sees both, normed and side by side, and its residual is the hidden state alone. The next
+The residual streams at three depths (or as many as a checkpoint has) are fused into one hidden
+state by a projection. At position p the block reads that of position p - 1 and the embedding of
+token p, and predicts token p + 1; its attention sees both, normed and side by side, and its
+residual is the hidden state alone. A block of several layers goes on with ordinary ones. The next
 depth reads the block's own state in the fused one's place. The first token has no hidden state
 before it and no entry in the block's cache: entry i belongs to token i + 1.
 
@@ -61,8 +62,8 @@ class Eagle3Config:
     """Which of the published variants this is.
 
     Attributes:
-      block: the block as a model of one layer: its heads, rope, widths and biases, which need not
-        be the policy's.
+      block: the block as a model of its layers: their number, heads, rope, widths, biases and
+        norms of queries and keys, which need not be the policy's.
       aux_depths: what is fused; depth i is the policy's residual stream after i layers (0: the
         embeddings).
       vocab_size: of the reduced vocabulary, 0: the policy's.
@@ -70,7 +71,8 @@ class Eagle3Config:
       norm_before_residual: the block's residual is the normed hidden state. norm_before_fc: one
         norm over the concatenated streams. fc_norm: one norm for each of them. norm_output: the
         next depth reads the normed state.
-      window: of the trunk's entries the block's attention sees the last `window`; 0: all of them.
+      window: of the trunk's entries each layer's attention sees the last so many, one number a
+        layer (or one for all); 0: all of them.
       own_embed: the draft has an embedding of its own, which training leaves as it is; else it is
         the policy's.
       dtype: in which a checkpoint is written.
@@ -85,14 +87,14 @@ class Eagle3Config:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
-    window: int = 0
+    window: int | tuple[int, ...] = 0
     own_embed: bool = False
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "own_embed")
         settle(self, "eagle3 draft: ", aux_depths=whole_numbers, vocab_size=whole(),
-               depths=whole(1, 32), window=whole(), **dict.fromkeys(flags, flag))
+               depths=whole(1, 32), window=self._windows, **dict.fromkeys(flags, flag))
         n, hidden = self.policy.num_layers, self.policy.hidden_size
         if self.norm_before_fc and self.fc_norm:
             raise InputError("eagle3 draft: norm_before_fc and fc_norm exclude each other; set one "
@@ -108,33 +110,49 @@ class Eagle3Config:
                              "policy")
 
 
+    def _windows(self, label: str, value: Any) -> tuple[int, ...]:
+        layers = self.block.num_layers
+        if not isinstance(value, list | tuple):
+            return (whole()(label, value),) * layers
+        if len(value) != layers:
+            raise InputError(f"{label} has {len(value)} numbers, and the block has {layers} layers;"
+                             " give one for each")
+        return whole_numbers(label, value)
+
+
+def published_depths(num_layers: int) -> tuple[int, ...]:
+    """The depths that a checkpoint fuses which names none; () where a policy does not have them."""
+    depths = (2, num_layers // 2, num_layers - 3)
+    there = 0 <= min(depths) and max(depths) <= num_layers and len(set(depths)) == 3
+    return depths if there else ()
+
+
 def default_depths(num_layers: int) -> tuple[int, ...]:
-    """The depths that are fused where nothing else is said: as published, where the policy has as
-    many; else its embeddings, its middle and its last."""
-    published = (2, num_layers // 2, num_layers - 3)
-    if min(published) >= 0 and len(set(published)) == 3 and max(published) <= num_layers:
-        return published
-    return tuple(sorted({0, num_layers // 2, num_layers}))
+    """The depths that a new draft fuses: as published, where the policy has as many; else its
+    embeddings, its middle and its last."""
+    return published_depths(num_layers) or tuple(sorted({0, num_layers // 2, num_layers}))
 
 
 def init(policy: Policy, key: jax.Array, *, depths: int = 3,
          aux_depths: Sequence[int] | None = None, vocab: Sequence[int] | np.ndarray | None = None,
+         layers: int = 1, window: int | Sequence[int] = 0, qk_norm: bool = False,
          norm_before_residual: bool = False, norm_before_fc: bool = False, fc_norm: bool = False,
          norm_output: bool = False, own_embed: bool = False) -> Draft:
     """A drafter from random initialisation, float32 masters, on the mesh of `jax.set_mesh` if there
     is one.
 
-    The block has the policy's sizes and rope, and none of its biases and query and key norms, so
-    that vLLM and SGLang serve it. It starts as the identity (its two output projections are zero)
-    on an even mix of the fused streams; the output norm, the output head and an own embedding start
-    as the policy's.
+    The block has the policy's sizes and rope, and by default one layer and none of the policy's
+    biases and query and key norms, so that vLLM and SGLang serve it. It starts as the identity (the
+    two output projections of a layer are zero) on an even mix of the fused streams; the output
+    norm, the output head and an own embedding start as the policy's.
 
     Args:
       policy: in the training layout.
       aux_depths: the depths to fuse; None: `default_depths`.
       vocab: the token ids that may be drafted (`parts.vocabulary.most_frequent` of the policy's own
         rollouts), or None for all of them.
-      depths, norm_before_residual, norm_before_fc, fc_norm, norm_output, own_embed: see
+      layers: of the block. qk_norm: they norm queries and keys, as Qwen3's do.
+      depths, window, norm_before_residual, norm_before_fc, fc_norm, norm_output, own_embed: see
       `Eagle3Config`.
 
     Raises InputError for depths that the policy does not have, options that exclude each other, a
@@ -143,13 +161,16 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3,
     check_policy("the policy of an eagle3 draft", policy, stacked=True)
     made = policy.config
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, "eagle3")
-    block = dataclasses.replace(made, family="llama", num_layers=1, tie_embeddings=False,
-                                qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False,
-                                stop_tokens=(), pad_token=0, tokenless=(), experts=None)
+    block = dataclasses.replace(made, family="qwen3" if flag("eagle3 draft: qk_norm", qk_norm)
+                                else "llama", num_layers=whole(1, 64)("eagle3 draft: layers",
+                                                                      layers),
+                                tie_embeddings=False, qkv_bias=False, out_bias=False,
+                                mlp_bias=False, qk_norm=qk_norm, stop_tokens=(), pad_token=0,
+                                tokenless=(), experts=None)
     fused = default_depths(made.num_layers) if aux_depths is None else cast(tuple, aux_depths)
     config = Eagle3Config(made, block, fused, 0 if ids is None else len(ids), depths,
                           norm_before_residual, norm_before_fc, fc_norm, norm_output,
-                          own_embed=own_embed)
+                          cast(Any, window), own_embed)
 
     def fresh(key: jax.Array, theirs: dict) -> dict:
         weights = init_weights(specs(config), key, made.initializer_range)
@@ -175,16 +196,18 @@ def specs(config: Eagle3Config) -> dict:
     draws from all."""
     d, n = config.block.hidden_size, len(config.aux_depths)
     norm = ParamSpec((d,), ("norm",), "ones")
-    layer = layer_specs(config.block)
-    del layer["attn_norm"]
+    further = layer_specs(config.block)
+    for name in ("o", "down"):
+        further[name] = dataclasses.replace(further[name], init="zeros")
+    layer = {name: spec for name, spec in further.items() if name != "attn_norm"}
     for name in "qkv":
         layer[name] = dataclasses.replace(layer[name], shape=(layer[name].shape[0], 2 * d))
-    for name in ("o", "down"):
-        layer[name] = dataclasses.replace(layer[name], init="zeros")
     out = {"fc": ParamSpec((d, n * d), ("embed", None)), "embed_norm": norm, "hidden_norm": norm,
            "layer": layer,
            "norm": norm, "head": ParamSpec((config.vocab_size or config.policy.vocab_size, d),
                                            (None if config.vocab_size else "vocab", "embed"))}
+    if config.block.num_layers > 1:
+        out["further"] = (further,) * (config.block.num_layers - 1)
     if config.norm_before_fc:
         out["input_norm"] = ParamSpec((n * d,), ("norm",), "ones")
     if config.fc_norm:
@@ -202,8 +225,13 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
     """Cast to the policy's compute dtype, shard as the policy is, and fuse the block's
     projections."""
     weights = recursion.cast_and_split(policy, draft)
-    layer = fuse(draft.config.block, weights["layer"], policy.layout)
-    return draft.replace(weights={**weights, "layer": layer})
+    first, *further = (fuse(draft.config.block, w, policy.layout) for w in _layers(weights))
+    return draft.replace(weights={**weights, "layer": first, "further": tuple(further)})
+
+
+def _layers(w: dict) -> list[dict]:
+    """The weights of each of the block's layers."""
+    return [w["layer"], *w.get("further", ())]
 
 
 def _inside(policy: Policy, config: Eagle3Config) -> Policy:
@@ -225,16 +253,19 @@ def _block(policy: Policy, config: Eagle3Config, w: dict) -> recursion.Block:
     """The block, as `parts.recursion` takes it."""
     eps = config.block.rms_norm_eps
 
-    def block(hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
+    def run(hidden, tokens, rope, attends) -> tuple[jax.Array, list]:
         embedded = embed(policy.replace(weights={"embed": jax.lax.stop_gradient(w["embed"])})
                          if config.own_embed else policy, tokens)
         normed = rms_norm(hidden, w["hidden_norm"], eps)
         inputs = jnp.concatenate([rms_norm(embedded, w["embed_norm"], eps), normed], axis=-1)
-        x, cache, _ = decoder_layer(config.block, w["layer"], normed if config.norm_before_residual
-                                 else hidden, rope, attend, inputs)
-        return (rms_norm(x, w["norm"], eps) if config.norm_output else x), cache
+        x, caches = normed if config.norm_before_residual else hidden, []
+        for layer, attend in zip(_layers(w), attends, strict=True):
+            x, cache, _ = decoder_layer(config.block, layer, x, rope, attend,
+                                        None if caches else inputs)
+            caches.append(cache)
+        return (rms_norm(x, w["norm"], eps) if config.norm_output else x), caches
 
-    return block
+    return recursion.Block(run, tuple(window or None for window in cast(tuple, config.window)))
 
 
 def logits(policy: Policy, config: Eagle3Config, w: dict, vocab: jax.Array | None,
@@ -253,7 +284,7 @@ def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Row
     config, w = draft.config, draft.weights
     return recursion.start(_inside(policy, config), [_block(policy, config, w)],
                            _fused(config, w, prefill.trunk), recursion.next_tokens(prefill.tokens),
-                           prefill.lengths - 1, config.window or None)
+                           prefill.lengths - 1)
 
 
 def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
@@ -262,7 +293,7 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
     return recursion.propose(
         _inside(policy, config), [_block(policy, config, w)], state, committed.lengths - 1,
-        sampler, partial(logits, policy, config, w, vocab), vocab, config.window or None)
+        sampler, partial(logits, policy, config, w, vocab), vocab)
 
 
 def observe(policy: Policy, draft: Draft, state: DraftState,
@@ -272,7 +303,7 @@ def observe(policy: Policy, draft: Draft, state: DraftState,
     config, w = draft.config, draft.weights
     return recursion.observe(_inside(policy, config), [_block(policy, config, w)], state,
                              observation.lengths - 1, _fused(config, w, observation.trunk),
-                             observation, config.window or None)
+                             observation)
 
 
 def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array,
@@ -283,8 +314,7 @@ def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array,
     config = draft.config
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     states = recursion.unroll(_inside(policy, config), [_block(policy, config, weights)],
-                              _fused(config, weights, trunk), recursion.next_tokens(tokens), depths,
-                              config.window or None)
+                              _fused(config, weights, trunk), recursion.next_tokens(tokens), depths)
     return [shift(x) for x in states]
 
 

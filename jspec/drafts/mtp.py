@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +62,15 @@ class MtpConfig:
     Attributes:
       policy: of the policy that it drafts for.
       depths: how many are unrolled in training; at inference k may be larger.
-      blocks: how many depths have a block of their own.
+      blocks: how many depths have a block of their own, whose attention sees the entries of its
+        depth alone.
       vocab_size: of the reduced vocabulary, 0: the policy's.
       hidden_first: the order in which hidden state and embedding are concatenated.
       normed_trunk: the first depth reads the trunk's state after its final norm; False: before it.
-      first: the first position that later ones attend to; 1 (with one block only): position 0,
-        which has no state before it, is left out, as in a head that was trained on pairs of a state
-        and the next token.
+      first: the first position that later ones attend to; 1: position 0, which has no state before
+        it, is left out, as in a head that was trained on pairs of a state and the next token (and
+        in a further block every position that has no state of the block before).
+      shared: the blocks have one set of weights.
       dtype: in which a published layout stores the weights; here they are float32 masters.
     """
 
@@ -80,16 +81,20 @@ class MtpConfig:
     hidden_first: bool = False
     normed_trunk: bool = True
     first: int = 0
+    shared: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         settle(self, "mtp draft: ", depths=whole(1, 32), blocks=whole(1), vocab_size=whole(),
-               hidden_first=flag, normed_trunk=flag, first=whole(0, 1))
+               hidden_first=flag, normed_trunk=flag, first=whole(0, 1), shared=flag)
         if self.blocks > self.depths:
             raise InputError(f"mtp draft: blocks = {self.blocks} must be at least 1 and at most "
                              f"depths = {self.depths}")
-        if self.first and self.blocks > 1:  # every further block would begin one position later
-            raise InputError(f"mtp draft: first = {self.first} needs blocks = 1, not {self.blocks}")
+
+    @property
+    def late(self) -> bool:
+        """See `parts.recursion`."""
+        return self.first > 0
 
 
 def init(policy: Policy, key: jax.Array, *, depths: int = 2, blocks: int = 1,
@@ -158,7 +163,7 @@ def specs(config: MtpConfig) -> dict:
              "hidden_norm": ParamSpec((d,), ("norm",), "ones"),
              "proj": ParamSpec((d, 2 * d), ("embed", None)), "layer": layer,
              "final_norm": ParamSpec((d,), ("norm",), "ones")}
-    return {"blocks": (block,) * config.blocks}
+    return {"blocks": (block,) * (1 if config.shared else config.blocks)}
 
 
 def prepare(policy: Policy, draft: Draft) -> Draft:
@@ -175,40 +180,55 @@ def _blocks(policy: Policy, config: MtpConfig, weights: Sequence[dict]) -> list[
     """The blocks, as `parts.recursion` takes them: states are normed."""
     eps = policy.config.rms_norm_eps
 
-    def block(w, hidden, tokens, rope, attend) -> tuple[jax.Array, Any]:
+    def run(w, hidden, tokens, rope, attends) -> tuple[jax.Array, list]:
         inputs = [rms_norm(embed(policy, tokens), w["embed_norm"], eps),
                   rms_norm(hidden, w["hidden_norm"], eps)]
         x = jnp.concatenate(inputs[::-1] if config.hidden_first else inputs, axis=-1)
-        x, cache, _ = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope, attend)
-        return rms_norm(x, w["final_norm"], eps), cache
+        x, cache, _ = decoder_layer(policy.config, w["layer"], linear(x, w["proj"]), rope,
+                                    *attends)
+        return rms_norm(x, w["final_norm"], eps), [cache]
 
-    return [partial(block, w) for w in weights]
+    blocks = [recursion.Block(partial(run, w)) for w in weights]
+    return blocks * config.blocks if config.shared else blocks
 
 
 def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[recursion.Rows, KeyValues]:
     """Of every block, its state at each prompt's last token, and its keys and values over the
     prompts."""
-    hidden, tokens = _inputs(draft.config, prefill.trunk, prefill.tokens)
-    return recursion.start(policy, _blocks(policy, draft.config, draft.weights["blocks"]), hidden,
-                           tokens, prefill.lengths - draft.config.first)
+    config = draft.config
+    return recursion.start(policy, _blocks(policy, config, draft.weights["blocks"]),
+                           *_inputs(config, prefill.trunk, prefill.tokens),
+                           prefill.lengths - config.first, late=config.late)
 
 
 def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
             sampler: Sampler) -> tuple[Proposal, DraftState]:
     """K sampled tokens with the distributions they were drawn from (`parts.recursion.propose`)."""
-    vocab = draft.state.get("vocab")
+    config, vocab = draft.config, draft.state.get("vocab")
     head = partial(table_logits, policy, draft.weights["table"], vocab)
-    return recursion.propose(policy, _blocks(policy, draft.config, draft.weights["blocks"]), state,
-                             committed.lengths - draft.config.first, sampler, head, vocab)
+    return recursion.propose(policy, _blocks(policy, config, draft.weights["blocks"]), state,
+                             committed.lengths - config.first, sampler, head, vocab, config.late)
 
 
 def observe(policy: Policy, draft: Draft, state: DraftState,
             observation: Observation) -> DraftState:
     """Rewrite the caches of the committed positions from the verifier's states; keep the states at
     the last one."""
-    return recursion.observe(policy, _blocks(policy, draft.config, draft.weights["blocks"]), state,
-                             observation.lengths - draft.config.first,
-                             _trunk_states(draft.config, observation.trunk), observation)
+    config = draft.config
+    return recursion.observe(policy, _blocks(policy, config, draft.weights["blocks"]), state,
+                             observation.lengths - config.first,
+                             _trunk_states(config, observation.trunk), observation, config.late)
+
+
+def unroll(policy: Policy, draft: Draft, trunk: Trunk, tokens: jax.Array,
+           depths: int) -> list[jax.Array]:
+    """The states [B, S, D] of each of the depths, of a trunk with this draft's features over tokens
+    int32 [B, S]; those at position p predict token p + 1."""
+    config = draft.config
+    weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights["blocks"])
+    states = recursion.unroll(policy, _blocks(policy, config, weights),
+                              *_inputs(config, trunk, tokens), depths, config.late)
+    return [shift(x) for x in states] if config.first else states
 
 
 def loss(policy: Policy, draft: Draft, batch: DraftBatch,
@@ -220,12 +240,9 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     `parts.losses.state_loss` of every block's first depth (what comes near the policy's states
     serves the depths after it too, and they would cost as much again).
     """
-    weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
-    blocks = _blocks(policy, draft.config, weights["blocks"])
     depths = draft.config.blocks if kind == "states" else draft.config.depths
-    states = recursion.unroll(policy, blocks, *_inputs(draft.config, batch.trunk, batch.tokens),
-                              depths)
-    states = [batch.predicting(shift(x) if draft.config.first else x) for x in states]
+    states = [batch.predicting(x)
+              for x in unroll(policy, draft, batch.trunk, batch.tokens, depths)]
     if kind == "states":
         return state_loss(policy, batch, states)
     vocab = draft.state.get("vocab")

@@ -12,11 +12,12 @@ from jspec.heads import files
 from jspec.heads.models import NAME as MODEL
 from jspec.heads.models import DraftingModel, check_tokens, of_run, open_model
 from jspec.hub import eagle3, mtp_heads
-from jspec.hub.architectures import ARCHITECTURES, MTP_LAYOUTS, mtp_count
+from jspec.hub.architectures import ARCHITECTURES
 from jspec.hub.draft_configs import LAYOUTS
 from jspec.hub.exporter import export
 from jspec.hub.fields import texts
 from jspec.hub.json_io import read_json
+from jspec.hub.mtp_layouts import MTP_LAYOUTS, mtp_count
 from jspec.hub.names import hub_id
 from jspec.model import Policy, check_policy
 from jspec.run_dir import is_run
@@ -41,7 +42,7 @@ def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = Non
       source: the short name of a model whose head ships with jspec (`SHIPPED`), the output_dir of
         `jspec draft train` (or its `head`), a directory with a published EAGLE-3 draft
         (SpecForge's, vLLM's or speculators' layout) or a native MTP head
-        (`jspec.hub.architectures.MTP_LAYOUTS`), a run's output_dir, whose last checkpoint is
+        (`jspec.hub.mtp_layouts.MTP_LAYOUTS`), a run's output_dir, whose last checkpoint is
         taken, or a model to draft with, by any name that `jspec.load` takes.
       drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`), or where a name
         has a draft and is a model too: with that of draft_model it is the model, of a run its
@@ -118,7 +119,7 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
                          "written as their architecture has it")
     if draft.name == MODEL:
         return export(Policy(draft.weights, draft.config.model), directory)
-    return mtp_heads.write(draft, directory)
+    return mtp_heads.write(draft, directory, verifier)
 
 
 def is_model(path: Path) -> bool:

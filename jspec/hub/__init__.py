@@ -35,7 +35,7 @@ def load(name: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -
       name: a short name ("smollm2-135m-instruct"), a hub id ("Qwen/Qwen3-8B"), a directory of
         safetensors with its config.json, or a .gguf file. Experts may be stored one by one or in
         one tensor a layer; `export` writes them one by one. A native MTP head in the directory
-        (MiMo's) is left to `hub.mtp_heads`. Of a tokenizer beside the weights it takes the end
+        (as MiMo has) is left to `hub.mtp_heads`. Of a tokenizer beside the weights it takes the end
         token and which ids have a token (`ModelConfig.tokenless`).
       dtype: what is computed in, "float32" or "bfloat16" (or the dtype itself); default bfloat16 on
         accelerators, float32 on the CPU.

@@ -1,5 +1,4 @@
-"""Configs of the published architectures to and from `ModelConfig`, and what their MTP heads are
-stored as."""
+"""Configs of the published architectures to and from `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ from typing import Any
 
 from jspec.errors import InputError
 from jspec.hub.fields import CONFIG, flag, number, section, short, texts, whole, wholes
-from jspec.hub.tensors import StoredTensor, layer_tensor
 from jspec.model.config import ROPE_SCALINGS, Experts, ModelConfig, RopeConfig
 
 log = logging.getLogger(__name__)
@@ -18,6 +16,19 @@ log = logging.getLogger(__name__)
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
                  "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe",
                  "MiMoForCausalLM": "qwen2"}
+
+# what our transformer does not compute of architectures whose MTP heads are known by name
+_LACKING = {
+    "DeepseekV3ForCausalLM": "multi-head latent attention, shared experts and sigmoid routing",
+    "Glm4MoeForCausalLM": "shared experts, sigmoid routing and partial rotary embedding",
+    "Qwen3NextForCausalLM": "gated attention, linear attention, shared experts and zero-centred "
+                            "norms",
+    "Qwen3_5ForConditionalGeneration": "gated attention, linear attention and zero-centred norms",
+    "Qwen3_5MoeForConditionalGeneration": "gated attention, linear attention, shared experts and "
+                                          "zero-centred norms",
+}
+_LACKING |= {name.replace("ConditionalGeneration", "CausalLM"): lacking
+             for name, lacking in _LACKING.items()}
 
 # what transformers assumes of a key that config.json leaves out
 _DEFAULTS = {
@@ -30,86 +41,6 @@ _DEFAULTS = {
 }
 _EXPERTS = 128  # as above, of a key that has two names
 MOST_LAYERS = 10_000  # which are listed one by one
-
-
-@dataclasses.dataclass(frozen=True)
-class MtpLayout:
-    """The native multi-token-prediction head of a published architecture: what its tensors are
-    called, and which conventions it was trained with. Embedding and output head are the trunk's in
-    all of them.
-
-    Attributes:
-      architecture, model_type: of its config.json.
-      prefix: of the head's tensors; {index} is the head's number from 0, {layer} that number after
-        the trunk's layers.
-      embed_norm, hidden_norm: the norms of the two inputs. proj: from both, concatenated, to one.
-      block: what goes before the names that a decoder layer's tensors have in the trunk.
-      final_norm: before the output head, and before the next depth.
-      hidden_first, normed_trunk, first: see `jspec.drafts.mtp.MtpConfig`.
-    """
-
-    architecture: str
-    model_type: str
-    prefix: str
-    embed_norm: str
-    hidden_norm: str
-    proj: str
-    block: str
-    final_norm: str
-    hidden_first: bool
-    normed_trunk: bool
-    first: int
-
-
-# MiMo (https://arxiv.org/abs/2505.07608): its modelling code has the block, its authors' serving
-# code (in vLLM, mimo.py and mimo_mtp.py) what the block is given: the trunk's state before the
-# final norm, and pairs of a state with the token after it, so that position 0 has none ("not needed
-# by MTP" is said where its embedding is masked).
-_MTP = (
-    MtpLayout("MiMoForCausalLM", "mimo", prefix="model.mtp_layers.{index}.",
-              embed_norm="token_layernorm.weight",
-              hidden_norm="hidden_layernorm.weight", proj="input_proj.weight", block="",
-              final_norm="final_layernorm.weight", hidden_first=True, normed_trunk=False, first=1),
-)
-MTP_LAYOUTS = {layout.architecture: layout for layout in _MTP}
-MOST_MTP_HEADS = 64  # published models have one or a few
-
-
-def _mtp_prefix(layout: MtpLayout, config: ModelConfig, index: int) -> str:
-    return layout.prefix.format(index=index, layer=config.num_layers + index)
-
-
-def mtp_prefixes(hf: dict, config: ModelConfig) -> tuple[str, ...]:
-    """How the tensors of the MTP heads begin that a config.json speaks of; they are no part of the
-    policy."""
-    layout = MTP_LAYOUTS.get(texts(hf, "architectures")[0])
-    return (() if layout is None
-            else tuple(_mtp_prefix(layout, config, i) for i in range(mtp_count(hf))))
-
-
-def mtp_count(hf: dict) -> int:
-    """How many MTP heads a config.json speaks of. Raises InputError if that is no number, or beyond
-    reason."""
-    count = whole(hf, "num_nextn_predict_layers", 0, least=0)
-    if count > MOST_MTP_HEADS:
-        raise InputError(f"config.json has {count} as num_nextn_predict_layers; expected at most "
-                         f"{MOST_MTP_HEADS}")
-    return count
-
-
-def mtp_tensors(layout: MtpLayout, config: ModelConfig) -> list[StoredTensor]:
-    """Every tensor of a layout's one head; `key` is the path in an mtp draft's weights."""
-    from jspec.model.params import layer_specs
-
-    d, prefix = config.hidden_size, _mtp_prefix(layout, config, 0)
-    block = prefix + layout.block
-    own = {"embed_norm": (layout.embed_norm, (d,)), "hidden_norm": (layout.hidden_norm, (d,)),
-           "proj": (layout.proj, (d, 2 * d)), "final_norm": (layout.final_norm, (d,))}
-    out = [StoredTensor(prefix + name, "", ("blocks", 0, key), (), shape)
-           for key, (name, shape) in own.items()]
-    return out + [StoredTensor(block + layer_tensor(key), "", ("blocks", 0, "layer", key), (),
-                               spec.shape)
-                  for key, spec in layer_specs(config).items()]
 
 
 def end_tokens(*ids: Any) -> tuple[int, ...]:
@@ -127,8 +58,10 @@ def family_of(config: dict) -> str:
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         what = (", ".join(names)[:200]
                 or f"model_type {short(config.get('model_type'))} without an architecture")
-        raise InputError(f"architecture {what} is not supported; supported: "
-                         f"{', '.join(ARCHITECTURES)}")
+        lacking = _LACKING.get(what)
+        reason = "" if lacking is None else f": its layers have {lacking}, which jspec does not "
+        raise InputError(f"architecture {what} is not supported{reason and reason + 'compute'}; "
+                         f"supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[names[0]]
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from jspec.errors import InputError
-from jspec.hub.architectures import ARCHITECTURES, config_from_hf
-from jspec.hub.fields import whole
+from jspec.hub.architectures import ARCHITECTURES, config_from_hf, family_of
+from jspec.hub.fields import section, short, whole
 from jspec.model import ModelConfig
 
 LAYOUTS = ("specforge", "speculators")
 SPECULATORS_VERSION = "0.9.0"
+LAYER = "transformer_layer_config"
+"""Where the speculators library's config.json has that of a draft's layers."""
+BLOCKS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""The architecture that a draft's layers are read as, by their model_type."""
+_REFUSED = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3_5_text": "Qwen3_5ForCausalLM",
+            "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
 _SLIDING = {"sliding_window": None, "use_sliding_window": False, "layer_types": None,
             "max_window_layers": None}
 
@@ -25,6 +31,25 @@ def completed(layer: dict[str, Any], family: str) -> dict[str, Any]:
     except Exception as error:  # transformers raises whatever its checks of the values come to
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"transformer_layer_config is refused by transformers: {reason}") from None
+
+
+def block_family(layer: dict[str, Any], default: str) -> str:
+    """The model_type of a draft's layers. Raises InputError for one that is not supported."""
+    family = layer.get("model_type") or default
+    if not isinstance(family, str) or family not in BLOCKS:
+        if family in _REFUSED:
+            family_of({"architectures": [_REFUSED[family]]})
+        raise InputError(f"a block of model_type {short(family)} is not supported; supported: "
+                         f"{', '.join(BLOCKS)}")
+    return family
+
+
+def steps(hf: dict[str, Any], default: int) -> int:
+    """How many tokens a draft of the speculators library was trained to predict one after the
+    other."""
+    methods = section(hf, "speculators_config").get("proposal_methods")
+    first = methods[0] if isinstance(methods, list) and methods else {}
+    return whole(first if isinstance(first, dict) else {}, "speculative_tokens", default)
 
 
 def layers_of(kind: str, layer: dict[str, Any], architecture: str, hf: dict[str, Any],

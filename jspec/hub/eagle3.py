@@ -2,8 +2,9 @@
 
 Three layouts are read. SpecForge's calls the block `midlayer`, vLLM's `layers.0`; both have a flat
 config.json. That of the speculators library has vLLM's names, and the block's config inside
-`transformer_layer_config`. SpecForge's and speculators' are written (speculators' own converter
-from SpecForge's leaves out flags and auxiliary layers).
+`transformer_layer_config`. Further layers are `layers.1` and so on in all of them. SpecForge's and
+speculators' are written (speculators' own converter from SpecForge's leaves out flags and auxiliary
+layers).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None,
     hf = config_json(config, dtype, layout, verifier)
     tensors = dict(zip(jax.tree.leaves(tensor_names(config)), jax.tree.leaves(draft.weights),
                        strict=True))
-    if layout == "speculators":
+    if layout == "speculators" or config.block.num_layers > 1:
         tensors = {name.replace("midlayer.", "layers.0."): x for name, x in tensors.items()}
     return write_directory(directory, hf, tensors, dtype, draft.state.get("vocab"),
                            config.policy.vocab_size)
@@ -111,6 +112,8 @@ def tensor_names(config: Eagle3Config) -> Any:
         top, *below = (getattr(part, "key", getattr(part, "idx", None)) for part in path)
         if top == "layer":
             return f"midlayer.{layer_tensor(below[0])}"
+        if top == "further":
+            return f"layers.{below[0] + 1}.{layer_tensor(below[1])}"
         return f"fc_norm.{below[0]}.weight" if top == "fc_norm" else _NAMES[top]
 
     return jax.tree_util.tree_map_with_path(name, specs(config), is_leaf=is_spec)

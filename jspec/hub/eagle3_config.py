@@ -11,12 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from jspec.drafts.eagle3 import Eagle3Config, default_depths
+from jspec.drafts.eagle3 import Eagle3Config, published_depths
 from jspec.errors import InputError
 from jspec.hub.architectures import config_to_hf
-from jspec.hub.draft_configs import completed, layers_of, speculators_config
+from jspec.hub.draft_configs import (
+    BLOCKS,
+    LAYER,
+    block_family,
+    completed,
+    layers_of,
+    speculators_config,
+)
 from jspec.hub.fields import flag, section, short, texts, whole
 from jspec.model import ModelConfig
 
@@ -24,9 +31,11 @@ AUX_CONVENTIONS = {"input": 0, "output": 1}
 """What is to be added to the id of an auxiliary layer to have its depth, by what of that layer is
 taken."""
 
+MOST_LAYERS = 64
+"""Of a draft; published ones have one, or a few."""
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_TRAP = FLAGS[0]
 _AUX = "eagle_aux_hidden_state_layer_ids"
-_BLOCKS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _SERVED_AS = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 
 
@@ -36,55 +45,59 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
     and embedding it says nothing. Raises InputError for a draft of another policy, and for what is
     not supported."""
     try:
-        block, window = _block(hf, policy)
+        block, windows = _block(hf, policy)
         inside = section(hf, "eagle_config")  # where some trainers put the flags
         said = inside | {k: v for k, v in hf.items() if v is not None}
+        if LAYER in hf and _TRAP not in said:
+            raise InputError(f"config.json does not say {_TRAP}, which the speculators library's "
+                             "trainer sets and its reader takes for unset: with the wrong one "
+                             "hardly a token is accepted; say it, true or false")
         flags: dict[str, Any] = {name: flag(said, name) for name in FLAGS}
         flags["fc_norm"] = flags["fc_norm"] or flag(hf, "use_aux_norm")
         made = whole(section(hf, "jspec"), "depths", 3)
-        return Eagle3Config(policy=policy, block=block, window=window,
+        return Eagle3Config(policy=policy, block=block, window=windows,
                             depths=made if depths is None else depths,
                             aux_depths=_aux_depths(hf, policy.num_layers, aux_convention), **flags)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, int]:
-    """The block as a model of one layer, and the window of its attention (0: none)."""
+def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, tuple[int, ...]]:
+    """The block as a model of its layers, and the window of each one's attention (0: none)."""
     names = texts(hf, "architectures") or [str(hf.get("speculators_model_type") or "eagle3")]
     if not any("eagle3" in name.lower() for name in names):
         raise InputError(f"{names[0][:200]} is not an EAGLE-3 draft; give a directory that holds "
                          "one")
-    own = section(hf, "transformer_layer_config")
+    own = section(hf, LAYER)
     layer = own or hf
-    family = layer.get("model_type") or ("qwen3" if own else "llama")
-    if not isinstance(family, str) or family not in _BLOCKS:
-        raise InputError(f"a block of model_type {short(family)} is not supported; supported: "
-                         f"{', '.join(_BLOCKS)}")
+    family = block_family(layer, "qwen3" if own else "llama")
     if own:
         layer = completed(own, family)
-    if whole(layer, "num_hidden_layers", 1) != 1:
-        raise InputError(f"a draft of {layer['num_hidden_layers']} blocks is not supported; "
-                         "supported: one")
     if not flag(section(hf, "eagle_config"), "use_aux_hidden_state", True):
         raise InputError("a draft without auxiliary hidden states is not supported; take one that "
                          "has them")
-    block = layers_of("EAGLE-3", {"num_hidden_layers": 1, **layer}, _BLOCKS[family], hf, policy)
-    window = _window(layer)
-    return block, window if window < policy.max_position_embeddings else 0
+    block = layers_of("EAGLE-3", {"num_hidden_layers": 1, **layer}, BLOCKS[family], hf, policy)
+    if block.num_layers > MOST_LAYERS:
+        raise InputError(f"a draft of {block.num_layers} layers is not supported; supported: up to "
+                         f"{MOST_LAYERS}")
+    windows = _windows(layer, block.num_layers)
+    return block, tuple(w if w < policy.max_position_embeddings else 0 for w in windows)
 
 
-def _window(layer: dict[str, Any]) -> int:
-    """How many positions the block's attention sees; 0: all."""
-    window, types = whole(layer, "sliding_window", 0, least=0), texts(layer, "layer_types")
+def _windows(layer: dict[str, Any], count: int) -> tuple[int, ...]:
+    """How many positions the attention of each of the block's layers sees; 0: all."""
+    window, types = whole(layer, "sliding_window", 0, least=0), texts(layer, "layer_types")[:count]
     if not types:
-        slides = (flag(layer, "use_sliding_window")
-                  and whole(layer, "max_window_layers", 28, least=0) == 0)
-        return window if slides else 0
-    if types[0] not in ("full_attention", "sliding_attention"):
-        raise InputError(f"{short(types[0])} is not supported; supported: full_attention, "
-                         "sliding_attention")
-    return window if types[0] == "sliding_attention" else 0
+        full = whole(layer, "max_window_layers", 28, least=0)
+        slides = flag(layer, "use_sliding_window")
+        return tuple(window if slides and i >= full else 0 for i in range(count))
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise InputError(f"{short(kind)} is not supported; supported: full_attention, "
+                             "sliding_attention")
+    if len(types) < count:
+        raise InputError(f"config.json has {len(types)} layer_types, and the draft {count} layers")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
 def _aux_depths(hf: dict[str, Any], num_layers: int, convention: str | None) -> tuple[int, ...]:
@@ -98,8 +111,12 @@ def _aux_depths(hf: dict[str, Any], num_layers: int, convention: str | None) -> 
             raise InputError(f"{_AUX} in config.json must be a list of integers, not {short(ids)}")
     depths = {own: tuple(i + AUX_CONVENTIONS[convention or own] for i in ids)
               for own, ids in found.items()}
+    if not depths and not published_depths(num_layers):
+        raise InputError(f"config.json names no auxiliary layers, and a policy of {num_layers} "
+                         f"layers has not those that this stands for, 2, {num_layers // 2} and "
+                         f"{num_layers - 3}; name them in {_AUX}")
     if not depths:
-        return default_depths(num_layers)
+        return published_depths(num_layers)
     if len(set(depths.values())) > 1:
         raise InputError(f"config.json names two sets of auxiliary layers: {found['input']} at the "
                          f"top (each layer's input) and {found['output']} in eagle_config (each "
@@ -114,13 +131,10 @@ def config_json(config: Eagle3Config, dtype: str, layout: str,
     policy = config.policy
     block, _ = config_to_hf(dataclasses.replace(config.block, stop_tokens=policy.stop_tokens,
                                                 pad_token=policy.pad_token))
-    if config.block.family not in _BLOCKS:
+    if config.block.family not in BLOCKS:
         raise InputError(f"a block of the kind {config.block.family} has no name in published "
-                         f"drafts; known: {', '.join(_BLOCKS)}")
-    if config.window:
-        block |= {"sliding_window": config.window, "layer_types": ["sliding_attention"]}
-        block |= ({"use_sliding_window": True, "max_window_layers": 0}
-                  if config.block.family == "qwen3" else {})
+                         f"drafts; known: {', '.join(BLOCKS)}")
+    block |= _sliding(config)
     shared = {"tie_word_embeddings": False, "draft_vocab_size": config.vocab_size
               or policy.vocab_size, "target_hidden_size": policy.hidden_size,
               **{name: getattr(config, name) for name in FLAGS},
@@ -132,5 +146,20 @@ def config_json(config: Eagle3Config, dtype: str, layout: str,
                     depth - AUX_CONVENTIONS["output"] for depth in config.aux_depths]}}
     del block["architectures"], block["torch_dtype"]
     return {**shared, "dtype": dtype, "embed_requires_grad": False,
-            "transformer_layer_config": block,
+            LAYER: block,
             **speculators_config("eagle3", "Eagle3DraftModel", config.depths, policy, verifier)}
+
+
+def _sliding(config: Eagle3Config) -> dict[str, Any]:
+    """What a block's config.json says of the windows of its layers. Raises InputError for windows
+    of two lengths, of which no config can tell."""
+    windows = cast(tuple[int, ...], config.window)
+    if not any(windows):
+        return {}
+    if len(set(windows) - {0}) > 1:
+        raise InputError(f"a draft with windows of {windows} positions has no name in published "
+                         "drafts; known: one length for all layers that have a window")
+    of_qwen3 = {"use_sliding_window": True, "max_window_layers": 0}
+    return {"sliding_window": max(windows),
+            "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+            **(of_qwen3 if config.block.family == "qwen3" else {})}

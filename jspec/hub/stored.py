@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 
 from jspec.arguments import compute_dtype, instance, optional
 from jspec.hub import vocabulary
-from jspec.hub.architectures import config_from_hf, mtp_prefixes
+from jspec.hub.architectures import config_from_hf
 from jspec.hub.assemble import TensorSource, read_weights
 from jspec.hub.download import Located, locate
 from jspec.hub.json_io import read_json
+from jspec.hub.mtp_layouts import mtp_prefixes
 from jspec.hub.safetensors_io import open_directory
 from jspec.hub.tokenizer import (
     CHARACTERS,

@@ -55,10 +55,11 @@ def spied_loss(policy, draft, batch):
     return seen
 
 
-def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0):
+def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0, late=False):
     """After several cycles caches and states are what `start` makes of the committed tokens.
 
-    without_entry: how many tokens at the beginning have no entry in the draft's caches.
+    without_entry: how many tokens at the beginning have no entry in the draft's caches. late: in
+    each cache one more than in the one before.
     """
     sampling = Sampling(max_new_tokens=16, stop_tokens=())
     batch = jspec.PromptBatch.from_tokens(PROMPTS, group_size=2, seed=3, buckets=(8,))
@@ -90,12 +91,13 @@ def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0)
     (rows, of_draft), of_policy = scratch(tokens, of.lengths)
     for got, expected in zip(state.draft.rows, rows, strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5)
-    for cache, key_values, held in ((state.draft.cache, of_draft, lengths - without_entry),
-                                    (state.cache, of_policy, lengths - 1)):
-        for pools, pair in zip(zip(cache.k, cache.v, strict=True), key_values, strict=True):
+    for cache, key_values, absent, more in ((state.draft.cache, of_draft, without_entry, late),
+                                            (state.cache, of_policy, 1, 0)):
+        layers = zip(zip(cache.k, cache.v, strict=True), key_values, strict=True)
+        for layer, (pools, pair) in enumerate(layers):
             for pool, expected in zip(pools, pair, strict=True):
                 got = rows_of(pool, table).swapaxes(1, 2)
-                for i, n in enumerate(held):
+                for i, n in enumerate(lengths - absent - more * layer):
                     np.testing.assert_allclose(got[i, :n], expected[i, :n], atol=2e-5)
 
 
@@ -153,9 +155,12 @@ def check_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind
                         np.float64)[np.asarray(mask)]
     log_q = [np.asarray(q, np.float64)[np.asarray(mask)] for _, q in seen]
     overlaps = [np.minimum(np.exp(target), np.exp(q)).sum(-1) for q in log_q]
+    best = target.argmax(-1)
     want = {"kl": [(np.exp(target) * (target - q)).sum() for q in log_q],
             "tv": [(1 - a).sum() for a in overlaps],
-            "overlap": [-np.log(a).sum() for a in overlaps]}
+            "overlap": [-np.log(a).sum() for a in overlaps],
+            "ce": [-q[np.arange(len(q)), best].sum() for q in log_q]}
+    want["ce_tv"] = [0.1 * ce + 0.9 * tv for ce, tv in zip(want["ce"], want["tv"], strict=True)]
     loss = jax.jit(draft.drafter.loss, static_argnums=3)
     total, count, metrics = loss(policy, draft, batch, kind)
     np.testing.assert_allclose(total, np.mean(want[kind]), rtol=1e-5)

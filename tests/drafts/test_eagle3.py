@@ -28,11 +28,10 @@ def policy():
     return tiny.policy(11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.2)
 
 
-def make(policy, block=None, window=0, **options):
-    """A draft with noise on every weight, a block of other sizes than the policy's, and a window,
-    as checkpoints have one."""
+def make(policy, block=None, **options):
+    """A draft with noise on every weight, and a block of other sizes than the policy's, as
+    checkpoints have one."""
     draft = jspec.drafts.eagle3(policy, jax.random.key(1), **{"aux_depths": (0, 1, 3), **options})
-    draft = draft.replace(config=dataclasses.replace(draft.config, window=window))
     if block:
         config = dataclasses.replace(draft.config,
                                      block=dataclasses.replace(draft.config.block, **block))
@@ -41,7 +40,9 @@ def make(policy, block=None, window=0, **options):
     return tiny.shaken(draft, scale=0.15)
 
 
-VARIANTS = {"plain": {}, "reduced": REDUCED,
+LAYERS = dict(layers=2, window=(0, 2), qk_norm=True, fc_norm=True, norm_output=True,
+              aux_depths=(1, 3))
+VARIANTS = {"plain": {}, "reduced": REDUCED, "layers": LAYERS,
             "own-sizes": dict(block=OWN_SIZES, fc_norm=True, norm_output=True)}
 
 
@@ -50,13 +51,13 @@ def variants(*quick):
         "variant", [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in VARIANTS])
 
 
-@variants("reduced")
+@variants("reduced", "layers")
 def test_state_depends_on_committed_tokens_only(policy, variant):
     draft = make(policy, **VARIANTS[variant])
     recursive.check_state_depends_on_committed_tokens_only(policy, draft, without_entry=1)
 
 
-@variants("reduced", "own-sizes")
+@variants("reduced", "own-sizes", "layers")
 def test_the_loss_unrolls_what_propose_computes(policy, variant):
     recursive.check_the_loss_unrolls_what_propose_computes(
         policy, make(policy, **VARIANTS[variant]), first=1)
@@ -77,7 +78,7 @@ def test_a_trained_draft_is_accepted_more_often(policy):
 
 
 def test_training_reaches_every_weight_but_the_embedding(policy):
-    draft = make(policy, **{**REDUCED, "depths": 1})
+    draft = make(policy, **{**REDUCED, "depths": 1, "layers": 2, "qk_norm": True})
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 8)), jnp.int32)
     batch = recursive.lesson(policy, draft, tokens, jnp.array([2, 3]), jnp.ones((2, 5), bool))
 
@@ -126,6 +127,11 @@ def test_it_starts_from_the_policys_head_and_norm():
     (dict(aux_depths=()), r"depths \[\] of a policy of 3 layers"),
     (dict(depths=0), "depths = 0 must be at least 1"),
     (dict(norm_before_fc=True, fc_norm=True), "norm_before_fc and fc_norm exclude each other"),
+    (dict(layers=0), "eagle3 draft: layers = 0 must be at least 1"),
+    (dict(layers=2, window=(1, 2, 3)),
+     "window has 3 numbers, and the block has 2 layers; give one for each"),
+    (dict(window=-1), "window = -1 must be at least 0"),
+    (dict(qk_norm=1), "qk_norm = 1 must be True or False"),
     (dict(vocab=[1, 11]), "eagle3 draft: vocab holds token 11, outside the policy's 11"),
 ])
 def test_it_refuses(policy, options, message):

@@ -18,15 +18,23 @@ def policy():
 
 # the conventions of a published layout
 MIMO = {"hidden_first": True, "normed_trunk": False, "first": 1}
+STEPS = {"normed_trunk": False, "first": 1, "shared": True, "blocks": 2}
 
 
 REDUCED = {"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}
 
 
-@pytest.fixture(scope="module", params=[({}, {}), ({"blocks": 3}, {}), (REDUCED, {}), ({}, MIMO)],
-                ids=["recursive", "blocks", "two-blocks-reduced", "mimo"])
+VARIANTS = {"recursive": ({}, {}), "blocks": ({"blocks": 3}, {}), "mimo": ({}, MIMO),
+            "two-blocks-reduced": (REDUCED, {}), "steps": ({}, STEPS)}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def draft(policy, request):
-    options, conventions = request.param
+    return make(policy, request.param)
+
+
+def make(policy, variant):
+    options, conventions = VARIANTS[variant]
     draft = tiny.shaken(jspec.drafts.mtp(policy, jax.random.key(1), depths=3, **options),
                         scale=0.15)
     return draft.replace(config=dataclasses.replace(draft.config, **conventions))
@@ -34,15 +42,19 @@ def draft(policy, request):
 
 def test_state_depends_on_committed_tokens_only(policy, draft):
     recursive.check_state_depends_on_committed_tokens_only(policy, draft,
-                                                           without_entry=draft.config.first)
+                                                           without_entry=draft.config.first,
+                                                           late=draft.config.late)
 
 
 def test_the_loss_unrolls_what_propose_computes(policy, draft):
     recursive.check_the_loss_unrolls_what_propose_computes(policy, draft)
 
 
+@pytest.mark.parametrize("variant", [
+    x if x == "two-blocks-reduced" else pytest.param(x, marks=pytest.mark.slow) for x in VARIANTS])
 @pytest.mark.parametrize("kind", DRAFT_LOSSES)
-def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind):
+def test_the_loss_is_what_its_name_says_over_trained_tokens(policy, variant, kind):
+    draft = make(policy, variant)
     recursive.check_the_loss_is_what_its_name_says_over_trained_tokens(policy, draft, kind)
 
 

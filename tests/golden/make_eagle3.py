@@ -57,6 +57,15 @@ CASES = {
         rope_parameters=dict(rope_type="default", rope_theta=10000.0), sliding_window=5,
         use_sliding_window=True, layer_types=["sliding_attention"]),
                                   dict(draft_vocab_size=VOCAB, norm_before_residual=True), None),
+    "eagle3_speculators_layers": (Qwen3Config, dict(
+        num_hidden_layers=3, sliding_window=4, use_sliding_window=True, layer_types=[
+            "full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters=dict(rope_type="default", rope_theta=1000.0)),
+                                  dict(draft_vocab_size=20, norm_before_residual=True,
+                                       fc_norm=True, norm_output=True), (0, 2, 5, 6)),
+    "eagle3_vllm_layers": (LlamaConfig, dict(num_hidden_layers=2, rope_parameters=dict(
+        rope_type="default", rope_theta=300.0)),
+                           dict(draft_vocab_size=VOCAB, norm_before_fc=True), (3, 6)),
 }
 
 

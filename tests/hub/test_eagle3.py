@@ -25,7 +25,7 @@ from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
 from tests.speculate import tiny
 
 CASES = ["eagle3_specforge", "eagle3_vllm", "eagle3_speculators", "eagle3_speculators_qwen3",
-         "eagle3_speculators_window"]
+         "eagle3_speculators_window", "eagle3_speculators_layers", "eagle3_vllm_layers"]
 AUX = "eagle_aux_hidden_state_layer_ids"
 # the package has the function under this name
 module = importlib.import_module("jspec.drafts.eagle3")
@@ -68,12 +68,13 @@ def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
     configs = [draft.config for draft in drafts.values()]
     for flag in (*FLAGS, "own_embed"):
         assert {getattr(c, flag) for c in configs} == {False, True}
-    assert [c.vocab_size for c in configs] == [20, 0, 12, 25, 0]
+    assert [c.vocab_size for c in configs] == [20, 0, 12, 25, 0, 20, 0]
     assert ([c.aux_depths for c in configs]
-            == [(1, 4, 6), (0, 3, 5), (2, 3, 6), (2, 3, 4), (2, 3, 4)])
-    assert [c.dtype for c in configs] == ["bfloat16", "float16", "bfloat16", "bfloat16", "bfloat16"]
-    assert [c.block.qk_norm for c in configs] == [False, False, False, True, True]
-    assert [c.window for c in configs] == [0, 0, 0, 0, 5]
+            == [(1, 4, 6), (0, 3, 5), (2, 3, 6), (2, 3, 4), (2, 3, 4), (0, 2, 5, 6), (3, 6)])
+    assert [c.dtype == "float16" for c in configs] == [case == CASES[1] for case in CASES]
+    assert {c.dtype for c in configs} == {"float16", "bfloat16"}
+    assert [c.block.qk_norm for c in configs] == [False, False, False, True, True, True, False]
+    assert [c.window for c in configs] == [(0,), (0,), (0,), (0,), (5,), (0, 4, 4), (0, 0)]
     assert {c.block.qkv_bias for c in configs} == {False, True}
     assert {c.block.rope.scaling for c in configs} == {"default", "linear", "llama3"}
     stored = {case: load_file(GOLDEN / case / "model.safetensors") for case in CASES}
@@ -90,7 +91,9 @@ def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
     (CASES[0], {"own_embed": False}),
     (CASES[0], {"aux_depths": (0, 3, 5)}), (CASES[2], {"norm_before_residual": False}),
     (CASES[2], {"norm_before_fc": False}), (CASES[1], {"norm_output": False}),
-    (CASES[1], {"fc_norm": False}), (CASES[4], {"window": 0}), (CASES[4], {"window": 6})])
+    (CASES[1], {"fc_norm": False}), (CASES[4], {"window": 0}), (CASES[4], {"window": 6}),
+    (CASES[5], {"window": (4, 4, 4)}), (CASES[5], {"window": (0, 0, 4)}),
+    (CASES[5], {"norm_before_residual": False}), (CASES[5], {"aux_depths": (0, 2, 6, 5)})])
 def test_the_golden_files_would_show_a_flag_that_is_not_honoured(policy, case, changes):
     draft = eagle3.read(GOLDEN / case, policy)
     wrong = draft.replace(config=dataclasses.replace(draft.config, **changes))
@@ -106,6 +109,7 @@ def test_read_write_read_is_bit_exact(policy, case, layout, block, tmp_path):
     same(eagle3.read(tmp_path / "out", policy), draft)
     want, got = (load_file(GOLDEN / case / "model.safetensors"),
                  load_file(tmp_path / "out" / "model.safetensors"))
+    block = "layers.0." if draft.config.block.num_layers > 1 else block
     want = {name.replace("layers.0.", block).replace("midlayer.", block): x
             for name, x in want.items()}
     assert set(got) == set(want)
@@ -141,13 +145,13 @@ def test_a_new_draft_is_written_as_both_servers_read_it(policy, tmp_path):
 
 def test_the_configs_that_are_written_name_what_servers_look_for(policy, tmp_path):
     drafts = {case: eagle3.read(GOLDEN / case, policy) for case in CASES[2:]}
-    for case, served_as in zip(CASES[2:], ["LlamaForCausalLMEagle3",
-                                           *["Eagle3Qwen3ForCausalLM"] * 2], strict=True):
+    for case, served_as in zip(CASES[2:5], ["LlamaForCausalLMEagle3",
+                                            *["Eagle3Qwen3ForCausalLM"] * 2], strict=True):
         eagle3.write(drafts[case], tmp_path / case)
         hf = json.loads((tmp_path / case / "config.json").read_text())
         assert hf["architectures"] == [served_as] and "window" not in hf
         assert (hf.get("layer_types"), hf.get("sliding_window")) == (
-            (["sliding_attention"], 5) if drafts[case].config.window else (None, None))
+            (["sliding_attention"], 5) if any(drafts[case].config.window) else (None, None))
     publish(drafts[CASES[2]], tmp_path / "speculators", "speculators", "org/policy")
     hf = json.loads((tmp_path / "speculators" / "config.json").read_text())
     golden = json.loads((GOLDEN / CASES[2] / "config.json").read_text())
@@ -180,8 +184,8 @@ def test_the_configs_that_are_written_name_what_servers_look_for(policy, tmp_pat
     ({"sliding_window": 8}, 0), ({"sliding_window": 8, "use_sliding_window": True}, 0),
     ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8)])
 def test_which_window_a_config_asks_for(policy, tmp_path, config, window):
-    assert (eagle3.read(edit_config(copy(CASES[0], tmp_path / "x"), **config), policy).config.window
-            == window)
+    read = eagle3.read(edit_config(copy(CASES[0], tmp_path / "x"), **config), policy)
+    assert read.config.window == (window,)
 
 
 def test_a_draft_that_was_read_rolls_out(policy):
@@ -278,7 +282,10 @@ def flip(tensors):
     ({}, put(d2t=np.zeros(5, np.int64)),
      "d2t must hold 20 integers (draft_vocab_size), not int64 of shape [5]"),
     ({}, flip, "t2d does not agree with d2t"),
-    ({"num_hidden_layers": 2}, None, "a draft of 2 blocks is not supported"),
+    ({"num_hidden_layers": 2}, None, "these tensors are missing: layers.1.input_layernorm.weight"),
+    ({"num_hidden_layers": 65}, None, "a draft of 65 layers is not supported; supported: up to 64"),
+    ({"num_hidden_layers": 2, "layer_types": ["full_attention"]}, None,
+     "config.json has 1 layer_types, and the draft 2 layers"),
     ({"layer_types": ["chunked_attention"]}, None,
      "'chunked_attention' is not supported; supported: full_attention"),
     ({"layer_types": "sliding_attention"}, None, "as layer_types; expected a list of texts"),
@@ -294,6 +301,8 @@ def flip(tensors):
     ({"transformer_layer_config": "llama"}, None,
      "has 'llama' as transformer_layer_config; expected an object"),
     ({"transformer_layer_config": {"hidden_size": "many"}}, None, "is refused by transformers"),
+    ({"transformer_layer_config": {"model_type": "qwen3_next"}}, None,
+     "architecture Qwen3NextForCausalLM is not supported: its layers have gated attention"),
     ({"architectures": "LlamaForCausalLMEagle3"}, None,
      "as architectures; expected a list of texts"),
     ({"architectures": ["LlamaForCausalLM"]}, None, "LlamaForCausalLM is not an EAGLE-3 draft"),
@@ -311,6 +320,27 @@ def test_one_line_for_every_fault(policy, tmp_path, config, tensors, message):
     assert "\n" not in str(error.value)
 
 
+def test_what_a_config_leaves_out_and_must_say(policy, tmp_path):
+    """A missing norm_before_residual is no false one, and the default auxiliary layers are there
+    or named."""
+    directory = edit_config(copy(CASES[3], tmp_path / "x"), norm_before_residual=None)
+    with pytest.raises(InputError, match="config.json does not say norm_before_residual.*: with "
+                       "the wrong one hardly a token is accepted; say it, true or false"):
+        eagle3.read(directory, policy)
+    edit_config(directory, eagle_config={"norm_before_residual": False})
+    same(eagle3.read(directory, policy), eagle3.read(GOLDEN / CASES[3], policy))
+    shallow = policy.replace(config=dataclasses.replace(policy.config, num_layers=5))
+    with pytest.raises(InputError, match="names no auxiliary layers, and a policy of 5 layers has "
+                       "not those that this stands for, 2, 2 and 2; name them in eagle_aux"):
+        eagle3.read(directory, shallow)
+
+
+def test_windows_of_two_lengths_have_no_name(policy, tmp_path):
+    draft = jspec.drafts.eagle3(policy, jax.random.key(0), layers=2, window=(3, 4))
+    with pytest.raises(InputError, match=r"a draft with windows of \(3, 4\) positions has no name"):
+        eagle3.write(draft, tmp_path / "out")
+
+
 def test_files_that_are_not_there_or_not_whole(policy, tmp_path):
     directory = copy(CASES[0], tmp_path / "x")
     with pytest.raises(InputError, match="aux_convention 'vllm' is unknown; known: input, output"):
@@ -323,8 +353,7 @@ def test_files_that_are_not_there_or_not_whole(policy, tmp_path):
     with pytest.raises(InputError, match="no safetensors; pickled weights are never loaded"):
         eagle3.read(directory, policy)
     (directory / "config.json").write_text('{"architectures": null}')
-    with pytest.raises(InputError,
-                       match="no layout of MTP heads is known for an unnamed architecture"):
+    with pytest.raises(InputError, match="no MTP head of an unnamed architecture can be read"):
         jspec.load_draft(policy, directory)
     (directory / "config.json").unlink()
     with pytest.raises(InputError, match="no config.json"):

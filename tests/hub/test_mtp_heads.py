@@ -8,20 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jspec
 from jspec import hub
 from jspec.drafts import base
 from jspec.errors import InputError
+from jspec.heads import publish
 from jspec.hub import mtp_heads
-from jspec.hub.architectures import ARCHITECTURES, MTP_LAYOUTS, MtpLayout
+from jspec.hub.mtp_layouts import MTP_LAYOUTS, mtp_tensors
 from jspec.model import prefill
 from jspec.speculate import Sampling, Speculation
 from pallas_kernels.noise import rejection_noise
 from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
 
 CASES = ["mimo", "mimo_bfloat16_sharded"]
+STEPS = "mtp_speculators"  # for the policy qwen3
 PREFIX = "model.mtp_layers.0."
 
 
@@ -48,9 +50,9 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def drafted_logits(policy, draft, tokens):
-    """Logits [S - 2, 2, V] at both depths after the first 2 .. S - 1 tokens [S], the first draft
-    being the next one."""
+def drafted_logits(policy, draft, tokens, k=2):
+    """Logits [S - 2, k, V] at k depths after the first 2 .. S - 1 tokens [S], the drafts being the
+    next ones."""
     rows = jnp.broadcast_to(tokens, (len(tokens) - 2, len(tokens)))
     lengths = jnp.arange(2, len(tokens))
 
@@ -65,8 +67,8 @@ def drafted_logits(policy, draft, tokens):
         trunk, _ = prefill(ready, rows, depths=module.features(draft.config))
         state = module.start(ready, draft, base.Prefill(trunk, rows, lengths))
         state = base.DraftState.of_prompts(*state, 2 * len(tokens))
-        noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, 2)
-        sampler = Forced(noise, jnp.ones(len(lengths)), None, 0, 2)
+        noise = rejection_noise(jnp.zeros(2, jnp.uint32), lengths, lengths, k)
+        sampler = Forced(noise, jnp.ones(len(lengths)), None, 0, k)
         return module.propose(ready, draft, state, base.Committed(rows, lengths), sampler)[0].log_q
 
     return np.asarray(run(policy, draft))
@@ -83,6 +85,21 @@ def error_against_golden(case, policy, draft):
 def test_logits_are_those_of_the_published_code_at_both_depths(case):
     policy = load(GOLDEN / case)
     assert max(error_against_golden(case, policy, mtp_heads.read(GOLDEN / case, policy))) < 1e-4
+
+
+@pytest.mark.parametrize("change, error", [
+    ({}, 0), ({"blocks": 1}, 1), *(pytest.param(change, 1, marks=pytest.mark.slow) for change in (
+        {"hidden_first": True}, {"normed_trunk": True}, {"first": 0}))], ids=str)
+def test_logits_are_those_of_speculators_at_every_step(change, error):
+    """Drafted one after the other they are what its trainer computes of whole sequences."""
+    policy = load(GOLDEN / "qwen3")
+    draft = mtp_heads.read(GOLDEN / STEPS, policy)
+    draft = draft.replace(config=dataclasses.replace(draft.config, **change))
+    with np.load(GOLDEN / STEPS / "reference.npz") as data:
+        want = data["logits"].swapaxes(0, 1)
+        got = drafted_logits(policy, draft, jnp.asarray(data["tokens"][0]), k=want.shape[1])
+    difference = np.abs(got[:len(want)] - want).max()
+    assert difference > 0.01 if error else difference < 1e-4
 
 
 @pytest.mark.parametrize("change", [{"hidden_first": False}, {"normed_trunk": True}, {"first": 0}],
@@ -140,26 +157,99 @@ def test_a_head_joins_the_policy_that_was_exported(shard, policy, draft, tmp_pat
     same(mtp_heads.read(tmp_path / "out", again).weights, draft.weights)
 
 
-def test_a_further_layout_is_a_row(policy, tmp_path, monkeypatch):
-    """Names and conventions as DeepSeek-V3 has them, on a trunk that there is: the head is one more
-    layer."""
-    row = MtpLayout("FurtherForCausalLM", "further", prefix="model.layers.{layer}.",
-                    embed_norm="enorm.weight", hidden_norm="hnorm.weight", proj="eh_proj.weight",
-                    block="inner.", final_norm="shared_head.norm.weight", hidden_first=False,
-                    normed_trunk=True, first=0)
-    monkeypatch.setitem(MTP_LAYOUTS, row.architecture, row)
-    monkeypatch.setitem(ARCHITECTURES, row.architecture, "qwen2")
+def test_a_head_of_speculators_is_written_as_it_was_read(tmp_path):
+    policy = load(GOLDEN / "qwen3")
+    draft = mtp_heads.read(GOLDEN / STEPS, policy)
+    assert (draft.config.depths, draft.config.blocks, draft.config.dtype) == (3, 3, "float16")
+    publish(draft, tmp_path / "head", verifier="org/policy")
+    same(tensors(tmp_path / "head"), tensors(GOLDEN / STEPS))
+    again = jspec.load_draft(policy, tmp_path / "head")
+    assert again.config == draft.config
+    same(again.weights, draft.weights)
+    got, want = (json.loads((where / "config.json").read_text())
+                 for where in (tmp_path / "head", GOLDEN / STEPS))
+    assert got["speculators_config"].pop("verifier") == {
+        "name_or_path": "org/policy", "architectures": ["Qwen3ForCausalLM"]}
+    methods = want["speculators_config"]
+    assert got.pop("speculators_config") == {
+        "algorithm": methods["algorithm"], "default_proposal_method": "greedy",
+        "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}]}
+    layer = got.pop("transformer_layer_config")
+    assert got == {key: x for key, x in want.items() if key in got}
+    assert set(want) - set(got) == {"transformers_version", "speculators_config",
+                                    "transformer_layer_config"}
+    shared = set(layer) & set(want["transformer_layer_config"]) - {"bos_token_id", "pad_token_id"}
+    assert all(layer[key] == want["transformer_layer_config"][key] for key in shared)
+    short = mtp_heads.read(GOLDEN / STEPS, policy, depths=1)
+    assert short.config.blocks == short.config.depths == 1
+    with pytest.raises(InputError, match="exists and is neither empty nor a model's directory"):
+        mtp_heads.write(draft, copy("qwen3", tmp_path / "trunk"))
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"head_dim": 16}, "made for another policy: its head_dim is 16, the policy's is 8"),
+    ({"model_type": "llama"},
+     "made for another policy: its family is llama, the policy's is qwen3"),
+    ({"model_type": "qwen3_5_text"}, "architecture Qwen3_5ForCausalLM is not supported: its layers "
+     "have gated attention, linear attention and zero-centred norms, which jspec does not compute"),
+    ({"model_type": "mixtral"}, "a block of model_type 'mixtral' is not supported; supported: "),
+])
+def test_heads_of_speculators_that_do_not_fit(change, text, tmp_path):
+    directory = copy(STEPS, tmp_path / "m")
+    layer = json.loads((directory / "config.json").read_text())["transformer_layer_config"]
+    edit_config(directory, transformer_layer_config={**layer, **change})
+    assert text in message(mtp_heads.read, directory, load(GOLDEN / "qwen3"))
+
+
+def test_heads_of_any_trunk(policy, tmp_path):
+    """DeepSeek-V3's and Qwen3-Next's names on a trunk that there is, with the copies of the trunk's
+    tensors that some publish."""
     draft = jspec.drafts.mtp(policy, jax.random.key(0))
+    draft = draft.replace(config=dataclasses.replace(draft.config, first=1))
     hub.export(policy, tmp_path / "out")
     mtp_heads.write(draft, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
     names = {name for name in tensors(tmp_path / "out") if name.startswith("model.layers.2.")}
-    assert ({"model.layers.2.eh_proj.weight", "model.layers.2.inner.self_attn.q_proj.bias"}
-            < names and len(names) == 16)
-    again = load(tmp_path / "out")
-    same(again.weights, policy.weights)
-    head = mtp_heads.read(tmp_path / "out", again)
-    assert head.config == draft.config
-    same(head.weights, draft.weights)
+    assert ({"model.layers.2.eh_proj.weight", "model.layers.2.shared_head.norm.weight",
+             "model.layers.2.self_attn.q_proj.bias"} < names and len(names) == 16)
+    theirs, other = (mtp_tensors(MTP_LAYOUTS[name], policy.config)
+                     for name in ("DeepseekV3ForCausalLM", "Qwen3NextForCausalLM"))
+    held = tensors(tmp_path / "out")
+    for number, stored in enumerate((theirs, other)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        renamed = dict(zip([t.name for t in theirs], [t.name for t in stored], strict=True))
+        copies = {"model.layers.2.embed_tokens.weight": held["model.embed_tokens.weight"],
+                  "model.layers.2.shared_head.head.weight": held["lm_head.weight"]}
+        save_file({renamed.get(name, name): x for name, x in held.items()}
+                  | ({} if number else copies), directory / "model.safetensors")
+        (directory / "config.json").write_text(json.dumps(config))
+        again = load(directory)
+        same(again.weights, policy.weights)
+        head = mtp_heads.read(directory, again)
+        assert head.config == draft.config
+        same(head.weights, draft.weights)
+    assert {"mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight"} < tensors(directory).keys()
+
+
+@pytest.mark.parametrize("architecture, lacking", [
+    ("DeepseekV3ForCausalLM", "multi-head latent attention, shared experts and sigmoid routing"),
+    ("Glm4MoeForCausalLM", "shared experts, sigmoid routing and partial rotary embedding"),
+    ("Qwen3NextForCausalLM",
+     "gated attention, linear attention, shared experts and zero-centred norms"),
+    ("Qwen3_5ForConditionalGeneration",
+     "gated attention, linear attention and zero-centred norms")])
+def test_a_trunk_that_is_not_supported_is_refused_before_anything_is_read(
+        architecture, lacking, policy, tmp_path):
+    """There are no tensors in the directory."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": [architecture], "num_nextn_predict_layers": 1}))
+    reason = (f"architecture {architecture} is not supported: its layers have {lacking}, which "
+              "jspec does not compute; supported: LlamaForCausalLM")
+    assert (message(mtp_heads.read, tmp_path, policy).startswith(
+        f"{tmp_path}: no MTP head of {architecture} can be read: {reason}"))
+    assert reason in message(load, tmp_path)
 
 
 def test_mixed_dtypes_lose_nothing(policy, tmp_path):
@@ -202,9 +292,11 @@ def message(call, *args, **options):
     ({"num_nextn_predict_layers": "1"},
      "has '1' as num_nextn_predict_layers; expected a whole number"),
     ({"architectures": ["Qwen2ForCausalLM"]},
-     "no layout of MTP heads is known for Qwen2ForCausalLM; known: MiMoForCausalLM"),
-    ({"architectures": None},
-     "no layout of MTP heads is known for an unnamed architecture; known: MiMoForCausalLM"),
+     "no MTP head of a known layout is there: of Qwen2ForCausalLM, tensor "
+     "model.layers.2.eh_proj.weight or mtp.fc.weight is looked for"),
+    ({"architectures": ["BambaForCausalLM"]}, "no MTP head of BambaForCausalLM can be read: "
+     "architecture BambaForCausalLM is not supported; supported: "),
+    ({"architectures": None}, "no MTP head of an unnamed architecture can be read: "),
 ])
 def test_configs_that_do_not_fit(change, text, policy, tmp_path):
     assert (text in message(mtp_heads.read, edit_config(copy("mimo", tmp_path / "m"), **change),
@@ -254,8 +346,8 @@ def test_other_things_that_cannot_be_read(policy, tmp_path):
 
 def test_what_cannot_be_written(policy, draft, tmp_path):
     other = jspec.drafts.mtp(policy, jax.random.key(0))
-    assert ("no published architecture has an mtp head with blocks=1, vocab_size=0, "
-            "hidden_first=False" in message(mtp_heads.write, other, tmp_path / "a"))
+    assert ("no published mtp head has blocks=1, vocab_size=0, hidden_first=False, "
+            "normed_trunk=True, first=0" in message(mtp_heads.write, other, tmp_path / "a"))
     reduced = draft.replace(config=dataclasses.replace(draft.config, vocab_size=4))
     assert "vocab_size=4" in message(mtp_heads.write, reduced, tmp_path / "a")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Every drafter, tiny: what each rule is tested with. A drafter that `jspec.drafts` lists is
 tested, and once more with a reduced vocabulary if its `init` takes one."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -9,9 +10,14 @@ import jspec
 from tests.speculate import tiny
 
 # further ways to make a drafter: name -> (drafter, options)
-VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}),
+VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}), "mtp-steps": ("mtp", {}),
+            "eagle3-layers": ("eagle3", {"layers": 2, "window": (0, 3), "qk_norm": True,
+                                         "fc_norm": True, "norm_output": True,
+                                         "norm_before_residual": True}),
             **{f"{name}-reduced": (name, {"vocab": None}) for name in jspec.drafts.DRAFTERS
                if "vocab" in inspect.signature(getattr(jspec.drafts, name)).parameters}}
+# conventions of published heads, which no option sets: of the speculators library's
+CONVENTIONS = {"mtp-steps": {"blocks": 2, "shared": True, "first": 1, "normed_trunk": False}}
 NAMES = (*jspec.drafts.DRAFTERS, *VARIANTS)
 TABLES = {"table": {}, "fixed": {"sampled": False}, "sharp": {"spread": 2.0}}
 MODEL = {"num_layers": 2, "hidden_size": 8, "intermediate_size": 24, "num_heads": 2,
@@ -47,5 +53,6 @@ def make(name, policy, seed=0, scale=0.4):
         options = {"model": MODEL, **options}
     if "vocab" in options:
         options = {"vocab": range(0, policy.config.vocab_size, 2)}
-    return tiny.shaken(getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options),
-                       seed=seed, scale=scale)
+    made = getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options)
+    config = dataclasses.replace(made.config, **CONVENTIONS.get(name, {}))
+    return tiny.shaken(made.replace(config=config), seed=seed, scale=scale)

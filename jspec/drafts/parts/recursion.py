@@ -1,23 +1,22 @@
 """Blocks that draft recursively: one reads the states of the depth before, and keeps keys and
 values of its own.
 
-A drafter hands over its blocks as functions `block(hidden, tokens, rope, attend) -> (states,
-cache)`: entry i reads hidden [B, T, D] of the position before tokens [B, T], and its state predicts
-the token after. The first depths have a block each; the last block serves all the depths after it
-too (https://arxiv.org/abs/2503.01840). `entries` is how many entries a row's caches hold. What a
-depth drafted is overwritten once the verifier's states are known.
+A drafter hands over its blocks: entry i reads hidden [B, T, D] of the position before tokens
+[B, T], and its state predicts the token after. The first depths have a block each; the last block
+serves all the depths after it too (https://arxiv.org/abs/2503.01840). `entries` is how many entries
+a row's caches hold. What a depth drafted is overwritten once the verifier's states are known.
+
+A further block's first entry has no state of the block before it: it reads zeros, or, where blocks
+are `late`, is left out, and each block's entries begin one token after those of the block before.
 
 `policy` is read for what the blocks are computed in and where: its config must have the blocks'
 heads and rope.
-
-`window` is for one block that serves every depth: of the entries made from the trunk's states its
-attention sees the `window` last (None: all of them), and at every depth those of the depths before,
-as the block's trainer has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,22 @@ from jspec.model.attention import causal_attention
 from jspec.model.layers import rope_table
 from jspec.sharding import constrain, constrain_tree
 
-Block = Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]
-"""A decoder block, as above; its cache is what `attend` returned."""
+
+class Block(NamedTuple):
+    """One decoder layer or several.
+
+    Attributes:
+      run: (hidden, tokens, rope, attends) -> (states, caches); `attends` has one attention for each
+        of its layers, and `caches` what each of them returned.
+      windows: one for each of its layers, for a block that serves every depth: of the entries made
+        from the trunk's states its attention sees the last so many (None: all of them), and at
+        every depth those of the depths before, as the block's trainer has it.
+    """
+
+    run: Callable[..., tuple[jax.Array, list[Any]]]
+    windows: tuple[int | None, ...] = (None,)
+
+
 Rows = tuple[jax.Array, ...]
 """Of every block the state [B, 1, D] at a row's last entry."""
 
@@ -51,47 +64,69 @@ def next_tokens(tokens: jax.Array) -> jax.Array:
 
 
 def start(policy: Policy, blocks: Sequence[Block], hidden: jax.Array, tokens: jax.Array,
-          entries: jax.Array, window: int | None = None) -> tuple[Rows, KeyValues]:
+          entries: jax.Array, late: bool = False) -> tuple[Rows, KeyValues]:
     """Of every block, its state [P, 1, D] at the last of entries int32 [P], zeros where there are
-    none, and its keys and values over hidden [P, L, D] and tokens [P, L]."""
+    none, and of each of its layers the keys and values over hidden [P, L, D] and tokens [P, L]."""
     rope = rope_table(policy.config, jnp.arange(tokens.shape[1])[None])
 
-    def attend(q, k, v) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return causal_attention(q, k, v, window), (k, v)
+    def attention(window: int | None) -> Callable:
+        return lambda q, k, v: (causal_attention(q, k, v, window), (k, v))
 
-    rows, kept = [], []
+    rows: list[jax.Array] = []
+    kept: list[tuple[jax.Array, jax.Array]] = []
     for block in blocks:
-        states, pair = block(hidden, tokens, rope, attend)
+        states, pairs = block.run(hidden, tokens, rope, [attention(w) for w in block.windows])
         at = jnp.maximum(entries - 1, 0)[:, None, None]
         rows.append(jnp.where(entries[:, None, None] > 0, jnp.take_along_axis(states, at, axis=1),
                               0))
-        kept.append(pair)
-        hidden = shift(states)
+        kept += pairs
+        if late:
+            hidden, tokens, entries = states, next_tokens(tokens), entries - 1
+        else:
+            hidden = shift(states)
     return tuple(rows), tuple(kept)
 
 
-def _extend(policy: Policy, block: Block, index: int, cache: Cache, hidden: jax.Array,
-            tokens: jax.Array,
-            entries: jax.Array, window: int | None = None) -> tuple[jax.Array, Cache]:
+def _earlier(x: jax.Array, by: jax.Array) -> jax.Array:
+    """x [N, T, ...] moved by int32 [N] positions to the front, the rest garbage."""
+    at = (jnp.arange(x.shape[1]) + by[:, None]).reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, at, axis=1, mode="clip")
+
+
+def _extend(policy: Policy, blocks: Sequence[Block], index: int, cache: Cache, hidden: jax.Array,
+            tokens: jax.Array, entries: jax.Array, late: bool,
+            drafted: int = 0) -> tuple[jax.Array, Cache]:
     """Run tokens int32 [N, T] as entries entries .. entries + T - 1 of a block, writing its keys
-    and values."""
+    and values. drafted: how many of the entries before them are of drafted tokens, which no window
+    counts. States where a late block has no entry are zeros."""
+    block, absent = blocks[index], None
+    if late and index:
+        absent = jnp.maximum(index - entries, 0)
+        entries = jnp.maximum(entries - index, 0)
+        hidden, tokens = _earlier(hidden, absent), _earlier(tokens, absent)
     rope = rope_table(policy.config, entries[:, None] + jnp.arange(tokens.shape[1])[None])
+    at = sum(len(before.windows) for before in blocks[:index])
 
-    def attend(q, k, v) -> tuple[jax.Array, list[jax.Array]]:
-        out, *pools = attend_cached(policy, q, k, v, cache.k[index], cache.v[index], cache.table,
-                                    entries, window)
-        return out, pools
+    def attention(layer: int, window: int | None) -> Callable:
+        def attend(q, k, v) -> tuple[jax.Array, list[jax.Array]]:
+            out, *pools = attend_cached(policy, q, k, v, cache.k[layer], cache.v[layer],
+                                        cache.table, entries, window and window + drafted)
+            return out, pools
+        return attend
 
-    def replaced(pools: tuple[jax.Array, ...], pool: jax.Array) -> tuple[jax.Array, ...]:
-        return (*pools[:index], pool, *pools[index + 1:])
-
-    states, (k, v) = block(hidden, tokens, rope, attend)
-    return states, cache.replace(k=replaced(cache.k, k), v=replaced(cache.v, v))
+    states, pools = block.run(hidden, tokens, rope,
+                              [attention(at + i, window) for i, window in enumerate(block.windows)])
+    if absent is not None:
+        there = jnp.arange(tokens.shape[1]) >= absent[:, None]
+        states = jnp.where(there[..., None], _earlier(states, -absent), 0)
+    k, v = ((*old[:at], *new, *old[at + len(new):])
+            for old, new in zip((cache.k, cache.v), zip(*pools, strict=True), strict=True))
+    return states, cache.replace(k=k, v=v)
 
 
 def propose(policy: Policy, blocks: Sequence[Block], state: DraftState, entries: jax.Array,
             sampler: Sampler, head: Callable[[jax.Array], jax.Array], vocab: jax.Array | None,
-            window: int | None = None) -> tuple[Proposal, DraftState]:
+            late: bool = False) -> tuple[Proposal, DraftState]:
     """K sampled tokens with the distributions they were drawn from; depth j + 1 reads depth j's
     states and tokens.
 
@@ -99,20 +134,19 @@ def propose(policy: Policy, blocks: Sequence[Block], state: DraftState, entries:
     drafted before.
 
     Args:
-      entries: int32 [N], of every cache. head: states [N, D] to logits float32 [N, Vd]. vocab:
-        int32 [Vd] or None.
+      entries: int32 [N], of the first block's caches. head: states [N, D] to logits float32
+        [N, Vd]. vocab: int32 [Vd] or None.
     """
     cache, last, tokens, log_qs = state.cache, len(blocks) - 1, [], []
     states = state.rows[0]  # of the current depth's block, from the last entry on
     for j in range(sampler.k):
         if 0 < j <= last:
-            new, cache = _extend(policy, blocks[j], j, cache, states, jnp.stack(tokens, axis=1),
-                                 entries)
+            new, cache = _extend(policy, blocks, j, cache, states, jnp.stack(tokens, axis=1),
+                                 entries, late)
             states = jnp.concatenate([state.rows[j], new], axis=1)
         elif j:
-            states, cache = _extend(policy, blocks[last], last, cache, states[:, -1:],
-                                    tokens[-1][:, None],
-                                    entries + j - 1, None if window is None else window + j)
+            states, cache = _extend(policy, blocks, last, cache, states[:, -1:],
+                                    tokens[-1][:, None], entries + j - 1, late, drafted=j)
         token, log_q = sampler.draw(head(states[:, -1]), j, vocab)
         tokens.append(token)
         log_qs.append(log_q)
@@ -121,15 +155,15 @@ def propose(policy: Policy, blocks: Sequence[Block], state: DraftState, entries:
 
 
 def observe(policy: Policy, blocks: Sequence[Block], state: DraftState, entries: jax.Array,
-            hidden: jax.Array, observation: Observation, window: int | None = None) -> DraftState:
+            hidden: jax.Array, observation: Observation, late: bool = False) -> DraftState:
     """Rewrite the caches of the committed positions from the verifier's hidden [N, K + 1, D]; keep
     the last states."""
     at = jnp.maximum(observation.count - 1, 0)[:, None, None]
     live = (observation.count > 0)[:, None, None]
     cache, rows = state.cache, []
-    for index, (block, before) in enumerate(zip(blocks, state.rows, strict=True)):
-        states, cache = _extend(policy, block, index, cache, hidden, observation.tokens, entries,
-                                window)
+    for index, before in enumerate(state.rows):
+        states, cache = _extend(policy, blocks, index, cache, hidden, observation.tokens, entries,
+                                late)
         last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before)
         rows.append(constrain(last, policy.layout, "batch", None, None))
         hidden = jnp.concatenate([before, states[:, :-1]], axis=1)
@@ -137,14 +171,23 @@ def observe(policy: Policy, blocks: Sequence[Block], state: DraftState, entries:
 
 
 def unroll(policy: Policy, blocks: Sequence[Block], hidden: jax.Array, tokens: jax.Array,
-           depths: int, window: int | None = None) -> list[jax.Array]:
+           depths: int, late: bool = False) -> list[jax.Array]:
     """The states [B, S, D] of every depth over whole sequences, each depth as `propose` computes
     it."""
     rope, out = rope_table(policy.config, jnp.arange(tokens.shape[1])[None]), []
     for depth in range(depths):
         if depth < len(blocks):
-            block, earlier = blocks[depth], []
-        states, _ = block(hidden, tokens, rope, unrolled_attention(earlier, window))
+            block = blocks[depth]
+            earlier: list[list] = [[] for _ in block.windows]
+            if late and depth:
+                tokens = next_tokens(tokens)
+        elif late:
+            hidden = shift(hidden)
+        states, _ = block.run(hidden, tokens, rope,
+                              [unrolled_attention(own, window)
+                               for own, window in zip(earlier, block.windows, strict=True)])
+        hidden = states if late else shift(states)
+        for _ in range(min(depth, len(blocks) - 1) if late else 0):
+            states = shift(states)
         out.append(states)
-        hidden = shift(states)
     return out

@@ -242,6 +242,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m-instruct", help=cli.MODEL)
     parser.add_argument("--draft", type=draft_at, action="append", default=[], metavar="KIND=PATH",
                         help="a trained draft, as `jspec draft export` takes it; may be repeated")
+    parser.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND",
+                        help=f"of {', '.join(KINDS)} (default: all that a draft is there for)")
     parser.add_argument("--k", type=cli.number(int, 1), default=3, help="tokens drafted a cycle")
     parser.add_argument("--count", type=cli.number(int, 1), default=32, metavar="N",
                         help="the first N held-out prompts (default: 32)")
@@ -257,7 +259,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def given(args: argparse.Namespace) -> list[str]:
     """The kinds that a draft is there for."""
-    return [name for name, kind in KINDS.items() if kind.draft in {*args.draft, *FREE}]
+    return [name for name, kind in KINDS.items() if kind.draft in {*args.draft, *FREE}
+            and (not args.only or name in args.only)]
 
 
 def measured(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:

@@ -145,6 +145,8 @@ def config_json(config: Eagle3Config, dtype: str, layout: str,
                 "eagle_config": {"use_aux_hidden_state": True, _AUX: [
                     depth - AUX_CONVENTIONS["output"] for depth in config.aux_depths]}}
     del block["architectures"], block["torch_dtype"]
+    if len(config.aux_depths) != 3:  # which is what vLLM takes there to be, unless the block says
+        block["num_aux_hidden_states"] = len(config.aux_depths)
     return {**shared, "dtype": dtype, "embed_requires_grad": False,
             LAYER: block,
             **speculators_config("eagle3", "Eagle3DraftModel", config.depths, policy, verifier)}

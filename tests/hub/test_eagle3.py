@@ -143,6 +143,16 @@ def test_a_new_draft_is_written_as_both_servers_read_it(policy, tmp_path):
                  draft.weights)
 
 
+@pytest.mark.parametrize("depths, said", [([1, 2, 3], None), ([1, 4], 2)])
+def test_a_server_is_told_how_many_layers_are_fused(policy, tmp_path, depths, said):
+    """vLLM takes it to be three unless the block's config says otherwise."""
+    made = jspec.drafts.eagle3(policy, jax.random.key(0), aux_depths=depths)
+    eagle3.write(made, tmp_path / "out", layout="speculators")
+    hf = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert hf["transformer_layer_config"].get("num_aux_hidden_states") == said
+    assert eagle3.read(tmp_path / "out", policy).config == made.config
+
+
 def test_the_configs_that_are_written_name_what_servers_look_for(policy, tmp_path):
     drafts = {case: eagle3.read(GOLDEN / case, policy) for case in CASES[2:]}
     for case, served_as in zip(CASES[2:5], ["LlamaForCausalLMEagle3",

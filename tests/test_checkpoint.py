@@ -169,6 +169,30 @@ def test_policy_and_draft_are_read_from_a_run_without_it(tmp_path, draft):
     assert load_policy(tmp_path, "bfloat16").dtype == "bfloat16"
 
 
+def test_a_draft_model_that_is_not_trained_is_in_no_checkpoint(tmp_path):
+    """Its weights are read from where they were, by `heads.load_draft` too; one that was trained is
+    kept, and is a model for other runs."""
+    trained, lies = make_state("draft_model"), tmp_path / "trained"
+    frozen, at = dataclasses.replace(trained, draft_opt_state=()), tmp_path / "frozen"
+    fresh = DraftSection(name="draft_model", options={"model": {"num_layers": 1}})
+    for path, state, section in ((lies, trained, fresh),
+                                 (at, frozen, DraftSection(name="draft_model", path=str(lies)))):
+        config = Config(output_dir=str(path), draft=section)
+        keep_config(config)
+        elsewhere = section.elsewhere is not None
+        with Checkpoints(path, keep=1, draft_elsewhere=elsewhere) as checkpoints:
+            checkpoints.save(3, state, DATA)
+        assert elsewhere != (path / "checkpoints" / "3" / "draft").exists()
+        with Checkpoints(path, keep=1, draft_elsewhere=elsewhere) as checkpoints:
+            restored = checkpoints.restore(state)[1]
+        same(restored.policy.weights, state.policy.weights)
+        draft = jspec.load_draft(state.policy, path)
+        assert draft.config == state.draft.config
+        same(draft.weights, state.draft.weights)
+    with pytest.raises(InputError, match="is the model .*trained as it is, .* jspec.load_draft"):
+        load_draft(at)
+
+
 @pytest.mark.parametrize("draft", ["mtp", "suffix"])
 def test_a_run_is_read_onto_the_mesh(tmp_path, draft):
     make_run(tmp_path, draft)

@@ -89,15 +89,10 @@ def _find(policy: Policy, source: str, drafter: Drafter | None, tokenizer: Any) 
             raise InputError(f"{source} is a run without a draft")
         draft.check(policy)
         return draft
-    none = f"no draft at {source}"
     if (path / files.CONFIG).is_file() or path.suffix == ".gguf" or hub_id(source):
-        try:
-            found = open_model(source)
-        except InputError as error:
-            raise InputError(f"{none}, and no model to draft with: {error}") from error
-        return _of_model(policy, found, tokenizer)
-    raise InputError(f"{none}: give the output_dir of `jspec train` or `jspec draft train`, "
-                     "a published EAGLE-3 draft or MTP head, a model to draft with"
+        return _of_model(policy, open_model(source), tokenizer)
+    raise InputError(f"no draft at {source}: give the output_dir of `jspec train` or `jspec draft "
+                     "train`, a published EAGLE-3 draft or MTP head, a model to draft with"
                      + "".join(f", or {name}" for name in SHIPPED))
 
 

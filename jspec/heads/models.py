@@ -51,7 +51,10 @@ def open_model(source: str) -> DraftingModel:
             return DraftingModel(source, held.config.model, partial(files.read, head))
     if is_run(path):
         return _of_run(source)
-    stored = hub.open(source)
+    try:
+        stored = hub.open(source)
+    except InputError as error:
+        raise InputError(f"no draft at {source}, and no model to draft with: {error}") from error
     return DraftingModel(source, stored.config, _reader(stored.config, stored.policy),
                          stored.tokenizer)
 

@@ -23,6 +23,8 @@ TABLES = {"table": {}, "fixed": {"sampled": False}, "sharp": {"spread": 2.0}}
 MODEL = {"num_layers": 2, "hidden_size": 8, "intermediate_size": 24, "num_heads": 2,
          "num_kv_heads": 2, "head_dim": 4, "family": "llama", "experts": None}
 """Fields of a draft model that is unlike the policy in depth, width and heads."""
+PADDING = 2
+"""Ids that it has beyond the policy's."""
 LAYERS = {"eagle3": 3}  # it fuses the states of three depths
 
 
@@ -50,7 +52,7 @@ def make(name, policy, seed=0, scale=0.4):
         made = jspec.drafts.suffix(policy, history_prompts=2, history_rows=2, history_tokens=3)
         return made.drafter.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))
     if drafter == "draft_model":
-        options = {"model": MODEL, **options}
+        options = {"model": {**MODEL, "vocab_size": policy.config.vocab_size + PADDING}}
     if "vocab" in options:
         options = {"vocab": range(0, policy.config.vocab_size, 2)}
     made = getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options)

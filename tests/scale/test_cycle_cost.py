@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jspec.drafts import dspark, eagle3, mtp, ngram
+from jspec.drafts import draft_model, dspark, eagle3, mtp, ngram
 from jspec.drafts import self as itself
 from jspec.model import ModelConfig, abstract_policy
 from jspec.scale.chips import CHIPS
@@ -169,6 +169,8 @@ def test_what_drafting_a_token_reads():
         assert found.kv_values == 2 * 8 and found.layers == 1
     found = draft_sizes(_abstract(dspark, policy), sizes, SMALL)
     assert found.one_pass and found.layers == 2 and found.kv_values == 2 * 2 * 8
+    small = dataclasses.replace(SMALL, num_layers=1, num_kv_heads=SMALL.num_heads)
+    assert draft_sizes(draft_model(policy, 0, model=small), sizes, SMALL) == Sizes.of(small)
     # w1 of the Markov head is looked up, w2 is not
     assert found.dense == pytest.approx(2 * block + 16 * 16 + 64 * 16 + 64 * 256, rel=0.05)
 

@@ -49,7 +49,8 @@ class DraftKeys:
     name: str = setting("mtp", "the drafter, or your own", choices=DRAFTERS, file=True, path=True)
     path: str | None = setting(None, "a trained draft to start from: a model whose draft ships "
                                "with jspec, a directory of a published draft, or the output_dir of "
-                               "`jspec draft train` or of a run; null: a fresh one", path=True)
+                               "`jspec draft train` or of a run; of draft_model the model, any "
+                               "that model.name may be, or a run; null: a fresh one", path=True)
     loss: str = setting("kl", "kl: forward KL from the policy; tv: total variation, 1 - overlap; "
                         "overlap: -log of the overlap, the likelihood of acceptance; ce: "
                         "cross-entropy with the policy's best token, as DFlash is published; "

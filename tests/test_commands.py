@@ -160,7 +160,7 @@ def test_export_of_a_draft(capsys, model, tmp_path):
     assert "exists and is not an empty directory" in capsys.readouterr().err
     files.write(jspec.drafts.mtp(policy, jax.random.key(1)), tmp_path / "head")
     assert main(["draft", "export", model, str(tmp_path / "head"), str(tmp_path / "other")]) == 2
-    assert "no published architecture" in capsys.readouterr().err
+    assert "no published mtp head" in capsys.readouterr().err
 
 
 def test_the_speed_up_of_other_texts_is_said_to_be_one_a_token():

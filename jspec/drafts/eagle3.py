@@ -109,7 +109,6 @@ class Eagle3Config:
                              f"embeddings) to {n}; set aux_depths, or take a draft made for this "
                              "policy")
 
-
     def _windows(self, label: str, value: Any) -> tuple[int, ...]:
         layers = self.block.num_layers
         if not isinstance(value, list | tuple):
@@ -161,12 +160,11 @@ def init(policy: Policy, key: jax.Array, *, depths: int = 3,
     check_policy("the policy of an eagle3 draft", policy, stacked=True)
     made = policy.config
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, "eagle3")
-    block = dataclasses.replace(made, family="qwen3" if flag("eagle3 draft: qk_norm", qk_norm)
-                                else "llama", num_layers=whole(1, 64)("eagle3 draft: layers",
-                                                                      layers),
-                                tie_embeddings=False, qkv_bias=False, out_bias=False,
-                                mlp_bias=False, qk_norm=qk_norm, stop_tokens=(), pad_token=0,
-                                tokenless=(), experts=None)
+    family = "qwen3" if flag("eagle3 draft: qk_norm", qk_norm) else "llama"
+    block = dataclasses.replace(made, family=family, qk_norm=qk_norm, qkv_bias=False,
+                                num_layers=whole(1, 64)("eagle3 draft: layers", layers),
+                                tie_embeddings=False, out_bias=False, mlp_bias=False,
+                                stop_tokens=(), pad_token=0, tokenless=(), experts=None)
     fused = default_depths(made.num_layers) if aux_depths is None else cast(tuple, aux_depths)
     config = Eagle3Config(made, block, fused, 0 if ids is None else len(ids), depths,
                           norm_before_residual, norm_before_fc, fc_norm, norm_output,

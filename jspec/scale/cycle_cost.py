@@ -114,12 +114,13 @@ def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes
         return None
     vocabulary = getattr(draft.config, "vocab_size", 0) or model.vocab_size
     of_policy = 0 if "head" in draft.weights else vocabulary * model.hidden_size
-    blocks = getattr(draft.config, "blocks", 1)  # each drafts a depth of its own
+    shared = getattr(draft.config, "shared", False)
+    blocks = 1 if shared else getattr(draft.config, "blocks", 1)  # each drafts a depth of its own
     dense = sum(math.prod(spec.shape) for spec in specs) / blocks + of_policy
     block, one_pass = draft.drafter.model(draft.config), isinstance(draft.config, OnePassConfig)
     if "markov" in draft.weights:  # of which the first matrix is looked up
         dense -= draft.weights["markov"]["w1"].size
-    layers = block.num_layers if one_pass else 1
+    layers = 1 if block is draft.config.policy else block.num_layers
     return Sizes(dense, layers, model.hidden_size, 2 * layers * block.num_kv_heads * block.head_dim,
                  block.num_kv_heads, 4 * layers * block.num_heads * block.head_dim,
                  one_pass=one_pass)

@@ -167,6 +167,12 @@ def test_what_drafting_a_token_reads():
         found = draft_sizes(_abstract(make, policy), sizes, SMALL)
         assert found.dense == pytest.approx(block + inputs * 16 * 16 + 64 * 16, rel=0.2)
         assert found.kv_values == 2 * 8 and found.layers == 1
+    made = _abstract(mtp, policy)
+    steps = made.replace(config=dataclasses.replace(made.config, blocks=2, shared=True))
+    assert draft_sizes(steps, sizes, SMALL) == draft_sizes(made, sizes, SMALL)
+    found = draft_sizes(_abstract(eagle3, policy, layers=2), sizes, SMALL)
+    assert found.kv_values == 2 * 2 * 8 and found.layers == 2
+    assert found.dense == pytest.approx(2 * block + 3 * 16 * 16 + 64 * 16, rel=0.2)
     found = draft_sizes(_abstract(dspark, policy), sizes, SMALL)
     assert found.one_pass and found.layers == 2 and found.kv_values == 2 * 2 * 8
     small = dataclasses.replace(SMALL, num_layers=1, num_kv_heads=SMALL.num_heads)
@@ -175,8 +181,8 @@ def test_what_drafting_a_token_reads():
     assert found.dense == pytest.approx(2 * block + 16 * 16 + 64 * 16 + 64 * 256, rel=0.05)
 
 
-def _abstract(make, policy):
-    return jax.eval_shape(lambda policy: make(policy, jax.random.key(0)), policy)
+def _abstract(make, policy, **options):
+    return jax.eval_shape(lambda policy: make(policy, jax.random.key(0), **options), policy)
 
 
 def test_numbers_and_arrays_alike():

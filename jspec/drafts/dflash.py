@@ -109,12 +109,21 @@ def prepare(policy: Policy, draft: Draft) -> Draft:
 
 def drafted(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
             k: int) -> tuple[jax.Array, jax.Array, DraftState]:
-    """Each row's last token int32 [B], the states [B, k, D] that predict the k after it, and the
-    drafter's state."""
+    """Each row's last token int32 [B], the states [B, idle + k, D] of the slots behind it
+    (`one_pass.draft_states`), and the drafter's state."""
     pending = jnp.take_along_axis(committed.tokens, committed.lengths[:, None] - 1, axis=1)[:, 0]
     states, cache = one_pass.draft_states(policy, draft.config, draft.weights, state.cache, pending,
                                           committed.lengths, k)
     return pending, states, state.replace(cache=cache)
+
+
+def slot_logits(policy: Policy, draft: Draft, states: jax.Array) -> jax.Array:
+    """Logits float32 [B, k, Vd] of the slots that predict, of states [B, idle + k, D]."""
+    read = states[:, draft.config.idle:]
+    # made as rows, as the policy's are in `speculate.cycle`
+    scores = table_logits(policy, draft.weights["table"], draft.state.get("vocab"),
+                          read.reshape(-1, read.shape[-1]))
+    return scores.reshape(*read.shape[:2], -1)
 
 
 def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
@@ -122,10 +131,7 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     """K tokens, each drawn from its slot's own distribution."""
     vocab = draft.state.get("vocab")
     _, states, state = drafted(policy, draft, state, committed, sampler.k)
-    # made as rows, as the policy's are in `speculate.cycle`
-    scores = table_logits(policy, draft.weights["table"], vocab,
-                          states.reshape(-1, states.shape[-1]))
-    scores = scores.reshape(*states.shape[:2], -1)
+    scores = slot_logits(policy, draft, states)
     drawn = [sampler.draw(scores[:, j], j, vocab) for j in range(sampler.k)]
     tokens, log_q = (jnp.stack(x, axis=1) for x in zip(*drawn, strict=True))
     return Proposal(tokens, log_q, vocab), state
@@ -142,7 +148,7 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     config, vocab = draft.config, draft.state.get("vocab")
     weights = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     at, batch = anchored.spread(config, batch)
-    states = anchored.slot_states(policy, config, weights, batch, at)
+    states = anchored.predicting(config, anchored.slot_states(policy, config, weights, batch, at))
     if kind == "states":
         return state_loss(policy, batch, [states])
     head = partial(table_logits, policy, table(policy, draft), vocab)

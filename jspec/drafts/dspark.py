@@ -30,7 +30,16 @@ from jspec.drafts.base import (
     Proposal,
     Sampler,
 )
-from jspec.drafts.dflash import DECAY, drafted, features, model, prepare, settled, table
+from jspec.drafts.dflash import (
+    DECAY,
+    drafted,
+    features,
+    model,
+    prepare,
+    settled,
+    slot_logits,
+    table,
+)
 from jspec.drafts.parts import anchored, one_pass
 from jspec.drafts.parts.losses import loss_over_slots, state_loss
 from jspec.drafts.parts.vocabulary import table_logits
@@ -102,8 +111,9 @@ def specs(config: DSparkConfig) -> dict:
 def latent(config: DSparkConfig, w: dict, memory: jax.Array, states: jax.Array,
            before: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What w2 makes a slot's bias of, [..., r], and the head's memory [..., r] after it: of the
-    slot's state [..., D] and w1 of the token before, [..., r]. Memory is zeros at a draft's first
-    slot; only the recurrent head has one."""
+    slot's state [..., D] and w1 of the token before, [..., r]. Memory is zeros at the anchor's
+    slot, which goes through the recurrent head, the only one that has a memory, whether it predicts
+    or not; before it the anchor itself counts as the token."""
     if config.markov_head == "vanilla":
         return before, memory
     if config.markov_head == "gated":
@@ -120,16 +130,19 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     """K tokens, each drawn from its slot's distribution given the token drawn before it."""
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
     token, states, state = drafted(policy, draft, state, committed, sampler.k)
-    scores = table_logits(policy, w["table"], vocab, states.reshape(-1, states.shape[-1]))
-    scores = scores.reshape(*states.shape[:2], -1)
+    scores = slot_logits(policy, draft, states)
     memory = jnp.zeros((states.shape[0], config.markov_rank), states.dtype)
     tokens, log_qs = [], []
-    for j in range(sampler.k):
-        logits = scores[:, j]
+    for slot in range(states.shape[1]):
         if config.markov_rank:
             markov = w["markov"]
-            found, memory = latent(config, markov, memory, states[:, j],
+            found, memory = latent(config, markov, memory, states[:, slot],
                                    jnp.take(markov["w1"], token, axis=0, mode="clip"))
+        j = slot - config.idle
+        if j < 0:
+            continue
+        logits = scores[:, j]
+        if config.markov_rank:
             logits += linear(found, markov["w2"], out_dtype=jnp.float32)
         token, log_q = sampler.draw(logits, j, vocab)
         tokens.append(token)
@@ -137,10 +150,19 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     return Proposal(jnp.stack(tokens, axis=1), jnp.stack(log_qs, axis=1), vocab), state
 
 
+def tokens_before(config: DSparkConfig, tokens: jax.Array, at: jax.Array) -> jax.Array:
+    """The token before that which each slot predicts, int32 [B, A, block_size], of anchors at
+    positions int32 [B, A] of tokens [B, S]; of a slot that predicts nothing the anchor."""
+    offsets = jnp.maximum(jnp.arange(config.block_size) - config.idle, 0)
+    places = (at[..., None] + offsets).reshape(at.shape[0], -1)
+    return jnp.take_along_axis(tokens, places, axis=1, mode="clip").reshape(*at.shape, -1)
+
+
 def teacher_forced(config: DSparkConfig, w: dict, states: jax.Array,
                    before: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """`latent` of whole drafts, whose tokens are known: [B, A, n, r] from states [B, A, n, D] and
-    the tokens before, int32 [B, A, n]; and confidence logits float32 [B, A, n] or None."""
+    """`latent` of whole drafts, whose tokens are known: [B, A, n, r] from states [B, A, n, D] of
+    all slots and the tokens before, int32 [B, A, n]; and confidence logits float32 [B, A, n] or
+    None."""
     found = jnp.zeros((*states.shape[:-1], 0), states.dtype)
     read = states
     if config.markov_rank:
@@ -166,14 +188,11 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
     config, vocab, d = draft.config, draft.state.get("vocab"), draft.config.block.hidden_size
     w = jax.tree.map(lambda x: x.astype(policy.dtype), draft.weights)
     at, batch = anchored.spread(config, batch)
-    states = anchored.slot_states(policy, config, w, batch, at)
+    slots = anchored.slot_states(policy, config, w, batch, at)
+    states = anchored.predicting(config, slots)
     if kind == "states":
         return state_loss(policy, batch, [states])
-    by_draft = (*at.shape, config.predicted)
-    before = jnp.take_along_axis(batch.tokens, (at[..., None] + jnp.arange(config.predicted))
-                                 .reshape(at.shape[0], -1), axis=1, mode="clip")
-    found, confidence = teacher_forced(config, w, states.reshape(*by_draft, d),
-                                       before.reshape(by_draft))
+    found, confidence = teacher_forced(config, w, slots, tokens_before(config, batch.tokens, at))
     rows = table(policy, draft)
 
     def head(x: jax.Array) -> jax.Array:
@@ -182,9 +201,9 @@ def loss(policy: Policy, draft: Draft, batch: DraftBatch,
             out += linear(x[..., d:], w["markov"]["w2"], out_dtype=jnp.float32)
         return out
 
-    read = jnp.concatenate([states, found.reshape(*states.shape[:2], -1)], axis=-1)
+    read = jnp.concatenate([states, anchored.predicting(config, found)], axis=-1)
     if confidence is not None:
-        confidence = confidence.reshape(states.shape[:2])
+        confidence = anchored.predicting(config, confidence)
     return loss_over_slots(policy, batch, read, config.predicted, head, vocab, kind, DECAY,
                            confidence)
 

@@ -39,8 +39,8 @@ def spread(config: OnePassConfig, batch: DraftBatch) -> tuple[jax.Array, DraftBa
 
 def slot_states(policy: Policy, config: OnePassConfig, w: dict, batch: DraftBatch,
                 at: jax.Array) -> jax.Array:
-    """The normed states [B, A x predicted, D] of the slots that predict, behind anchors at
-    positions int32 [B, A], over whole sequences."""
+    """The normed states [B, A, block_size, D] of all slots behind anchors at positions int32
+    [B, A], over whole sequences."""
     policy = inside(policy, config)
     context = keys_values(config, w, fused(config, w, batch.trunk),
                           jnp.arange(batch.tokens.shape[1])[None])
@@ -52,9 +52,12 @@ def slot_states(policy: Policy, config: OnePassConfig, w: dict, batch: DraftBatc
         return anchored
 
     states, _ = slots(policy, config, w, pending, at, config.block_size, attend)
-    states = states.reshape(*at.shape, config.block_size, -1)
-    return states[:, :, config.block_size - config.predicted:].reshape(at.shape[0], -1,
-                                                                      states.shape[-1])
+    return states.reshape(*at.shape, config.block_size, -1)
+
+
+def predicting(config: OnePassConfig, x: jax.Array) -> jax.Array:
+    """Of [B, A, block_size, ...] the slots that predict, [B, A x predicted, ...]."""
+    return x[:, :, config.idle:].reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def anchored_attention(q: jax.Array, k: jax.Array, v: jax.Array, context_k: jax.Array,

@@ -100,9 +100,14 @@ class OnePassConfig:
         return type(self).__name__.removesuffix("Config").lower()
 
     @property
+    def idle(self) -> int:
+        """Slots of a draft that predict nothing: the anchor's, or none."""
+        return int(not self.sample_from_anchor)
+
+    @property
     def predicted(self) -> int:
         """Tokens that the slots of training predict."""
-        return self.block_size - (not self.sample_from_anchor)
+        return self.block_size - self.idle
 
     def reach(self, layer: int) -> dict[str, Any]:
         """What the slots see in a layer, as arguments of `verify_attention`."""
@@ -240,9 +245,10 @@ def start(policy: Policy, draft: Draft, prefill: Prefill) -> tuple[dict, KeyValu
 
 def draft_states(policy: Policy, config: OnePassConfig, w: dict, cache: Cache, pending: jax.Array,
                  lengths: jax.Array, k: int) -> tuple[jax.Array, Cache]:
-    """The states [B, k, D] that predict the k tokens after `pending` int32 [B], the last one of
-    rows of `lengths` int32 [B], and the cache, whose positions from lengths - 1 on hold slots."""
-    policy, count = inside(policy, config), k + (not config.sample_from_anchor)
+    """The states [B, idle + k, D] of all slots, of which the last k predict the k tokens after
+    `pending` int32 [B], the last one of rows of `lengths` int32 [B], and the cache, whose positions
+    from lengths - 1 on hold slots."""
+    policy, count = inside(policy, config), k + config.idle
     pools = [(k_pool, v_pool) for k_pool, v_pool in zip(cache.k, cache.v, strict=True)]
 
     def attend(i: int) -> Callable:
@@ -254,7 +260,7 @@ def draft_states(policy: Policy, config: OnePassConfig, w: dict, cache: Cache, p
 
     states, new = slots(policy, config, w, pending[:, None], lengths[:, None] - 1, count, attend)
     cache = cache.replace(k=tuple(k for k, _ in new), v=tuple(v for _, v in new))
-    return states[:, count - k:], cache
+    return states, cache
 
 
 def observe(policy: Policy, draft: Draft, state: DraftState,

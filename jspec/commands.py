@@ -20,7 +20,7 @@ from jspec.distributed import fetch
 from jspec.drafts import Draft
 from jspec.drafts.base import check_finite
 from jspec.errors import InputError
-from jspec.heads import publish
+from jspec.heads import not_run_by_vllm, publish
 from jspec.hub.adapter import export_adapter
 from jspec.hub.architectures import config_to_hf
 from jspec.hub.exporter import new_directory
@@ -194,6 +194,9 @@ def export_draft(arguments: argparse.Namespace) -> int:
         opened.use(mesh_of(source)[0])
         with telling(f"loading {arguments.draft}"):
             draft = jspec.load_draft(source.shape, arguments.draft)
-        written = publish(draft, arguments.directory, arguments.layout, hub_id(arguments.model))
-        screen().print(written, soft_wrap=True)
+        written = publish(draft, arguments.directory, arguments.layout, hub_id(arguments.model),
+                          source.load)
+        missing = not_run_by_vllm(draft, arguments.layout)
+        say_of = f" (vLLM does not run: {'; '.join(missing)})" if missing else ""
+        screen().print(f"{written}{say_of}", soft_wrap=True)
     return 0

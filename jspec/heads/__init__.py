@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from jspec.errors import InputError
 from jspec.heads import files
 from jspec.heads.models import NAME as MODEL
 from jspec.heads.models import DraftingModel, check_tokens, of_run, open_model
-from jspec.hub import eagle3, mtp_heads
+from jspec.hub import block_drafts, eagle3, mtp_heads
 from jspec.hub.architectures import ARCHITECTURES
+from jspec.hub.block_drafts_config import is_block_draft, not_served
 from jspec.hub.draft_configs import LAYOUTS
 from jspec.hub.exporter import export
 from jspec.hub.fields import texts
@@ -40,8 +42,8 @@ def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = Non
 
     Args:
       source: the short name of a model whose head ships with jspec (`SHIPPED`), the output_dir of
-        `jspec draft train` (or its `head`), a directory with a published EAGLE-3 draft
-        (SpecForge's, vLLM's or speculators' layout) or a native MTP head
+        `jspec draft train` (or its `head`), a directory with a published EAGLE-3, DFlash or DSpark
+        draft (SpecForge's, vLLM's, DeepSpec's or speculators' layout) or a native MTP head
         (`jspec.hub.mtp_layouts.MTP_LAYOUTS`), a run's output_dir, whose last checkpoint is
         taken, or a model to draft with, by any name that `jspec.load` takes.
       drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`), or where a name
@@ -92,29 +94,40 @@ def _find(policy: Policy, source: str, drafter: Drafter | None, tokenizer: Any) 
     if (path / files.CONFIG).is_file() or path.suffix == ".gguf" or hub_id(source):
         return _of_model(policy, open_model(source), tokenizer)
     raise InputError(f"no draft at {source}: give the output_dir of `jspec train` or `jspec draft "
-                     "train`, a published EAGLE-3 draft or MTP head, a model to draft with"
+                     "train`, a published draft or MTP head, a model to draft with"
                      + "".join(f", or {name}" for name in SHIPPED))
 
 
 def publish(draft: Draft, directory: str | Path, layout: str | None = None,
-            verifier: str | None = None) -> Path:
+            verifier: str | None = None, policy: Callable[[], Policy] | None = None) -> Path:
     """Write a draft in the layout that others publish (`jspec.hub.eagle3.write`,
-    `jspec.hub.mtp_heads.write`; the model of a draft_model as `jspec.export` writes one).
+    `jspec.hub.block_drafts.write`, `jspec.hub.mtp_heads.write`; the model of a draft_model as
+    `jspec.export` writes one).
 
-    layout: of an eagle3 draft, one of `hub.draft_configs.LAYOUTS`; None: the first. verifier:
-    the hub id of its policy. Raises InputError for a drafter without one, and where those raise it.
+    layout: of a draft that has some, one of `hub.draft_configs.LAYOUTS`; None: the first.
+    verifier: the hub id of its policy. policy: reads it, where its rows are needed. Raises
+    InputError for a drafter that nobody publishes, and where those raise it.
     """
+    chosen = layout or LAYOUTS[0]
     if draft.name == "eagle3":
-        return eagle3.write(draft, directory, layout=layout or LAYOUTS[0], verifier=verifier)
+        return eagle3.write(draft, directory, layout=chosen, verifier=verifier)
+    if draft.name in block_drafts.DRAFTERS:
+        return block_drafts.write(draft, directory, layout=chosen, verifier=verifier, policy=policy)
     if draft.name not in ("mtp", MODEL):
-        raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, mtp and {MODEL} "
-                         "can be exported")
+        raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, "
+                         f"{', '.join(block_drafts.DRAFTERS)}, mtp and {MODEL} can be exported")
     if layout is not None:
-        raise InputError(f"layout {layout} is for eagle3 drafts; an mtp head and a model are "
+        raise InputError(f"layout {layout} is for the other drafts; an mtp head and a model are "
                          "written as their architecture has it")
     if draft.name == MODEL:
         return export(Policy(draft.weights, draft.config.model), directory)
     return mtp_heads.write(draft, directory, verifier)
+
+
+def not_run_by_vllm(draft: Draft, layout: str | None = None) -> list[str]:
+    """What vLLM would not run, or not as the draft was trained, of one that is published so."""
+    return (not_served(draft.config, layout or LAYOUTS[0])
+            if draft.name in block_drafts.DRAFTERS else [])
 
 
 def is_model(path: Path) -> bool:
@@ -126,8 +139,10 @@ def is_model(path: Path) -> bool:
 
 
 def read_published(path: Path, policy: Policy) -> Draft:
-    """The EAGLE-3 draft or native MTP head in a directory of the layouts that others publish."""
+    """The draft or native MTP head in a directory of the layouts that others publish."""
     hf = read_json(path / files.CONFIG)
+    if is_block_draft(hf):
+        return block_drafts.read(path, policy)
     named = " ".join([*texts(hf, "architectures"),
                       str(hf.get("speculators_model_type", ""))]).lower()
     return (eagle3.read(path, policy) if "eagle" in named or "draft_vocab_size" in hf

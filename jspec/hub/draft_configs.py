@@ -6,7 +6,7 @@ from typing import Any
 
 from jspec.errors import InputError
 from jspec.hub.architectures import ARCHITECTURES, config_from_hf, family_of
-from jspec.hub.fields import section, short, whole
+from jspec.hub.fields import flag, section, short, texts, whole
 from jspec.model import ModelConfig
 
 LAYOUTS = ("specforge", "speculators")
@@ -15,6 +15,7 @@ LAYER = "transformer_layer_config"
 """Where the speculators library's config.json has that of a draft's layers."""
 BLOCKS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """The architecture that a draft's layers are read as, by their model_type."""
+FULL, SLIDING = "full_attention", "sliding_attention"
 _REFUSED = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3_5_text": "Qwen3_5ForCausalLM",
             "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
 _SLIDING = {"sliding_window": None, "use_sliding_window": False, "layer_types": None,
@@ -68,6 +69,22 @@ def layers_of(kind: str, layer: dict[str, Any], architecture: str, hf: dict[str,
             raise InputError(f"this {kind} draft was made for another policy: its {what} is "
                              f"{made}, the policy's is {theirs}; take one made for this policy")
     return block
+
+
+def windows_of(layer: dict[str, Any], count: int) -> tuple[int, ...]:
+    """How many positions the attention of each of a draft's layers sees; 0: all. Raises InputError
+    for attention that is not supported."""
+    window, types = whole(layer, "sliding_window", 0, least=0), texts(layer, "layer_types")[:count]
+    if not types:
+        full = whole(layer, "max_window_layers", 28, least=0)
+        slides = flag(layer, "use_sliding_window")
+        return tuple(window if slides and i >= full else 0 for i in range(count))
+    for kind in types:
+        if kind not in (FULL, SLIDING):
+            raise InputError(f"{short(kind)} is not supported; supported: {FULL}, {SLIDING}")
+    if len(types) < count:
+        raise InputError(f"config.json has {len(types)} layer_types, and the draft {count} layers")
+    return tuple(window if kind == SLIDING else 0 for kind in types)
 
 
 def check_layout(layout: str) -> None:

@@ -18,11 +18,14 @@ from jspec.errors import InputError
 from jspec.hub.architectures import config_to_hf
 from jspec.hub.draft_configs import (
     BLOCKS,
+    FULL,
     LAYER,
+    SLIDING,
     block_family,
     completed,
     layers_of,
     speculators_config,
+    windows_of,
 )
 from jspec.hub.fields import flag, section, short, texts, whole
 from jspec.model import ModelConfig
@@ -80,24 +83,8 @@ def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, tuple[
     if block.num_layers > MOST_LAYERS:
         raise InputError(f"a draft of {block.num_layers} layers is not supported; supported: up to "
                          f"{MOST_LAYERS}")
-    windows = _windows(layer, block.num_layers)
+    windows = windows_of(layer, block.num_layers)
     return block, tuple(w if w < policy.max_position_embeddings else 0 for w in windows)
-
-
-def _windows(layer: dict[str, Any], count: int) -> tuple[int, ...]:
-    """How many positions the attention of each of the block's layers sees; 0: all."""
-    window, types = whole(layer, "sliding_window", 0, least=0), texts(layer, "layer_types")[:count]
-    if not types:
-        full = whole(layer, "max_window_layers", 28, least=0)
-        slides = flag(layer, "use_sliding_window")
-        return tuple(window if slides and i >= full else 0 for i in range(count))
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise InputError(f"{short(kind)} is not supported; supported: full_attention, "
-                             "sliding_attention")
-    if len(types) < count:
-        raise InputError(f"config.json has {len(types)} layer_types, and the draft {count} layers")
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
 def _aux_depths(hf: dict[str, Any], num_layers: int, convention: str | None) -> tuple[int, ...]:
@@ -163,5 +150,5 @@ def _sliding(config: Eagle3Config) -> dict[str, Any]:
                          "drafts; known: one length for all layers that have a window")
     of_qwen3 = {"use_sliding_window": True, "max_window_layers": 0}
     return {"sliding_window": max(windows),
-            "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+            "layer_types": [SLIDING if w else FULL for w in windows],
             **(of_qwen3 if config.block.family == "qwen3" else {})}

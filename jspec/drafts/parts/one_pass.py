@@ -71,7 +71,7 @@ class OnePassConfig:
     windows_causal: bool = True
     vocab_size: int = 0
     own_head: bool = False
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         label, n = f"{self.kind} draft: ", self.policy.num_layers

@@ -52,13 +52,13 @@ from benchmarks.options import (
     split_options,
 )
 from jspec import cli
-from jspec.choices import DTYPES, KERNELS, RULES, SEED_HIGH
+from jspec.choices import DTYPES, KERNELS, MIXED, RULES, SEED_HIGH
 from jspec.drafts.base import Draft
 from jspec.errors import InputError
 from jspec.heads import shipped
 from jspec.kernels import choose, picked
 from jspec.model import ModelConfig, Policy
-from jspec.prepare import check_fresh_draft, fresh_draft
+from jspec.prepare import around, check_fresh_draft, fresh_draft
 from jspec.progress import telling
 from jspec.purposes import BENCH_KEY, DRAFT_KEY, purpose_key
 from jspec.rl.encode import encode_prompt
@@ -156,6 +156,9 @@ def check_positions(args: argparse.Namespace, config: ModelConfig,
 def trained(name: str, model_name: str, paths: dict[str, str]) -> str | None:
     """Where the drafter's trained weights come from, as `jspec.load_draft` takes it; None:
     nowhere."""
+    kind, options = split_options(name)
+    if kind == MIXED and "draft" not in options:
+        name = kind
     return paths.get(name, model_name if shipped(model_name, name) else None)
 
 
@@ -188,7 +191,8 @@ def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str
                   f"be accepted; give a trained one with --draft-path {name}=DIR", file=sys.stderr)
         return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), drafter=made_by, options=options,
                        label=label)
-    draft = jspec.load_draft(shape, path, made_by, tokenizer)
+    draft = around(shape, jspec.load_draft(shape, path, made_by, tokenizer), made_by, options,
+                   label)
     if draft.name != made_by.name:
         raise InputError(f"--draft-path {name}={path} holds a draft of the kind {draft.name}")
     return lambda policy: draft

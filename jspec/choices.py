@@ -10,6 +10,8 @@ _DRAFT_FILES = pkgutil.iter_modules([str(Path(__file__).parent / "drafts")])
 DRAFTERS = tuple(sorted(file.name for file in _DRAFT_FILES
                         if file.name not in ("base", "types") and not file.ispkg))
 """The drafters that ship; `jspec.drafts` makes drafts with them."""
+MIXED = "mixed"
+"""The one that is made around a trained draft of another one."""
 
 RULES = ("rejection", "block", "coupled")
 """How drafts are judged; `jspec.speculate.types.NOISE` has the noise of each."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jspec import settings
-from jspec.choices import LOG_LEVELS, OBJECTIVES, SEED_HIGH, UNCLIPPED
+from jspec.choices import LOG_LEVELS, MIXED, OBJECTIVES, SEED_HIGH, UNCLIPPED
 from jspec.errors import InputError
 from jspec.learning_sections import (
     DataSection,
@@ -170,7 +170,7 @@ def check_shared(config: Any) -> None:
     demand(model.name != "random" or model.tokenizer is not None,
            "model.name 'random' needs model.tokenizer, such as 'chars:0123456789+=' or a model's "
            "name")
-    demand(config.draft.path is None or not config.draft.options,
+    demand(config.draft.path is None or not config.draft.options or config.draft.name == MIXED,
            f"draft.options are a fresh draft's, and the one at draft.path={config.draft.path} has "
            "its own; set draft.options=null")
     demand(config.draft.name != "draft_model" or config.draft.path is not None

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jspec.base_model import BaseModel, with_tokenizer
 from jspec.checkpoint import has_checkpoints
+from jspec.choices import MIXED
 from jspec.config import Config
 from jspec.draft_config import DraftTrainingConfig
 from jspec.drafts import Draft, Drafter, constructor, find
@@ -174,6 +175,7 @@ def make_draft(config: AnyConfig, policy: Policy) -> Draft | None:
     if section.path is not None:
         draft = load_draft(policy, section.path, drafter,
                            make_tokenizer(config) if drafter.name == DRAFT_MODEL else None)
+        draft = around(policy, draft, drafter, section.options or {}, "draft.options")
         if draft.name != drafter.name:
             raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.name}, "
                              f"and draft.name is {section.name}; set draft.name={draft.name}")
@@ -232,7 +234,7 @@ def make_state_specs(config: Config, shape: Policy) -> TrainState:
                        UpdateSettings.of(config))
 
 
-def fresh_draft(policy: Policy, key: jax.Array, drafter: Drafter, options: Mapping[str, Any],
+def fresh_draft(policy: Policy, key: jax.Array | None, drafter: Drafter, options: Mapping[str, Any],
                 label: str) -> Draft:
     """A draft with weights that nobody trained. Raises InputError, which begins with `label`, for
     options that its drafter does not have or refuses."""
@@ -244,6 +246,19 @@ def fresh_draft(policy: Policy, key: jax.Array, drafter: Drafter, options: Mappi
         return constructor(drafter)(policy, key, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"{label}: {error}") from error
+
+
+def around(policy: Policy, draft: Draft, drafter: Drafter, options: Mapping[str, Any],
+           label: str) -> Draft:
+    """A trained draft as it is; where `drafter` is `mixed` and it is not, a mixed one of it, with
+    these options. Raises InputError, which begins with `label`, for those that it refuses, and for
+    options of one that has its own."""
+    if drafter.name == MIXED and draft.name != MIXED:
+        return fresh_draft(policy, None, drafter, {**options, "draft": draft}, label)
+    if options:
+        raise InputError(f"{label} are a fresh draft's, and the one that is there has its own; "
+                         "leave them out")
+    return draft
 
 
 def check_fresh_draft(shape: Policy, drafter: Drafter, options: Mapping[str, Any],

@@ -23,7 +23,7 @@ from jspec.errors import InputError
 from jspec.heads import shipped
 from jspec.heads.models import of_run
 from jspec.model import Policy
-from jspec.prepare import check_fresh_draft, fresh_draft, rollout_layout
+from jspec.prepare import around, check_fresh_draft, fresh_draft, rollout_layout
 from jspec.progress import say
 from jspec.purposes import DRAFT_KEY, purpose_key
 from jspec.run_dir import is_run, load_policy, policy_shape, run_config
@@ -189,6 +189,8 @@ def choose_draft(source: Source, name: str | None,
         return lambda policy: source.draft
     if shipped(source.name, name):
         draft = jspec.load_draft(source.shape, source.name)
+        if name is not None:
+            draft = around(source.shape, draft, find(name), {}, "--draft")
         return lambda policy: draft
     drafter = find(name or "ngram", f"--draft {name}")
     check_fresh_draft(source.shape, drafter, {}, "--draft")

@@ -2,8 +2,8 @@
 its siblings of the group, or in the rollouts of the same prompt before this one. No weights.
 
 Suffix decoding (https://arxiv.org/abs/2411.04975) with a search in the place of its tree, so that
-it runs on the device and inside the rollout's loop: the rows that match the row's last tokens for
-longest vote on what comes next.
+it runs on the device and inside the rollout's loop: the rows in which the row's last tokens
+occurred vote on what comes next, the more of them match the more so.
 
 A cycle costs (S + m S + h W) x max_match comparisons of integers a row: S positions a row, m
 siblings that are looked at, h remembered rows of W = max_match + history_tokens. At 128 positions,
@@ -155,16 +155,15 @@ def _siblings(committed: Committed, count: int) -> jax.Array:
     return jnp.where(known, jnp.take(tokens, others, axis=0, mode="clip"), NOTHING)
 
 
-def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
-            sampler: Sampler) -> tuple[Proposal, DraftState]:
-    """What most of the longest matches go on with; of equals the row itself, then siblings, then
-    history, the newest first. Each row of the pool has one vote, its latest longest match.
-    Deterministic: judged as q = 1.
+def matches(draft: Draft, state: DraftState, committed: Committed,
+            k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The latest longest match in each of M rows of the pool: how many tokens match, int32 [B, M],
+    the k tokens after them, [B, M, k]; and each row's last token, [B].
 
-    Of siblings and history only outputs are drafted from: their prompt is the row's own. Where no
-    match is left the token before is drafted again.
+    The pool is the row itself, then its siblings, then the history, the newest first. Of siblings
+    and history only outputs are drafted from: their prompt is the row's own.
     """
-    config, k = draft.config, sampler.k
+    config = draft.config
     suffix = last_tokens(committed.tokens, committed.lengths, config.max_match)
     matched, going_on = look_up(committed.tokens, committed.lengths, config.max_match, k)
     pools = [(matched[:, None], going_on[:, None])]
@@ -175,7 +174,14 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     if "history" in state.rows:
         pools.append(look_up_elsewhere(state.rows["history"], suffix, config.max_match, k))
     matched, going_on = (jnp.concatenate(x, axis=1) for x in zip(*pools, strict=True))
-    return Proposal(vote(matched, going_on, suffix[:, 0])), state
+    return matched, going_on, suffix[:, 0]
+
+
+def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committed,
+            sampler: Sampler) -> tuple[Proposal, DraftState]:
+    """What most `matches` go on with (`parts.lookup.vote`). Deterministic: judged as q = 1. Where
+    no match is left the token before is drafted again."""
+    return Proposal(vote(*matches(draft, state, committed, sampler.k))[0]), state
 
 
 def remember(draft: Draft, batch: Any, rollout: Any) -> Draft:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jspec import arguments
+from jspec.choices import MIXED
 from jspec.drafts import Draft, Drafter
+from jspec.drafts.mixed import trained_of
 from jspec.errors import InputError
 from jspec.heads import files
 from jspec.heads.models import NAME as MODEL
@@ -32,8 +34,8 @@ SHIPPED = tuple(sorted(path.name for path in _HOME.iterdir() if (path / files.CO
 
 def shipped(model: str, drafter: str | None = None) -> bool:
     """Whether a trained head for the model of this name ships with jspec, and is of `drafter` where
-    one is named."""
-    return model in SHIPPED and drafter in (None, files.read_config(_HOME / model).name)
+    one is named, or what that is made around."""
+    return model in SHIPPED and drafter in (None, MIXED, files.read_config(_HOME / model).name)
 
 
 def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = None,
@@ -109,6 +111,8 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
     InputError for a drafter that nobody publishes, and where those raise it.
     """
     chosen = layout or LAYOUTS[0]
+    if draft.name == MIXED:
+        draft = trained_of(draft)
     if draft.name == "eagle3":
         return eagle3.write(draft, directory, layout=chosen, verifier=verifier)
     if draft.name in block_drafts.DRAFTERS:

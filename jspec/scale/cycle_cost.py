@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jspec.choices import PRECISIONS
+from jspec.choices import MIXED, PRECISIONS
 from jspec.drafts import Draft
+from jspec.drafts.mixed import trained_of
 from jspec.drafts.parts.one_pass import OnePassConfig
 from jspec.model import ModelConfig, param_specs
 from jspec.model.params import is_spec
@@ -105,6 +106,8 @@ def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes
     """
     if draft is None:
         return None
+    if draft.name == MIXED:
+        draft = trained_of(draft)
     if draft.name == "self":  # the policy itself, in fewer bits
         return dataclasses.replace(policy, weight_bytes=draft.config.bits / 8)
     if draft.name == "draft_model":

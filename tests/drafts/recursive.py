@@ -55,11 +55,12 @@ def spied_loss(policy, draft, batch):
     return seen
 
 
-def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0, late=False):
+def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0, late=False,
+                                                 of_rows=lambda rows: rows):
     """After several cycles caches and states are what `start` makes of the committed tokens.
 
     without_entry: how many tokens at the beginning have no entry in the draft's caches. late: in
-    each cache one more than in the one before.
+    each cache one more than in the one before. of_rows: what of the rows' state is compared.
     """
     sampling = Sampling(max_new_tokens=16, stop_tokens=())
     batch = jspec.PromptBatch.from_tokens(PROMPTS, group_size=2, seed=3, buckets=(8,))
@@ -89,7 +90,7 @@ def check_state_depends_on_committed_tokens_only(policy, draft, without_entry=0,
                                    base.Prefill(trunk, tokens, lengths)), key_values
 
     (rows, of_draft), of_policy = scratch(tokens, of.lengths)
-    for got, expected in zip(state.draft.rows, rows, strict=True):
+    for got, expected in zip(of_rows(state.draft.rows), of_rows(rows), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5)
     for cache, key_values, absent, more in ((state.draft.cache, of_draft, without_entry, late),
                                             (state.cache, of_policy, 1, 0)):

@@ -42,14 +42,15 @@ def search(own, others, k, max_match):
     for row, first in others:
         length, at = occurrence(row, range(max(first - 1, 0), len(row) - 1), own, max_match)
         found += [(length, row[at + 1:])] if length else []
-    alive = [going_on for length, going_on in found if length == max(found)[0]]
     token, out = own[-1], []
     for j in range(k):
-        alive = [x for x in alive if len(x) > j]
-        if alive:
-            # of equals the first that was counted
-            token = Counter(x[j] for x in alive).most_common(1)[0][0]
-        alive = [x for x in alive if x[j] == token]
+        found = [(length, going_on) for length, going_on in found if len(going_on) > j]
+        votes = Counter()
+        for length, going_on in found:
+            votes[going_on[j]] += length**2
+        if votes:
+            token = votes.most_common(1)[0][0]  # of equals the first that was counted
+        found = [x for x in found if x[1][j] == token]
         out.append(token)
     return out
 

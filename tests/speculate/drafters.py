@@ -14,6 +14,7 @@ VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}), "mtp-steps": ("mtp", {}),
             "eagle3-layers": ("eagle3", {"layers": 2, "window": (0, 3), "qk_norm": True,
                                          "fc_norm": True, "norm_output": True,
                                          "norm_before_residual": True}),
+            "mixed-reduced": ("mixed", {"vocab": None}),
             **{f"{name}-reduced": (name, {"vocab": None}) for name in jspec.drafts.DRAFTERS
                if "vocab" in inspect.signature(getattr(jspec.drafts, name)).parameters}}
 # conventions of published heads, which no option sets: of the speculators library's
@@ -26,6 +27,7 @@ MODEL = {"num_layers": 2, "hidden_size": 8, "intermediate_size": 24, "num_heads"
 PADDING = 2
 """Ids that it has beyond the policy's."""
 LAYERS = {"eagle3": 3}  # it fuses the states of three depths
+HISTORY = {"history_prompts": 2, "history_rows": 2, "history_tokens": 3}
 
 
 OF_EXPERTS = "+experts"
@@ -48,13 +50,17 @@ def make(name, policy, seed=0, scale=0.4):
     if name in TABLES:
         return tiny.table_draft(policy, seed=seed, **TABLES[name])
     drafter, options = VARIANTS.get(name, (name, {}))
-    if drafter == "suffix":  # with a history
-        made = jspec.drafts.suffix(policy, history_prompts=2, history_rows=2, history_tokens=3)
-        return made.drafter.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))
-    if drafter == "draft_model":
-        options = {"model": {**MODEL, "vocab_size": policy.config.vocab_size + PADDING}}
     if "vocab" in options:
         options = {"vocab": range(0, policy.config.vocab_size, 2)}
+    if drafter == "draft_model":
+        options = {"model": {**MODEL, "vocab_size": policy.config.vocab_size + PADDING}}
+    elif drafter == "suffix":
+        options = HISTORY
+    elif drafter == "mixed":
+        options = {"options": options, "suffix": HISTORY, "certainty": 0.5}
     made = getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options)
     config = dataclasses.replace(made.config, **CONVENTIONS.get(name, {}))
-    return tiny.shaken(made.replace(config=config), seed=seed, scale=scale)
+    made = tiny.shaken(made.replace(config=config), seed=seed, scale=scale)
+    if made.drafter.remember is None:
+        return made
+    return made.drafter.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))

@@ -80,26 +80,34 @@ def look_up_elsewhere(pool: jax.Array, suffix: jax.Array, first: jax.Array | int
     return matched, jnp.take_along_axis(pool, ahead, axis=-1, mode="fill", fill_value=NOTHING)
 
 
-def vote(matched: jax.Array, going_on: jax.Array, last: jax.Array) -> jax.Array:
-    """Draft what most of the longest matches go on with, token by token; those that go on otherwise
-    drop out.
+def vote(matched: jax.Array, going_on: jax.Array,
+         last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draft what most votes are for, token by token; rows that go on otherwise drop out.
+
+    A row has the square of the tokens that match in it as votes: the longest match leads, and some
+    shorter ones that agree outvote it.
 
     Args:
-      matched: int32 [N, M], tokens that match in each of M rows; only the longest vote.
+      matched: int32 [N, M], tokens that match in each of M rows.
       going_on: int32 [N, M, k], the tokens after them, NOTHING past the end. Of equals the first
         row wins.
       last: int32 [N], each row's last token.
 
-    Returns int32 [N, k]; where no match has a token left, the token before it is drafted again.
+    Returns (int32 [N, k], where no match has a token left, the token before it is drafted again;
+    certainty float32 [N], of the votes for a first token the share that it has, with one more vote
+    for none: about how often it is accepted).
     """
-    alive = (matched > 0) & (matched == matched.max(1, keepdims=True))
-    token, drafted = last, []
+    alive, token, drafted, shares = matched > 0, last, [], []
     for j in range(going_on.shape[2]):
         ahead = going_on[:, :, j]
         alive = alive & (ahead != NOTHING)
-        votes = jnp.sum(alive[:, None] & (ahead[:, :, None] == ahead[:, None]), axis=2)
-        winner = jnp.argmax(jnp.where(alive, votes, 0), axis=1)[:, None]
+        count = jnp.where(alive, matched * matched, 0)
+        agree = jnp.sum(jnp.where(ahead[:, :, None] == ahead[:, None], count[:, None], 0), axis=2)
+        votes = jnp.where(alive, agree, 0)
+        winner = jnp.argmax(votes, axis=1)[:, None]
         token = jnp.where(alive.any(1), jnp.take_along_axis(ahead, winner, axis=1)[:, 0], token)
+        shares.append(votes.max(1).astype(jnp.float32)
+                      / (1 + count.sum(1)).astype(jnp.float32))
         alive = alive & (ahead == token[:, None])
         drafted.append(token)
-    return jnp.stack(drafted, axis=1)
+    return jnp.stack(drafted, axis=1), shares[0]

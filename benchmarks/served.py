@@ -77,6 +77,8 @@ KINDS = {
     "draft_model": Kind("draft_model", {"method": "draft_model"}),
     "eagle3": Kind("eagle3", {"method": "eagle3"}, ("--layout", "specforge")),
     "eagle3, speculators": Kind("eagle3", {"method": "eagle3"}, ("--layout", "speculators")),
+    "dflash": Kind("dflash", {"method": "dflash"}, ("--layout", "specforge")),
+    "dflash, speculators": Kind("dflash", {"method": "dflash"}, ("--layout", "speculators")),
 }
 
 
@@ -121,10 +123,13 @@ def served(args: argparse.Namespace, folder: Path,
 
 def ours(args: argparse.Namespace, policy: Policy, draft: Draft | None,
          prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
-    """Greedy answers, a prompt at a time, so that each has its own counts."""
+    """Greedy answers, a prompt at a time, so that each has its own counts; all in one program."""
+    width = max(map(len, prompts))
+
     def answer(prompt: Sequence[int]) -> Answer:
         out = jax.device_get(jspec.rollout(
-            policy, draft, jspec.PromptBatch.from_tokens([prompt], group_size=1, seed=0),
+            policy, draft,
+            jspec.PromptBatch.from_tokens([prompt], group_size=1, seed=0, buckets=(width,)),
             sampling=jspec.Sampling(max_new_tokens=new_tokens, temperature=0.0),
             speculation=jspec.Speculation(k=args.k, rule="coupled")))
         return Answer(out.tokens[0, :out.lengths[0]].tolist(), int(out.stats.cycles[0]),

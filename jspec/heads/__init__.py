@@ -130,8 +130,13 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
 
 def not_run_by_vllm(draft: Draft, layout: str | None = None) -> list[str]:
     """What vLLM would not run, or not as the draft was trained, of one that is published so."""
-    return (not_served(draft.config, layout or LAYOUTS[0])
-            if draft.name in block_drafts.DRAFTERS else [])
+    missing = (not_served(draft.config, layout or LAYOUTS[0])
+               if draft.name in block_drafts.DRAFTERS else [])
+    depths = list(getattr(draft.config, "aux_depths", ()))
+    if depths != sorted(depths):
+        missing.append("auxiliary layers in another order than the policy's, which it sorts "
+                       "without a word")
+    return missing
 
 
 def is_model(path: Path) -> bool:

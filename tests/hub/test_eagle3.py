@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import jspec
 from jspec import hub
 from jspec.errors import InputError
-from jspec.heads import publish
+from jspec.heads import not_run_by_vllm, publish
 from jspec.hub import eagle3
 from jspec.hub.eagle3_config import FLAGS
 from jspec.model import train_forward
@@ -151,6 +151,9 @@ def test_a_server_is_told_how_many_layers_are_fused(policy, tmp_path, depths, sa
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
     assert hf["transformer_layer_config"].get("num_aux_hidden_states") == said
     assert eagle3.read(tmp_path / "out", policy).config == made.config
+    assert not not_run_by_vllm(made)
+    made = jspec.drafts.eagle3(policy, jax.random.key(0), aux_depths=depths[::-1])
+    assert "another order than the policy's" in not_run_by_vllm(made)[0]
 
 
 def test_the_configs_that_are_written_name_what_servers_look_for(policy, tmp_path):

@@ -172,6 +172,7 @@ def _logits(policy: Policy, small: Policy, hidden: jax.Array) -> jax.Array:
         out = whole_vocabulary(small.layout, out)
         missing = [(0, 0)] * (out.ndim - 1) + [(0, max(0, size - out.shape[-1]))]
         out = jnp.pad(out[..., :size], missing, constant_values=-jnp.inf)
+        out = whole_vocabulary(small.layout, out)
         out = constrain(out, small.layout, "batch", *(None,) * (out.ndim - 2), "vocab")
     return without_tokenless(policy.config, out)
 

@@ -16,6 +16,7 @@ from jspec.drafts import base
 from jspec.drafts.parts.losses import divergence
 from jspec.errors import InputError
 from jspec.heads import publish
+from jspec.hlo import instructions
 from jspec.model import abstract_policy, logits, policy_sharding, prefill, train_forward
 from jspec.model.pool import rows_of
 from jspec.sharding import make_mesh
@@ -200,7 +201,7 @@ MESHES = [((2, 2, 2), 3), ((1, 1, 8), 3)]
 
 def of_mesh(policy):
     """A model with two KV heads, which no eight shards can have each its own of, and more ids."""
-    model = tiny.config(24, layers=1, heads=8, kv_heads=2, hidden=32, scale=0.3)
+    model = tiny.config(24, layers=1, heads=8, kv_heads=2, hidden=32, scale=0.1)
     return jspec.drafts.draft_model(policy, jax.random.key(2), model=model)
 
 
@@ -216,11 +217,13 @@ def worker():
             draft = of_mesh(policy)
             compiled = jax.jit(lambda policy, draft, k=k: run(policy, draft, k)).lower(
                 policy, draft).compile(as_users_compile())
-            read = compiled_text.read(compiled.as_text(), (4 // min(sizes[2], 4), 32, 8),
-                                      [device // sizes[2] for device in range(8)])
+            loops = compiled_text.in_loops(instructions(compiled.as_text()))
+            # a CPU waits for all devices in a permutation of some
+            passed = [x.scope for x in loops.values() if x.opcode.startswith("collective-permute")]
+            crossing = compiled_text.crossing(loops, [device // sizes[2] for device in range(8)])
             out, q = compiled(policy, draft), draft.weights["layers"]["q"]
             found.append([out.tokens.tolist(), out.stats.accepted.tolist(),
-                          list(q.sharding.shard_shape(q.shape)), read["crossing"]])
+                          list(q.sharding.shard_shape(q.shape)), crossing + passed])
     print(json.dumps(found))
 
 

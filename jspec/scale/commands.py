@@ -13,7 +13,7 @@ from jspec.scale.fit import fit
 from jspec.scale.published import shape_of
 from jspec.scale.report import as_json, show, svg
 from jspec.scale.topologies import devices, topology
-from jspec.speculate.schedule import MOST
+from jspec.speculate.schedule import WITH_MANY
 
 
 def answer(arguments: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def check(config: Config, arguments: argparse.Namespace) -> None:
     if (arguments.length or 0) > cap:
         raise InputError(f"--length {arguments.length} is more than sampling.max_new_tokens = "
                          f"{cap}; raise that, or lower --length")
-    most = 1 + (0 if config.draft.name == "none" else make_speculation(config, MOST).most)
+    most = 1 + (0 if config.draft.name == "none" else make_speculation(config, WITH_MANY).most)
     if arguments.accepted > most:
         raise InputError(f"--accepted {arguments.accepted:g}: a cycle of this config yields "
                          f"{most} at most, its drafts (speculation.k) and one; lower --accepted")

@@ -38,7 +38,7 @@ from jspec.scale.programs import (
 )
 from jspec.scale.topologies import Topology
 from jspec.sharding import batch_shards, configured_mesh
-from jspec.speculate.schedule import MOST
+from jspec.speculate.schedule import WITH_MANY
 from jspec.speculate.types import Schedule
 from jspec.step import for_host
 
@@ -152,7 +152,7 @@ def fit(
     """
     longest = config.sampling.max_new_tokens
     config = only_widest(config)
-    k = 0 if config.draft.name == "none" else make_speculation(config, MOST).k
+    k = 0 if config.draft.name == "none" else make_speculation(config, WITH_MANY).k
     subject = Subject(
         config, model, topology, devices, k, length or longest, accepted, tuple(layers)
     )

@@ -17,8 +17,9 @@ import numpy as np
 
 from jspec.speculate.types import Schedule
 
-MOST = 7
-"""The most that is drafted by choice."""
+MOST, WITH_MANY, POSITIONS = 15, 7, 256
+"""The most that is drafted by choice: WITH_MANY, and up to MOST where the rows are so few that a
+cycle looks at no more than POSITIONS, for which an accelerator only reads its weights."""
 MARGIN = 0.03
 """By what share another schedule has to be faster than the one there is, or than no draft: each one
 is compiled, and costs and acceptance are estimates."""
@@ -173,11 +174,17 @@ def choose_schedule(costs: Costs, acceptance: Sequence[float], lengths: Sequence
     return Choice(best, seconds(best), without)
 
 
+def longest(rows: int) -> int:
+    """The most that a loop of so many rows drafts by choice."""
+    return min(MOST, max(WITH_MANY, POSITIONS // rows - 1))
+
+
 def _candidates(costs: Costs, acceptance: Sequence[float]) -> set[Schedule]:
     """Schedules worth a trial: of each loop the k that is best for itself; fewer, for the rows that
     wait for the last; and none in the loops of many rows."""
     expected = 1 + np.cumsum([0.0, *rates(acceptance, MOST)])
-    best = [min(range(MOST + 1), key=lambda k, rows=rows: costs.of_drafting(rows, k) / expected[k])
+    best = [min(range(longest(rows) + 1),
+                key=lambda k, rows=rows: costs.of_drafting(rows, k) / expected[k])
             for rows in costs.rows]
     capped = [tuple(min(k, cap) for k in best) for cap in range(1, MOST + 1)]
     late = [tuple(k if i >= first else 0 for i, k in enumerate(best)) for first in range(len(best))]
@@ -202,7 +209,7 @@ def reason(choice: Choice, costs: Costs, acceptance: Sequence[float]) -> str:
     plain = costs.of_plain(rows)
     cycles = ", ".join(f"{costs.of_drafting(rows, k) / plain:.2f} times that with k = {k}"
                        for k in ks)
-    accepted = " ".join(f"{rate:.0%}" for rate in rates(acceptance, max(3, *ks)))
+    accepted = " ".join(f"{rate:.0%}" for rate in rates(acceptance, min(max(3, *ks), WITH_MANY)))
     worth = f"{choice.speedup:.2f}x of no draft is expected" if choice.k else "drafts do not pay"
     return (f"{in_words(choice.k)}: {worth} (accepted by position {accepted}; at {rows} rows "
             f"a plain cycle takes {1e3 * plain:.3g} ms, {cycles})")

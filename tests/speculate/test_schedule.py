@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jspec.speculate.schedule import Costs, choose_schedule, played, rates, reason
+from jspec.speculate.schedule import Costs, choose_schedule, longest, played, rates, reason
 
 LENGTHS = np.random.default_rng(0).exponential(60, 32).clip(1, 200).astype(int)
 GOOD, POOR = (0.8, 0.65, 0.5), (0.05, 0.01)
@@ -24,11 +24,17 @@ def planted(slope, *, rows=(32, 8), shards=1, **fields):
 def test_a_draft_that_costs_nothing_is_drafted_at_length_and_a_dear_one_never():
     free = choose_schedule(planted(0), GOOD, LENGTHS)
     assert free.k == ((8, 7), (32, 7)) and free.speedup > 2
+    # copied text, of which few refuse a draft: longer ones where few rows look at few positions
+    assert choose_schedule(planted(0), (0.95, 0.91, 0.87), LENGTHS).k == ((8, 15), (32, 7))
     assert choose_schedule(planted(1), GOOD, LENGTHS).k == 0
     assert choose_schedule(planted(0), (), LENGTHS).k == 0  # nothing is known to be accepted
     assert choose_schedule(planted(0.1), POOR, LENGTHS).k == 0
     between = choose_schedule(planted(0.2), GOOD, LENGTHS)
     assert all(0 < k < 7 for _, k in between.k) and 1.03 < between.speedup < free.speedup
+
+
+def test_as_many_positions_are_looked_at_as_cost_nothing():
+    assert [longest(rows) for rows in (1, 16, 17, 24, 32, 512)] == [15, 15, 14, 9, 7, 7]
 
 
 def test_it_drafts_only_where_few_rows_are_left_if_only_there_it_pays():

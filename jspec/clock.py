@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-PHASES = ("data", "reshard", "choose", "rollout", "reward", "draft", "remember", "update",
-          "checkpoint")
+PHASES = ("data", "reshard", "moments", "choose", "rollout", "reward", "draft", "remember",
+          "update", "checkpoint")
 """The phases of a step, each of which is timed; inside their programs `profiling.SCOPES` are told
 apart."""
 

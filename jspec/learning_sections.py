@@ -18,7 +18,7 @@ from jspec.choices import (
     AdvantageForm,
     Aggregation,
 )
-from jspec.optimizer_sections import OptimizerSection, ScheduleSection
+from jspec.optimizer_sections import OptimizerSection, ScheduleSection, StateMemorySection
 from jspec.settings import setting
 
 
@@ -230,7 +230,7 @@ class ObjectiveSection:
 
 
 @dataclasses.dataclass(frozen=True)
-class GrpoSection(ScheduleSection, OptimizerSection, ObjectiveSection):
+class GrpoSection(ScheduleSection, StateMemorySection, OptimizerSection, ObjectiveSection):
     """The policy's objective and optimizer."""
 
 

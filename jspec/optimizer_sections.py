@@ -34,6 +34,16 @@ class OptimizerSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class StateMemorySection:
+    """Where an optimizer keeps its state."""
+
+    state_memory: str = setting("device", "where its state lies between updates. host: the device "
+                                "memory is the rollout's meanwhile, and the state goes over the "
+                                "link to the host and back at every step",
+                                choices=("device", "host"))
+
+
+@dataclasses.dataclass(frozen=True)
 class ScheduleSection:
     """How a learning rate rises and falls."""
 

@@ -143,7 +143,8 @@ def profile(config: Config, directory: Path) -> int:
             for number in range(period):
                 with jax.profiler.StepTraceAnnotation("step", step_num=number):
                     profiled, _ = profiled.take(Clock())
-    seconds = {name: clock.seconds[name] / config.profile.repeats / period for name in programs}
+    seconds = {name: clock.seconds[name] / config.profile.repeats / period
+               for name in (*programs, *("moments",) * settings.moves_state)}
     with telling("reading the trace"):
         known = {}
         for name, program in programs.items():

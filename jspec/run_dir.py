@@ -23,7 +23,7 @@ from jspec.drafts.base import config_from_fields, model_config
 from jspec.errors import InputError
 from jspec.model import Lora, Policy, abstract_policy
 from jspec.model.lora import abstract_adapted, merge
-from jspec.optimizer_sections import ScheduleSection
+from jspec.optimizer_sections import ScheduleSection, StateMemorySection
 from jspec.output_dir import brief, written
 from jspec.rl.state import draft_specs
 from jspec.setting_values import shown
@@ -34,7 +34,8 @@ FREE_TO_CHANGE = (
     "rollout", "reward.workers", "reward.concurrency", "reward.timeout_s", "speculation.kernels",
     *(f"{side}.{key}" for side in ("grpo", "draft") for key in (
         "learning_rate", "clip", "weight_decay", "b1", "b2", "eps",
-        *(field.name for field in dataclasses.fields(ScheduleSection)))),
+        *(field.name for part in (ScheduleSection, StateMemorySection)
+          for field in dataclasses.fields(part)))),
     *(f"grpo.{key}" for key in (
         "clip_low", "clip_high", "dual_clip", "kl_weight", "kl_reference_mix", "entropy_weight",
         "micro_batch", "widths", "max_skipped")),

@@ -14,7 +14,7 @@ from jspec.choices import (
     RULES,
     Remat,
 )
-from jspec.optimizer_sections import OptimizerSection, ScheduleSection
+from jspec.optimizer_sections import OptimizerSection, ScheduleSection, StateMemorySection
 from jspec.settings import setting
 
 
@@ -68,7 +68,7 @@ class DraftLearningSection(OptimizerSection, DraftKeys):
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftSection(ScheduleSection, DraftLearningSection):
+class DraftSection(ScheduleSection, StateMemorySection, DraftLearningSection):
     """The drafter that makes rollouts fast; it never changes what they are distributed as."""
 
     name: str = setting("mtp", "the drafter, or your own; none: plain autoregressive rollouts",

@@ -29,7 +29,7 @@ from jspec.rl.batch import make_batch, without_truncated
 from jspec.rl.groups import merged, merged_on_host
 from jspec.rl.penalty import penalised
 from jspec.rl.rescore import own_logprobs
-from jspec.rl.state import TrainState
+from jspec.rl.state import TrainState, at_rest, at_work, shapes_at_work
 from jspec.rl.update import update, update_draft
 from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
 from jspec.sharding import place, placement
@@ -132,6 +132,8 @@ class Step:
         """
         with clock("reshard"):
             policy = jax.block_until_ready(self.reshard(state.policy))
+        with clock("moments"):
+            jax.block_until_ready(state)  # what went to host memory leaves room for the rollout
         with clock("choose"):
             k = choose(policy, state.draft, prompts)
         due = (trains_draft(state.draft, self.settings)
@@ -140,6 +142,7 @@ class Step:
         out, on_host = self.roll(policy, state.draft, prompts, k, clock)
         if further is None:
             del policy  # the rollout's copy is gone before anything else needs the memory
+            state = at_work(state, self.settings)  # begun here, while rewards are computed
         if learns and further is None:
             with clock("draft"):
                 # only begun here: the host goes on to the rewards
@@ -153,7 +156,7 @@ class Step:
             with clock("rollout"):
                 prompts, out = self.merge((prompts, out), (more.prompts, others), groups)
                 on_host = merged_on_host(on_host, other_host, groups)
-        policy = None
+        policy, state = None, at_work(state, self.settings)
         with clock("draft"):
             if learns and further is not None:
                 state, of_draft = self.draft(state, prompts, out)
@@ -163,17 +166,25 @@ class Step:
             if self.remember is not None:
                 state = state.replace(draft=jax.block_until_ready(self.remember(state.draft,
                                                                                 prompts, out)))
+        with clock("moments"):
+            jax.block_until_ready(state)
         with clock("update"):
-            rewards, metrics, kl = place(graded.rewards, "rollout", "batch"), [], {}
-            if self.rescore is not None:
-                out = self.rescore(state, prompts, out)
-            if self.penalise is not None:
-                rewards, kl = self.penalise(state, reference, prompts, out, rewards)
-            for _ in range(self.settings.updates_per_step):
-                state, of_update = self.update(state, reference, prompts, out, rewards)
-                metrics.append({**of_update, **kl})
-            metrics = jax.device_get(metrics)
+            state, metrics = self.learn(state, reference, prompts, out, graded.rewards)
+        state = at_rest(state, self.settings)  # begun here, until the next rollout
         return state, Taken(on_host, graded, metrics, jax.device_get(of_draft), due)
+
+    def learn(self, state: TrainState, reference: Policy | None, prompts: PromptBatch, out: Rollout,
+              rewards: np.ndarray) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+        """The updates of a rollout. Returns (state, the metrics of each on the host)."""
+        placed, metrics, kl = place(rewards, "rollout", "batch"), [], {}
+        if self.rescore is not None:
+            out = self.rescore(state, prompts, out)
+        if self.penalise is not None:
+            placed, kl = self.penalise(state, reference, prompts, out, placed)
+        for _ in range(self.settings.updates_per_step):
+            state, of_update = self.update(state, reference, prompts, out, placed)
+            metrics.append({**of_update, **kl})
+        return state, jax.device_get(metrics)
 
     def roll(self, policy: Policy, draft: Draft | None, prompts: PromptBatch, k: int | Schedule,
              clock: Clock) -> tuple[Rollout, Rollout]:
@@ -200,15 +211,15 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
     """The step's programs as jits that have not run.
 
     Args:
-      state: arrays, or `jax.ShapeDtypeStruct`s with shardings: every program gives it back as it is
-        placed here.
+      state: arrays, or `jax.ShapeDtypeStruct`s with shardings: every program takes it and gives it
+        back as it is placed here, the optimizers' on the devices.
       speculation: its `depths` are set here: they follow from what the draft learns from.
       layout: of the rollout's weights.
     """
     batching = Batching() if batching is None else batching
     speculation = (Speculation() if speculation is None else speculation).replace(
         depths=learned_from(state.draft, settings))
-    shardings = jax.tree.map(lambda x: x.sharding, state)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes_at_work(state, settings))
 
     def rollout(policy, draft, prompts, sampling, k) -> Rollout:
         return jspec.rollout(policy, draft, prompts, sampling=sampling,
@@ -273,7 +284,7 @@ def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: P
                                                            weak_type=x.weak_type),
                             programs[name].out_info)
 
-    policy = made("reshard", state.policy)
+    policy, state = made("reshard", state.policy), shapes_at_work(state, step.settings)
     out = to_learn_from(made("rollout", policy, state.draft, prompts, step.sampling, k))
     if step.draft is not None:
         made("draft", state, prompts, out)

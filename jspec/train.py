@@ -200,6 +200,7 @@ def evaluated(run: Run, step: Step, state: TrainState, plan: Plan, done: int,
     if run.evaluation is None or not run.evaluation.due(done):
         return {}
     with clock("evaluation"):
+        jax.block_until_ready(state)  # as before a rollout
         return run.evaluation.record(step.reshard(state.policy), state.draft, plan.k or 0)
 
 

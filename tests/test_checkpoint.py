@@ -20,7 +20,7 @@ from jspec.config import Config
 from jspec.errors import InputError
 from jspec.learning_sections import GrpoSection
 from jspec.model import ModelConfig, init_policy
-from jspec.rl.state import init_state, state_specs
+from jspec.rl.state import at_rest, at_work, init_state, state_specs
 from jspec.rl.update_settings import OptimizerSettings, UpdateSettings
 from jspec.run_dir import data_position, keep_config, load_draft, load_policy, load_run
 from jspec.sections import DraftSection, TrainedModelSection
@@ -106,6 +106,27 @@ def test_what_happens_to_the_arrays_after_save_is_not_saved(tmp_path):
         jax.block_until_ready(jax.tree.map(spend, (state.policy, state.opt_state)))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         same(values(checkpoints.restore(make_state(seed=5))[1]), expected)
+
+
+def test_optimizers_states_in_host_memory_are_saved_and_restored_there(tmp_path):
+    settings = UpdateSettings(state_memory="host", draft_optimizer=OptimizerSettings(
+        state_memory="host"))
+    expected = values(make_state())
+    state = at_rest(jax.tree.map(jnp.copy, make_state()), settings)
+    specs = state_specs(state.policy, state.draft, settings)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, DATA)
+        work = at_work(state, settings)  # while it is being written
+        spend = jax.jit(lambda x: x - 1, donate_argnums=0)
+        jax.block_until_ready(jax.tree.map(spend, work.opt_state))
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.opt_state, state.draft_opt_state)))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        _, restored, _ = checkpoints.restore(specs)
+    same(values(restored), expected)
+    for name in ("opt_state", "draft_opt_state", "policy"):
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(getattr(restored, name))}
+        assert kinds == {"device" if name == "policy" else "pinned_host"}
+    same(values(at_work(restored, settings)), expected)
 
 
 def test_old_ones_are_removed_by_count(tmp_path):

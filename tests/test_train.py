@@ -19,6 +19,7 @@ import pytest
 
 from jspec import choosing, prepare, step, train
 from jspec.base_model import BaseModel
+from jspec.checkpoint import Checkpoints
 from jspec.clock import PHASES
 from jspec.config import Config, load_config
 from jspec.errors import InputError
@@ -156,6 +157,26 @@ def test_a_run_killed_in_a_loggers_write_resumes_to_the_same_numbers(whole, tmp_
     assert records(tmp_path) == records(whole)
     assert ([key for key in tensorboard_values(tmp_path) if key[1] == "reward"]
             == [(step, "reward") for step in range(1, 11)])
+
+
+IN_HOST = ["grpo.state_memory=host", "draft.state_memory=host"]
+
+
+def test_optimizers_states_in_host_memory_change_nothing(whole, tmp_path, monkeypatch):
+    """Nor does a run that goes on without."""
+    save, kinds = Checkpoints.save, []
+
+    def seen(self, step, state, *more):
+        kinds.append({x.sharding.memory_kind
+                      for x in jax.tree.leaves((state.opt_state, state.draft_opt_state))})
+        save(self, step, state, *more)
+
+    monkeypatch.setattr(Checkpoints, "save", seen)
+    assert train.train(tiny(tmp_path, "steps=4", *IN_HOST)) == 0
+    assert train.train(tiny(tmp_path, "steps=10")) == 0
+    assert kinds == [{"pinned_host"}] * 2 + [{"device"}] * 3
+    assert records(tmp_path) == records(whole)
+    assert read_records(tmp_path / "metrics.jsonl")[3]["compilations"] == 0
 
 
 def test_what_a_drafter_remembers_is_in_the_checkpoint(tmp_path):
@@ -337,6 +358,23 @@ def test_eight_devices_compute_what_one_does(coupled, tmp_path, shape):
     same_run(coupled[1], records(tmp_path))
 
 
+@pytest.mark.slow  # the small version is above
+@pytest.mark.parametrize("way", [["draft.features=rollout"], ["grpo.mini_batches=2"],
+                                 ["data.dynamic_sampling=2", "grpo.kl_reference_every=2",
+                                  "grpo.kl_weight=0.1"],
+                                 ["grpo.optimizer=muon", "grpo.correction=tis",
+                                  "grpo.updates_per_rollout=2"]])
+def test_states_in_host_memory_on_eight_devices(tmp_path, way):
+    """To the last digit, and over a resume."""
+    axes = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", *way]
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    jspec_train(["jspec"], f"output_dir={tmp_path}/device", *axes, **eight)
+    for steps in (3, 5):
+        jspec_train(["jspec"], f"output_dir={tmp_path}/host", *axes, *IN_HOST, f"steps={steps}",
+                    **eight)
+    assert records(tmp_path / "host") == records(tmp_path / "device")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
 def test_eight_devices_with_two_kv_heads(tmp_path, shape):
@@ -350,8 +388,9 @@ def test_eight_devices_with_two_kv_heads(tmp_path, shape):
 
 @pytest.mark.parametrize("starts", [(5,), pytest.param((2, 5), marks=pytest.mark.slow)])
 def test_two_processes_compute_what_one_does(coupled, tmp_path, starts):
+    """With the optimizers' states in host memory, which every process moves for itself."""
     for steps in starts:  # the second start resumes
-        jspec_train(["jspec.local", "2"], f"output_dir={tmp_path}", f"steps={steps}")
+        jspec_train(["jspec.local", "2"], f"output_dir={tmp_path}", f"steps={steps}", *IN_HOST)
         assert len(records(tmp_path)) == steps
     same_run(coupled[1], records(tmp_path))
 

@@ -30,7 +30,7 @@ class TrainState:
       policy: training layout, float32 masters; with adapters, those are what is trained.
       draft: float32 masters, or None for autoregressive rollouts.
       opt_state, draft_opt_state: of the two optimizers, which share nothing; the latter is () for a
-        draft without weights to train.
+        draft without weights to train. Between updates they may lie in host memory (`at_rest`).
       updates: int32 scalar, optimizer updates so far, skipped ones included; `updates_per_step` of
         them are a step.
       skipped, draft_skipped: int32 scalars, updates left out for a non-finite loss or gradient.
@@ -53,11 +53,13 @@ class TrainState:
     reference: Any = None
 
 
+HOST = "pinned_host"
+"""The memory of a host that its devices read and write by themselves."""
 COUNTERS = ("updates", "skipped", "skipped_in_row", "draft_skipped", "draft_skipped_in_row")
 
 
 def state_specs(policy: Policy, draft: Draft | None, settings: UpdateSettings) -> TrainState:
-    """The state's shape: `jax.ShapeDtypeStruct`s, each with its sharding on the mesh of
+    """The state's shape at rest: `jax.ShapeDtypeStruct`s, each with its sharding on the mesh of
     `jax.set_mesh` (None without one). The moments are placed as the weights they belong to; what is
     no weight is everywhere.
 
@@ -69,11 +71,51 @@ def state_specs(policy: Policy, draft: Draft | None, settings: UpdateSettings) -
     policy = policy if lora is None else abstract_adapted(policy, lora)
     optimizer, draft_optimizer = optimizers(settings)
     count = everywhere((), jnp.int32)
-    return TrainState(
+    return at_rest(TrainState(
         policy, draft, moments(optimizer, trained(policy)),
         moments(draft_optimizer, draft.weights) if trains_draft(draft, settings) else (),
         **dict.fromkeys(COUNTERS, count), key=everywhere((), seed_key(0).dtype),
-        reference=trained(policy) if settings.kl_reference_every else None)
+        reference=trained(policy) if settings.kl_reference_every else None), settings)
+
+
+def at_rest(state: TrainState, settings: UpdateSettings) -> TrainState:
+    """A state, or its shape, as it lies between updates: in host memory the optimizers' whose
+    `state_memory` says so. Of arrays the copies are only begun, and what is copied is given up."""
+    return _moved(state, settings, HOST)
+
+
+def at_work(state: TrainState, settings: UpdateSettings) -> TrainState:
+    """The same as updates take it: all of it on the devices."""
+    return _moved(state, settings, None)
+
+
+def shapes_at_work(state: TrainState, settings: UpdateSettings) -> TrainState:
+    """`at_work` of a state's shape; arrays stay where they are."""
+    return at_work(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
+                                                               sharding=x.sharding), state),
+                   settings)
+
+
+def _moved(state: TrainState, settings: UpdateSettings, kind: str | None) -> TrainState:
+    optimizers = {"opt_state": settings, "draft_opt_state": settings.draft_optimizer}
+    return state.replace(**{name: _in_memory(getattr(state, name), kind)
+                            for name, of in optimizers.items() if of.state_memory == "host"})
+
+
+def _in_memory(tree: Any, kind: str | None) -> Any:
+    """A tree of arrays, or of shapes, in that memory of its devices; None: in their own."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda x: (x.sharding or default).with_memory_kind(kind), tree)
+
+    def put(x: Any, sharding: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        moved = jax.device_put(x, sharding)
+        if moved.sharding != x.sharding:  # else it is the same array
+            x.delete()  # once it is copied: device_put has no donation from memory to memory
+        return moved
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def draft_specs(draft: Draft | None) -> Draft | None:

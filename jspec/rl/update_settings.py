@@ -53,6 +53,7 @@ class OptimizerSettings:
     eps: float | None = None
     momentum: float | None = None
     state_dtype: str = "float32"
+    state_memory: str = "device"
     schedule: str = "constant"
     warmup_steps: int = 0
     decay_steps: int | None = None
@@ -102,6 +103,11 @@ class UpdateSettings(Limits, OptimizerSettings):
     def updates_per_step(self) -> int:
         """Optimizer steps on a rollout and all its parts."""
         return self.updates_per_rollout * self.mini_batches
+
+    @property
+    def moves_state(self) -> bool:
+        """Whether the state of an optimizer lies in host memory between updates."""
+        return "host" in (self.state_memory, self.draft_optimizer.state_memory)
 
     @property
     def rescores(self) -> bool:

@@ -23,7 +23,7 @@ from jspec.progress import telling
 from jspec.scale.depths import depths, extended, kinds
 from jspec.scale.floors import Floor, total
 from jspec.scale.largest import Largest, largest
-from jspec.scale.memory import Pools, prepared_bytes, shard_bytes, state_bytes
+from jspec.scale.memory import Pools, host_bytes, prepared_bytes, shard_bytes, state_bytes
 from jspec.scale.programs import (
     Compiled,
     Declared,
@@ -82,7 +82,7 @@ class Fit:
         those that wait for a slot begin when all have ended that had one.
       micro_batch: (its rows, how many an update computes).
       programs: in the order of a step.
-      host_bytes: on a host, of paused rows and of the step's answers.
+      host_bytes: on a host, by kind, as `memory.host_bytes` has them.
       largest: what would still fit.
     """
 
@@ -163,10 +163,7 @@ def fit(
         programs += of_learning(subject, whole, out)
         micro = micro_batches(whole, out)
         chip = topology.chip
-        host = {
-            "paused rows": pools.bytes()[2] * chip.devices_a_host,
-            "answers": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(for_host(out))),
-        }
+        host = host_bytes(whole.state, pools, for_host(out), chip.devices_a_host)
         fixed = 2 * shard_bytes(whole.state.policy)  # sums of gradients, and those of a micro-batch
         most = largest(
             {program.name: program for program in programs},
@@ -235,14 +232,15 @@ def known(subject: Subject, made: Declared, drafted: int, of_draft: Any,
           out: Any) -> dict[str, tuple[int, dict[str, int]]]:
     """Of reshard and rollout at one depth, (bytes of what lies beside it, all of it by kind)."""
     state, copy = state_bytes(made.state, made.reference), shard_bytes(made.copy)
+    leaving = state_bytes(made.work, made.reference)  # what goes to the host may not be there yet
     in_pool, in_draft_pool, _ = pools_of(subject, made, of_draft).bytes()
     own = 0 if made.state.draft is None else shard_bytes(made.state.draft)
     kinds = state | {"rollout copy": copy, "KV pool": in_pool,
                      "draft": state["draft"] + in_draft_pool + drafted,
                      "prompts and answers": shard_bytes((made.prompts, out))}
-    always = sum(state.values())
-    return {"reshard": (always - state["master weights"], state | {"rollout copy": copy}),
-            "rollout": (always - own, kinds)}
+    return {"reshard": (sum(leaving.values()) - state["master weights"],
+                        leaving | {"rollout copy": copy}),
+            "rollout": (sum(state.values()) - own, kinds)}
 
 
 def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
@@ -269,12 +267,12 @@ def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
 def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
     """What comes after the rollout, at full depth; where the update is refused for want of memory,
     what it does is counted at small depths."""
-    state = state_bytes(whole.state, whole.reference)
+    state = state_bytes(whole.work, whole.reference)
     step, programs, everything = whole.step, [], [subject.model]
     if step.draft is not None:
         with telling("compiling the draft's update"):
             made = compile_one(
-                subject, "draft", step.draft, (whole.state, whole.prompts, out), once
+                subject, "draft", step.draft, (whole.work, whole.prompts, out), once
             )
         kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
         programs.append(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jspec.model import KeyValues, Policy
 from jspec.model.params import is_spec, rollout_specs
-from jspec.rl.state import TrainState
+from jspec.rl.state import HOST, TrainState
 from jspec.sharding import LAYOUTS, batch_shards, current_mesh, placement, spec_sharding
 from jspec.speculate import Batching, PromptBatch
 from jspec.speculate.blocks import Blocks, prompts_of_shards
@@ -23,11 +23,14 @@ _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
 
 
-def shard_bytes(tree: Any) -> int:
-    """Of a tree of arrays, or of `jax.ShapeDtypeStruct`s with shardings, what each device holds."""
+def shard_bytes(tree: Any, host: bool = False) -> int:
+    """Of a tree of arrays, or of `jax.ShapeDtypeStruct`s with shardings, what each device holds in
+    its own memory, or in that of its host."""
     total = 0
     for x in jax.tree.leaves(tree):
         sharding = getattr(x, "sharding", None)
+        if (getattr(sharding, "memory_kind", None) == HOST) is not host:
+            continue
         shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
         size = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
         total += math.prod(shape) * size
@@ -143,7 +146,8 @@ def prepared_bytes(policy: Any, draft: Any, layout: str) -> int:
 
 
 def state_bytes(state: TrainState, reference: Policy | None) -> dict[str, int]:
-    """What is there all the time, by kind."""
+    """What is there beside a rollout, of a state at rest, or beside an update, of one at work; by
+    kind."""
     found = {
         "master weights": shard_bytes(state.policy),
         "optimizer": shard_bytes(state.opt_state),
@@ -153,6 +157,15 @@ def state_bytes(state: TrainState, reference: Policy | None) -> dict[str, int]:
     }
     kept = shard_bytes((state.reference, reference))
     return found | {"reference": kept} if kept else found
+
+
+def host_bytes(state: TrainState, pools: Pools, out: Any, devices: int) -> dict[str, int]:
+    """What a host of so many devices holds during the rollout, by kind. out: what it gives, for
+    the host."""
+    kinds = {"paused rows": pools.bytes()[2] * devices,
+             "answers": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(out))}
+    kept = shard_bytes(state, host=True) * devices
+    return kinds | {"optimizer": kept} if kept else kinds
 
 
 def needed(compiled: Any, platform: str) -> int:

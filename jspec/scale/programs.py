@@ -19,7 +19,7 @@ from jspec.prepare import make_reference, make_state_specs, rollout_layout
 from jspec.rl.batch import TrainBatch, part_of
 from jspec.rl.collate import may_wait
 from jspec.rl.micro_batches import blocks_of, shapes
-from jspec.rl.state import TrainState, everywhere
+from jspec.rl.state import TrainState, everywhere, shapes_at_work
 from jspec.scale.counts import counted
 from jspec.scale.floors import Floor, Places, by_phase
 from jspec.scale.memory import Pools, needed, refused, rollout_shape, shard_bytes
@@ -79,6 +79,11 @@ class Declared:
             prompts_of(config),
             rollout_layout(config),
         )
+
+    @property
+    def work(self) -> TrainState:
+        """The state as updates take it."""
+        return shapes_at_work(self.state, self.step.settings)
 
     @property
     def copy(self) -> Any:
@@ -216,7 +221,7 @@ def compile_update(subject: Subject, made: Declared, out: Any) -> Compiled:
         subject,
         "update",
         made.step.update,
-        (made.state, made.reference, made.prompts, out, rewards),
+        (made.work, made.reference, made.prompts, out, rewards),
         turns,
     )
 

@@ -10,7 +10,7 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 230, 66, 14, 10, 30
-COLORS = 10
+COLORS = 11
 """Of the page, --c0 to --c9: as many as a step has phases."""
 MOST = 400
 """Points of a line at most: of more, those next to each other are one, their mean."""

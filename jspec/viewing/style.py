@@ -4,10 +4,11 @@ STYLE = """
 :root { color-scheme: light dark; --fg: #1c2126; --dim: #5b6570; --bg: #fbfbfa; --card: #ffffff;
   --rule: #dfe3e6; --c0: #1f6fb2; --c1: #c4571b; --c2: #2e8b57; --c3: #8a5bb5; --c4: #b58900;
   --c5: #c2477f; --c6: #4d7c8a; --c7: #7a6a53;
-  --c8: #9aa324; --c9: #d0a98f; }
+  --c8: #9aa324; --c9: #d0a98f; --c10: #3b4a9b; }
 @media (prefers-color-scheme: dark) { :root { --fg: #e4e7ea; --dim: #9aa4ae; --bg: #14171a;
   --card: #1c2024; --rule: #343a40; --c0: #62a8e5; --c1: #eb8a50; --c2: #62c08c; --c3: #b791de;
-  --c4: #d9b342; --c5: #e67fb0; --c6: #82b4c2; --c7: #b5a48a; --c8: #c3cc5a; --c9: #e8c8b4; } }
+  --c4: #d9b342; --c5: #e67fb0; --c6: #82b4c2; --c7: #b5a48a; --c8: #c3cc5a; --c9: #e8c8b4;
+  --c10: #8f9be8; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--fg);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }

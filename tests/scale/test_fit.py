@@ -75,6 +75,18 @@ def test_every_byte_has_a_kind(small):
     assert rollout.kinds["KV pool"] == LAYERS * blocks * 2 * 8 * 16 * 16 * 4
 
 
+def test_an_optimizers_state_in_host_memory_is_not_beside_the_rollout(small):
+    there = answer("draft.name=none", "grpo.state_memory=host", layers=(1, 2))
+    state = small.programs[0].kinds["optimizer"]
+    for name, saved in (("reshard", 0), ("rollout", state), ("update", 0)):
+        here, before = (next(program for program in found.programs if program.name == name)
+                        for found in (there, small))
+        assert before.needed - here.needed == saved, name
+        assert sum(here.kinds.values()) == here.needed
+    assert there.host_bytes == small.host_bytes | {"optimizer": state}
+    assert there.largest.micro_batch == small.largest.micro_batch
+
+
 def test_the_answer_is_said_drawn_and_written(small, capsys):
     show(small, PlainConsole(width=120))
     out = capsys.readouterr().out

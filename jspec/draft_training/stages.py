@@ -182,7 +182,7 @@ def run_stage(stage: Stage, done: int, config: DraftTrainingConfig, policy: Poli
             break
         if stage.before + index < done:
             continue
-        batch = on_mesh([rows[i] for i in chosen]).replace(turn=np.int32(stage.before + index))
+        batch = on_mesh([rows[i] for i in chosen], stage.before + index)
         saved, metrics = learn(saved, policy, draft.state, batch)
         tokens += int(batch.mask.sum())
         step = stage.before + index + 1
@@ -238,10 +238,11 @@ def order(rows: list[Row], size: int, seed: int) -> Iterator[list[int]]:
         yield from batches
 
 
-def on_mesh(rows: list[Row]) -> DraftBatch:
+def on_mesh(rows: list[Row], turn: int = 0) -> DraftBatch:
     """Rows as one batch, split over the current mesh where it divides them; else every device
     computes them all."""
-    return jax.tree.map(place_rows, pack(rows))
+    batch = jax.tree.map(place_rows, pack(rows).replace(turn=None))
+    return batch.replace(turn=np.int32(turn))
 
 
 def pack(rows: list[Row]) -> DraftBatch:

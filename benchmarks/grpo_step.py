@@ -31,6 +31,7 @@ from jspec.console import PlainConsole
 from jspec.purposes import BENCH_KEY, purpose_key
 from jspec.rl.batch import TrainBatch
 from jspec.rl.grading import Grades
+from jspec.rl.groups import Drawn
 from jspec.rl.state import TrainState, init_state
 from jspec.rl.update import update
 from jspec.rl.update_settings import UpdateSettings
@@ -70,7 +71,7 @@ def random_prompts(args: argparse.Namespace, vocab_size: int, number: int) -> js
                                          buckets=(args.prompt_tokens,))
 
 
-def distinct(out: jspec.Rollout) -> Grades:
+def distinct(out: jspec.Rollout, _: Drawn) -> Grades:
     """How many different tokens each answer has."""
     return Grades(np.array([len(set(row)) for row in np.asarray(out.tokens).tolist()], np.float32),
                   {}, "")

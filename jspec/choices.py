@@ -100,6 +100,7 @@ OTHERS_NAMES = {
     "data.prompts_per_step": ("train_batch_size", "num_prompts_per_step"),
     "data.group_size": ("num_generations", "num_generations_per_prompt", "n"),
     "data.dynamic_sampling": ("use_dynamic_sampling", "filter_groups", "max_num_gen_batches"),
+    "data.over_sampling": ("over_sampling_batch_size", "over_sample_rate"),
     "sampling.max_new_tokens": ("max_completion_length", "max_response_length", "max_tokens"),
     "grpo.objective": ("loss_type", "loss_mode", "adv_estimator", "use_dapo"),
     "grpo.aggregation": ("loss_agg_mode", "token_level_loss"),

@@ -18,7 +18,7 @@ from jspec.drafts import Draft
 from jspec.errors import InputError
 from jspec.model import Policy
 from jspec.speculate.arguments import check
-from jspec.speculate.results import Rollout
+from jspec.speculate.results import RolloutStats
 from jspec.speculate.schedule import Choice, Costs, choose_schedule, rates, reason
 from jspec.speculate.types import Batching, PromptBatch, Sampling, Schedule, Speculation
 
@@ -60,16 +60,17 @@ class Plan:
                                "lengths": tuple(fields["lengths"]),
                                "costs": costs and Costs.from_json(costs)})
 
-    def after(self, out: Rollout) -> Plan:
-        """With what a rollout, on the host, has shown."""
-        drafted, taken = np.asarray(out.stats.drafted), np.asarray(out.stats.accepted)
+    def after(self, stats: RolloutStats, lengths: np.ndarray) -> Plan:
+        """With what rollouts, on the host, have shown. lengths: int [...] of all sequences of one,
+        in their order."""
+        drafted, taken = np.asarray(stats.drafted), np.asarray(stats.accepted)
         known = int((np.cumsum(drafted < SOME) == 0).sum())
         now = taken[:known] / np.maximum(drafted[:known], 1)
         before = rates(self.acceptance, max(known, len(self.acceptance)))
         before[:known] = (before[:known] + now) / 2
         return dataclasses.replace(self,
                                    acceptance=tuple(before.tolist()) if known else self.acceptance,
-                                   lengths=tuple(np.asarray(out.lengths).tolist()))
+                                   lengths=tuple(lengths.reshape(-1).tolist()))
 
 
 @dataclasses.dataclass(frozen=True)

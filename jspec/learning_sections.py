@@ -2,6 +2,7 @@
 objective."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -58,7 +59,24 @@ class DataSection:
     dynamic_sampling: int = setting(1, "rollouts of a step at most: while groups have one reward "
                                     "for all their answers, which teaches nothing, further prompts "
                                     "take their places; 1: none do", low=1, high=1024)
+    over_sampling: float = setting(1.0, "so many times prompts_per_step are drawn, and a rollout "
+                                   "ends when prompts_per_step of them have all their answers; "
+                                   "the others are dropped, which are the long ones", low=1,
+                                   high=1024)
     options: dict = setting({}, "further arguments of the task, such as reasoning_gym's parameters")
+
+    @property
+    def prompts_drawn(self) -> int:
+        """Prompts of a rollout."""
+        return math.ceil(round(self.prompts_per_step * self.over_sampling, 6))
+
+    @property
+    def drawing(self) -> str:
+        """What says how many prompts a rollout has, and how many that are, for errors."""
+        if self.over_sampling == 1:
+            return f"data.prompts_per_step={self.prompts_per_step}"
+        return (f"data.prompts_per_step x data.over_sampling={self.prompts_per_step} x "
+                f"{self.over_sampling:g} = {self.prompts_drawn}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import batch_shards, check_mesh, check_rows
 from jspec.source_parts import source_parts
 from jspec.speculate import Batching, Sampling, Speculation
-from jspec.speculate.arguments import check_batching, check_stops
+from jspec.speculate.arguments import check_batching, check_groups, check_stops
 from jspec.speculate.schedule import MOST
 from jspec.speculate.types import Schedule
 
@@ -83,10 +83,13 @@ def check_sizes(config: Config, mesh: Mesh, model: ModelConfig) -> None:
         check_rows(rows // config.grpo.mini_batches, mesh, layout, "grpo.mini_batches")
     if config.grpo.micro_batch:
         check_rows(config.grpo.micro_batch, mesh, layout, "grpo.micro_batch")
-    shards = batch_shards(rollout_layout(config), mesh)
+    shards, data = batch_shards(rollout_layout(config), mesh), config.data
+    if (groups := step_batching(config).groups) is not None:
+        check_groups("data.over_sampling: data.prompts_per_step", groups, data.prompts_drawn,
+                     shards)
     k = 0 if config.draft.name == "none" else make_speculation(config, MOST).most
-    check_batching("rollout.", make_batching(config), shards, rows, config.data.group_size,
-                   config.data.max_prompt_tokens, config.sampling.max_new_tokens, k)
+    check_batching("rollout.", make_batching(config), shards, data.prompts_drawn * data.group_size,
+                   data.group_size, data.max_prompt_tokens, config.sampling.max_new_tokens, k)
     check_mesh(model, mesh)
     check_stops(model, make_sampling(config))
     check_draft(config, model)
@@ -291,8 +294,15 @@ def rollout_layout(config: AnyConfig) -> str:
 
 
 def make_batching(config: Config) -> Batching:
-    """`Batching` as the configuration has it."""
+    """`Batching` as the configuration has it, of a rollout that answers every prompt."""
     return Batching(**dataclasses.asdict(config.rollout))
+
+
+def step_batching(config: Config) -> Batching:
+    """`Batching` of a step's rollouts, which may end early."""
+    data = config.data
+    return make_batching(config).replace(
+        groups=data.prompts_per_step if data.prompts_drawn > data.prompts_per_step else None)
 
 
 def make_speculation(config: Config, chosen: int | Schedule = 0) -> Speculation:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from jspec.base_model import BaseModel
 from jspec.choosing import Chooser, Plan
-from jspec.clock import Clock
+from jspec.clock import PHASES, Clock
 from jspec.config import Config
 from jspec.model import Policy
 from jspec.output import open_directory, screen
@@ -44,6 +44,7 @@ from jspec.profiling import (
 from jspec.progress import say, telling
 from jspec.rl.collate import collate
 from jspec.rl.grading import Grades
+from jspec.rl.groups import Drawn
 from jspec.rl.prompts import PromptData
 from jspec.rl.state import TrainState
 from jspec.rl.update_settings import trains_draft
@@ -83,7 +84,7 @@ class Profiled:
         return dataclasses.replace(self, state=state), taken
 
 
-def in_turn(out: Rollout) -> Grades:
+def in_turn(out: Rollout, _: Drawn) -> Grades:
     """Rewards are the host's work and no part of a profile: here they are 1 and 0 in turn, so that
     every token is trained."""
     return Grades(np.resize(np.float32([1, 0]), out.lengths.shape), {}, "")
@@ -143,8 +144,10 @@ def profile(config: Config, directory: Path) -> int:
             for number in range(period):
                 with jax.profiler.StepTraceAnnotation("step", step_num=number):
                     profiled, _ = profiled.take(Clock())
+    # other programs are timed in the phase that they are part of
+    phases = [name for name in programs if name in PHASES]
     seconds = {name: clock.seconds[name] / config.profile.repeats / period
-               for name in (*programs, *("moments",) * settings.moves_state)}
+               for name in (*phases, *("moments",) * settings.moves_state)}
     with telling("reading the trace"):
         known = {}
         for name, program in programs.items():

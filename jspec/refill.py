@@ -1,5 +1,5 @@
-"""The further rollouts of a step with dynamic sampling (`jspec.rl.groups`), and what is said of
-them."""
+"""Which prompts a step's answers belong to, with over-sampling and the further rollouts of dynamic
+sampling (`jspec.rl.groups`), and what is said of those."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jspec.config import Config
 from jspec.rl.collate import collate
 from jspec.rl.grading import Grades
-from jspec.rl.groups import kept, numbered, rows_of, spread
+from jspec.rl.groups import Drawn, kept, numbered, rows_of, spread
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.speculate import Rollout
 from jspec.step import Further
@@ -26,10 +26,15 @@ class Refill:
     """
 
     def __init__(self, config: Config, data: PromptData, key: jax.Array, prompts: Sequence[Prompt],
-                 grade: Callable[[Sequence[Prompt], Rollout], Grades]) -> None:
+                 grade: Callable[[Sequence[Prompt], Rollout, Drawn], Grades]) -> None:
         """key, prompts: of the step. grade: of some prompts and their rollout, on the host."""
         self.config, self.data, self.key, self.grade = config, data, key, grade
         self.prompts, self.rewards = list(prompts), []
+
+    def first(self, out: Rollout, drawn: Drawn) -> Grades:
+        """Grades of the groups of the first rollout that go on."""
+        self.prompts = [self.prompts[i] for i in drawn.kept]
+        return self.grade(self.prompts, out, drawn)
 
     @property
     def asked(self) -> Callable[[Grades], Further | None] | None:
@@ -48,6 +53,11 @@ class Refill:
         prompts = next(self.data)
         batch = numbered(collate(self.config, prompts, self.key), len(self.rewards))
 
+        def grade(out: Rollout, drawn: Drawn) -> Grades:
+            nonlocal prompts
+            prompts = [prompts[i] for i in drawn.kept]
+            return self.grade(prompts, out, drawn)
+
         def keep(first: Grades, second: Grades) -> tuple[np.ndarray, Grades]:
             self.rewards.append(second.rewards)
             index = kept(self.has_spread(first), self.has_spread(second))
@@ -55,7 +65,7 @@ class Refill:
             self.prompts = [both[i] for i in index]
             return index, first.of_groups(second, rows_of(index, len(index), len(first.rewards)))
 
-        return Further(batch, lambda out: self.grade(prompts, out), keep)
+        return Further(batch, grade, keep)
 
     def has_spread(self, graded: Grades) -> np.ndarray:
         return spread(graded.rewards, self.config.data.group_size)

@@ -143,7 +143,8 @@ def _of_split(data: DataSection, split: str | None) -> DataSection:
 
 def _alone(name: str, data: DataSection, has_name: bool, held_out: int) -> DataSection:
     """A section of one source, which has a name or has none."""
-    data = dataclasses.replace(data, prompts_per_step=1, held_out=held_out, curriculum=False)
+    data = dataclasses.replace(data, prompts_per_step=1, over_sampling=1.0, held_out=held_out,
+                               curriculum=False)
     if not has_name:
         return data
     own = {key: getattr(data, key) for key in OWN}

@@ -23,16 +23,16 @@ from jspec.config import Config
 from jspec.distributed import fetch
 from jspec.drafts import Draft
 from jspec.model import Policy, to_rollout
-from jspec.prepare import make_batching, make_sampling, make_speculation, rollout_layout
+from jspec.prepare import make_sampling, make_speculation, rollout_layout, step_batching
 from jspec.rl.advantages import advantages_of
 from jspec.rl.batch import make_batch, without_truncated
-from jspec.rl.groups import merged, merged_on_host
+from jspec.rl.groups import Drawn, merged, merged_on_host, picked, picked_on_host
 from jspec.rl.penalty import penalised
 from jspec.rl.rescore import own_logprobs
 from jspec.rl.state import TrainState, at_rest, at_work, shapes_at_work
 from jspec.rl.update import update, update_draft
 from jspec.rl.update_settings import UpdateSettings, draft_due, learned_from, trains_draft
-from jspec.sharding import place, placement
+from jspec.sharding import batch_shards, place, placement
 from jspec.speculate import Batching, PromptBatch, Rollout, Sampling, Speculation
 from jspec.speculate.types import Schedule
 
@@ -55,8 +55,18 @@ class Further(NamedTuple):
     """
 
     prompts: PromptBatch
-    grade: Callable[[Rollout], Any]
+    grade: Callable[[Rollout, Drawn], Any]
     keep: Callable[[Any, Any], tuple[np.ndarray, Any]]
+
+
+class Rolled(NamedTuple):
+    """The groups of rollouts that go on: with their prompts, what is learned from, on the device;
+    what the host looks at; and of each rollout what they were chosen from."""
+
+    prompts: PromptBatch
+    out: Rollout
+    on_host: Rollout
+    drawn: tuple[Drawn, ...]
 
 
 class Taken(NamedTuple):
@@ -64,6 +74,7 @@ class Taken(NamedTuple):
 
     Attributes:
       rollout: on the host, without the verifier's states and routes.
+      drawn: of each rollout there was.
       graded: as it was given.
       updates: the metrics of each update, on the host.
       draft: those of the draft's own update, {} without one.
@@ -71,6 +82,7 @@ class Taken(NamedTuple):
     """
 
     rollout: Rollout
+    drawn: tuple[Drawn, ...]
     graded: Any
     updates: list[dict[str, np.ndarray]]
     draft: dict[str, np.ndarray]
@@ -90,6 +102,8 @@ class Step:
       rollout: (policy, draft, prompts, sampling, k) -> Rollout; k is static.
       draft: (state, prompts, rollout) -> (state, metrics), the state donated: the draft learns from
         the verifier's states. None: it learns in the update, or not at all.
+      pick: (prompts, rollout, groups) -> (prompts, rollout), of the groups that are done. None:
+        all are.
       merge: ((prompts, rollout), (prompts, rollout), groups) -> (prompts, rollout), of the groups
         that go on (`groups.merged`).
       remember: (draft, prompts, rollout) -> draft, the draft donated. None: the drafter remembers
@@ -108,6 +122,7 @@ class Step:
     reshard: Callable[..., Policy]
     rollout: Callable[..., Rollout]
     draft: Callable[..., tuple[TrainState, dict]] | None
+    pick: Callable[..., tuple[PromptBatch, Rollout]] | None
     merge: Callable[..., tuple[PromptBatch, Rollout]]
     remember: Callable[..., Draft] | None
     rescore: Callable[..., Rollout] | None
@@ -116,7 +131,7 @@ class Step:
 
     def take(self, state: TrainState, reference: Policy | None, prompts: PromptBatch, clock: Clock,
              *, choose: Callable[[Policy, Draft | None, PromptBatch], int | Schedule],
-             grade: Callable[[Rollout], Any],
+             grade: Callable[[Rollout, Drawn], Any],
              further: Callable[[Any], Further | None] | None = None) -> tuple[TrainState, Taken]:
         """Takes the step. Returns (state, what it did); of `state` only what was returned is to be
         used again.
@@ -125,8 +140,8 @@ class Step:
           reference: what the KL term is taken against, or None.
           clock: gets the seconds of the programs, and of `choose` and `reward`.
           choose: k, given the policy in its rollout layout, the draft and the prompts.
-          grade: grades a rollout on the host, without the verifier's states. A draft that learns
-            from them does so meanwhile.
+          grade: grades a rollout on the host, without the verifier's states, given also what its
+            groups were chosen from. A draft that learns from those states does so meanwhile.
           further: from what has been graded to another rollout of the step, or None; it is asked
             again after that one. A draft learns from the verifier's states when there is none.
         """
@@ -139,24 +154,22 @@ class Step:
         due = (trains_draft(state.draft, self.settings)
                and draft_due(self.settings, int(state.updates)))
         learns, of_draft = self.draft is not None and due, {}
-        out, on_host = self.roll(policy, state.draft, prompts, k, clock)
+        rolled = self.roll(policy, state.draft, prompts, k, clock)
         if further is None:
             del policy  # the rollout's copy is gone before anything else needs the memory
             state = at_work(state, self.settings)  # begun here, while rewards are computed
         if learns and further is None:
             with clock("draft"):
                 # only begun here: the host goes on to the rewards
-                state, of_draft = self.draft(state, prompts, out)
+                state, of_draft = self.draft(state, rolled.prompts, rolled.out)
         with clock("reward"):
-            graded = grade(on_host)
+            graded = grade(rolled.on_host, rolled.drawn[0])
         while further is not None and (more := further(graded)) is not None:
-            others, other_host = self.roll(policy, state.draft, more.prompts, k, clock)
-            with clock("reward"):
-                groups, graded = more.keep(graded, more.grade(other_host))
-            with clock("rollout"):
-                prompts, out = self.merge((prompts, out), (more.prompts, others), groups)
-                on_host = merged_on_host(on_host, other_host, groups)
+            rolled, graded = self.joined(rolled, graded, more, self.roll(
+                policy, state.draft, more.prompts, k, clock), clock)
         policy, state = None, at_work(state, self.settings)
+        prompts, out, on_host, drawn = rolled
+        del rolled
         with clock("draft"):
             if learns and further is not None:
                 state, of_draft = self.draft(state, prompts, out)
@@ -171,7 +184,7 @@ class Step:
         with clock("update"):
             state, metrics = self.learn(state, reference, prompts, out, graded.rewards)
         state = at_rest(state, self.settings)  # begun here, until the next rollout
-        return state, Taken(on_host, graded, metrics, jax.device_get(of_draft), due)
+        return state, Taken(on_host, drawn, graded, metrics, jax.device_get(of_draft), due)
 
     def learn(self, state: TrainState, reference: Policy | None, prompts: PromptBatch, out: Rollout,
               rewards: np.ndarray) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
@@ -187,11 +200,28 @@ class Step:
         return state, jax.device_get(metrics)
 
     def roll(self, policy: Policy, draft: Draft | None, prompts: PromptBatch, k: int | Schedule,
-             clock: Clock) -> tuple[Rollout, Rollout]:
-        """A rollout: what is learned from, on the device, and what the host looks at."""
+             clock: Clock) -> Rolled:
+        """A rollout, and of it the groups that go on."""
         with clock("rollout"):
             out = self.rollout(policy, draft, prompts, self.sampling, k)
-            return to_learn_from(out), fetch(for_host(out))
+            on_host, out = fetch(for_host(out)), to_learn_from(out)
+            drawn = Drawn.of(on_host, prompts.tokens.shape[0], self.batching.groups,
+                             batch_shards(policy.layout))
+            if self.pick is not None:
+                prompts, out = self.pick(prompts, out, drawn.kept)
+                on_host = picked_on_host(on_host, drawn)
+            return Rolled(prompts, out, on_host, (drawn,))
+
+    def joined(self, rolled: Rolled, graded: Any, more: Further, other: Rolled,
+               clock: Clock) -> tuple[Rolled, Any]:
+        """What goes on of the rollouts so far, which have been graded, and `other`, whose prompts
+        are those of `more`."""
+        with clock("reward"):
+            groups, graded = more.keep(graded, more.grade(other.on_host, other.drawn[0]))
+        with clock("rollout"):
+            prompts, out = self.merge(rolled[:2], other[:2], groups)
+            on_host = merged_on_host(rolled.on_host, other.on_host, groups)
+            return Rolled(prompts, out, on_host, (*rolled.drawn, *other.drawn)), graded
 
 
 def for_host(out: Rollout) -> Rollout:
@@ -248,6 +278,8 @@ def declare(state: TrainState, settings: UpdateSettings, *, sampling: Sampling |
         reshard=jax.jit(partial(to_rollout, layout=layout)),
         rollout=jax.jit(rollout, static_argnums=4),
         draft=None if speculation.depths is None else learning(learn_draft),
+        pick=None if batching.groups is None else jax.jit(
+            partial(picked, shards=batch_shards(layout))),
         merge=jax.jit(merged),
         remember=remember and jax.jit(remember, donate_argnums=0, out_shardings=shardings.draft),
         rescore=jax.jit(rescore) if settings.rescores else None,
@@ -258,7 +290,7 @@ def declared(config: Config, state: TrainState) -> Step:
     """`declare`, as a configuration has it. Where it says k=auto, the speculation's k is 0:
     `Step.take` asks for it."""
     return declare(state, UpdateSettings.of(config), sampling=make_sampling(config),
-                   speculation=make_speculation(config), batching=make_batching(config),
+                   speculation=make_speculation(config), batching=step_batching(config),
                    layout=rollout_layout(config))
 
 
@@ -286,6 +318,9 @@ def compiled(step: Step, state: TrainState, reference: Policy | None, prompts: P
 
     policy, state = made("reshard", state.policy), shapes_at_work(state, step.settings)
     out = to_learn_from(made("rollout", policy, state.draft, prompts, step.sampling, k))
+    if step.pick is not None:
+        kept = jax.ShapeDtypeStruct((step.batching.groups,), np.int32)
+        prompts, out = made("pick", prompts, out, kept)
     if step.draft is not None:
         made("draft", state, prompts, out)
     out = out.replace(trunk=None)

@@ -12,6 +12,7 @@ from jspec.drafts import Draft
 from jspec.drafts.base import RUN_AWAY, largest
 from jspec.rl.answers import answer_text
 from jspec.rl.grading import Grades
+from jspec.rl.groups import Drawn
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.reward_calls import SOURCE_NAME
 from jspec.rl.update_settings import UpdateSettings, trains_draft
@@ -71,6 +72,20 @@ def of_prompts(data: PromptData, prompts: Sequence[Prompt], taken: Taken) -> dic
                    f"source/{name}/reward": float(rewards[mine].mean()) if some else None,
                    f"source/{name}/length": float(lengths[mine].mean()) if some else None}
     return record
+
+
+def dropped(drawn: Sequence[Drawn]) -> dict[str, int | float]:
+    """What over-sampling has left off, and how long it was beside what goes on. Dropped answers
+    count as they were when their rollout ended, so `length_dropped` is the least that they would
+    have had. Nothing where all goes on."""
+    parts = [(np.isin(np.arange(len(one.lengths)), one.kept), one) for one in drawn]
+    lengths = np.concatenate([one.lengths[~kept] for kept, one in parts])
+    if not len(lengths):
+        return {}
+    return {"groups_dropped": len(lengths), "length_dropped": float(lengths.mean()),
+            "length_kept": float(np.mean([one.lengths[kept].mean() for kept, one in parts])),
+            "dropped_unfinished": float(np.mean(np.concatenate([~one.done[~kept]
+                                                                for kept, one in parts])))}
 
 
 def draft_health(draft: Draft | None, settings: UpdateSettings) -> dict[str, bool]:

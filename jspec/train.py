@@ -43,6 +43,7 @@ from jspec.rl.answers import answer_text as answer_text
 from jspec.rl.collate import collate, may_wait
 from jspec.rl.curriculum import success_rates
 from jspec.rl.grading import Grades, grade, ungraded
+from jspec.rl.groups import Drawn
 from jspec.rl.prompts import Prompt, PromptData
 from jspec.rl.rewards import RewardPool
 from jspec.rl.state import COUNTERS, TrainState
@@ -56,7 +57,7 @@ from jspec.source_parts import in_short
 from jspec.speculate import PromptBatch, Rollout
 from jspec.speculate.types import Schedule
 from jspec.step import Step, declared
-from jspec.step_record import described, draft_health, learned, of_prompts, samples
+from jspec.step_record import described, draft_health, dropped, learned, of_prompts, samples
 from jspec.stopping import StopSignal
 
 
@@ -151,13 +152,13 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
                 batch = collate(config, prompts, key)
             refill = Refill(config, run.data, key, prompts, partial(graded, run))
             state, taken = step.take(state, reference, batch, clock, choose=choose,
-                                     grade=partial(graded, run, prompts), further=refill.asked)
+                                     grade=refill.first, further=refill.asked)
             record = learned(taken) | draft_health(state.draft, step.settings) | refill.record()
-            record |= of_prompts(run.data, refill.prompts, taken)
+            record |= of_prompts(run.data, refill.prompts, taken) | dropped(taken.drawn)
         done += 1
         out, grades = taken.rollout, taken.graded
         if auto:
-            plan = plan.after(out)
+            plan = plan.after(out.stats, taken.drawn[0].lengths)
         record |= evaluated(run, step, state, plan, done, clock)
         clock.seconds["checkpoint"] = saving  # by which saving the step before has held this one up
         run.metrics.write_samples(done, samples(done, config.logging.samples, run.tokenizer,
@@ -177,13 +178,14 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
     return Ending(code, done, checkpoints.newest(), found, checkpoints.best())
 
 
-def graded(run: Run, prompts: Sequence[Prompt], out: Rollout) -> Grades:
-    """Grades of a rollout of the prompts that were drawn last; how long its answers are, and how
-    good, is remembered."""
+def graded(run: Run, prompts: Sequence[Prompt], out: Rollout, drawn: Drawn) -> Grades:
+    """Grades of a rollout of these of the prompts that were drawn last; how long their answers are,
+    and how good, is remembered."""
+    which = drawn.kept.tolist()
     if may_wait(run.config):
-        run.data.answered(out.lengths.reshape(len(prompts), -1).mean(1))
+        run.data.answered(which, drawn.lengths[which].mean(1))
     grades = grade(run.pool, run.tokenizer, prompts, out)
-    run.data.solved(success_rates(grades.rewards, grades.failed_rows, len(prompts)))
+    run.data.solved(which, success_rates(grades.rewards, grades.failed_rows, len(prompts)))
     return grades
 
 

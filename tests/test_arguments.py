@@ -188,6 +188,11 @@ WRONG = {
     "depths": (lambda: rollout(speculation=jspec.Speculation(depths=(2,))),
                "holds 2; the model has 1"),
     "slots 0": (lambda: jspec.Batching(slots=0), "batching slots = 0 must be at least 1"),
+    "groups 0": (lambda: jspec.Batching(groups=0), "batching groups = 0 must be at least 1"),
+    "groups many": (
+        lambda: jspec.rollout(POLICY, None, BATCH, sampling=jspec.Sampling(max_new_tokens=4),
+                              batching=jspec.Batching(groups=3)),
+        "batching groups = 3 is more than the 2 prompts there are"),
     "kv_tokens": (lambda: jspec.Batching(kv_tokens=1.5),
                   "batching kv_tokens = 1.5 must be a whole number"),
     "kv_tokens few": (

@@ -15,22 +15,21 @@ from jspec.errors import InputError
 from jspec.speculate import Batching, Sampling, Speculation
 from jspec.speculate.results import RolloutStats
 from jspec.speculate.schedule import Costs
-from tests.speculate.tiny import finished, policy, table_draft
+from tests.speculate.tiny import policy, table_draft
 
 FREE = Costs((4,), 1, ((4, 0.01),), ((4, 1, 0.01), (4, 2, 0.01), (4, 3, 0.01), (4, 4, 0.1)))
 
 
 def shown(drafted, accepted, lengths=(3, 4)):
-    _, out = finished([[1]], [[[1] * n for n in lengths]])
-    return out.replace(stats=RolloutStats(np.ones(2), np.array(drafted), np.array(accepted)))
+    return RolloutStats(np.ones(2), np.array(drafted), np.array(accepted)), np.array(lengths)
 
 
 def test_what_rollouts_show_is_remembered():
-    plan = Plan().after(shown([100, 80, 5], [60, 20, 5]))
+    plan = Plan().after(*shown([100, 80, 5], [60, 20, 5]))
     assert plan.lengths == (3, 4) and plan.acceptance == (0.3, 0.125)  # five drafts say nothing
-    plan = plan.after(shown([100], [70]))
+    plan = plan.after(*shown([100], [70]))
     assert plan.acceptance == pytest.approx((0.5, 0.125))
-    assert plan.after(shown([], [])).acceptance == plan.acceptance
+    assert plan.after(*shown([], [])).acceptance == plan.acceptance
     plan = dataclasses.replace(plan, k=((4, 2),), costs=FREE, look=3)
     assert Plan.from_json(json.loads(json.dumps(dataclasses.asdict(plan)))) == plan
     assert Plan.from_json(json.loads(json.dumps(dataclasses.asdict(Plan())))) == Plan()

@@ -150,6 +150,8 @@ def test_every_field_has_a_meaning():
      "measured against the others of its group"),
     ("sampling.min_new_tokens=129",
      "sampling.min_new_tokens (129) is above sampling.max_new_tokens (128)"),
+    ("data.over_sampling=0.5",
+     "override 'data.over_sampling=0.5': 'data.over_sampling' must be at least 1, not 0.5"),
     ("grpo.micro_batch=5", "grpo.micro_batch (5) must divide the rows of a step, "
                            "data.prompts_per_step x data.group_size = 16"),
     ("grpo.widths=[32,129]", "grpo.widths is [32, 129], and no answer is longer than "
@@ -196,6 +198,13 @@ def test_a_bad_override_is_named(override, message):
     with pytest.raises(InputError) as caught:
         load_config(None, [override])
     assert str(caught.value) == message
+
+
+def test_what_is_drawn_is_rounded_up():
+    for share, factor, drawn in ((4, 1.0, 4), (10, 1.1, 11), (4, 1.5, 6), (5, 1.5, 8)):
+        data = load_config(None, [f"data.prompts_per_step={share}",
+                                  f"data.over_sampling={factor}"]).data
+        assert data.prompts_drawn == drawn
 
 
 def test_quotes_are_no_remedy_where_a_mapping_may_be():

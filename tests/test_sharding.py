@@ -21,11 +21,14 @@ from benchmarks.shapes import SHAPES
 from jspec.config import load_config
 from jspec.model import abstract_policy, init_policy, layers, param_specs, policy_sharding
 from jspec.model.quantized import GROUP, Quantized, dequantize
+from jspec.rl import groups
 from jspec.rl import update as up
 from jspec.rl.batch import TrainBatch
 from jspec.rl.state import init_state
 from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import check_rows, configured_mesh, make_mesh, partition
+from jspec.speculate.arguments import check_groups
+from jspec.step import for_host, to_learn_from
 from pallas_kernels.noise import BlockNoise, RejectionNoise
 from pallas_kernels.rejection_sampling import draw, rejection_sampling
 from tests.compiling import as_users_compile
@@ -338,6 +341,53 @@ def test_rows_that_the_mesh_does_not_divide():
     check_rows(8, abstract(2, 4, 1))
     assert "6 sequences" in message(lambda: check_rows(6, abstract(2, 4, 1)))
     check_rows(6, abstract(2, 4, 1), "rollout_wide")  # rows over data only
+
+
+def test_shares_of_groups_that_the_mesh_does_not_divide():
+    check_groups("batching groups", 4, 6, 2)
+    for few, prompts in ((3, 6), (2, 3)):
+        assert (f"batching groups = {few} of {prompts} prompts: each of the mesh's 2 batch"
+                in message(lambda of=(few, prompts): check_groups("batching groups", *of, 2)))
+
+
+def over_sampled():
+    """Prints what is left of a rollout that each of four shards ends when one of its two groups is
+    done, two shards of experts at a time."""
+    with jax.set_mesh(make_mesh(1, 2, 1, expert=2)):
+        batch, out = over_sampling_rollout(groups=4)
+        drawn = groups.Drawn.of(jax.device_get(for_host(out)), 8, 4, 4)
+        prompts, kept = jax.jit(partial(groups.picked, shards=4))(batch, to_learn_from(out),
+                                                                  drawn.kept)
+        assert len(kept.tokens.addressable_shards[0].data) == 2
+        print(json.dumps({name: np.asarray(x).tolist() for name, x in (
+            ("tokens", out.tokens), ("lengths", out.lengths), ("done", out.done),
+            ("groups", drawn.kept), ("prompts", prompts.tokens), ("kept", kept.tokens))}))
+
+
+def over_sampling_rollout(**batching):
+    policy = tiny.policy(16, heads=2, kv_heads=2, hidden=16, scale=0.4, **tiny.SPARSE)
+    batch = jspec.PromptBatch.from_tokens([[i + 1, 2] for i in range(8)], group_size=2, seed=0,
+                                          buckets=(4,))
+    sampling = jspec.Sampling(max_new_tokens=12, stop_tokens=(3, 5, 9))
+    return batch, jspec.rollout(policy, None, batch, sampling=sampling,
+                                speculation=jspec.Speculation(k=0, rule="coupled"),
+                                batching=jspec.Batching(**batching))
+
+
+def test_every_shard_ends_with_its_own_share_of_groups():
+    found = {name: np.array(x) for name, x in on_devices(
+        4, "from tests.test_sharding import over_sampled; over_sampled()").items()}
+    batch, whole = over_sampling_rollout()
+    lengths, done = found["lengths"], found["done"]
+    assert np.all(done.reshape(4, 2, 2).all(2).any(1)) and not done.all()
+    np.testing.assert_array_equal(lengths[done], whole.lengths[done])
+    assert np.all(lengths <= whole.lengths)
+    mask = np.arange(12) < lengths[:, None]
+    assert (found["tokens"] == whole.tokens)[mask].mean() > 0.95  # a tie or two
+    assert np.array_equal(found["groups"] // 2, np.arange(4))
+    np.testing.assert_array_equal(found["prompts"], batch.tokens[found["groups"]])
+    np.testing.assert_array_equal(found["kept"], found["tokens"].reshape(8, 2, 12)[
+        found["groups"]].reshape(8, 12))
 
 
 def test_partition_leaves_out_axes_that_do_not_divide():

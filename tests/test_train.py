@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs.rewards.count_up import count_up
 from jspec import choosing, prepare, step, train
 from jspec.base_model import BaseModel
 from jspec.checkpoint import Checkpoints
@@ -393,6 +394,42 @@ def test_two_processes_compute_what_one_does(coupled, tmp_path, starts):
         jspec_train(["jspec.local", "2"], f"output_dir={tmp_path}", f"steps={steps}", *IN_HOST)
         assert len(records(tmp_path)) == steps
     same_run(coupled[1], records(tmp_path))
+
+
+OVER = ["base=dapo", "data.over_sampling=1.5", "data.group_size=2", "logging.samples=8",
+        f"reward.function={{task: '{ROOT}/configs/rewards/count_up.py:count_up', "
+        "overlong: soft_overlong}"]
+
+
+def test_steps_that_draw_more_than_they_learn_from(tmp_path, monkeypatch):
+    """The preset of DAPO, whose groups without spread are replaced, over-sampled: what goes on
+    stays together, and a run in parts is the whole one."""
+    rollouts, whole = recorded(tiny(tmp_path / "whole", *OVER, "steps=3"), monkeypatch)
+    for steps in (2, 3):
+        assert train.train(tiny(tmp_path / "parts", *OVER, f"steps={steps}")) == 0
+    assert records(tmp_path / "parts") == whole
+    assert len(rollouts) > 3 and all(len(out.lengths) == 12 for out in rollouts)
+    assert max(record["groups_drawn"] for record in whole) > 4
+    for record in whole:
+        assert record["groups_dropped"] * 2 == record["groups_drawn"]  # 2 of 6, and 4 graded
+        assert record["logprob_gap"] < 1e-4 and 0 <= record["dropped_unfinished"] <= 1
+        assert record["length_kept"] < 8 and record["reward_differs"] > 0
+    assert any(not out.done.all() for out in rollouts)
+    samples = read_samples(tmp_path / "whole", 3)
+    assert len(samples) == 8 and len({sample["prompt"] for sample in samples}) == 4
+    for sample in samples:
+        assert sample["rewards"]["task"] == pytest.approx(count_up(**{
+            name: sample[name] for name in ("prompt", "response", "answer")}))
+
+
+@pytest.mark.slow
+def test_two_processes_over_sample(tmp_path):
+    for steps in (1, 3):
+        jspec_train(["jspec.local", "2"], f"output_dir={tmp_path}", f"steps={steps}",
+                    "data.over_sampling=1.5", "data.dynamic_sampling=2", "data.group_size=2")
+    every = records(tmp_path)
+    assert len(every) == 3 and all(record["groups_dropped"] * 2 == record["groups_drawn"]
+                                   and record["logprob_gap"] < 1e-4 for record in every)
 
 
 def check_learning(every, last, reward):

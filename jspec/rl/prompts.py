@@ -49,7 +49,7 @@ class Prompt:
 class PromptData:
     """An endless, deterministic stream of the prompts of each step, one process's share of them.
 
-    The order is that of `jspec.rl.order`, in steps of `prompts_per_step`. Of each step process i of
+    The order is that of `jspec.rl.order`, in steps of `prompts_drawn`. Of each step process i of
     n gets the i-th n-th, in order: n processes together see what one would.
 
         data = PromptData(config.data, tokenizer, seed=config.seed)
@@ -83,16 +83,14 @@ class PromptData:
         Raises:
             InputError: a source is missing or malformed, has fewer prompts than a step or
                 `config.held_out` wants of it, or one that cannot be encoded or is over
-                `config.max_prompt_tokens`; or `config.prompts_per_step` cannot be shared among the
+                `config.max_prompt_tokens`; or `config.prompts_drawn` cannot be shared among the
                 processes.
         """
-        if config.prompts_per_step % process_count:
-            raise InputError(
-                f"data.prompts_per_step={config.prompts_per_step} cannot be shared by "
-                f"{process_count} processes; make it a multiple of {process_count}"
-            )
+        if config.prompts_drawn % process_count:
+            raise InputError(f"{config.drawing} cannot be shared by {process_count} processes; "
+                             f"make it a multiple of {process_count}")
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self.share = config.prompts_per_step // process_count
+        self.share = config.prompts_drawn // process_count
         self.first = process_index * self.share
         self.records = load_mixture(config, tokenizer, seed, setting, held_out)
         parts = self.records.parts
@@ -128,19 +126,18 @@ class PromptData:
         config, parts = self.config, self.records.parts
         total = sum(part.weight for part in parts)
         for part, source in zip(parts, self.records.sources, strict=True):
-            share = math.ceil(config.prompts_per_step * part.weight / total)
+            share = math.ceil(config.prompts_drawn * part.weight / total)
             if share <= len(source):
                 continue
             kept = (f" beside the {config.held_out} of data.held_out"
                     if config.held_out and not held_out else "")
             some = f", of which its share is {share}," if len(parts) > 1 else ""
-            raise InputError(f"data.prompts_per_step={config.prompts_per_step}{some} is more than "
-                             f"{part.label} has: {len(source)}{kept}; lower it, or give more "
-                             "prompts")
+            raise InputError(f"{config.drawing}{some} is more than {part.label} has: "
+                             f"{len(source)}{kept}; lower it, or give more prompts")
 
     def step_numbers(self) -> list[int]:
         """The records of the next step, of all processes."""
-        size = self.config.prompts_per_step
+        size = self.config.prompts_drawn
         return self.order.take(self.steps * size, size)
 
     def mine(self, numbers: Sequence[int]) -> Sequence[int]:
@@ -151,7 +148,7 @@ class PromptData:
         return self
 
     def __next__(self) -> list[Prompt]:
-        """The next step's prompts of this process, `prompts_per_step / process_count` of them.
+        """The next step's prompts of this process, `prompts_drawn / process_count` of them.
 
         Raises:
             InputError: one of them cannot be used.
@@ -170,18 +167,21 @@ class PromptData:
         self.coming = self.step_numbers()
         self.look(self.mine(self.coming))
 
-    def solved(self, success: np.ndarray) -> None:
-        """Of the latest step: how often each of its prompts, of all processes, was solved, float64
-        [prompts_per_step] in [0, 1], NaN where that is not known. A curriculum goes by it."""
+    def solved(self, which: Sequence[int], success: np.ndarray) -> None:
+        """Of the latest step: how often each of these of its prompts, of all processes, was solved,
+        float64 in [0, 1], NaN where that is not known. A curriculum goes by it."""
         if self.curriculum:
-            self.curriculum.told(self.latest, success)
+            of_all = np.full(len(self.latest), np.nan)
+            of_all[which] = success
+            self.curriculum.told(self.latest, of_all)
             self.look_ahead()
 
-    def answered(self, lengths: Sequence[float]) -> None:
-        """Remembers, until the prompts come again, how many tokens an answer to each prompt of the
-        latest step had."""
-        self.expected |= {number: round(float(length))
-                          for number, length in zip(self.mine(self.latest), lengths, strict=True)}
+    def answered(self, which: Sequence[int], lengths: Sequence[float]) -> None:
+        """Remembers, until the prompts come again, how many tokens an answer to each of these
+        prompts of the latest step had."""
+        mine = self.mine(self.latest)
+        self.expected |= {mine[i]: round(float(length))
+                          for i, length in zip(which, lengths, strict=True)}
 
     def prompt(self, number: int) -> Prompt:
         """The prompt of a record. Raises InputError, naming where it stands, for one that cannot be
@@ -267,14 +267,14 @@ class PromptData:
         return state
 
     def state_after(self, steps: int) -> dict:
-        drawn = self.order.drawn(steps * self.config.prompts_per_step)
+        drawn = self.order.drawn(steps * self.config.prompts_drawn)
         return {"order": hashlib.sha256(json.dumps(self.order_said()).encode()).hexdigest()[:16],
                 "drawn": self.records.digest(drawn), "steps": steps}
 
     def order_said(self) -> list:
         """What decides the order of the records; how many processes share them does not."""
         config, parts = self.config, self.records.parts
-        said = [len(self.records), config.shuffle, self.seed, config.prompts_per_step,
+        said = [len(self.records), config.shuffle, self.seed, config.prompts_drawn,
                 config.held_out]
         mixed = [[part.name, str(part.weight), len(source)] for part, source in
                  zip(parts, self.records.sources, strict=True) if part.name]
@@ -299,9 +299,9 @@ class PromptData:
         if state != self.state_after(steps):
             raise InputError(
                 "the checkpoint's data position belongs to other prompts (data.source, its "
-                "content, data.options, data.prompts_per_step, data.held_out, data.shuffle, "
-                "data.curriculum or seed has changed, or the version of reasoning_gym); undo the "
-                "change or choose another output_dir"
+                "content, data.options, data.prompts_per_step, data.over_sampling, data.held_out, "
+                "data.shuffle, data.curriculum or seed has changed, or the version of "
+                "reasoning_gym); undo the change or choose another output_dir"
             )
         self.steps, self.latest = steps, []
         self.expected = {int(number): length for number, length in expected.items()}

@@ -31,6 +31,7 @@ from jspec.scale.programs import (
     Subject,
     compile_one,
     compile_update,
+    learned_of,
     micro_batches,
     once,
     pools_of,
@@ -261,7 +262,8 @@ def of_rollout(subject: Subject) -> tuple[list[Program], Pools, Declared, Any]:
                      for resident, kinds in (of_depth[name] for of_depth in there)]
         programs.append(assembled(subject, name, models, [getattr(one, name) for one in found],
                                   resident, kinds, explained))
-    return programs, pools_of(subject, whole, last.of_draft), whole, out
+    pools = pools_of(subject, whole, last.of_draft)
+    return programs, pools, whole, learned_of(subject.config, out)
 
 
 def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
@@ -272,18 +274,18 @@ def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
     if step.draft is not None:
         with telling("compiling the draft's update"):
             made = compile_one(
-                subject, "draft", step.draft, (whole.work, whole.prompts, out), once
+                subject, "draft", step.draft, (whole.work, whole.learned, out), once
             )
-        kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
+        kinds = state | {"prompts and answers": shard_bytes((whole.learned, out))}
         programs.append(
             assembled(subject, "draft", everything, [made], state.get("reference", 0), kinds)
         )
     out = out.replace(trunk=None)
-    kinds = state | {"prompts and answers": shard_bytes((whole.prompts, out))}
+    kinds = state | {"prompts and answers": shard_bytes((whole.learned, out))}
     if step.remember is not None:
         with telling("compiling what the draft remembers"):
             made = compile_one(
-                subject, "remember", step.remember, (whole.state.draft, whole.prompts, out), once
+                subject, "remember", step.remember, (whole.state.draft, whole.learned, out), once
             )
         beside = sum(state.values()) - shard_bytes(whole.state.draft)
         programs.append(assembled(subject, "remember", everything, [made], beside, kinds))
@@ -293,10 +295,8 @@ def of_learning(subject: Subject, whole: Declared, out: Any) -> list[Program]:
     models = depths(subject.model, subject.layers)
     if update.refused and len(models) > 1:
         with telling("compiling the update of a few layers, to count what it does"):
-            few = [
-                compile_update(subject, Declared.of(subject, model), at_depth(out, model))
-                for model in models
-            ]
+            few = [compile_update(subject, Declared.of(subject, model), at_depth(out, model))
+                   for model in models]
         if not any(one.refused for one in few):
             program = dataclasses.replace(program, floors=lined_up(subject.model, models, few))
     return [*programs, program]

@@ -58,12 +58,14 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """A step of one depth: shapes with shardings on the current mesh."""
+    """A step of one depth: shapes with shardings on the current mesh. prompts: of its rollout;
+    learned: those whose answers are learned from."""
 
     step: Step
     state: TrainState
     reference: Policy | None
     prompts: PromptBatch
+    learned: PromptBatch
     layout: str
 
     @classmethod
@@ -76,7 +78,8 @@ class Declared:
             declared(config, state),
             state,
             make_reference(config, state.policy),
-            prompts_of(config),
+            prompts_of(config, config.data.prompts_drawn),
+            prompts_of(config, config.data.prompts_per_step),
             rollout_layout(config),
         )
 
@@ -108,15 +111,15 @@ class Compiled:
     made: Any = None
 
 
-def prompts_of(config: Config) -> PromptBatch:
-    """A step's prompts as `rl.collate` places them, all of the longest length."""
+def prompts_of(config: Config, count: int) -> PromptBatch:
+    """So many prompts as `rl.collate` places them, all of the longest length."""
     data = config.data
     longest = data.max_prompt_tokens
     buckets = (*(b for b in BUCKETS if b < longest), longest)
-    expected = [1] * data.prompts_per_step if may_wait(config) else None
+    expected = [1] * count if may_wait(config) else None
     batch = jax.eval_shape(
         lambda: PromptBatch.from_tokens(
-            [[1] * longest] * data.prompts_per_step,
+            [[1] * longest] * count,
             group_size=data.group_size,
             seed=0,
             buckets=buckets,
@@ -195,11 +198,22 @@ def placed(tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
+def learned_of(config: Config, out: Any) -> Any:
+    """Of a rollout's shapes those of what is learned from."""
+    data = config.data
+
+    def part(x: Any) -> Any:
+        rows = x.shape[0] * data.prompts_per_step // data.prompts_drawn
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
+
+    return jax.tree.map(part, out)
+
+
 def micro_batches(made: Declared, out: Any) -> tuple[int, int]:
     """(rows of a micro-batch, how many of them an update computes) where all answers are of full
     length."""
     batch = TrainBatch(
-        made.prompts.tokens, made.prompts.lengths, out.tokens, out.logprobs, out.mask, None
+        made.learned.tokens, made.learned.lengths, out.tokens, out.logprobs, out.mask, None
     )
     settings = made.step.settings
     batch = jax.eval_shape(partial(part_of, index=0, parts=settings.mini_batches), batch)
@@ -221,7 +235,7 @@ def compile_update(subject: Subject, made: Declared, out: Any) -> Compiled:
         subject,
         "update",
         made.step.update,
-        (made.work, made.reference, made.prompts, out, rewards),
+        (made.work, made.reference, made.learned, out, rewards),
         turns,
     )
 

@@ -64,6 +64,9 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     if config.draft.name == "none" and arguments.draft_cost is arguments.costs is None:
         raise InputError("draft.name=none has no cost to project with; name a drafter, as in "
                          "draft.name=mtp, or say --draft-cost or --costs")
+    if config.data.over_sampling > 1:
+        raise InputError(f"data.over_sampling={config.data.over_sampling:g} ends rollouts early, "
+                         "and a projection is of whole ones; set it to 1")
     model = shape_of(config.model, arguments.model)
     found = [projected(config, model, on, arguments) for on in arguments.on]
     console = table_screen(stderr=on_stdout)

@@ -89,7 +89,7 @@ def workload(fit: Fit) -> str:
         else ", ".join(f"{k} with up to {rows} rows" for rows, k in fit.k)
     )
     return (
-        f"{fit.topology.count} devices, {mesh}; {data.prompts_per_step} prompts of "
+        f"{fit.topology.count} devices, {mesh}; {data.prompts_drawn} prompts of "
         f"{data.max_prompt_tokens} tokens x "
         f"{data.group_size} answers of {fit.length}; draft {fit.config.draft.name}, k = {k}, "
         f"{fit.accepted:g} tokens a cycle: {fit.cycles} cycles; "
@@ -101,7 +101,7 @@ def workload(fit: Fit) -> str:
 def most(fit: Fit) -> str:
     """In one line, how much more would fit."""
     largest, data = fit.largest, fit.config.data
-    rows = data.prompts_per_step * data.group_size
+    rows = data.prompts_drawn * data.group_size
     tokens = (
         "all that its slots can need" if largest.kv_tokens is None else f"{largest.kv_tokens:,}"
     )

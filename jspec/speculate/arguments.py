@@ -76,8 +76,22 @@ def check_batching(label: str, batching: Batching, shards: int, rows: int, group
     if (batching.slots or 0) % shards:
         raise InputError(f"{label}slots = {batching.slots} are not divided by the mesh's {shards} "
                          "batch shards; change slots or the mesh")
+    if batching.groups is not None:
+        check_groups(f"{label}groups", batching.groups, rows // group_size, shards)
     prompts = prompts_of_shards(rows, group_size, shards).shape[1]
     Blocks.of(prompts, length, cap, k).check(f"{label}kv_tokens", batching.kv_tokens, shards)
+
+
+def check_groups(label: str, groups: int, prompts: int, shards: int) -> None:
+    """Raise InputError, which begins with `label`, for a rollout that cannot end when so many
+    groups of its prompts are done."""
+    if groups > prompts:
+        raise InputError(f"{label} = {groups} is more than the {prompts} prompts there are; lower "
+                         "it")
+    if groups % shards or prompts % shards:
+        raise InputError(f"{label} = {groups} of {prompts} prompts: each of the mesh's {shards} "
+                         "batch shards ends when its share is done, so make both multiples of "
+                         f"{shards}, or change the mesh")
 
 
 def answerable(model: ModelConfig, batch: PromptBatch, sampling: Sampling) -> jax.Array:

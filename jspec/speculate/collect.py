@@ -24,7 +24,7 @@ def collect(sequences: Sequences, max_new_tokens: int, pad_token: int,
     known = jnp.arange(width) < sequences.lengths[:, None] - 1
     trunk = jax.tree.map(lambda x: jnp.where(known[..., None], x, 0), sequences.trunk)
     return Rollout(tokens, mask, logprobs, mask, entropy, lengths, sequences.finished, stats, trunk,
-                   behaviour_logprobs=behaviour)
+                   behaviour_logprobs=behaviour, done=sequences.done)
 
 
 def collect_routes(model: ModelConfig, of_prompts: jax.Array, sequences: Sequences,

@@ -16,7 +16,7 @@ from jspec.model import Policy
 from jspec.sharding import agreed
 from jspec.speculate.cycle import cycle
 from jspec.speculate.pausing import pause, resume
-from jspec.speculate.state import State, admit, compact, grow, retire, rows_in_slots
+from jspec.speculate.state import State, admit, compact, end, grow, retire, rows_in_slots
 from jspec.speculate.types import NOISE, Sampling, Schedule
 
 FEWEST, FEWEST_ON_CHIPS = 1, 16
@@ -52,8 +52,8 @@ def loops(slots: int, k: int | Schedule, cap: int,
 
 def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array,
            chain: tuple[tuple[int, int], ...], *, sampling: Sampling, stop_tokens: tuple[int, ...],
-           rule: str, depths: tuple[int, ...] | None) -> State:
-    """Run the loops until every sequence is done.
+           rule: str, depths: tuple[int, ...] | None, groups: int | None) -> State:
+    """Run the loops until every sequence is done, or all those of so many `groups` are.
 
     Args:
       draft: prepared. state: with the slots of the chain's first loop. key: raw, of the batch.
@@ -78,7 +78,10 @@ def decode(policy: Policy, draft: Draft | None, state: State, key: jax.Array,
             counts = state.counts
             counts = counts.replace(loop_cycles=counts.loop_cycles.at[i].add(1),
                                     loop_live=counts.loop_live.at[i].add(live))
-            state = resume(retire(state.replace(counts=counts)), most)
+            state = retire(state.replace(counts=counts))
+            if groups is not None:
+                state = end(state, groups)
+            state = resume(state, most)
             # the first loop goes on until no sequence waits
             return admit(state, most) if refill and i == 0 else state
 

@@ -66,6 +66,8 @@ class Rollout:
       entropy: float32 [N, T], nats, of the distribution that `logprobs` is taken from.
       lengths: int32 [N], generated tokens.
       finished: bool [N], false where the cap cut the sequence before an end token.
+      done: bool [N], false where the rollout ended before the sequence did (`Batching.groups`); of
+        such a one the tokens so far are here.
       stats: `RolloutStats`.
       trunk: with `Speculation.depths`, a `Trunk` over [N, S] in the compute dtype: entry p of a row
         is the state at position p of prompt and output without a gap, zero from its last token on
@@ -89,6 +91,7 @@ class Rollout:
     prompt_routes: jax.Array | None = None
     behaviour_logprobs: jax.Array | None = None
     own_logprobs: jax.Array | None = None
+    done: jax.Array | None = None
 
     @property
     def acceptance_length(self) -> jax.Array:

@@ -237,7 +237,8 @@ def continue_prompts(policy: Policy, draft: Draft | None, prefilled: Prefilled, 
                       chain=len(chain), group_size=_adjacent(rows // shards, batch.group_size),
                       kv_tokens=batching.kv_tokens, shards=shards, cuts=sampling.cuts)
         state = decode(policy, draft, state, key, chain, sampling=static, stop_tokens=stops,
-                       rule=speculation.rule, depths=speculation.depths)
+                       rule=speculation.rule, depths=speculation.depths,
+                       groups=batching.groups and batching.groups // shards)
         used = state.cache.blocks - state.free.fewest
         pauses = jnp.int32(0) if state.paused is None else state.paused.pauses
         return state.sequences, *jax.tree.map(lambda x: x[None], (state.counts, used, pauses))
@@ -294,8 +295,9 @@ def rollout(params: Policy, draft_params: Draft | None, batch: PromptBatch, *,
       batch: prompts, sequence ids and the key.
       sampling: defaults to `Sampling()`.
       speculation: defaults to `Speculation()`.
-      batching: how sequences share the device, defaults to `Batching()`. It changes no token under
-        `coupled`, and no distribution under any rule.
+      batching: how sequences share the device, defaults to `Batching()`. Slots and pool change no
+        token under `coupled`, and no distribution under any rule; with `groups`, the sequences that
+        are done are the short ones.
 
     Returns:
       `Rollout` with N = prompts x group_size rows. What is refused below cannot be seen where it is

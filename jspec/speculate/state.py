@@ -3,8 +3,8 @@ through them.
 
 A sequence waits until a slot is free; `admit` gives it the slot, its prompt's full blocks and a
 copy of the last, partial one; `grow` gives it blocks as it gets longer; `retire` takes slot and
-blocks back; `compact` moves the rows that are left together. All that a rollout returns is written
-to the sequences, so no move can be seen in it.
+blocks back; `compact` moves the rows that are left together; `end` leaves them where they are. All
+that a rollout returns is written to the sequences, so no move can be seen in it.
 """
 
 from __future__ import annotations
@@ -302,6 +302,20 @@ def retire(state: State) -> State:
     with jax.named_scope("retire"):
         over = state.live & jnp.take(state.sequences.done, state.slots, mode="clip")
         return _for_each(over, len(over), step, state)
+
+
+def end(state: State, groups: int) -> State:
+    """The state with nothing more to do, once all sequences of so many groups are done: no sequence
+    has a slot, is paused or waits any more. Its blocks belong to nobody, and are not wanted
+    either."""
+    of, paused = state.sequences, state.paused
+    with jax.named_scope("retire"):
+        over = of.done.reshape(-1, of.group_size).all(1).sum(dtype=jnp.int32) >= groups
+        if paused is not None:
+            paused = paused.replace(count=jnp.where(over, 0, paused.count))
+        state = with_table(state, jnp.where(over, state.cache.blocks, state.cache.table))
+        return state.replace(slots=jnp.where(over, len(state.waiting), state.slots), paused=paused,
+                             wanted=jnp.where(over, state.admitted, state.wanted))
 
 
 def compact(state: State, rows: int) -> State:

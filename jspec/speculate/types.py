@@ -280,12 +280,18 @@ class Batching:
       kv_tokens: positions of keys and values on the device, in blocks, over all shards of the batch
         axes and for the prompts too. Where they do not suffice the youngest sequences wait in host
         memory; nothing is computed twice. None: what the slots need at worst.
+      groups: the rollout ends as soon as so many prompts have all their answers; the rest is as far
+        as it came (`Rollout.done`). On several shards of the batch axes each ends when its share is
+        done, by itself. What ends early is short: those groups are no fair sample of the policy's
+        answers. None: all of them.
 
     Raises InputError for what is no whole number of at least 1.
     """
 
     slots: int | None = struct.field(pytree_node=False, default=None)
     kv_tokens: int | None = struct.field(pytree_node=False, default=None)
+    groups: int | None = struct.field(pytree_node=False, default=None)
 
     def __post_init__(self) -> None:
-        settle(self, "batching ", slots=optional(whole(1)), kv_tokens=optional(whole(1)))
+        settle(self, "batching ", slots=optional(whole(1)), kv_tokens=optional(whole(1)),
+               groups=optional(whole(1)))

@@ -14,6 +14,7 @@ from jspec.refill import Refill
 from jspec.rl import groups
 from jspec.rl.grading import Grades
 from jspec.step import for_host, to_learn_from
+from jspec.step_record import dropped
 
 
 def test_groups_with_a_spread_come_first_and_all_stay_in_order():
@@ -21,6 +22,32 @@ def test_groups_with_a_spread_come_first_and_all_stay_in_order():
         index = groups.kept(np.array(flags[:3]), np.array(flags[3:]))
         wanted = [i for i in range(6) if flags[i]] + [i for i in range(6) if not flags[i]]
         assert index.tolist() == sorted(wanted[:3])
+
+
+def test_of_every_shard_go_on_the_first_that_are_done():
+    def kept(done, groups, shards=1):
+        rows = np.repeat(np.array(done, bool), 2)
+        rows[1::2] &= np.array(done) != 0.5  # half of such a group
+        out = SimpleNamespace(lengths=np.arange(len(rows)), done=rows)
+        drawn = groups_of(out, len(done), groups, shards)
+        assert drawn.lengths.shape == drawn.done.shape == (len(done), 2)
+        return drawn.kept.tolist()
+
+    groups_of = groups.Drawn.of
+    assert kept([1, 0.5, 1, 1, 0, 1], 3) == [0, 2, 3]
+    assert kept([0, 0, 1, 0.5, 1, 1], 3) == [2, 4, 5]
+    assert kept([1, 1, 1, 0, 0, 1], 2, 2) == [0, 5] and kept([1, 1, 0, 1, 1, 1], 4, 2) == [0, 1, 3,
+                                                                                          4]
+    assert kept([1, 1, 1], None) == [0, 1, 2]
+
+
+def test_what_over_sampling_leaves_off_is_said():
+    lengths, done = np.array([[9, 2], [3, 1], [4, 2]]), np.array([[0, 1], [1, 1], [1, 1]], bool)
+    one = groups.Drawn(lengths, done, np.array([1, 2]))
+    said = dropped([one, one])
+    assert said == {"groups_dropped": 2, "length_dropped": 5.5, "length_kept": 2.5,
+                    "dropped_unfinished": 0.5}
+    assert dropped([one._replace(kept=np.arange(3))]) == {}
 
 
 def test_rows_go_with_their_groups():
@@ -36,6 +63,16 @@ def test_rows_go_with_their_groups():
     prompts, out = jax.jit(groups.merged)(
         *((batch, to_learn_from(out)) for batch, out in zip(batches, outs, strict=True)), index)
     hosts = [jax.device_get(for_host(out)) for out in outs]
+    alone, one = jax.jit(groups.picked, static_argnums=3)(batches[1], to_learn_from(outs[1]),
+                                                          np.array([1], np.int32), 1)
+    assert alone.tokens[:, 0].tolist() == [5] and alone.sequence_ids.tolist() == [9, 10, 11]
+    picked = groups.picked_on_host(hosts[1], groups.Drawn(
+        hosts[1].lengths.reshape(2, 3), hosts[1].done.reshape(2, 3), np.array([1])))
+    assert picked.stats.cycles.tolist() == picked.lengths.tolist()
+    for got in (one, picked.replace(stats=None)):
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(hosts[1].replace(stats=None)),
+                        strict=True):
+            np.testing.assert_array_equal(x, y[3:])
     on_host = groups.merged_on_host(*hosts, index)
     assert prompts.sequence_ids.tolist() == [3, 4, 5, 6, 7, 8]
     assert prompts.tokens[:, 0].tolist() == [4, 1]
@@ -63,16 +100,17 @@ def refill(monkeypatch, rewards, most=4):
 
     graded = [Grades(np.float32(x), {"raised": 1}, "", {"a": np.float32(x)}, 1, 0) for x in rewards]
     data = Data()
-    made = Refill(config, data, None, [0, 1], lambda prompts, out: graded[out])
+    made = Refill(config, data, None, [0, 1], lambda prompts, out, drawn: graded[out])
     return made, graded, data
 
 
 def taken(made, graded):
     """The grades that go on, and how many rollouts there were."""
-    now, rollouts = graded[0], 1
+    all_of_two = SimpleNamespace(kept=[0, 1])
+    now, rollouts = made.first(0, all_of_two), 1
     while (more := made.further(now)) is not None:
         assert more.prompts == rollouts
-        index, now = more.keep(now, more.grade(rollouts))
+        index, now = more.keep(now, more.grade(rollouts, all_of_two))
         assert len(index) == 2
         rollouts += 1
     return now, rollouts

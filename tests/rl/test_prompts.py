@@ -120,12 +120,12 @@ def test_a_prompt_that_comes_again_knows_how_long_its_answers_were(numbers):
 
     data = PromptData(section(numbers, shuffle=False), Characters(), seed=0)
     assert expected(data, 1) == [[None] * 4]
-    data.answered([1.4, 20, 3, 4])
+    data.answered(range(4), [1.4, 20, 3, 4])
     assert expected(data, 1) == [[None] * 4]
-    data.answered(np.array([5, 6, 7, 8], np.float32))
+    data.answered([3, 0, 2], np.array([8, 5, 7], np.float32))  # of the other nothing is known
     state = json.loads(json.dumps(data.state()))
     rest = expected(data, 2)
-    assert rest == [[None, None, 1, 20], [3, 4, 5, 6]]
+    assert rest == [[None, None, 1, 20], [3, 4, 5, None]]
     resumed = PromptData(section(numbers, shuffle=False), Characters(), seed=0)
     resumed.restore(state)
     assert expected(resumed, 2) == rest and resumed.state() == data.state()
@@ -236,6 +236,9 @@ def test_a_prompt_that_the_tokenizer_refuses(numbers):
 
 
 def test_a_step_wants_more_prompts_than_there_are(numbers):
+    with pytest.raises(InputError, match="data.prompts_per_step x data.over_sampling=4 x 2.6 = 11 "
+                                         "is more than data.source=.* has: 10; lower it"):
+        PromptData(section(numbers, over_sampling=2.6), Characters(), seed=0)
     with pytest.raises(InputError, match="data.prompts_per_step=11 is more than data.source=.* "
                        "has: 10; lower it"):
         PromptData(section(numbers, prompts_per_step=11), Characters(), seed=0)

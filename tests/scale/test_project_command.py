@@ -111,6 +111,7 @@ def test_a_machine_that_is_too_small_is_said(capsys, tmp_path):
     (["--on", "v5p-8", "--plot", "out.png"], "must end in .svg"),
     (["--on", "v5p-8", "--lengths", "nowhere"], "there is no such file"),
     (["--on", "h100-6"], "does not fit 6 devices"),
+    (["--on", "v5p-8", "data.over_sampling=1.5"], "data.over_sampling=1.5 ends rollouts early"),
     (["--on", "v5p-8", "rollout.slots=1"], "slots = 1 are not divided by"),
     (["--on", "v5p-8", "rollout.kv_tokens=1"], "rollout.kv_tokens"),
     (["--on", "v5p-8", "sampling.max_new_tokens=4096"], "more than the model's 4096 positions"),

@@ -37,10 +37,10 @@ def policy():
     return tiny.policy(11, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.25)
 
 
-def run(policy, draft=None, k=0, slots=None, rule="coupled", kv_tokens=None):
+def run(policy, draft=None, k=0, slots=None, rule="coupled", kv_tokens=None, groups=None):
     made = None if draft is None else drafters.make(draft, policy, seed=1, scale=0.05)
     return jspec.rollout(policy, made, BATCH, sampling=SAMPLING,
-                         batching=jspec.Batching(slots, kv_tokens),
+                         batching=jspec.Batching(slots, kv_tokens, groups),
                          speculation=jspec.Speculation(k=k, rule=rule))
 
 
@@ -82,6 +82,28 @@ def test_counts(policy, plain):
     alone = run(policy, "mtp", 2)
     np.testing.assert_array_equal(run(policy, "mtp", ((5, 2), (2, 2)), 5).stats.cycles,
                                   alone.stats.cycles)
+
+
+ENDED = [(None, 0, None, None), *(pytest.param(*case, marks=slow) for case in (
+    (None, ((5, 0), (12, 0)), None, None), (None, 0, 5, None), ("mtp", SHRINKING, 5, None),
+    ("mtp", SHRINKING, None, None), (None, 0, 8, 16 * 17), ("mtp", 2, 8, 16 * 17)))]
+
+
+@pytest.mark.parametrize("draft, k, slots, kv_tokens", ENDED)
+def test_a_rollout_ends_when_so_many_groups_are_done(policy, plain, draft, k, slots, kv_tokens):
+    """What is done is what it would have been, the rest the beginning of that."""
+    out = run(policy, draft, k, slots, kv_tokens=kv_tokens, groups=2)
+    lengths, done, whole = (np.asarray(x) for x in (out.lengths, out.done, plain.lengths))
+    assert 2 <= done.reshape(4, 3).all(1).sum() < 4 and np.all(plain.done)
+    assert np.all(lengths <= whole) and np.array_equal(lengths[done], whole[done])
+    assert [row[:n] for row, n in zip(generated(plain), lengths, strict=True)] == generated(out)
+    np.testing.assert_array_equal(out.finished, plain.finished & done)
+    np.testing.assert_array_equal(out.mask, np.arange(24) < lengths[:, None])
+    np.testing.assert_allclose(out.logprobs, np.where(out.mask, plain.logprobs, 0), atol=1e-4)
+    if slots is None and draft is None:  # a token a cycle, and all begin at once
+        over = np.sort(whole.reshape(4, 3).max(1))[1]
+        np.testing.assert_array_equal(lengths, np.minimum(whole, over))
+        assert out.stats.loop_cycles.sum() == over
 
 
 def test_the_chain():

@@ -84,8 +84,8 @@ def test_samples_hold_the_policys_own_states_and_logprobs(model, trained):
     rows = samples.read(trained / "samples")
     batch = stages.pack(rows[:6])
     assert batch.tokens.shape[1] % stages.UNIT == 0
-    batch = jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float32) if x.dtype.itemsize == 2
-                         else x, batch)
+    batch = batch.replace(trunk=jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.float32),
+                                             batch.trunk))
     logprobs, *_ = token_logprobs(policy, batch.predicting(batch.trunk.hidden), batch.response(),
                                  batch.temperature)
     # states are kept in bfloat16

@@ -3,7 +3,6 @@ none."""
 
 import dataclasses
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jspec.rl.batch import TrainBatch, join
 from jspec.rl.batch import make_batch as batch_of
 from jspec.rl.losses import token_logprobs
 from jspec.rl.optimizers import inside_blocks, optimizer, optimizers
-from jspec.rl.state import init_state
+from jspec.rl.state import TrainState, init_state
 from jspec.rl.update_settings import OptimizerSettings, UpdateSettings, learned_from
 from jspec.step import declare
 from tests.compiling import as_users_compile
@@ -350,7 +349,8 @@ def test_answers_that_were_cut_off_may_be_left_out_but_for_their_groups_mean(mon
     out = jspec.Rollout(ones.astype(jnp.int32), ones, zeros, ones.at[0, 2].set(False), zeros,
                         jnp.full(4, 3), finished, None)
     prompts = jspec.PromptBatch.from_tokens([[1, 2], [4, 5]], group_size=2, seed=3)
-    state = SimpleNamespace(draft=None, sharding=None)  # nothing here looks into it
+    # nothing here looks into it
+    state = TrainState(**dict.fromkeys((x.name for x in dataclasses.fields(TrainState))))
     with jax.disable_jit():
         declare(state, settings).update(state, None, prompts, out, jnp.array([3.0, 1.0, 2.0, 2.0]))
     (batch,) = seen

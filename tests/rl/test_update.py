@@ -350,7 +350,7 @@ def test_answers_that_were_cut_off_may_be_left_out_but_for_their_groups_mean(mon
                         jnp.full(4, 3), finished, None)
     prompts = jspec.PromptBatch.from_tokens([[1, 2], [4, 5]], group_size=2, seed=3)
     # nothing here looks into it
-    state = TrainState(**dict.fromkeys((x.name for x in dataclasses.fields(TrainState))))
+    state = TrainState(**dict.fromkeys(x.name for x in dataclasses.fields(TrainState)))
     with jax.disable_jit():
         declare(state, settings).update(state, None, prompts, out, jnp.array([3.0, 1.0, 2.0, 2.0]))
     (batch,) = seen

@@ -242,18 +242,18 @@ def test_q_before_the_bias_is_seen(monkeypatch):
     """Drawn with the Markov head's bias, judged without."""
     draw = base.Sampler.draw
     module = jspec.drafts.find("dspark").propose.__globals__  # jspec.drafts.dspark makes drafts
-    table_logits, kept = module["table_logits"], []
+    slot_logits, kept = module["slot_logits"], []
 
     def spied(*args):
-        kept.append(table_logits(*args))
+        kept.append(slot_logits(*args))
         return kept[-1]
 
     def wrong(self, logits, offset, vocab=None):
         token, _ = draw(self, logits, offset, vocab)
-        before = kept[-1].reshape(logits.shape[0], -1, logits.shape[-1])[:, offset]
+        before = kept[-1][:, offset]
         return token, draw(self, before, offset, vocab)[1]
 
-    monkeypatch.setitem(module, "table_logits", spied)
+    monkeypatch.setitem(module, "slot_logits", spied)
     monkeypatch.setattr(base.Sampler, "draw", wrong)
     assert enumerated("dspark", 1, max_new_tokens=2) > 1e-3
 

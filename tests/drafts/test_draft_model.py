@@ -320,10 +320,14 @@ def test_a_model_by_its_fields(policy):
 
 
 def test_it_is_published_as_a_model_and_read_back_as_one(policy, tmp_path):
-    made = small(policy)
+    made = jspec.drafts.draft_model(policy, 1)
     publish(made, tmp_path / "model")
     again = jspec.load_draft(policy, tmp_path / "model")
     assert again.config == made.config
     jax.tree.map(np.testing.assert_array_equal, again.weights, made.weights)
     with pytest.raises(InputError, match="layout specforge is for the other drafts; .* a model"):
         publish(made, tmp_path / "other", "specforge")
+    publish(small(policy), tmp_path / "wider")  # ids that the policy lacks: which, only names tell
+    with pytest.raises(InputError, match="has a token of id 11, and the policy has none: .* give "
+                                         "the policy's, tokenizer="):
+        jspec.load_draft(policy, tmp_path / "wider")

@@ -157,6 +157,8 @@ def _add_inspect(made: Parser) -> None:
     made.add_argument("source", metavar="RUN", help="the output_dir of a run, over or not")
     made.add_argument("--step", type=steps, metavar="STEPS",
                       help="of one step, or of some, such as 10-20 (default: all)")
+    made.add_argument("--source", dest="source_name", metavar="NAME",
+                      help="answers to prompts of this one of data.source's several alone")
     made.add_argument("--reward-below", type=float, metavar="X", help="with a smaller reward alone")
     made.add_argument("--reward-above", type=float, metavar="X", help="with a larger reward alone")
     made.add_argument("--failed", action="store_true", help="those alone that a reward function "

@@ -14,7 +14,6 @@ from jspec.rl.answers import answer_text
 from jspec.rl.grading import Grades
 from jspec.rl.groups import Drawn
 from jspec.rl.prompts import Prompt, PromptData
-from jspec.rl.reward_calls import SOURCE_NAME
 from jspec.rl.update_settings import UpdateSettings, trains_draft
 from jspec.run_files import Sample
 from jspec.speculate import Rollout
@@ -66,7 +65,7 @@ def of_prompts(data: PromptData, prompts: Sequence[Prompt], taken: Taken) -> dic
     rewards = taken.graded.rewards.reshape(len(prompts), -1).astype(np.float64)
     lengths = taken.rollout.lengths.reshape(len(prompts), -1)
     for name in (part.name for part in data.records.parts if part.name):
-        mine = np.array([prompt.meta[SOURCE_NAME] == name for prompt in prompts])
+        mine = np.array([prompt.source == name for prompt in prompts])
         some = bool(mine.any())
         record |= {f"source/{name}/prompts": int(mine.sum()),
                    f"source/{name}/reward": float(rewards[mine].mean()) if some else None,
@@ -97,14 +96,16 @@ def draft_health(draft: Draft | None, settings: UpdateSettings) -> dict[str, boo
 def samples(step: int, count: int, tokenizer: Any, prompts: Sequence[Prompt], out: Rollout,
             grades: Grades) -> list[Sample]:
     """The first `count` answers of a step, as JSON can hold them; `out` is on the host. A sample's
-    `accepted` is what its cycles yielded beyond a token each: the drafts that were accepted."""
+    `accepted` is what its cycles yielded beyond a token each: the drafts that were accepted. Of
+    several sources it says its own."""
     group, kept, failed = len(out.lengths) // len(prompts), [], grades.failed_rows
     for row in range(min(count, len(out.lengths))):
         prompt, length, cycles = prompts[row // group], *(int(x[row]) for x in (out.lengths,
                                                                                 out.stats.cycles))
         rewards = {name: None if np.isnan(column[row]) else float(column[row])
                    for name, column in grades.by_name.items()}
-        kept.append({"step": step, "sample": row, "prompt": prompt.text,
+        source = {"source": prompt.source} if prompt.source else {}
+        kept.append({"step": step, "sample": row, **source, "prompt": prompt.text,
                      "response": answer_text(tokenizer, out, row), "answer": prompt.answer,
                      "reward": float(grades.rewards[row]), "rewards": rewards, "length": length,
                      "finished": bool(out.finished[row]),

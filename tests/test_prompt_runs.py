@@ -47,7 +47,8 @@ def test_a_run_over_several_sources_says_what_each_gave_and_resumes(mixed, tmp_p
             pytest.approx(1))
     last = records(whole)[-1]
     assert last["curriculum/unseen"] == 0 and last["curriculum/never"] >= 0.5
-    assert {sample["prompt"] for sample in read_samples(whole, 1)} <= {*"012789"}
+    assert {(sample["prompt"], sample["source"]) for sample in read_samples(whole, 1)} <= {
+        *((text, "low") for text in "012"), *((text, "high") for text in "789")}
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints/3")
     assert train.train(tiny(parts, *mixed, "steps=3")) == 0  # from the checkpoint of step 2

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from jspec.run_files import Sample, read_samples
 
 LONGEST_NAME = 240  # MLflow takes 250 characters
-COLUMNS = ("sample", "prompt", "response", "answer", "reward", "rewards", "length", "finished",
+COLUMNS = ("sample", "source", "prompt", "response", "answer", "reward", "rewards", "length", "finished",
            "failed", "cycles", "accepted")
-"""Of a table of samples."""
+"""Of a table of samples; one that none of them has, as `source` where there is one alone, is left
+out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +79,14 @@ class Entry:
         """The scalars, by names of letters, digits and _ - . / alone."""
         return dict(zip(plain_names(self.scalars), self.scalars.values(), strict=True))
 
+    def columns(self) -> list[str]:
+        """Those of `COLUMNS` that there are."""
+        return [column for column in COLUMNS if any(column in sample for sample in self.samples)]
+
     def rows(self) -> list[list[Any]]:
-        """The samples as rows of `COLUMNS`, the rewards by name as text."""
-        return [[_cell(sample.get(column)) for column in COLUMNS] for sample in self.samples]
+        """The samples as rows of `columns`, the rewards by name as text."""
+        return [[_cell(sample.get(column)) for column in self.columns()]
+                for sample in self.samples]
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:

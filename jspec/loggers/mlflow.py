@@ -11,7 +11,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from jspec.loggers.base import COLUMNS, Entry, RunCard
+from jspec.loggers.base import Entry, RunCard
 
 ID = "jspec.run"
 """The tag by which a run is found again."""
@@ -64,7 +64,7 @@ class Mlflow:
     def write(self, entry: Entry) -> None:
         if entry.samples:
             # as log_table writes it, but for good: that appends to what is there
-            self.client.log_dict(self.run_id, {"columns": COLUMNS, "data": entry.rows()},
+            self.client.log_dict(self.run_id, {"columns": entry.columns(), "data": entry.rows()},
                                  f"samples/{entry.step:06d}.json")
         time = int(entry.time * 1000)
         self.client.log_batch(self.run_id, metrics=[Metric(name, value, time, entry.step)

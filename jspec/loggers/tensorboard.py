@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jspec.loggers.base import COLUMNS, Entry, RunCard
+from jspec.loggers.base import Entry, RunCard
 
 
 class TensorBoard:
@@ -50,7 +50,7 @@ class TensorBoard:
 def _markdown(entry: Entry) -> str:
     """The samples for TensorBoard's texts. All is indented, so that nothing of it is markup."""
     lines = [f"{name}: {'' if value is None else value}" for row in entry.rows()
-             for name, value in (*zip(COLUMNS, row, strict=True), ("", ""))]
+             for name, value in (*zip(entry.columns(), row, strict=True), ("", ""))]
     return "\n".join(f"    {line}" for line in "\n".join(lines).splitlines())
 
 

@@ -6,7 +6,7 @@ import io
 import os
 from contextlib import redirect_stdout
 
-from jspec.loggers.base import COLUMNS, Entry, RunCard
+from jspec.loggers.base import Entry, RunCard
 
 
 class Trackio:
@@ -36,7 +36,7 @@ class Trackio:
         values = {name: value for name, value in entry.scalars.items() if name != "step"}
         if entry.samples:
             values["samples"] = self.trackio.Table(
-                dataframe=pandas.DataFrame(entry.rows(), columns=list(COLUMNS)))
+                dataframe=pandas.DataFrame(entry.rows(), columns=entry.columns()))
         self.run.log(values, step=entry.step)
 
     def close(self) -> None:

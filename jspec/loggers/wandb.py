@@ -9,7 +9,7 @@ from pathlib import Path
 
 import wandb
 
-from jspec.loggers.base import COLUMNS, Entry, RunCard
+from jspec.loggers.base import Entry, RunCard
 
 
 class WeightsAndBiases:
@@ -32,7 +32,7 @@ class WeightsAndBiases:
                 shutil.rmtree(earlier)
 
     def write(self, entry: Entry) -> None:
-        table = ({"samples": wandb.Table(columns=list(COLUMNS), data=entry.rows())}
+        table = ({"samples": wandb.Table(columns=entry.columns(), data=entry.rows())}
                  if entry.samples else {})
         self.run.log({**entry.scalars, **table, "_timestamp": entry.time}, step=entry.step,
                      commit=True)

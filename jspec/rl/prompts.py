@@ -35,6 +35,7 @@ class Prompt:
           never.
         messages: what a chat template writes out: each {role, content}.
         is_chat: its source has it as messages.
+        source: the name of its source, of several.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Prompt:
     expected_length: int | None = None
     messages: Sequence[Mapping[str, Any]] = ()
     is_chat: bool = False
+    source: str = ""
 
 
 class PromptData:
@@ -207,7 +209,8 @@ class PromptData:
         meta = {key: value for key, value in record.items() if key not in ("prompt", "answer")}
         return Prompt(text, tuple(tokens), record.get("answer", ""), meta,
                       self.expected.get(number), conversation(said, config.system_prompt),
-                      not isinstance(said, str))
+                      not isinstance(said, str),
+                      self.records.parts[self.records.part(number)].name)
 
     def check_answer(self, number: int, record: Mapping[str, Any]) -> None:
         """Raises ValueError for an answer that the reward cannot grade against."""

@@ -24,6 +24,7 @@ SAMPLES = 40
 """Answers that the page shows at most: of the first step, of those between, and of the last."""
 
 Records = Sequence[dict[str, Any]]
+Scores = dict[str, list[tuple[float, float]]]
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -92,24 +93,29 @@ def charts(records: Records) -> str:
                record["reward"] + record["reward_std"]) for record in records
               if all(isinstance(record.get(name), float) for name in ("reward", "reward_std"))]
 
-    def named(prefix: str) -> dict[str, list[tuple[float, float]]]:
+    def named(prefix: str) -> Scores:
         names = sorted({name for record in records for name in record if name.startswith(prefix)})
         return {name.removeprefix(prefix): series(records, name) for name in names}
 
-    evaluations = {name: points for name, points in named("eval/").items()
-                   if "@" in name or name.startswith("reward/")}
+    def by_prompts(field: str) -> Scores:
+        return {name.removesuffix(f"/{field}"): points for name, points in
+                named("source/").items() if name.endswith(f"/{field}")}
+
+    of_all, by_source = evaluations(named("eval/"))
     drawn = [
         lines("Reward, and its deviation over the step's answers",
               {"reward": series(records, "reward")}, spread),
         lines("Rewards by name", named("reward/"), named=True),
-        lines("Reward by source", {name.removesuffix("/reward"): points for name, points in
-                                   named("source/").items() if name.endswith("/reward")},
-              named=True),
+        lines("Reward by source", by_prompts("reward"), named=True),
         stacked("How hard the prompts are, in shares of them",
                 {name: series(records, f"curriculum/{name}") for name in
                  ("never", "hard", "middling", "easy", "always", "unseen")}),
-        lines("Evaluation", evaluations, named=True),
-        lines("Tokens an answer", {"length": series(records, "length")}),
+        lines("Evaluation", of_all, named=True),
+        *(lines(f"Evaluation of {name}", scores, named=True)
+          for name, scores in by_source.items()),
+        lines("Tokens an answer", {name: series(records, name)
+                                   for name in ("length", "length_dropped")}),
+        lines("Tokens an answer, by source", by_prompts("length"), named=True),
         lines("Shares", {name: series(records, name)
                          for name in ("finished", "reward_differs", "acceptance")}),
         lines("Tokens a cycle", {"tokens a cycle": series(records, "acceptance_length")}),
@@ -128,6 +134,19 @@ def charts(records: Records) -> str:
         lines("Loss of the draft", {"draft/loss": series(records, "draft/loss")}),
     ]
     return '<section class="charts">' + "".join(drawn) + "</section>"
+
+
+def evaluations(found: Scores) -> tuple[Scores, dict[str, Scores]]:
+    """What `eval/` fields say of all prompts, and of each of several sources."""
+    of_all: Scores = {}
+    by_source: dict[str, Scores] = {}
+    for name, points in found.items():
+        source, _, score = name.rpartition("/")
+        if "@" in score and source:
+            by_source.setdefault(source, {})[score] = points
+        elif "@" in score or source == "reward":
+            of_all[name] = points
+    return of_all, by_source
 
 
 def phases(records: Records) -> dict[str, list[tuple[float, float]]]:
@@ -159,19 +178,23 @@ def samples(run: Path) -> str:
     asked = sorted({steps[round(i * (len(steps) - 1) / max(few - 1, 1))] for i in range(few)},
                    reverse=True)
     rows = [row for step in asked for row in read_samples(run, step)[:SAMPLES // few]]
-    head = "".join(f"<th>{name}</th>" for name in ("step", "reward", "tokens", "accepted", "prompt",
-                                                   "answer", "response"))
+    several = any(row.get("source") for row in rows)
+    head = "".join(f"<th>{name}</th>" for name in (
+        "step", *["source"] * several, "reward", "tokens", "accepted", "prompt", "answer",
+        "response"))
     return ("<h2>Samples</h2><p>Of some steps; <code>jspec inspect</code> pages through them all."
             '</p><div class="wide"><table><thead><tr>' + head + "</tr></thead><tbody>"
-            + "".join(sample_row(row) for row in rows) + "</tbody></table></div>")
+            + "".join(sample_row(row, several) for row in rows) + "</tbody></table></div>")
 
 
-def sample_row(sample: Sample) -> str:
+def sample_row(sample: Sample, several: bool) -> str:
+    """several: the table says of which source each is."""
     by_name = rewards_by_name(sample)
     failed = " (not graded)" if sample.get("failed") else ""
     cut = "" if sample.get("finished") else " (cut off)"
     reward = number(sample.get("reward") or 0.0)
     cells = (f"<td>{sample['step']}</td>",
+             *[f"<td>{text(sample.get('source') or '')}</td>"] * several,
              f"<td><b>{reward}</b>{failed}{f'<br>{text(by_name)}' if by_name else ''}</td>",
              f"<td>{text(sample.get('length'))}{cut}</td>", f"<td>{text(sample.get('accepted'))}"
              "</td>", *(f'<td class="text">{text(sample.get(part, ""))}</td>'

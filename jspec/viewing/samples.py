@@ -73,7 +73,8 @@ def asked_for(sample: Sample, arguments: argparse.Namespace) -> bool:
     reward = sample.get("reward", 0.0)
     return ((arguments.reward_below is None or reward < arguments.reward_below)
             and (arguments.reward_above is None or reward > arguments.reward_above)
-            and (not arguments.failed or bool(sample.get("failed"))))
+            and (not arguments.failed or bool(sample.get("failed")))
+            and arguments.source_name in (None, sample.get("source")))
 
 
 def headline(sample: Sample) -> Text:
@@ -83,7 +84,8 @@ def headline(sample: Sample) -> Text:
     by_name = rewards_by_name(sample)
     ended = "ended" if sample.get("finished") else "cut off"
     return Text.assemble(
-        (f"step {sample['step']}", "bold"), f", sample {sample.get('sample')}: ",
+        (f"step {sample['step']}", "bold"), f", sample {sample.get('sample')}",
+        f" from {visible(str(sample['source']))}: " if sample.get("source") else ": ",
         (f"reward {reward:.4g}", color), f" ({by_name})" if by_name else "",
         (" not graded", "red") if sample.get("failed") else "",
         f", {sample.get('length')} tokens, {ended}, {sample.get('cycles')} cycles, "

@@ -12,7 +12,7 @@ from jspec.viewing import charts
 VOID = {"meta", "br", "line", "circle", "path"}
 
 
-def make_run(path, steps=5, **more):
+def make_run(path, steps=5, several=False, **more):
     path.mkdir()
     records = [{"step": step, "reward": 0.1 * step, "reward_std": 0.05, "length": 7.0,
                 "finished": 0.5, "acceptance_length": 1.5, "logprob_gap": 1e-6, "entropy": 1.0,
@@ -25,7 +25,8 @@ def make_run(path, steps=5, **more):
         rows = [{"step": step, "sample": i, "prompt": "say <b>&", "answer": "a",
                  "response": "</script><img src=x>\x1b[31mred\u202e", "reward": i - 1.0,
                  "rewards": {}, "length": 3, "finished": i > 0, "failed": i == 2, "cycles": 2,
-                 "accepted": 1} for i in range(3)]
+                 "accepted": 1, **({"source": "ab"[i % 2]} if several else {})}
+                for i in range(3)]
         (path / "samples" / f"{step:06d}.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows))
     (path / "config.yaml").write_text("name: <x>\n")
@@ -63,6 +64,27 @@ def test_a_report_is_one_sound_page_that_asks_for_nothing(tmp_path, capsys):
     assert "&lt;/script&gt;&lt;img src=x&gt;\\x1b[31mred\\u202e" in text
     assert "pass@4" in text and "name: &lt;x&gt;" in text and "KL to the" not in text
     assert capsys.readouterr().out.strip() == str(run / "report.html")
+
+
+def test_of_several_sources_samples_and_charts_say_which(tmp_path, capsys):
+    run = make_run(tmp_path / "run", several=True, **{
+        "eval/pass@4": 0.25, "eval/a/pass@4": 0.5, "eval/b/pass@4": 0.0, "eval/reward/brief": 1.0,
+        "source/a/reward": 0.5, "source/b/reward": 0.25, "source/a/length": 6.0,
+        "source/b/length": None, "length_dropped": 9.0})
+    assert cli.main(["report", str(run)]) == 0
+    page, titles = (run / "report.html").read_text(), []
+    for figure in page.split("<figure>")[1:]:
+        title, names = re.match(r"<figcaption>(.*?)</figcaption>(.*?)<svg", figure).groups()
+        titles.append((title, re.findall(r"</i>(.*?)</span>", names)))
+    assert {("Evaluation", ("pass@4", "reward/brief")), ("Evaluation of a", ("pass@4",)),
+            ("Evaluation of b", ("pass@4",)), ("Reward by source", ("a", "b")),
+            ("Tokens an answer", ("length", "length_dropped")),
+            ("Tokens an answer, by source", ("a",))} <= {(x, tuple(y)) for x, y in titles}
+    assert "<th>source</th>" in page and "<tr><td>5</td><td>b</td>" in page
+    assert "sample 1 from b: reward" in inspected(capsys, run)
+    assert heads(inspected(capsys, run, "--source", "b")) == [("5", "1"), ("1", "1")]
+    assert cli.main(["inspect", str(run), "--source", "c"]) == 2
+    assert "no sample of" in capsys.readouterr().err
 
 
 def test_a_run_without_a_step_is_one_line(tmp_path, capsys):

@@ -97,6 +97,12 @@ SEED_HIGH = 2**64 - 1
 
 OTHERS_NAMES = {
     "steps": ("max_steps", "total_training_steps", "max_num_steps"),
+    "data.source": ("train_files", "data_files", "dataset_name", "datasets", "weights", "mixture",
+                    "mixing_weights"),
+    "data.max_prompt_tokens": ("max_prompt_length",),
+    "data.too_long": ("filter_overlong_prompts", "truncation"),
+    "data.prompt_column": ("prompt_key", "input_key"),
+    "data.answer_column": ("output_key", "label_key"),
     "data.prompts_per_step": ("train_batch_size", "num_prompts_per_step"),
     "data.group_size": ("num_generations", "num_generations_per_prompt", "n"),
     "data.dynamic_sampling": ("use_dynamic_sampling", "filter_groups", "max_num_gen_batches"),
@@ -120,6 +126,8 @@ OTHERS_NAMES = {
     "grpo.mini_batches": ("ppo_mini_batch_size", "steps_per_generation"),
     "grpo.micro_batch": ("gradient_accumulation_steps", "per_device_train_batch_size"),
     "grpo.clip": ("max_grad_norm", "grad_clip"),
+    "grpo.state_memory": ("optimizer_offload", "offload_optimizer", "optimizer_cpu_offload",
+                          "optimizer_memory"),
     "grpo.schedule": ("lr_scheduler", "lr_scheduler_type"),
     "lora.rank": ("r", "lora_rank"),
     "lora.targets": ("target_modules",),

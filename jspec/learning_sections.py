@@ -31,7 +31,7 @@ class DataSection:
         "arithmetic", "'arithmetic', a .jsonl file of {prompt, answer}, a .parquet file, a folder "
         "of those, a folder that datasets saved, or 'reasoning_gym:TASK'; or several by name, "
         "mixed by weight: {NAME: {source, weight, split, prompt_column, answer_column, options}, "
-        "...}", filled=True, path=True, often=True)
+        "...}", filled=True, path=True, often=True, short="source")
     split: str | None = setting(None, "of a folder that has several; null: train, or the only one")
     prompt_column: str = setting("prompt", "of a file or folder: the key or column of the prompt, "
                                  "a text or messages {role, content}; where there is no prompt, "
@@ -87,7 +87,7 @@ class RewardSection:
         "math_verify", "'math_verify', 'reasoning_gym', 'soft_overlong', or your own as "
         "'path/to/file.py:function'; or several by name, whose weighted sum is learned from: "
         "{NAME: {function, weight, options, timeout_s, sources}, ...}", filled=True, path=True,
-        often=True)
+        often=True, short="function")
     workers: int = setting(2, "grading processes", low=1, high=1024)
     timeout_s: float = setting(10.0, "seconds after which a call of a function is killed, and what "
                                "it was to grade scores 0", above=0, high=1e6)
@@ -106,7 +106,7 @@ class EvaluationSection:
     sources: tuple[str, ...] | dict = setting(
         (), "prompts to evaluate on, a list of files and the like or several by name, as "
         "data.source has them, with scores of each; none named: those that data.held_out kept from "
-        "training", path=True)
+        "training", path=True, short="source")
     split: str | None = setting(None, "of those of the sources that are folders; null: what "
                                 "training reads of a folder, and of others train, or the only one")
     prompts: int | None = setting(None, "how many prompts, of each source; null: 64, or all if "

@@ -19,12 +19,8 @@ def checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str,
     fitted = _fit(value, field.type)
     expected = type_name(field.type) if fitted is _MISFIT else _out_of_bounds(fitted, field)
     if expected:
-        quote = (isinstance(value, list | dict) and _fit("", field.type) is not _MISFIT
-                 and _fit(type(value)(), field.type) is _MISFIT)
-        hint = (f"; text with such characters needs quotes, as in {dotted}='\"...\"'" if quote
-                else "")
         raise InputError(f"{origin[dotted]}: '{dotted}' must be {expected}, not "
-                         f"{shortened(shown(value))}{hint}")
+                         f"{shortened(shown(value))}{_hint(value, field, dotted)}")
     if isinstance(fitted, dict):
         for key in fitted:
             # YAML's own rule, and nobody means the key that it makes
@@ -34,6 +30,32 @@ def checked(field: dataclasses.Field, value: Any, dotted: str, origin: dict[str,
                                  "write a blank after the colon, as in {size: 1}")
     return (_at_home(fitted, f"{origin.get(dotted, 'the defaults')}: '{dotted}'")
             if field.metadata["path"] else fitted)
+
+
+def _hint(value: Any, field: dataclasses.Field, dotted: str) -> str:
+    """What is to be done about a mapping or list that does not fit, or ''."""
+    def takes(other: Any) -> bool:
+        return _fit(other, field.type) is not _MISFIT
+
+    if isinstance(value, dict) and takes({}):
+        odd = _odd(value, dotted)
+        return f"; {odd}" if odd else ""
+    if not isinstance(value, list | dict) or not takes("") or takes(type(value)()):
+        return ""
+    return ("; several go by name, as in {a: ..., b: ...}" if takes({}) else
+            f"; text with such characters needs quotes, as in {dotted}='\"...\"'")
+
+
+def _odd(value: Any, dotted: str) -> str:
+    """What in this is not as `_is_plain` has it, in words, or ''."""
+    if isinstance(value, dict):
+        names = (f"the name {shown(key)} is no text, which it is in quotes"
+                 for key in value if not isinstance(key, str))
+        return next(names, "") or next(filter(None, (
+            _odd(item, f"{dotted}.{key}") for key, item in value.items())), "")
+    if isinstance(value, list):
+        return next(filter(None, (_odd(item, dotted) for item in value)), "")
+    return "" if _is_plain(value) else f"'{dotted}' is {shortened(shown(value))}"
 
 
 def _at_home(value: Any, label: str) -> Any:
@@ -57,7 +79,8 @@ def _out_of_bounds(fitted: Any, field: dataclasses.Field) -> str:
     bounds, is_list = field.metadata, isinstance(fitted, tuple)
     entries, each = fitted if is_list else (fitted,), "a list with each entry " if is_list else ""
     if bounds["filled"] and not fitted:
-        return f"{type_name(field.type)} with one {'entry' if is_list else 'character'} at least"
+        what = "character" if isinstance(fitted, str) else "entry"
+        return f"{type_name(field.type)} with one {what} at least"
     if (bounds["choices"]
         and not all(entry is None or entry in bounds["choices"]
                     or (bounds["file"] and user_code.split(entry)) for entry in entries)):

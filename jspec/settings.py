@@ -28,14 +28,16 @@ Override = str | tuple[str, Any]
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
             high: float | None = None, below: float | None = None, choices: tuple[str, ...] = (),
-            filled: bool = False, path: bool = False, file: bool = False,
-            often: bool = False) -> Any:
+            filled: bool = False, path: bool = False, file: bool = False, often: bool = False,
+            short: str = "") -> Any:
     """A dataclass field with its meaning and bounds: low <= value <= high, above < value < below,
     one of choices. Those of a list are each entry's; `filled`: it has one at least. `path`: a text
     that may name a file, where `~` is the home; `file`: or `path/to/file.py:NAME` in the place of
-    one of choices. `often`: most runs set it, so the first page of help has it."""
+    one of choices. `often`: most runs set it, so the first page of help has it. `short`: a text in
+    a mapping stands for a mapping that has it under this key."""
     bounds = {"help": help, "low": low, "above": above, "high": high, "below": below,
-              "choices": choices, "filled": filled, "path": path, "file": file, "often": often}
+              "choices": choices, "filled": filled, "path": path, "file": file, "often": often,
+              "short": short}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=bounds)
     return dataclasses.field(default=default, metadata=bounds)
@@ -53,20 +55,32 @@ def read(kind: type, path: str | Path | None, overrides: Sequence[Override]) -> 
     above = [_parse_override(override) for override in overrides]
     bases = [(source, layer.pop(BASE)) for source, layer in above if BASE in layer]
     origin: dict[str, str] = {}
-    values = _plain(dataclasses.asdict(kind()))
+    values, shorts = _plain(dataclasses.asdict(kind())), _shorts(kind)
     for source, layer in [*layers(path, bases[-1] if bases else None), *above]:
         _check_keys(kind, layer, (), source, origin)
-        values = _merged(values, layer)
+        values = _merged(values, layer, shorts)
     return _build(kind, _resolved(values, origin), (), origin)
 
 
-def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`: mappings key by key, anything else as a whole."""
+def _merged(below: dict[str, Any], above: Mapping[str, Any], shorts: Mapping[str, str],
+            here: str = "") -> dict[str, Any]:
+    """`above` over `below`, both of the dotted key `here`: mappings key by key, anything else as a
+    whole. shorts: as `_shorts` says."""
     def merged(key: str) -> Any:
-        both = below.get(key), above[key]
-        return _merged(*both) if all(isinstance(value, dict) for value in both) else above[key]
+        low, high, dotted = below.get(key), above[key], f"{here}.{key}" if here else key
+        if isinstance(low, str) and isinstance(high, dict) and here in shorts:
+            low = {shorts[here]: low}
+        both = isinstance(low, dict) and isinstance(high, dict)
+        return _merged(low, high, shorts, dotted) if both else high
 
     return below | {key: merged(key) for key in above}
+
+
+def _shorts(kind: type) -> dict[str, str]:
+    """Of the dotted keys of mappings that have short entries, what a text there stands for."""
+    return {".".join((*prefix, field.name)): field.metadata["short"]
+            for prefix, section in _sections(kind) for field in dataclasses.fields(section)
+            if field.metadata.get("short")}
 
 
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.\w+)*\}")

@@ -81,12 +81,12 @@ def _part(data: DataSection, key: str, number: int, name: str, value: Any,
                          "takes letters, digits and _ . - only")
     key = f"{key}.{name}"
     said: Any = {"source": value} if isinstance(value, str) else value
+    keys = ("source", *(("weight",) if weighted else ()), *OWN)
+    if isinstance(said, Mapping) and (unknown := said.keys() - set(keys)):
+        raise InputError(f"{key} has no {min(unknown)!r}; its keys are {', '.join(keys)}")
     if not isinstance(said, Mapping) or not isinstance(said.get("source"), str):
         raise InputError(f"{key} must be a source of prompts, or a mapping such as {{source: "
                          f"my.jsonl{', weight: 0.5' * weighted}}}, not {shortened(repr(value))}")
-    keys = ("source", *(("weight",) if weighted else ()), *OWN)
-    if unknown := said.keys() - set(keys):
-        raise InputError(f"{key} has no {min(unknown)!r}; its keys are {', '.join(keys)}")
     weight = said.get("weight", 1)
     if not is_number(weight) or weight < 0:
         raise InputError(f"{key}.weight must be a number, at least 0, that float32 holds, not "

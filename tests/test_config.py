@@ -73,6 +73,15 @@ def test_overrides_merge_into_mappings_and_replace_the_rest(tmp_path):
     assert config.seed == 2**64 - 1
 
 
+def test_what_is_set_of_a_short_entry_keeps_what_it_said():
+    config = load_config(None, ["base=dapo", "reward.function.overlong.weight=0.5",
+                                "data.source={a: a.jsonl, b: {source: b.jsonl, weight: 3}}",
+                                "data.source.a.weight=2", "data.source.b=other.jsonl"])
+    assert config.reward.function == {
+        "task": "math_verify", "overlong": {"function": "soft_overlong", "weight": 0.5}}
+    assert config.data.source == {"a": {"source": "a.jsonl", "weight": 2}, "b": "other.jsonl"}
+
+
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().grpo.clip = 2.0
@@ -163,7 +172,18 @@ def test_every_field_has_a_meaning():
     ("draft.options=[1]", "override 'draft.options=[1]': 'draft.options' must be a mapping of "
      "names to texts, finite numbers, lists and mappings or null, not [1]"),
     ("data.options={1: 2}", "override 'data.options={1: 2}': 'data.options' must be a mapping of "
-     "names to texts, finite numbers, lists and mappings, not {1: 2}"),
+     "names to texts, finite numbers, lists and mappings, not {1: 2}; the name 1 is no text, which "
+     "it is in quotes"),
+    ("data.source={a: {source: b, weight: .inf}}", "override 'data.source={a: {source: b, weight: "
+     ".inf}}': 'data.source' must be text or a mapping of names to texts, finite numbers, lists "
+     "and mappings, not {'a': {'source': 'b', 'weight': inf}}; 'data.source.a.weight' is inf"),
+    ("reward.function=[a, b]", "override 'reward.function=[a, b]': 'reward.function' must be text "
+     "or a mapping of names to texts, finite numbers, lists and mappings, not ['a', 'b']; several "
+     "go by name, as in {a: ..., b: ...}"),
+    ("data.source={}", "override 'data.source={}': 'data.source' must be text or a mapping of "
+     "names to texts, finite numbers, lists and mappings with one entry at least, not {}"),
+    ("data.weights=[1, 2]", "override 'data.weights=[1, 2]': unknown key 'data.weights'; did you "
+     "mean 'data.source'?"),
     ("data.options={size:5}", "override 'data.options={size:5}': 'data.options' has the key "
      "'size:5' without a value; write a blank after the colon, as in {size: 1}"),
     ("data.options={a:[5]}",

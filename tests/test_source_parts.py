@@ -37,6 +37,7 @@ def test_a_text_is_one_source_and_a_mapping_several_by_name():
     (["data.source={a: 1}"], "data.source.a must be a source of prompts, or a mapping such as "
      r"\{source: my.jsonl, weight: 0.5\}, not 1"),
     (["data.source={a: {weight: 1}}"], "data.source.a must be a source of prompts"),
+    (["data.source={a: {sorce: arithmetic}}"], "data.source.a has no 'sorce'; its keys are source"),
     (["data.source={a: {source: arithmetic, wieght: 1}}"],
      "data.source.a has no 'wieght'; its keys are source, weight, split, prompt_column, "),
     (["data.source={a: {source: arithmetic, weight: -1}}"],

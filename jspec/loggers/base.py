@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from jspec.run_files import Sample, read_samples
 
 LONGEST_NAME = 240  # MLflow takes 250 characters
-COLUMNS = ("sample", "source", "prompt", "response", "answer", "reward", "rewards", "length", "finished",
-           "failed", "cycles", "accepted")
+COLUMNS = ("sample", "source", "prompt", "response", "answer", "reward", "rewards", "length",
+           "finished", "failed", "cycles", "accepted")
 """Of a table of samples; one that none of them has, as `source` where there is one alone, is left
 out."""
 

@@ -37,7 +37,8 @@ class Turns:
 
     def of(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the part whose turn each of these positions is."""
-        places = np.arange(start, stop) % self.period
+        # positions fit into int64, which a period of far-apart weights need not
+        places = np.arange(start, stop) % min(self.period, 2**62)
         return self._known(int(places.max(initial=-1)) + 1)[places].astype(np.int64)
 
     def counts(self, position: int) -> list[int]:

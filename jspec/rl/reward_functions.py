@@ -120,11 +120,24 @@ def check_reward(function: str | Mapping[str, Any], source: str | None = None,
                              f"data.source={source!r}; use math_verify or a function of yours")
         reward = load_reward(part.function, part.key)
         columns(part, reward)
+        if part.function in SHIPPED:
+            check_options(part, reward)
         if reward is soft_overlong:
             try:
                 soft_overlong(length=0, max_new_tokens=max_new_tokens, **part.options)
             except ValueError as error:
                 raise InputError(f"{part.label}: {error}") from None
+
+
+def check_options(part: RewardPart, reward: Reward) -> None:
+    """Raises InputError for an option that a shipped function does not have: it takes whatever it
+    is told, so a misspelt one would do nothing."""
+    told = Signature.of(reward).names
+    known = [name for name, parameter in inspect.signature(reward).parameters.items()
+             if parameter.default is not parameter.empty and name not in told]
+    if unknown := part.options.keys() - set(known):
+        raise InputError(f"{part.key}.options has {min(unknown)!r}, and {part.function} takes "
+                         f"{', '.join(known) or 'no options'}")
 
 
 def check_columns(function: str | Mapping[str, Any], source: str,

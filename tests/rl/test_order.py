@@ -33,6 +33,13 @@ def test_shares_are_the_weights_to_within_a_prompt_at_every_position():
         assert Turns(weights).of(250, 400).tolist() == owners[250:]
 
 
+def test_weights_may_be_as_far_apart_as_floats_are():
+    for far in (Fraction("1e30"), Fraction("1e-30"), Fraction("3.4e38")):
+        turns, often = Turns([far, Fraction(1)]), int(far < 1)
+        assert turns.of(0, 50).tolist() == [often] * 50
+        assert turns.counts(50)[often] == 50
+
+
 def test_turns_repeat():
     turns = Turns([Fraction("0.3"), Fraction("0.7")])
     assert turns.period == 10 and turns.counts(10**12 + 10) == [3 * (10**11 + 1), 7 * (10**11 + 1)]

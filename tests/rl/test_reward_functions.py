@@ -65,6 +65,13 @@ def test_a_function_that_does_not_take_what_it_would_be_given(mine):
     assert "no signature" in refused(mine("f = max"))
 
 
+def test_a_misspelt_option_of_a_shipped_function():
+    for function, option, takes in (("soft_overlong", "bufer", "buffer"),
+                                    ("math_verify", "strict", "no options")):
+        assert refused({"it": {"function": function, "options": {option: 3}}}) == (
+            f"reward.function.it.options has {option!r}, and {function} takes {takes}")
+
+
 def test_a_buffer_that_does_not_fit():
     for buffer in (0, 65, "8"):
         assert (refused({"brief": {"function": "soft_overlong", "options": {"buffer": buffer}}},

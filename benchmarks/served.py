@@ -6,7 +6,7 @@ policy, greedy text and acceptance compared.
 
 RUN is what `jspec draft export` takes for a draft. A kind whose draft is not given is left out, but
 for `ngram`, which has nothing to be trained, and `draft_model`, which then is the policy itself
-with noise in its matrices.
+with noise in its matrices. The file is a list of records, and those of other kinds stay in it.
 
 Prompts, answers and drafts are the same on both sides, in float32, at temperature 0: above it vLLM
 0.32's CPU build reads temperatures that are not the request's. So texts are to be equal but for
@@ -77,6 +77,7 @@ KINDS = {
     "draft_model": Kind("draft_model", {"method": "draft_model"}),
     "eagle3": Kind("eagle3", {"method": "eagle3"}, ("--layout", "specforge")),
     "eagle3, speculators": Kind("eagle3", {"method": "eagle3"}, ("--layout", "speculators")),
+    "peagle": Kind("peagle", {"method": "eagle3", "parallel_drafting": True}),
     "dflash": Kind("dflash", {"method": "dflash"}, ("--layout", "specforge")),
     "dflash, speculators": Kind("dflash", {"method": "dflash"}, ("--layout", "speculators")),
 }
@@ -200,8 +201,8 @@ def compare(args: argparse.Namespace, policy: Policy, name: str, draft: Draft,
     margins = [part.margin for found in parts.values() for part in found]
     apart = {part.row for part in parts["jspec"]}
     alike = [row for row in range(len(prompts)) if row not in apart]
-    record = {"draft": name, "k": args.k, "settings": dict(KINDS[name].settings),
-              "prompts": len(prompts),
+    record = {"draft": name, "model": args.model, "tie": TIE, "k": args.k,
+              "settings": dict(KINDS[name].settings), "prompts": len(prompts),
               "same_text": {what: len(prompts) - len(found) for what, found in parts.items()},
               "parts": {what: [part._asdict() for part in found] for what, found in parts.items()},
               "ties": all(margin < TIE for margin in margins),
@@ -254,10 +255,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="the first N held-out prompts (default: 32)")
     parser.add_argument("--max-new-tokens", type=cli.number(int, 2), default=64, metavar="N")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one program")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
+    parser.add_argument("--json", metavar="FILE", help="put the results in there")
     args = parser.parse_args(arguments)
     args.draft, args.peers = dict(args.draft), args.peers.resolve()
     args.prompts, args.batch = bench_drafts.HELDOUT, [1]  # what `read_texts` reads
+    args.others = kept(args)
     open_results(args)
     return args
 
@@ -266,6 +268,18 @@ def given(args: argparse.Namespace) -> list[str]:
     """The kinds that a draft is there for."""
     return [name for name, kind in KINDS.items() if kind.draft in {*args.draft, *FREE}
             and (not args.only or name in args.only)]
+
+
+def kept(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The records of other kinds in the file of --json."""
+    path = args.json and Path(args.json)
+    found = json.loads(path.read_text()) if path and path.is_file() else []
+    return [row for row in found if row["draft"] not in given(args)]
+
+
+def in_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Records in the order of `KINDS`."""
+    return sorted(rows, key=lambda row: list(KINDS).index(row["draft"]))
 
 
 def measured(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
@@ -297,8 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for row in measured(args, Path(folder)):
-            rows.append(row)
-            measure.write_json(args.json, measure.report(rows, model=args.model, tie=TIE))
+            rows.append({**row, **measure.circumstances()})
+            measure.write_json(args.json, in_order(args.others + rows))
     show(rows, f"{args.model}, k = {args.k}, temperature 0")
     return int(len(rows) < len(given(args)) or not all(row["ties"] for row in rows))
 

@@ -211,7 +211,7 @@ def served() -> str:
     return markdown(["draft", "answers as vLLM's without it", "as jspec's with it",
                      "of these, all cycles the same", "tokens a cycle, vLLM / jspec",
                      "accepted by position, vLLM / jspec"],
-                    map(line, result("served_cpu")["rows"]))
+                    map(line, result("served_cpu")))
 
 
 # --- what compiled ---

@@ -1,5 +1,7 @@
 """What vLLM counts is brought to what jspec counts, or is refused."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,3 +73,13 @@ def test_rows_that_differ_are_counted():
 def test_a_kind_that_is_not_trained_and_served_is_refused(text):
     with pytest.raises(InputError, match=f"must be KIND=PATH, of .*eagle3.*not '{text}'"):
         served.parse(["peers", "--draft", text])
+
+
+def test_records_of_other_kinds_stay_in_the_file(tmp_path):
+    path = tmp_path / "served.json"
+    path.write_text(json.dumps([{"draft": "eagle3"}, {"draft": "ngram"}]))
+    args = served.parse(["peers", "--only", "ngram", "--json", str(path)])
+    assert args.others == [{"draft": "eagle3"}]
+    assert ([row["draft"] for row in served.in_order([*args.others, {"draft": "ngram"}])]
+            == ["ngram", "eagle3"])
+    assert served.parse(["peers", "--only", "ngram"]).others == []

@@ -116,7 +116,8 @@ def _add_draft_export(drafts: Any) -> None:
     made.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty (an "
                       "mtp head also joins its policy in a directory of `jspec export`)")
     made.add_argument("--layout", choices=("specforge", "speculators"), help="of eagle3, dflash "
-                      "and dspark: SpecForge's (the default), or that of the speculators library")
+                      "and dspark: SpecForge's (the default), or that of the speculators library, "
+                      "which is peagle's")
 
 
 def _add_rollout(made: Parser) -> None:

@@ -14,9 +14,8 @@ from jspec.errors import InputError
 from jspec.heads import files
 from jspec.heads.models import NAME as MODEL
 from jspec.heads.models import DraftingModel, check_tokens, of_run, open_model
-from jspec.hub import block_drafts, eagle3, mtp_heads
+from jspec.hub import block_drafts, block_drafts_config, eagle3, eagle3_config, mtp_heads
 from jspec.hub.architectures import ARCHITECTURES
-from jspec.hub.block_drafts_config import is_block_draft, not_served
 from jspec.hub.draft_configs import LAYOUTS
 from jspec.hub.exporter import export
 from jspec.hub.fields import texts
@@ -44,8 +43,8 @@ def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = Non
 
     Args:
       source: the short name of a model whose head ships with jspec (`SHIPPED`), the output_dir of
-        `jspec draft train` (or its `head`), a directory with a published EAGLE-3, DFlash or DSpark
-        draft (SpecForge's, vLLM's, DeepSpec's or speculators' layout) or a native MTP head
+        `jspec draft train` (or its `head`), a directory with a published EAGLE-3, P-EAGLE, DFlash
+        or DSpark draft (SpecForge's, vLLM's, DeepSpec's or speculators' layout) or an MTP head
         (`jspec.hub.mtp_layouts.MTP_LAYOUTS`), a run's output_dir, whose last checkpoint is
         taken, or a model to draft with, by any name that `jspec.load` takes.
       drafter: whose it is, if that is none of jspec's own (`jspec.drafts.find`), or where a name
@@ -106,20 +105,22 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
     `jspec.hub.block_drafts.write`, `jspec.hub.mtp_heads.write`; the model of a draft_model as
     `jspec.export` writes one).
 
-    layout: of a draft that has some, one of `hub.draft_configs.LAYOUTS`; None: the first.
+    layout: of a draft that has some, one of `hub.draft_configs.LAYOUTS`; None: the first that its
+    drafter has.
     verifier: the hub id of its policy. policy: reads it, where its rows are needed. Raises
     InputError for a drafter that nobody publishes, and where those raise it.
     """
-    chosen = layout or LAYOUTS[0]
     if draft.name == MIXED:
         draft = trained_of(draft)
-    if draft.name == "eagle3":
+    chosen = layout or _first_layout(draft)
+    if draft.name in eagle3.DRAFTERS:
         return eagle3.write(draft, directory, layout=chosen, verifier=verifier)
     if draft.name in block_drafts.DRAFTERS:
         return block_drafts.write(draft, directory, layout=chosen, verifier=verifier, policy=policy)
     if draft.name not in ("mtp", MODEL):
-        raise InputError(f"nobody publishes {draft.name} drafts; those of eagle3, "
-                         f"{', '.join(block_drafts.DRAFTERS)}, mtp and {MODEL} can be exported")
+        known = ", ".join([*eagle3.DRAFTERS, *block_drafts.DRAFTERS, "mtp"])
+        raise InputError(f"nobody publishes {draft.name} drafts; those of {known} and {MODEL} can "
+                         "be exported")
     if layout is not None:
         raise InputError(f"layout {layout} is for the other drafts; an mtp head and a model are "
                          "written as their architecture has it")
@@ -130,13 +131,22 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
 
 def not_run_by_vllm(draft: Draft, layout: str | None = None) -> list[str]:
     """What vLLM would not run, or not as the draft was trained, of one that is published so."""
-    missing = (not_served(draft.config, layout or LAYOUTS[0])
-               if draft.name in block_drafts.DRAFTERS else [])
+    if draft.name == MIXED:
+        draft = trained_of(draft)
+    missing = []
+    if draft.name in eagle3.DRAFTERS:
+        missing += eagle3_config.not_served(draft.config)
+    if draft.name in block_drafts.DRAFTERS:
+        missing += block_drafts_config.not_served(draft.config, layout or _first_layout(draft))
     depths = list(getattr(draft.config, "aux_depths", ()))
     if depths != sorted(depths):
         missing.append("auxiliary layers in another order than the policy's, which it sorts "
                        "without a word")
     return missing
+
+
+def _first_layout(draft: Draft) -> str:
+    return LAYOUTS[draft.name == "peagle"]
 
 
 def is_model(path: Path) -> bool:
@@ -150,7 +160,7 @@ def is_model(path: Path) -> bool:
 def read_published(path: Path, policy: Policy) -> Draft:
     """The draft or native MTP head in a directory of the layouts that others publish."""
     hf = read_json(path / files.CONFIG)
-    if is_block_draft(hf):
+    if block_drafts_config.is_block_draft(hf):
         return block_drafts.read(path, policy)
     named = " ".join([*texts(hf, "architectures"),
                       str(hf.get("speculators_model_type", ""))]).lower()

@@ -1,10 +1,10 @@
-"""Published EAGLE-3 checkpoints, read as `eagle3` drafts and written back.
+"""Published EAGLE-3 and P-EAGLE checkpoints, read as `eagle3` and `peagle` drafts and written back.
 
 Three layouts are read. SpecForge's calls the block `midlayer`, vLLM's `layers.0`; both have a flat
 config.json. That of the speculators library has vLLM's names, and the block's config inside
 `transformer_layer_config`. Further layers are `layers.1` and so on in all of them. SpecForge's and
 speculators' are written (speculators' own converter from SpecForge's leaves out flags and auxiliary
-layers).
+layers); of P-EAGLE speculators' alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import jax.numpy as jnp
 
 from jspec import arguments
 from jspec.drafts.base import Draft
-from jspec.drafts.eagle3 import Eagle3Config, eagle3, specs
+from jspec.drafts.eagle3 import eagle3
+from jspec.drafts.parts.fusing import FusedConfig
+from jspec.drafts.peagle import peagle
 from jspec.errors import InputError
 from jspec.hub.draft_configs import check_layout
 from jspec.hub.draft_tensors import (
@@ -38,21 +40,24 @@ from jspec.model.params import is_spec
 
 _NAMES = {"fc": "fc.weight", "norm": "norm.weight", "head": "lm_head.weight",
           "embed": "embed_tokens.weight",
-          "input_norm": "input_norm.weight", "embed_norm": "midlayer.input_layernorm.weight",
+          "mask_hidden": "mask_hidden", "input_norm": "input_norm.weight",
+          "embed_norm": "midlayer.input_layernorm.weight",
           "hidden_norm": "midlayer.hidden_norm.weight"}
+DRAFTERS = {"eagle3": eagle3, "peagle": peagle}
 _OLD_NAMES = {"layers.0.": "midlayer.", "aux_norm_low.": "fc_norm.0.",
               "aux_norm_mid.": "fc_norm.1.", "aux_norm_high.": "fc_norm.2."}
 
 
 def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
          aux_convention: str | None = None) -> Draft:
-    """An EAGLE-3 checkpoint as an `eagle3` draft: float32 masters, on the mesh of `jax.set_mesh` if
-    there is one.
+    """An EAGLE-3 or P-EAGLE checkpoint as an `eagle3` or `peagle` draft: float32 masters, on the
+    mesh of `jax.set_mesh` if there is one.
 
     Args:
       directory: with config.json and safetensors, in any of the three layouts.
       policy: that it drafts for.
-      depths: how many are unrolled in training; None: as in the run that wrote it, 3 for others.
+      depths: how many are unrolled in training; None: as in the run that wrote it; of others 3, or
+        of P-EAGLE as many as the config says.
       aux_convention: which of a layer its id stands for, "input" or "output", where a converted
         checkpoint has it otherwise than its layout does; None: as the layout has it.
 
@@ -69,20 +74,22 @@ def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
     config = dataclasses.replace(config, vocab_size=0 if ids is None else len(ids),
                                  dtype=common_dtype(path, stored),
                                  own_embed="embed_tokens.weight" in stored)
-    weights = weights_of(path, "an EAGLE-3", stored, tensor_names(config), specs(config),
+    drafter = DRAFTERS[config.kind]
+    kind = {"eagle3": "an EAGLE-3", "peagle": "a P-EAGLE"}[config.kind]
+    weights = weights_of(path, kind, stored, tensor_names(config), drafter.specs(config),
                          config.block)
     state = {} if ids is None else {"vocab": jnp.asarray(ids, jnp.int32)}
-    return Draft(weights=weights, state=state, config=config, drafter=eagle3)
+    return Draft(weights=weights, state=state, config=config, drafter=drafter)
 
 
 def write(draft: Draft, directory: str | Path, *, dtype: str | None = None,
           layout: str = "specforge", verifier: str | None = None) -> Path:
-    """Write an `eagle3` draft: config.json and model.safetensors, whole or not at all.
+    """Write an `eagle3` or `peagle` draft: config.json and model.safetensors, whole or not at all.
 
     Args:
       layout: "specforge", which vLLM and SGLang serve (`norm_before_residual`, `norm_before_fc`, a
         window and a block with query and key norms are known to vLLM alone), or "speculators",
-        which vLLM serves and the speculators library trains on.
+        which vLLM serves and the speculators library trains on (of `peagle` this alone).
       dtype: in which tensors are stored, by default the one that the draft was read in (a new one:
         bfloat16): a draft that was read and not trained has its bits back.
       verifier: the policy's hub id or path, which speculators' config may name.
@@ -91,9 +98,9 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None,
     has files in it.
     """
     config = draft.config
-    if draft.name != "eagle3":
+    if draft.name not in DRAFTERS:
         raise InputError(f"a {draft.name} draft cannot be written as EAGLE-3; take one of "
-                         "jspec.drafts.eagle3")
+                         f"{', '.join(DRAFTERS)}")
     dtype = config.dtype if dtype is None else dtype
     check_dtype(dtype)
     check_layout(layout)
@@ -106,8 +113,8 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None,
                            config.policy.vocab_size)
 
 
-def tensor_names(config: Eagle3Config) -> Any:
-    """SpecForge's name of every parameter, in the tree of `drafts.eagle3.specs`."""
+def tensor_names(config: FusedConfig) -> Any:
+    """SpecForge's name of every parameter, in the tree of the drafter's specs."""
     def name(path, _) -> str:
         top, *below = (getattr(part, "key", getattr(part, "idx", None)) for part in path)
         if top == "layer":
@@ -116,4 +123,5 @@ def tensor_names(config: Eagle3Config) -> Any:
             return f"layers.{below[0] + 1}.{layer_tensor(below[1])}"
         return f"fc_norm.{below[0]}.weight" if top == "fc_norm" else _NAMES[top]
 
-    return jax.tree_util.tree_map_with_path(name, specs(config), is_leaf=is_spec)
+    specs = DRAFTERS[config.kind].specs(config)
+    return jax.tree_util.tree_map_with_path(name, specs, is_leaf=is_spec)

@@ -13,7 +13,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
-from jspec.drafts.eagle3 import Eagle3Config, published_depths
+from jspec.drafts.eagle3 import Eagle3Config
+from jspec.drafts.parts.fusing import FusedConfig, published_depths
+from jspec.drafts.peagle import PeagleConfig
 from jspec.errors import InputError
 from jspec.hub.architectures import config_to_hf
 from jspec.hub.draft_configs import (
@@ -25,6 +27,7 @@ from jspec.hub.draft_configs import (
     completed,
     layers_of,
     speculators_config,
+    steps,
     windows_of,
 )
 from jspec.hub.fields import flag, section, short, texts, whole
@@ -43,7 +46,7 @@ _SERVED_AS = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalL
 
 
 def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int | None,
-                aux_convention: str | None) -> Eagle3Config:
+                aux_convention: str | None) -> FusedConfig:
     """What config.json says of a draft in the directory `path`; of the tensors' dtype, vocabulary
     and embedding it says nothing. Raises InputError for a draft of another policy, and for what is
     not supported."""
@@ -57,18 +60,27 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
                              "hardly a token is accepted; say it, true or false")
         flags: dict[str, Any] = {name: flag(said, name) for name in FLAGS}
         flags["fc_norm"] = flags["fc_norm"] or flag(hf, "use_aux_norm")
-        made = whole(section(hf, "jspec"), "depths", 3)
-        return Eagle3Config(policy=policy, block=block, window=windows,
-                            depths=made if depths is None else depths,
-                            aux_depths=_aux_depths(hf, policy.num_layers, aux_convention), **flags)
+        parallel = is_peagle(hf)
+        made = whole(section(hf, "jspec"), "depths", steps(hf, 3) if parallel else 3)
+        if parallel:
+            flags["mask_token"] = whole(said, "mask_token_id", least=0)
+        return (PeagleConfig if parallel else Eagle3Config)(
+            policy=policy, block=block, window=windows, depths=made if depths is None else depths,
+            aux_depths=_aux_depths(hf, policy.num_layers, aux_convention), **flags)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def is_peagle(hf: dict[str, Any]) -> bool:
+    """Whether a config.json speaks of a P-EAGLE draft."""
+    named = [*texts(hf, "architectures"), str(hf.get("speculators_model_type"))]
+    return any("peagle" in name.lower() for name in named)
 
 
 def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, tuple[int, ...]]:
     """The block as a model of its layers, and the window of each one's attention (0: none)."""
     names = texts(hf, "architectures") or [str(hf.get("speculators_model_type") or "eagle3")]
-    if not any("eagle3" in name.lower() for name in names):
+    if not is_peagle(hf) and not any("eagle3" in name.lower() for name in names):
         raise InputError(f"{names[0][:200]} is not an EAGLE-3 draft; give a directory that holds "
                          "one")
     own = section(hf, LAYER)
@@ -111,7 +123,7 @@ def _aux_depths(hf: dict[str, Any], num_layers: int, convention: str | None) -> 
     return next(iter(depths.values()))
 
 
-def config_json(config: Eagle3Config, dtype: str, layout: str,
+def config_json(config: FusedConfig, dtype: str, layout: str,
                 verifier: str | None = None) -> dict[str, Any]:
     """The config.json of a layout; see `jspec.hub.eagle3.write`. Raises InputError for a block that
     has no name."""
@@ -126,6 +138,11 @@ def config_json(config: Eagle3Config, dtype: str, layout: str,
               or policy.vocab_size, "target_hidden_size": policy.hidden_size,
               **{name: getattr(config, name) for name in FLAGS},
               _AUX: list(config.aux_depths), "jspec": {"depths": config.depths}}
+    if isinstance(config, PeagleConfig):
+        if layout != "speculators":
+            raise InputError("a peagle draft is written in the speculators library's layout alone; "
+                             "take layout speculators")
+        shared |= {"mask_token_id": config.mask_token}
     if layout == "specforge":
         return {**block, **shared, "architectures": [_SERVED_AS[config.block.family]],
                 "torch_dtype": dtype, "num_aux_hidden_states": len(config.aux_depths),
@@ -134,12 +151,19 @@ def config_json(config: Eagle3Config, dtype: str, layout: str,
     del block["architectures"], block["torch_dtype"]
     if len(config.aux_depths) != 3:  # which is what vLLM takes there to be, unless the block says
         block["num_aux_hidden_states"] = len(config.aux_depths)
-    return {**shared, "dtype": dtype, "embed_requires_grad": False,
-            LAYER: block,
-            **speculators_config("eagle3", "Eagle3DraftModel", config.depths, policy, verifier)}
+    return {**shared, "dtype": dtype, "embed_requires_grad": config.trains_embed, LAYER: block,
+            **speculators_config(config.kind, {"eagle3": "Eagle3DraftModel",
+                                               "peagle": "PEagleDraftModel"}[config.kind],
+                                 config.depths, policy, verifier)}
 
 
-def _sliding(config: Eagle3Config) -> dict[str, Any]:
+def not_served(config: FusedConfig) -> list[str]:
+    """What vLLM would not run of a draft that is exported. (Checked with 0.32.)"""
+    peagle = isinstance(config, PeagleConfig)
+    return ["fc_norm of P-EAGLE"] if peagle and config.fc_norm else []
+
+
+def _sliding(config: FusedConfig) -> dict[str, Any]:
     """What a block's config.json says of the windows of its layers. Raises InputError for windows
     of two lengths, of which no config can tell."""
     windows = cast(tuple[int, ...], config.window)

@@ -18,6 +18,7 @@ from jspec.choices import MIXED, PRECISIONS
 from jspec.drafts import Draft
 from jspec.drafts.mixed import trained_of
 from jspec.drafts.parts.one_pass import OnePassConfig
+from jspec.drafts.peagle import PeagleConfig
 from jspec.model import ModelConfig, param_specs
 from jspec.model.params import is_spec
 from jspec.scale.chips import HOP, Chip
@@ -120,9 +121,10 @@ def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes
     shared = getattr(draft.config, "shared", False)
     blocks = 1 if shared else getattr(draft.config, "blocks", 1)  # each drafts a depth of its own
     dense = sum(math.prod(spec.shape) for spec in specs) / blocks + of_policy
-    block, one_pass = draft.drafter.model(draft.config), isinstance(draft.config, OnePassConfig)
-    if "markov" in draft.weights:  # of which the first matrix is looked up
-        dense -= draft.weights["markov"]["w1"].size
+    block = draft.drafter.model(draft.config)
+    one_pass = isinstance(draft.config, (OnePassConfig, PeagleConfig))
+    looked_up = [draft.weights.get("embed"), draft.weights.get("markov", {}).get("w1")]
+    dense -= sum(x.size for x in looked_up if x is not None)
     layers = 1 if block is draft.config.policy else block.num_layers
     return Sizes(dense, layers, model.hidden_size, 2 * layers * block.num_kv_heads * block.head_dim,
                  block.num_kv_heads, 4 * layers * block.num_heads * block.head_dim,

@@ -10,7 +10,7 @@ import pytest
 
 import jspec
 from jspec.choices import DRAFT_LOSSES
-from jspec.drafts.eagle3 import default_depths
+from jspec.drafts.parts.fusing import default_depths
 from jspec.errors import InputError
 from jspec.model import RopeConfig, init_weights
 from tests.drafts import recursive

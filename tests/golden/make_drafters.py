@@ -1,5 +1,6 @@
-"""Make the golden drafts of one pass in `drafters/`: tiny random DFlash and DSpark checkpoints with
-the logits that the speculators library gives for them, and the same ones as SpecForge writes them.
+"""Make the golden drafts of one pass in `drafters/`: tiny random DFlash, DSpark and P-EAGLE
+checkpoints with the logits that the speculators library gives for them, and some of the first two
+as SpecForge writes them.
 
     pip install speculators==0.9.0 transformers==5.19.0 torch==2.13.0 numpy safetensors
     python tests/golden/make_drafters.py [CASE ...]
@@ -9,6 +10,10 @@ plus reference.npz: tokens int32 [1, S]; anchors int32 [A], positions of them; b
 [A, block, Vd], the logits of every slot behind each anchor (an anchor's own slot that predicts
 nothing has some too); of DSpark also logits, the same with the Markov bias, where every
 token before is that of `tokens`, and confidence [A, block], if there is such a head.
+
+Of P-EAGLE there are no anchors but all positions, as of EAGLE-3: logits float32 [DEPTHS, S, Vd],
+where row s of depth d predicts the token at s + 1 with d tokens before it masked, and the rows
+before d + 1 are not there and hold nan.
 """
 
 import json
@@ -29,11 +34,12 @@ from speculators import SpeculatorModel, SpeculatorsConfig
 from speculators.config import VerifierConfig
 from speculators.models.dflash import DFlashSpeculatorConfig
 from speculators.models.dspark import DSparkSpeculatorConfig
+from speculators.models.peagle import PEagleSpeculatorConfig
 from speculators.proposals.greedy import GreedyTokenProposalConfig
-from transformers import LlamaForCausalLM, Qwen3Config
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 HERE = Path(__file__).parent / "drafters"
-LENGTH, BLOCK, MASK, REDUCED = 24, 4, 31, 12
+LENGTH, BLOCK, MASK, REDUCED, DEPTHS = 24, 4, 31, 12, 4
 ANCHORS = [1, 6, 13, 20]
 LAYER = dict(vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=20, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
@@ -66,22 +72,41 @@ CASES = {
     "dspark_no_heads": (DSPARK, dict(markov_rank=0, enable_confidence_head=False,
                                      confidence_head_with_markov=False), {}, [1, 3, 6]),
 }
+PEAGLE = {
+    "peagle": (LlamaConfig, {}, dict(num_hidden_layers=1), [1, 3, 6]),
+    "peagle_qwen3_fc_norm_reduced": (
+        Qwen3Config, dict(fc_norm=True, norm_output=True, norm_before_residual=True,
+                          draft_vocab_size=REDUCED), dict(num_hidden_layers=1), [1, 3, 6]),
+    "peagle_two_layers_sliding": (LlamaConfig, dict(norm_before_fc=True, norm_before_residual=True),
+                                  dict(layer_types=[SLIDING, FULL], sliding_window=5),
+                                  [1, 2, 4, 5]),
+}
+"""Name: class of the layers, options, what differs from LAYER, which layers' inputs it reads."""
 SPECFORGE = {"specforge_dflash": "dflash", "specforge_dflash_sliding": "dflash_sliding",
              "specforge_dspark": "dspark", "specforge_dspark_reduced": "dspark_gated_reduced"}
 """Cases in SpecForge's layout, and which of the above they hold."""
 
 
-def draft_of(case, seed):
-    kind, options, changes, aux = CASES[case]
-    markov = dict(markov_rank=6) if kind is DSPARK else {}
-    config = kind(**{
-        "transformer_layer_config": Qwen3Config(**{**LAYER, **changes}), "block_size": BLOCK,
-        "draft_vocab_size": VOCAB, "aux_hidden_state_layer_ids": aux, "mask_token_id": MASK,
-        **markov, **options, "speculators_config": SpeculatorsConfig(
+def config_of(case):
+    if case in PEAGLE:
+        layers, options, changes, aux = PEAGLE[case]
+        own = {"eagle_aux_hidden_state_layer_ids": aux}
+    else:
+        kind, options, changes, aux = CASES[case]
+        layers, own = Qwen3Config, {"aux_hidden_state_layer_ids": aux, "block_size": BLOCK}
+        if kind is DSPARK:
+            own["markov_rank"] = 6
+    return (PEagleSpeculatorConfig if case in PEAGLE else kind)(**{
+        "transformer_layer_config": layers(**{**LAYER, **changes}), "draft_vocab_size": VOCAB,
+        "mask_token_id": MASK, **own, **options, "speculators_config": SpeculatorsConfig(
             algorithm=case.split("_")[0], default_proposal_method="greedy",
             proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=BLOCK - 1)],
             verifier=VerifierConfig(name_or_path=str(TARGET),
                                     architectures=["LlamaForCausalLM"]))})
+
+
+def draft_of(case, seed):
+    config = config_of(case)
     model = SpeculatorModel.registered_model_class_from_config(config)(config).eval()
     randomize(model, seed)
     if config.draft_vocab_size != VOCAB:
@@ -90,6 +115,25 @@ def draft_of(case, seed):
                                   torch.from_numpy(ids - np.arange(len(ids))))
     model.load_verifier_weights()
     return model
+
+
+def of_peagle(model, tokens):
+    """What the library's own forward makes of drafts behind every position."""
+    target = LlamaForCausalLM.from_pretrained(TARGET, dtype=torch.float32,
+                                              attn_implementation="eager").eval()
+    n, out, core = LENGTH - 1, [], "speculators.models.peagle.core"
+    depth = torch.cat([torch.full((n - d,), d) for d in range(DEPTHS)])
+    anchor = torch.cat([torch.arange(n - d) for d in range(DEPTHS)])
+    model.lm_head.register_forward_hook(lambda _, args, x: out.append(x[0].numpy()))
+    with (torch.no_grad(), mock.patch(f"{core}.compute_metrics", return_value=(0, {})),
+          mock.patch(f"{core}.generate_cod_sample_indices", return_value=(anchor, depth))):
+        states = target(tokens, output_hidden_states=True).hidden_states
+        fused = torch.cat([states[i] for i in model.config.eagle_aux_hidden_state_layer_ids], -1)
+        model(fused[:, :-1], tokens[:, 1:], torch.zeros((1, n), dtype=torch.long),
+              verifier_last_hidden_states=states[-1][:, :-1])
+    logits = np.full((DEPTHS, LENGTH, out[0].shape[-1]), np.nan, np.float32)
+    logits[depth, 1 + anchor + depth] = out[0]
+    return {"logits": logits}
 
 
 def reference(model, tokens):
@@ -154,13 +198,18 @@ def make(case, seed):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "model.safetensors").chmod(0o644)
     tokens = np.random.default_rng(seed).integers(0, MASK, (1, LENGTH), dtype=np.int32)
-    found = reference(cast(model, torch.float32), torch.from_numpy(tokens).long())
-    np.savez(directory / "reference.npz", tokens=tokens, anchors=np.int32(ANCHORS), **found)
-    print(case, sorted(tensors), {name: (x.shape, float(np.abs(x).max()))
+    model = cast(model, torch.float32)
+    if case in PEAGLE:
+        found = of_peagle(model, torch.from_numpy(tokens).long())
+    else:
+        found = {"anchors": np.int32(ANCHORS),
+                 **reference(model, torch.from_numpy(tokens).long())}
+    np.savez(directory / "reference.npz", tokens=tokens, **found)
+    print(case, sorted(tensors), {name: (x.shape, float(np.nanmax(np.abs(x))))
                                   for name, x in found.items()})
 
 
 if __name__ == "__main__":
-    for number, case in enumerate([*CASES, *SPECFORGE]):
-        if case in (sys.argv[1:] or [*CASES, *SPECFORGE]):
+    for number, case in enumerate([*CASES, *SPECFORGE, *PEAGLE]):
+        if case in (sys.argv[1:] or [*CASES, *SPECFORGE, *PEAGLE]):
             make(case, number)

@@ -15,6 +15,7 @@ VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}), "mtp-steps": ("mtp", {}),
                                          "fc_norm": True, "norm_output": True,
                                          "norm_before_residual": True}),
             "mixed-reduced": ("mixed", {"vocab": None}),
+            "peagle-layers": ("peagle", {"layers": 2, "window": (0, 3), "norm_before_fc": True}),
             **{f"{name}-reduced": (name, {"vocab": None}) for name in jspec.drafts.DRAFTERS
                if "vocab" in inspect.signature(getattr(jspec.drafts, name)).parameters}}
 # conventions of published heads, which no option sets: of the speculators library's
@@ -26,8 +27,8 @@ MODEL = {"num_layers": 2, "hidden_size": 8, "intermediate_size": 24, "num_heads"
 """Fields of a draft model that is unlike the policy in depth, width and heads."""
 PADDING = 2
 """Ids that it has beyond the policy's."""
-LAYERS = {"eagle3": 3}  # it fuses the states of three depths
 HISTORY = {"history_prompts": 2, "history_rows": 2, "history_tokens": 3}
+LAYERS = {"eagle3": 3, "peagle": 3}  # they fuse the states of three depths
 
 
 OF_EXPERTS = "+experts"

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from jspec.arguments import flag, settle, whole, whole_numbers
 from jspec.drafts.base import Draft, DraftState, Observation, Prefill
+from jspec.drafts.parts.fusing import check_fused
 from jspec.drafts.parts.recursion import cast_and_split
 from jspec.errors import InputError
 from jspec.kernels import attend as attend_cached
@@ -74,7 +75,7 @@ class OnePassConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        label, n = f"{self.kind} draft: ", self.policy.num_layers
+        label = f"{self.kind} draft: "
         settle(self, label, aux_depths=whole_numbers, mask_token=whole(), block_size=whole(2, 64),
                sample_from_anchor=flag, windows=whole_numbers, windows_causal=flag,
                vocab_size=whole(), own_head=flag)
@@ -84,15 +85,7 @@ class OnePassConfig:
         if self.mask_token >= self.policy.vocab_size:
             raise InputError(f"{label}mask_token = {self.mask_token} is outside the policy's "
                              f"vocabulary of {self.policy.vocab_size}")
-        if self.block.hidden_size != self.policy.hidden_size:
-            raise InputError(f"{label}its hidden size is {self.block.hidden_size}, the policy's is "
-                             f"{self.policy.hidden_size}; take a draft made for this policy")
-        if not self.aux_depths or set(self.aux_depths) - set(range(n + 1)) or (
-                len(set(self.aux_depths)) < len(self.aux_depths)):
-            raise InputError(f"{label}auxiliary layers at depths {list(self.aux_depths)} of a "
-                             f"policy of {n} layers; they must be distinct and from 0 (the "
-                             f"embeddings) to {n}; set aux_depths, or take a draft made for this "
-                             "policy")
+        check_fused(self.kind, self.policy, self.block, self.aux_depths)
 
     @property
     def kind(self) -> str:

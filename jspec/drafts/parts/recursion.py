@@ -93,8 +93,8 @@ def _earlier(x: jax.Array, by: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, at, axis=1, mode="clip")
 
 
-def _extend(policy: Policy, blocks: Sequence[Block], index: int, cache: Cache, hidden: jax.Array,
-            tokens: jax.Array, entries: jax.Array, late: bool,
+def extend(policy: Policy, blocks: Sequence[Block], index: int, cache: Cache, hidden: jax.Array,
+           tokens: jax.Array, entries: jax.Array, late: bool,
             drafted: int = 0) -> tuple[jax.Array, Cache]:
     """Run tokens int32 [N, T] as entries entries .. entries + T - 1 of a block, writing its keys
     and values. drafted: how many of the entries before them are of drafted tokens, which no window
@@ -141,11 +141,11 @@ def propose(policy: Policy, blocks: Sequence[Block], state: DraftState, entries:
     states = state.rows[0]  # of the current depth's block, from the last entry on
     for j in range(sampler.k):
         if 0 < j <= last:
-            new, cache = _extend(policy, blocks, j, cache, states, jnp.stack(tokens, axis=1),
+            new, cache = extend(policy, blocks, j, cache, states, jnp.stack(tokens, axis=1),
                                  entries, late)
             states = jnp.concatenate([state.rows[j], new], axis=1)
         elif j:
-            states, cache = _extend(policy, blocks, last, cache, states[:, -1:],
+            states, cache = extend(policy, blocks, last, cache, states[:, -1:],
                                     tokens[-1][:, None], entries + j - 1, late, drafted=j)
         token, log_q = sampler.draw(head(states[:, -1]), j, vocab)
         tokens.append(token)
@@ -162,7 +162,7 @@ def observe(policy: Policy, blocks: Sequence[Block], state: DraftState, entries:
     live = (observation.count > 0)[:, None, None]
     cache, rows = state.cache, []
     for index, before in enumerate(state.rows):
-        states, cache = _extend(policy, blocks, index, cache, hidden, observation.tokens, entries,
+        states, cache = extend(policy, blocks, index, cache, hidden, observation.tokens, entries,
                                 late)
         last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before)
         rows.append(constrain(last, policy.layout, "batch", None, None))

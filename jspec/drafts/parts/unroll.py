@@ -16,14 +16,16 @@ def shift(x: jax.Array) -> jax.Array:
 
 
 def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]],
-                       window: int | None = None) -> Callable[..., tuple[jax.Array, None]]:
+                       window: int | None = None,
+                       slides: bool = False) -> Callable[..., tuple[jax.Array, None]]:
     """Attention of recursion depth d = len(earlier) + 1, as at inference, over all positions of a
     sequence at once.
 
     A query at p sees what a draft of depth d sees: depth 1 (from the trunk's states) up to position
     p - d + 1, and of those the `window` last (None: all), then one position each of the depths
-    since, the last its own. `earlier`: keys and values of depths 1 .. d - 1,
-    [B, S, KV heads, head_dim], grown here.
+    since, the last its own. slides: of depth 1 it sees one fewer for each depth since, but always
+    the last. `earlier`: keys and values of depths 1 .. d - 1, [B, S, KV heads, head_dim], grown
+    here.
     """
     def attend(q, k, v) -> tuple[jax.Array, None]:
         pairs = [*earlier, (k, v)]
@@ -34,7 +36,9 @@ def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]],
         q = q.reshape(b, s, kv_heads, -1, hd) * hd**-0.5
         scores = jnp.einsum("bthgd,bshd->bhgts", q, pairs[0][0], preferred_element_type=jnp.float32)
         position = jnp.arange(s)
-        visible = in_reach(position[None, :], position[:, None] - (len(pairs) - 1), window)
+        since = len(pairs) - 1
+        reach = max(window - since, 1) if window and slides else window
+        visible = in_reach(position[None, :], position[:, None] - since, reach)
         columns = [jnp.where(visible, scores, -jnp.inf)]
         shifted = []
         for i, (key, value) in enumerate(pairs[1:]):

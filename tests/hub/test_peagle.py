@@ -1,0 +1,118 @@
+"""P-EAGLE checkpoints: the logits of the reference implementation, bit-exact round trips, one line
+for every fault."""
+
+import dataclasses
+import importlib
+import json
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jspec
+from jspec import hub
+from jspec.errors import InputError
+from jspec.heads import not_run_by_vllm, publish
+from jspec.hub import eagle3
+from jspec.model import train_forward
+from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
+
+HOME = GOLDEN / "drafters"
+CASES = ["peagle", "peagle_qwen3_fc_norm_reduced", "peagle_two_layers_sliding"]
+# the package has the function under this name
+module = importlib.import_module("jspec.drafts.peagle")
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return hub.load(str(GOLDEN / "eagle3_target"), dtype="float32")
+
+
+def largest_difference(policy, draft, case):
+    """Between the logits of every depth and the reference's, where there are any."""
+    with np.load(HOME / case / "reference.npz") as data:
+        tokens, want = jnp.asarray(data["tokens"]), data["logits"]
+
+    @jax.jit
+    def score(policy, draft):
+        trunk = train_forward(policy, tokens, depths=draft.drafter.features(draft.config))
+        states = module.unroll(policy, draft, trunk, tokens, len(want))
+        head = partial(module.logits, policy, draft.config, draft.weights, draft.state.get("vocab"))
+        return jnp.concatenate([head(x) for x in states])
+
+    got = np.asarray(score(policy, draft))
+    assert got.shape == want.shape and np.isfinite(want).sum() > 80 * want.shape[-1]
+    return np.nanmax(np.abs(got - want))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_match_the_reference_at_every_depth(policy, case):
+    assert largest_difference(policy, jspec.load_draft(policy, HOME / case), case) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, changes", [
+    (CASES[0], {"mask_token": 30}), (CASES[0], {"aux_depths": (1, 3, 5)}),
+    (CASES[1], {"norm_before_residual": False}), (CASES[2], {"window": (6, 0)}),
+    (CASES[2], {"norm_before_fc": False})])
+def test_the_golden_files_would_show_what_is_not_honoured(policy, case, changes):
+    draft = eagle3.read(HOME / case, policy)
+    wrong = draft.replace(config=dataclasses.replace(draft.config, **changes))
+    assert largest_difference(policy, wrong, case) > 0.01
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_read_write_read_is_bit_exact(policy, case, tmp_path):
+    draft = eagle3.read(HOME / case, policy)
+    config = draft.config
+    assert (draft.name, config.mask_token, config.depths, config.own_embed) == ("peagle", 31, 3,
+                                                                                True)
+    publish(draft, tmp_path / "out")
+    again = jspec.load_draft(policy, tmp_path / "out")
+    assert again.config == config
+    jax.tree.map(np.testing.assert_array_equal, (again.weights, again.state),
+                 (draft.weights, draft.state))
+    want, got = (load_file(HOME / case / "model.safetensors"),
+                 load_file(tmp_path / "out" / "model.safetensors"))
+    assert set(got) == set(want)
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype and got[name].tobytes() == x.tobytes(), name
+    want, got = (json.loads((path / "config.json").read_text())
+                 for path in (HOME / case, tmp_path / "out"))
+    layer = got.pop("transformer_layer_config")
+    same = set(want) - {"transformers_version", "target_hidden_size", "speculators_config",
+                        "transformer_layer_config", "tie_word_embeddings"}
+    assert {key: got[key] for key in same} == {key: want[key] for key in same}
+    assert (layer.get("layer_types") or ["full_attention"]
+            == want["transformer_layer_config"].get("layer_types"))
+    assert not_run_by_vllm(draft) == (["fc_norm of P-EAGLE"] if config.fc_norm else [])
+
+
+def drop(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+@pytest.mark.parametrize("config, tensors, message", [
+    ({}, drop("mask_hidden"), "of a P-EAGLE draft these tensors are missing: mask_hidden"),
+    ({"mask_token_id": None}, None, "has no mask_token_id"),
+    ({"mask_token_id": 32}, None,
+     "peagle draft: mask_token = 32 is outside the policy's vocabulary of 32"),
+    ({"speculators_model_type": "eagle3", "architectures": ["Eagle3DraftModel"]}, None,
+     "no place in an EAGLE-3 draft of this config: mask_hidden")])
+def test_one_line_for_every_fault(policy, tmp_path, config, tensors, message):
+    directory = edit_config(copy("drafters/peagle", tmp_path / "x"), **config)
+    if tensors is not None:
+        edit_tensors(directory, tensors)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        jspec.load_draft(policy, directory)
+    assert "\n" not in str(error.value)
+
+
+def test_the_other_layout_is_refused(policy, tmp_path):
+    draft = eagle3.read(HOME / "peagle", policy)
+    with pytest.raises(InputError, match="is written in the speculators library's layout alone"):
+        publish(draft, tmp_path / "out", "specforge")

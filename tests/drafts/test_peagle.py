@@ -32,8 +32,8 @@ def policy():
 
 def make(policy, **options):
     """A draft with noise on every weight."""
-    return tiny.shaken(jspec.drafts.peagle(policy, jax.random.key(1),
-                                           **{"aux_depths": (0, 1, 3), **options}), scale=0.15)
+    options = {"aux_depths": (0, 1, 3), "depths": recursive.K, **options}
+    return tiny.shaken(jspec.drafts.peagle(policy, jax.random.key(1), **options), scale=0.15)
 
 
 @variants("layers")
@@ -60,14 +60,17 @@ def test_a_trained_draft_is_accepted_more_often(policy):
 def test_training_reaches_every_weight(policy):
     draft = make(policy, **VARIANTS["layers"])
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 10)), jnp.int32)
-    batch = recursive.lesson(policy, draft, tokens, jnp.array([2, 3]), jnp.ones((2, 7), bool))
+    starts, length = [2, 3], 7
+    batch = recursive.lesson(policy, draft, tokens, jnp.array(starts), jnp.ones((2, length), bool))
     gradient = jax.jit(jax.grad(lambda w: draft.drafter.loss(policy, draft.replace(weights=w),
                                                              batch, "kl")[0]))(draft.weights)
     for path, x in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(x).max() > 0, path
-    # the rows of tokens that were read, and of the mask
+    # the rows of the mask and of tokens that were read: not the first, which has no entry, nor an
+    # answer's last, which nothing follows
     rows = np.flatnonzero(np.abs(gradient["embed"]).max(axis=1))
-    assert set(rows) == set(np.unique(tokens[:, 1:])) | {draft.config.mask_token}
+    read = [tokens[i, 1:n + length - 1].tolist() for i, n in enumerate(starts)]
+    assert set(rows) == {draft.config.mask_token}.union(*read)
 
 
 def test_what_is_not_there_is_refused(policy):

@@ -104,10 +104,11 @@ def _add_draft_train(drafts: Any) -> None:
 def _add_draft_export(drafts: Any) -> None:
     made = drafts.add_parser("export", help="write one in the layout that others publish",
                              description="Write a draft in the layout that others publish: one of "
-                             "eagle3, dflash or dspark as SpecForge does (vLLM and SGLang serve "
-                             "it), the model of a draft_model as `jspec export` does, an mtp head "
-                             "with the conventions of a published architecture as that one's own. "
-                             "What vLLM does not run of it stands beside its place.")
+                             "eagle3, peagle, dflash or dspark as SpecForge does (vLLM serves it, "
+                             "SGLang all but peagle), the model of a draft_model as `jspec "
+                             "export` does, an mtp head with the conventions of a published "
+                             "architecture as that one's own. What vLLM does not run of it "
+                             "stands beside its place.")
     made.set_defaults(run=_computing("commands:export_draft"))
     made.add_argument("model", metavar="MODEL", help=MODEL)
     made.add_argument("draft", metavar="DRAFT", help="the output_dir of `jspec draft train` or of "
@@ -115,9 +116,9 @@ def _add_draft_export(drafts: Any) -> None:
                       "whose draft ships with jspec")
     made.add_argument("directory", metavar="DIR", help="where to; must not exist or be empty (an "
                       "mtp head also joins its policy in a directory of `jspec export`)")
-    made.add_argument("--layout", choices=("specforge", "speculators"), help="of eagle3, dflash "
-                      "and dspark: SpecForge's (the default), or that of the speculators library, "
-                      "which is peagle's")
+    made.add_argument("--layout", choices=("specforge", "speculators"), help="of eagle3, peagle, "
+                      "dflash and dspark: SpecForge's (the default), or that of the speculators "
+                      "library")
 
 
 def _add_rollout(made: Parser) -> None:

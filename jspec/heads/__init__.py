@@ -105,14 +105,13 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
     `jspec.hub.block_drafts.write`, `jspec.hub.mtp_heads.write`; the model of a draft_model as
     `jspec.export` writes one).
 
-    layout: of a draft that has some, one of `hub.draft_configs.LAYOUTS`; None: the first that its
-    drafter has.
+    layout: of a draft that has some, one of `hub.draft_configs.LAYOUTS`; None: the first.
     verifier: the hub id of its policy. policy: reads it, where its rows are needed. Raises
     InputError for a drafter that nobody publishes, and where those raise it.
     """
     if draft.name == MIXED:
         draft = trained_of(draft)
-    chosen = layout or _first_layout(draft)
+    chosen = layout or LAYOUTS[0]
     if draft.name in eagle3.DRAFTERS:
         return eagle3.write(draft, directory, layout=chosen, verifier=verifier)
     if draft.name in block_drafts.DRAFTERS:
@@ -133,20 +132,16 @@ def not_run_by_vllm(draft: Draft, layout: str | None = None) -> list[str]:
     """What vLLM would not run, or not as the draft was trained, of one that is published so."""
     if draft.name == MIXED:
         draft = trained_of(draft)
-    missing = []
+    missing, chosen = [], layout or LAYOUTS[0]
     if draft.name in eagle3.DRAFTERS:
-        missing += eagle3_config.not_served(draft.config)
+        missing += eagle3_config.not_served(draft.config, chosen)
     if draft.name in block_drafts.DRAFTERS:
-        missing += block_drafts_config.not_served(draft.config, layout or _first_layout(draft))
+        missing += block_drafts_config.not_served(draft.config, chosen)
     depths = list(getattr(draft.config, "aux_depths", ()))
     if depths != sorted(depths):
         missing.append("auxiliary layers in another order than the policy's, which it sorts "
                        "without a word")
     return missing
-
-
-def _first_layout(draft: Draft) -> str:
-    return LAYOUTS[draft.name == "peagle"]
 
 
 def is_model(path: Path) -> bool:

@@ -88,8 +88,8 @@ def write(draft: Draft, directory: str | Path, *, dtype: str | None = None,
 
     Args:
       layout: "specforge", which vLLM and SGLang serve (`norm_before_residual`, `norm_before_fc`, a
-        window and a block with query and key norms are known to vLLM alone), or "speculators",
-        which vLLM serves and the speculators library trains on (of `peagle` this alone).
+        window, a block with query and key norms and `peagle` are known to vLLM alone), or
+        "speculators", which vLLM serves and the speculators library trains on.
       dtype: in which tensors are stored, by default the one that the draft was read in (a new one:
         bfloat16): a draft that was read and not trained has its bits back.
       verifier: the policy's hub id or path, which speculators' config may name.

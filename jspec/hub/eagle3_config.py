@@ -42,6 +42,7 @@ MOST_LAYERS = 64
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _TRAP = FLAGS[0]
 _AUX = "eagle_aux_hidden_state_layer_ids"
+_MASKS = ("mask_token_id", "ptd_token_id", "pard_token")
 _SERVED_AS = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 
 
@@ -63,7 +64,8 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
         parallel = is_peagle(hf)
         made = whole(section(hf, "jspec"), "depths", steps(hf, 3) if parallel else 3)
         if parallel:
-            flags["mask_token"] = whole(said, "mask_token_id", least=0)
+            named = next((name for name in _MASKS if said.get(name) is not None), _MASKS[0])
+            flags["mask_token"] = whole(said, named, least=0)
         return (PeagleConfig if parallel else Eagle3Config)(
             policy=policy, block=block, window=windows, depths=made if depths is None else depths,
             aux_depths=_aux_depths(hf, policy.num_layers, aux_convention), **flags)
@@ -72,9 +74,11 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
 
 
 def is_peagle(hf: dict[str, Any]) -> bool:
-    """Whether a config.json speaks of a P-EAGLE draft."""
+    """Whether a config.json speaks of a P-EAGLE draft: by its name, or, where vLLM takes one for
+    EAGLE-3's, by the token behind its first draft."""
     named = [*texts(hf, "architectures"), str(hf.get("speculators_model_type"))]
-    return any("peagle" in name.lower() for name in named)
+    return (any("peagle" in name.lower() for name in named)
+            or any(hf.get(name) is not None for name in _MASKS))
 
 
 def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, tuple[int, ...]]:
@@ -139,9 +143,6 @@ def config_json(config: FusedConfig, dtype: str, layout: str,
               **{name: getattr(config, name) for name in FLAGS},
               _AUX: list(config.aux_depths), "jspec": {"depths": config.depths}}
     if isinstance(config, PeagleConfig):
-        if layout != "speculators":
-            raise InputError("a peagle draft is written in the speculators library's layout alone; "
-                             "take layout speculators")
         shared |= {"mask_token_id": config.mask_token}
     if layout == "specforge":
         return {**block, **shared, "architectures": [_SERVED_AS[config.block.family]],
@@ -157,10 +158,10 @@ def config_json(config: FusedConfig, dtype: str, layout: str,
                                  config.depths, policy, verifier)}
 
 
-def not_served(config: FusedConfig) -> list[str]:
+def not_served(config: FusedConfig, layout: str) -> list[str]:
     """What vLLM would not run of a draft that is exported. (Checked with 0.32.)"""
-    peagle = isinstance(config, PeagleConfig)
-    return ["fc_norm of P-EAGLE"] if peagle and config.fc_norm else []
+    unread = isinstance(config, PeagleConfig) and config.fc_norm and layout == "speculators"
+    return ["fc_norm of P-EAGLE in this layout"] if unread else []
 
 
 def _sliding(config: FusedConfig) -> dict[str, Any]:

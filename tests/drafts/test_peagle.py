@@ -49,6 +49,21 @@ def test_the_loss_unrolls_what_propose_computes(policy, variant):
         policy, make(policy, **VARIANTS[variant]), first=1)
 
 
+def _late(at, fn):
+    """`fn` with its argument number `at` one larger."""
+    return lambda *args, **options: fn(*args[:at], args[at] + 1, *args[at + 1:], **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, at", [("start", 4), ("extend", 6)],
+                         ids=["the first draft's state", "the entries behind it"])
+def test_what_is_a_position_late_is_seen(policy, monkeypatch, name, at):
+    monkeypatch.setattr(module.recursion, name, _late(at, getattr(module.recursion, name)))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        recursive.check_the_loss_unrolls_what_propose_computes(
+            policy, make(policy, **VARIANTS["reduced"]), first=1)
+
+
 @pytest.mark.slow
 def test_a_trained_draft_is_accepted_more_often(policy):
     fresh = jspec.drafts.peagle(policy, jax.random.key(1), aux_depths=(1, 2, 3))

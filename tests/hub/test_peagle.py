@@ -71,11 +71,8 @@ def test_read_write_read_is_bit_exact(policy, case, tmp_path):
     config = draft.config
     assert (draft.name, config.mask_token, config.depths, config.own_embed) == ("peagle", 31, 3,
                                                                                 True)
-    publish(draft, tmp_path / "out")
-    again = jspec.load_draft(policy, tmp_path / "out")
-    assert again.config == config
-    jax.tree.map(np.testing.assert_array_equal, (again.weights, again.state),
-                 (draft.weights, draft.state))
+    publish(draft, tmp_path / "out", "speculators")
+    read_back(policy, draft, tmp_path / "out")
     want, got = (load_file(HOME / case / "model.safetensors"),
                  load_file(tmp_path / "out" / "model.safetensors"))
     assert set(got) == set(want)
@@ -88,7 +85,27 @@ def test_read_write_read_is_bit_exact(policy, case, tmp_path):
                         of, "tie_word_embeddings"}
     assert {key: got[key] for key in same} == {key: want[key] for key in same}
     assert (got[of].get("layer_types") or full) == (want[of].get("layer_types") or full)
-    assert not_run_by_vllm(draft) == (["fc_norm of P-EAGLE"] if config.fc_norm else [])
+
+
+def read_back(policy, draft, directory):
+    again = jspec.load_draft(policy, directory)
+    assert (again.name, again.config) == (draft.name, draft.config)
+    jax.tree.map(np.testing.assert_array_equal, (again.weights, again.state),
+                 (draft.weights, draft.state))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_servers_take_it_for_eagle3_with_a_token_behind_the_first_draft(policy, case, tmp_path):
+    draft = eagle3.read(HOME / case, policy)
+    directory = publish(draft, tmp_path / "out")
+    hf = json.loads((directory / "config.json").read_text())
+    assert "eagle3" in hf["architectures"][0].lower() and "speculators_model_type" not in hf
+    read_back(policy, draft, directory)
+    edit_config(directory, mask_token_id=None, ptd_token_id=31)
+    read_back(policy, draft, directory)
+    assert not_run_by_vllm(draft) == []
+    assert not_run_by_vllm(draft, "speculators") == (
+        ["fc_norm of P-EAGLE in this layout"] if draft.config.fc_norm else [])
 
 
 def drop(*names):
@@ -100,7 +117,8 @@ def drop(*names):
     ({"mask_token_id": None}, None, "has no mask_token_id"),
     ({"mask_token_id": 32}, None,
      "peagle draft: mask_token = 32 is outside the policy's vocabulary of 32"),
-    ({"speculators_model_type": "eagle3", "architectures": ["Eagle3DraftModel"]}, None,
+    ({"speculators_model_type": "eagle3", "architectures": ["Eagle3DraftModel"],
+      "mask_token_id": None}, None,
      "no place in an EAGLE-3 draft of this config: mask_hidden")])
 def test_one_line_for_every_fault(policy, tmp_path, config, tensors, message):
     directory = edit_config(copy("drafters/peagle", tmp_path / "x"), **config)
@@ -109,9 +127,3 @@ def test_one_line_for_every_fault(policy, tmp_path, config, tensors, message):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         jspec.load_draft(policy, directory)
     assert "\n" not in str(error.value)
-
-
-def test_the_other_layout_is_refused(policy, tmp_path):
-    draft = eagle3.read(HOME / "peagle", policy)
-    with pytest.raises(InputError, match="is written in the speculators library's layout alone"):
-        publish(draft, tmp_path / "out", "specforge")

@@ -17,7 +17,8 @@ PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6, 7, 6], [4, 4, 4]]
 SAMPLING = jspec.Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0, 0.7, 1.3]),
                                                                   4), min_new_tokens=2)
 WITH_WEIGHTS = [name for name in drafters.NAMES
-                if drafters.VARIANTS.get(name, (name,))[0] in ("mtp", "eagle3", "draft_model")]
+                if drafters.VARIANTS.get(name, (name,))[0] in ("mtp", "eagle3", "peagle",
+                                                            "draft_model")]
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def _earlier(x: jax.Array, by: jax.Array) -> jax.Array:
 
 def extend(policy: Policy, blocks: Sequence[Block], index: int, cache: Cache, hidden: jax.Array,
            tokens: jax.Array, entries: jax.Array, late: bool,
-            drafted: int = 0) -> tuple[jax.Array, Cache]:
+           drafted: int = 0) -> tuple[jax.Array, Cache]:
     """Run tokens int32 [N, T] as entries entries .. entries + T - 1 of a block, writing its keys
     and values. drafted: how many of the entries before them are of drafted tokens, which no window
     counts. States where a late block has no entry are zeros."""
@@ -142,11 +142,11 @@ def propose(policy: Policy, blocks: Sequence[Block], state: DraftState, entries:
     for j in range(sampler.k):
         if 0 < j <= last:
             new, cache = extend(policy, blocks, j, cache, states, jnp.stack(tokens, axis=1),
-                                 entries, late)
+                                entries, late)
             states = jnp.concatenate([state.rows[j], new], axis=1)
         elif j:
             states, cache = extend(policy, blocks, last, cache, states[:, -1:],
-                                    tokens[-1][:, None], entries + j - 1, late, drafted=j)
+                                   tokens[-1][:, None], entries + j - 1, late, drafted=j)
         token, log_q = sampler.draw(head(states[:, -1]), j, vocab)
         tokens.append(token)
         log_qs.append(log_q)
@@ -163,7 +163,7 @@ def observe(policy: Policy, blocks: Sequence[Block], state: DraftState, entries:
     cache, rows = state.cache, []
     for index, before in enumerate(state.rows):
         states, cache = extend(policy, blocks, index, cache, hidden, observation.tokens, entries,
-                                late)
+                               late)
         last = jnp.where(live, jnp.take_along_axis(states, at, axis=1), before)
         rows.append(constrain(last, policy.layout, "batch", None, None))
         hidden = jnp.concatenate([before, states[:, :-1]], axis=1)

@@ -24,12 +24,12 @@ def worth(metric: str | None, best_is: str) -> Worth | None:
 
 
 def unknown(metric: str | None, first: Mapping[str, Any]) -> str:
-    """What to say of a metric that the record of a run's first step does not have; "" if it does,
-    or comes with an evaluation."""
+    """What to say of a metric that the record of the first step after a start does not have; "" if
+    it does, or comes with an evaluation."""
     if metric is None or metric in numbers(first) or metric.startswith("eval/"):
         return ""
     near = difflib.get_close_matches(metric, numbers(first), n=1)
-    return (f"checkpoint.best={metric} is no number of the first step's record"
+    return (f"checkpoint.best={metric} is no number of the record of step {first['step']}"
             f"{f'; did you mean {near[0]}?' if near else ''}: until a step has it there is no best")
 
 

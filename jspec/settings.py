@@ -145,10 +145,20 @@ def refuse_changes(directory: str | Path, before: Any, after: Any, free: tuple[s
         if value == old[key]:
             continue
         if not any(f"{key}.".startswith(f"{name}.") for name in free):
-            was, now = (x if isinstance(x, str) else shown(x) for x in (old[key], value))
-            raise InputError(f"{directory} holds a run with {key}={was}, not {now}; {remedy}")
+            inside, *both = _difference(key, old[key], value)
+            was, now = (x if isinstance(x, str) else shown(x) for x in both)
+            raise InputError(f"{directory} holds a run with {inside}={was}, not {now}; {remedy}")
         changed[key] = old[key], value
     return changed
+
+
+def _difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """(dotted key, before, after) of the first difference between two values, looked for inside of
+    mappings that have the same keys."""
+    if not (isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys()):
+        return key, old, new
+    name = next(name for name in old if old[name] != new[name])
+    return _difference(f"{key}.{name}", old[name], new[name])
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -73,15 +73,17 @@ def of_prompts(data: PromptData, prompts: Sequence[Prompt], taken: Taken) -> dic
     return record
 
 
-def dropped(drawn: Sequence[Drawn]) -> dict[str, int | float]:
+def dropped(drawn: Sequence[Drawn]) -> dict[str, int | float | None]:
     """What over-sampling has left off, and how long it was beside what goes on. Dropped answers
     count as they were when their rollout ended, so `length_dropped` is the least that they would
-    have had. Nothing where all goes on."""
+    have had; those that had to wait and were never begun have none. Nothing where all goes on."""
     parts = [(np.isin(np.arange(len(one.lengths)), one.kept), one) for one in drawn]
     lengths = np.concatenate([one.lengths[~kept] for kept, one in parts])
     if not len(lengths):
         return {}
-    return {"groups_dropped": len(lengths), "length_dropped": float(lengths.mean()),
+    begun = lengths[lengths > 0]
+    return {"groups_dropped": len(lengths),
+            "length_dropped": float(begun.mean()) if begun.size else None,
             "length_kept": float(np.mean([one.lengths[kept].mean() for kept, one in parts])),
             "dropped_unfinished": float(np.mean(np.concatenate([~one.done[~kept]
                                                                 for kept, one in parts])))}

@@ -171,7 +171,7 @@ def loop(run: Run, state: TrainState, reference: Policy | None, done: int) -> En
         rewardless = rewardless + 1 if useless else 0
         last = done == config.steps
         found = troubles(config, state, record, useless, rewardless)
-        say(run, found, record)
+        say(run, found, record, done == first + 1)
         code = exit_code(run, found, last) or (0 if last else prompt_trouble(run))
         saving = run.saver.save(done, state, plan, found, code, record)
     checkpoints = run.saver.checkpoints
@@ -212,9 +212,10 @@ def traced(config: Config, step: int) -> AbstractContextManager:
             else nullcontext())
 
 
-def say(run: Run, found: Sequence[Trouble], record: Mapping[str, Any]) -> None:
+def say(run: Run, found: Sequence[Trouble], record: Mapping[str, Any],
+        first: bool) -> None:
     """Say whether the step that was just written is the best one, what is wrong with it, and with
-    the run's first steps together."""
+    the run's first steps together. first: of this start."""
     if run.saver.checkpoints.better(record):
         best = run.config.checkpoint.best
         run.metrics.say(f"the best {best} so far: {record[best]:.4g}")
@@ -222,7 +223,7 @@ def say(run: Run, found: Sequence[Trouble], record: Mapping[str, Any]) -> None:
         run.metrics.say(str(trouble), "bold red")
     if same := never_varied(run.metrics.records):
         run.metrics.say(f"WARNING: {same}", "bold red")
-    if record["step"] == 1 and (said := unknown(run.config.checkpoint.best, record)):
+    if first and (said := unknown(run.config.checkpoint.best, record)):
         run.metrics.say(f"WARNING: {said}", "bold red")
 
 

@@ -466,9 +466,9 @@ def test_a_file_where_checkpoints_should_be(tmp_path):
 
 
 def test_a_metric_that_no_step_has_is_named_with_one_like_it():
-    first = {"reward": 0.5, "reward_std": 0.1, "loop_k": [1], "kl": None}
+    first = {"step": 7, "reward": 0.5, "reward_std": 0.1, "loop_k": [1], "kl": None}
     assert unknown(None, first) == unknown("reward", first) == unknown("eval/pass@1", first) == ""
-    assert "checkpoint.best=rewrad is no number" in unknown("rewrad", first)
+    assert "checkpoint.best=rewrad is no number of the record of step 7" in unknown("rewrad", first)
     assert "did you mean reward?" in unknown("rewrad", first) and "kl is no" in unknown("kl", first)
 
 

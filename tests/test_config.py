@@ -7,7 +7,7 @@ from jspec.choices import DRAFTERS, OTHERS_NAMES, RULES
 from jspec.config import Config, load_config
 from jspec.draft_config import DraftTrainingConfig
 from jspec.errors import InputError
-from jspec.settings import describe, to_yaml
+from jspec.settings import describe, refuse_changes, to_yaml
 
 RANDOM = ["model.name=random", "model.tokenizer=chars:ab", "model.architecture.hidden_size=64"]
 
@@ -80,6 +80,16 @@ def test_what_is_set_of_a_short_entry_keeps_what_it_said():
     assert config.reward.function == {
         "task": "math_verify", "overlong": {"function": "soft_overlong", "weight": 0.5}}
     assert config.data.source == {"a": {"source": "a.jsonl", "weight": 2}, "b": "other.jsonl"}
+
+
+def test_what_differs_inside_of_a_mapping_is_named_alone():
+    said = "data.source={a: {source: a.jsonl, weight: 1}, b: b.jsonl}"
+    before = load_config(None, [said])
+    for change, told in (("data.source.a.weight=2", "data.source.a.weight=1, not 2;"),
+                         ("data.source.b=c.jsonl", "data.source.b=b.jsonl, not c.jsonl;"),
+                         ("data.source.c=c.jsonl", "data.source={'a': ")):
+        with pytest.raises(InputError, match=f"runs/it holds a run with {told}"):
+            refuse_changes("runs/it", before, load_config(None, [said, change]), ())
 
 
 def test_config_is_frozen():

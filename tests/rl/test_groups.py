@@ -48,6 +48,9 @@ def test_what_over_sampling_leaves_off_is_said():
     assert said == {"groups_dropped": 2, "length_dropped": 5.5, "length_kept": 2.5,
                     "dropped_unfinished": 0.5}
     assert dropped([one._replace(kept=np.arange(3))]) == {}
+    waited = one._replace(lengths=np.array([[9, 0], [3, 1], [4, 2]]))  # half of it, in slots
+    assert dropped([waited])["length_dropped"] == 9
+    assert dropped([one._replace(lengths=lengths * [[0], [1], [1]])])["length_dropped"] is None
 
 
 def test_rows_go_with_their_groups():

@@ -70,7 +70,7 @@ def make_prompts(config: Config, tokenizer: Any, data: DataSection | None = None
                       answer_check=lambda part: answer_check(grading(function, part.name),
                                                              part.source))
     for part, record in made.firsts():
-        check_columns(grading(function, part.name), part.source, record)
+        check_columns(grading(function, part.name), part.label, record)
     return made
 
 

@@ -59,7 +59,8 @@ def read_prompt(value: Any, label: str) -> PromptText:
     else:
         raise InputError(f"{label} is not a string, but {type(value).__name__}")
     if not messages or not messages[-1].get("content", "").strip():
-        raise InputError(f"{label.rpartition(': ')[0]}: the prompt is empty")
+        raise InputError(f"{label.rpartition(': ')[0]}: the prompt is empty; "
+                         "write one, or leave it out")
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{label} ends with a message of the assistant, and the policy is to "
                          "write the next one; leave that message out")

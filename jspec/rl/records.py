@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ from jspec.rl.tasks import PREFIX, ReasoningGym
 
 ARITHMETIC = Path(__file__).parent / "data" / "arithmetic.jsonl"
 LONGEST_LINE = 16 << 20
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB = ("; a data set of the hub is downloaded first (`hf download --repo-type dataset NAME "
+       "--local-dir FOLDER`), and goes by that folder")
 HELD_OUT = 2**63
 """Beside the seed where an order has its epoch: no epoch is that late."""
 
@@ -187,7 +191,8 @@ def read_source(config: DataSection, setting: str) -> Held:
     if source.endswith(".parquet") or path.is_dir():
         return read_table(path, config.split, columns, setting)
     raise InputError(f"{setting}={source!r} is none of 'arithmetic', a .jsonl file, "
-                     "'reasoning_gym:TASK', a .parquet file, a folder of those, a saved data set")
+                     "'reasoning_gym:TASK', a .parquet file, a folder of those, a saved data set"
+                     + HUB * bool(HUB_ID.fullmatch(source)))
 
 
 def drawn_from(records: Held, count: int, seed: int) -> np.ndarray:

@@ -142,13 +142,13 @@ def check_options(part: RewardPart, reward: Reward) -> None:
 
 def check_columns(function: str | Mapping[str, Any], source: str,
                   record: Mapping[str, Any]) -> None:
-    """Raises InputError if a function demands by name what `record`, of the prompts of `source`,
-    does not say."""
+    """Raises InputError if a function demands by name what `record`, of the prompts of `source`
+    (`SourcePart.label`), does not say."""
     for part in reward_parts(function):
         missing = columns(part, load_reward(part.function, part.key)) - record.keys()
         if missing:
             raise InputError(f"{part.label} takes {min(missing)!r}, which the prompts of "
-                             f"data.source={source} do not say: they have "
+                             f"{source} do not say: they have "
                              f"{', '.join(sorted(map(str, record)))}; give it as one of the "
                              "function's options, or a default")
 

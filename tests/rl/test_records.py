@@ -78,6 +78,8 @@ def test_a_source_that_is_none():
     with pytest.raises(InputError, match="'gsm8k' is none of 'arithmetic', a .jsonl file, "
                        "'reasoning_gym:TASK'"):
         load_records(DataSection(source="gsm8k"), seed=0)
+    with pytest.raises(InputError, match="; a data set of the hub is downloaded first"):
+        load_records(DataSection(source="openai/gsm8k"), seed=0)
 
 
 def test_options_are_for_tasks():

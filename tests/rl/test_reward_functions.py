@@ -85,12 +85,12 @@ def test_an_argument_that_no_prompt_has(mine):
     functions = {"c": {"function": mine("def f(completions, solution, **kwargs): ..."),
                        "weight": 2}}
     check_reward(functions)
-    check_columns(functions, "data.jsonl", {"prompt": "", "answer": "", "solution": ""})
+    check_columns(functions, "data.source=d.jsonl", {"prompt": "", "answer": "", "solution": ""})
     with pytest.raises(InputError, match="takes 'solution', which the prompts of data.source="
-                       "data.jsonl do not say: they have answer, prompt; give it as"):
-        check_columns(functions, "data.jsonl", {"prompt": "", "answer": ""})
+                       "d.jsonl do not say: they have answer, prompt; give it as"):
+        check_columns(functions, "data.source=d.jsonl", {"prompt": "", "answer": ""})
     functions["c"]["options"] = {"solution": "x"}
-    check_columns(functions, "data.jsonl", {"prompt": "", "answer": ""})
+    check_columns(functions, "data.source=d.jsonl", {"prompt": "", "answer": ""})
 
 
 def test_answers_are_read_where_one_of_several_reads_them():

@@ -16,6 +16,7 @@ from jspec.clock import PHASES
 from jspec.errors import InputError
 from jspec.output import open_output, screen
 from jspec.run_files import METRICS, Sample, read_records, read_samples, steps_with_samples
+from jspec.setting_values import shown
 from jspec.viewing.charts import lines, number, stacked
 from jspec.viewing.samples import rewards_by_name, visible
 from jspec.viewing.style import STYLE
@@ -162,10 +163,11 @@ def changes(run: Path) -> str:
     file = run / "changes.jsonl"
     try:
         found = [json.loads(line) for line in file.read_text().splitlines()]
-        items = "".join(f"<li>{text(json.dumps(change, ensure_ascii=False))}</li>"
-                        for change in found)
-    except (OSError, ValueError):
-        return ""
+        items = "".join(f"<li>after step {text(change['step'])}: " + text(", ".join(
+            f"{key} from {shown(was)} to {shown(now)}"
+            for key, (was, now) in change["changed"].items())) + "</li>" for change in found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""  # it is not as a run writes it
     return f"<h2>What was changed on the way</h2><ul>{items}</ul>" if items else ""
 
 

@@ -87,6 +87,16 @@ def test_of_several_sources_samples_and_charts_say_which(tmp_path, capsys):
     assert "no sample of" in capsys.readouterr().err
 
 
+def test_a_report_says_what_was_changed(tmp_path):
+    run = make_run(tmp_path / "run")
+    for said, shown in (('{"step": 3, "changed": {"draft.path": [null, "<b>"]}}',
+                         "<li>after step 3: draft.path from null to &#x27;&lt;b&gt;&#x27;</li>"),
+                        ("[1]", "Samples")):
+        (run / "changes.jsonl").write_text(said + "\n")
+        assert cli.main(["report", str(run)]) == 0
+        assert shown in (run / "report.html").read_text()
+
+
 def test_a_run_without_a_step_is_one_line(tmp_path, capsys):
     for command in ("report", "inspect"):
         assert cli.main([command, str(tmp_path / "none")]) == 2

@@ -4,6 +4,7 @@ results as data."""
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def command() -> str:
     script = Path(sys.argv[0])
     module = (f"python -m benchmarks.{script.stem}" if script.parent == ROOT / "benchmarks"
               else script.name)
-    return " ".join([module, *sys.argv[1:]])
+    return " ".join([module, *map(shlex.quote, sys.argv[1:])])
 
 
 def circumstances() -> dict[str, Any]:

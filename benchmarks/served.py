@@ -15,7 +15,9 @@ behind the first token, which it takes from the prefill. What vLLM accepted behi
 the cap is not counted here, and stands in the data as `behind`.
 
 The two look-ups (`ngram`) are not the same: of the longest matches vLLM takes the first and stops
-at the text's end, jspec the last, which it repeats. `replay` says what either is to accept.
+at the text's end, jspec the last, which it repeats. `replay` says what either is to accept. Nor
+are the keys of a `dflash` of several layers, see `with_first_norm`. In how many rows this makes
+what was counted, to the last cycle, stands in the data as `replayed`.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from benchmarks.versus import Failed, peer, run
 from jspec import cli
 from jspec.console import PlainConsole
 from jspec.drafts import Draft
+from jspec.drafts.parts import one_pass
 from jspec.model import Policy, logits, train_forward
 
 TIE = 1e-3
@@ -71,13 +74,15 @@ class Kind(NamedTuple):
     export: tuple[str, ...] = ()
 
 
+PARALLEL = {"method": "eagle3", "parallel_drafting": True}
 KINDS = {
     "ngram": Kind("ngram", {"method": "ngram", "prompt_lookup_max": NGRAM,
                             "prompt_lookup_min": 1}),
     "draft_model": Kind("draft_model", {"method": "draft_model"}),
     "eagle3": Kind("eagle3", {"method": "eagle3"}, ("--layout", "specforge")),
     "eagle3, speculators": Kind("eagle3", {"method": "eagle3"}, ("--layout", "speculators")),
-    "peagle": Kind("peagle", {"method": "eagle3", "parallel_drafting": True}),
+    "peagle": Kind("peagle", PARALLEL, ("--layout", "specforge")),
+    "peagle, speculators": Kind("peagle", PARALLEL, ("--layout", "speculators")),
     "dflash": Kind("dflash", {"method": "dflash"}, ("--layout", "specforge")),
     "dflash, speculators": Kind("dflash", {"method": "dflash"}, ("--layout", "speculators")),
 }
@@ -152,6 +157,19 @@ def behind_the_first(args: argparse.Namespace, policy: Policy, draft: Draft,
             for first, answer, over in zip(firsts, out, ended, strict=True)]
 
 
+def with_first_norm(draft: Draft) -> Draft:
+    """A DFlash draft as vLLM's CPU build runs it: over the context the keys of all layers are
+    normed with the first one's weight (`findings/vllm_cpu_dflash_key_norm.sh`)."""
+    def first(draft: Draft) -> Draft:
+        layers = draft.weights["layers"]
+        return draft.replace(weights={**draft.weights, "layers": [
+            {**layer, "k_norm": layers[0]["k_norm"]} for layer in layers]})
+
+    return draft.replace(drafter=draft.drafter._replace(
+        start=lambda policy, draft, *rest: one_pass.start(policy, first(draft), *rest),
+        observe=lambda policy, draft, *rest: one_pass.observe(policy, first(draft), *rest)))
+
+
 # --- what is compared ---
 
 
@@ -215,6 +233,9 @@ def compare(args: argparse.Namespace, policy: Policy, name: str, draft: Draft,
                           args.k)
                 for prompt, a in zip(prompts, here, strict=True)]
         record["replayed"] = same_cycles(here, said)
+    elif draft.name == "dflash" and draft.config.block.num_layers > 1:
+        record["replayed"] = same_cycles(there, behind_the_first(
+            args, policy, with_first_norm(draft), prompts, there))
     return record
 
 

@@ -205,11 +205,12 @@ def served() -> str:
         return [row["draft"], *(f"{row['same_text'][what]} of {row['prompts']}"
                                 for what in ("vllm_alone", "jspec")),
                 f"{row['same_cycles']} of {row['rows_compared']}",
+                f"{row['replayed']} of {row['prompts']}" if "replayed" in row else "",
                 f"{there['acceptance_length']:.2f} / {here['acceptance_length']:.2f}",
                 " / ".join(accepted)]
 
     return markdown(["draft", "answers as vLLM's without it", "as jspec's with it",
-                     "of these, all cycles the same", "tokens a cycle, vLLM / jspec",
+                     "of these, all cycles the same", "replayed", "tokens a cycle, vLLM / jspec",
                      "accepted by position, vLLM / jspec"],
                     map(line, result("served_cpu")))
 

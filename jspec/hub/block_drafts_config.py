@@ -187,6 +187,10 @@ def not_served(config: OnePassConfig, layout: str) -> list[str]:
             out.append(f"a Markov head that is {config.markov_head}")
         if windows and not config.windows_causal and layout == "speculators":
             out.append("a window that is not causal, of DSpark in this layout")
-    elif config.sample_from_anchor:
+        return out
+    if config.sample_from_anchor:
         out.append("sample_from_anchor of DFlash, which its CPU build ignores without a word")
+    if config.block.num_layers > 1:
+        out.append("the context's key norms of DFlash's layers behind the first, in whose place "
+                   "its CPU build takes the first one's")
     return out

@@ -2,13 +2,16 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jspec
 from benchmarks import served, served_answers
 from benchmarks.served_answers import answer_of, replay, theirs
-from jspec.drafts.parts import lookup
+from benchmarks.shapes import SHAPES
+from jspec.drafts.parts import lookup, one_pass
 from jspec.errors import InputError
 
 
@@ -73,6 +76,22 @@ def test_rows_that_differ_are_counted():
 def test_a_kind_that_is_not_trained_and_served_is_refused(text):
     with pytest.raises(InputError, match=f"must be KIND=PATH, of .*eagle3.*not '{text}'"):
         served.parse(["peers", "--draft", text])
+
+
+def test_keys_of_the_context_have_the_first_layers_norm(monkeypatch):
+    policy = jspec.init_policy(SHAPES["tiny"], jax.random.key(0))
+    draft = jspec.drafts.dflash(policy, jax.random.key(0), layers=2)
+    own = [{**layer, "k_norm": layer["k_norm"] + i}
+           for i, layer in enumerate(draft.weights["layers"])]
+    draft = served.with_first_norm(draft.replace(weights={**draft.weights, "layers": own}))
+    for name in ("start", "observe"):
+        seen = []
+        monkeypatch.setattr(one_pass, name, lambda policy, draft, *rest, seen=seen:
+                            seen.append(draft.weights["layers"]))
+        getattr(draft.drafter, name)(None, draft, *[None] * (2 if name == "observe" else 1))
+        (first, second), = seen
+        assert second["k_norm"] is own[0]["k_norm"] and second["q"] is own[1]["q"]
+    assert draft.weights["layers"][1]["k_norm"] is own[1]["k_norm"]  # which the slots have
 
 
 def test_records_of_other_kinds_stay_in_the_file(tmp_path):

@@ -203,10 +203,15 @@ def test_a_new_draft_is_written_with_the_policys_rows(policy, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, exact, {**draft.weights, "head": rows})
 
 
+FIRST_NORM = ("the context's key norms of DFlash's layers behind the first, in whose place its CPU "
+              "build takes the first one's")
+
+
 @pytest.mark.parametrize("name, options, layout, missing", [
-    ("dflash", {}, None, []), ("dflash", {"window": 4}, "speculators", []),
-    ("dflash", {"sample_from_anchor": True}, None,
+    ("dflash", {"layers": 1}, None, []), ("dflash", {"layers": 1, "window": 4}, "speculators", []),
+    ("dflash", {"layers": 1, "sample_from_anchor": True}, None,
      ["sample_from_anchor of DFlash, which its CPU build ignores without a word"]),
+    ("dflash", {}, None, [FIRST_NORM]),
     ("dspark", {}, "speculators", ["DSpark on a CPU"]),
     ("dspark", {"markov_head": "rnn"}, None, ["DSpark on a CPU", "a Markov head that is rnn"]),
     ("dspark", {"markov_rank": 0}, None, ["DSpark on a CPU", "DSpark without a Markov head"]),
@@ -219,7 +224,7 @@ def test_what_vllm_does_not_run_is_said(policy, name, options, layout, missing):
     if name == "dflash" and not options:
         mixed = dataclasses.replace(draft.config, windows=(4, 0))
         assert (not_run_by_vllm(draft.replace(config=mixed))
-                == ["layers with and without a window in one draft"])
+                == ["layers with and without a window in one draft", FIRST_NORM])
 
 
 @pytest.mark.slow

@@ -134,6 +134,9 @@ def check_grpo(config: Config) -> None:
     for key, off in (("kl_in_reward", "false"), ("kl_reference_every", "0")):
         demand(not getattr(grpo, key) or grpo.kl_weight > 0, f"grpo.{key} is of the KL to a "
                f"reference, and there is none: set grpo.kl_weight above 0, or grpo.{key}={off}")
+    demand(not grpo.mask_truncated or config.sampling.stop_tokens != (),
+           "grpo.mask_truncated leaves answers that reach the cap out of the loss, and with "
+           "sampling.stop_tokens=[] all do; name some, or set grpo.mask_truncated=false")
     demand(grpo.dual_clip is None or grpo.objective not in UNCLIPPED, "grpo.dual_clip bounds a "
            f"clipped loss, and grpo.objective={grpo.objective} is none; leave it out")
     tau = GrpoSection().sapo_tau

@@ -102,16 +102,21 @@ def all_failed(rewards: np.ndarray, failures: int, message: str = "") -> str:
             f"answers{message and f' ({message})'}")
 
 
-def never_varied(records: Sequence[Mapping[str, Any]]) -> str:
-    """What to say if in a run's first SAME_STEPS steps no two answers to one prompt had different
-    rewards; "" at any other time.
+def never_taught(records: Sequence[Mapping[str, Any]]) -> str:
+    """What to say if in a run's first SAME_STEPS steps no answer was in the loss, or no two answers
+    to one prompt had different rewards; "" at any other time.
 
     Args:
       records: of all steps until now, as metrics.jsonl has them.
     """
-    # what an earlier jspec wrote does not say it
-    if (len(records) != SAME_STEPS
-        or any(record.get("reward_differs", 1) or record["reward_failures"] for record in records)):
+    if len(records) != SAME_STEPS:
+        return ""
+    # of both, what an earlier jspec wrote may not say it
+    if not any(record.get("trained_tokens", 1) for record in records):
+        return (f"no answer of the first {SAME_STEPS} steps ended before the cap, and "
+                "grpo.mask_truncated leaves those that reach it out of the loss, so nothing is "
+                "learned: raise sampling.max_new_tokens, or set grpo.mask_truncated=false")
+    if any(record.get("reward_differs", 1) or record["reward_failures"] for record in records):
         return ""
     rewards = {record["reward"] for record in records}
     same = (f"every answer of the first {SAME_STEPS} steps has the reward {rewards.pop():g}"

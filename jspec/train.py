@@ -29,7 +29,7 @@ from jspec.console import PlainConsole
 from jspec.distributed import any_process, is_main
 from jspec.drafts import Draft
 from jspec.evaluator import Evaluation
-from jspec.health import Trouble, all_failed, never_varied, troubles
+from jspec.health import Trouble, all_failed, never_taught, troubles
 from jspec.metrics import Metrics, phase_table, table
 from jspec.model import Policy
 from jspec.output_dir import claimed
@@ -221,7 +221,7 @@ def say(run: Run, found: Sequence[Trouble], record: Mapping[str, Any],
         run.metrics.say(f"the best {best} so far: {record[best]:.4g}")
     for trouble in found:
         run.metrics.say(str(trouble), "bold red")
-    if same := never_varied(run.metrics.records):
+    if same := never_taught(run.metrics.records):
         run.metrics.say(f"WARNING: {same}", "bold red")
     if first and (said := unknown(run.config.checkpoint.best, record)):
         run.metrics.say(f"WARNING: {said}", "bold red")

@@ -82,6 +82,11 @@ def test_what_is_set_of_a_short_entry_keeps_what_it_said():
     assert config.data.source == {"a": {"source": "a.jsonl", "weight": 2}, "b": "other.jsonl"}
 
 
+def test_what_is_masked_is_not_everything():
+    with pytest.raises(InputError, match="and with sampling.stop_tokens=.. all do"):
+        load_config(None, ["grpo.mask_truncated=true", "sampling.stop_tokens=[]"])
+
+
 def test_what_differs_inside_of_a_mapping_is_named_alone():
     said = "data.source={a: {source: a.jsonl, weight: 1}, b: b.jsonl}"
     before = load_config(None, [said])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jspec.config import load_config
-from jspec.health import SAME_STEPS, all_failed, never_varied, troubles
+from jspec.health import SAME_STEPS, all_failed, never_taught, troubles
 
 SOUND = {"skipped": 0, "skipped_in_row": 0, "draft_skipped": 0, "draft_skipped_in_row": 0,
          "draft_finite": True}
@@ -79,13 +79,17 @@ def test_rewards_that_all_fail():
 
 def test_rewards_that_never_vary_are_named_once():
     same = [{"reward": 1.0, "reward_differs": 0.0, "reward_failures": 0}] * (SAME_STEPS + 1)
-    told = [bool(never_varied(same[:steps])) for steps in range(SAME_STEPS + 2)]
+    told = [bool(never_taught(same[:steps])) for steps in range(SAME_STEPS + 2)]
     assert told == [steps == SAME_STEPS for steps in range(SAME_STEPS + 2)]
     assert ("every answer of the first 5 steps has the reward 1, and"
-            in never_varied(same[:SAME_STEPS]))
+            in never_taught(same[:SAME_STEPS]))
     # what fails is said elsewhere
     for change in ({"reward_differs": 0.1}, {"reward_failures": 16}):
-        assert not never_varied([*same[:3], {**same[0], **change}, same[0]])
+        assert not never_taught([*same[:3], {**same[0], **change}, same[0]])
+    cut = [{"reward": 0.1 * i, "reward_differs": 1.0, "reward_failures": 0, "trained_tokens": 0.0}
+           for i in range(SAME_STEPS)]
+    assert "no answer of the first 5 steps ended before the cap, and" in never_taught(cut)
+    assert not never_taught([*cut[1:], {**cut[0], "trained_tokens": 3.0}])
     by_prompt = [*same[:3], {**same[0], "reward": 0.5}, same[0]]
     assert ("in the first 5 steps all answers to a prompt have one reward, and"
-            in never_varied(by_prompt))
+            in never_taught(by_prompt))

@@ -74,9 +74,9 @@ POD_MESH = load_config(Path(__file__).parent.parent / "configs" / "qwen3-8b-pod.
 # fsdp, tensor
 MESHES = {**dict.fromkeys(TPUS, (2, 4)), GPU: (1, 1), POD: (POD_MESH.fsdp, POD_MESH.tensor)}
 DRAFTS: dict[str, dict[str, Any]] = {
-    "mtp": {}, "eagle3": {"vocab": range(32768)}, "dflash": {"layers": 5, "window": 2048},
-    "dspark": {"vocab": range(32768)}, "self": {}, "self, 4 bits": {"bits": 4}, "suffix": {},
-    "ngram": {}}
+    "mtp": {}, "eagle3": {"vocab": range(32768)}, "peagle": {"vocab": range(32768)},
+    "dflash": {"layers": 5, "window": 2048}, "dspark": {"vocab": range(32768)}, "self": {},
+    "self, 4 bits": {"bits": 4}, "suffix": {}, "ngram": {}}
 """Options of the drafters that rollouts are compiled with; what follows a comma is no part of the
 drafter's name."""
 ROLLOUTS = [(GPU, "qwen3-8b", "mtp", False), ("v5e", "qwen3-8b", "mtp", False),

@@ -117,16 +117,18 @@ def propose(policy: Policy, draft: Draft, state: DraftState, committed: Committe
     (They are overwritten once the verifier's states are known.)"""
     config, w, vocab = draft.config, draft.weights, draft.state.get("vocab")
     states, cache, behind = state.rows[0], state.cache, sampler.k - 1
+    rows, width = states.shape[0], states.shape[-1]
     if behind:
-        rows = states.shape[0]
-        hidden = jnp.broadcast_to(w["masked"], (rows, behind, states.shape[-1]))
+        hidden = jnp.broadcast_to(w["masked"], (rows, behind, width))
         tokens = jnp.full((rows, behind), config.mask_token, jnp.int32)
         new, cache = recursion.extend(
             inside(policy, config), [block_of(policy, config, w)], 0, cache, hidden,
             tokens, committed.lengths - 1, late=False)
         states = jnp.concatenate([states, new], axis=1)
-    drawn = [sampler.draw(logits(policy, config, w, vocab, states[:, j]), j, vocab)
-             for j in range(sampler.k)]
+    # made as rows, as the policy's are in `speculate.cycle`
+    scores = logits(policy, config, w, vocab, states.reshape(-1, width))
+    scores = scores.reshape(rows, sampler.k, -1)
+    drawn = [sampler.draw(scores[:, j], j, vocab) for j in range(sampler.k)]
     tokens, log_q = (jnp.stack(x, axis=1) for x in zip(*drawn, strict=True))
     return Proposal(tokens, log_q, vocab), state.replace(cache=cache)
 

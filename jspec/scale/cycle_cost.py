@@ -45,7 +45,7 @@ class Sizes:
       score_operations: of one token on one position of its context, in all layers.
       weight_bytes: of a parameter; kv_bytes: of a key's or value's number.
       rate: what matrices are multiplied in, as `Chip.rate` takes it.
-      one_pass: of a draft, that all its tokens come of one pass.
+      passes: of a draft, how many all its tokens come of at most; 0: each of one of its own.
     """
 
     dense: float
@@ -61,7 +61,7 @@ class Sizes:
     weight_bytes: float = 2.0
     kv_bytes: float = 2.0
     rate: str = "bfloat16"
-    one_pass: bool = False
+    passes: int = 0
 
     @classmethod
     def of(cls, model: ModelConfig, precision: str = "bfloat16") -> Sizes:
@@ -122,13 +122,15 @@ def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes
     blocks = 1 if shared else getattr(draft.config, "blocks", 1)  # each drafts a depth of its own
     dense = sum(math.prod(spec.shape) for spec in specs) / blocks + of_policy
     block = draft.drafter.model(draft.config)
-    one_pass = isinstance(draft.config, (OnePassConfig, PeagleConfig))
+    # of P-EAGLE the first token comes of the pass over what was committed
+    passes = {OnePassConfig: 1, PeagleConfig: 2}
+    most = next((n for kind, n in passes.items() if isinstance(draft.config, kind)), 0)
     looked_up = [draft.weights.get("embed"), draft.weights.get("markov", {}).get("w1")]
     dense -= sum(x.size for x in looked_up if x is not None)
     layers = 1 if block is draft.config.policy else block.num_layers
     return Sizes(dense, layers, model.hidden_size, 2 * layers * block.num_kv_heads * block.head_dim,
                  block.num_kv_heads, 4 * layers * block.num_heads * block.head_dim,
-                 one_pass=one_pass)
+                 passes=most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +314,8 @@ def cycle(decoding: Decoding, k: int, rows: Numbers, context: Numbers) -> Cycle:
     if decoding.draft_share is not None:
         draft = k * decoding.draft_share * plain
     elif decoding.draft is not None:
-        passes, tokens = (min(k, 1), max(k, 1)) if decoding.draft.one_pass else (k, 1)
+        passes = min(k, decoding.draft.passes or k)
+        tokens = k / passes if passes else 1
         draft = passes * forward(decoding.draft, *of, tokens=tokens).seconds
     unit = plain if decoding.overhead.relative else 1.0 + 0.0 * plain
     always, over = (decoding.overhead.of(of) * unit for of in (0, k))

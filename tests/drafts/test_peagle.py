@@ -73,7 +73,7 @@ def test_a_trained_draft_is_accepted_more_often(policy):
 
 
 def test_training_reaches_every_weight(policy):
-    draft = make(policy, **VARIANTS["layers"])
+    draft = make(policy, depths=2, **VARIANTS["layers"])
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 10)), jnp.int32)
     starts, length = [2, 3], 7
     batch = recursive.lesson(policy, draft, tokens, jnp.array(starts), jnp.ones((2, length), bool))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jspec.drafts import draft_model, dspark, eagle3, mtp, ngram
+from jspec.drafts import draft_model, dspark, eagle3, mtp, ngram, peagle
 from jspec.drafts import self as itself
 from jspec.model import ModelConfig, abstract_policy
 from jspec.scale.chips import CHIPS
@@ -136,10 +136,12 @@ def test_a_cycle_drafts_verifies_and_has_its_overhead():
     assert drafting.draft == pytest.approx(3 * 2e8 / V5P.hbm_bandwidth)
     share = cycle(dataclasses.replace(decoding, draft_share=0.1), 3, 8, 8000)
     assert share.draft == pytest.approx(0.3 * plain.seconds)
-    one_pass = dataclasses.replace(decoding, draft=dataclasses.replace(decoding.draft,
-                                                                       one_pass=True))
-    assert cycle(one_pass, 3, 8, 8000).draft == pytest.approx(drafting.draft / 3, rel=1e-3)
-    assert cycle(one_pass, 0, 8, 8000).draft == 0
+    for passes in (1, 2):
+        few = dataclasses.replace(decoding, draft=dataclasses.replace(decoding.draft,
+                                                                      passes=passes))
+        assert cycle(few, 3, 8, 8000).draft == pytest.approx(passes * drafting.draft / 3, rel=1e-3)
+        assert cycle(few, 1, 8, 8000).draft == cycle(decoding, 1, 8, 8000).draft
+        assert cycle(few, 0, 8, 8000).draft == 0
     more = dataclasses.replace(decoding, overhead=Overhead(1e-3, 2e-3, 1e-3))
     assert cycle(more, 3, 8, 8000).seconds == pytest.approx(drafting.seconds + 6e-3)
     relative = Overhead(0.0, 0.5, 0.25, relative=True)
@@ -173,8 +175,12 @@ def test_what_drafting_a_token_reads():
     found = draft_sizes(_abstract(eagle3, policy, layers=2), sizes, SMALL)
     assert found.kv_values == 2 * 2 * 8 and found.layers == 2
     assert found.dense == pytest.approx(2 * block + 3 * 16 * 16 + 64 * 16, rel=0.2)
+    found = draft_sizes(_abstract(peagle, policy), sizes, SMALL)
+    # its embedding is looked up
+    assert found.passes == 2 and found.dense == pytest.approx(
+        draft_sizes(_abstract(eagle3, policy), sizes, SMALL).dense, rel=0.02)
     found = draft_sizes(_abstract(dspark, policy), sizes, SMALL)
-    assert found.one_pass and found.layers == 2 and found.kv_values == 2 * 2 * 8
+    assert found.passes == 1 and found.layers == 2 and found.kv_values == 2 * 2 * 8
     small = dataclasses.replace(SMALL, num_layers=1, num_kv_heads=SMALL.num_heads)
     assert draft_sizes(draft_model(policy, 0, model=small), sizes, SMALL) == Sizes.of(small)
     # w1 of the Markov head is looked up, w2 is not

@@ -138,7 +138,7 @@ def streams(config: Config, tokenizer: Any) -> dict[str, PromptData]:
                                    setting="evaluation.sources" if section.sources
                                    else "data.source")
         if made[label].left_out:
-            say("of an evaluation's prompts "
+            say("evaluation: "
                 + made[label].records.said_of_left_out(data.max_prompt_tokens))
     return made
 

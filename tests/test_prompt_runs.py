@@ -34,7 +34,7 @@ def test_a_run_over_several_sources_says_what_each_gave_and_resumes(mixed, tmp_p
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.train(tiny(whole, *mixed, "steps=3")) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert ("1 prompts are over data.max_prompt_tokens=8 and left out (data.too_long): 1 of low"
+    assert ("prompts over data.max_prompt_tokens=8 left out (data.too_long): 1 of low"
             in said)
     for record in records(whole):
         assert record["prompts_left_out"] == 1

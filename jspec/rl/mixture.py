@@ -77,8 +77,8 @@ class Mixture(Sequence):
         are."""
         each = ", ".join(f"{count} of {part.name}" for part, count in
                          zip(self.parts, self.left_out, strict=True) if part.name and count)
-        return (f"{sum(self.left_out)} prompts are over data.max_prompt_tokens={limit} and left "
-                "out (data.too_long)" + f": {each}" * bool(each)) if any(self.left_out) else ""
+        return (f"prompts over data.max_prompt_tokens={limit} left out (data.too_long): "
+                + (each or str(sum(self.left_out)))) if any(self.left_out) else ""
 
 
 def load_mixture(config: DataSection, tokenizer: Any, seed: int, setting: str = "data.source",

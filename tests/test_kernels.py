@@ -35,8 +35,8 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize("draft, rule, k, sampling", [
-    ("mtp", "coupled", 3, MIXED), ("mtp", "rejection", 3, {}),
-    *(pytest.param(*case, marks=slow) for case in (
+    ("mtp", "coupled", 3, MIXED), *(pytest.param(*case, marks=slow) for case in (
+        ("mtp", "rejection", 3, {}),
         ("ngram", "rejection", 2, GREEDY), ("mtp", "block", 3, MIXED), ("ngram", "block", 3, MIXED),
         ("mtp", "block", 2, {"top_p": 0.9}), (None, "block", 0, {}),
         ("ngram", "coupled", 7, {}), ("ngram", "rejection", 3, MIXED),

@@ -35,8 +35,8 @@ def write_inputs(folder: Path) -> list[str]:
             "reward.workers=1", "sampling.max_new_tokens=4"]
 
 
-def run_commands(folder: Path, used: dict[str, list], wanted: list[str]) -> None:
-    """The wanted commands, at their smallest; `used` gets what `watched` sees of each."""
+def run_commands(folder: Path, used: dict[str, list]) -> None:
+    """The commands, at their smallest; `used` gets what `watched` sees of each."""
     task, model, run = write_inputs(folder), str(folder / "model"), str(folder / "run")
     (folder / "run.yaml").write_text(
         f"output_dir: {run}\nsteps: 1\nmodel: {{name: {model}}}\nmesh: {{fsdp: 2}}\n"
@@ -45,22 +45,21 @@ def run_commands(folder: Path, used: dict[str, list], wanted: list[str]) -> None
               "samples.count=12", "samples.batch=6", "sampling.max_new_tokens=4",
               "training.state_steps=1", "training.steps=1", "training.rows=6", "report.count=1",
               "report.k=1", "report.temperatures=[1.0]", "report.rules=[coupled]"]
-    trained = run if "train" in wanted else model
     commands = {
         "train": ["train", f"{folder}/run.yaml", *task],
         "profile": ["profile", f"{folder}/run.yaml", *task],
-        "eval": ["eval", trained, *task, "--run-code", "--prompts", "3", "--samples", "1"],
+        "eval": ["eval", run, *task, "--run-code", "--prompts", "3", "--samples", "1"],
         "rollout": ["rollout", model, "--prompt", "1+1=", "--raw", "--draft", "none",
-                    "--max-new-tokens", "4"], "export": ["export", trained, f"{folder}/exported"],
+                    "--max-new-tokens", "4"], "export": ["export", run, f"{folder}/exported"],
         "draft train": ["draft", "train", model, *drafts],
         "draft export": ["draft", "export", model, f"{folder}/eagle3", f"{folder}/published"],
         "bench": ["bench", "--shape", "tiny", "--batch", "8", "--prompt-tokens", "4",
                   "--new-tokens", "2", "--rounds", "1"],
     }
-    for name in wanted:
+    for name, command in commands.items():
         seen.clear()
         with contextlib.redirect_stdout(sys.stderr):
-            assert main(commands[name]) == 0, name
+            assert main(command) == 0, name
         used[name] = sorted(seen)
 
 
@@ -84,7 +83,7 @@ def watched(owner: object, name: str, arrays) -> None:
     setattr(owner, name, watching)
 
 
-def worker(folder: str, wanted: list[str]) -> None:
+def worker(folder: str) -> None:
     from jspec import commands, step
     from jspec.draft_training import stages
     from jspec.hub import exporter
@@ -97,7 +96,7 @@ def worker(folder: str, wanted: list[str]) -> None:
     watched(stages, "run_stage", lambda saved, *_: saved)
     watched(commands, "publish", lambda made, draft, *_: draft.weights)
     used: dict[str, list] = {}
-    run_commands(Path(folder), used, wanted)
+    run_commands(Path(folder), used)
     print(json.dumps(used))
 
 
@@ -105,14 +104,12 @@ EXPECTED = {"train": [["take", 8]], "profile": [["take", 8]], "eval": [["_rollou
             "rollout": [["_rollout", 8]],
             "export": [["host_value", 8]], "draft train": [["_rollout", 8], ["run_stage", 8]],
             "draft export": [["publish", 8]], "bench": [["_rollout", 8]]}
-FEW = ["eval", "rollout", "export", "draft export"]  # that compile next to nothing
 
 
-@pytest.mark.parametrize("wanted", [FEW, pytest.param(list(EXPECTED), marks=pytest.mark.slow)])
-def test_every_command_uses_all_devices(tmp_path, wanted):
-    used = on_devices(8, f"from tests.test_session import worker; worker({str(tmp_path)!r}, "
-                      f"{wanted!r})")
-    assert used == {name: EXPECTED[name] for name in wanted}
+@pytest.mark.slow
+def test_every_command_uses_all_devices(tmp_path):
+    assert EXPECTED == on_devices(8, "from tests.test_session import worker; "
+                                  f"worker({str(tmp_path)!r})")
 
 
 def sizes(mesh):

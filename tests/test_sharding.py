@@ -277,6 +277,7 @@ def pod_rollout():
     print(json.dumps(compiled_text.read(compiled.as_text(), (2, 16, 128), shards)))
 
 
+@pytest.mark.slow
 def test_attention_of_the_pod_config_is_tensor_parallel():
     """8 KV heads on fsdp 8 x tensor 4: a device has 2 of them in its pool, and nothing is gathered
     to attend."""
@@ -296,6 +297,7 @@ def message(call):
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_one_device_is_a_mesh():
     mesh = make_mesh(devices=jax.devices()[:1])
     assert mesh.axis_names == ("data", "fsdp", "expert", "tensor") and mesh.size == 1
@@ -374,6 +376,7 @@ def over_sampling_rollout(**batching):
                                 batching=jspec.Batching(**batching))
 
 
+@pytest.mark.slow
 def test_every_shard_ends_with_its_own_share_of_groups():
     found = {name: np.array(x) for name, x in on_devices(
         4, "from tests.test_sharding import over_sampled; over_sampled()").items()}

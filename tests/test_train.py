@@ -246,8 +246,9 @@ def test_a_second_signal_stops_at_once():
     assert stopped.value.code == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path, kills):
+@pytest.mark.slow
+def test_sigkill_at_any_moment_and_a_restart_give_the_uninterrupted_run(tmp_path):
+    kills = 20
     steps = 12 * kills
     arguments = [*SMALL, f"steps={steps}", "checkpoint.every=3"]
     command = [sys.executable, "-m", "jspec", "train", "configs/tiny.yaml", *arguments]
@@ -310,6 +311,7 @@ def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(coupl
                for record in described)
 
 
+@pytest.mark.slow
 def test_a_drafter_in_a_file_changes_nothing_either_and_its_run_resumes(coupled, tmp_path):
     for steps in (1, 3):
         assert train.train(tiny(tmp_path, *COUPLED, f"draft.name={ROOT}/examples/drafter.py:bigram",
@@ -401,6 +403,7 @@ OVER = ["base=dapo", "data.over_sampling=1.5", "data.group_size=2", "logging.sam
         "overlong: soft_overlong}"]
 
 
+@pytest.mark.slow
 def test_steps_that_draw_more_than_they_learn_from(tmp_path, monkeypatch):
     """The preset of DAPO, whose groups without spread are replaced, over-sampled: what goes on
     stays together, and a run in parts is the whole one."""
@@ -492,6 +495,7 @@ def test_weights_that_run_away_end_the_run_at_the_first_step_that_shows_it(tmp_p
     assert "stopped at step 1 of 10" in said and not (tmp_path / "checkpoints" / "1").exists()
 
 
+@pytest.mark.slow
 def test_a_prompt_that_a_later_step_cannot_use(tmp_path, monkeypatch, capsys):
     """It is named before its step, with what was computed saved; once it is mended the same command
     goes on."""

@@ -3,10 +3,13 @@
 import json
 import sys
 
+import pytest
+
 from jspec import cli
 from jspec.speculate.schedule import Costs
 
 
+@pytest.mark.slow
 def test_what_a_cycle_costs_is_stored(monkeypatch, tmp_path, model, capsys):
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("JSPEC_CACHE", str(tmp_path / "cache"))

@@ -54,6 +54,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         kernels.check_noise("toy", PLAIN, coupled)
 
 
+@pytest.mark.slow
 def test_compiling_without_compilers(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(measure.ROOT)}
     code = ("import runpy, sys; from jax.experimental import topologies\n"

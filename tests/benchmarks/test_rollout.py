@@ -21,6 +21,7 @@ def no_rule_stays():
     NOISE.update(before)
 
 
+@pytest.mark.slow
 def test_times_every_variant_and_writes_data(tmp_path, capsys):
     path = tmp_path / "result.json"
     rollout.main(["--shape", "tiny", "--batch", "2", "--prompt-tokens", "16", "--new-tokens", "8",

@@ -124,6 +124,7 @@ def test_resumed_equals_uninterrupted(model, trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_checkpoint_to_go_on_from(model, trained, tmp_path, monkeypatch):
     out, kept = tmp_path / "draft", stages.step_of
     shutil.copytree(trained / "samples", out / "samples")
@@ -239,6 +240,7 @@ def test_a_newer_checkpoint_is_named(capsys, model, trained, tmp_path):
     assert before and [path.read_text() for path in checkpoint_metadata(out)] == before
 
 
+@pytest.mark.slow
 def test_another_report_goes_on(model, trained, tmp_path):
     numbered(trained, out := tmp_path / "draft", {})  # as before checkpoints had a format
     head = (out / "head" / "model.safetensors").read_bytes()

@@ -51,13 +51,13 @@ def variants(*quick):
         "variant", [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in VARIANTS])
 
 
-@variants("reduced", "layers")
+@variants("layers")
 def test_state_depends_on_committed_tokens_only(policy, variant):
     draft = make(policy, **VARIANTS[variant])
     recursive.check_state_depends_on_committed_tokens_only(policy, draft, without_entry=1)
 
 
-@variants("reduced", "own-sizes", "layers")
+@variants("reduced", "layers")
 def test_the_loss_unrolls_what_propose_computes(policy, variant):
     recursive.check_the_loss_unrolls_what_propose_computes(
         policy, make(policy, **VARIANTS[variant]), first=1)

@@ -26,9 +26,11 @@ REDUCED = {"blocks": 2, "vocab": [0, 2, 3, 5, 7, 10]}
 
 VARIANTS = {"recursive": ({}, {}), "blocks": ({"blocks": 3}, {}), "mimo": ({}, MIMO),
             "two-blocks-reduced": (REDUCED, {}), "steps": ({}, STEPS)}
+QUICK = ("recursive",)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS])
 def draft(policy, request):
     return make(policy, request.param)
 

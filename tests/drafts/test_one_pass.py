@@ -193,6 +193,7 @@ def test_the_loss_is_what_its_name_says(policy, kind):
     assert draft.drafter.loss(policy, draft, nothing, kind)[0] == 0
 
 
+@pytest.mark.slow
 def test_parts_of_the_attention_are_the_whole(policy, monkeypatch):
     draft = make(policy, "dflash-mixed")
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 14)), jnp.int32)
@@ -258,6 +259,7 @@ def test_q_before_the_bias_is_seen(monkeypatch):
     assert enumerated("dspark", 1, max_new_tokens=2) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_draft_drawn_in_bfloat16_is_seen(monkeypatch):
     draw = base.Sampler.draw
 

@@ -82,6 +82,7 @@ def test_without_rounding_its_drafts_are_the_policys_own_samples(policy, plain, 
     np.testing.assert_array_equal(out.stats.cycles, [-(-len(row) // 4) for row in generated(out)])
 
 
+@pytest.mark.slow
 def test_it_follows_the_policy(policy):
     """One draft, made once: after an update of the policy it drafts for the new one."""
     draft = jspec.drafts.self(policy)
@@ -90,7 +91,8 @@ def test_it_follows_the_policy(policy):
     assert generated(out) != generated(run(policy, draft)) and acceptance(out) > 0.9
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
 def test_a_policy_of_other_parts(bits):
     """Biases, norms of queries and keys, and an untied head, in bfloat16."""
     odd = tiny.policy(11, heads=4, kv_heads=2, hidden=32, scale=0.25, tie_embeddings=False,
@@ -216,12 +218,13 @@ def test_rounding_is_half_a_step(bits, width, outliers):
 
 
 CASES = [(3, 1, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
-         pytest.param(3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,)), marks=pytest.mark.slow),
-         pytest.param(4, 1, 3, dict(max_new_tokens=3, stop_tokens=(1,), temperature=0.7, top_k=3,
-                                    min_new_tokens=2), marks=pytest.mark.slow),
-         pytest.param(3, 3, 4, dict(max_new_tokens=4, stop_tokens=(0,)), marks=pytest.mark.slow)]
+         (3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
+         (4, 1, 3, dict(max_new_tokens=3, stop_tokens=(1,), temperature=0.7, top_k=3,
+                        min_new_tokens=2)),
+         (3, 3, 4, dict(max_new_tokens=4, stop_tokens=(0,)))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab, k, cycles, sampling", CASES)
 def test_emitted_sequences_have_the_autoregressive_distribution(vocab, k, cycles, sampling):
     policy = tiny.policy(vocab, seed=vocab)

@@ -207,6 +207,7 @@ def test_rollouts_are_autoregressive_token_for_token_and_a_second_one_is_drafted
             == generated(first))
 
 
+@pytest.mark.slow
 def test_greedy_under_the_rejection_rule(policy):
     plain, batch, sampling = run(policy, None, 0, GREEDY)
     draft = remember(jspec.drafts.suffix(policy), batch, plain)
@@ -234,10 +235,12 @@ def pairs(share_noise):
     return Counter(zip(out[::2], out[1::2], strict=True)), want
 
 
+@pytest.mark.slow
 def test_siblings_that_draft_from_each_other_are_independent_samples_of_the_policy():
     assert p_value(*pairs(False)) > REFUSE
 
 
+@pytest.mark.slow
 def test_siblings_that_share_their_noise_are_not():
     assert p_value(*pairs(True)) < PLANTED
 
@@ -258,6 +261,7 @@ def worker():
         print(json.dumps([generated(out), np.asarray(out.stats.loop_cycles).ravel().tolist()]))
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_tokens_of_one(policy):
     tokens, cycles = on_devices(8, "from tests.drafts.test_suffix import worker; worker()")
     one, batch, sampling = twice(policy)

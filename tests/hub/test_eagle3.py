@@ -201,6 +201,7 @@ def test_which_window_a_config_asks_for(policy, tmp_path, config, window):
     assert read.config.window == (window,)
 
 
+@pytest.mark.slow
 def test_a_draft_that_was_read_rolls_out(policy):
     draft = eagle3.read(GOLDEN / CASES[4], policy)
     batch = jspec.PromptBatch.from_tokens([[1, 5, 9], [7]], group_size=1, seed=0, buckets=(4,))

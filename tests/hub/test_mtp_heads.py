@@ -260,7 +260,7 @@ def test_mixed_dtypes_lose_nothing(policy, tmp_path):
     same(mtp_heads.read(tmp_path / "head", policy).weights, draft.weights)
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_greedy_speculation_with_the_head_changes_nothing(k, policy, draft):
     batch = jspec.PromptBatch.from_tokens([[7, 3, 9, 11, 2, 30], [5], [4, 8]], group_size=2, seed=0,
                                           buckets=(8,))

@@ -59,8 +59,8 @@ def test_the_golden_files_would_show_a_scaling_that_is_not_applied(case):
     assert np.abs(golden_logits(policy.replace(config=plain), tokens) - want).max() > 0.01
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe_mixed_stacked",
-                                  pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen3_moe_mixed_stacked", "qwen3_moe"])
 def test_greedy_rollouts_of_experts_are_those_of_transformers(case):
     """Token for token, with drafts, of which the verifier may keep what it likes."""
     with np.load(GOLDEN / case / "expected.npz") as data:

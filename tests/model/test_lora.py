@@ -38,7 +38,7 @@ SLOW = {"marks": pytest.mark.slow}
 
 @pytest.mark.parametrize("kind, base_dtype", [
     *(pytest.param("dense", dtype, **({} if dtype == "int4" else SLOW)) for dtype in BASE_DTYPES),
-    ("sparse", "bfloat16"), pytest.param("sparse", "int4", **SLOW)])
+    *(pytest.param("sparse", dtype, **SLOW) for dtype in ("bfloat16", "int4"))])
 def test_value_and_gradients_are_those_of_the_merged_matrices(kind, base_dtype):
     _, policy = adapted(MODELS[kind], base_dtype)
     with jax.numpy_dtype_promotion("standard"):  # a TPU's kernels are a library's, which promotes

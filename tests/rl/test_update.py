@@ -126,8 +126,9 @@ def test_the_draft_loss_has_no_gradient_to_the_policy():
     assert optax.tree.norm(of_draft) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter, options", [
-    ("mtp", {}), pytest.param("eagle3", dict(micro_batch=4, widths=(3,)), marks=pytest.mark.slow)])
+    ("mtp", {}), ("eagle3", dict(micro_batch=4, widths=(3,)))])
 def test_a_draft_learns_the_same_from_the_rollouts_states(drafter, options):
     """The verifier's states are those of the update's forward, so the gradients are too, and the
     policy stays."""
@@ -227,6 +228,7 @@ def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later():
     np.testing.assert_allclose(metrics["loss"], 0.5 * metrics["kl"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_drafts_clip_rate_and_pace_are_its_own():
     own = OptimizerSettings(learning_rate=7.0, clip=1e-6)
     theirs = dataclasses.replace(SETTINGS, draft_optimizer=own, draft_every=3,

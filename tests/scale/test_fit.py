@@ -48,6 +48,7 @@ def small():
     return answer("draft.name=none", layers=(1, 2))
 
 
+@pytest.mark.slow
 def test_memory_of_many_layers_is_known_from_a_few(small):
     """Within 10% of what the compiler says of the whole program, program by program."""
     whole = answer("draft.name=none", layers=(LAYERS,))

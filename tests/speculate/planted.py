@@ -81,8 +81,7 @@ does, after one that it likes less, is what the block rule's weight is for, and 
 q."""
 
 # the others are marked slow
-DEFAULT = ("shared noise", "epsilon in the ratio", "residual is p",
-           "block: residual without its weight", "block: stops at the first failure")
+DEFAULT = ("shared noise", "residual is p", "block: residual without its weight")
 
 each_bug = pytest.mark.parametrize(
     "bug", [pytest.param(x, marks=() if x in DEFAULT else pytest.mark.slow) for x in BUGS])

@@ -51,7 +51,7 @@ def plain(policy):
 
 
 SHRINKING = ((1, 3), (2, 0), (3, 2))
-CASES = [(None, 0, 1), ("mtp", SHRINKING, 5),
+CASES = [pytest.param(None, 0, 1, marks=slow), ("mtp", SHRINKING, 5),
          *(pytest.param(draft, k, slots, marks=slow) for draft in (None, *drafters.NAMES)
            for k, slots in ((2, 1), (3, 3), (SHRINKING, None), (SHRINKING, 5)))]
 
@@ -65,6 +65,7 @@ def test_the_tokens_are_those_of_plain_decoding(policy, plain, draft, k, slots):
     np.testing.assert_array_equal(out.finished, plain.finished)
 
 
+@slow
 def test_counts(policy, plain):
     """Of one chain: every row's cycles are counted in the loop it was in, and a prompt's blocks are
     there once."""

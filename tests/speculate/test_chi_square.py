@@ -72,7 +72,7 @@ LONG = [*CASES, *((draft, "rejection", 2, {}) for draft in drafters.SPARSE),
         ("mtp", "coupled", 2, {"top_k": 3, "top_p": 0.9})]
 
 
-QUICK = ("mtp", "ngram", "suffix", "sharp")
+QUICK = ("mtp", "sharp")
 
 
 @pytest.mark.parametrize("draft, rule, k, sampling", [
@@ -99,6 +99,7 @@ def test_rollout_with_the_kernels_in(draft, rule, k, samples, sampling):
     check(draft, rule, k=k, samples=samples, kernels="pallas", max_new_tokens=3, **sampling)
 
 
+@pytest.mark.slow
 def test_rows_of_different_temperature_and_top_p():
     kinds = [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7), (0.0, 1.0)]
     samples = FEW // 2 * len(kinds)
@@ -146,6 +147,7 @@ def test_noise_that_outlives_its_cycle_is_seen(monkeypatch, retraced):
     assert planted_p_value() < PLANTED
 
 
+@pytest.mark.slow
 def test_block_noise_that_is_keyed_by_position_is_seen(monkeypatch, retraced):
     """Fresh in every position, and yet what two cycles draw for the same position is the same."""
     def by_position(key, sequence_ids, committed, k):

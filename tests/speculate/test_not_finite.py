@@ -41,7 +41,7 @@ def run(policy, draft, rule, kernels="reference", k=2, sampling=SAMPLING):
 
 
 @pytest.mark.parametrize("name, rule, kernels", [
-    ("mtp-reduced", "rejection", "reference"), ("mtp", "block", "pallas"),
+    ("mtp-reduced", "rejection", "reference"),
     *(pytest.param(name, rule, kernels, marks=slow) for name in WITH_WEIGHTS
       for rule in ("rejection", "block", "coupled") for kernels in ("reference", "pallas"))])
 def test_the_answer_is_autoregressive_sampling(policy, name, rule, kernels):

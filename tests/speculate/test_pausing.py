@@ -162,6 +162,7 @@ def p_value(patch, draft, rule, samples, slots=64, scale=0.2):
     return test_chi_square.p_value(Counter(tiny.sequences(out)), want)
 
 
+@slow
 @pytest.mark.parametrize("draft, rule, samples", [("sharp", "rejection", FEW // 8), *(
     pytest.param(draft, rule, FEW, marks=slow) for draft in ("mtp", "sharp")
     for rule in ("rejection", "block"))])

@@ -30,6 +30,7 @@ def run(policy, draft=None, k=0, slots=None, kv_tokens=None, depths=None):
                          speculation=jspec.Speculation(k=k, rule="coupled", depths=depths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft, k, slots, kv_tokens", [
     ("ngram", ((2, 1), (12, 2)), None, 84),
     *(pytest.param(draft, k, slots, None, marks=pytest.mark.slow)

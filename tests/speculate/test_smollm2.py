@@ -49,8 +49,8 @@ def check_greedy(out, rows, tokens):
                 == (len(want["greedy_tokens"]) <= tokens and want["greedy_tokens"][-1] == 2))
 
 
-@pytest.mark.parametrize("draft, k", [(None, 0), *(pytest.param(name, 3, marks=slow)
-                                                   for name in ("ngram", "mtp"))])
+@slow
+@pytest.mark.parametrize("draft, k", [(None, 0), ("ngram", 3), ("mtp", 3)])
 def test_greedy_decoding(decode, draft, k):
     out, *_ = decode(draft, k, 0.0)
     check_greedy(out, range(4), 20)

@@ -94,7 +94,7 @@ def test_the_tokens_are_the_same():
 
 @pytest.mark.parametrize("name, options", [
     ("mtp", dict(draft_loss="kl", warmup_steps=3)),
-    ("mtp-reduced", dict(draft_loss="tv", micro_batch=2)),
+    pytest.param("mtp-reduced", dict(draft_loss="tv", micro_batch=2), marks=pytest.mark.slow),
     ("eagle3", dict(draft_loss="overlap", draft_optimizer=OptimizerSettings(optimizer="muon")))])
 def test_updates_keep_their_dtypes(name, options, wide):
     policy, draft = make(name)

@@ -24,8 +24,8 @@ def unrolled_attention(earlier: list[tuple[jax.Array, jax.Array]],
     A query at p sees what a draft of depth d sees: depth 1 (from the trunk's states) up to position
     p - d + 1, and of those the `window` last (None: all), then one position each of the depths
     since, the last its own. slides: of depth 1 it sees one fewer for each depth since, but always
-    the last. `earlier`: keys and values of depths 1 .. d - 1, [B, S, KV heads, head_dim], grown
-    here.
+    the last, as P-EAGLE's trainer has it. (At inference a window shorter than a draft hides that
+    too.) `earlier`: keys and values of depths 1 .. d - 1, [B, S, KV heads, head_dim], grown here.
     """
     def attend(q, k, v) -> tuple[jax.Array, None]:
         pairs = [*earlier, (k, v)]

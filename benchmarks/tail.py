@@ -8,7 +8,8 @@ makes it, under a cap.
 
 What is counted is useful tokens: those of the answers, end tokens included. Autoregressive decoding
 ("none") is always timed. Every round has noise of its own, the same for all variants, and takes
-them in turn; compiling is not counted. A k is a number or a schedule by live rows: 4:7/16:3 drafts
+them in turn; compiling is not counted. Drafts that remember have seen the rounds before, as in a
+run's later epochs. A k is a number or a schedule by live rows: 4:7/16:3 drafts
 7 tokens with up to 4 rows, 3 with up to 16, and none with more. `--k auto` measures and chooses
 before anything is timed; the k of each loop stands beside it. `mean`, `median` and `largest` are of
 the answers' lengths, and `occupancy` is live rows over computed rows.
@@ -161,8 +162,10 @@ def counted(out: jspec.Rollout) -> dict[str, Any]:
 def time_rollouts(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft | None],
                   variants: list[bench_drafts.Variant],
                   prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
-    """A row for each variant in each round. The policy is in the rollout layout."""
+    """A row for each variant in each round, of which drafts that remember have seen those before.
+    The policy is in the rollout layout."""
     batch, compiled = make_batch(args, prompts, 0), {}
+    used = {variant: drafts[variant.draft] for variant in variants}
     with telling("compiling", total=len(variants)) as advance:
         # compiled without being run: one run of this workload may take minutes
         for variant in variants:
@@ -173,10 +176,12 @@ def time_rollouts(args: argparse.Namespace, policy: Policy, drafts: dict[str, Dr
     with telling("timing", total=args.rounds * len(variants)) as advance:
         for number in range(1, args.rounds + 1):
             batch = make_batch(args, prompts, number)
-            programs = {variant: partial(program, policy, drafts[variant.draft], batch)
+            programs = {variant: partial(program, policy, used[variant], batch)
                         for variant, program in compiled.items()}
             for variant, seconds, out in measure.in_turn(programs, 1):
-                figures = counted(out)
+                figures, draft = counted(out), used[variant]
+                if draft is not None and draft.drafter.remember is not None:
+                    used[variant] = jax.jit(draft.drafter.remember)(draft, batch, out)
                 yield {"round": number, **dataclasses.asdict(variant), "seconds": seconds,
                        "tok_per_s": figures["tokens"] / seconds, **figures}
                 advance()

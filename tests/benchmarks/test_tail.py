@@ -34,6 +34,14 @@ def test_useful_tokens_of_natural_lengths(monkeypatch, tmp_path, model):
     assert result["machine"]["cores"] and result["prompts"] == 2 and not result["grpo"]
 
 
+def test_drafts_that_remember_have_seen_the_rounds_before(monkeypatch, tmp_path, model):
+    rows = bench(monkeypatch, tmp_path, model, "--rounds", "2", "--drafts", "suffix",
+                 "--temperature", "0")["rows"]
+    first, second = (row["acceptance_length"] for row in rows if row["draft"] == "suffix")
+    assert len({row["tokens"] for row in rows}) == 1  # greedy: the same answers again
+    assert second > max(2, first)
+
+
 def test_a_step_that_compiles_is_not_counted(monkeypatch):
     """Of made-up steps: seconds are those of the whole step, tokens those of the answers."""
     out = SimpleNamespace(lengths=np.array([3, 9]), finished=np.array([True, False]),

@@ -141,6 +141,7 @@ class Killed(BaseException):
     """What ends a run at once."""
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_loggers_write_resumes_to_the_same_numbers(whole, tmp_path, monkeypatch):
     write = TensorBoard.write
 
@@ -180,6 +181,7 @@ def test_optimizers_states_in_host_memory_change_nothing(whole, tmp_path, monkey
     assert read_records(tmp_path / "metrics.jsonl")[3]["compilations"] == 0
 
 
+@pytest.mark.slow
 def test_what_a_drafter_remembers_is_in_the_checkpoint(tmp_path):
     """Four prompts, so that every step is an epoch; a history that was lost would show in what is
     accepted."""
@@ -216,6 +218,7 @@ def test_sigterm_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkeyp
     assert records(tmp_path) == records(whole)
 
 
+@pytest.mark.slow
 def test_an_output_that_nobody_reads_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     class Closed(io.StringIO):  # as of `jspec train ... | head -2`
         def write(self, text):

@@ -160,6 +160,7 @@ def test_programs_are_run_in_turn():
             == [result for _, _, result in taken])
 
 
+@pytest.mark.slow
 def test_parts_do_what_a_cycle_does():
     """Run twice, a part's second run sees what its first left in the cache."""
     k, policy = 2, jspec.init_policy(SHAPES["tiny"], jax.random.key(0))

@@ -87,14 +87,13 @@ def test_rollout_in_full(draft, rule, k, sampling):
     check(draft, rule, k=k, max_new_tokens=4, **sampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft, rule, k, samples, sampling", [
-    ("mtp", "rejection", 2, FEW // 8, {}),
-    *(pytest.param(*case, marks=pytest.mark.slow)
-      for case in (("table", "rejection", 3, FEW, {"temperature": 0.7}),
-                   ("table", "block", 3, FEW, {"temperature": 0.7}), ("ngram", "block", 3, FEW, {}),
-                   ("mtp-reduced", "block", 2, FEW, {"min_new_tokens": 1}),
-                   ("ngram", "rejection", 3, FEW, {"min_new_tokens": 2}),
-                   ("mtp", "coupled", 2, FEW, {"min_new_tokens": 1})))])
+    ("mtp", "rejection", 2, FEW // 8, {}), ("table", "rejection", 3, FEW, {"temperature": 0.7}),
+    ("table", "block", 3, FEW, {"temperature": 0.7}), ("ngram", "block", 3, FEW, {}),
+    ("mtp-reduced", "block", 2, FEW, {"min_new_tokens": 1}),
+    ("ngram", "rejection", 3, FEW, {"min_new_tokens": 2}),
+    ("mtp", "coupled", 2, FEW, {"min_new_tokens": 1})])
 def test_rollout_with_the_kernels_in(draft, rule, k, samples, sampling):
     check(draft, rule, k=k, samples=samples, kernels="pallas", max_new_tokens=3, **sampling)
 

@@ -114,9 +114,8 @@ def test_block_with_every_drafter(draft, monkeypatch):
 @pytest.mark.parametrize("draft", drafters.NAMES)
 def test_every_drafter_in_full(draft, rule):
     check(draft, 3, 3, 3, rule, max_new_tokens=4, stop_tokens=(2,), min_new_tokens=1)
-    # of the few tokens that are left every chain has one of theirs accepted
-    cycles = 2 if draft in ("ngram", "draft_model") else 3
-    check(draft, 4, 2, cycles, rule, max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3,
+    # two cycles: of the few tokens that are left, a draft may have one accepted in every chain
+    check(draft, 4, 2, 2, rule, max_new_tokens=3, stop_tokens=(3,), temperature=0.7, top_k=3,
           top_p=0.9)
 
 

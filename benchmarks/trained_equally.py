@@ -218,9 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records = []
     for seed, name in itertools.product(range(args.seeds), names):
         records += curve(args, name, seed, policy, rows, vocab, depths)
+        measure.write_json(args.json, measure.report(records))  # the next one takes minutes
     title = f"{len(rows)} answers, {len(emitted)} tokens, {os.cpu_count()} cores"
     show(records, title)
-    measure.write_json(args.json, measure.report(records))
     if args.plot:
         draw(records, title, args.plot)
     return 0

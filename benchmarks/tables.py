@@ -156,6 +156,23 @@ def best_drafts() -> str:
                      for draft, name in DRAFTS.items()])
 
 
+def small_batches() -> str:
+    """The shipped head at small batches, and what verification costs of that."""
+    rows = result("drafts_small_cpu")
+    plain = {row["batch"]: row for row in rows if not row["k"]}
+
+    def line(row: Row) -> list[str]:
+        step = plain[row["batch"]]
+        promised = row["acceptance_length"] / (1 + row["draft_ms"] / step["cycle_ms"])
+        return [str(row["batch"]), str(row["k"]), f"{row['acceptance_length']:.2f}",
+                times(row["verify_ms"] / step["verify_ms"]),
+                times(row["draft_ms"] / step["cycle_ms"]), times(row["speedup"]), times(promised)]
+
+    return markdown(["batch", "k", "tokens a cycle", "a verification, in plain ones",
+                     "drafting, in plain steps", "speed-up", "if verification cost a plain step"],
+                    [line(row) for row in rows if row["k"]])
+
+
 def online() -> str:
     """A draft that learns beside its policy, and the same one frozen, on the same policies."""
     def line(row: Row) -> list[str]:
@@ -285,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "repeat": lambda: versus("repeat_cpu"),
     "drafts": drafts,
     "best_drafts": best_drafts,
+    "small_batches": small_batches,
     "online": online,
     "served": served,
     "losses": losses,

@@ -43,9 +43,8 @@ from jspec.drafts.parts.fusing import (
 )
 from jspec.drafts.parts.fusing import prepare as prepare_block
 from jspec.drafts.parts.fusing import specs as block_specs
-from jspec.drafts.parts.one_pass import default_mask_token
+from jspec.drafts.parts.one_pass import check_mask_token, default_mask_token
 from jspec.drafts.parts.unroll import shift, unrolled_attention
-from jspec.errors import InputError
 from jspec.model import ParamSpec, Policy, Trunk
 from jspec.model.layers import rope_table
 
@@ -64,9 +63,7 @@ class PeagleConfig(FusedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         settle(self, "peagle draft: ", mask_token=whole())
-        if self.mask_token >= self.policy.vocab_size:
-            raise InputError(f"peagle draft: mask_token = {self.mask_token} is outside the "
-                             f"policy's vocabulary of {self.policy.vocab_size}")
+        check_mask_token(self.kind, self.policy, self.mask_token)
 
     @property
     def trains_embed(self) -> bool:

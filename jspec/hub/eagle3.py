@@ -4,7 +4,7 @@ Three layouts are read. SpecForge's calls the block `midlayer`, vLLM's `layers.0
 config.json. That of the speculators library has vLLM's names, and the block's config inside
 `transformer_layer_config`. Further layers are `layers.1` and so on in all of them. SpecForge's and
 speculators' are written (speculators' own converter from SpecForge's leaves out flags and auxiliary
-layers); of P-EAGLE speculators' alone.
+layers). P-EAGLE has the same layouts and a mask token.
 """
 
 from __future__ import annotations

@@ -259,7 +259,6 @@ def test_q_before_the_bias_is_seen(monkeypatch):
     assert enumerated("dspark", 1, max_new_tokens=2) > 1e-3
 
 
-@pytest.mark.slow
 def test_a_draft_drawn_in_bfloat16_is_seen(monkeypatch):
     draw = base.Sampler.draw
 

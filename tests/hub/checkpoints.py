@@ -1,18 +1,23 @@
 """Small checkpoints for the tests of this folder: copies of golden models, and GGUF files written
 as llama.cpp does."""
 
+import importlib
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jspec import hub
 from jspec.errors import InputError
+from jspec.model import train_forward
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -35,6 +40,25 @@ def edit_tensors(directory, change):
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def largest_difference(policy, draft, directory, positions):
+    """Between the logits of every depth and those of the reference in a golden directory, where
+    there are any: more than so many."""
+    module = importlib.import_module(f"jspec.drafts.{draft.name}")  # the package has the function
+    with np.load(directory / "reference.npz") as data:
+        tokens, want = jnp.asarray(data["tokens"]), data["logits"]
+
+    @jax.jit
+    def score(policy, draft):
+        trunk = train_forward(policy, tokens, depths=draft.drafter.features(draft.config))
+        states = module.unroll(policy, draft, trunk, tokens, len(want))
+        head = partial(module.logits, policy, draft.config, draft.weights, draft.state.get("vocab"))
+        return jnp.concatenate([head(x) for x in states])
+
+    got = np.asarray(score(policy, draft))
+    assert got.shape == want.shape and np.isfinite(want).sum() > positions * want.shape[-1]
+    return np.nanmax(np.abs(got - want))
 
 
 def message(directory):

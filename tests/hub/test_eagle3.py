@@ -2,10 +2,8 @@
 for every fault."""
 
 import dataclasses
-import importlib
 import json
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +18,12 @@ from jspec.errors import InputError
 from jspec.heads import not_run_by_vllm, publish
 from jspec.hub import eagle3
 from jspec.hub.eagle3_config import FLAGS
-from jspec.model import train_forward
-from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
+from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors, largest_difference
 from tests.speculate import tiny
 
 CASES = ["eagle3_specforge", "eagle3_vllm", "eagle3_speculators", "eagle3_speculators_qwen3",
          "eagle3_speculators_window", "eagle3_speculators_layers", "eagle3_vllm_layers"]
 AUX = "eagle_aux_hidden_state_layer_ids"
-# the package has the function under this name
-module = importlib.import_module("jspec.drafts.eagle3")
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +36,9 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, (a.weights, a.state), (b.weights, b.state))
 
 
-def largest_difference(policy, draft, case):
-    """Between the logits of every depth and the reference's, where there are any."""
-    with np.load(GOLDEN / case / "reference.npz") as data:
-        tokens, want = jnp.asarray(data["tokens"]), data["logits"]
-
-    @jax.jit
-    def score(policy, draft):
-        trunk = train_forward(policy, tokens, depths=draft.drafter.features(draft.config))
-        states = module.unroll(policy, draft, trunk, tokens, draft.config.depths)
-        head = partial(module.logits, policy, draft.config, draft.weights, draft.state.get("vocab"))
-        return jnp.concatenate([head(x) for x in states])
-
-    got = np.asarray(score(policy, draft))
-    assert got.shape == want.shape and np.isfinite(want).sum() > 60 * want.shape[-1]
-    return np.nanmax(np.abs(got - want))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits_match_the_reference_at_every_depth(policy, case):
-    assert largest_difference(policy, eagle3.read(GOLDEN / case, policy), case) < 1e-4
+    assert largest_difference(policy, eagle3.read(GOLDEN / case, policy), GOLDEN / case, 60) < 1e-4
 
 
 def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
@@ -68,6 +46,7 @@ def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
     configs = [draft.config for draft in drafts.values()]
     for flag in (*FLAGS, "own_embed"):
         assert {getattr(c, flag) for c in configs} == {False, True}
+    assert {c.depths for c in configs} == {3}
     assert [c.vocab_size for c in configs] == [20, 0, 12, 25, 0, 20, 0]
     assert ([c.aux_depths for c in configs]
             == [(1, 4, 6), (0, 3, 5), (2, 3, 6), (2, 3, 4), (2, 3, 4), (0, 2, 5, 6), (3, 6)])
@@ -97,7 +76,7 @@ def test_the_golden_files_cover_the_layouts_and_the_flags(policy):
 def test_the_golden_files_would_show_a_flag_that_is_not_honoured(policy, case, changes):
     draft = eagle3.read(GOLDEN / case, policy)
     wrong = draft.replace(config=dataclasses.replace(draft.config, **changes))
-    assert largest_difference(policy, wrong, case) > 0.01
+    assert largest_difference(policy, wrong, GOLDEN / case, 60) > 0.01
 
 
 @pytest.mark.parametrize("layout, block",

@@ -2,13 +2,10 @@
 for every fault."""
 
 import dataclasses
-import importlib
 import json
 import re
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -18,13 +15,10 @@ from jspec import hub
 from jspec.errors import InputError
 from jspec.heads import not_run_by_vllm, publish
 from jspec.hub import eagle3
-from jspec.model import train_forward
-from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors
+from tests.hub.checkpoints import GOLDEN, copy, edit_config, edit_tensors, largest_difference
 
 HOME = GOLDEN / "drafters"
 CASES = ["peagle", "peagle_qwen3_fc_norm_reduced", "peagle_two_layers_sliding"]
-# the package has the function under this name
-module = importlib.import_module("jspec.drafts.peagle")
 
 
 @pytest.fixture(scope="module")
@@ -32,26 +26,10 @@ def policy():
     return hub.load(str(GOLDEN / "eagle3_target"), dtype="float32")
 
 
-def largest_difference(policy, draft, case):
-    """Between the logits of every depth and the reference's, where there are any."""
-    with np.load(HOME / case / "reference.npz") as data:
-        tokens, want = jnp.asarray(data["tokens"]), data["logits"]
-
-    @jax.jit
-    def score(policy, draft):
-        trunk = train_forward(policy, tokens, depths=draft.drafter.features(draft.config))
-        states = module.unroll(policy, draft, trunk, tokens, len(want))
-        head = partial(module.logits, policy, draft.config, draft.weights, draft.state.get("vocab"))
-        return jnp.concatenate([head(x) for x in states])
-
-    got = np.asarray(score(policy, draft))
-    assert got.shape == want.shape and np.isfinite(want).sum() > 80 * want.shape[-1]
-    return np.nanmax(np.abs(got - want))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits_match_the_reference_at_every_depth(policy, case):
-    assert largest_difference(policy, jspec.load_draft(policy, HOME / case), case) < 1e-4
+    assert largest_difference(policy, jspec.load_draft(policy, HOME / case), HOME / case,
+                              80) < 1e-4
 
 
 @pytest.mark.slow
@@ -62,7 +40,7 @@ def test_logits_match_the_reference_at_every_depth(policy, case):
 def test_the_golden_files_would_show_what_is_not_honoured(policy, case, changes):
     draft = eagle3.read(HOME / case, policy)
     wrong = draft.replace(config=dataclasses.replace(draft.config, **changes))
-    assert largest_difference(policy, wrong, case) > 0.01
+    assert largest_difference(policy, wrong, HOME / case, 80) > 0.01
 
 
 @pytest.mark.parametrize("case", CASES)

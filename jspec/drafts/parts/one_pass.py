@@ -82,9 +82,7 @@ class OnePassConfig:
         if self.windows and len(self.windows) != self.block.num_layers:
             raise InputError(f"{label}windows has {len(self.windows)} numbers, and there are "
                              f"{self.block.num_layers} layers; give one for each layer")
-        if self.mask_token >= self.policy.vocab_size:
-            raise InputError(f"{label}mask_token = {self.mask_token} is outside the policy's "
-                             f"vocabulary of {self.policy.vocab_size}")
+        check_mask_token(self.kind, self.policy, self.mask_token)
         check_fused(self.kind, self.policy, self.block, self.aux_depths)
 
     @property
@@ -117,6 +115,13 @@ def default_depths(num_layers: int) -> tuple[int, ...]:
     count = min(5, last - first + 1)
     steps = [first + round(i * (last - first) / max(count - 1, 1)) for i in range(count)]
     return tuple(dict.fromkeys(steps))
+
+
+def check_mask_token(kind: str, policy: ModelConfig, mask_token: int) -> None:
+    """Raise InputError where the policy has no embedding of it; `kind` is the drafter's name."""
+    if mask_token >= policy.vocab_size:
+        raise InputError(f"{kind} draft: mask_token = {mask_token} is outside the policy's "
+                         f"vocabulary of {policy.vocab_size}")
 
 
 def default_mask_token(policy: ModelConfig) -> int:

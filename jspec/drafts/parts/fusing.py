@@ -232,9 +232,11 @@ def block_of(policy: Policy, config: FusedConfig, w: dict) -> recursion.Block:
     eps = config.block.rms_norm_eps
 
     def run(hidden, tokens, rope, attends) -> tuple[jax.Array, list]:
-        own = w.get("embed")
-        own = own if own is None or config.trains_embed else jax.lax.stop_gradient(own)
-        embedded = embed(policy if own is None else policy.replace(weights={"embed": own}), tokens)
+        embedding = policy
+        if config.own_embed:
+            own = w["embed"] if config.trains_embed else jax.lax.stop_gradient(w["embed"])
+            embedding = policy.replace(weights={"embed": own})
+        embedded = embed(embedding, tokens)
         normed = rms_norm(hidden, w["hidden_norm"], eps)
         inputs = jnp.concatenate([rms_norm(embedded, w["embed_norm"], eps), normed], axis=-1)
         x, caches = normed if config.norm_before_residual else hidden, []

@@ -286,6 +286,14 @@ def test_it_refuses(policy, name, options, message):
         getattr(jspec.drafts, name)(policy, jax.random.key(0), **options)
 
 
+@pytest.mark.parametrize("width", [0, 4])  # a Markov head may have no rank
+def test_the_slots_that_predict(policy, width):
+    config = make(policy, "dspark-rnn").config  # slot 0 is its anchor's
+    x = jnp.arange(2 * 3 * 4 * width).reshape(2, 3, 4, width)
+    np.testing.assert_array_equal(anchored.predicting(config, x),
+                                  np.concatenate([x[:, i, 1:] for i in range(3)], axis=1))
+
+
 @pytest.mark.parametrize("layers, depths", [(1, (1,)), (2, (1,)), (3, (1,)), (5, (2, 3)),
                                             (30, (2, 8, 15, 22, 28)), (36, (2, 10, 18, 26, 34))])
 def test_the_default_depths_are_there(layers, depths):

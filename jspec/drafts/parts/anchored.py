@@ -57,7 +57,8 @@ def slot_states(policy: Policy, config: OnePassConfig, w: dict, batch: DraftBatc
 
 def predicting(config: OnePassConfig, x: jax.Array) -> jax.Array:
     """Of [B, A, block_size, ...] the slots that predict, [B, A x predicted, ...]."""
-    return x[:, :, config.idle:].reshape(x.shape[0], -1, *x.shape[3:])
+    b, anchors, _, *rest = x.shape
+    return x[:, :, config.idle:].reshape(b, anchors * config.predicted, *rest)
 
 
 def anchored_attention(q: jax.Array, k: jax.Array, v: jax.Array, context_k: jax.Array,

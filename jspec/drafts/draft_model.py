@@ -57,6 +57,9 @@ from jspec.model import prefill as prefill_prompts
 from jspec.model.forward import without_tokenless
 from jspec.sharding import agreed, constrain
 
+CATCH_UP = "catch_up"
+"""The `jax.named_scope` of the passes that take no turn where every cycle drafts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DraftModelConfig:
@@ -208,7 +211,9 @@ def _caught_up(small: Policy, cache: Cache, seen: jax.Array, committed: Committe
         seen = jnp.minimum(first + width, committed.lengths)
         return cache, seen, goes_on(seen)
 
-    cache, seen, _ = jax.lax.while_loop(lambda carry: carry[2], turn, (cache, seen, goes_on(seen)))
+    with jax.named_scope(CATCH_UP):
+        cache, seen, _ = jax.lax.while_loop(lambda carry: carry[2], turn,
+                                            (cache, seen, goes_on(seen)))
     return cache, seen
 
 

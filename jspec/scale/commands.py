@@ -10,7 +10,7 @@ from jspec.errors import InputError
 from jspec.output import open_output, table_screen
 from jspec.prepare import make_speculation
 from jspec.scale.fit import fit
-from jspec.scale.published import shape_of
+from jspec.scale.published import subject
 from jspec.scale.report import as_json, show, svg
 from jspec.scale.topologies import devices, topology
 from jspec.speculate.schedule import WITH_MANY
@@ -24,7 +24,7 @@ def answer(arguments: argparse.Namespace) -> int:
     check(config, arguments)
     written = open_output(None if arguments.json == "-" else arguments.json, "--json")
     drawn = open_output(arguments.plot, "--plot")
-    model = shape_of(config.model, arguments.model)
+    config, model = subject(config, arguments.model)
     found = fit(
         config,
         model,

@@ -18,7 +18,7 @@ import jax
 from jspec.config import Config
 from jspec.errors import InputError
 from jspec.model import ModelConfig
-from jspec.prepare import check_sizes, fresh_options, make_speculation
+from jspec.prepare import check_sizes, make_speculation
 from jspec.progress import telling
 from jspec.scale.depths import depths, extended, kinds
 from jspec.scale.floors import Floor, total
@@ -196,7 +196,7 @@ def only_widest(config: Config) -> Config:
     each width is compiled by itself. A draft that is in files is taken as a fresh one of its
     kind."""
     grpo = dataclasses.replace(config.grpo, widths=(config.sampling.max_new_tokens,))
-    draft = dataclasses.replace(config.draft, path=None, options=fresh_options(config))
+    draft = dataclasses.replace(config.draft, path=None)
     return dataclasses.replace(config, grpo=grpo, draft=draft)
 
 

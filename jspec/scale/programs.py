@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jspec.config import Config
+from jspec.drafts.draft_model import CATCH_UP
 from jspec.errors import InputError
 from jspec.hlo import Instruction
 from jspec.model import ModelConfig, Policy, abstract_policy
@@ -184,8 +185,9 @@ def compile_one(
 
 
 def once(loop: Instruction) -> float:
-    """Of loops whose turns are data: one turn of each is counted."""
-    return 1.0
+    """Of loops whose turns are data: one turn of each is counted, but of a draft model's catching
+    up none, for every cycle drafts."""
+    return 0.0 if f"/{CATCH_UP}/" in loop.scope else 1.0
 
 
 def placed(tree: Any) -> Any:

@@ -40,7 +40,7 @@ from jspec.scale.project_report import (
     speedup_tables,
     summary,
 )
-from jspec.scale.published import shape_of
+from jspec.scale.published import subject
 from jspec.scale.topologies import topology
 from jspec.sharding import AXES, LAYOUTS, batch_shards, check_mesh, check_slices, mesh_sizes
 from jspec.speculate.loops import FEWEST_ON_CHIPS, loops
@@ -67,7 +67,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     if config.data.over_sampling > 1:
         raise InputError(f"data.over_sampling={config.data.over_sampling:g} ends rollouts early, "
                          "and a projection is of whole ones; set it to 1")
-    model = shape_of(config.model, arguments.model)
+    config, model = subject(config, arguments.model)
     found = [projected(config, model, on, arguments) for on in arguments.on]
     console = table_screen(stderr=on_stdout)
     for one in found:

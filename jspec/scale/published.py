@@ -3,6 +3,7 @@ are there."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -11,13 +12,18 @@ from typing import Any
 
 from jspec import arguments, hub
 from jspec.base_model import architecture
+from jspec.config import Config
 from jspec.errors import InputError
+from jspec.heads.models import NAME as DRAFT_MODEL
+from jspec.heads.models import open_model
 from jspec.hub.architectures import config_from_hf
 from jspec.hub.names import SHORT_NAMES, PackagedModel
 from jspec.model import ModelConfig
 from jspec.sections import ModelSection
 
 TABLE = Path(__file__).with_name("published.json")
+PADDED = 512
+"""By how many ids vocabularies of one tokenizer differ at most: Qwen2.5's by 128."""
 
 
 @functools.cache
@@ -38,11 +44,8 @@ def shape_of(section: ModelSection, path: str | None = None) -> ModelConfig:
         return _of_file(arguments.path("--model", path))
     if section.name == "random":
         return architecture(section)
-    name = SHORT_NAMES.get(section.name, section.name)
-    if isinstance(name, PackagedModel):
-        name = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    if name in published():
-        return config_from_hf(dict(published()[name]["config"]))
+    if (known := _in_table(section.name)) is not None:
+        return known
     try:
         return hub.read_config(section.name)
     except InputError as error:
@@ -50,6 +53,33 @@ def shape_of(section: ModelSection, path: str | None = None) -> ModelConfig:
             f"{error}; or give its shape, --model path/to/config.json (known without: "
             f"{', '.join(published())})"
         ) from None
+
+
+def subject(config: Config, path: str | None = None) -> tuple[Config, ModelConfig]:
+    """(the configuration, its model as `shape_of` has it). A draft model at `draft.path` becomes
+    one of its shape, drawn at random, that learns if the other did: it may be in the table too.
+
+    Of both vocabularies some ids may have no token; no tokenizer says which. Those of the policy's
+    that a draft model of the same tokenizer lacks are taken to be.
+    """
+    model, section = shape_of(config.model, path), config.draft
+    if section.name != DRAFT_MODEL or section.path is None:
+        return config, model
+    name = section.path
+    small = _in_table(name) or open_model(name).config
+    if not model.tokenless and 0 < model.vocab_size - small.vocab_size <= PADDED:
+        model = dataclasses.replace(model, tokenless=((small.vocab_size, model.vocab_size),))
+    draft = dataclasses.replace(section, path=None, options={"model": small}, train=section.trains)
+    return dataclasses.replace(config, draft=draft), model
+
+
+def _in_table(name: str) -> ModelConfig | None:
+    known = SHORT_NAMES.get(name, name)
+    if isinstance(known, PackagedModel):
+        known = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    if known not in published():
+        return None
+    return config_from_hf(dict(published()[known]["config"]))
 
 
 def _of_file(path: Path) -> ModelConfig:

@@ -1,17 +1,21 @@
+import dataclasses
 import json
 
 import jax
 import pytest
 
+from jspec.config import load_config
 from jspec.drafts import find
 from jspec.errors import InputError
+from jspec.hlo import Instruction
 from jspec.hub.names import SHORT_NAMES
 from jspec.model import abstract_policy
-from jspec.prepare import check_fresh_draft
+from jspec.prepare import check_draft, check_fresh_draft, make_state_specs
 from jspec.rl.state import state_specs
 from jspec.rl.update_settings import UpdateSettings
 from jspec.scale.memory import rollout_shape, shard_bytes, state_bytes
-from jspec.scale.published import published, shape_of
+from jspec.scale.programs import once
+from jspec.scale.published import published, shape_of, subject
 from jspec.sections import ModelSection
 
 
@@ -57,3 +61,36 @@ def test_a_config_json_says_what_no_table_knows(tmp_path):
         shape_of(ModelSection(name="my/own"), str(tmp_path))
     with pytest.raises(InputError, match=r"--model path/to/config.json \(known without: Hugging"):
         shape_of(ModelSection(name=str(tmp_path / "nothing")))
+
+
+QWEN25 = "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+@pytest.mark.parametrize(("policy", "small"), [("qwen3-8b", "qwen3-0.6b"),
+                                               ("Qwen/Qwen2.5-7B-Instruct", QWEN25)])
+def test_a_draft_model_by_name_is_its_shape_and_learns_no_more_than_it_did(policy, small):
+    """Nothing is fetched. Masters alone, as a run has them that does not train it; of 128 ids that
+    only the policy has room for none is a token."""
+    named = [f"model.name={policy}", "draft.name=draft_model", f"draft.path={small}"]
+    weights = published()[SHORT_NAMES.get(small, small)]["parameters"]
+    for more, bytes_each in ([], 4), (["draft.train=true"], 12):
+        config, model = subject(load_config(None, [*named, *more]))
+        draft = check_draft(config, model)
+        assert sum(x.size for x in jax.tree.leaves(draft.weights)) == weights
+        state = make_state_specs(config, abstract_policy(model, "bfloat16"))
+        assert state_bytes(state, None)["draft"] == pytest.approx(bytes_each * weights, rel=1e-3)
+    assert model.tokenless == (((151936, 152064),) if small == QWEN25 else ())
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused():
+    config, model = subject(load_config(None, [
+        "model.name=qwen3-8b", "draft.name=draft_model", "draft.path=smollm2-135m-instruct"]))
+    with pytest.raises(InputError, match="the model only 49152 ids"):
+        check_draft(config, model)
+
+
+def test_catching_up_takes_no_turn():
+    loop = Instruction("f32[]", "while", (), "jit(f)/decode/while/body/propose/catch_up/while", (),
+                       "main", "")
+    assert once(loop) == 0
+    assert once(dataclasses.replace(loop, scope="jit(f)/decode/while")) == 1

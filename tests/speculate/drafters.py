@@ -21,6 +21,9 @@ VARIANTS = {"mtp-blocks": ("mtp", {"blocks": 2}), "mtp-steps": ("mtp", {}),
 # conventions of published heads, which no option sets: of the speculators library's
 CONVENTIONS = {"mtp-steps": {"blocks": 2, "shared": True, "first": 1, "normed_trunk": False}}
 NAMES = (*jspec.drafts.DRAFTERS, *VARIANTS)
+HISTORIC = tuple(name for name in NAMES
+                 if jspec.drafts.find(VARIANTS.get(name, (name,))[0]).remember is not None)
+"""Those that draft what has been before."""
 TABLES = {"table": {}, "fixed": {"sampled": False}, "sharp": {"spread": 2.0}}
 MODEL = {"num_layers": 2, "hidden_size": 8, "intermediate_size": 24, "num_heads": 2,
          "num_kv_heads": 2, "head_dim": 4, "family": "llama", "experts": None}

@@ -87,7 +87,7 @@ def line(ks: Sequence[int], values: Sequence[float], size: Sequence[float]) -> t
 
 def without_draft(decoding: Decoding) -> Decoding:
     """The floor of the verifier alone, to which what was measured of drafts is added."""
-    return dataclasses.replace(decoding, draft=None, draft_share=None, overhead=Overhead())
+    return dataclasses.replace(decoding, draft=(), draft_share=None, overhead=Overhead())
 
 
 def overhead_of(measured: Measured, decoding: Decoding, answers: Answers) -> Overhead:

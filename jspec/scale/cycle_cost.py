@@ -45,7 +45,7 @@ class Sizes:
       score_operations: of one token on one position of its context, in all layers.
       weight_bytes: of a parameter; kv_bytes: of a key's or value's number.
       rate: what matrices are multiplied in, as `Chip.rate` takes it.
-      passes: of a draft, how many all its tokens come of at most; 0: each of one of its own.
+      passes: of a part of a draft, how many all tokens come of at most; 0: each of one of its own.
     """
 
     dense: float
@@ -98,39 +98,51 @@ class Sizes:
 WEIGHT_BYTES = dict(zip(PRECISIONS, (2.0, 1.0, 1.0), strict=True))
 
 
-def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> Sizes | None:
-    """What drafting one token reads and computes: one pass over the draft's weights, and over the
-    policy's output head where the draft has none; of a draft of one pass, what all its tokens do.
-    None: nothing is read (`ngram`, `suffix`).
+def draft_sizes(draft: Draft | None, policy: Sizes, model: ModelConfig) -> tuple[Sizes, ...]:
+    """What drafting reads and computes, part by part, each with its passes: the draft's blocks, its
+    output head (the policy's where the draft has none), and of DSpark the Markov head. (): nothing
+    is read (`ngram`, `suffix`).
 
     draft: `jax.ShapeDtypeStruct`s do.
     """
     if draft is None:
-        return None
+        return ()
     if draft.name == MIXED:
         draft = trained_of(draft)
     if draft.name == "self":  # the policy itself, in fewer bits
-        return dataclasses.replace(policy, weight_bytes=draft.config.bits / 8)
+        return (dataclasses.replace(policy, weight_bytes=draft.config.bits / 8),)
     if draft.name == "draft_model":
-        return Sizes.of(draft.config.model)
-    specs = jax.tree.leaves(draft.drafter.specs(draft.config), is_leaf=is_spec)
+        return (Sizes.of(draft.config.model),)
+    config = draft.config
+    specs = jax.tree.leaves(draft.drafter.specs(config), is_leaf=is_spec)
     if not specs:
-        return None
-    vocabulary = getattr(draft.config, "vocab_size", 0) or model.vocab_size
-    of_policy = 0 if "head" in draft.weights else vocabulary * model.hidden_size
-    shared = getattr(draft.config, "shared", False)
-    blocks = 1 if shared else getattr(draft.config, "blocks", 1)  # each drafts a depth of its own
-    dense = sum(math.prod(spec.shape) for spec in specs) / blocks + of_policy
-    block = draft.drafter.model(draft.config)
+        return ()
+    weights, block = draft.weights, draft.drafter.model(config)
+    shared = getattr(config, "shared", False)
+    blocks = 1 if shared else getattr(config, "blocks", 1)  # each drafts a depth of its own
+    head = (getattr(config, "vocab_size", 0) or model.vocab_size) * model.hidden_size
+    markov = _count({name: x for name, x in weights.get("markov", {}).items() if name != "w1"})
+    apart = _count([weights.get(name, ()) for name in ("embed", "head", "markov", "confidence")])
+    dense = (sum(math.prod(spec.shape) for spec in specs) - apart) / blocks
+    layers = 1 if block is config.policy else block.num_layers
     # of P-EAGLE the first token comes of the pass over what was committed
-    passes = {OnePassConfig: 1, PeagleConfig: 2}
-    most = next((n for kind, n in passes.items() if isinstance(draft.config, kind)), 0)
-    looked_up = [draft.weights.get("embed"), draft.weights.get("markov", {}).get("w1")]
-    dense -= sum(x.size for x in looked_up if x is not None)
-    layers = 1 if block is draft.config.policy else block.num_layers
-    return Sizes(dense, layers, model.hidden_size, 2 * layers * block.num_kv_heads * block.head_dim,
-                 block.num_kv_heads, 4 * layers * block.num_heads * block.head_dim,
-                 passes=most)
+    of_blocks, of_head = next((passes for kind, passes in PASSES.items()
+                               if isinstance(config, kind)), (0, 0))
+    no_layers = Sizes(0.0, 0, model.hidden_size, 0.0, block.num_kv_heads, 0.0)
+    return (Sizes(dense, layers, model.hidden_size,
+                  2 * layers * block.num_kv_heads * block.head_dim, block.num_kv_heads,
+                  4 * layers * block.num_heads * block.head_dim, passes=of_blocks),
+            dataclasses.replace(no_layers, dense=head, passes=of_head),
+            *[dataclasses.replace(no_layers, dense=markov)] * bool(markov))
+
+
+PASSES = {OnePassConfig: (1, 1), PeagleConfig: (2, 1)}
+"""By the kind of config, the passes over blocks and over the output head that a draft's tokens come
+of at most."""
+
+
+def _count(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,14 +292,14 @@ class Decoding:
     """What decodes, where: all that the seconds of a cycle follow from.
 
     Attributes:
-      draft: None: drafts cost nothing. draft_share: of a plain cycle's floor that a drafted token
-        takes, in place of what `draft` says; None: what that says.
+      draft: by part; (): drafts cost nothing. draft_share: of a plain cycle's floor that a drafted
+        token takes, in place of what `draft` says; None: what that says.
     """
 
     policy: Sizes
     chip: Chip
     split: Split
-    draft: Sizes | None = None
+    draft: tuple[Sizes, ...] = ()
     draft_share: float | None = None
     overhead: Overhead = Overhead()
 
@@ -313,10 +325,9 @@ def cycle(decoding: Decoding, k: int, rows: Numbers, context: Numbers) -> Cycle:
     draft = 0.0 * plain
     if decoding.draft_share is not None:
         draft = k * decoding.draft_share * plain
-    elif decoding.draft is not None:
-        passes = min(k, decoding.draft.passes or k)
-        tokens = k / passes if passes else 1
-        draft = passes * forward(decoding.draft, *of, tokens=tokens).seconds
+    for part in decoding.draft if decoding.draft_share is None and k else ():
+        passes = min(k, part.passes or k)
+        draft = draft + passes * forward(part, *of, tokens=k / passes).seconds
     unit = plain if decoding.overhead.relative else 1.0 + 0.0 * plain
     always, over = (decoding.overhead.of(of) * unit for of in (0, k))
     least = plain + always  # a line beyond what was measured may fall below it

@@ -118,13 +118,17 @@ def projected(config: Config, model: ModelConfig, on: str,
 
 
 def held(config: Config, floor: Floor) -> float:
-    """Bytes of a device that a rollout holds at the least when it is at its fullest: siblings share
-    the keys and values of their prompt, which are left out."""
-    spans, limit, split = floor.answers.spans, config.rollout.kv_tokens, floor.decoding.split
+    """Bytes of a device that a rollout holds at the least when it is at its fullest, with the
+    draft's layers and their keys and values: siblings share those of their prompt, which are left
+    out."""
+    spans, limit, decoding = floor.answers.spans, config.rollout.kv_tokens, floor.decoding
     answers = spans.tokens / 2 - config.data.max_prompt_tokens  # of each, to a span's end
     kept = float((spans.context + spans.live * answers).max())
-    return held_bytes(floor.decoding.policy, split,
-                      kept if limit is None else min(kept, limit / split.batch))
+    kept = kept if limit is None else min(kept, limit / decoding.split.batch)
+    drafts = [part for part in decoding.draft if part.layers]
+    if config.draft.name == "self":  # which reads the policy's
+        drafts = [dataclasses.replace(part, kv_values=0) for part in drafts]
+    return sum(held_bytes(part, decoding.split, kept) for part in (decoding.policy, *drafts))
 
 
 def floor_of(config: Config, model: ModelConfig, on: str, arguments: argparse.Namespace) -> Floor:

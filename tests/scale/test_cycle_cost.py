@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jspec.drafts import draft_model, dspark, eagle3, mtp, ngram, peagle
+from jspec.drafts import dflash, draft_model, dspark, eagle3, mixed, mtp, ngram, peagle
 from jspec.drafts import self as itself
 from jspec.model import ModelConfig, abstract_policy
 from jspec.scale.chips import CHIPS
@@ -129,16 +129,15 @@ def test_all_to_all_sends_less_than_a_gather_where_a_token_reaches_few_shards():
 
 def test_a_cycle_drafts_verifies_and_has_its_overhead():
     sizes = Sizes.of(QWEN3_8B)
-    decoding = Decoding(sizes, V5P, Split(1), dataclasses.replace(sizes, layers=1, dense=1e8,
-                                                            kv_values=0, score_operations=0))
+    part = dataclasses.replace(sizes, layers=1, dense=1e8, kv_values=0, score_operations=0)
+    decoding = Decoding(sizes, V5P, Split(1), (part,))
     plain, drafting = cycle(decoding, 0, 8, 8000), cycle(decoding, 3, 8, 8000)
     assert plain.draft == plain.overhead == 0
     assert drafting.draft == pytest.approx(3 * 2e8 / V5P.hbm_bandwidth)
     share = cycle(dataclasses.replace(decoding, draft_share=0.1), 3, 8, 8000)
     assert share.draft == pytest.approx(0.3 * plain.seconds)
     for passes in (1, 2):
-        few = dataclasses.replace(decoding, draft=dataclasses.replace(decoding.draft,
-                                                                      passes=passes))
+        few = dataclasses.replace(decoding, draft=(dataclasses.replace(part, passes=passes),))
         assert cycle(few, 3, 8, 8000).draft == pytest.approx(passes * drafting.draft / 3, rel=1e-3)
         assert cycle(few, 1, 8, 8000).draft == cycle(decoding, 1, 8, 8000).draft
         assert cycle(few, 0, 8, 8000).draft == 0
@@ -161,30 +160,51 @@ SMALL = ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_lay
 
 def test_what_drafting_a_token_reads():
     policy, sizes = abstract_policy(SMALL), Sizes.of(SMALL)
-    assert draft_sizes(None, sizes, SMALL) is draft_sizes(ngram(policy), sizes, SMALL) is None
-    quantized = draft_sizes(itself(policy, bits=4), sizes, SMALL)
-    assert quantized == dataclasses.replace(sizes, weight_bytes=0.5)
+    assert draft_sizes(None, sizes, SMALL) == draft_sizes(ngram(policy), sizes, SMALL) == ()
+    assert draft_sizes(itself(policy, bits=4), sizes, SMALL) == (
+        dataclasses.replace(sizes, weight_bytes=0.5),)
+    small = dataclasses.replace(SMALL, num_layers=1, num_kv_heads=SMALL.num_heads)
+    assert draft_sizes(draft_model(policy, 0, model=small), sizes, SMALL) == (Sizes.of(small),)
+
+    def found(make, **options):
+        return draft_sizes(_abstract(make, policy, **options), sizes, SMALL)
+
     block = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32  # attention and feed-forward
-    for make, inputs in ((mtp, 2), (eagle3, 3)):
-        found = draft_sizes(_abstract(make, policy), sizes, SMALL)
-        assert found.dense == pytest.approx(block + inputs * 16 * 16 + 64 * 16, rel=0.2)
-        assert found.kv_values == 2 * 8 and found.layers == 1
+    fused = 16 * (16 + 2 * 8) + 3 * 16 * 16  # queries, keys and values of twice the width
+    for make, inputs, layers, passes in (  # an own embedding is looked up
+            (mtp, 2 * 16 * 16, 1, (0, 0)), (eagle3, fused, 1, (0, 0)), (peagle, fused, 1, (2, 1)),
+            (dflash, 16 * 16, 2, (1, 1))):
+        blocks, head, *others = found(make)
+        assert blocks.dense == pytest.approx(layers * block + inputs, rel=0.05), make
+        assert (blocks.kv_values, blocks.layers) == (layers * 2 * 8, layers)
+        assert head.dense == 64 * 16 and head.kv_values == head.layers == 0 and not others
+        assert (blocks.passes, head.passes) == passes
     made = _abstract(mtp, policy)
     steps = made.replace(config=dataclasses.replace(made.config, blocks=2, shared=True))
     assert draft_sizes(steps, sizes, SMALL) == draft_sizes(made, sizes, SMALL)
-    found = draft_sizes(_abstract(eagle3, policy, layers=2), sizes, SMALL)
-    assert found.kv_values == 2 * 2 * 8 and found.layers == 2
-    assert found.dense == pytest.approx(2 * block + 3 * 16 * 16 + 64 * 16, rel=0.2)
-    found = draft_sizes(_abstract(peagle, policy), sizes, SMALL)
-    # its embedding is looked up
-    assert found.passes == 2 and found.dense == pytest.approx(
-        draft_sizes(_abstract(eagle3, policy), sizes, SMALL).dense, rel=0.02)
-    found = draft_sizes(_abstract(dspark, policy), sizes, SMALL)
-    assert found.passes == 1 and found.layers == 2 and found.kv_values == 2 * 2 * 8
-    small = dataclasses.replace(SMALL, num_layers=1, num_kv_heads=SMALL.num_heads)
-    assert draft_sizes(draft_model(policy, 0, model=small), sizes, SMALL) == Sizes.of(small)
-    # w1 of the Markov head is looked up, w2 is not
-    assert found.dense == pytest.approx(2 * block + 16 * 16 + 64 * 16 + 64 * 256, rel=0.05)
+    assert found(eagle3, layers=2)[0].dense == pytest.approx(2 * block + fused, rel=0.05)
+    # of the Markov head w1 is looked up, and w2 read for each token; the confidence is not asked
+    *rest, markov = found(dspark, confidence=True)
+    assert tuple(rest) == found(dflash) and (markov.dense, markov.passes) == (64 * 256, 0)
+    around = jax.eval_shape(lambda policy: mixed(policy, 0, draft="dspark"), policy)
+    assert draft_sizes(around, sizes, SMALL) == found(dspark)
+
+
+def test_a_draft_of_one_pass_reads_its_weights_once_a_cycle():
+    """Qwen3-8B on one device, few rows: bytes bind, and are the parameters' by hand."""
+    sizes, policy = Sizes.of(QWEN3_8B), abstract_policy(QWEN3_8B)
+    layer = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 12288
+    head, wider = 151936 * 4096, 4096 * (4096 + 2 * 1024)
+    parameters = {dflash: lambda k: 2 * layer + 5 * 4096**2 + head,
+                  dspark: lambda k: 2 * layer + 5 * 4096**2 + head + k * 151936 * 256,
+                  # queries, keys and values are of twice the width
+                  peagle: lambda k: min(k, 2) * (layer + wider + 3 * 4096**2) + head,
+                  mtp: lambda k: k * (layer + 2 * 4096**2 + head)}
+    for make, count in parameters.items():
+        draft = draft_sizes(_abstract(make, policy), sizes, QWEN3_8B)
+        for k in (1, 4, 7):
+            found = cycle(Decoding(sizes, V5P, Split(1), draft), k, 8, 0).draft
+            assert found == pytest.approx(2 * count(k) / V5P.hbm_bandwidth, rel=1e-3), (make, k)
 
 
 def _abstract(make, policy, **options):

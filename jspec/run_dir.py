@@ -21,6 +21,7 @@ from jspec.distributed import on_main
 from jspec.drafts import Draft, Drafter, known
 from jspec.drafts.base import config_from_fields, model_config
 from jspec.errors import InputError
+from jspec.hub.names import located
 from jspec.model import Lora, Policy, abstract_policy
 from jspec.model.lora import abstract_adapted, merge
 from jspec.optimizer_sections import ScheduleSection, StateMemorySection
@@ -72,15 +73,6 @@ def keep_config(config: Config) -> str:
     on_main(write)
     return f"changed after step {step}: " * bool(changed) + ", ".join(
         f"{key} from {shown(was)} to {shown(now)}" for key, (was, now) in changed.items())
-
-
-def located(run_dir: str | Path) -> tuple[Path, str]:
-    """(output_dir, which): of `RUN@best` and `RUN@120` which checkpoint is meant; of any other path
-    itself, and "", which is the latest."""
-    whole, (folder, _, which) = Path(run_dir), str(run_dir).rpartition("@")
-    if folder and not whole.exists() and (Path(folder) / "checkpoints").is_dir():
-        return Path(folder), which
-    return whole, ""
 
 
 def is_run(path: str | Path) -> bool:

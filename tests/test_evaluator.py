@@ -14,8 +14,9 @@ from jspec.cli import main
 from jspec.config import load_config
 from jspec.errors import InputError
 from jspec.hub import character_tokenizer
+from jspec.hub.names import located
 from jspec.metrics import read_records
-from jspec.run_dir import load_policy, located
+from jspec.run_dir import load_policy
 from tests.test_train import ROOT, SMALL, records, tiny
 
 EVALUATED = ["evaluation.every=2", "evaluation.batch=6", "data.held_out=8", "checkpoint.every=3",

@@ -64,11 +64,13 @@ def resolve(name: str) -> PackagedModel | Path | str:
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
     path = arguments.path("model", name)
-    run = _run_around(path)
+    folder, which = located(path)
+    run = _run_around(folder)
     if run is not None:
+        meant = name if which else run
         raise InputError(f"{name} is no model, but the training run {run} or a part of it; `jspec "
-                         f"export {run} DIR` writes its last checkpoint as a model, and eval and "
-                         "rollout take the run's own folder")
+                         f"export {meant} DIR` writes {'that' if which else 'its last'} checkpoint "
+                         f"as a model, and eval and rollout take {meant} itself")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -83,6 +85,16 @@ def resolve(name: str) -> PackagedModel | Path | str:
     hint = f"; did you mean {near[0]}?" if near else f"; short names: {', '.join(some)}, ..."
     raise InputError(f"model {name!r} is not there: no short name, no hub id (owner/name), no "
                      f"directory and no .gguf file{hint}")
+
+
+def located(run_dir: str | Path) -> tuple[Path, str]:
+    """(output_dir, which): of `RUN@best` and `RUN@120` which checkpoint is meant; of any other path
+    itself, and "", which is the latest."""
+    whole, (folder, _, which) = Path(run_dir), str(run_dir).rpartition("@")
+    if folder and not whole.exists() and any((Path(folder) / part).exists()
+                                             for part in ("checkpoints", "config.yaml")):
+        return Path(folder), which
+    return whole, ""
 
 
 def _run_around(path: Path) -> Path | None:

@@ -11,14 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jspec.arguments import path
 from jspec.clock import PHASES
 from jspec.errors import InputError
 from jspec.output import open_output, screen
 from jspec.run_files import METRICS, Sample, read_records, read_samples, steps_with_samples
 from jspec.setting_values import shown
 from jspec.viewing.charts import lines, number, stacked
-from jspec.viewing.samples import rewards_by_name, visible
+from jspec.viewing.samples import rewards_by_name, visible, whole_run
 from jspec.viewing.style import STYLE
 
 SAMPLES = 40
@@ -30,7 +29,7 @@ Scores = dict[str, list[tuple[float, float]]]
 
 def report(arguments: argparse.Namespace) -> int:
     """`jspec report`: writes the page."""
-    run = path("RUN", arguments.source)
+    run = whole_run(arguments.source)
     records = read_records(run / METRICS)
     if not records:
         raise InputError(f"{run} is not the output_dir of a run that has done a step: it has no "

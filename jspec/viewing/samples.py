@@ -15,13 +15,14 @@ from rich.text import Text
 
 from jspec.arguments import path
 from jspec.errors import InputError
+from jspec.hub.names import located
 from jspec.output import screen
 from jspec.run_files import METRICS, Sample, read_samples, steps_with_samples
 
 
 def inspect(arguments: argparse.Namespace) -> int:
     """`jspec inspect`: in a pager where there is a terminal, else as text."""
-    run = path("RUN", arguments.source)
+    run = whole_run(arguments.source)
     steps = chosen_steps(run, arguments.step)
     found = samples_of(run, steps, arguments)
     shown = list(islice(found, arguments.count))
@@ -40,6 +41,16 @@ def inspect(arguments: argparse.Namespace) -> int:
         if more:
             console.print(f"\nThe first {len(shown)}; --count shows more.", style="dim")
     return 0
+
+
+def whole_run(source: str) -> Path:
+    """The output_dir that is read as a whole, whatever checkpoints it has. Raises InputError where
+    one of them is named."""
+    run, which = located(path("RUN", source))
+    if which:
+        raise InputError(f"RUN is {source}: what is shown is of the whole run and not of one "
+                         f"checkpoint; leave out @{which}")
+    return run
 
 
 def chosen_steps(run: Path, wanted: tuple[int, int] | None) -> list[int]:

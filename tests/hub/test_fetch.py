@@ -70,6 +70,8 @@ def test_a_run_and_what_lies_in_it_are_no_models(tmp_path):
         with pytest.raises(InputError,
                            match=f"no model, but the training run {tmp_path} or a part of it"):
             names.resolve(str(folder))
+    with pytest.raises(InputError, match=f"`jspec export {tmp_path}@best DIR` writes that"):
+        names.resolve(f"{tmp_path}@best")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.json").touch()
     (tmp_path / "a.gguf").touch()

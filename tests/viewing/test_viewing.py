@@ -104,6 +104,17 @@ def test_a_run_without_a_step_is_one_line(tmp_path, capsys):
         assert "\n" not in said and "is not the output_dir of a run" in said
 
 
+def test_a_checkpoint_of_a_run_is_not_looked_at_alone(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    for command in ("report", "inspect"):
+        for which in ("best", "5"):
+            assert cli.main([command, f"{run}@{which}"]) == 2
+            said = capsys.readouterr().err.strip()
+            assert said.endswith(f"of the whole run and not of one checkpoint; leave out @{which}")
+    run.rename(tmp_path / "run@best")  # a folder may have such a name
+    assert heads(inspected(capsys, tmp_path / "run@best", "--count", "1")) == [("5", "0")]
+
+
 def inspected(capsys, *arguments):
     assert cli.main(["inspect", *map(str, arguments)]) == 0
     return capsys.readouterr().out

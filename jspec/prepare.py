@@ -39,6 +39,8 @@ from jspec.speculate.schedule import MOST
 from jspec.speculate.types import Schedule
 
 AnyConfig = Config | DraftTrainingConfig
+WITH_MODEL = (DRAFT_MODEL, MIXED)
+"""Drafters whose draft at `draft.path` may be a model, with a tokenizer of its own."""
 
 
 def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
@@ -46,7 +48,7 @@ def check(config: Config, mesh: Mesh, base: BaseModel) -> None:
     check_installed(config.logging.loggers)
     check_rewards(config, config.data)
     # a draft model has to have the policy's tokens, and which those are the tokenizer says
-    check_sizes(config, mesh, (base.shape if config.draft.name == DRAFT_MODEL else base).config)
+    check_sizes(config, mesh, (base.shape if config.draft.name in WITH_MODEL else base).config)
     check_tokenizer(config, base.config, base.tokenizer)
     if not config.checkpoint.resume and has_checkpoints(config.output_dir):
         raise InputError(f"{config.output_dir} has checkpoints and checkpoint.resume is false; "
@@ -177,7 +179,7 @@ def make_draft(config: AnyConfig, policy: Policy) -> Draft | None:
     drafter = named_drafter(config)
     if section.path is not None:
         draft = load_draft(policy, section.path, drafter,
-                           make_tokenizer(config) if drafter.name == DRAFT_MODEL else None)
+                           make_tokenizer(config) if drafter.name in WITH_MODEL else None)
         draft = around(policy, draft, drafter, section.options or {}, "draft.options")
         if draft.name != drafter.name:
             raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.name}, "

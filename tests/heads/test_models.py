@@ -109,6 +109,12 @@ def test_a_configuration_names_it(directory):
     assert "its token 6 is '5'" in message(
         lambda: prepare.check_tokenizer(other, base.config, base.tokenizer))
     check_tokens(open_model(source), base.config, base.tokenizer)
+    # and one that history goes beside
+    beside = [load_config(None, [*CONFIG, f"draft.path={path}", "draft.name=mixed"])
+              for path in (source, other.draft.path)]
+    drafted = base.shape.config
+    assert prepare.check_draft(beside[0], drafted).config.trained == "draft_model"
+    assert "its token 6 is '5'" in message(lambda: prepare.check_draft(beside[1], drafted))
     assert "set draft.path to one" in message(lambda: load_config(None, CONFIG))
     fresh = load_config(None, [*CONFIG, "draft.options={model: {num_layers: 1}}"])
     assert prepare.check_draft(fresh, base.config).config.model.num_layers == 1

@@ -182,12 +182,13 @@ def test_optimizers_states_in_host_memory_change_nothing(whole, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_what_a_drafter_remembers_is_in_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("draft", ["suffix", "mixed"])
+def test_what_a_drafter_remembers_is_in_the_checkpoint(tmp_path, draft):
     """Four prompts, so that every step is an epoch; a history that was lost would show in what is
     accepted."""
     lines = (ROOT / "configs/data/count_up.jsonl").read_text().splitlines()
     (tmp_path / "four.jsonl").write_text("\n".join(lines[:4]) + "\n")
-    overrides = [*(text for text in SMALL if "draft." not in text), "draft.name=suffix",
+    overrides = [*(text for text in SMALL if "draft." not in text), f"draft.name={draft}",
                  f"data.source={tmp_path}/four.jsonl"]
     for directory, steps in (("whole", 5), ("parts", 2), ("parts", 5)):
         assert (train.train(tiny(tmp_path / directory, *overrides, f"steps={steps}", small=False))
@@ -195,6 +196,7 @@ def test_what_a_drafter_remembers_is_in_the_checkpoint(tmp_path):
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     whole, parts = (load_draft(tmp_path / directory).state for directory in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    whole = whole.get("suffix", whole)
     # four prompts, last of all at step 5
     assert np.sort(whole["written"])[-5:].tolist() == [0, 17, 18, 19, 20]
 
@@ -315,10 +317,17 @@ def test_coupled_speculation_changes_neither_tokens_nor_rewards_nor_losses(coupl
 
 
 @pytest.mark.slow
-def test_a_drafter_in_a_file_changes_nothing_either_and_its_run_resumes(coupled, tmp_path):
+@pytest.mark.parametrize("draft, options", [
+    (f"{ROOT}/examples/drafter.py:bigram", "{}"),
+    ("mixed", "{draft: dflash, options: {layers: 1}}"),
+    ("mixed", "{draft: dspark, options: {layers: 1}}"),
+    ("mixed", "{draft: peagle, options: {aux_depths: [0, 1]}}"),
+    ("mixed", "{draft: draft_model, options: {model: {intermediate_size: 16}}}")])
+def test_other_drafters_change_nothing_either_and_their_runs_resume(coupled, tmp_path, draft,
+                                                                    options):
     for steps in (1, 3):
-        assert train.train(tiny(tmp_path, *COUPLED, f"draft.name={ROOT}/examples/drafter.py:bigram",
-                                "draft.options={}", f"steps={steps}")) == 0
+        assert train.train(tiny(tmp_path, *COUPLED, f"draft.name={draft}",
+                                f"draft.options={options}", f"steps={steps}")) == 0
     same_run(coupled[1][:3], records(tmp_path))
     assert all(record["acceptance_length"] > 1 for record in records(tmp_path))
 

@@ -1,6 +1,7 @@
 """`jspec draft train` on a small model in a directory: stages, resuming, and what it says of
 mistakes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -298,6 +299,34 @@ def test_a_trained_draft_is_where_further_training_starts(model, trained, tmp_pa
     before, after = (jspec.load_draft(policy, directory / "head") for directory in (trained, out))
     jax.tree.map(np.testing.assert_array_equal, (before.weights, before.state),
                  (after.weights, after.state))
+
+
+@pytest.mark.slow
+def test_a_draft_model_starts_from_its_weights(model, tmp_path):
+    """Nothing is solved for or drawn: at a rate of 0 what is written is what was given, and at
+    another one it is not."""
+    tokenizer = character_tokenizer("0123456789+= ")
+    made = dataclasses.replace(jspec.load(str(model)).config, num_layers=1)
+    small, out = str(tmp_path / "small"), tmp_path / "draft"
+    jspec.export(init_policy(made, jax.random.key(1)), small, tokenizer)
+    few = [*further(small), "draft.name=draft_model", "draft.optimizer=adamw", "samples.count=16",
+           "training.state_steps=1", "training.steps=1", "training.warmup_steps=0",
+           "report.count=2"]
+    policy, drafter = jspec.load(str(model)), jspec.drafts.find("draft_model")
+    want = jspec.load(small).weights
+    for rate, same in ((0, True), (1e-2, False)):
+        if out.exists():
+            shutil.rmtree(out / "checkpoints")
+        assert main(["draft", "train", str(model), *overrides(model, out, *few),
+                     f"draft.learning_rate={rate}"]) == 0
+        draft = jspec.load_draft(policy, out / "head")
+        assert draft.name == "draft_model" and draft.drafter is drafter
+        # files hold bfloat16
+        off = [float(abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (draft.weights, want)),
+                                                       strict=True)]
+        assert (max(off) < 4e-3) == same, off
+        if not same:
+            assert max(off) < 3e-2
 
 
 def test_least_squares_bring_the_states_nearer(model, trained):

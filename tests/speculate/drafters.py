@@ -64,7 +64,16 @@ def make(name, policy, seed=0, scale=0.4):
         options = {"options": options, "suffix": HISTORY, "certainty": 0.5}
     made = getattr(jspec.drafts, drafter)(policy, jax.random.key(seed), **options)
     config = dataclasses.replace(made.config, **CONVENTIONS.get(name, {}))
-    made = tiny.shaken(made.replace(config=config), seed=seed, scale=scale)
+    return _with_history(tiny.shaken(made.replace(config=config), seed=seed, scale=scale))
+
+
+def mixed_around(name, policy, **how):
+    """A mixed draft around what `make` gives."""
+    made = make(name, policy, **how)
+    return _with_history(jspec.drafts.mixed(policy, draft=made, suffix=HISTORY, certainty=0.5))
+
+
+def _with_history(made):
     if made.drafter.remember is None:
         return made
     return made.drafter.remember(made, *tiny.finished([[1, 0, 1, 0]], [[[1, 2, 0], [1, 0, 2]]]))

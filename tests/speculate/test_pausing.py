@@ -43,6 +43,9 @@ def small_blocks():
         yield
 
 
+AROUND = {f"mixed:{name}": name for name in ("dflash", "dspark", "peagle", "draft_model")}
+
+
 def make_policy():
     return tiny.policy(12, layers=3, heads=4, kv_heads=2, hidden=32, scale=0.25)
 
@@ -53,7 +56,9 @@ def policy():
 
 
 def run(policy, draft=None, k=K, slots=None, kv_tokens=None):
-    made = None if draft is None else drafters.make(draft, policy, seed=1, scale=0.05)
+    make = drafters.mixed_around if draft in AROUND else drafters.make
+    name = AROUND.get(draft, draft)
+    made = None if name is None else make(name, policy, seed=1, scale=0.05)
     return jspec.rollout(policy, made, BATCH, sampling=SAMPLING,
                          batching=jspec.Batching(slots, kv_tokens),
                          speculation=jspec.Speculation(k=k, rule="coupled"))
@@ -71,7 +76,8 @@ CASES = [("mtp", K, None), *(pytest.param(draft, K, slots, marks=slow)
          *(pytest.param(draft, SHRINKING, 5, marks=slow) for draft in (None, "mtp", "suffix"))]
 
 
-@pytest.mark.parametrize("draft, k, slots", CASES)
+@pytest.mark.parametrize("draft, k, slots", [
+    *CASES, *(pytest.param(draft, K, None, marks=slow) for draft in AROUND)])
 def test_paused_rows_go_on_as_if_nothing_had_been(policy, roomy, draft, k, slots):
     least = LEAST if k == K else LEAST + 8
     plain, out = roomy(), run(policy, draft, k, slots, least)
@@ -79,7 +85,8 @@ def test_paused_rows_go_on_as_if_nothing_had_been(policy, roomy, draft, k, slots
     assert_same(policy, BATCH, SAMPLING, plain, out)
     np.testing.assert_array_equal(np.minimum(out.lengths, LIMIT), plain.lengths)
     np.testing.assert_allclose(out.logprobs, plain.logprobs, atol=1e-4)
-    if k == K and draft not in drafters.HISTORIC:  # they look at siblings, as far as these are
+    # they look at siblings, as far as these have come
+    if k == K and draft not in (*drafters.HISTORIC, *AROUND):
         np.testing.assert_array_equal(out.stats.cycles, roomy(draft).stats.cycles)
     assert int(out.stats.loop_live.sum()) == int(out.stats.cycles.sum())
 
@@ -170,30 +177,34 @@ def test_the_distribution_with_rows_paused_between_cycles(monkeypatch, draft, ru
     assert p_value(monkeypatch, draft, rule, samples) > REFUSE
 
 
-def worker():
-    """A rollout on eight devices, four shards of the batch, as JSON."""
-    mesh = make_mesh(2, 2, 2)
+def worker(*drafts):
+    """Rollouts on eight devices, four shards of the batch, as JSON."""
+    mesh, found = make_mesh(2, 2, 2), []
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(pool, "BLOCK", 8)
         policy = make_policy()
         policy = policy.replace(weights=jax.device_put(policy.weights,
                                                        policy_sharding(policy.config, mesh)))
-        out = run(policy, "mtp", kv_tokens=4 * (2 + 7) * 8)
-    stats = {name: getattr(out.stats, name).tolist()
-             for name in ("pauses", "blocks", "loop_cycles", "cycles")}
-    print(json.dumps({"tokens": out.tokens.tolist(), "lengths": out.lengths.tolist(), **stats}))
+        for draft in drafts:
+            out = run(policy, draft, kv_tokens=4 * (2 + 7) * 8)
+            stats = {name: getattr(out.stats, name).tolist()
+                     for name in ("pauses", "blocks", "loop_cycles", "cycles")}
+            found.append({"tokens": out.tokens.tolist(), "lengths": out.lengths.tolist(), **stats})
+    print(json.dumps(found))
 
 
 @slow
 def test_each_of_eight_devices_pauses_its_own(policy, roomy):
     """The tokens are those of one device, and no shard waits for another's longest row."""
-    found = on_devices(8, "from tests.speculate.test_pausing import worker; worker()")
-    one = roomy("mtp")
-    assert_same(policy, BATCH, SAMPLING, one, one.replace(tokens=np.array(found["tokens"]),
-                                                          lengths=np.array(found["lengths"])))
-    assert sum(found["pauses"]) > 0 and max(found["blocks"]) <= 2 + 7
-    assert len({cycles for cycles, in found["loop_cycles"]}) > 1
-    np.testing.assert_allclose(found["cycles"], one.stats.cycles, atol=1)
+    plain, drafts = roomy(), ("mtp", "mixed", *AROUND)
+    found = on_devices(8, f"from tests.speculate.test_pausing import worker; worker(*{drafts})")
+    for made in found:
+        assert_same(policy, BATCH, SAMPLING, plain,
+                    plain.replace(tokens=np.array(made["tokens"]),
+                                  lengths=np.array(made["lengths"])))
+        assert sum(made["pauses"]) > 0 and max(made["blocks"]) <= 2 + 7
+        assert len({cycles for cycles, in made["loop_cycles"]}) > 1
+    np.testing.assert_allclose(found[0]["cycles"], roomy("mtp").stats.cycles, atol=1)
 
 
 # --- planted bugs ---

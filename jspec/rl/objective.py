@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jspec.drafts import Draft
-from jspec.drafts.base import DraftBatch
+from jspec.drafts.base import DraftBatch, maximum
 from jspec.model import Policy, Trunk, prompt_forward, response_forward
 from jspec.model.lora import with_trained
 from jspec.rl.aggregation import Totals
@@ -116,7 +116,7 @@ def policy_loss(weights: Any, prompts: PromptStates, policy: Policy,
         return jnp.sum(x, where=rows.mask, dtype=jnp.float32) / totals.tokens
 
     metrics |= {"entropy": mean(entropy), "logprob_gap_mean": mean(gap),
-                "gap_counts": histogram(gap, rows.mask), "logprob_gap": gap.max(),
+                "gap_counts": histogram(gap, rows.mask), "logprob_gap": maximum(gap),
                 "logprob_gap_flip_rate": mean(outside(logprobs, rows.logprobs, settings.clip_low,
                                                       settings.clip_high))}
     if rows.routes is not None:

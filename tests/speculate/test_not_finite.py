@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jspec
-from jspec.drafts.base import all_finite
+from jspec.drafts.base import all_finite, check_finite, largest
 from pallas_kernels.rejection_sampling import reference
 from tests.speculate import drafters, enumeration, tiny
 from tests.speculate.ties import generated
@@ -98,6 +98,18 @@ def test_drafts_that_are_accepted_all_the_same_are_seen(rule, monkeypatch):
     monkeypatch.setattr(reference, "log_ratio",
                         lambda p, q: jnp.where(jnp.isfinite(q), ratio(p, q), jnp.inf))
     assert enumerated(rule, monkeypatch) > 0.01
+
+
+@pytest.mark.parametrize("shape", [(7,), (64, 128), (3, 33, 97)])
+def test_one_nan_in_a_large_array_is_seen(shape):
+    """A plain maximum loses it on a CPU (findings/max_loses_nan_cpu.sh)."""
+    for at in np.random.default_rng(0).integers(np.prod(shape), size=8):
+        weights = {"w": np.ones(shape, np.float32)}
+        weights["w"].reshape(-1)[at] = np.nan
+        assert np.isnan(largest(weights))
+        with pytest.raises(jspec.InputError, match="a draft is not finite: its weight w holds NaN"):
+            check_finite("a draft", weights, "take another")
+    assert largest({"w": np.full(shape, -2.0), "ids": np.arange(3)}) == 2
 
 
 def test_which_weights_are_finite(policy):

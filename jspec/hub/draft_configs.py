@@ -7,6 +7,7 @@ from typing import Any
 from jspec.errors import InputError
 from jspec.hub.architectures import ARCHITECTURES, config_from_hf, family_of
 from jspec.hub.fields import flag, section, short, texts, whole
+from jspec.hub.tokenizer import transformers_class
 from jspec.model import ModelConfig
 
 LAYOUTS = ("specforge", "speculators")
@@ -25,10 +26,9 @@ _SLIDING = {"sliding_window": None, "use_sliding_window": False, "layer_types": 
 def completed(layer: dict[str, Any], family: str) -> dict[str, Any]:
     """A transformer_layer_config with what the speculators library leaves out: all that is
     transformers' default. Raises InputError where transformers refuses it."""
-    from transformers import AutoConfig
-
+    auto = transformers_class("AutoConfig")
     try:
-        return AutoConfig.for_model(**{**layer, "model_type": family}).to_dict()
+        return auto.for_model(**{**layer, "model_type": family}).to_dict()
     except Exception as error:  # transformers raises whatever its checks of the values come to
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"transformer_layer_config is refused by transformers: {reason}") from None

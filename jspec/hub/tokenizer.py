@@ -4,13 +4,14 @@ ever needs torch."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from jspec.errors import InputError
 from jspec.hub.vocabulary import gguf_vocabulary
 
-CHARACTERS = "chars:"
+CHARACTERS, FAST = "chars:", "PreTrainedTokenizerFast"
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types that are matched before BPE
 
 # the word splits of llama.cpp's pre-tokenizers, as the models' own tokenizer.json have them
@@ -25,13 +26,19 @@ _PRE_TOKENIZERS = ("smollm", *_SPLITS)
 _BEGINS = ("llama-bpe",)
 
 
-def _fast_class() -> Any:
-    """transformers' tokenizer class. Imported late: it costs seconds, and says at import that torch
-    is missing."""
+def transformers_class(name: str) -> Any:
+    """A class of transformers. Imported late: it costs seconds, and says at import that torch is
+    missing. Raises InputError if it cannot be imported."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast
+    try:
+        import transformers  # noqa: F401
 
-    return PreTrainedTokenizerFast
+        # it puts another module in its place when its import ends, and a thread that waited for
+        # that is given the first one, which has no classes
+        return getattr(sys.modules["transformers"], name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"transformers cannot be imported ({_reason(error)}); install it "
+                         "again") from error
 
 
 def _reason(error: Exception) -> str:
@@ -49,8 +56,9 @@ def tokenizer_from_directory(directory: Path) -> Any:
         # a pipe would be waited for without end
         if path.suffix in (".json", ".jinja") and not path.is_file():
             raise InputError(f"{path}: not a file; {path.name} must be one")
+    made_by = transformers_class(FAST)
     try:
-        return _fast_class().from_pretrained(directory)
+        return made_by.from_pretrained(directory)
     except Exception as e:
         # transformers and tokenizers raise anything, bare Exception included, on a bad file
         raise InputError(f"{directory}: the tokenizer cannot be read ({_reason(e)})") from e
@@ -68,16 +76,18 @@ def tokenizer_from_gguf(fields: dict[str, Any]) -> Any:
         raise InputError(f"GGUF tokenizer {model!r} with pre-tokenizer {pre!r} is not supported; "
                          f"supported: gpt2 with {', '.join(_PRE_TOKENIZERS)}; load the tokenizer "
                          "from the model's own directory instead")
+    made_by = transformers_class(FAST)
     try:
-        return _byte_level_bpe({name.removeprefix(prefix): value for name, value in fields.items()},
-                               pre, fields.get("tokenizer.chat_template"))
+        return _byte_level_bpe(made_by, pre, fields.get("tokenizer.chat_template"), {
+            name.removeprefix(prefix): value for name, value in fields.items()})
     except Exception as e:
         # tokenizers raises a bare Exception, and fields may be missing or of any type
         raise InputError(f"the GGUF's tokenizer is corrupt: {_reason(e)}; fetch the file "
                          "again") from e
 
 
-def _byte_level_bpe(fields: dict[str, Any], pre: str, chat_template: str | None) -> Any:
+def _byte_level_bpe(made_by: Any, pre: str, chat_template: str | None,
+                    fields: dict[str, Any]) -> Any:
     from tokenizers import (
         AddedToken,
         Regex,
@@ -116,8 +126,8 @@ def _byte_level_bpe(fields: dict[str, Any], pre: str, chat_template: str | None)
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1",
             special_tokens=[(bos, fields["bos_token_id"])])
-    return _fast_class()(tokenizer_object=tokenizer, chat_template=chat_template,
-                         clean_up_tokenization_spaces=False, **special)
+    return made_by(tokenizer_object=tokenizer, chat_template=chat_template,
+                   clean_up_tokenization_spaces=False, **special)
 
 
 def character_tokenizer(alphabet: str) -> Any:
@@ -136,4 +146,5 @@ def character_tokenizer(alphabet: str) -> Any:
     tokenizer = Tokenizer(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return _fast_class()(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+    return transformers_class(FAST)(tokenizer_object=tokenizer, pad_token="<pad>",
+                                    eos_token="<end>")

@@ -2,12 +2,15 @@
 
 import json
 import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from jspec import hub
 from jspec.errors import InputError
-from jspec.hub.tokenizer import tokenizer_from_gguf
+from jspec.hub.tokenizer import tokenizer_from_gguf, transformers_class
 from tests.hub.checkpoints import GOLDEN
 
 RECORDED = json.loads((GOLDEN / "smollm2_greedy.json").read_text())
@@ -78,6 +81,38 @@ def test_a_corrupt_gguf_tokenizer():
     with pytest.raises(InputError,
                        match="tokenizer is corrupt: KeyError: 'merges'; fetch the file again"):
         tokenizer_from_gguf(without)
+
+
+def test_a_transformers_that_cannot_be_imported_is_no_corrupt_file(monkeypatch, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for read in (lambda: tokenizer_from_gguf(_fields()), lambda: hub.load_tokenizer(str(tmp_path)),
+                 lambda: hub.character_tokenizer("01")):
+        with pytest.raises(InputError, match="^transformers cannot be imported .*install it again"):
+            read()
+
+
+SWAPPED = """\
+import sys, time, types
+time.sleep(0.2)
+own = types.ModuleType(__name__)
+own.Named = "found"
+own.__spec__ = __spec__
+sys.modules[__name__] = own
+"""
+
+
+def test_two_threads_may_import_transformers_at_once(monkeypatch, tmp_path):
+    """It puts another module in its place when its import ends, as this one does."""
+    (tmp_path / "transformers.py").write_text(SWAPPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    del sys.modules["transformers"]  # and afterwards what was there comes back
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(transformers_class, "Named")
+        while "transformers" not in sys.modules:
+            time.sleep(1e-3)
+        assert (transformers_class("Named"), first.result()) == ("found", "found")
 
 
 @pytest.mark.parametrize("changes", [{"pre": "deepseek-coder"}, {"model": "llama", "pre": None}])

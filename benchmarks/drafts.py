@@ -114,8 +114,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.draft_path = dict(args.draft_path)
     for name in args.draft_path.keys() - set(args.drafts):
+        given = any(split_options(other)[0] == name for other in args.drafts)
         raise InputError(f"--draft-path {name}=... is for a drafter that --drafts leaves out; add "
-                         f"{name} to it")
+                         f"{name} to it" + ", without options, as a trained draft has its own"
+                         * given)
     open_results(args)
     return args
 

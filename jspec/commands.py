@@ -195,7 +195,7 @@ def export_draft(arguments: argparse.Namespace) -> int:
         with telling(f"loading {arguments.draft}"):
             draft = jspec.load_draft(source.shape, arguments.draft)
         written = publish(draft, arguments.directory, arguments.layout, hub_id(arguments.model),
-                          source.load)
+                          source.load, source.tokenizer)
         missing = not_run_by_vllm(draft, arguments.layout)
         say_of = f" (vLLM does not run: {'; '.join(missing)})" if missing else ""
         screen().print(f"{written}{say_of}", soft_wrap=True)

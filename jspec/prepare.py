@@ -259,6 +259,9 @@ def around(policy: Policy, draft: Draft, drafter: Drafter, options: Mapping[str,
     these options. Raises InputError, which begins with `label`, for those that it refuses, and for
     options of one that has its own."""
     if drafter.name == MIXED and draft.name != MIXED:
+        if (named := options.get("draft", draft.name)) != draft.name:
+            raise InputError(f"{label}: draft = {named!r}, and the one that is there is a "
+                             f"{draft.name} draft; leave it out")
         return fresh_draft(policy, None, drafter, {**options, "draft": draft}, label)
     if options:
         raise InputError(f"{label} are a fresh draft's, and the one that is there has its own; "

@@ -176,23 +176,28 @@ def choose_draft(source: Source, name: str | None,
     does not fit.
     """
     if name == "none":
+        if path is not None:
+            raise InputError(f"--draft none drafts nothing, and --draft-path {path} is a draft; "
+                             "leave out one of them")
         return None
+    drafter = None if name is None else find(name, f"--draft {name}")
     if path is not None:
-        trained = jspec.load_draft(source.shape, path, name and find(name, f"--draft {name}"),
-                                   source.tokenizer)
-        if name not in (None, trained.name):
-            raise InputError(f"--draft-path {path} holds a draft of the kind {trained.name}, and "
-                             f"--draft is {name}")
+        trained = jspec.load_draft(source.shape, path, drafter, source.tokenizer)
+        if drafter is not None:
+            trained = around(source.shape, trained, drafter, {}, "--draft")
+            if trained.name != drafter.name:
+                raise InputError(f"--draft-path {path} holds a draft of the kind {trained.name}, "
+                                 f"and --draft is {name}")
         return lambda policy: trained
     if source.holds(name):
         source.draft.check_finite(source.name)
         return lambda policy: source.draft
     if shipped(source.name, name):
         draft = jspec.load_draft(source.shape, source.name)
-        if name is not None:
-            draft = around(source.shape, draft, find(name), {}, "--draft")
+        if drafter is not None:
+            draft = around(source.shape, draft, drafter, {}, "--draft")
         return lambda policy: draft
-    drafter = find(name or "ngram", f"--draft {name}")
+    drafter = drafter or find("ngram")
     check_fresh_draft(source.shape, drafter, {}, "--draft")
     if drafter.loss is not None:
         say(f"this {drafter.name} draft is fresh, not trained: few of its tokens will be accepted")

@@ -92,6 +92,21 @@ def test_which_draft(capsys, model):
     assert choose_draft(own, "ngram")(policy).name == "ngram"
 
 
+def test_a_draft_of_a_path_is_as_a_config_would_have_it(model, tmp_path):
+    source = open_source(model, [])
+    (tmp_path / "head").mkdir()
+    files.write(jspec.drafts.eagle3(source.load(), 0), tmp_path / "head")
+    for name in (None, "eagle3", "mixed"):
+        made = choose_draft(source, name, str(tmp_path / "head"))(None)
+        assert made.name == (name or "eagle3")
+    with pytest.raises(InputError, match="holds a draft of the kind eagle3, and --draft is mtp"):
+        choose_draft(source, "mtp", str(tmp_path / "head"))
+    with pytest.raises(InputError, match="--draft none drafts nothing, and --draft-path nowhere"):
+        choose_draft(source, "none", "nowhere")
+    with pytest.raises(InputError, match=r"drafter is a str: give jspec.drafts.find\(NAME\)"):
+        jspec.load_draft(source.shape, tmp_path / "head", "eagle3")
+
+
 def test_rollout_without_a_draft(capsys, model):
     assert (main(["rollout", model, "--prompt", "1+1=", "--draft", "none", "--max-new-tokens", "4"])
             == 0)
@@ -161,6 +176,16 @@ def test_export_of_a_draft(capsys, model, tmp_path):
     files.write(jspec.drafts.mtp(policy, jax.random.key(1)), tmp_path / "head")
     assert main(["draft", "export", model, str(tmp_path / "head"), str(tmp_path / "other")]) == 2
     assert "no published mtp head" in capsys.readouterr().err
+
+
+def test_a_draft_model_is_exported_with_the_tokenizer_that_it_is_read_by(model, tmp_path):
+    (tmp_path / "head").mkdir()
+    made = jspec.drafts.draft_model(jspec.load(model), 0)
+    files.write(made, tmp_path / "head", dtype="float32")
+    assert main(["draft", "export", model, str(tmp_path / "head"), str(tmp_path / "out")]) == 0
+    source = open_source(model, [])
+    read = choose_draft(source, "draft_model", str(tmp_path / "out"))(None)
+    jax.tree.map(np.testing.assert_array_equal, read.weights, made.weights)
 
 
 def test_the_speed_up_of_other_texts_is_said_to_be_one_a_token():

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from jspec.arguments import one_of, real, settle
+from jspec.arguments import instance, one_of, optional, real, settle
 from jspec.choices import DRAFTERS, MIXED
 from jspec.drafts.base import (
     Committed,
@@ -90,13 +90,18 @@ def init(policy: Policy, key: jax.Array | None = None, *, draft: str | Draft = "
       certainty: from which on a row drafts what followed in its history, from 0 to 1: its first
         token's share of the votes (`parts.lookup.vote`).
 
-    Raises InputError for a drafter that is not trained, and for whatever both refuse.
+    Raises InputError for a drafter that is not trained, a draft of another policy, and for
+    whatever both refuse.
     """
+    mapping = optional(instance(Mapping, "options by name, such as {max_match: 8}"))
+    options, suffix = (mapping("mixed draft: options", options),
+                       mapping("mixed draft: suffix", suffix))
     if not isinstance(draft, Draft):
         draft = constructor(_trained(draft))(policy, key, **options or {})
     elif options:
         raise InputError("mixed draft: options are a fresh draft's, and the given one has its own; "
                          "leave them out")
+    draft.check(policy)
     past = constructor(history)(policy, **suffix or {})
     config = MixedConfig(policy.config, draft.name, draft.config, past.config, certainty)
     state = {"draft": draft.state, "suffix": past.state}

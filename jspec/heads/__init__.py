@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jspec import arguments
+from jspec.arguments import instance, optional
 from jspec.choices import MIXED
 from jspec.drafts import Draft, Drafter
 from jspec.drafts.mixed import trained_of
@@ -58,6 +59,7 @@ def load_draft(policy: Policy, source: str | Path, drafter: Drafter | None = Non
     a model with another tokenizer than the policy.
     """
     check_policy("policy", policy)
+    optional(instance(Drafter, "jspec.drafts.find(NAME)"))("drafter", drafter)
     source = arguments.name("draft", source)
     if drafter is not None and drafter.name == MODEL:
         draft = _of_model(policy, open_model(source), tokenizer)
@@ -100,14 +102,16 @@ def _find(policy: Policy, source: str, drafter: Drafter | None, tokenizer: Any) 
 
 
 def publish(draft: Draft, directory: str | Path, layout: str | None = None,
-            verifier: str | None = None, policy: Callable[[], Policy] | None = None) -> Path:
+            verifier: str | None = None, policy: Callable[[], Policy] | None = None,
+            tokenizer: Any = None) -> Path:
     """Write a draft in the layout that others publish (`jspec.hub.eagle3.write`,
     `jspec.hub.block_drafts.write`, `jspec.hub.mtp_heads.write`; the model of a draft_model as
     `jspec.export` writes one).
 
     layout: of a draft that has some, one of `hub.draft_configs.LAYOUTS`; None: the first.
-    verifier: the hub id of its policy. policy: reads it, where its rows are needed. Raises
-    InputError for a drafter that nobody publishes, and where those raise it.
+    verifier: the hub id of its policy. policy: reads it, where its rows are needed. tokenizer: the
+    policy's, which a model has too, and is written beside it. Raises InputError for a drafter that
+    nobody publishes, and where those raise it.
     """
     if draft.name == MIXED:
         draft = trained_of(draft)
@@ -124,7 +128,7 @@ def publish(draft: Draft, directory: str | Path, layout: str | None = None,
         raise InputError(f"layout {layout} is for the other drafts; an mtp head and a model are "
                          "written as their architecture has it")
     if draft.name == MODEL:
-        return export(Policy(draft.weights, draft.config.model), directory)
+        return export(Policy(draft.weights, draft.config.model), directory, tokenizer)
     return mtp_heads.write(draft, directory, verifier)
 
 

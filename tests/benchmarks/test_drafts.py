@@ -225,6 +225,9 @@ def test_every_drafter_is_timed(name):
      "argument --draft-path: unknown drafter 'mpt'; did you mean 'mtp'?"),
     (["m", "--drafts", "ngram", "--draft-path", "mtp=x"],
      "--draft-path mtp=... is for a drafter that --drafts leaves out; add mtp to it"),
+    (["m", "--drafts", "mtp:depths=2", "--draft-path", "mtp=x"],
+     "--draft-path mtp=... is for a drafter that --drafts leaves out; add mtp to it, without "
+     "options, as a trained draft has its own"),
     (["m", "--prompts", "gone.jsonl"],
      "cannot read the prompts gone.jsonl: No such file or directory; check --prompts"),
     (["m", "--count", "97"], f"--count 97 is more than the 96 prompts of {drafts.HELDOUT}"),

@@ -139,6 +139,13 @@ def test_one_is_made_around_a_draft_that_is_there_and_is_written_and_read(tmp_pa
         around(POLICY, made, find("mixed"), {"certainty": 0.5}, "draft.options")
     assert str(error.value) == ("draft.options are a fresh draft's, and the one that is there has "
                                 "its own; leave them out")
+    with pytest.raises(jspec.InputError) as error:
+        around(POLICY, own, find("mixed"), {"draft": "dflash"}, "draft.options")
+    assert str(error.value) == ("draft.options: draft = 'dflash', and the one that is there is a "
+                                "mtp draft; leave it out")
+    wider = dataclasses.replace(own.config, policy=dataclasses.replace(POLICY.config, vocab_size=6))
+    with pytest.raises(jspec.InputError, match="was made for another policy: its vocab_size"):
+        jspec.drafts.mixed(POLICY, draft=own.replace(config=wider))
     back = trained_of(made)
     assert back.config == own.config and back.drafter == own.drafter and back.state is own.state
     files.write(made, tmp_path, dtype="float32")
@@ -175,7 +182,9 @@ def test_what_is_published_is_the_trained_draft(tmp_path):
      "and at most 1.0"),
     ({"draft": jspec.drafts.mtp(POLICY, 0), "options": {"depths": 2}}, "mixed draft: options are a "
      "fresh draft's, and the given one has its own; leave them out"),
-    ({"draft": jspec.drafts.ngram(POLICY)}, "mixed draft: draft = 'ngram' is not trained")])
+    ({"draft": jspec.drafts.ngram(POLICY)}, "mixed draft: draft = 'ngram' is not trained"),
+    ({"options": 3}, "mixed draft: options is a int: give options by name, such as {max_match: 8}"),
+    ({"suffix": [8]}, "mixed draft: suffix is a list: give options by name")])
 def test_what_is_refused(options, message):
     with pytest.raises(jspec.InputError) as error:
         jspec.drafts.mixed(POLICY, **{"key": KEY, **options})

@@ -58,12 +58,10 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig) -> OnePassC
         said = {k: v for k, v in hf.items() if v is not None} | {
             k: v for k, v in inside.items() if v is not None}
         kind = _kind(hf, said)
-        block = _block(kind, hf, own, policy)
+        block, windows = _block(kind, hf, own, policy)
         if flag(said, "use_swa"):
             raise InputError("dflash_config.use_swa is not supported; supported: layer_types with "
                              "sliding_window")
-        windows = windows_of(own or hf, block.num_layers)
-        windows = windows if any(windows) else ()
         causal = _causal(said, bool(own), windows)
         options: dict[str, Any] = {}
         if kind == "dspark":
@@ -96,12 +94,16 @@ def _kind(hf: dict[str, Any], said: dict[str, Any]) -> str:
     return "dspark" if projector == "dspark" or said.get("markov_rank") else found.pop()
 
 
-def _block(kind: str, hf: dict[str, Any], own: dict[str, Any], policy: ModelConfig) -> ModelConfig:
-    """The layers as a model of their own: Qwen3's, whatever family the config is called by."""
+def _block(kind: str, hf: dict[str, Any], own: dict[str, Any],
+           policy: ModelConfig) -> tuple[ModelConfig, tuple[int, ...]]:
+    """The layers as a model of their own: Qwen3's, whatever family the config is called by; and the
+    window of each one's attention, () where none has one."""
     family = block_family(own or hf, "qwen3")
     layer = completed(own, family) if own else hf
-    return layers_of({"dflash": "DFlash", "dspark": "DSpark"}[kind], layer, BLOCKS["qwen3"], hf,
-                     policy)
+    block = layers_of({"dflash": "DFlash", "dspark": "DSpark"}[kind], layer, BLOCKS["qwen3"], hf,
+                      policy)
+    windows = windows_of(layer, block.num_layers)
+    return block, windows if any(windows) else ()
 
 
 def _causal(said: dict[str, Any], speculators: bool, windows: tuple[int, ...]) -> bool:

@@ -25,13 +25,15 @@ _SLIDING = {"sliding_window": None, "use_sliding_window": False, "layer_types": 
 
 def completed(layer: dict[str, Any], family: str) -> dict[str, Any]:
     """A transformer_layer_config with what the speculators library leaves out: all that is
-    transformers' default. Raises InputError where transformers refuses it."""
+    transformers' default. Where it says that no window is used, its layer_types count no more.
+    Raises InputError where transformers refuses it."""
     auto = transformers_class("AutoConfig")
     try:
-        return auto.for_model(**{**layer, "model_type": family}).to_dict()
+        full = auto.for_model(**{**layer, "model_type": family}).to_dict()
     except Exception as error:  # transformers raises whatever its checks of the values come to
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"transformer_layer_config is refused by transformers: {reason}") from None
+    return full | ({"layer_types": None} if layer.get("use_sliding_window") is False else {})
 
 
 def block_family(layer: dict[str, Any], default: str) -> str:
@@ -62,6 +64,8 @@ def layers_of(kind: str, layer: dict[str, Any], architecture: str, hf: dict[str,
                             "eos_token_id": None, "pad_token_id": None,
                             "tie_word_embeddings": False})
     for what, made, theirs in (
+            ("num_target_layers", whole(hf, "num_target_layers", policy.num_layers),
+             policy.num_layers),
             ("hidden size", whole(hf, "target_hidden_size", block.hidden_size), policy.hidden_size),
             ("hidden size", block.hidden_size, policy.hidden_size),
             ("vocabulary size", block.vocab_size, policy.vocab_size)):
@@ -73,8 +77,8 @@ def layers_of(kind: str, layer: dict[str, Any], architecture: str, hf: dict[str,
 
 def windows_of(layer: dict[str, Any], count: int) -> tuple[int, ...]:
     """How many positions the attention of each of a draft's layers sees; 0: all. Raises InputError
-    for attention that is not supported."""
-    window, types = whole(layer, "sliding_window", 0, least=0), texts(layer, "layer_types")[:count]
+    for attention that is not supported, and for types that contradict what else is said."""
+    window, types = whole(layer, "sliding_window", 0, least=0), texts(layer, "layer_types")
     if not types:
         full = whole(layer, "max_window_layers", 28, least=0)
         slides = flag(layer, "use_sliding_window")
@@ -82,8 +86,13 @@ def windows_of(layer: dict[str, Any], count: int) -> tuple[int, ...]:
     for kind in types:
         if kind not in (FULL, SLIDING):
             raise InputError(f"{short(kind)} is not supported; supported: {FULL}, {SLIDING}")
-    if len(types) < count:
-        raise InputError(f"config.json has {len(types)} layer_types, and the draft {count} layers")
+    if len(types) != count:
+        raise InputError(f"config.json has {len(types)} layer_types, and {count} as "
+                         "num_hidden_layers; give one for each layer")
+    if SLIDING in types and not window:
+        raise InputError(f"config.json has {SLIDING} in layer_types, and "
+                         f"{short(layer.get('sliding_window'))} as sliding_window; say how long "
+                         f"the window is, or {FULL}")
     return tuple(window if kind == SLIDING else 0 for kind in types)
 
 

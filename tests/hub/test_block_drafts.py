@@ -286,6 +286,11 @@ def test_other_spellings_are_read(policy, tmp_path):
     same(block_drafts.read(directory, shape), want)
 
 
+LAYER = json.loads((HOME / "dspark" / "config.json").read_text())["transformer_layer_config"]
+SLIDES = {**{key: x for key, x in LAYER.items() if key != "sliding_window"},
+          "layer_types": ["sliding_attention"] * 2}
+
+
 @pytest.mark.parametrize("case, changes, windows, causal", [
     ("specforge_dflash_sliding", {}, (4, 0), True),
     ("specforge_dflash_sliding", {"is_causal": False}, (4, 0), False),
@@ -293,13 +298,15 @@ def test_other_spellings_are_read(policy, tmp_path):
     ("specforge_dflash", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6,
                           "is_causal": True}, (6, 6), True),
     ("dflash_sliding", {"sliding_window_non_causal": True}, (4, 0), False),
-    ("dflash", {"sliding_window_non_causal": True}, (), True)])
+    ("dflash", {"sliding_window_non_causal": True}, (), True),
+    # as transformers completes it
+    ("dflash", {"transformer_layer_config": SLIDES | {"use_sliding_window": True}},
+     (4096, 4096), True),
+    ("dflash", {"transformer_layer_config": SLIDES | {"use_sliding_window": False,
+                                                      "sliding_window": 8}}, (), True)])
 def test_which_windows_a_config_asks_for(policy, tmp_path, case, changes, windows, causal):
     config = read_with(policy, tmp_path, case, **changes)
     assert (config.windows, config.windows_causal) == (windows, causal)
-
-
-LAYER = json.loads((HOME / "dspark" / "config.json").read_text())["transformer_layer_config"]
 
 
 def drop(*names):
@@ -353,7 +360,15 @@ def put(**values):
     ("specforge_dflash", {"model_type": "gemma3"}, None,
      "a block of model_type 'gemma3' is not supported; supported: llama, qwen3"),
     ("specforge_dflash", {"layer_types": ["full_attention"]}, None,
-     "config.json has 1 layer_types, and the draft 2 layers"),
+     "config.json has 1 layer_types, and 2 as num_hidden_layers; give one for each layer"),
+    ("specforge_dspark", {"layer_types": ["full_attention"] * 3}, None,
+     "config.json has 3 layer_types, and 2 as num_hidden_layers"),
+    ("specforge_dflash", {"layer_types": ["full_attention", "sliding_attention"]}, None,
+     "config.json has sliding_attention in layer_types, and None as sliding_window; say how long "
+     "the window is, or full_attention"),
+    ("specforge_dflash", {"num_target_layers": 9}, None,
+     "this DFlash draft was made for another policy: its num_target_layers is 9, the policy's is "
+     "7"),
     ("specforge_dflash", {"layer_types": ["linear_attention"] * 2}, None,
      "'linear_attention' is not supported; supported: full_attention, sliding_attention"),
     ("specforge_dflash", {"is_causal": True}, None,

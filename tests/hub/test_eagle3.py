@@ -170,9 +170,6 @@ def test_the_configs_that_are_written_name_what_servers_look_for(policy, tmp_pat
     ({"layer_types": ["sliding_attention"], "sliding_window": 8}, 8),
     # as long as the policy's context
     ({"layer_types": ["sliding_attention"], "sliding_window": 64}, 0),
-    # of the policy's layers
-    ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, 0),
-    ({"layer_types": ["sliding_attention"], "sliding_window": None}, 0),
     ({"sliding_window": 8}, 0), ({"sliding_window": 8, "use_sliding_window": True}, 0),
     ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8)])
 def test_which_window_a_config_asks_for(policy, tmp_path, config, window):
@@ -278,7 +275,11 @@ def flip(tensors):
     ({"num_hidden_layers": 2}, None, "these tensors are missing: layers.1.input_layernorm.weight"),
     ({"num_hidden_layers": 65}, None, "a draft of 65 layers is not supported; supported: up to 64"),
     ({"num_hidden_layers": 2, "layer_types": ["full_attention"]}, None,
-     "config.json has 1 layer_types, and the draft 2 layers"),
+     "config.json has 1 layer_types, and 2 as num_hidden_layers; give one for each layer"),
+    ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, None,
+     "config.json has 2 layer_types, and 1 as num_hidden_layers"),
+    ({"layer_types": ["sliding_attention"], "sliding_window": 0}, None,
+     "config.json has sliding_attention in layer_types, and 0 as sliding_window"),
     ({"layer_types": ["chunked_attention"]}, None,
      "'chunked_attention' is not supported; supported: full_attention"),
     ({"layer_types": "sliding_attention"}, None, "as layer_types; expected a list of texts"),

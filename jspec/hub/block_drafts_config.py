@@ -27,14 +27,20 @@ from jspec.hub.draft_configs import (
     LAYER,
     SLIDING,
     block_family,
+    check_kind,
     completed,
     layers_of,
     speculators_config,
     windows_of,
 )
-from jspec.hub.fields import flag, section, short, texts, whole
+from jspec.hub.fields import agreed, flag, merged, section, short, texts, whole
 from jspec.model import ModelConfig
 
+# what is the draft's own and no layer's
+_OWN = ("block_size", "mask_token_id", "target_layer_ids", "aux_hidden_state_layer_ids",
+        "num_target_layers", "sample_from_anchor", "shift_label", "is_causal", "causal", "use_swa",
+        "sliding_window_non_causal", "projector_type", "markov_rank", "markov_head_type",
+        "enable_confidence_head", "confidence_head_with_markov")
 _KINDS = {"dflash": DFlashConfig, "dspark": DSparkConfig}
 # what an architecture is called in lower case, by its draft
 _NAMES = {"dflashdraftmodel": "dflash", "dflashspeculator": "dflash", "dsparkdraftmodel": "dspark",
@@ -54,15 +60,15 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig) -> OnePassC
     is not supported."""
     try:
         own = section(hf, LAYER)
-        inside = section(hf, "dflash_config")
-        said = {k: v for k, v in hf.items() if v is not None} | {
-            k: v for k, v in inside.items() if v is not None}
+        check_kind(hf)
+        said = merged(hf, "dflash_config", _OWN)
         kind = _kind(hf, said)
-        block, windows = _block(kind, hf, own, policy)
+        block, windows = _block(kind, {**hf, **said}, own, policy)
         if flag(said, "use_swa"):
             raise InputError("dflash_config.use_swa is not supported; supported: layer_types with "
                              "sliding_window")
         causal = _causal(said, bool(own), windows)
+        agreed(said, "sample_from_anchor", "shift_label")
         options: dict[str, Any] = {}
         if kind == "dspark":
             options = {"markov_rank": whole(said, "markov_rank", 256, least=0),
@@ -110,8 +116,9 @@ def _causal(said: dict[str, Any], speculators: bool, windows: tuple[int, ...]) -
     """Whether a slot sees no later one in the layers with a window."""
     if speculators:
         return not windows or not flag(said, "sliding_window_non_causal")
-    causal = flag(said, "is_causal", flag(said, "causal", any(windows)))
-    if causal and not (windows and all(windows)) and ("is_causal" in said or "causal" in said):
+    name = agreed(said, "is_causal", "causal")
+    causal = flag(said, name, any(windows))
+    if causal and not (windows and all(windows)) and name in said:
         raise InputError("causal layers without a window are not supported: in them all slots see "
                          "all")
     return not windows or causal

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jspec.errors import InputError
 from jspec.hub.architectures import ARCHITECTURES, config_from_hf, family_of
-from jspec.hub.fields import flag, section, short, texts, whole
+from jspec.hub.fields import contradiction, flag, section, short, texts, whole
 from jspec.hub.tokenizer import transformers_class
 from jspec.model import ModelConfig
 
@@ -17,6 +18,8 @@ LAYER = "transformer_layer_config"
 BLOCKS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """The architecture that a draft's layers are read as, by their model_type."""
 FULL, SLIDING = "full_attention", "sliding_attention"
+_MADE = ("dflash", "dspark", "eagle3", "peagle", "mtp")
+_KIND = re.compile(r"(dflash|dspark|p?eagle|mtp)\d*")  # in an architecture's name
 _REFUSED = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3_5_text": "Qwen3_5ForCausalLM",
             "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
 _SLIDING = {"sliding_window": None, "use_sliding_window": False, "layer_types": None,
@@ -47,6 +50,16 @@ def block_family(layer: dict[str, Any], default: str) -> str:
     return family
 
 
+def check_kind(hf: dict[str, Any]) -> None:
+    """Raise InputError where `architectures` names another kind of draft than
+    `speculators_model_type`."""
+    made = hf.get("speculators_model_type")
+    for name in texts(hf, "architectures"):
+        found = _KIND.search(name.lower())
+        if made in _MADE and found and found[0] != made:
+            raise contradiction("architectures", [name], "speculators_model_type", made)
+
+
 def steps(hf: dict[str, Any], default: int) -> int:
     """How many tokens a draft of the speculators library was trained to predict one after the
     other."""
@@ -60,6 +73,10 @@ def layers_of(kind: str, layer: dict[str, Any], architecture: str, hf: dict[str,
     """The layers of a draft as a model of their own, from their part `layer` of its config `hf`;
     windows are left to the caller. Raises InputError for what is not supported, and for a draft of
     another policy."""
+    rope = section(layer, "rope_parameters") or section(layer, "rope_scaling")
+    if "yarn" in (rope.get("rope_type"), rope.get("type")) and rope.get("factor") is None:
+        raise InputError("config.json has 'yarn' as the rope_type of this draft, and no factor; "
+                         "say it beside rope_type")
     block = config_from_hf({**layer, **_SLIDING, "architectures": [architecture],
                             "eos_token_id": None, "pad_token_id": None,
                             "tie_word_embeddings": False})

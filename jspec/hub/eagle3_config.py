@@ -24,13 +24,14 @@ from jspec.hub.draft_configs import (
     LAYER,
     SLIDING,
     block_family,
+    check_kind,
     completed,
     layers_of,
     speculators_config,
     steps,
     windows_of,
 )
-from jspec.hub.fields import flag, section, short, texts, whole
+from jspec.hub.fields import agreed, contradiction, flag, merged, section, short, texts, whole
 from jspec.model import ModelConfig
 
 AUX_CONVENTIONS = {"input": 0, "output": 1}
@@ -42,6 +43,7 @@ MOST_LAYERS = 64
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _TRAP = FLAGS[0]
 _AUX = "eagle_aux_hidden_state_layer_ids"
+_COUNT = "num_aux_hidden_states"
 _MASKS = ("mask_token_id", "ptd_token_id", "pard_token")
 _SERVED_AS = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 
@@ -53,8 +55,11 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
     not supported."""
     try:
         block, windows = _block(hf, policy)
-        inside = section(hf, "eagle_config")  # where some trainers put the flags
-        said = inside | {k: v for k, v in hf.items() if v is not None}
+        # some trainers put the flags inside
+        said = merged(hf, "eagle_config", (*FLAGS, *_MASKS, "use_aux_hidden_state"))
+        if not flag(said, "use_aux_hidden_state", True):
+            raise InputError("a draft without auxiliary hidden states is not supported; take one "
+                             "that has them")
         if LAYER in hf and _TRAP not in said:
             raise InputError(f"config.json does not say {_TRAP}, which the speculators library's "
                              "trainer sets and its reader takes for unset: with the wrong one "
@@ -64,8 +69,7 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
         parallel = is_peagle(hf)
         made = whole(section(hf, "jspec"), "depths", steps(hf, 3) if parallel else 3)
         if parallel:
-            named = next((name for name in _MASKS if said.get(name) is not None), _MASKS[0])
-            flags["mask_token"] = whole(said, named, least=0)
+            flags["mask_token"] = whole(said, agreed(said, *_MASKS), least=0)
         return (PeagleConfig if parallel else Eagle3Config)(
             policy=policy, block=block, window=windows, depths=made if depths is None else depths,
             aux_depths=_aux_depths(hf, policy.num_layers, aux_convention), **flags)
@@ -83,6 +87,7 @@ def is_peagle(hf: dict[str, Any]) -> bool:
 
 def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, tuple[int, ...]]:
     """The block as a model of its layers, and the window of each one's attention (0: none)."""
+    check_kind(hf)
     names = texts(hf, "architectures") or [str(hf.get("speculators_model_type") or "eagle3")]
     if not is_peagle(hf) and not any("eagle3" in name.lower() for name in names):
         raise InputError(f"{names[0][:200]} is not an EAGLE-3 draft; give a directory that holds "
@@ -92,9 +97,6 @@ def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, tuple[
     family = block_family(layer, "qwen3" if own else "llama")
     if own:
         layer = completed(own, family)
-    if not flag(section(hf, "eagle_config"), "use_aux_hidden_state", True):
-        raise InputError("a draft without auxiliary hidden states is not supported; take one that "
-                         "has them")
     block = layers_of("EAGLE-3", {"num_hidden_layers": 1, **layer}, BLOCKS[family], hf, policy)
     if block.num_layers > MOST_LAYERS:
         raise InputError(f"a draft of {block.num_layers} layers is not supported; supported: up to "
@@ -118,13 +120,15 @@ def _aux_depths(hf: dict[str, Any], num_layers: int, convention: str | None) -> 
         raise InputError(f"config.json names no auxiliary layers, and a policy of {num_layers} "
                          f"layers has not those that this stands for, 2, {num_layers // 2} and "
                          f"{num_layers - 3}; name them in {_AUX}")
-    if not depths:
-        return published_depths(num_layers)
+    fused = next(iter(depths.values()), published_depths(num_layers))
+    count = whole(section(hf, LAYER) or hf, _COUNT, len(fused))
+    if count != len(fused):
+        raise contradiction(_COUNT, count, _AUX, next(iter(found.values()), None))
     if len(set(depths.values())) > 1:
         raise InputError(f"config.json names two sets of auxiliary layers: {found['input']} at the "
                          f"top (each layer's input) and {found['output']} in eagle_config (each "
                          "layer's output); keep one")
-    return next(iter(depths.values()))
+    return fused
 
 
 def config_json(config: FusedConfig, dtype: str, layout: str,
@@ -146,12 +150,12 @@ def config_json(config: FusedConfig, dtype: str, layout: str,
         shared |= {"mask_token_id": config.mask_token}
     if layout == "specforge":
         return {**block, **shared, "architectures": [_SERVED_AS[config.block.family]],
-                "torch_dtype": dtype, "num_aux_hidden_states": len(config.aux_depths),
+                "torch_dtype": dtype, _COUNT: len(config.aux_depths),
                 "eagle_config": {"use_aux_hidden_state": True, _AUX: [
                     depth - AUX_CONVENTIONS["output"] for depth in config.aux_depths]}}
     del block["architectures"], block["torch_dtype"]
     if len(config.aux_depths) != 3:  # which is what vLLM takes there to be, unless the block says
-        block["num_aux_hidden_states"] = len(config.aux_depths)
+        block[_COUNT] = len(config.aux_depths)
     return {**shared, "dtype": dtype, "embed_requires_grad": config.trains_embed, LAYER: block,
             **speculators_config(config.kind, {"eagle3": "Eagle3DraftModel",
                                                "peagle": "PEagleDraftModel"}[config.kind],

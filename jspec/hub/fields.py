@@ -7,7 +7,7 @@ A key that is there and null counts as not there, as in transformers. `where` be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jspec.arguments import INT32
@@ -66,6 +66,36 @@ def wholes(fields: Mapping[str, Any], key: str, where: str = CONFIG) -> list[int
     if not isinstance(value, list) or not all(type(x) is int and x >= 0 for x in value):
         raise _wrong(value, key, where, "a list of whole numbers")
     return list(value)
+
+
+def agreed(fields: Mapping[str, Any], *names: str, where: str = CONFIG) -> str:
+    """Of several names of one value the first that is there, or the first of all. Raises
+    InputError where two of them are there with different values."""
+    there = [name for name in names if fields.get(name) is not None]
+    for other in there[1:]:
+        if fields[other] != fields[there[0]]:
+            raise contradiction(there[0], fields[there[0]], other, fields[other], where)
+    return (there or names)[0]
+
+
+def merged(fields: Mapping[str, Any], key: str, names: Iterable[str],
+           where: str = CONFIG) -> dict[str, Any]:
+    """What is said under these names, at the top or in the object `key`. Raises InputError where
+    the two say different things of one."""
+    inside, out = section(fields, key, where), {}
+    for name in names:
+        both = {name: fields.get(name), f"{key}.{name}": inside.get(name)}
+        value = both[agreed(both, *both, where=where)]
+        if value is not None:
+            out[name] = value
+    return out
+
+
+def contradiction(first: str, one: Any, second: str, other: Any,
+                  where: str = CONFIG) -> InputError:
+    """The error for two keys whose values cannot both be true."""
+    return InputError(f"{where} has {short(one)} as {first}, and {short(other)} as {second}, which "
+                      "contradict each other; keep what is true")
 
 
 def _given(fields: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -373,6 +373,27 @@ def put(**values):
      "'linear_attention' is not supported; supported: full_attention, sliding_attention"),
     ("specforge_dflash", {"is_causal": True}, None,
      "causal layers without a window are not supported"),
+    *[("specforge_dspark", {key: value}, None,
+       f"config.json has {value} as {key}, and {inside} as dflash_config.{key}, which contradict "
+       "each other; keep what is true")
+      for key, value, inside in [("target_layer_ids", [1, 2, 5], [0, 2, 5]),
+                                 ("mask_token_id", 30, 31), ("markov_rank", 4, 6),
+                                 ("enable_confidence_head", False, True)]],
+    ("specforge_dflash", {"dflash_config": {"block_size": 8}}, None,
+     "config.json has 4 as block_size, and 8 as dflash_config.block_size"),
+    ("dflash", {"architectures": ["DSparkDraftModel"]}, None,
+     "config.json has ['DSparkDraftModel'] as architectures, and 'dflash' as "
+     "speculators_model_type"),
+    ("dflash", {"speculators_model_type": "eagle3"}, None,
+     "has ['DFlashDraftModel'] as architectures, and 'eagle3' as speculators_model_type"),
+    ("dflash", {"architectures": ["DFlash2DraftModel"]}, None,
+     "has ['DFlash2DraftModel'] as architectures, and 'dflash' as speculators_model_type"),
+    ("specforge_dflash_sliding", {"is_causal": False, "causal": True}, None,
+     "config.json has False as is_causal, and True as causal"),
+    ("specforge_dflash", {"sample_from_anchor": False, "shift_label": True}, None,
+     "config.json has False as sample_from_anchor, and True as shift_label"),
+    ("specforge_dspark", {"rope_scaling": {"rope_type": "yarn"}}, None,
+     "config.json has 'yarn' as the rope_type of this draft, and no factor"),
     ("specforge_dflash", {"use_swa": True}, None, "use_swa is not supported"),
 ])
 def test_one_line_for_every_fault(policy, tmp_path, case, config, tensors, message):

@@ -288,6 +288,17 @@ def flip(tensors):
      "has 'false' as norm_before_residual; expected true or false"),
     ({"eagle_config": [1]}, None, "has [1] as eagle_config; expected an object"),
     ({"eagle_config": {"use_aux_hidden_state": "no"}}, None, "has 'no' as use_aux_hidden_state"),
+    ({"norm_output": True, "eagle_config": {"norm_output": False}}, None,
+     "config.json has True as norm_output, and False as eagle_config.norm_output, which contradict "
+     "each other; keep what is true"),
+    ({"use_aux_hidden_state": False}, None,
+     "has False as use_aux_hidden_state, and True as eagle_config.use_aux_hidden_state"),
+    ({"num_aux_hidden_states": 4}, None, "config.json has 4 as num_aux_hidden_states, and "
+     "[0, 3, 5] as eagle_aux_hidden_state_layer_ids"),
+    ({"speculators_model_type": "peagle"}, None, "has ['LlamaForCausalLMEagle3'] as architectures, "
+     "and 'peagle' as speculators_model_type"),
+    ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 16}}, None,
+     "config.json has 'yarn' as the rope_type of this draft, and no factor"),
     ({"jspec": 3}, None, "has 3 as jspec; expected an object"),
     ({"jspec": {"depths": "3"}}, None, "has '3' as depths"),
     ({"draft_vocab_size": "20"}, None, "has '20' as draft_vocab_size"),

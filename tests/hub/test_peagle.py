@@ -95,6 +95,8 @@ def drop(*names):
     ({"mask_token_id": None}, None, "has no mask_token_id"),
     ({"mask_token_id": 32}, None,
      "peagle draft: mask_token = 32 is outside the policy's vocabulary of 32"),
+    ({"pard_token": 30}, None, "config.json has 31 as mask_token_id, and 30 as pard_token, which "
+     "contradict each other; keep what is true"),
     ({"speculators_model_type": "eagle3", "architectures": ["Eagle3DraftModel"],
       "mask_token_id": None}, None,
      "no place in an EAGLE-3 draft of this config: mask_hidden")])

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jspec.arguments import whole
 from jspec.drafts.base import (
     Committed,
     Draft,
@@ -28,6 +29,7 @@ from jspec.drafts.base import (
     Sampler,
 )
 from jspec.drafts.parts import anchored, one_pass
+from jspec.drafts.parts.fusing import MOST_LAYERS
 from jspec.drafts.parts.losses import loss_over_slots, state_loss
 from jspec.drafts.parts.vocabulary import check_vocab, output_table, table_logits
 from jspec.model import ModelConfig, Policy, check_policy
@@ -76,6 +78,8 @@ def settled(kind: type[Kind], policy: Policy, layers: int, aux_depths: Sequence[
     name = kind.__name__.removesuffix("Config").lower()
     check_policy(f"the policy of a {name} draft", policy, stacked=True)
     made = policy.config
+    layers = whole(1, MOST_LAYERS)(f"{name} draft: layers", layers)
+    window = whole()(f"{name} draft: window", window)
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, name)
     depths = (one_pass.default_depths(made.num_layers) if aux_depths is None
               else cast(tuple, aux_depths))

@@ -19,7 +19,7 @@ from jspec.hub import block_drafts, block_drafts_config, eagle3, eagle3_config, 
 from jspec.hub.architectures import ARCHITECTURES
 from jspec.hub.draft_configs import LAYOUTS
 from jspec.hub.exporter import export
-from jspec.hub.fields import texts
+from jspec.hub.fields import texts, told_of
 from jspec.hub.json_io import read_json
 from jspec.hub.mtp_layouts import MTP_LAYOUTS, mtp_count
 from jspec.hub.names import hub_id
@@ -151,7 +151,8 @@ def not_run_by_vllm(draft: Draft, layout: str | None = None) -> list[str]:
 def is_model(path: Path) -> bool:
     """Whether a directory with a config.json holds a model alone, without a draft for it."""
     hf = read_json(path / files.CONFIG)
-    named = set(texts(hf, "architectures"))
+    with told_of(path):
+        named = set(texts(hf, "architectures"))
     return (bool(named) and named <= ARCHITECTURES.keys() - MTP_LAYOUTS.keys()
             and "draft_vocab_size" not in hf and not mtp_count(hf))
 
@@ -159,9 +160,10 @@ def is_model(path: Path) -> bool:
 def read_published(path: Path, policy: Policy) -> Draft:
     """The draft or native MTP head in a directory of the layouts that others publish."""
     hf = read_json(path / files.CONFIG)
+    with told_of(path):
+        names = [*texts(hf, "architectures"), str(hf.get("speculators_model_type", ""))]
     if block_drafts_config.is_block_draft(hf):
         return block_drafts.read(path, policy)
-    named = " ".join([*texts(hf, "architectures"),
-                      str(hf.get("speculators_model_type", ""))]).lower()
+    named = " ".join(names).lower()
     return (eagle3.read(path, policy) if "eagle" in named or "draft_vocab_size" in hf
             else mtp_heads.read(path, policy))

@@ -164,12 +164,16 @@ def config_from_hf(config: dict, generation_config: dict | None = None) -> Model
         raise InputError(f"config.json has {layers} as num_hidden_layers; expected at most "
                          f"{MOST_LAYERS}")
     _check_supported(config, family, layers, max_position)
+    kv_heads = whole(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise InputError(f"config.json has {heads} as num_attention_heads, and {kv_heads} as "
+                         "num_key_value_heads; give a multiple of the second as the first")
     bias = flag(config, "attention_bias")
     stop = end_tokens(config.get("eos_token_id"), generation.get("eos_token_id"))
     return ModelConfig(
         family=family, vocab_size=whole(config, "vocab_size"), hidden_size=hidden,
         intermediate_size=whole(config, "intermediate_size"), num_layers=layers, num_heads=heads,
-        num_kv_heads=whole(config, "num_key_value_heads", heads),
+        num_kv_heads=kv_heads,
         head_dim=whole(config, "head_dim", hidden // heads),
         rms_norm_eps=number(config, "rms_norm_eps"), rope=rope_from_hf(config, max_position),
         tie_embeddings=flag(config, "tie_word_embeddings"),

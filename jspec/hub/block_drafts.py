@@ -32,7 +32,6 @@ from jspec.hub.draft_tensors import (
     write_directory,
 )
 from jspec.hub.exporter import on_host
-from jspec.hub.fields import whole
 from jspec.hub.json_io import read_json
 from jspec.hub.tensors import layer_tensor
 from jspec.model import Policy
@@ -63,8 +62,7 @@ def read(directory: str | Path, policy: Policy) -> Draft:
     hf = read_json(path / "config.json")
     config = read_config(path, hf, policy.config)
     stored = stored_tensors(path, _OLD_NAMES)
-    ids = vocabulary_of(path, whole(hf, "draft_vocab_size", policy.config.vocab_size), stored,
-                        policy.config.vocab_size)
+    ids = vocabulary_of(path, hf, stored, policy.config.vocab_size)
     copies = {"embed_tokens.weight": "embed"}
     if ids is None:
         copies["lm_head.weight"] = _head(policy)

@@ -33,7 +33,7 @@ from jspec.hub.draft_configs import (
     speculators_config,
     windows_of,
 )
-from jspec.hub.fields import agreed, flag, merged, section, short, texts, whole
+from jspec.hub.fields import agreed, flag, merged, section, short, texts, told_of, whole
 from jspec.model import ModelConfig
 
 # what is the draft's own and no layer's
@@ -58,7 +58,7 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig) -> OnePassC
     """What config.json says of a draft in the directory `path`; of the tensors' dtype, vocabulary
     and output head it says nothing. Raises InputError for a draft of another policy, and for what
     is not supported."""
-    try:
+    with told_of(path):
         own = section(hf, LAYER)
         check_kind(hf)
         said = merged(hf, "dflash_config", _OWN)
@@ -80,8 +80,6 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig) -> OnePassC
             block_size=whole(said, "block_size"), windows=windows, windows_causal=causal,
             sample_from_anchor=flag(said, "sample_from_anchor",
                                     kind == "dspark" or flag(said, "shift_label")), **options)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _kind(hf: dict[str, Any], said: dict[str, Any]) -> str:
@@ -92,10 +90,13 @@ def _kind(hf: dict[str, Any], said: dict[str, Any]) -> str:
     if made is not None:
         found = {made if isinstance(made, str) and made in _KINDS else None}
     projector = said.get("projector_type")
-    if len(found) != 1 or None in found or projector not in (None, "dflash", "dspark"):
-        what = made or projector or ", ".join(names) or "a draft without an architecture"
-        raise InputError(f"{short(what)} is not supported; of drafts of one pass these are: "
-                         f"{', '.join(_KINDS)}")
+    known = f"of drafts of one pass these are: {', '.join(_KINDS)}"
+    if projector not in (None, *_KINDS):
+        raise InputError(f"projector_type {short(projector)} is not supported; {known}")
+    if made is None and not names:
+        raise InputError(f"config.json has no architectures, which name the kind of draft; {known}")
+    if len(found) != 1 or None in found:
+        raise InputError(f"{short(made or ', '.join(names))} is not supported; {known}")
     # some call every draft of this family DFlash's
     return "dspark" if projector == "dspark" or said.get("markov_rank") else found.pop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from jspec.drafts.parts.fusing import MOST_LAYERS
 from jspec.errors import InputError
 from jspec.hub.architectures import ARCHITECTURES, config_from_hf, family_of
 from jspec.hub.fields import contradiction, flag, section, short, texts, whole
@@ -80,6 +81,9 @@ def layers_of(kind: str, layer: dict[str, Any], architecture: str, hf: dict[str,
     block = config_from_hf({**layer, **_SLIDING, "architectures": [architecture],
                             "eos_token_id": None, "pad_token_id": None,
                             "tie_word_embeddings": False})
+    if block.num_layers > MOST_LAYERS:
+        raise InputError(f"a draft of {block.num_layers} layers is not supported; supported: up to "
+                         f"{MOST_LAYERS}")
     for what, made, theirs in (
             ("num_target_layers", whole(hf, "num_target_layers", policy.num_layers),
              policy.num_layers),

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from jspec.errors import InputError
 from jspec.hub.exporter import new_directory, on_host, whole_directory
+from jspec.hub.fields import told_of, whole
 from jspec.hub.json_io import write_json
 from jspec.hub.safetensors_io import read_tensors, write_tensors
 from jspec.model import ModelConfig, place_on_mesh
@@ -39,14 +40,17 @@ def stored_tensors(path: Path, renamed: Mapping[str, str]) -> dict[str, np.ndarr
         raise InputError(f"{path}: no safetensors; pickled weights are never loaded: convert the "
                          "draft to safetensors")
     out: dict[str, np.ndarray] = {}
+    places: dict[str, str] = {}
     for file in files:
         for name, tensor in read_tensors(file).items():
             plain = name.removeprefix("model.")
             for old, new in renamed.items():
                 plain = new + plain.removeprefix(old) if plain.startswith(old) else plain
+            place = f"{name} in {file.name}"
             if plain in out:
-                raise InputError(f"{path}: tensor {plain} is there twice, once as {name}; remove "
-                                 "one of the two")
+                raise InputError(f"{path}: tensor {plain} is there twice, as {places[plain]} and "
+                                 f"as {place}; remove one of the two")
+            places[plain] = place
             if not plain.endswith(_NOT_THE_DRAFTS):
                 out[plain] = tensor
     return out
@@ -86,10 +90,12 @@ def weights_of(path: Path, kind: str, stored: Mapping[str, np.ndarray], names: A
     return place_on_mesh(lambda x: x, specs, model)(weights)
 
 
-def vocabulary_of(path: Path, size: int, stored: Mapping[str, np.ndarray],
+def vocabulary_of(path: Path, hf: dict[str, Any], stored: Mapping[str, np.ndarray],
                   vocab_size: int) -> np.ndarray | None:
-    """The policy's ids of the draft's `size` tokens, int64 [Vd]; None: they are the whole
-    vocabulary. Raises InputError for tensors that do not say so."""
+    """The policy's ids of the draft's tokens, of which its config `hf` says how many, int64 [Vd];
+    None: they are the whole vocabulary. Raises InputError for tensors that do not say so."""
+    with told_of(path):
+        size = whole(hf, "draft_vocab_size", vocab_size)
     offsets, marks = stored.get("d2t"), stored.get("t2d")
     if offsets is None:
         if size != vocab_size:

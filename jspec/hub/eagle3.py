@@ -32,7 +32,6 @@ from jspec.hub.draft_tensors import (
     write_directory,
 )
 from jspec.hub.eagle3_config import config_json, read_config
-from jspec.hub.fields import whole
 from jspec.hub.json_io import read_json
 from jspec.hub.tensors import layer_tensor
 from jspec.model import Policy
@@ -69,8 +68,7 @@ def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
     hf = read_json(path / "config.json")
     config = read_config(path, hf, policy.config, depths, aux_convention)
     stored = stored_tensors(path, _OLD_NAMES)
-    ids = vocabulary_of(path, whole(hf, "draft_vocab_size", policy.config.vocab_size), stored,
-                        policy.config.vocab_size)
+    ids = vocabulary_of(path, hf, stored, policy.config.vocab_size)
     config = dataclasses.replace(config, vocab_size=0 if ids is None else len(ids),
                                  dtype=common_dtype(path, stored),
                                  own_embed="embed_tokens.weight" in stored)

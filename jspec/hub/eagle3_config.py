@@ -31,15 +31,23 @@ from jspec.hub.draft_configs import (
     steps,
     windows_of,
 )
-from jspec.hub.fields import agreed, contradiction, flag, merged, section, short, texts, whole
+from jspec.hub.fields import (
+    agreed,
+    contradiction,
+    flag,
+    merged,
+    section,
+    short,
+    texts,
+    told_of,
+    whole,
+)
 from jspec.model import ModelConfig
 
 AUX_CONVENTIONS = {"input": 0, "output": 1}
 """What is to be added to the id of an auxiliary layer to have its depth, by what of that layer is
 taken."""
 
-MOST_LAYERS = 64
-"""Of a draft; published ones have one, or a few."""
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _TRAP = FLAGS[0]
 _AUX = "eagle_aux_hidden_state_layer_ids"
@@ -53,7 +61,7 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
     """What config.json says of a draft in the directory `path`; of the tensors' dtype, vocabulary
     and embedding it says nothing. Raises InputError for a draft of another policy, and for what is
     not supported."""
-    try:
+    with told_of(path):
         block, windows = _block(hf, policy)
         # some trainers put the flags inside
         said = merged(hf, "eagle_config", (*FLAGS, *_MASKS, "use_aux_hidden_state"))
@@ -73,8 +81,6 @@ def read_config(path: Path, hf: dict[str, Any], policy: ModelConfig, depths: int
         return (PeagleConfig if parallel else Eagle3Config)(
             policy=policy, block=block, window=windows, depths=made if depths is None else depths,
             aux_depths=_aux_depths(hf, policy.num_layers, aux_convention), **flags)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def is_peagle(hf: dict[str, Any]) -> bool:
@@ -98,9 +104,6 @@ def _block(hf: dict[str, Any], policy: ModelConfig) -> tuple[ModelConfig, tuple[
     if own:
         layer = completed(own, family)
     block = layers_of("EAGLE-3", {"num_hidden_layers": 1, **layer}, BLOCKS[family], hf, policy)
-    if block.num_layers > MOST_LAYERS:
-        raise InputError(f"a draft of {block.num_layers} layers is not supported; supported: up to "
-                         f"{MOST_LAYERS}")
     windows = windows_of(layer, block.num_layers)
     return block, tuple(w if w < policy.max_position_embeddings else 0 for w in windows)
 

@@ -7,7 +7,9 @@ A key that is there and null counts as not there, as in transformers. `where` be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from jspec.arguments import INT32
@@ -66,6 +68,15 @@ def wholes(fields: Mapping[str, Any], key: str, where: str = CONFIG) -> list[int
     if not isinstance(value, list) or not all(type(x) is int and x >= 0 for x in value):
         raise _wrong(value, key, where, "a list of whole numbers")
     return list(value)
+
+
+@contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Errors inside begin with the directory that is read."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def agreed(fields: Mapping[str, Any], *names: str, where: str = CONFIG) -> str:

@@ -125,7 +125,8 @@ def test_a_config_of_no_published_architecture_is_not_exported():
     ({"eos_token_id": "</s>"}, "eos_token_id must be an integer or a list of them"),
     ({"num_hidden_layers": None}, "has no num_hidden_layers"),
     ({"num_hidden_layers": 10**9}, "has 1000000000 as num_hidden_layers; expected at most 10000"),
-    ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+    ({"num_key_value_heads": 3}, "config.json has 4 as num_attention_heads, and 3 as "
+     "num_key_value_heads; give a multiple of the second as the first"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ({"architectures": "LlamaForCausalLM"},
      "has 'LlamaForCausalLM' as architectures; expected a list of texts"),

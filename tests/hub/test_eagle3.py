@@ -254,7 +254,8 @@ def flip(tensors):
     ({}, put(midlayer__extra__weight=np.ones(2, np.float32), fc__bias=np.ones(16, np.float32)),
      "no place in an EAGLE-3 draft of this config: fc.bias, midlayer.extra.weight"),
     ({}, put(layers__0__hidden_norm__weight=np.ones(16, np.float32)),
-     "midlayer.hidden_norm.weight is there twice"),
+     "tensor midlayer.hidden_norm.weight is there twice, as layers.0.hidden_norm.weight in "
+     "model.safetensors and as midlayer.hidden_norm.weight in model.safetensors; remove one"),
     ({"intermediate_size": 12}, None,
      "tensor midlayer.mlp.down_proj.weight has shape [16, 20], but the config says [16, 12]"),
     ({"eagle_config": {AUX: [1, 3, 7]}}, None,
@@ -301,7 +302,7 @@ def flip(tensors):
      "config.json has 'yarn' as the rope_type of this draft, and no factor"),
     ({"jspec": 3}, None, "has 3 as jspec; expected an object"),
     ({"jspec": {"depths": "3"}}, None, "has '3' as depths"),
-    ({"draft_vocab_size": "20"}, None, "has '20' as draft_vocab_size"),
+    ({"draft_vocab_size": "20"}, None, "x: config.json has '20' as draft_vocab_size"),
     ({"target_hidden_size": [16]}, None, "has [16] as target_hidden_size"),
     ({"transformer_layer_config": "llama"}, None,
      "has 'llama' as transformer_layer_config; expected an object"),

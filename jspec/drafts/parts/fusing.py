@@ -35,6 +35,9 @@ from jspec.model import (
 from jspec.model.layers import decoder_layer, fuse, rms_norm
 from jspec.model.linear import linear
 
+MOST_LAYERS = 64
+"""Of a draft; published ones have one, or a few."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FusedConfig:
@@ -139,7 +142,7 @@ def settled(kind: type[Config], policy: Policy, aux_depths: Sequence[int] | None
     ids = None if vocab is None else check_vocab(vocab, made.vocab_size, name)
     family = "qwen3" if flag(f"{name} draft: qk_norm", qk_norm) else "llama"
     block = dataclasses.replace(made, family=family, qk_norm=qk_norm, qkv_bias=False,
-                                num_layers=whole(1, 64)(f"{name} draft: layers", layers),
+                                num_layers=whole(1, MOST_LAYERS)(f"{name} draft: layers", layers),
                                 tie_embeddings=False, out_bias=False, mlp_bias=False,
                                 stop_tokens=(), pad_token=0, tokenless=(), experts=None)
     chosen = default_depths(made.num_layers) if aux_depths is None else cast(tuple, aux_depths)

@@ -10,45 +10,19 @@ around the tables are the author's to keep true. Nothing here needs JAX.
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks import draft_tables
+from benchmarks.table_text import RESULTS, ROOT, Row, link, markdown, result, times
+
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/configuration.md", "docs/drafts.md",
              "docs/kernels.md")
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PEERS = {"vllm": "vLLM (CPU build)", "tunix": "Tunix"}
-DRAFTS = {"mtp": "`mtp`, the head that ships", "self": "`self`, 8 bits",
-          "self:bits=4": "`self`, 4 bits", "suffix": "`suffix`", "ngram": "`ngram`"}
 KIB, MIB, GB = 2**10, 2**20, 1e9
-
-Row = Mapping[str, Any]
-
-
-def result(name: str) -> Any:
-    """What `benchmarks/results/NAME.json` says."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, ending with a line end."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def link(name: str, folder: str = "../benchmarks/results") -> str:
-    """To the file that a figure is from."""
-    return f"[`{name}.json`]({folder}/{name}.json)"
-
-
-def times(ratio: float) -> str:
-    return f"{ratio:.2f}x"
 
 
 # --- against others ---
@@ -118,69 +92,7 @@ def readme() -> str:
     ])
 
 
-# --- drafts ---
-
-
-def measured_in(draft: str) -> str:
-    """The result that a drafter is in: the rounding of 4 bits has changed since the first."""
-    return "drafts_self_cpu" if draft == "self:bits=4" else "drafts_cpu"
-
-
-def of_draft(draft: str) -> list[Row]:
-    return [row for row in result(measured_in(draft)) if row["draft"] == draft]
-
-
-def best(rows: Sequence[Row], batch: int, field: str, unit: str = "") -> str:
-    """The largest value of a field at temperature 1, and at 0."""
-    values = [[row[field] for row in rows if row["batch"] == batch and row["temperature"] == t]
-              for t in (1.0, 0.0)]
-    return " / ".join(f"{max(of_temperature):.2f}{unit}" for of_temperature in values)
-
-
-def drafts() -> str:
-    """Every drafter at every k."""
-    def line(draft: str, k: int) -> list[str]:
-        rows = [row for row in of_draft(draft) if row["k"] == k]
-        return [DRAFTS[draft], str(k), best(rows, 1, "acceptance_length"),
-                best(rows, 1, "speedup", "x"), best(rows, 8, "speedup", "x")]
-
-    return markdown(["draft", "k", "tokens a cycle, T = 1 / 0", "batch 1, T = 1 / 0",
-                     "batch 8, T = 1 / 0"], [line(draft, k) for draft in DRAFTS for k in (1, 2, 3)])
-
-
-def best_drafts() -> str:
-    """Every drafter at its best k."""
-    return markdown(["draft, at its best k", "batch 1, T = 1 / 0", "batch 8, T = 1 / 0", "data"],
-                    [[name, best(of_draft(draft), 1, "speedup", "x"),
-                      best(of_draft(draft), 8, "speedup", "x"), link(measured_in(draft))]
-                     for draft, name in DRAFTS.items()])
-
-
-def small_batches() -> str:
-    """The shipped head at small batches, and what verification costs of that."""
-    rows = result("drafts_small_cpu")
-    plain = {row["batch"]: row for row in rows if not row["k"]}
-
-    def line(row: Row) -> list[str]:
-        step = plain[row["batch"]]
-        promised = row["acceptance_length"] / (1 + row["draft_ms"] / step["cycle_ms"])
-        return [str(row["batch"]), str(row["k"]), f"{row['acceptance_length']:.2f}",
-                times(row["verify_ms"] / step["verify_ms"]),
-                times(row["draft_ms"] / step["cycle_ms"]), times(row["speedup"]), times(promised)]
-
-    return markdown(["batch", "k", "tokens a cycle", "a verification, in plain ones",
-                     "drafting, in plain steps", "speed-up", "if verification cost a plain step"],
-                    [line(row) for row in rows if row["k"]])
-
-
-def online() -> str:
-    """A draft that learns beside its policy, and the same one frozen, on the same policies."""
-    def line(row: Row) -> list[str]:
-        lengths = (row[name]["acceptance_length"] for name in ("online", "frozen"))
-        return [str(row["step"]), f"{row['reward']:.2f}", *(f"{x:.2f}" for x in lengths)]
-
-    return markdown(["step", "reward", "tokens a cycle, learning", "tokens a cycle, frozen"],
-                    map(line, result("online_cpu")["rows"]))
+# --- objectives ---
 
 
 def objectives() -> str:
@@ -188,48 +100,6 @@ def objectives() -> str:
     return markdown(["objective", "mean reward of the last 10 steps", "above 0.8 from step", "s"],
                     [[f"`{row['objective']}`", f"{row['last']:.3f}", str(row["above_four_fifths"]),
                       f"{row['seconds']:.0f}"] for row in result("objectives_cpu")["rows"]])
-
-
-def losses() -> str:
-    """The draft's losses, from a trained head and from random initialisation: means over seeds."""
-    trained = result("draft_losses_cpu")["rows"]
-    scratch = result("draft_losses_scratch_cpu")["rows"]
-
-    def line(loss: str) -> list[str]:
-        after = [row["acceptance_length"] for row in trained if row["loss"] == loss]
-        ends = [row["acceptance_length_by_20_steps"][-1] for row in scratch if row["loss"] == loss]
-        return [f"`{loss}`", f"{statistics.mean(after):.3f}", f"{statistics.mean(ends):.2f}"]
-
-    start = next(row["acceptance_length"] for row in trained if not row["steps"])
-    return markdown(["`draft.loss`", "24 steps from a trained SmolLM2 head",
-                     "the tiny run, from scratch"],
-                    [["before", f"{start:.3f}", ""], *map(line, ("kl", "tv", "overlap"))])
-
-
-def shares() -> str:
-    """How much of the update the draft's training is."""
-    return markdown(["command", "the draft's share of the update"],
-                    [[f"`{row['command']}`", f"{row['draft_share_of_update']:.1%}"]
-                     for row in result("draft_share_cpu")["rows"]])
-
-
-def served() -> str:
-    """The kinds that vLLM ran: text and acceptance there and here."""
-    def line(row: Row) -> list[str]:
-        there, here = row["vllm"], row["jspec"]
-        accepted = (" ".join(f"{x:.0%}" for x in side["acceptance_by_position"])
-                    for side in (there, here))
-        return [row["draft"], *(f"{row['same_text'][what]} of {row['prompts']}"
-                                for what in ("vllm_alone", "jspec")),
-                f"{row['same_cycles']} of {row['rows_compared']}",
-                f"{row['replayed']} of {row['prompts']}" if "replayed" in row else "",
-                f"{there['acceptance_length']:.2f} / {here['acceptance_length']:.2f}",
-                " / ".join(accepted)]
-
-    return markdown(["draft", "answers as vLLM's without it", "as jspec's with it",
-                     "of these, all cycles the same", "replayed", "tokens a cycle, vLLM / jspec",
-                     "accepted by position, vLLM / jspec"],
-                    map(line, result("served_cpu")))
 
 
 # --- what compiled ---
@@ -300,14 +170,15 @@ TABLES: dict[str, Callable[[], str]] = {
     # vLLM's figures of that day are disputed by vllm_cpu.json; those of equal_cpu.json stand
     "tunix": lambda: versus("cpu", lambda row: row["peer"] == "tunix"),
     "repeat": lambda: versus("repeat_cpu"),
-    "drafts": drafts,
-    "best_drafts": best_drafts,
-    "small_batches": small_batches,
-    "online": online,
-    "served": served,
-    "losses": losses,
+    "drafts": draft_tables.drafts,
+    "best_drafts": draft_tables.best_drafts,
+    "small_batches": draft_tables.small_batches,
+    "trained_equally": draft_tables.trained_equally,
+    "online": draft_tables.online,
+    "served": draft_tables.served,
+    "losses": draft_tables.losses,
     "objectives": objectives,
-    "shares": shares,
+    "shares": draft_tables.shares,
     "kernels": kernels,
     "rollouts": rollouts,
     "files": files,

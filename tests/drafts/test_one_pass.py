@@ -15,7 +15,7 @@ from jspec.errors import InputError
 from jspec.model import RopeConfig, init_weights, prefill
 from pallas_kernels.noise import rejection_noise
 from tests.drafts import recursive
-from tests.speculate import tiny
+from tests.speculate import enumeration, tiny
 from tests.speculate.enumeration import enumerate_sequences
 
 OWN_SIZES = dict(num_heads=6, num_kv_heads=3, head_dim=4, intermediate_size=24,
@@ -225,6 +225,9 @@ def test_a_trained_draft_is_accepted_more_often(policy, variant):
     recursive.check_a_trained_draft_is_accepted_more_often(policy, make(policy, variant, scale=0))
 
 
+FEW_ROWS = 128  # enough for one draft and two tokens
+
+
 def enumerated(variant, k=2, *, scale=0.4, max_new_tokens=3, stop_tokens=()):
     policy = tiny.policy(3, seed=3)
     draft = make(policy, variant, mask_token=2, vocab=None, scale=scale)
@@ -241,6 +244,7 @@ def test_emitted_sequences_have_the_autoregressive_distribution(variant):
 
 def test_q_before_the_bias_is_seen(monkeypatch):
     """Drawn with the Markov head's bias, judged without."""
+    monkeypatch.setattr(enumeration, "ROWS", FEW_ROWS)
     draw = base.Sampler.draw
     module = jspec.drafts.find("dspark").propose.__globals__  # jspec.drafts.dspark makes drafts
     slot_logits, kept = module["slot_logits"], []
@@ -260,6 +264,7 @@ def test_q_before_the_bias_is_seen(monkeypatch):
 
 
 def test_a_draft_drawn_in_bfloat16_is_seen(monkeypatch):
+    monkeypatch.setattr(enumeration, "ROWS", FEW_ROWS)
     draw = base.Sampler.draw
 
     def rounded(self, logits, offset, vocab=None):

@@ -72,7 +72,7 @@ LONG = [*CASES, *((draft, "rejection", 2, {}) for draft in drafters.SPARSE),
         ("mtp", "coupled", 2, {"top_k": 3, "top_p": 0.9})]
 
 
-QUICK = ("mtp", "sharp")
+QUICK = ("sharp",)
 
 
 @pytest.mark.parametrize("draft, rule, k, sampling", [

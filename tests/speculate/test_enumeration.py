@@ -59,7 +59,6 @@ CASES = [
     ("mtp", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(), temperature=0.7)),
     ("table", 4, 2, 2, dict(max_new_tokens=3, stop_tokens=(3,), top_k=3, top_p=0.8)),
     ("ngram", 4, 3, 3, dict(max_new_tokens=4, stop_tokens=(0,), min_new_tokens=1)),
-    ("fixed", 5, 2, 3, dict(max_new_tokens=3, stop_tokens=(4, 2), temperature=0.7, min_p=0.2)),
 ]
 
 BLOCK = [
@@ -69,6 +68,7 @@ BLOCK = [
 ]
 
 LONG = [
+    ("fixed", 5, 2, 3, dict(max_new_tokens=3, stop_tokens=(4, 2), temperature=0.7, min_p=0.2)),
     ("suffix", 3, 2, 3, dict(max_new_tokens=3, stop_tokens=(2,))),
     ("table", 4, 1, 3, dict(max_new_tokens=3, stop_tokens=(1,), temperature=0.7, min_new_tokens=2)),
     ("table", 3, 3, 4, dict(max_new_tokens=4, stop_tokens=(2,))),

@@ -46,9 +46,9 @@ def best_drafts() -> str:
                      for draft, name in DRAFTS.items()])
 
 
-def small_batches() -> str:
-    """The shipped head at small batches, and what verification costs of that."""
-    rows = result("drafts_small_cpu")
+def small_batches(name: str = "drafts_small_cpu") -> str:
+    """A trained head at small batches, and what verification costs of that."""
+    rows = result(name)
     plain = {row["batch"]: row for row in rows if not row["k"]}
 
     def line(row: Row) -> list[str]:

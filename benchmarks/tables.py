@@ -173,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafts": draft_tables.drafts,
     "best_drafts": draft_tables.best_drafts,
     "small_batches": draft_tables.small_batches,
+    "after_six": lambda: draft_tables.small_batches("drafts_after_six_cpu"),
     "trained_equally": draft_tables.trained_equally,
     "online": draft_tables.online,
     "served": draft_tables.served,

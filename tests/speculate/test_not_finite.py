@@ -13,6 +13,7 @@ from tests.speculate.ties import generated
 
 slow = pytest.mark.slow
 PROMPTS = [[1, 2, 1, 2, 1], [5], [7, 6, 7, 6, 7, 6], [4, 4, 4]]
+GROUP = 4
 # mixed rows: greedy ones, and a minimum length
 SAMPLING = jspec.Sampling(max_new_tokens=10, temperature=jnp.tile(jnp.array([1.0, 0.0, 0.7, 1.3]),
                                                                   4), min_new_tokens=2)
@@ -33,7 +34,7 @@ def spoiled(tree, value):
 
 
 def run(policy, draft, rule, kernels="reference", k=2, sampling=SAMPLING):
-    batch = jspec.PromptBatch.from_tokens(PROMPTS, group_size=4, seed=0, buckets=(8,))
+    batch = jspec.PromptBatch.from_tokens(PROMPTS, group_size=GROUP, seed=0, buckets=(8,))
     out = jspec.rollout(policy, draft, batch, sampling=sampling,
                         speculation=jspec.Speculation(k=k, rule=rule, kernels=kernels))
     assert np.isfinite(out.logprobs).all() and np.isfinite(out.entropy).all()
@@ -48,10 +49,14 @@ def test_the_answer_is_autoregressive_sampling(policy, name, rule, kernels):
     """The noise of a residual does not know k: with every draft refused, even the tokens are those
     without a draft."""
     draft = drafters.make(name, policy, seed=1, scale=0.05)
-    plain = run(policy, None, rule)
+    plain = generated(run(policy, None, rule))
+    # a head that leaves out position 0 drafts evenly, which is finite, after a prompt of one token
+    refused = [row for row in range(len(plain)) if not getattr(draft.config, "late", False)
+               or len(PROMPTS[row // GROUP]) > 1]
     for value in (np.nan, np.inf, -np.inf):
-        out = run(policy, draft.replace(weights=spoiled(draft.weights, value)), rule, kernels)
-        assert generated(out) == generated(plain)
+        out = generated(run(policy, draft.replace(weights=spoiled(draft.weights, value)), rule,
+                            kernels))
+        assert [out[row] for row in refused] == [plain[row] for row in refused]
     assert run(policy, draft, rule, kernels).stats.accepted.any()
 
 

@@ -1,5 +1,6 @@
 """How the default suite compiles: for a short time, not for fast programs."""
 
+import contextlib
 import importlib.metadata
 import os
 
@@ -8,7 +9,9 @@ FLAG = "--xla_cpu_use_fusion_emitters=false"
 
 def compile_plainly():
     """Of the time that XLA compiles for a CPU, 40% goes into its newer emitters of fusions. JAX
-    0.12 has no others, and ends at a flag that it does not know."""
+    0.12 has no others, and ends at a flag that it does not know. Optimizations are those that a
+    module is marked for; it is imported without."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax_version = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
     if jax_version < (0, 11) and FLAG not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
@@ -19,3 +22,17 @@ def as_users_compile():
     emitters round a part of a program by what is fused with it."""
     plainly = FLAG in os.environ.get("XLA_FLAGS", "")
     return {"xla_cpu_use_fusion_emitters": True} if plainly else {}
+
+
+@contextlib.contextmanager
+def quickly():
+    """Without most optimizations, whatever the module is marked: what runs once, such as the
+    drawing of weights, whose optimized program takes 15 seconds to compile."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

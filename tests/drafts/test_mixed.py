@@ -24,7 +24,7 @@ from tests.drafts import recursive
 from tests.speculate import drafters, enumeration, test_chi_square, tiny
 from tests.speculate.test_enumeration import PROMPT, TOLERANCE
 
-POLICY, KEY = tiny.policy(5), jax.random.key(0)
+KEY = jax.random.key(0)
 NO_HISTORY = {"history_prompts": 0}
 
 
@@ -59,6 +59,11 @@ def test_certain_rows_are_one_hot_and_the_others_as_they_were(vocab):
     if vocab is not None:  # each id once, or the rule would take it from another column
         ids = np.asarray(made.vocab)
         assert sorted(ids[ids < 5].tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny.policy(5)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +114,7 @@ def kept_where_it_agrees(proposal, tokens, rows, vocab_size):
 @pytest.mark.parametrize("choice, exact", [(with_certain, True), (kept_where_it_agrees, False)])
 def test_a_choice_that_looks_at_what_was_drawn_is_seen(choice, exact, monkeypatch):
     monkeypatch.setattr(sys.modules["jspec.drafts.mixed"], "with_certain", choice)
-    monkeypatch.setattr(enumeration, "ROWS", 256)
+    monkeypatch.setattr(enumeration, "ROWS", 128)
     policy = drafters.policy("mixed", 3, seed=0)
     sampling = dict(max_new_tokens=2, stop_tokens=(2,))
     got, _ = enumeration.enumerate_sequences(policy, drafters.make("mixed", policy, seed=2), PROMPT,
@@ -128,36 +133,36 @@ def test_chi_square_sees_such_a_choice(monkeypatch):
     jax.clear_caches()
 
 
-def test_one_is_made_around_a_draft_that_is_there_and_is_written_and_read(tmp_path):
-    own = jspec.drafts.mtp(POLICY, KEY, vocab=[0, 2, 3])
-    made = around(POLICY, own, find("mixed"), {"certainty": 0.6, "suffix": NO_HISTORY},
+def test_one_is_made_around_a_draft_that_is_there_and_is_written_and_read(policy, tmp_path):
+    own = jspec.drafts.mtp(policy, KEY, vocab=[0, 2, 3])
+    made = around(policy, own, find("mixed"), {"certainty": 0.6, "suffix": NO_HISTORY},
                   "draft.options")
     assert made.name == "mixed" and made.config.certainty == 0.6
-    assert around(POLICY, made, find("mixed"), {}, "") is made
-    assert around(POLICY, own, find("mtp"), {}, "") is own
+    assert around(policy, made, find("mixed"), {}, "") is made
+    assert around(policy, own, find("mtp"), {}, "") is own
     with pytest.raises(jspec.InputError) as error:
-        around(POLICY, made, find("mixed"), {"certainty": 0.5}, "draft.options")
+        around(policy, made, find("mixed"), {"certainty": 0.5}, "draft.options")
     assert str(error.value) == ("draft.options are a fresh draft's, and the one that is there has "
                                 "its own; leave them out")
     with pytest.raises(jspec.InputError) as error:
-        around(POLICY, own, find("mixed"), {"draft": "dflash"}, "draft.options")
+        around(policy, own, find("mixed"), {"draft": "dflash"}, "draft.options")
     assert str(error.value) == ("draft.options: draft = 'dflash', and the one that is there is a "
                                 "mtp draft; leave it out")
-    wider = dataclasses.replace(own.config, policy=dataclasses.replace(POLICY.config, vocab_size=6))
+    wider = dataclasses.replace(own.config, policy=dataclasses.replace(policy.config, vocab_size=6))
     with pytest.raises(jspec.InputError, match="was made for another policy: its vocab_size"):
-        jspec.drafts.mixed(POLICY, draft=own.replace(config=wider))
+        jspec.drafts.mixed(policy, draft=own.replace(config=wider))
     back = trained_of(made)
     assert back.config == own.config and back.drafter == own.drafter and back.state is own.state
     files.write(made, tmp_path, dtype="float32")
-    read = jspec.load_draft(POLICY, tmp_path)
+    read = jspec.load_draft(policy, tmp_path)
     assert read.config == made.config and read.drafter == made.drafter
     jax.tree.map(np.testing.assert_array_equal, (read.weights, read.state),
                  (made.weights, made.state))
     # a stop token more in the policy: of the parts' configs too
-    other = POLICY.replace(config=dataclasses.replace(POLICY.config, stop_tokens=(1,)))
+    other = policy.replace(config=dataclasses.replace(policy.config, stop_tokens=(1,)))
     config = jspec.load_draft(other, tmp_path).config
     assert config.draft.policy == config.suffix.policy == other.config
-    assert jspec.load_draft(POLICY, tmp_path, find("mixed")).config == made.config
+    assert jspec.load_draft(policy, tmp_path, find("mixed")).config == made.config
 
 
 def test_what_is_published_is_the_trained_draft(tmp_path):
@@ -180,12 +185,15 @@ def test_what_is_published_is_the_trained_draft(tmp_path):
     ({"suffix": {"siblings": -1}}, "suffix draft: siblings = -1 must be at least 0"),
     ({"certainty": 1.5}, "mixed draft: certainty = 1.5 must be a finite number and at least 0.0 "
      "and at most 1.0"),
-    ({"draft": jspec.drafts.mtp(POLICY, 0), "options": {"depths": 2}}, "mixed draft: options are a "
-     "fresh draft's, and the given one has its own; leave them out"),
-    ({"draft": jspec.drafts.ngram(POLICY)}, "mixed draft: draft = 'ngram' is not trained"),
+    ({"draft": lambda policy: jspec.drafts.mtp(policy, 0), "options": {"depths": 2}}, "mixed "
+     "draft: options are a fresh draft's, and the given one has its own; leave them out"),
+    ({"draft": lambda policy: jspec.drafts.ngram(policy)}, "mixed draft: draft = 'ngram' is not "
+     "trained"),
     ({"options": 3}, "mixed draft: options is a int: give options by name, such as {max_match: 8}"),
     ({"suffix": [8]}, "mixed draft: suffix is a list: give options by name")])
-def test_what_is_refused(options, message):
+def test_what_is_refused(policy, options, message):
+    if callable(options.get("draft")):  # made here, not where tests are collected
+        options = {**options, "draft": options["draft"](policy)}
     with pytest.raises(jspec.InputError) as error:
-        jspec.drafts.mixed(POLICY, **{"key": KEY, **options})
+        jspec.drafts.mixed(policy, **{"key": KEY, **options})
     assert str(error.value).startswith(message)

@@ -7,6 +7,7 @@ import inspect
 import jax
 
 import jspec
+from tests.compiling import quickly
 from tests.speculate import tiny
 
 # further ways to make a drafter: name -> (drafter, options)
@@ -47,6 +48,7 @@ def policy(name, *args, **options):
                        **{"layers": LAYERS.get(VARIANTS.get(name, (name,))[0], 1), **options})
 
 
+@quickly()
 def make(name, policy, seed=0, scale=0.4):
     """A draft of tiny `policy`, weights shaken by `scale`: one of NAMES, or a `tiny.table_draft`,
     one of TABLES. A reduced vocabulary is every second id, from 0 on."""

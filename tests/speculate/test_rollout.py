@@ -159,7 +159,7 @@ def test_logprobs_and_entropy_are_those_of_the_training_forward(policy, drafts, 
 @pytest.mark.parametrize("cap, stop, counted", [
     (8, (4,), [2, 2, 2]),  # 1 2 4, and 4 is the end
     (8, (2,), [2, 2, 0]),  # 1 2, and a third draft that no verdict could have let out
-    (6, (), [4, 4, 2]),  # 1 2 4 5, 6 7, and a third draft beyond the cap
+    (6, (8,), [4, 4, 2]),  # 1 2 4 5, 6 7, and a third draft beyond the cap
     (3, (8,), [2, 2, 2]),  # 1 2 4: the fourth token would not have been a draft
 ])
 def test_what_lies_beyond_an_end_or_the_cap_is_not_counted(chained, cap, stop, counted):

@@ -11,6 +11,7 @@ import numpy as np
 from jspec.drafts.base import Draft, Drafter, Proposal
 from jspec.model import Experts, ModelConfig, ParamSpec, init_policy, logits, train_forward
 from jspec.speculate import PromptBatch, Rollout
+from tests.compiling import quickly
 from tests.pallas_kernels.oracle import process
 
 
@@ -27,11 +28,13 @@ SPARSE = {"family": "qwen3_moe", "qk_norm": True,
 """Options that make it one of experts."""
 
 
+@quickly()
 def policy(*args, seed=0, **options):
     """A policy of `config(...)`."""
     return init_policy(config(*args, **options), jax.random.key(seed))
 
 
+@quickly()
 def shaken(draft, seed=0, scale=0.4):
     """The draft with noise on every weight, so that nothing in it is zero or the identity."""
     leaves, tree = jax.tree.flatten(draft.weights)

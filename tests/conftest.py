@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiling import compile_plainly
+from tests.compiling import LEFT_OUT, compile_plainly
 
 
 def pytest_configure(config):
@@ -96,8 +96,7 @@ def compiled_quickly(request):
 
     full = in_full(request.config) or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not full)
-    # of the processes that tests start
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not full))
+    os.environ[LEFT_OUT] = str(int(not full))
     yield
     if resident_bytes() > 2e9:  # of what a module compiled nothing goes by itself
         jax.clear_caches()

@@ -133,3 +133,14 @@ def trained_equally() -> str:
     return markdown(["draft", "steps, by seed", "tokens a cycle at k = 7, by seed", "mean",
                      "first accepted", "second, if the first was"],
                     [line(draft) for draft in dict.fromkeys(row["draft"] for row in rows)])
+
+
+def equal_runs() -> str:
+    """A run with drafts and the same one without."""
+    found = result("equal_runs_cpu")
+    pairs = [row["rollout_seconds"] for row in found["rows"] if not row["compiled"]]
+    drafted, plain = (statistics.median(pair[at] for pair in pairs) for at in (0, 1))
+    return markdown(["steps", "with the same answers and rewards", "a rollout, drafted / plain",
+                     "all rollouts", "whole steps"],
+                    [[str(found["steps"]), str(found["same"]), f"{drafted:.2f} / {plain:.2f} s",
+                      times(found["rollout_speedup"]), times(found["step_speedup"])]])

@@ -175,6 +175,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "small_batches": draft_tables.small_batches,
     "after_six": lambda: draft_tables.small_batches("drafts_after_six_cpu"),
     "trained_equally": draft_tables.trained_equally,
+    "equal_runs": draft_tables.equal_runs,
     "online": draft_tables.online,
     "served": draft_tables.served,
     "losses": draft_tables.losses,

@@ -144,3 +144,24 @@ def equal_runs() -> str:
                      "all rollouts", "whole steps"],
                     [[str(found["steps"]), str(found["same"]), f"{drafted:.2f} / {plain:.2f} s",
                       times(found["rollout_speedup"]), times(found["step_speedup"])]])
+
+
+AUTO = {"tail_after_six_cpu": "the quickstart's task, after its six steps",
+        "tail_8_rows_cpu": "held-out prompts, answers of up to 512 tokens",
+        "tail_32_rows_cpu": "the same, four times as many"}
+
+
+def auto() -> str:
+    """What `auto` chose for the trained head, and tokens a second with it over those without."""
+    def line(name: str) -> list[str]:
+        found = result(name)
+        by_k = {k: [row for row in found["rows"] if row["k"] == k] for k in (0, "auto")}
+        speeds = [sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
+                  for rows in by_k.values()]
+        return [AUTO[name], str(found["prompts"] * found["samples"]),
+                " ".join(map(str, by_k["auto"][0]["loop_k"])),
+                " / ".join(f"{speed:.1f}" for speed in speeds), times(speeds[1] / speeds[0]),
+                link(name)]
+
+    return markdown(["workload", "rows", "k of each loop", "tok/s, no draft / `auto`", "speed-up",
+                     "data"], map(line, AUTO))

@@ -194,9 +194,7 @@ def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str
         return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), drafter=made_by, options=options,
                        label=label)
     draft = around(shape, jspec.load_draft(shape, path, made_by, tokenizer), made_by, options,
-                   label)
-    if draft.name != made_by.name:
-        raise InputError(f"--draft-path {name}={path} holds a draft of the kind {draft.name}")
+                   label, f"--draft-path {name}={path}")
     return lambda policy: draft
 
 

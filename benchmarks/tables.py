@@ -176,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "after_six": lambda: draft_tables.small_batches("drafts_after_six_cpu"),
     "trained_equally": draft_tables.trained_equally,
     "equal_runs": draft_tables.equal_runs,
+    "auto": draft_tables.auto,
     "online": draft_tables.online,
     "served": draft_tables.served,
     "losses": draft_tables.losses,

@@ -94,7 +94,9 @@ def check_sizes(config: Config, mesh: Mesh, model: ModelConfig) -> None:
                    data.group_size, data.max_prompt_tokens, config.sampling.max_new_tokens, k)
     check_mesh(model, mesh)
     check_stops(model, make_sampling(config))
-    check_draft(config, model)
+    draft = check_draft(config, model)
+    if config.draft.train is True and draft is not None and draft.drafter.loss is None:
+        raise InputError(f"draft.train=true: {draft.name} has no weights to train; leave it out")
     check_lora(config, model)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     if longest > model.max_position_embeddings:
@@ -180,11 +182,8 @@ def make_draft(config: AnyConfig, policy: Policy) -> Draft | None:
     if section.path is not None:
         draft = load_draft(policy, section.path, drafter,
                            make_tokenizer(config) if drafter.name in WITH_MODEL else None)
-        draft = around(policy, draft, drafter, section.options or {}, "draft.options")
-        if draft.name != drafter.name:
-            raise InputError(f"draft.path={section.path} holds a draft of the kind {draft.name}, "
-                             f"and draft.name is {section.name}; set draft.name={draft.name}")
-        return draft
+        return around(policy, draft, drafter, section.options or {}, "draft.options",
+                      f"draft.path={section.path}")
     key = purpose_key(config.seed, DRAFT_KEY)
     return fresh_draft(policy, key, drafter, section.options or {}, "draft.options")
 
@@ -253,16 +252,19 @@ def fresh_draft(policy: Policy, key: jax.Array | None, drafter: Drafter, options
         raise InputError(f"{label}: {error}") from error
 
 
-def around(policy: Policy, draft: Draft, drafter: Drafter, options: Mapping[str, Any],
-           label: str) -> Draft:
+def around(policy: Policy, draft: Draft, drafter: Drafter, options: Mapping[str, Any], label: str,
+           place: str) -> Draft:
     """A trained draft as it is; where `drafter` is `mixed` and it is not, a mixed one of it, with
     these options. Raises InputError, which begins with `label`, for those that it refuses, and for
-    options of one that has its own."""
+    options of one that has its own; with `place`, where it was found, for one of another kind."""
     if drafter.name == MIXED and draft.name != MIXED:
         if (named := options.get("draft", draft.name)) != draft.name:
             raise InputError(f"{label}: draft = {named!r}, and the one that is there is a "
                              f"{draft.name} draft; leave it out")
         return fresh_draft(policy, None, drafter, {**options, "draft": draft}, label)
+    if draft.name != drafter.name:
+        raise InputError(f"{place} holds a draft of the kind {draft.name}, and {drafter.name} was "
+                         f"asked for; ask for {draft.name}")
     if options:
         raise InputError(f"{label} are a fresh draft's, and the one that is there has its own; "
                          "leave them out")

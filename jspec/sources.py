@@ -184,10 +184,7 @@ def choose_draft(source: Source, name: str | None,
     if path is not None:
         trained = jspec.load_draft(source.shape, path, drafter, source.tokenizer)
         if drafter is not None:
-            trained = around(source.shape, trained, drafter, {}, "--draft")
-            if trained.name != drafter.name:
-                raise InputError(f"--draft-path {path} holds a draft of the kind {trained.name}, "
-                                 f"and --draft is {name}")
+            trained = around(source.shape, trained, drafter, {}, "--draft", f"--draft-path {path}")
         return lambda policy: trained
     if source.holds(name):
         source.draft.check_finite(source.name)
@@ -195,7 +192,7 @@ def choose_draft(source: Source, name: str | None,
     if shipped(source.name, name):
         draft = jspec.load_draft(source.shape, source.name)
         if drafter is not None:
-            draft = around(source.shape, draft, drafter, {}, "--draft")
+            draft = around(source.shape, draft, drafter, {}, "--draft", source.name)
         return lambda policy: draft
     drafter = drafter or find("ngram")
     check_fresh_draft(source.shape, drafter, {}, "--draft")

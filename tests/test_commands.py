@@ -99,7 +99,7 @@ def test_a_draft_of_a_path_is_as_a_config_would_have_it(model, tmp_path):
     for name in (None, "eagle3", "mixed"):
         made = choose_draft(source, name, str(tmp_path / "head"))(None)
         assert made.name == (name or "eagle3")
-    with pytest.raises(InputError, match="holds a draft of the kind eagle3, and --draft is mtp"):
+    with pytest.raises(InputError, match="eagle3, and mtp was asked for"):
         choose_draft(source, "mtp", str(tmp_path / "head"))
     with pytest.raises(InputError, match="--draft none drafts nothing, and --draft-path nowhere"):
         choose_draft(source, "none", "nowhere")

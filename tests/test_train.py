@@ -588,8 +588,10 @@ def test_what_the_user_can_put_right_is_one_line(tmp_path, override, message):
 def test_a_draft_made_for_another_policy(whole, tmp_path):
     said = refused(tiny(tmp_path, f"draft.path={whole}", "model.architecture.hidden_size=48"))
     assert "draft was made for another policy: its hidden_size is 32, the policy's is 48" in said
-    assert "holds a draft of the kind mtp, and draft.name is ngram; set draft.name=mtp" in refused(
+    assert "holds a draft of the kind mtp, and ngram was asked for; ask for mtp" in refused(
         tiny(tmp_path, f"draft.path={whole}", "draft.name=ngram"))
+    assert "draft.train=true: ngram has no weights to train; leave it out" == refused(
+        tiny(tmp_path, "draft.name=ngram", "draft.train=true"))
 
 
 def test_a_run_under_another_configuration(whole):

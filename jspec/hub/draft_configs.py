@@ -113,7 +113,7 @@ def windows_of(layer: dict[str, Any], count: int) -> tuple[int, ...]:
     if SLIDING in types and not window:
         raise InputError(f"config.json has {SLIDING} in layer_types, and "
                          f"{short(layer.get('sliding_window'))} as sliding_window; say how long "
-                         f"the window is, or {FULL}")
+                         f"the window is (speculators: and use_sliding_window), or {FULL}")
     return tuple(window if kind == SLIDING else 0 for kind in types)
 
 

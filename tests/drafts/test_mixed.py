@@ -136,16 +136,16 @@ def test_chi_square_sees_such_a_choice(monkeypatch):
 def test_one_is_made_around_a_draft_that_is_there_and_is_written_and_read(policy, tmp_path):
     own = jspec.drafts.mtp(policy, KEY, vocab=[0, 2, 3])
     made = around(policy, own, find("mixed"), {"certainty": 0.6, "suffix": NO_HISTORY},
-                  "draft.options")
+                  "draft.options", "here")
     assert made.name == "mixed" and made.config.certainty == 0.6
-    assert around(policy, made, find("mixed"), {}, "") is made
-    assert around(policy, own, find("mtp"), {}, "") is own
+    assert around(policy, made, find("mixed"), {}, "", "here") is made
+    assert around(policy, own, find("mtp"), {}, "", "here") is own
     with pytest.raises(jspec.InputError) as error:
-        around(policy, made, find("mixed"), {"certainty": 0.5}, "draft.options")
+        around(policy, made, find("mixed"), {"certainty": 0.5}, "draft.options", "here")
     assert str(error.value) == ("draft.options are a fresh draft's, and the one that is there has "
                                 "its own; leave them out")
     with pytest.raises(jspec.InputError) as error:
-        around(policy, own, find("mixed"), {"draft": "dflash"}, "draft.options")
+        around(policy, own, find("mixed"), {"draft": "dflash"}, "draft.options", "here")
     assert str(error.value) == ("draft.options: draft = 'dflash', and the one that is there is a "
                                 "mtp draft; leave it out")
     wider = dataclasses.replace(own.config, policy=dataclasses.replace(policy.config, vocab_size=6))

@@ -374,7 +374,7 @@ def put(**values):
      "config.json has 3 layer_types, and 2 as num_hidden_layers"),
     ("specforge_dflash", {"layer_types": ["full_attention", "sliding_attention"]}, None,
      "config.json has sliding_attention in layer_types, and None as sliding_window; say how long "
-     "the window is, or full_attention"),
+     "the window is (speculators: and use_sliding_window), or full_attention"),
     ("specforge_dflash", {"num_target_layers": 9}, None,
      "this DFlash draft was made for another policy: its num_target_layers is 9, the policy's is "
      "7"),

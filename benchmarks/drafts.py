@@ -190,7 +190,8 @@ def choose_draft(name: str, shape: Policy, model_name: str, paths: dict[str, str
         check_fresh_draft(shape, made_by, options, label)
         if made_by.loss is not None:
             print(f"jspec: the {name} draft for {model_name} is untrained: few of its tokens will "
-                  f"be accepted; give a trained one with --draft-path {name}=DIR", file=sys.stderr)
+                  f"be accepted; a trained one is --drafts {kind} --draft-path {kind}=DIR",
+                  file=sys.stderr)
         return partial(fresh_draft, key=purpose_key(1, DRAFT_KEY), drafter=made_by, options=options,
                        label=label)
     draft = around(shape, jspec.load_draft(shape, path, made_by, tokenizer), made_by, options,

@@ -41,7 +41,7 @@ def show(records: list[dict[str, Any]], title: str) -> None:
     for name in ("draft", "k", "batch", "T", "rule", "tokens/cycle", "accepted by position",
                  "cycle ms", "draft ms", "verify ms", "rest ms", "tok/s", "speed-up", "predicted"):
         table.add_column(name, justify="left" if name in ("draft", "rule", "accepted by position")
-                         else "right")
+                         else "right", overflow="fold")
     for r in records:
         table.add_row(r["draft"], str(r["k"]), str(r["batch"]), f"{r['temperature']:g}", r["rule"],
                       f"{r['acceptance_length']:.2f}",

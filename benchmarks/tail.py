@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 import jspec
 from benchmarks import drafts as bench_drafts
@@ -221,7 +221,7 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> No
         "median": lambda r: f"{r['median']:.0f}", "largest": lambda r: str(r["largest"]),
         "tokens/cycle": lambda r: f"{r['acceptance_length']:.2f}",
         "occupancy": lambda r: "" if r["occupancy"] is None else f"{r['occupancy']:.2f}"}
-    table = Table(*columns, title=title)
+    table = Table(*(Column(name, overflow="fold") for name in columns), title=title)
     for row in rows:
         table.add_row(*(text(row) for text in columns.values()))
     screen(width=max(150, screen().width)).print(table)

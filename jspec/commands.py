@@ -127,7 +127,7 @@ def speed_table(plain: Timed, fast: Timed | None, draft: Draft | None, k: int) -
     """Speed and acceptance side by side."""
     def accepted(timed: Timed) -> str:
         stats = timed.rollout.stats
-        return ("  ".join(f"{a / max(d, 1):.0%}"
+        return ("  ".join(f"{a / d:.0%}" if d else "-"
                           for a, d in zip(stats.accepted, stats.drafted, strict=True)) or "-")
 
     table = Table(show_edge=False)

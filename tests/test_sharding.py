@@ -42,6 +42,9 @@ MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 ALL = [(kv_heads, sizes) for kv_heads in (8, 2) for sizes in MESHES]
 FEW = [(8, (2, 2, 2))]
 SAMPLING = jspec.Sampling(max_new_tokens=8, stop_tokens=(3,))
+K = 3
+"""With 2, what attention and the MLP compute on a shard of two rows has as many elements as the
+pool, and would be taken for a copy of it."""
 
 
 def config(kv_heads):
@@ -62,14 +65,14 @@ def make_batch():
 def run(policy, name, kernels="auto", rule="coupled"):
     draft = None if name is None else getattr(jspec.drafts, name)(policy, jax.random.key(1))
     return jspec.rollout(policy, draft, make_batch(), sampling=SAMPLING,
-                         speculation=jspec.Speculation(k=2, rule=rule, kernels=kernels))
+                         speculation=jspec.Speculation(k=K, rule=rule, kernels=kernels))
 
 
 def run_and_read(policy, mesh, kv_heads):
     """`run` with the draft that learns, and what is in the loops of its compiled program."""
     draft, tensor = jspec.drafts.mtp(policy, jax.random.key(1)), mesh.shape["tensor"]
     rollout = jax.jit(partial(jspec.rollout, sampling=SAMPLING,
-                              speculation=jspec.Speculation(k=2, rule="coupled")))
+                              speculation=jspec.Speculation(k=K, rule="coupled")))
     compiled = rollout.lower(policy, draft, make_batch()).compile(as_users_compile())
     heads = kv_heads if kv_heads % tensor else kv_heads // tensor
     shards = [device // tensor for device in range(mesh.size)]

@@ -38,6 +38,7 @@ from jspec.hub.mtp_layouts import (
     candidates,
     found,
     mtp_count,
+    mtp_key,
     mtp_prefix,
     mtp_tensors,
 )
@@ -100,9 +101,10 @@ def _check_head(path: Path, hf: dict) -> str:
     count = mtp_count(hf)
     if count != 1:
         what = "has no MTP head" if count == 0 else "has several MTP heads, and one is supported"
-        raise InputError(f"{path}: the checkpoint {what} (num_nextn_predict_layers in config.json "
-                         f"is {hf.get('num_nextn_predict_layers')}); take one with one head, or "
-                         "make a head with jspec.drafts.mtp(policy, ...)")
+        key = mtp_key(hf)
+        raise InputError(f"{path}: the checkpoint {what} ({key} in config.json is {hf.get(key)}); "
+                         "take one with one head, or make a head with jspec.drafts.mtp(policy, "
+                         "...)")
     return name
 
 

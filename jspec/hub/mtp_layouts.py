@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection
 
 from jspec.errors import InputError
-from jspec.hub.fields import texts, whole
+from jspec.hub.fields import contradiction, texts, whole
 from jspec.hub.tensors import StoredTensor, layer_tensor
 from jspec.model.config import ModelConfig
 from jspec.model.params import layer_specs
@@ -96,10 +96,19 @@ def mtp_prefixes(hf: dict, config: ModelConfig) -> tuple[str, ...]:
                  for i in range(mtp_count(hf)))
 
 
+def mtp_key(hf: dict) -> str:
+    """What the number of MTP heads is called in a config.json. Raises InputError where it has two
+    that differ."""
+    given = [key for key in _COUNTS if hf.get(key) is not None]
+    if len(given) == 2 and hf[given[0]] != hf[given[1]]:
+        raise contradiction(given[0], hf[given[0]], given[1], hf[given[1]])
+    return (given or _COUNTS)[0]
+
+
 def mtp_count(hf: dict) -> int:
-    """How many MTP heads a config.json speaks of. Raises InputError if that is no number, or beyond
-    reason."""
-    key = next((key for key in _COUNTS if hf.get(key) is not None), _COUNTS[0])
+    """How many MTP heads a config.json speaks of. Raises InputError if that is no number, beyond
+    reason, or said twice and differently."""
+    key = mtp_key(hf)
     count = whole(hf, key, 0, least=0)
     if count > MOST_MTP_HEADS:
         raise InputError(f"config.json has {count} as {key}; expected at most {MOST_MTP_HEADS}")

@@ -76,7 +76,7 @@ def test_a_record_for_every_variant(run):
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "speed-up" in out and "predicted" in out
     # an n-gram draft has nothing to train
-    assert err.count("untrained") == 1 and "--draft-path mtp=DIR" in err
+    assert err.count("untrained") == 1 and "--drafts mtp --draft-path mtp=DIR" in err
 
 
 @pytest.mark.slow

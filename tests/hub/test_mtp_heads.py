@@ -288,6 +288,10 @@ def message(call, *args, **options):
      "the checkpoint has no MTP head (num_nextn_predict_layers in config.json is 0)"),
     ({"num_nextn_predict_layers": None},
      "has no MTP head (num_nextn_predict_layers in config.json is None)"),
+    ({"num_nextn_predict_layers": None, "mtp_num_hidden_layers": 2},
+     "has several MTP heads, and one is supported (mtp_num_hidden_layers in config.json is 2)"),
+    ({"mtp_num_hidden_layers": 2}, "has 1 as num_nextn_predict_layers, and 2 as "
+     "mtp_num_hidden_layers, which contradict each other"),
     ({"num_nextn_predict_layers": 2}, "has several MTP heads, and one is supported"),
     ({"num_nextn_predict_layers": "1"},
      "has '1' as num_nextn_predict_layers; expected a whole number"),

@@ -74,7 +74,7 @@ def run_and_read(policy, mesh, kv_heads):
     rollout = jax.jit(partial(jspec.rollout, sampling=SAMPLING,
                               speculation=jspec.Speculation(k=K, rule="coupled")))
     compiled = rollout.lower(policy, draft, make_batch()).compile(as_users_compile())
-    heads = kv_heads if kv_heads % tensor else kv_heads // tensor
+    heads = max(1, kv_heads // tensor)  # one that several shards share is on each of them
     shards = [device // tensor for device in range(mesh.size)]
     return (compiled(policy, draft, make_batch()),
             compiled_text.read(compiled.as_text(), (heads, 32, 8), shards))

@@ -113,7 +113,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="draw acceptance and speed-up there (needs matplotlib)")
     args = parser.parse_args(arguments)
     args.draft_path = dict(args.draft_path)
-    for name in args.draft_path.keys() - set(args.drafts):
+    for name in args.draft_path.keys() - set(map(path_name, args.drafts)):
         given = any(split_options(other)[0] == name for other in args.drafts)
         raise InputError(f"--draft-path {name}=... is for a drafter that --drafts leaves out; add "
                          f"{name} to it" + ", without options, as a trained draft has its own"
@@ -141,7 +141,8 @@ def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     try:
         return [encode_prompt(tokenizer, text) for text in texts]
     except Exception as error:  # tokenizers raise nothing narrower
-        raise InputError(f"the model's tokenizer refuses one of the --prompts: {error}") from None
+        raise InputError(f"the model's tokenizer refuses one of the prompts ({error}); give others "
+                         "by --prompts FILE.jsonl") from None
 
 
 def check_positions(args: argparse.Namespace, config: ModelConfig,
@@ -155,12 +156,17 @@ def check_positions(args: argparse.Namespace, config: ModelConfig,
                          "positions; lower one of them")
 
 
+def path_name(name: str) -> str:
+    """What a drafter is called where its trained weights are named: only a mixed one's options are
+    beside what was trained."""
+    kind, options = split_options(name)
+    return kind if kind == MIXED and "draft" not in options else name
+
+
 def trained(name: str, model_name: str, paths: dict[str, str]) -> str | None:
     """Where the drafter's trained weights come from, as `jspec.load_draft` takes it; None:
     nowhere."""
-    kind, options = split_options(name)
-    if kind == MIXED and "draft" not in options:
-        name = kind
+    name = path_name(name)
     return paths.get(name, model_name if shipped(model_name, name) else None)
 
 

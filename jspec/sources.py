@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 import jspec
 from jspec import arguments, user_code
 from jspec.base_model import BaseModel, with_tokenizer
+from jspec.choices import DRAFTERS, MIXED
 from jspec.config import Config, load_config
 from jspec.drafts import Draft, find
 from jspec.drafts.base import check_finite
@@ -62,10 +63,10 @@ class Source:
         return self.read_draft()
 
     def holds(self, drafter: str | None) -> bool:
-        """Whether it has a trained draft of the drafter that is named so (None: of any)."""
-        named = {None, self.draft and self.draft.name}
-        return self.draft is not None and (drafter in named or (
-            self.own is not None and user_code.same(drafter, self.own.draft.name)))
+        """Whether it has a trained draft of the drafter that is named so (None: of any), or one
+        that it is made around."""
+        return self.draft is not None and (serves(self.draft.name, drafter) or (
+            self.own is not None and serves(self.own.draft.name, drafter)))
 
     def load_finite(self) -> Policy:
         """The policy. Raises InputError where it holds NaN or infinity, of which come tokens of id
@@ -73,6 +74,13 @@ class Source:
         policy = self.load()
         check_finite(self.name, policy.weights, "take a checkpoint from before, or another model")
         return policy
+
+
+def serves(own: str, drafter: str | None) -> bool:
+    """Whether a draft of the drafter `own` is one of the drafter that is named (None: any), or what
+    that is made around."""
+    return (drafter is None or user_code.same(own, drafter)
+            or (drafter == MIXED and own in DRAFTERS and find(own).loss is not None))
 
 
 def open_source(name: str, overrides: Sequence[Override], dtype: str | None = None,
@@ -92,8 +100,7 @@ def open_source(name: str, overrides: Sequence[Override], dtype: str | None = No
         config = run_config(path, overrides)
         own, tokenizer, shape = (run_config(path), BaseModel.of(config).tokenizer,
                                  policy_shape(path, dtype))
-        wanted = (drafters is None
-                  or any(user_code.same(own.draft.name, drafter) for drafter in drafters))
+        wanted = drafters is None or any(serves(own.draft.name, x) for x in drafters)
         named = bool(drafters) or overridden("draft.name", overrides)
         return Source(name, config, own, tokenizer, with_tokenizer(shape, tokenizer),
                       lambda: with_tokenizer(load_policy(path, dtype), tokenizer),
@@ -188,7 +195,10 @@ def choose_draft(source: Source, name: str | None,
         return lambda policy: trained
     if source.holds(name):
         source.draft.check_finite(source.name)
-        return lambda policy: source.draft
+        own = source.draft
+        if drafter is not None:
+            own = around(source.shape, own, drafter, {}, "--draft", source.name)
+        return lambda policy: own
     if shipped(source.name, name):
         draft = jspec.load_draft(source.shape, source.name)
         if drafter is not None:

@@ -90,6 +90,7 @@ def test_which_draft(capsys, model):
     own = dataclasses.replace(source, read_draft=lambda: trained)
     assert choose_draft(own, None)(policy) is choose_draft(own, "mtp")(policy) is trained
     assert choose_draft(own, "ngram")(policy).name == "ngram"
+    assert choose_draft(own, "mixed")(policy).weights is trained.weights
 
 
 def test_a_draft_of_a_path_is_as_a_config_would_have_it(model, tmp_path):

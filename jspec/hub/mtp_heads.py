@@ -97,7 +97,9 @@ def _check_head(path: Path, hf: dict) -> str:
         try:
             family_of(hf)
         except InputError as error:
-            raise InputError(f"{path}: no MTP head of {name} can be read: {error}") from None
+            what = ("no MTP head of" if mtp_count(hf) else "config.json names no kind of draft, "
+                    "such as eagle3 or dflash, and no MTP head of")
+            raise InputError(f"{path}: {what} {name} can be read: {error}") from None
     count = mtp_count(hf)
     if count != 1:
         what = "has no MTP head" if count == 0 else "has several MTP heads, and one is supported"

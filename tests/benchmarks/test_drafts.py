@@ -250,7 +250,7 @@ def test_mistakes_that_only_the_model_shows(model, prompts, tmp_path):
     # the shipped prompts have letters, and this model's tokenizer has none
     code, _, err = bench(model)
     assert (code == 2
-            and err.startswith("jspec: error: the model's tokenizer refuses one of the --prompts"))
+            and err.startswith("jspec: error: the model's tokenizer refuses one of the prompts ("))
     code, _, err = bench(model, "--prompts", prompts, "--drafts", "self:bit=4")
     assert (code == 2 and err == "jspec: error: --drafts self.bit: self has no such option, but "
             "bits, vocab; remove it\n")
@@ -299,6 +299,8 @@ def test_a_trained_draft_is_taken_from_its_path(tmp_path, capsys):
     assert drafts.trained("ngram", "smollm2-135m-instruct", {}) is None
     with pytest.raises(InputError, match="--draft-path ngram=.* holds a draft of the kind mtp"):
         drafts.choose_draft("ngram", policy, "tiny", {"ngram": str(tmp_path)})(policy)
+    assert drafts.trained("mixed:certainty=0.5", "m", {"mixed": "mine"}) == "mine"
+    assert drafts.trained("mixed:draft=mtp", "m", {"mixed": "mine"}) is None
     with pytest.raises(InputError, match="no draft at bare"):
         drafts.choose_draft("mtp", policy, "tiny", {"mtp": "bare"})(policy)
 

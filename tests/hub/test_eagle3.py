@@ -359,7 +359,8 @@ def test_files_that_are_not_there_or_not_whole(policy, tmp_path):
     with pytest.raises(InputError, match="no safetensors; pickled weights are never loaded"):
         eagle3.read(directory, policy)
     (directory / "config.json").write_text('{"architectures": null}')
-    with pytest.raises(InputError, match="no MTP head of an unnamed architecture can be read"):
+    with pytest.raises(InputError, match="names no kind of draft, such as eagle3 or "
+                       "dflash, and no MTP head of an unnamed architecture can be read"):
         jspec.load_draft(policy, directory)
     (directory / "config.json").unlink()
     with pytest.raises(InputError, match="no config.json"):

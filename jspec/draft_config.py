@@ -17,7 +17,8 @@ class SamplesSection:
                                        "turn: 'self' (instructions that the policy writes itself), "
                                        "and whatever data.source may be; one that is named twice "
                                        "has two turns", filled=True, path=True)
-    count: int = setting(4096, "answers in all", low=1, often=True)
+    count: int = setting(4096, "answers in all, one to a prompt; each file of them is filled up "
+                         "with its own prompts again", low=1, often=True)
     batch: int = setting(32, "answers decoded together; also the rows of one file of samples",
                          low=1)
     temperatures: tuple[float, ...] = setting((), "of one file of samples after the other, in "

@@ -221,13 +221,16 @@ def check_drafter(label: str, value: Any) -> Drafter:
     return value
 
 
-def unlike(made: ModelConfig, used: ModelConfig) -> str:
+def unlike(made: Any, used: Any, part: str = "") -> str:
     """In words the first field in which a draft's policy differs from the policy that it is used
-    with; "" if none does."""
-    for field in dataclasses.fields(ModelConfig):
+    with, whose ModelConfigs are given, or what these have as `part`; "" if none does."""
+    for field in dataclasses.fields(made):
         a, b = getattr(made, field.name), getattr(used, field.name)
-        if a != b and field.name not in UNLIKE:
-            return f"its {field.name} is {a}, the policy's is {b}"
+        if a == b or field.name in UNLIKE:
+            continue
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            return unlike(a, b, f"{part}{field.name}.")
+        return f"its {part}{field.name} is {a}, the policy's is {b}"
     return ""
 
 

@@ -32,6 +32,7 @@ from jspec.hub.draft_tensors import (
     write_directory,
 )
 from jspec.hub.eagle3_config import config_json, read_config
+from jspec.hub.fields import flag, told_of
 from jspec.hub.json_io import read_json
 from jspec.hub.tensors import layer_tensor
 from jspec.model import Policy
@@ -72,6 +73,10 @@ def read(directory: str | Path, policy: Policy, *, depths: int | None = None,
     config = dataclasses.replace(config, vocab_size=0 if ids is None else len(ids),
                                  dtype=common_dtype(path, stored),
                                  own_embed="embed_tokens.weight" in stored)
+    with told_of(path):
+        if flag(hf, "embed_requires_grad") and not config.own_embed:
+            raise InputError("tensor embed_tokens.weight is missing, and embed_requires_grad in "
+                             "config.json says that it was trained; take all files of the draft")
     drafter = DRAFTERS[config.kind]
     kind = {"eagle3": "an EAGLE-3", "peagle": "a P-EAGLE"}[config.kind]
     weights = weights_of(path, kind, stored, tensor_names(config), drafter.specs(config),

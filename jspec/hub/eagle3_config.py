@@ -159,7 +159,8 @@ def config_json(config: FusedConfig, dtype: str, layout: str,
     del block["architectures"], block["torch_dtype"]
     if len(config.aux_depths) != 3:  # which is what vLLM takes there to be, unless the block says
         block[_COUNT] = len(config.aux_depths)
-    return {**shared, "dtype": dtype, "embed_requires_grad": config.trains_embed, LAYER: block,
+    trained = config.own_embed and config.trains_embed
+    return {**shared, "dtype": dtype, "embed_requires_grad": trained, LAYER: block,
             **speculators_config(config.kind, {"eagle3": "Eagle3DraftModel",
                                                "peagle": "PEagleDraftModel"}[config.kind],
                                  config.depths, policy, verifier)}

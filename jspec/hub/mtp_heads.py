@@ -30,7 +30,7 @@ from jspec.hub.draft_configs import (
     steps,
 )
 from jspec.hub.exporter import host_value, whole_directory
-from jspec.hub.fields import section, texts
+from jspec.hub.fields import section, texts, told_of
 from jspec.hub.json_io import read_json, write_json
 from jspec.hub.mtp_layouts import (
     MTP_LAYOUTS,
@@ -73,24 +73,25 @@ def read(path: str | Path, policy: Policy, *, depths: int | None = None) -> Draf
     """
     path = arguments.path("draft", path)
     hf = read_json(path / "config.json")
-    architecture = _check_head(path, hf)
-    difference = unlike(_made_for(path, hf, policy.config), policy.config)
-    if difference:
-        raise InputError(f"{path}: this MTP head was made for another policy: {difference}; take "
-                         "the head and the policy of one checkpoint")
+    with told_of(path):
+        architecture = _check_head(hf)
+        difference = unlike(_made_for(hf, policy.config), policy.config)
+        if difference:
+            raise InputError(f"this MTP head was made for another policy: {difference}; take the "
+                             "head and the policy of one checkpoint")
+        depths = steps(hf, 2) if depths is None else depths
     source = open_directory(path)
     layout = found(architecture, policy.config, source.shapes)
     tensors, prefix = mtp_tensors(layout, policy.config), mtp_prefix(layout, policy.config)
     left = set(check_shapes(source, tensors)) - {t.name for t in stored_tensors(policy.config)}
     check_none_left(source, sorted(left - {prefix + name for name in layout.copies}),
                     f"the MTP head of {layout.architecture}")
-    depths = (steps(hf, 2) if layout.apart else 2) if depths is None else depths
     config = MtpConfig(policy.config, depths, blocks=depths if layout.shared else 1,
                        dtype=_dtype(source, [t.name for t in tensors]), **_conventions(layout))
     return Draft(weights=_weights(source, tensors, config), state={}, config=config, drafter=mtp)
 
 
-def _check_head(path: Path, hf: dict) -> str:
+def _check_head(hf: dict) -> str:
     """The architecture of a checkpoint with one MTP head whose layout may be known."""
     name = (texts(hf, "architectures") or ["an unnamed architecture"])[0]
     if not any(layout.apart for layout in candidates(name)):
@@ -99,29 +100,26 @@ def _check_head(path: Path, hf: dict) -> str:
         except InputError as error:
             what = ("no MTP head of" if mtp_count(hf) else "config.json names no kind of draft, "
                     "such as eagle3 or dflash, and no MTP head of")
-            raise InputError(f"{path}: {what} {name} can be read: {error}") from None
+            raise InputError(f"{what} {name} can be read: {error}") from None
     count = mtp_count(hf)
     if count != 1:
         what = "has no MTP head" if count == 0 else "has several MTP heads, and one is supported"
         key = mtp_key(hf)
-        raise InputError(f"{path}: the checkpoint {what} ({key} in config.json is {hf.get(key)}); "
+        raise InputError(f"the checkpoint {what} ({key} in config.json is {hf.get(key)}); "
                          "take one with one head, or make a head with jspec.drafts.mtp(policy, "
                          "...)")
     return name
 
 
-def _made_for(path: Path, hf: dict, policy: ModelConfig) -> ModelConfig:
+def _made_for(hf: dict, policy: ModelConfig) -> ModelConfig:
     """The policy's config as a head's config.json has it; of what is not in it, that of `policy`,
     which the head is read for."""
     if LAYER not in hf:
         return config_from_hf(hf)
     layer = section(hf, LAYER)
-    try:
-        family = block_family(layer, "qwen3")
-        made = config_from_hf({**completed(layer, family), "architectures": [BLOCKS[family]],
-                               "eos_token_id": None, "pad_token_id": None})
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    family = block_family(layer, "qwen3")
+    made = config_from_hf({**completed(layer, family), "architectures": [BLOCKS[family]],
+                           "eos_token_id": None, "pad_token_id": None})
     return dataclasses.replace(made, num_layers=policy.num_layers,
                                tie_embeddings=policy.tie_embeddings)
 

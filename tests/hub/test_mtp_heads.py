@@ -283,7 +283,7 @@ def message(call, *args, **options):
     ({"hidden_size": 24},
      "made for another policy: its hidden_size is 24, the policy's is 16; take the head and"),
     ({"vocab_size": 50}, "made for another policy: its vocab_size is 50, the policy's is 48"),
-    ({"rope_theta": 1e4}, "made for another policy: its rope is "),
+    ({"rope_theta": 1e4}, "made for another policy: its rope.theta is 10000.0, the policy's is "),
     ({"num_nextn_predict_layers": 0},
      "the checkpoint has no MTP head (num_nextn_predict_layers in config.json is 0)"),
     ({"num_nextn_predict_layers": None},

@@ -92,6 +92,8 @@ def drop(*names):
 
 @pytest.mark.parametrize("config, tensors, message", [
     ({}, drop("mask_hidden"), "of a P-EAGLE draft these tensors are missing: mask_hidden"),
+    ({}, drop("embed_tokens.weight"), "tensor embed_tokens.weight is missing, and "
+     "embed_requires_grad in config.json says that it was trained"),
     ({"mask_token_id": None}, None, "has no mask_token_id"),
     ({"mask_token_id": 32}, None,
      "peagle draft: mask_token = 32 is outside the policy's vocabulary of 32"),

@@ -231,13 +231,19 @@ def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
     batches, variants = make_batches(args, prompts, size), make_variants(args)
     rollouts = rollout_programs(args, policy, drafts, variants, batches)
     others = part_programs(args, policy, drafts, variants, batches[0])
-    for variant in variants:  # all batches have one shape: the first compiles for the others
-        jax.block_until_ready(rollouts["rollout", variant, 0]())
-    seconds, counts = defaultdict(list), {}
-    for key, taken, result in measure.in_turn(rollouts | others, args.rounds):
-        seconds[key].append(taken)
-        if key[0] == "rollout":
-            counts[key] = jax.device_get(result)
+    # all batches have one shape: the first compiles for the others
+    first = [rollouts["rollout", variant, 0] for variant in variants] + list(others.values())
+    with telling(f"batch {size}: compiling", total=len(first)) as advance:
+        for program in first:
+            jax.block_until_ready(program())
+            advance()
+    seconds, counts, programs = defaultdict(list), {}, rollouts | others
+    with telling(f"batch {size}: timing", total=args.rounds * len(programs)) as advance:
+        for key, taken, result in measure.in_turn(programs, args.rounds):
+            seconds[key].append(taken)
+            if key[0] == "rollout":
+                counts[key] = jax.device_get(result)
+            advance()
     records = []
     for variant in variants:
         keys = [("rollout", variant, number) for number in range(len(batches))]
@@ -276,9 +282,8 @@ def timed(args: argparse.Namespace, source: Source,
              "prompts_file": str(args.prompts), **measure.circumstances()}
     records = []
     for size in args.batch:
-        with telling(f"batch {size}: compiling, then {args.rounds} round(s)"):
-            records += [{**record, "trained": trained(record["draft"], args.model, paths), **facts}
-                        for record in time_batch(args, policy, drafts, prompts, size)]
+        records += [{**record, "trained": trained(record["draft"], args.model, paths), **facts}
+                    for record in time_batch(args, policy, drafts, prompts, size)]
         measure.write_json(args.json, records)
     title = (f"{args.model}, {facts['dtype']}, up to {args.max_new_tokens} new tokens, "
              f"{facts['kernels']}")

@@ -100,8 +100,9 @@ def _restore(run_dir: str | Path, **items: Any) -> dict[str, Any]:
                          "give another run")
     if not has_checkpoints(run_dir):
         raise InputError(f"{run_dir} has no checkpoint yet; train with it first")
-    with ocp.CheckpointManager(directory,
-                               options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    # what goes with read_only is said as well: else Orbax sets it with a warning
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    with ocp.CheckpointManager(directory, options=options) as manager:
         step = _meant(manager, run_dir, which)
         folder = directory / str(step)
         reason = checksums.damage(folder, tuple(items)) if checksums.known(folder) else ""

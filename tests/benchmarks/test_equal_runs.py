@@ -8,7 +8,8 @@ from benchmarks import equal_runs
 def record(step, seconds, compilations=0, answers=("a", "b")):
     return {"step": step, "reward": 0.5, "length": 2.0, "finished": 1.0, "tokens": 4,
             "acceptance_length": 1.5, "compilations": compilations, "answers": list(answers),
-            "seconds/rollout": seconds, "seconds/update": 1.0}
+            "seconds/rollout": seconds, "seconds/update": 1.0, "seconds/compile": 0.5,
+            "seconds/step": seconds + 1.0}  # the whole, compiling within it
 
 
 def test_steps_that_compiled_do_not_count_and_answers_are_compared():

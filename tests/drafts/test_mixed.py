@@ -46,7 +46,7 @@ def over_all(made, size=5):
     return q
 
 
-@pytest.mark.parametrize("vocab", [None, [0, 3]])
+@pytest.mark.parametrize("vocab", [None, [0, 3], [0, 1, 2, 3, 4]])
 def test_certain_rows_are_one_hot_and_the_others_as_they_were(vocab):
     sampled = proposal(vocab)
     tokens = jnp.array([[4, 4, 0], [1, 1, 1], [3, 0, 3], [2, 4, 1]])

@@ -42,10 +42,8 @@ def rows(draft, rule, *, k=2, samples=SAMPLES, seed=0, kernels="auto", **samplin
     policy = drafters.policy(draft, 4, seed=2, scale=0.2, stop_tokens=(3,))
     made, emitted = drafters.make(draft, policy, seed=SHARP if draft == "sharp" else 3,
                                   scale=0.2), []
-    # an interpreter copies every row's cache for every row; certain drafts widen a reduced
-    # vocabulary for all rows
-    few = kernels != "auto" or draft.startswith("mixed-reduced")
-    size = 500 if few else samples
+    # an interpreter copies every row's cache for every row
+    size = samples if kernels == "auto" else 500
     for part in range(samples // size):
         batch = jspec.PromptBatch.from_tokens([PROMPT], group_size=size, seed=seed + part,
                                               buckets=(4,))

@@ -14,15 +14,16 @@ def with_certain(proposal: Proposal, tokens: jax.Array, rows: jax.Array,
     """A sampled proposal with `tokens` int32 [B, K], ids of the policy's vocabulary, in the `rows`
     bool [B].
 
-    A reduced vocabulary grows by those that it does not have: by B K ids, of which those that are
-    not needed are `vocab_size`, which is no token's.
+    A reduced vocabulary of V ids grows by those that it does not have: by B K, or all `vocab_size`
+    - V that there are, of which those that are not needed are `vocab_size`, which is no token's.
     """
     log_q, vocab = proposal.log_q, proposal.vocab
     ids = jnp.arange(log_q.shape[-1], dtype=jnp.int32)
     if vocab is not None:
-        more = jnp.where(rows[:, None], tokens, vocab_size).reshape(-1)
-        again = jnp.tril(more[:, None] == more, -1) | (more[:, None] == vocab).any(1, keepdims=True)
-        ids = vocab = jnp.concatenate([vocab, jnp.where(again.any(1), vocab_size, more)])
+        known = jnp.zeros(vocab_size, bool).at[vocab].set(True)
+        more = jnp.unique(jnp.where(rows[:, None] & ~known[tokens], tokens, vocab_size),
+                          size=min(tokens.size, vocab_size - len(vocab)), fill_value=vocab_size)
+        ids = vocab = jnp.concatenate([vocab, more])
         log_q = jnp.pad(log_q, ((0, 0), (0, 0), (0, len(more))), constant_values=-jnp.inf)
     certain = jnp.where(ids == tokens[..., None], jnp.float32(0), -jnp.inf)
     return proposal.replace(tokens=jnp.where(rows[:, None], tokens, proposal.tokens), vocab=vocab,

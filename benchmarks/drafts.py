@@ -230,14 +230,13 @@ def time_batch(args: argparse.Namespace, policy: Policy, drafts: dict[str, Draft
     decoding."""
     batches, variants = make_batches(args, prompts, size), make_variants(args)
     rollouts = rollout_programs(args, policy, drafts, variants, batches)
-    others = part_programs(args, policy, drafts, variants, batches[0])
-    # all batches have one shape: the first compiles for the others
-    first = [rollouts["rollout", variant, 0] for variant in variants] + list(others.values())
-    with telling(f"batch {size}: compiling", total=len(first)) as advance:
-        for program in first:
-            jax.block_until_ready(program())
+    with telling(f"batch {size}: compiling the parts of a cycle"):
+        programs = rollouts | part_programs(args, policy, drafts, variants, batches[0])
+    with telling(f"batch {size}: compiling the rollouts", total=len(variants)) as advance:
+        for variant in variants:  # all batches have one shape: the first compiles for the others
+            jax.block_until_ready(rollouts["rollout", variant, 0]())
             advance()
-    seconds, counts, programs = defaultdict(list), {}, rollouts | others
+    seconds, counts = defaultdict(list), {}
     with telling(f"batch {size}: timing", total=args.rounds * len(programs)) as advance:
         for key, taken, result in measure.in_turn(programs, args.rounds):
             seconds[key].append(taken)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection
 
 from jspec.errors import InputError
-from jspec.hub.fields import contradiction, texts, whole
+from jspec.hub.fields import agreed, texts, whole
 from jspec.hub.tensors import StoredTensor, layer_tensor
 from jspec.model.config import ModelConfig
 from jspec.model.params import layer_specs
@@ -99,10 +99,7 @@ def mtp_prefixes(hf: dict, config: ModelConfig) -> tuple[str, ...]:
 def mtp_key(hf: dict) -> str:
     """What the number of MTP heads is called in a config.json. Raises InputError where it has two
     that differ."""
-    given = [key for key in _COUNTS if hf.get(key) is not None]
-    if len(given) == 2 and hf[given[0]] != hf[given[1]]:
-        raise contradiction(given[0], hf[given[0]], given[1], hf[given[1]])
-    return (given or _COUNTS)[0]
+    return agreed(hf, *_COUNTS)
 
 
 def mtp_count(hf: dict) -> int:

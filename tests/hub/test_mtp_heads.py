@@ -307,6 +307,12 @@ def test_configs_that_do_not_fit(change, text, policy, tmp_path):
                             policy))
 
 
+def test_every_fault_of_a_config_names_its_folder(policy, tmp_path):
+    for change in ({"vocab_size": None}, {"num_nextn_predict_layers": "1"}, {"hidden_size": 24}):
+        directory = edit_config(copy("mimo", tmp_path / str(*change)), **change)
+        assert message(mtp_heads.read, directory, policy).startswith(f"{directory}: ")
+
+
 def _without_count(directory):
     path = directory / "config.json"
     config = json.loads(path.read_text())

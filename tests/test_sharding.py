@@ -206,11 +206,11 @@ def worker(folder, cases):
     placed["planted"] = {axis: crossing(make_mesh(2, 2, 2), axis)
                          for axis in ("data", "fsdp", "tensor")}
     draws(make_mesh(1, 4, -1), ("fsdp", "tensor"))
-    verdicts(make_mesh(1, 4, -1), ("fsdp", "tensor"), False, BlockNoise)
     verdicts(make_mesh(1, 1, -1), ("tensor",), True)
+    for kind in (RejectionNoise, BlockNoise):
+        verdicts(make_mesh(1, 4, -1), ("fsdp", "tensor"), False, kind)
     if cases != FEW:
         draws(make_mesh(1, 1, -1), ("tensor",))
-        verdicts(make_mesh(1, 4, -1), ("fsdp", "tensor"), False)
     print(json.dumps(placed))
 
 

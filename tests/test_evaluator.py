@@ -17,7 +17,7 @@ from jspec.hub import character_tokenizer
 from jspec.hub.names import located
 from jspec.metrics import read_records
 from jspec.run_dir import load_policy
-from tests.test_train import ROOT, SMALL, records, tiny
+from tests.tiny_runs import ROOT, SMALL, records, tiny
 
 EVALUATED = ["evaluation.every=2", "evaluation.batch=6", "data.held_out=8", "checkpoint.every=3",
              "checkpoint.keep=1", "checkpoint.best=eval/mean@4", "steps=5",

@@ -20,7 +20,7 @@ from jspec.errors import InputError
 from jspec.hub.exporter import whole_directory
 from tests.hub.checkpoints import GOLDEN
 from tests.loggers import reading
-from tests.test_train import ROOT, SMALL, records, tiny
+from tests.tiny_runs import ROOT, SMALL, records, tiny
 
 EVERY = ["steps=5", "checkpoint.every=2", "checkpoint.best=loss", "draft.name=ngram",
          "draft.options={}"]

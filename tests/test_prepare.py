@@ -1,4 +1,6 @@
-"""What a run is made from: noise by purpose."""
+"""What a run is made from: noise by purpose, and what is refused before anything is computed."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from benchmarks.shapes import SHAPES
 from jspec import prepare, purposes
 from jspec.base_model import BaseModel
-from jspec.config import load_config
+from jspec.config import Config, load_config
 from jspec.errors import InputError
+from jspec.rl.update_settings import UpdateSettings
 from jspec.sharding import make_mesh
 from pallas_kernels.noise import seed_key
+from tests.tiny_runs import refused, tiny
 
 PURPOSES = [name for name in vars(purposes) if name.endswith("_KEY")]
 
@@ -101,3 +105,53 @@ def test_an_architecture_that_is_none_is_named(wrong, name):
     with pytest.raises(InputError, match=name) as caught:
         BaseModel.of(config).config  # noqa: B018
     assert "model.architecture" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
+    def check(config, sizes):
+        mesh = jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "tensor"))
+        prepare.check(config, mesh, BaseModel.of(config))
+
+    with pytest.raises(InputError,
+                       match="16 sequences is not divided by the mesh's 3 batch shards"):
+        check(tiny(tmp_path), (3, 1, 1))
+    with pytest.raises(InputError,
+                       match="a batch of 1 sequences is not divided by the mesh's 2 batch shards"):
+        check(tiny(tmp_path, "grpo.micro_batch=1"), (2, 1, 1))
+
+
+@pytest.mark.parametrize("override, message", [
+    ("mesh.tensor=3", "does not fit 1 devices"),
+    ("reward.function=nowhere.py:f", "there is no file nowhere.py"),
+    ("data.max_prompt_tokens=60", "more than the model's 64 positions"),
+    ("data.max_prompt_tokens=2", "has 3 tokens, over data.max_prompt_tokens=2"),
+    ("data.source=nowhere.jsonl", "cannot read the prompts nowhere.jsonl"),
+    ("model.architecture.hiden_size=3", "did you mean 'hidden_size'?"),
+    ("model.architecture.vocab_size=8", "has 16 tokens, the model random only 8"),
+    ("model.architecture.num_kv_heads=3", "not a multiple of num_kv_heads"),
+    ("draft.options.depth=3", "draft.options.depth: mtp has no such option"),
+    ("draft.path=nowhere", "no draft at nowhere"),
+    ("lora.rank=33", "lora.rank=33 is above 32, the highest rank that a matrix with adapters has"),
+])
+def test_what_the_user_can_put_right_is_one_line(tmp_path, override, message):
+    assert message in refused(tiny(tmp_path, override))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_reference_is_a_frozen_copy_in_the_compute_dtype(tmp_path):
+    config = tiny(tmp_path, "grpo.kl_weight=0.1", "model.dtype=bfloat16")
+    policy = BaseModel.of(config).policy()
+    reference = prepare.make_reference(config, policy)
+    jax.tree.map(lambda x: x.delete(), policy.weights)  # as the update does, by donation
+    assert {str(x.dtype) for x in jax.tree.leaves(reference)} == {"bfloat16"}
+    assert np.isfinite(np.asarray(reference.weights["embed"], np.float32)).all()
+    assert prepare.make_reference(tiny(tmp_path), policy) is None
+
+
+def test_config_sections_reach_the_update():
+    config = Config()
+    settings = UpdateSettings.of(dataclasses.replace(
+        config, draft=dataclasses.replace(config.draft, clip=7.0, every_n_steps=3),
+        grpo=dataclasses.replace(config.grpo, clip=5.0, clip_high=0.5, micro_batch=2)))
+    assert (settings.draft_optimizer.clip, settings.draft_every, settings.clip, settings.clip_high,
+            settings.micro_batch) == (7.0, 3, 5.0, 0.5, 2)

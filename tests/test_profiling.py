@@ -20,7 +20,7 @@ from jspec.profiling import (
     spans_by_phase,
     trace,
 )
-from tests.test_train import SMALL
+from tests.tiny_runs import SMALL
 
 
 @pytest.mark.parametrize(("op_name", "name", "part"), [

@@ -11,7 +11,8 @@ import pytest
 from jspec import train
 from jspec.run_files import read_samples
 from jspec.settings import to_yaml
-from tests.test_train import NO_DRAFT, compile_once, records, same_run, tiny  # noqa: F401 - a fixture is among them
+from tests.test_train import NO_DRAFT, compile_once, same_run  # noqa: F401 - a fixture is among them
+from tests.tiny_runs import records, tiny
 
 
 @pytest.fixture(scope="module")

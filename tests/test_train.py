@@ -1,7 +1,6 @@
 """The whole loop on a tiny policy: that it says, learns, resumes to the same numbers, and stops as
 it should."""
 
-import dataclasses
 import io
 import os
 import random
@@ -11,37 +10,27 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from configs.rewards.count_up import count_up
-from jspec import choosing, prepare, step, train
-from jspec.base_model import BaseModel
+from jspec import choosing, step, train
 from jspec.checkpoint import Checkpoints
 from jspec.clock import PHASES
-from jspec.config import Config, load_config
-from jspec.errors import InputError
 from jspec.loggers.tensorboard import TensorBoard
-from jspec.metrics import Metrics, read_records, untimed
+from jspec.metrics import Metrics, read_records
 from jspec.output_dir import claimed
 from jspec.rl.prompts import PromptData
 from jspec.rl.records import JsonLines
-from jspec.rl.update_settings import UpdateSettings
 from jspec.run_dir import load_draft, run_plan
 from jspec.run_files import read_samples
 from jspec.speculate.schedule import Costs
 from jspec.stopping import StopSignal
 from tests.loggers.reading import tensorboard_values
+from tests.tiny_runs import ROOT, SMALL, records, refused, tiny
 
-ROOT = Path(__file__).resolve().parent.parent
-# smaller than tiny.yaml, and learning with fewer answers; eight devices divide its vocabulary
-SMALL = ["model.tokenizer=chars:0123456789abcd", "model.architecture.vocab_size=16",
-         "model.architecture.hidden_size=32", "model.architecture.intermediate_size=32",
-         "model.architecture.num_layers=1", "draft.every_n_steps=1", "data.prompts_per_step=4",
-         "data.group_size=4", "grpo.learning_rate=6e-3", "reward.workers=1", "checkpoint.every=2"]
 COUPLED = ["steps=5", "speculation.rule=coupled"]
 NO_DRAFT = ["draft.name=none", "draft.options={}"]
 
@@ -61,17 +50,6 @@ def compile_once(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
         del os.environ[name.upper()]
-
-
-def tiny(directory, *overrides, small=True) -> Config:
-    return load_config(ROOT / "configs/tiny.yaml", [
-        f"data.source={ROOT}/configs/data/count_up.jsonl",
-        f"reward.function={ROOT}/configs/rewards/count_up.py:count_up",
-        f"output_dir={directory}", *(SMALL if small else []), *overrides])
-
-
-def records(directory) -> list[dict]:
-    return [untimed(record) for record in read_records(Path(directory) / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -547,44 +525,6 @@ def test_a_reward_that_fails_for_every_answer_is_named_at_once_and_is_no_success
     assert train.train(config) == 1  # and says so whenever it is asked
 
 
-def refused(config) -> str:
-    with pytest.raises(InputError) as error:
-        train.train(config)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
-    def check(config, sizes):
-        mesh = jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "tensor"))
-        prepare.check(config, mesh, BaseModel.of(config))
-
-    with pytest.raises(InputError,
-                       match="16 sequences is not divided by the mesh's 3 batch shards"):
-        check(tiny(tmp_path), (3, 1, 1))
-    with pytest.raises(InputError,
-                       match="a batch of 1 sequences is not divided by the mesh's 2 batch shards"):
-        check(tiny(tmp_path, "grpo.micro_batch=1"), (2, 1, 1))
-
-
-@pytest.mark.parametrize("override, message", [
-    ("mesh.tensor=3", "does not fit 1 devices"),
-    ("reward.function=nowhere.py:f", "there is no file nowhere.py"),
-    ("data.max_prompt_tokens=60", "more than the model's 64 positions"),
-    ("data.max_prompt_tokens=2", "has 3 tokens, over data.max_prompt_tokens=2"),
-    ("data.source=nowhere.jsonl", "cannot read the prompts nowhere.jsonl"),
-    ("model.architecture.hiden_size=3", "did you mean 'hidden_size'?"),
-    ("model.architecture.vocab_size=8", "has 16 tokens, the model random only 8"),
-    ("model.architecture.num_kv_heads=3", "not a multiple of num_kv_heads"),
-    ("draft.options.depth=3", "draft.options.depth: mtp has no such option"),
-    ("draft.path=nowhere", "no draft at nowhere"),
-    ("lora.rank=33", "lora.rank=33 is above 32, the highest rank that a matrix with adapters has"),
-])
-def test_what_the_user_can_put_right_is_one_line(tmp_path, override, message):
-    assert message in refused(tiny(tmp_path, override))
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
 def test_a_draft_made_for_another_policy(whole, tmp_path):
     said = refused(tiny(tmp_path, f"draft.path={whole}", "model.architecture.hidden_size=48"))
     assert "draft was made for another policy: its hidden_size is 32, the policy's is 48" in said
@@ -599,16 +539,6 @@ def test_a_run_under_another_configuration(whole):
     assert "checkpoint.resume is false" in refused(tiny(whole, "checkpoint.resume=false"))
 
 
-def test_the_reference_is_a_frozen_copy_in_the_compute_dtype(tmp_path):
-    config = tiny(tmp_path, "grpo.kl_weight=0.1", "model.dtype=bfloat16")
-    policy = BaseModel.of(config).policy()
-    reference = prepare.make_reference(config, policy)
-    jax.tree.map(lambda x: x.delete(), policy.weights)  # as the update does, by donation
-    assert {str(x.dtype) for x in jax.tree.leaves(reference)} == {"bfloat16"}
-    assert np.isfinite(np.asarray(reference.weights["embed"], np.float32)).all()
-    assert prepare.make_reference(tiny(tmp_path), policy) is None
-
-
 @pytest.mark.slow
 def test_the_policy_moves_away_from_the_reference(tmp_path):
     assert (train.train(tiny(tmp_path, "steps=2", "grpo.kl_weight=0.1",
@@ -616,12 +546,3 @@ def test_the_policy_moves_away_from_the_reference(tmp_path):
     first, second = records(tmp_path)
     # means over two updates; at the very first they are the same
     assert first["kl"] > 1e-4 and second["kl"] > 1e-4
-
-
-def test_config_sections_reach_the_update():
-    config = Config()
-    settings = UpdateSettings.of(dataclasses.replace(
-        config, draft=dataclasses.replace(config.draft, clip=7.0, every_n_steps=3),
-        grpo=dataclasses.replace(config.grpo, clip=5.0, clip_high=0.5, micro_batch=2)))
-    assert (settings.draft_optimizer.clip, settings.draft_every, settings.clip, settings.clip_high,
-            settings.micro_batch) == (7.0, 3, 5.0, 0.5, 2)

@@ -69,6 +69,13 @@ def test_rollout_side_by_side(capsys, model, told):
         assert row in out
 
 
+def test_a_position_that_was_never_drafted_has_no_acceptance(capsys, model):
+    """The cap lets one more token out: of three drafts only the first could have been one."""
+    assert main(["rollout", model, "--prompt", "1+1=", "--max-new-tokens", "2", "--k", "3"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "accepted, by" in line)
+    assert line.rstrip().endswith("%  -  -")
+
+
 def test_rollout_with_a_drafter_in_a_file(capsys, model):
     code = main(["rollout", model, "--prompt", "1+1=", "--max-new-tokens", "12", "--samples", "2",
                  "--draft", f"{ROOT}/examples/drafter.py:bigram"])
@@ -100,7 +107,8 @@ def test_a_draft_of_a_path_is_as_a_config_would_have_it(model, tmp_path):
     for name in (None, "eagle3", "mixed"):
         made = choose_draft(source, name, str(tmp_path / "head"))(None)
         assert made.name == (name or "eagle3")
-    with pytest.raises(InputError, match="eagle3, and mtp was asked for"):
+    with pytest.raises(InputError, match="--draft-path .*head holds a draft of the kind "
+                       "eagle3, and mtp was asked for; ask for eagle3"):
         choose_draft(source, "mtp", str(tmp_path / "head"))
     with pytest.raises(InputError, match="--draft none drafts nothing, and --draft-path nowhere"):
         choose_draft(source, "none", "nowhere")

@@ -77,8 +77,8 @@ def test_slots_and_schedules(capsys):
 @pytest.mark.slow
 def test_whole_steps_are_counted_by_their_useful_tokens(monkeypatch, tmp_path, model):
     row, = bench(monkeypatch, tmp_path, model, "--grpo")["rows"]
-    assert (row["seconds"] == pytest.approx(sum(row[phase] for phase in ("reshard", "rollout",
-                                                                         "reward", "update"))))
+    # what lies between the phases is a part of the step
+    assert 0 < sum(row[phase] for phase in grpo_step.TIMED) <= row["seconds"] == row["step"]
     assert row["tok_per_s"] == pytest.approx(row["tokens"] / row["seconds"]) and row["mean"] < 12
     assert np.isfinite(row["grad_norm"])
 
